@@ -1,0 +1,91 @@
+# Everything works on a machine that has nothing but Python 3.11, venv and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+EXTRAS := torch,test
+# The first interpreter that runs and is new enough. Set PYTHON to choose another.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+PROMPT ?= The old man looked at the sea, and
+# More arguments for pytest: make test PYTEST="-x -k tokenizer"
+PYTEST ?=
+
+.PHONY: help
+help:  ## Show this list
+	@echo "keras_openllama: OpenLLaMA in Keras 3"
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: demo
+demo: $(VENV)/.base-installed  ## Install, and let open_llama_nano write (PROMPT="...")
+	@$(BIN)/keras-openllama generate "$(PROMPT)" --preset open_llama_nano \
+		--max-new-tokens 100
+
+.PHONY: test
+test: $(VENV)/.all-installed  ## Install every extra; run the tests on the three backends
+	@$(BIN)/python tests/run_backends.py $(PYTEST)
+
+.PHONY: test-all
+test-all: $(VENV)/.all-installed  ## The same, with the slow tests
+	@$(BIN)/python tests/run_backends.py --slow $(PYTEST)
+
+.PHONY: lint
+lint: $(VENV)/.all-installed  ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(VENV)/.all-installed  ## Put style and formatting right
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: install
+install: $(VENV)/.all-installed  ## Set .venv up with every extra, and nothing more
+
+.PHONY: freeze
+freeze: $(VENV)/.all-installed  ## Write the installed versions to constraints.txt
+	@# A local suffix (+cpu) names a build, not a version.
+	@{ sed -n '/^#/p' constraints.txt; \
+		$(BIN)/python -m pip freeze --all --exclude keras-openllama \
+		| sed 's/+.*//'; } > $(VENV)/constraints.txt
+	@cp $(VENV)/constraints.txt constraints.txt
+
+.PHONY: clean
+clean:  ## Remove caches and built files, but not .venv
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@find . -name $(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf
+
+.PHONY: distclean
+distclean: clean  ## Remove .venv too
+	@rm -rf $(VENV)
+
+# pip is the last thing that a new environment gets, so it marks a complete one.
+$(BIN)/pip:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed and was not found." \
+		"On Debian: apt-get install python3 python3-venv." \
+		"Elsewhere: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+		"PYTHON=$(PYTHON) is not a Python 3.11 or newer." >&2; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo \
+		"Python's venv module is missing or incomplete." \
+		"On Debian: apt-get install python3-venv" >&2; exit 1; }
+
+# The build backend is installed first, with the pinned versions, so that the package
+# itself is built without a second environment of unpinned ones.
+$(VENV)/.base-installed: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing keras_openllama into $(VENV); the first time takes minutes"
+	@$(PIP) pip hatchling editables
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.all-installed: $(VENV)/.base-installed
+	@echo "Installing the extras $(EXTRAS)"
+	@$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
