@@ -230,8 +230,13 @@ def _generate(options):
         # The new line that ends a file is not meant as the prompt's last token.
         prompt = sys.stdin.read().removesuffix("\n")
     _choose_backend(options.backend)
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _write(prompt, sampler, options)
+    return 0
 
+
+def _write(prompt, sampler, options):
     from keras_openllama import OpenLlamaCausalLM
     from keras_openllama._keras_hub import get_sampler
 
@@ -245,7 +250,6 @@ def _generate(options):
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
-    return 0
 
 
 def sampler_config(options):
@@ -275,7 +279,7 @@ def sampler_config(options):
             flag = "--" + option.replace("_", "-")
             raise ValueError(
                 f"{flag} {value} means nothing to the sampler {name!r}: leave it out, "
-                f"or choose a sampler that samples with --sampler."
+                "or choose another sampler with --sampler."
             )
         config[option.removeprefix("top_")] = value
     return {"class_name": name, "config": config}
@@ -299,6 +303,11 @@ def _choose_backend(name):
         raise ValueError(
             f"The backend {name!r} is not installed: "
             f"pip install 'keras-openllama{extra}' brings it."
+        )
+    if "keras" in sys.modules and sys.modules["keras"].config.backend() != name:
+        raise ValueError(
+            f"--backend {name} comes too late: this process has imported Keras with "
+            f"{sys.modules['keras'].config.backend()!r} already."
         )
     os.environ["KERAS_BACKEND"] = name
     # XLA and TensorFlow report their start on stderr.
