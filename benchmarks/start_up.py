@@ -9,6 +9,7 @@ after one round that only warms the disk cache. The figures are medians.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -83,7 +84,7 @@ def measure(script, backend):
         [sys.executable, "-c", script], env=environment, cwd=ROOT, text=True
     )
     moments = [start, *json.loads(output.splitlines()[-1])]
-    return [end - begin for begin, end in zip(moments, moments[1:], strict=False)]
+    return [end - begin for begin, end in itertools.pairwise(moments)]
 
 
 def main():
