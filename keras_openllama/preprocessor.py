@@ -1,0 +1,298 @@
+"""Text to the arrays that the model is trained on and generates from."""
+
+import keras
+import numpy as np
+
+from keras_openllama import presets
+from keras_openllama._keras_hub import CausalLMPreprocessor
+from keras_openllama.backbone import OpenLlamaBackbone
+from keras_openllama.text_arrays import (
+    as_texts,
+    is_graph_tensor,
+    loaded_tensorflow,
+    to_numpy,
+)
+from keras_openllama.tokenizer import OpenLlamaTokenizer
+
+
+@keras.saving.register_keras_serializable(package="keras_openllama")
+class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
+    """Turns strings into `(x, y, sample_weight)` for `fit`, and prompts into ids.
+
+    A text becomes `<s> text </s>`, cut or filled up to `sequence_length`; targets are
+    the same tokens, one step ahead, and filling weighs nothing. A text that is too
+    long loses its end, `</s>` with it, and never its `<s>`. It is this class that
+    decides about `<s>` and `</s>`: the tokenizer's `add_bos` and `add_eos` do not
+    count here, so nothing is ever doubled.
+
+    Args:
+        tokenizer: an `OpenLlamaTokenizer`.
+        sequence_length: int, length of the rows, in tokens. Can be set later.
+        add_start_token: bool, begin texts and prompts with `<s>`.
+        add_end_token: bool, end texts (never prompts) with `</s>`.
+
+    Call arguments:
+        x: one text or a batch of them: str, UTF-8 bytes, a list or array of them, or a
+            TensorFlow string tensor, also inside `tf.data.Dataset.map`.
+        y: must be `None`, since the targets are the text itself.
+        sample_weight: `None`, or weights that multiply those of the tokens: one per
+            text, `(batch,)`, or one per target, `(batch, sequence_length)`.
+        sequence_length: int, in place of the constructor's.
+
+    Returns:
+        `(x, y, sample_weight)`: a dict of `"token_ids"` (int32) and `"padding_mask"`
+        (bool); int32 targets; float32 weights. All are NumPy arrays of shape
+        `(batch, sequence_length)`, or `(sequence_length,)` for one text; inside a
+        TensorFlow graph they are tensors with these shapes.
+
+    Raises:
+        ValueError: if an argument is not of this form.
+
+    Example:
+        preprocessor = OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length=128)
+        x, y, sample_weight = preprocessor(["One text.", "Another."])
+    """
+
+    backbone_cls = OpenLlamaBackbone
+    tokenizer_cls = OpenLlamaTokenizer
+
+    def __init__(
+        self,
+        tokenizer,
+        sequence_length=2048,
+        add_start_token=True,
+        add_end_token=True,
+        **kwargs,
+    ):
+        super().__init__(
+            tokenizer=tokenizer,
+            sequence_length=_checked_length(sequence_length),
+            add_start_token=add_start_token,
+            add_end_token=add_end_token,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_preset(cls, preset, revision=None, **kwargs):
+        """Loads the preprocessor of a preset, its tokenizer included.
+
+        Args:
+            preset: str, a name of `OpenLlamaCausalLM.presets`, a directory in KerasHub
+                or transformers format, or `"hf://user/repo"`.
+            revision: str, branch, tag or commit on the Hugging Face Hub.
+            **kwargs: arguments of the constructor, such as `sequence_length`.
+
+        Returns:
+            An `OpenLlamaCausalLMPreprocessor`.
+
+        Example:
+            OpenLlamaCausalLMPreprocessor.from_preset(
+                "open_llama_nano", sequence_length=256
+            )
+        """
+        return presets.load_preprocessor(cls, preset, revision=revision, **kwargs)
+
+    @property
+    def sequence_length(self):
+        """Length of the rows, in tokens."""
+        return self._sequence_length
+
+    @sequence_length.setter
+    def sequence_length(self, value):
+        self._sequence_length = _checked_length(value)
+
+    def build(self, input_shape):
+        self.built = True  # KerasHub would make its packer here; rows are made below.
+
+    def call(self, x, y=None, sample_weight=None, sequence_length=None):
+        if y is not None:
+            raise ValueError(
+                "`y` must be None: the targets are the tokens of `x`, one step ahead. "
+                f"Received: y={y!r}. Pass only texts, or texts and `sample_weight`."
+            )
+        length = self._length_or_default(sequence_length)
+        if is_graph_tensor(x):
+            arrays = self._training_tensors(x, sample_weight, length)
+        else:
+            arrays = self._training_arrays(x, sample_weight, length)
+        token_ids, padding_mask, y, sample_weight = arrays
+        x = {"token_ids": token_ids, "padding_mask": padding_mask}
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+    def _training_arrays(self, x, sample_weight, length):
+        texts, batched = as_texts(x, name="x")
+        rows = self.tokenizer.tokenize(
+            texts, add_bos=self.add_start_token, add_eos=self.add_end_token
+        )
+        # One more than the model sees: the last token has a target too.
+        ids, mask = self._filled_up([row[: length + 1] for row in rows], length + 1)
+        weights = mask[:, 1:].astype("float32")
+        if sample_weight is not None:
+            sample_weight = to_numpy(sample_weight)
+            if not batched:
+                sample_weight = sample_weight[None]
+            weights *= _as_token_weights(sample_weight, weights.shape)
+        arrays = ids[:, :-1], mask[:, :-1], ids[:, 1:], weights
+        return arrays if batched else tuple(array[0] for array in arrays)
+
+    def _training_tensors(self, x, sample_weight, length):
+        def arrays(texts, *weights):
+            return self._training_arrays(texts, *(weights or (None,)), length)
+
+        weights = [] if sample_weight is None else [sample_weight]
+        return _in_graph(
+            arrays, [x, *weights], ["int32", "bool", "int32", "float32"], length
+        )
+
+    def _filled_up(self, rows, length):
+        token_ids = np.full((len(rows), length), self.tokenizer.pad_token_id, "int32")
+        padding_mask = np.zeros((len(rows), length), "bool")
+        for i, row in enumerate(rows):
+            token_ids[i, : len(row)] = row
+            padding_mask[i, : len(row)] = True
+        return token_ids, padding_mask
+
+    # --- Generation ---
+
+    def prompt_ids(self, texts, parse_special=False):
+        """Turns prompts into the ids that the model continues.
+
+        Args:
+            texts: a batch of prompts, as for a call; one prompt is a batch of one.
+            parse_special: bool, read control strings in the prompts as tokens; see
+                `OpenLlamaTokenizer.tokenize`.
+
+        Returns:
+            A list of lists of int: `<s>` first, unless `add_start_token` is false, and
+            no `</s>` last.
+
+        Raises:
+            ValueError: if a prompt is empty, or holds nothing but spaces that the
+                tokenizer drops.
+        """
+        texts, _ = as_texts(texts)
+        rows = self.tokenizer.tokenize(
+            texts, parse_special=parse_special, add_bos=False, add_eos=False
+        )
+        start = self.tokenizer.start_token_id
+        for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
+            if not row:
+                raise ValueError(
+                    f"`inputs[{i}]` is an empty prompt: {text!r}. Pass at least one "
+                    "character to continue"
+                    + ("." if not text else ", other than spaces.")
+                )
+            if self.add_start_token and row[0] != start:
+                row.insert(0, start)
+        return rows
+
+    def generate_preprocess(self, x, sequence_length=None):
+        """Turns prompts into filled-up rows, as KerasHub's `generate` takes them.
+
+        Args:
+            x: one prompt or a batch of them, as for a call.
+            sequence_length: int, in place of the constructor's.
+
+        Returns:
+            A dict of `"token_ids"` (int32) and `"padding_mask"` (bool), NumPy arrays
+            `(batch, sequence_length)`, or `(sequence_length,)` for one prompt.
+
+        Raises:
+            ValueError: if a prompt is empty, or longer than `sequence_length`.
+        """
+        length = self._length_or_default(sequence_length)
+        if is_graph_tensor(x):
+            token_ids, padding_mask = _in_graph(
+                lambda texts: self._prompt_arrays(texts, length),
+                [x],
+                ["int32", "bool"],
+                length,
+            )
+        else:
+            token_ids, padding_mask = self._prompt_arrays(x, length)
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def _prompt_arrays(self, x, length):
+        texts, batched = as_texts(x)
+        rows = self.prompt_ids(texts)
+        for i, row in enumerate(rows):
+            if len(row) > length:
+                raise ValueError(
+                    f"`inputs[{i}]` is a prompt of {len(row)} tokens, longer than "
+                    f"`sequence_length`, {length}. Shorten it, or raise "
+                    "`sequence_length`."
+                )
+        arrays = self._filled_up(rows, length)
+        return arrays if batched else tuple(array[0] for array in arrays)
+
+    def generate_postprocess(self, x):
+        """Turns generated rows back into text.
+
+        Args:
+            x: dict of `"token_ids"`, int `(batch, length)` or `(length,)`, and
+                `"padding_mask"` of the same shape, true on the tokens to read.
+
+        Returns:
+            A list of str, or one str. Control tokens have no text.
+        """
+        token_ids = to_numpy(x["token_ids"])
+        padding_mask = to_numpy(x["padding_mask"]).astype("bool")
+        if token_ids.shape != padding_mask.shape or token_ids.ndim not in (1, 2):
+            raise ValueError(
+                '`x["token_ids"]` and `x["padding_mask"]` must have the same shape, '
+                f"(batch, length) or (length,). Received: {token_ids.shape} and "
+                f"{padding_mask.shape}."
+            )
+        if token_ids.ndim == 1:
+            return self.tokenizer.detokenize(token_ids[padding_mask])
+        return [
+            self.tokenizer.detokenize(row[mask])
+            for row, mask in zip(token_ids, padding_mask, strict=True)
+        ]
+
+    def _length_or_default(self, sequence_length):
+        if sequence_length is None:
+            return self.sequence_length
+        return _checked_length(sequence_length)
+
+
+def _checked_length(sequence_length):
+    if (
+        not isinstance(sequence_length, (int, np.integer))
+        or isinstance(sequence_length, bool)
+        or sequence_length < 1
+    ):
+        raise ValueError(
+            "`sequence_length` must be a whole number of tokens, at least 1. "
+            f"Received: {sequence_length!r}."
+        )
+    return int(sequence_length)
+
+
+def _as_token_weights(weights, shape):
+    """Returns weights per text or per target in a shape that multiplies `shape`."""
+    if weights.shape == shape[:1]:
+        return weights[:, None]
+    if weights.shape == shape:
+        return weights
+    raise ValueError(
+        "`sample_weight` must hold one weight per text or one per target: shape "
+        f"{shape[:1]} or {shape}. Received an array of shape {weights.shape}."
+    )
+
+
+def _in_graph(function, inputs, dtypes, length):
+    """Runs a function on NumPy arrays as a step of a TensorFlow graph.
+
+    Its outputs have the shape of `inputs[0]`, known as far as it is known when the
+    graph is made, and a last dimension of `length`.
+    """
+    if inputs[0].shape.rank not in (0, 1):
+        raise ValueError(
+            "`x` must be a string tensor with no dimension or one. "
+            f"Received: {inputs[0]}."
+        )
+    outputs = loaded_tensorflow().numpy_function(function, inputs, dtypes)
+    for output in outputs:
+        output.set_shape([*inputs[0].shape, length])
+    return outputs
