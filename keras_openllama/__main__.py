@@ -6,13 +6,14 @@ choose.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import sys
 import warnings
+
+from keras_openllama import __version__
 
 PROGRAM = "keras-openllama"
 DEFAULT_PRESET = "open_llama_nano"
@@ -27,6 +28,8 @@ SAMPLERS = {
 }
 DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.9
+COUNTS = ("", "K", "M", "B")
+BYTES = (" B", " kB", " MB", " GB")
 
 DESCRIPTION = """\
 OpenLLaMA in Keras 3: let a model write, or see which models there are.
@@ -119,7 +122,7 @@ def _parser():
     parser.add_argument(
         "--version",
         action="version",
-        version=f"{PROGRAM} {importlib.metadata.version(PROGRAM)}",
+        version=f"{PROGRAM} {__version__}",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -319,7 +322,7 @@ def _presets(options):
     from keras_openllama.presets import registry
 
     rows = []
-    for preset in registry().values():
+    for preset in sorted(registry().values(), key=lambda preset: preset.parameters):
         handle = preset.weights["transformers"]
         state, size = cache_state(handle)
         rows.append(
@@ -341,12 +344,12 @@ def _presets(options):
     for row in rows:
         cached = row["cached"]
         if row["cached_bytes"]:
-            cached += f", {_decimal(row['cached_bytes'])}B"
+            cached += f", {_scaled(row['cached_bytes'], BYTES)}"
         table.append(
             (
                 row["name"],
-                _decimal(row["parameters"]),
-                _decimal(row["float16_bytes"]) + "B",
+                _scaled(row["parameters"], COUNTS),
+                _scaled(row["float16_bytes"], BYTES),
                 row["tokenizer"],
                 row["weights"],
                 cached,
@@ -359,18 +362,18 @@ def _presets(options):
     return 0
 
 
-def _decimal(number):
-    """Shortens a number to three digits.
+def _scaled(number, units):
+    """Shortens a number to three digits and one of four units, each 1000 of the last.
 
-    >>> _decimal(3_426_473_600), _decimal(6_852_947_200), _decimal(523)
-    ('3.43 G', '6.85 G', '523 ')
+    >>> _scaled(3_426_473_600, COUNTS), _scaled(6_852_947_200, BYTES)
+    ('3.43B', '6.85 GB')
     """
-    for unit in ("", "k", "M", "G"):
-        if abs(number) < 999.5 or unit == "G":
-            break
+    power = 0
+    while number >= 999.5 and power < len(units) - 1:
         number /= 1000
-    digits = max(0, 2 - int(math.log10(max(abs(number), 1))))
-    return f"{number:.{digits if unit else 0}f} {unit}"
+        power += 1
+    digits = len(str(int(number)))
+    return f"{number:.{max(0, 3 - digits) if power else 0}f}{units[power]}"
 
 
 def _number(kind, admits, what):

@@ -287,7 +287,7 @@ def test_the_table_lists_every_preset_with_its_size(cache, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines[1:]}
     assert len(rows) == 7
-    assert "3.43 G" in rows["open_llama_3b"]
+    assert " 3.43B " in rows["open_llama_3b"]
     assert "6.85 GB" in rows["open_llama_3b"]
     assert "hf://openlm-research/open_llama_3b_v2" in rows["open_llama_3b_v3"]
     assert rows["open_llama_13b"].endswith("no")
