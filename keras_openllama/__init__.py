@@ -1,0 +1,26 @@
+"""OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module. Imported at first use, so that the command line can show its
+# help, and tools can read the version, without waiting for Keras.
+_MODULES = {
+    "OpenLlamaBackbone": "backbone",
+    "OpenLlamaTokenizer": "tokenizer",
+    "OpenLlamaCausalLMPreprocessor": "preprocessor",
+    "OpenLlamaCausalLM": "causal_lm",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

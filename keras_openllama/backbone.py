@@ -1,0 +1,242 @@
+"""The LLaMA network up to its last hidden states."""
+
+import keras
+from keras import ops
+
+from keras_openllama import presets
+from keras_openllama._keras_hub import Backbone, classproperty
+from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding
+from keras_openllama.layers.attention import causal_mask
+from keras_openllama.layers.rotary_embedding import check_rope_scaling
+
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@keras.saving.register_keras_serializable(package="keras_openllama")
+class OpenLlamaBackbone(Backbone):
+    """The decoder of OpenLLaMA: token ids to hidden states.
+
+    Defaults are those common to all OpenLLaMA models.
+
+    Args:
+        vocabulary_size: int, number of tokens.
+        num_layers: int, number of decoder layers.
+        num_query_heads: int, attention heads.
+        hidden_dim: int, width of the network.
+        intermediate_dim: int, width of the feed-forward networks.
+        num_key_value_heads: int, heads of keys and values; a divisor of
+            `num_query_heads`. Defaults to `num_query_heads`.
+        head_dim: int, size of a head. Defaults to `hidden_dim / num_query_heads`,
+            which must then be a whole number.
+        rope_max_wavelength: float, base of the rotary frequencies ("theta").
+        rope_scaling: `None`, or a dict such as
+            `{"rope_type": "linear", "factor": 2.0}` for contexts longer than
+            `max_sequence_length`; see `keras_openllama.layers.RotaryEmbedding`.
+        layer_norm_epsilon: float, epsilon of the norms.
+        max_sequence_length: int, context of the trained weights, in tokens.
+        initializer_std: float, standard deviation of the initial weights.
+        dtype: dtype or dtype policy. Norms, rotary embedding and softmax are
+            float32 whatever it is.
+
+    Call arguments:
+        A dict of `"token_ids"`, int `(batch, length)`, and `"padding_mask"`, bool or
+        int `(batch, length)`, true on real tokens.
+
+    Returns:
+        Hidden states `(batch, length, hidden_dim)`, in the compute dtype.
+
+    Raises:
+        ValueError: if head counts or sizes do not fit together.
+
+    Example:
+        backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+        backbone({"token_ids": [[1, 5, 6]], "padding_mask": [[1, 1, 1]]})
+
+    Source: LLaMA (arXiv:2302.13971); sizes in `openlm-research/open_llama`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_query_heads,
+        hidden_dim,
+        intermediate_dim,
+        num_key_value_heads=None,
+        head_dim=None,
+        rope_max_wavelength=10000.0,
+        rope_scaling=None,
+        layer_norm_epsilon=1e-6,
+        max_sequence_length=2048,
+        initializer_std=0.02,
+        dtype=None,
+        **kwargs,
+    ):
+        if head_dim is None:
+            if hidden_dim % num_query_heads:
+                raise ValueError(
+                    "`head_dim` must be given where `num_query_heads` does not "
+                    f"divide `hidden_dim`. Received: hidden_dim={hidden_dim}, "
+                    f"num_query_heads={num_query_heads}"
+                )
+            head_dim = hidden_dim // num_query_heads
+        if num_key_value_heads is None:
+            num_key_value_heads = num_query_heads
+
+        # === Layers ===
+        self.token_embedding = keras.layers.Embedding(
+            vocabulary_size,
+            hidden_dim,
+            embeddings_initializer=keras.initializers.RandomNormal(
+                stddev=initializer_std
+            ),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.rotary_embedding = RotaryEmbedding(
+            head_dim,
+            max_wavelength=rope_max_wavelength,
+            scaling=rope_scaling,
+            max_sequence_length=max_sequence_length,
+            name="rotary_embedding",
+        )
+        self.transformer_layers = [
+            DecoderLayer(
+                num_query_heads,
+                num_key_value_heads,
+                head_dim,
+                intermediate_dim,
+                layer_norm_epsilon=layer_norm_epsilon,
+                initializer_std=initializer_std,
+                dtype=dtype,
+                name=f"transformer_layer_{i}",
+            )
+            for i in range(num_layers)
+        ]
+        self.final_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="final_norm")
+
+        # === Functional model ===
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="bool", name="padding_mask")
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.hidden_states(token_ids, padding_mask),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.num_query_heads = num_query_heads
+        self.hidden_dim = hidden_dim
+        self.intermediate_dim = intermediate_dim
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.rope_max_wavelength = rope_max_wavelength
+        self.rope_scaling = check_rope_scaling(rope_scaling)
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.max_sequence_length = max_sequence_length
+        self.initializer_std = initializer_std
+        # The layers that tasks have put on top, see `add_head`.
+        self._heads = []
+
+    @classmethod
+    def from_preset(
+        cls, preset, *, dtype=None, load_weights=True, revision=None, **kwargs
+    ):
+        """Loads a backbone; see `OpenLlamaCausalLM.from_preset`."""
+        return presets.load_backbone(
+            cls,
+            preset,
+            dtype=dtype,
+            load_weights=load_weights,
+            revision=revision,
+            **kwargs,
+        )
+
+    @classproperty
+    def presets(cls):
+        """Names of the presets, each with description, parameters and handles."""
+        return presets.descriptions()
+
+    @property
+    def context_length(self):
+        """int, the longest sequence the model can take, in tokens."""
+        factor = 1.0 if self.rope_scaling is None else self.rope_scaling["factor"]
+        return int(self.max_sequence_length * factor)
+
+    def hidden_states(self, token_ids, padding_mask, layer_intercept_fn=None):
+        """What the model computes, with a look at each layer where wanted.
+
+        Args:
+            token_ids: int tensor `(batch, length)`.
+            padding_mask: bool tensor `(batch, length)`, true on real tokens.
+            layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
+                called with the embeddings (index -1) and with each layer's output.
+
+        Returns:
+            Hidden states `(batch, length, hidden_dim)` after the final norm.
+        """
+        # 0, 1, 2 … as a sum, because the length may not be known here.
+        positions = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
+        mask = causal_mask(positions, padding_mask)
+        final_lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+        cos, sin = self.rotary_embedding(positions, final_lengths)
+        intercept = layer_intercept_fn or (lambda x, index: x)
+        x = intercept(self.token_embedding(token_ids), -1)
+        for index, layer in enumerate(self.transformer_layers):
+            x, _ = layer(x, cos, sin, mask)
+            x = intercept(x, index)
+        return self.final_norm(x)
+
+    def add_head(self, layer):
+        """Tells the backbone of a layer on top of it, which `enable_lora` freezes too.
+
+        Args:
+            layer: the `keras.layers.Layer` that a task applies to the hidden states.
+        """
+        self._heads.append(layer)
+
+    def enable_lora(self, rank, target_layer_names=None):
+        """Adds low-rank adapters (LoRA, arXiv:2106.09685) and freezes all the rest.
+
+        Afterwards the trainable variables of the backbone, and of a task around it,
+        are exactly the adapters.
+
+        Args:
+            rank: int, rank of the adapters.
+            target_layer_names: list of strings among `"query"`, `"key"`, `"value"`,
+                `"output"`, `"gate"`, `"up"`, `"down"`. Defaults to query and value.
+
+        Raises:
+            ValueError: for a name that is no projection of this network.
+        """
+        if target_layer_names is not None:
+            unknown = sorted(set(target_layer_names) - set(PROJECTIONS))
+            if unknown or not target_layer_names:
+                raise ValueError(
+                    "`target_layer_names` takes a list of names among "
+                    f"{PROJECTIONS}. Received: {target_layer_names}"
+                )
+        super().enable_lora(rank, target_layer_names)
+        for head in self._heads:
+            head.trainable = False
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            vocabulary_size=self.vocabulary_size,
+            num_layers=self.num_layers,
+            num_query_heads=self.num_query_heads,
+            hidden_dim=self.hidden_dim,
+            intermediate_dim=self.intermediate_dim,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            rope_max_wavelength=self.rope_max_wavelength,
+            rope_scaling=self.rope_scaling,
+            layer_norm_epsilon=self.layer_norm_epsilon,
+            max_sequence_length=self.max_sequence_length,
+            initializer_std=self.initializer_std,
+        )
+        return config

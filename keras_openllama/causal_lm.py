@@ -1,0 +1,504 @@
+"""OpenLLaMA as a causal language model: training, scoring, generation."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_openllama import generation, presets, prompts
+from keras_openllama._keras_hub import CausalLM, classproperty, get_sampler
+from keras_openllama.backbone import OpenLlamaBackbone
+from keras_openllama.compiled import compile_function
+from keras_openllama.continuation import Continuation, as_stop_strings
+from keras_openllama.layers.projection import projection
+from keras_openllama.preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.text_arrays import as_texts
+
+# Ours: tokens between two looks for a stop string; at most so many are wasted.
+TOKENS_BETWEEN_STOP_CHECKS = 16
+
+
+@keras.saving.register_keras_serializable(package="keras_openllama")
+class OpenLlamaCausalLM(CausalLM):
+    """OpenLLaMA with its language-model head.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+        preprocessor: `OpenLlamaCausalLMPreprocessor`, or `None` to work on token ids.
+
+    Call arguments: those of the backbone.
+
+    Returns:
+        Logits `(batch, length, vocabulary_size)`.
+
+    Example:
+        lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+        lm.generate("It was a dark night, and", max_new_tokens=32)
+        lm.fit(["some text", "more text"])
+    """
+
+    backbone_cls = OpenLlamaBackbone
+    preprocessor_cls = OpenLlamaCausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.lm_head = projection(
+            backbone.vocabulary_size,
+            "lm_head",
+            backbone.dtype_policy,
+            backbone.initializer_std,
+        )
+        backbone.add_head(self.lm_head)
+
+        # === Functional model ===
+        super().__init__(
+            inputs=backbone.input, outputs=self.lm_head(backbone.output), **kwargs
+        )
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset,
+        *,
+        dtype=None,
+        load_weights=True,
+        revision=None,
+        preprocessor="auto",
+        **kwargs,
+    ):
+        """Loads a model.
+
+        Weights are read tensor by tensor into the dtype asked for; memory holds one
+        tensor more than the model.
+
+        Args:
+            preset: a name of `OpenLlamaCausalLM.presets`; a directory in KerasHub's or
+                transformers' format (safetensors or `.bin`, one file or several); or
+                `"hf://user/repo"`.
+            dtype: dtype or dtype policy; `None` is Keras's global policy, float32
+                unless set.
+            load_weights: whether to load the weights, rather than initialise them.
+            revision: branch, tag or commit of a repository on the Hub.
+            preprocessor: `"auto"` loads it; `None` loads no tokenizer.
+            **kwargs: arguments of `OpenLlamaBackbone` to override, such as
+                `rope_scaling`.
+
+        Returns:
+            An `OpenLlamaCausalLM`.
+
+        Raises:
+            ValueError: for an unknown preset, or files that are not this model.
+            OSError: if a file cannot be had or read.
+
+        Example:
+            OpenLlamaCausalLM.from_preset("open_llama_7b_v2", dtype="bfloat16")
+        """
+        return presets.load_task(
+            cls,
+            preset,
+            dtype=dtype,
+            load_weights=load_weights,
+            revision=revision,
+            preprocessor=preprocessor,
+            **kwargs,
+        )
+
+    @classproperty
+    def presets(cls):
+        """Names of the presets, each with description, parameters and handles."""
+        return presets.descriptions()
+
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="greedy",
+        **kwargs,
+    ):
+        """Configures training and generation.
+
+        Args:
+            optimizer: see `keras.Model.compile`; `"auto"` is Adam at 2e-5.
+            loss: see `keras.Model.compile`; `"auto"` is the cross-entropy of the next
+                token, in nats, averaged over positions by their weight.
+            weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
+            sampler: name or instance of a `keras_hub.samplers.Sampler`.
+            **kwargs: further arguments of `keras.Model.compile`.
+
+        Raises:
+            ValueError: for a sampler that `generate` cannot run.
+        """
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            )
+        sampler = get_sampler(sampler)
+        steers_search = generation.steers_search(sampler)
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            weighted_metrics=weighted_metrics,
+            sampler=sampler,
+            **kwargs,
+        )
+        loop = generation.SearchLoop if steers_search else generation.TokenLoop
+        self.generate_function = loop(self)
+        self._score_function = compile_function(self._logits, self)
+
+    # ----- Generation
+
+    def make_generate_function(self):
+        """The loop that chooses tokens; it compiles itself where it must."""
+        return self.generate_function
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        max_new_tokens=None,
+        stop_token_ids="auto",
+        stop=None,
+        strip_prompt=False,
+    ):
+        """Continues one or more prompts.
+
+        Each prompt of a batch is continued as it would be alone. Sizes are rounded up
+        inside, so that other lengths seldom compile anew.
+
+        Args:
+            inputs: a string, a list or array of strings, a `tf.data.Dataset` of
+                batches of strings, or a dict of `"token_ids"` and `"padding_mask"`,
+                both `(batch, length)` with padding on the right.
+            max_length: int, tokens that a row may have in the end, prompt and BOS
+                included. Defaults to `preprocessor.sequence_length`, or for a dict to
+                its length.
+            max_new_tokens: int, tokens that may be added to each prompt. Where both
+                are given, the nearer limit counts.
+            stop_token_ids: list of ids that end a row; `"auto"` is the tokenizer's end
+                token, `None` is none.
+            stop: string or list of strings that end a row; they are cut off.
+            strip_prompt: whether to return the new text alone.
+
+        Returns:
+            A string for a string, a list of strings for several; for a dict a dict
+            with the same keys, NumPy arrays.
+
+        Raises:
+            ValueError: if a prompt is empty, or longer than the limits; if ids or mask
+                are malformed; if the limits go beyond the model's context.
+
+        Example:
+            lm.generate(["Once upon", "The sea"], max_new_tokens=20, stop=".")
+        """
+        if prompts.is_tf_dataset(inputs):
+            options = (max_length, max_new_tokens, stop_token_ids, stop, strip_prompt)
+            batches = inputs.as_numpy_iterator()
+            return [text for b in batches for text in self.generate(b, *options)]
+        if self.preprocessor is None or isinstance(inputs, dict):
+            return self._generate_arrays(
+                inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
+            )
+        texts, batched = as_texts(inputs)
+        stops = as_stop_strings(stop)
+        rows = self._run_texts(
+            texts,
+            (max_length, max_new_tokens),
+            stop_token_ids,
+            stops,
+            stride=TOKENS_BETWEEN_STOP_CHECKS if stops else None,
+        )
+        for continuations in rows:
+            if all(row.stopped for row in continuations):
+                break
+        for row in continuations:
+            row.flush()
+        results = [
+            row.text if strip_prompt else text + row.text
+            for text, row in zip(texts, continuations, strict=True)
+        ]
+        return results if batched else results[0]
+
+    def stream(
+        self,
+        inputs,
+        max_length=None,
+        max_new_tokens=None,
+        stop_token_ids="auto",
+        stop=None,
+    ):
+        """Continues one prompt and yields the new text while it arises.
+
+        The pieces join to what `generate(..., strip_prompt=True)` returns. None ends
+        within a character, and none shows a part of a stop string.
+
+        Args:
+            inputs: string.
+            max_length, max_new_tokens, stop_token_ids, stop: see `generate`.
+
+        Yields:
+            Strings, none empty.
+
+        Raises:
+            ValueError: as `generate`, before the first piece.
+
+        Example:
+            for piece in lm.stream("Once upon", max_new_tokens=64):
+                print(piece, end="", flush=True)
+        """
+        if self.preprocessor is None or not isinstance(inputs, str):
+            raise ValueError(
+                "`stream` takes one string, and needs a `preprocessor`. Received: "
+                f"inputs={inputs!r}, preprocessor={self.preprocessor}"
+            )
+        rows = self._run_texts(
+            [inputs],
+            (max_length, max_new_tokens),
+            stop_token_ids,
+            as_stop_strings(stop),
+            stride=1,
+        )
+        return self._pieces(rows)
+
+    def _pieces(self, rows):
+        shown = 0
+        for (row,) in rows:
+            if len(row.text) > shown:
+                yield row.text[shown:]
+                shown = len(row.text)
+            if row.stopped:
+                return
+        row.flush()
+        if len(row.text) > shown:
+            yield row.text[shown:]
+
+    def _run_texts(self, texts, lengths, stop_token_ids, stops, stride):
+        """Checks the request at once; returns an iterator over growing texts."""
+        rows = self.preprocessor.prompt_ids(texts)
+        limits = self._limits(rows, *lengths, self.preprocessor.sequence_length)
+        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        tokenizer = self.preprocessor.tokenizer
+        continuations = [Continuation(tokenizer, row, stops) for row in rows]
+
+        def run():
+            for new in self._new_tokens(rows, limits, stop_token_ids, stride):
+                for continuation, ids in zip(continuations, new, strict=True):
+                    continuation.push(ids)
+                yield continuations
+
+        return run()
+
+    def _generate_arrays(
+        self, inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
+    ):
+        if stop is not None:
+            raise ValueError(
+                "`stop` finds strings in text, and here are token ids. Give "
+                f"`stop_token_ids` instead. Received: stop={stop!r}"
+            )
+        rows, width = prompts.rows_of(inputs, self.backbone.vocabulary_size)
+        limits = self._limits(rows, max_length, max_new_tokens, width)
+        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        (new,) = self._new_tokens(rows, limits, stop_token_ids, stride=None)
+        longest = max(len(r) + n for r, n in zip(rows, limits, strict=True))
+        shape = (len(rows), max(width, longest))
+        token_ids = np.full(shape, generation.PAD_TOKEN_ID, "int32")
+        padding_mask = np.zeros(shape, "bool")
+        for i, (prompt, ids) in enumerate(zip(rows, new, strict=True)):
+            ids = ids if strip_prompt else prompt + ids
+            token_ids[i, : len(ids)] = ids
+            padding_mask[i, : len(ids)] = True
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def _new_tokens(self, rows, limits, stop_token_ids, stride):
+        self._warn_if_slow()
+        loop = self.make_generate_function()
+        return generation.new_tokens(loop, rows, limits, stop_token_ids, stride)
+
+    def _limits(self, rows, max_length, max_new_tokens, default_length):
+        return prompts.new_token_limits(
+            [len(row) for row in rows],
+            max_length,
+            max_new_tokens,
+            default_length,
+            self.backbone.context_length,
+        )
+
+    def _stop_token_ids(self, stop_token_ids):
+        if stop_token_ids is None:
+            return []
+        if isinstance(stop_token_ids, str):
+            if stop_token_ids != "auto" or self.preprocessor is None:
+                raise ValueError(
+                    "`stop_token_ids` must be a list of ids, None, or, with a "
+                    '`preprocessor`, "auto". Received: stop_token_ids='
+                    f"{stop_token_ids!r}, preprocessor={self.preprocessor}"
+                )
+            return [self.preprocessor.tokenizer.end_token_id]
+        return prompts.as_token_ids(
+            [list(stop_token_ids)], self.backbone.vocabulary_size, "stop_token_ids"
+        )[0].tolist()
+
+    def _warn_if_slow(self):
+        """Says once that XLA's bfloat16 is slow on a CPU."""
+        if keras.config.backend() != "jax" or self._warned_of_bfloat16:
+            return
+        import jax
+
+        on_cpu = jax.devices()[0].platform == "cpu"
+        if on_cpu and self.compute_dtype == "bfloat16":
+            self._warned_of_bfloat16 = True
+            warnings.warn(
+                "bfloat16 is several times slower than float32 on a CPU with JAX. "
+                "Load the model with dtype='float32', or use KERAS_BACKEND=torch for "
+                "bfloat16.",
+                stacklevel=4,
+            )
+
+    _warned_of_bfloat16 = False
+
+    # ----- Scoring
+
+    def score(
+        self,
+        inputs,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Logits or losses of given sequences, as in KerasHub.
+
+        Args:
+            inputs: int array of token ids `(batch, length)`; or with a preprocessor a
+                string or a list of strings.
+            padding_mask: bool `(batch, length)`; `None` is no padding.
+            scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of each target,
+                in nats.
+            layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
+                called with the embeddings (index -1) and with each layer's output.
+            target_ids: int `(batch, length)`, the right token after each position.
+                `"loss"` needs it for token ids; for text it is the text itself.
+
+        Returns:
+            Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0
+            on padding; float32 tensors of the backend.
+
+        Raises:
+            ValueError: for malformed ids, mask or targets, or an unknown mode.
+
+        Example:
+            lm.score("The sea", scoring_mode="loss")
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(
+                "`scoring_mode` must be 'logits' or 'loss'. "
+                f"Received: scoring_mode={scoring_mode!r}"
+            )
+        if self.preprocessor is not None and prompts.is_text(inputs):
+            inputs, padding_mask, target_ids = self._rows_to_score(inputs)
+        size = self.backbone.vocabulary_size
+        token_ids = prompts.as_token_ids(inputs, size)
+        padding_mask = prompts.as_padding_mask(padding_mask, token_ids.shape)
+        if scoring_mode == "loss":
+            if target_ids is None:
+                raise ValueError(
+                    "`target_ids` is needed for scoring_mode='loss': the right token "
+                    "after each position, an int array (batch, length)."
+                )
+            target_ids = prompts.as_token_ids(target_ids, size, "target_ids")
+            if target_ids.shape != token_ids.shape:
+                raise ValueError(
+                    "`target_ids` must have the shape of the token ids, "
+                    f"{token_ids.shape}. Received: shape {target_ids.shape}"
+                )
+        score = self._score_function if layer_intercept_fn is None else self._logits
+        intercept = {} if layer_intercept_fn is None else {"fn": layer_intercept_fn}
+        logits = score(token_ids=token_ids, padding_mask=padding_mask, **intercept)
+        if scoring_mode == "logits":
+            return logits
+        losses = ops.sparse_categorical_crossentropy(
+            target_ids, logits, from_logits=True
+        )
+        return losses * ops.cast(padding_mask, "float32")
+
+    def _rows_to_score(self, texts):
+        texts, _ = as_texts(texts)
+        rows = self.preprocessor.prompt_ids(texts)
+        shape = len(rows), max(len(row) for row in rows) - 1
+        if shape[1] == 0:
+            raise ValueError(
+                "`inputs` has one token only, so there is nothing to predict. "
+                f"Received: inputs={texts!r}"
+            )
+        ids, targets = np.zeros(shape, "int32"), np.zeros(shape, "int32")
+        mask = np.zeros(shape, "bool")
+        for i, row in enumerate(rows):
+            n = len(row) - 1
+            ids[i, :n], targets[i, :n], mask[i, :n] = row[:-1], row[1:], True
+        return ids, mask, targets
+
+    def _logits(self, token_ids, padding_mask, fn=None):
+        hidden = self.backbone.hidden_states(token_ids, padding_mask, fn)
+        return ops.cast(self.lm_head(hidden), "float32")
+
+    # ----- Training
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Text goes through the preprocessor; arrays are taken as they are."""
+        if self.preprocessor is None or not prompts.is_text(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return self.preprocessor(x, y=y, sample_weight=sample_weight)
+
+    def fit(self, x=None, y=None, sample_weight=None, validation_data=None, **kwargs):
+        """Trains the model; see `keras.Model.fit`.
+
+        Args:
+            x: a string or a list of strings, with a preprocessor; a dict of
+                `"token_ids"` and `"padding_mask"`, both `(batch, length)`; a
+                `tf.data.Dataset` of either; or whatever else `keras.Model.fit` takes.
+            y: int `(batch, length)`, the token after each position. Not with text.
+            sample_weight: float, one per position or one per text.
+            validation_data: as `x`, or a tuple of `x`, `y` and `sample_weight`.
+            **kwargs: see `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        x, y, sample_weight = self._as_training_data(x, y, sample_weight)
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple):
+                validation_data = (validation_data,)
+            validation_data = self._as_training_data(*validation_data)
+            if validation_data[1:] == (None, None):
+                validation_data = validation_data[0]
+        return keras.Model.fit(
+            self,
+            x,
+            y,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            **kwargs,
+        )
+
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+        """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`."""
+        x, y, sample_weight = self._as_training_data(x, y, sample_weight)
+        return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x, **kwargs):
+        """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
+        x, _, _ = self._as_training_data(x, None, None)
+        return keras.Model.predict(self, x, **kwargs)
+
+    def _as_training_data(self, x, y=None, sample_weight=None):
+        if prompts.is_tf_dataset(x):
+            return x.map(self.preprocess_samples, num_parallel_calls=-1), y, None
+        if isinstance(x, str):
+            x = [x]
+        data = self.preprocess_samples(x, y, sample_weight)
+        return keras.utils.unpack_x_y_sample_weight(data)

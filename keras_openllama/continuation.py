@@ -1,0 +1,63 @@
+"""The text of one row while its tokens arrive."""
+
+
+def as_stop_strings(stop):
+    """`stop` as a tuple of strings.
+
+    Raises:
+        ValueError: for anything but `None`, a string, or a list of strings, or for an
+            empty string.
+    """
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(
+            "`stop` must be a string or a list of strings, none of them empty. "
+            f"Received: stop={stop!r}"
+        )
+    return stops
+
+
+class Continuation:
+    """Turns the new tokens of a row into text, cut before the first stop string.
+
+    Args:
+        tokenizer: `OpenLlamaTokenizer`.
+        prompt_ids: list of int, what the tokens continue.
+        stops: tuple of strings.
+
+    Attributes:
+        text: the text so far, as far as it is final.
+        stopped: whether a stop string has come.
+    """
+
+    def __init__(self, tokenizer, prompt_ids, stops=()):
+        self._decoder = tokenizer.stream_decoder(prefix_ids=prompt_ids)
+        self._stops = stops
+        # A stop string may have begun in so many characters at the end.
+        self._held_back = max(map(len, stops), default=1) - 1
+        self._pending = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_ids):
+        """Takes the next tokens; returns the text that has become final."""
+        pieces = "".join(self._decoder.push(token_id) for token_id in token_ids)
+        return self._release(pieces, self._held_back)
+
+    def flush(self):
+        """Returns what was still held back, once no more tokens come."""
+        return self._release(self._decoder.flush(), 0)
+
+    def _release(self, new, hold_back):
+        if self.stopped:
+            return ""
+        self._pending += new
+        found = [i for i in map(self._pending.find, self._stops) if i >= 0]
+        if found:
+            self.stopped = True
+            final, self._pending = self._pending[: min(found)], ""
+        else:
+            end = max(0, len(self._pending) - hold_back)
+            final, self._pending = self._pending[:end], self._pending[end:]
+        self.text += final
+        return final

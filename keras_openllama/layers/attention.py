@@ -1,0 +1,183 @@
+"""Causal self-attention with rotary positions and grouped key/value heads."""
+
+import keras
+from keras import ops
+
+from keras_openllama.layers.projection import projection
+from keras_openllama.layers.rotary_embedding import rotate
+
+
+def attend(query, key, value, mask):
+    """Scaled dot-product attention with grouped heads; softmax in float32.
+
+    Args:
+        query: `(batch, num_query_heads, length, head_dim)`.
+        key, value: `(batch, num_key_value_heads, key_length, head_dim)`.
+        mask: bool, broadcastable to `(batch, 1, length, key_length)`; True where a
+            query may look at a key.
+
+    Returns:
+        `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
+    """
+    batch, num_query_heads, length, head_dim = ops.shape(query)
+    num_key_value_heads = key.shape[1]
+    group = num_query_heads // num_key_value_heads
+    # Heads of a group share keys and values, so they join the length axis: one
+    # product per key/value head, and no copy of the keys.
+    query = ops.reshape(
+        query, (batch, num_key_value_heads, group * length, head_dim)
+    ) * ops.cast(head_dim**-0.5, query.dtype)
+    scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
+    key_length = ops.shape(scores)[-1]
+    scores = ops.reshape(
+        ops.cast(scores, "float32"),
+        (batch, num_key_value_heads, group, length, key_length),
+    )
+    # A finite number: a row that may look nowhere (padding) must not become NaN.
+    scores = ops.where(mask[:, :, None], scores, -1e30)
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    weights = ops.reshape(
+        weights, (batch, num_key_value_heads, group * length, key_length)
+    )
+    context = ops.matmul(weights, value)
+    return ops.reshape(context, (batch, num_query_heads, length, head_dim))
+
+
+def write(cache, update, column):
+    """Puts keys or values into the cache, in place.
+
+    Args:
+        cache: `(batch, heads, columns, head_dim)`.
+        update: `(batch, heads, length, head_dim)`.
+        column: int scalar, where `update` begins.
+
+    Returns:
+        The updated cache.
+    """
+    if keras.config.backend() == "torch":
+        # `slice_update` copies the whole cache there; XLA updates in place. (Rows
+        # that share memory, as a search's first beams do, must be parted before.)
+        cache = cache.contiguous()
+        cache[:, :, column : column + update.shape[2]] = update
+        return cache
+    return ops.slice_update(cache, (0, 0, column, 0), update)
+
+
+def causal_mask(positions, padding_mask=None):
+    """Each position sees itself and what comes before, padding excluded.
+
+    Args:
+        positions: int `(batch or 1, length)`.
+        padding_mask: `None`, or bool `(batch, length)`, True on real tokens.
+
+    Returns:
+        bool `(batch or 1, 1, length, length)`.
+    """
+    mask = positions[:, None, :, None] >= positions[:, None, None, :]
+    if padding_mask is not None:
+        mask = ops.logical_and(mask, ops.cast(padding_mask, "bool")[:, None, None, :])
+    return mask
+
+
+@keras.saving.register_keras_serializable(package="keras_openllama")
+class CausalSelfAttention(keras.layers.Layer):
+    """Self-attention whose keys and values may live in a cache.
+
+    Args:
+        num_query_heads: int.
+        num_key_value_heads: int, a divisor of `num_query_heads`.
+        head_dim: int. Never guessed from the width: 3B has 100.
+        initializer_std: float, standard deviation of the initial weights.
+
+    Call arguments:
+        x: float tensor `(batch, length, hidden_dim)`.
+        cos, sin: float32 rotary tables, see `RotaryEmbedding`.
+        mask: bool, broadcastable to `(batch, 1, length, key_length)`.
+        cache: `None`, or a pair of tensors
+            `(batch, num_key_value_heads, cache_length, head_dim)`.
+        column: int scalar, where in the cache the keys and values of `x` go.
+
+    Returns:
+        The output `(batch, length, hidden_dim)`, and the pair of keys and values: of
+        `x` alone without a cache, else the whole updated cache.
+
+    Example:
+        positions = ops.arange(8)[None]
+        cos, sin = RotaryEmbedding(head_dim=100)(positions)
+        attention = CausalSelfAttention(32, 32, 100)
+        y, _ = attention(x, cos, sin, causal_mask(positions))
+
+    Sources: arXiv:1706.03762; grouped heads, arXiv:2305.13245.
+    """
+
+    def __init__(
+        self,
+        num_query_heads,
+        num_key_value_heads,
+        head_dim,
+        initializer_std=0.02,
+        **kwargs,
+    ):
+        # No autocast: the rotary tables come in float32 and stay so.
+        super().__init__(autocast=False, **kwargs)
+        if num_query_heads % num_key_value_heads:
+            raise ValueError(
+                "`num_key_value_heads` must divide `num_query_heads`. Received: "
+                f"num_query_heads={num_query_heads}, "
+                f"num_key_value_heads={num_key_value_heads}"
+            )
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.initializer_std = initializer_std
+
+    def build(self, input_shape):
+        std, dtype = self.initializer_std, self.dtype_policy
+        query_dim = self.num_query_heads * self.head_dim
+        key_value_dim = self.num_key_value_heads * self.head_dim
+        self.query = projection(query_dim, "query", dtype, std)
+        self.key = projection(key_value_dim, "key", dtype, std)
+        self.value = projection(key_value_dim, "value", dtype, std)
+        self.output_projection = projection(input_shape[-1], "output", dtype, std)
+        for layer in (self.query, self.key, self.value):
+            layer.build(input_shape)
+        self.output_projection.build((*input_shape[:-1], query_dim))
+
+    def call(self, x, cos, sin, mask, cache=None, column=None):
+        query = rotate(self._heads(self.query(x)), cos, sin)
+        key = rotate(self._heads(self.key(x)), cos, sin)
+        value = self._heads(self.value(x))
+        if cache is not None:
+            key = write(cache[0], key, column)
+            value = write(cache[1], value, column)
+        context = attend(query, key, value, mask)
+        batch, _, length, _ = ops.shape(context)
+        context = ops.reshape(
+            ops.transpose(context, (0, 2, 1, 3)),
+            (batch, length, self.num_query_heads * self.head_dim),
+        )
+        return self.output_projection(context), (key, value)
+
+    def _heads(self, x):
+        """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
+        batch, length, width = ops.shape(x)
+        heads = width // self.head_dim
+        x = ops.reshape(x, (batch, length, heads, self.head_dim))
+        return ops.transpose(x, (0, 2, 1, 3))
+
+    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
+        batch, length, _ = x.shape
+        key_length = length if cache is None else cache[0].shape[2]
+        heads = (batch, self.num_key_value_heads, key_length, self.head_dim)
+        key, value = (keras.KerasTensor(heads, self.compute_dtype) for _ in "kv")
+        return keras.KerasTensor(x.shape, self.compute_dtype), (key, value)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            num_query_heads=self.num_query_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            initializer_std=self.initializer_std,
+        )
+        return config
