@@ -1,5 +1,3 @@
-import json
-
 import keras
 import numpy as np
 import pytest
@@ -339,57 +337,6 @@ def test_a_matrix_of_strings_in_a_dataset_is_refused(tensorflow):
     dataset = tensorflow.data.Dataset.from_tensor_slices([[[TEXT]]])
     with pytest.raises(ValueError, match="no dimension or one"):
         dataset.map(make())
-
-
-# --- Configuration, saving, loading ---
-
-
-@backend_free
-def test_configuration_round_trips_through_json():
-    preprocessor = make(add_start_token=False, add_end_token=False, name="mine")
-    config = json.loads(json.dumps(keras.layers.serialize(preprocessor)))
-    copy = keras.layers.deserialize(config)
-    assert copy.get_config() == preprocessor.get_config()
-    assert copy.sequence_length == 12 and copy.name == "mine"
-    keras.tree.map_structure(
-        np.testing.assert_array_equal, copy([TEXT]), preprocessor([TEXT])
-    )
-
-
-@keras.saving.register_keras_serializable(package="keras_openllama_tests")
-class Holder(keras.Model):
-    """A model that carries a preprocessor, as the task does."""
-
-    def __init__(self, preprocessor, **kwargs):
-        super().__init__(**kwargs)
-        self.preprocessor = preprocessor
-        self.dense = keras.layers.Dense(1)
-
-    def build(self, input_shape):
-        self.dense.build(input_shape)
-
-    def call(self, inputs):
-        return self.dense(inputs)
-
-    def get_config(self):
-        preprocessor = keras.layers.serialize(self.preprocessor)
-        return {**super().get_config(), "preprocessor": preprocessor}
-
-    @classmethod
-    def from_config(cls, config):
-        config["preprocessor"] = keras.layers.deserialize(config["preprocessor"])
-        return cls(**config)
-
-
-def test_a_keras_file_holds_the_tokenizer(tmp_path):
-    tokenizer = OpenLlamaTokenizer(TOKENIZER.proto, add_bos=True)
-    model = Holder(make(tokenizer, add_end_token=False))
-    model(np.ones((1, 2), "float32"))
-    model.save(tmp_path / "model.keras")
-    copy = keras.models.load_model(tmp_path / "model.keras").preprocessor
-    assert copy.tokenizer.fingerprint == TOKENIZER.fingerprint
-    assert copy.tokenizer.add_bos and not copy.add_end_token
-    assert copy(TEXT)[1].tolist() == model.preprocessor(TEXT)[1].tolist()
 
 
 @backend_free
