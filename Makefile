@@ -54,6 +54,7 @@ freeze: $(VENV)/.all-installed  ## Write the installed versions to constraints.t
 		$(BIN)/python -m pip freeze --all --exclude keras-openllama \
 		| sed 's/+.*//'; } > $(VENV)/constraints.txt
 	@cp $(VENV)/constraints.txt constraints.txt
+	@touch $(VENV)/.base-installed $(VENV)/.all-installed
 
 .PHONY: clean
 clean:  ## Remove caches and built files, but not .venv
