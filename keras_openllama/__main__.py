@@ -6,11 +6,14 @@ choose.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import re
 import sys
+import tempfile
 import warnings
 
 from keras_openllama import __version__
@@ -28,8 +31,7 @@ SAMPLERS = {
 }
 DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.9
-COUNTS = ("", "K", "M", "B")
-BYTES = (" B", " kB", " MB", " GB")
+_TENSORFLOW_REPORT = re.compile(rb"WARNING: All log messages before absl|I\d{4} ")
 
 DESCRIPTION = """\
 OpenLLaMA in Keras 3: let a model write, or see which models there are.
@@ -240,8 +242,9 @@ def _generate(options):
 
 
 def _write(prompt, sampler, options):
-    from keras_openllama import OpenLlamaCausalLM
-    from keras_openllama._keras_hub import get_sampler
+    with _quiet_tensorflow():
+        from keras_openllama import OpenLlamaCausalLM
+        from keras_openllama._keras_hub import get_sampler
 
     lm = OpenLlamaCausalLM.from_preset(
         options.preset, dtype=options.dtype, revision=options.revision
@@ -313,67 +316,40 @@ def _choose_backend(name):
             f"{sys.modules['keras'].config.backend()!r} already."
         )
     os.environ["KERAS_BACKEND"] = name
-    # XLA and TensorFlow report their start on stderr.
+    # TensorFlow and XLA report what they do on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def _presets(options):
-    from keras_openllama._hub_cache import cache_state
-    from keras_openllama.presets import registry
+@contextlib.contextmanager
+def _quiet_tensorflow():
+    """Drops what TensorFlow's C++ code reports of itself when it is imported.
 
-    rows = []
-    for preset in sorted(registry().values(), key=lambda preset: preset.parameters):
-        handle = preset.weights["transformers"]
-        state, size = cache_state(handle)
-        rows.append(
-            {
-                "name": preset.name,
-                "parameters": preset.parameters,
-                "float16_bytes": 2 * preset.parameters,
-                "tokenizer": preset.tokenizer_version,
-                "weights": handle if handle.startswith("hf://") else "in the package",
-                "cached": state,
-                "cached_bytes": size,
-                "description": preset.description,
-            }
-        )
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    table = [("NAME", "PARAMETERS", "FLOAT16", "TOKENIZER", "WEIGHTS", "IN THE CACHE")]
-    for row in rows:
-        cached = row["cached"]
-        if row["cached_bytes"]:
-            cached += f", {_scaled(row['cached_bytes'], BYTES)}"
-        table.append(
-            (
-                row["name"],
-                _scaled(row["parameters"], COUNTS),
-                _scaled(row["float16_bytes"], BYTES),
-                row["tokenizer"],
-                row["weights"],
-                cached,
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
-    return 0
-
-
-def _scaled(number, units):
-    """Shortens a number to three digits and one of four units, each 1000 of the last.
-
-    >>> _scaled(3_426_473_600, COUNTS), _scaled(6_852_947_200, BYTES)
-    ('3.43B', '6.85 GB')
+    Setting TF_CPP_MIN_LOG_LEVEL does not reach the messages that it writes before its
+    logging is set up. Everything else on stderr is passed on after the import.
     """
-    power = 0
-    while number >= 999.5 and power < len(units) - 1:
-        number /= 1000
-        power += 1
-    digits = len(str(int(number)))
-    return f"{number:.{max(0, 3 - digits) if power else 0}f}{units[power]}"
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        yield
+        return
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            caught.seek(0)
+            for line in caught:
+                if not _TENSORFLOW_REPORT.match(line):
+                    os.write(2, line)
+
+
+def _presets(options):
+    from keras_openllama import _preset_list
+
+    rows = _preset_list.preset_rows()
+    print(json.dumps(rows, indent=2) if options.json else _preset_list.as_table(rows))
+    return 0
 
 
 def _number(kind, admits, what):
