@@ -1,0 +1,1 @@
+"""Checkpoints in and out: readers of weight files, and the table that names weights."""

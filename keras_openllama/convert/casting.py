@@ -1,0 +1,138 @@
+"""From an array on a mapped file to a tensor of the backend: cast, turned, placed.
+
+The source is read where it lies, and what comes out is the only copy. NumPy casts
+float16 on one core and slowly, so large tensors are cast by the backend, whose
+operations use all cores.
+"""
+
+import functools
+
+import keras
+import numpy as np
+
+from keras_openllama.convert.building import layout_of
+from keras_openllama.convert.stored import numpy_dtype
+
+# Below this NumPy is done before the backend has compiled anything.
+_SMALL = 4 << 20
+_ROWS_PER_CHECK = 1 << 10
+
+
+def value_for(variable, array, transposed):
+    """The value of a variable, from an array in a file.
+
+    Args:
+        variable: a `keras.Variable` without a value, see `building.without_weights`.
+        array: NumPy array, of the variable's shape or, if `transposed`, its transpose.
+            It may lie on a mapped file; the result never does.
+        transposed: bool.
+
+    Returns:
+        A tensor of the backend, of the variable's shape and dtype, on its device; on
+        JAX, sharded as the distribution says.
+
+    Raises:
+        ValueError: if the variable is float16 and a value is beyond float16's range.
+    """
+    dtype = variable.dtype
+    if dtype == "float16" and array.dtype != np.float16:
+        _check_float16(array)
+    if not array.flags.aligned:
+        array = array.copy()
+    convert = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
+    return convert[keras.config.backend()](variable, array, dtype, transposed)
+
+
+def _check_float16(array):
+    largest = np.finfo(np.float16).max
+    rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
+    for start in range(0, len(rows), _ROWS_PER_CHECK):
+        chunk = rows[start : start + _ROWS_PER_CHECK].astype(np.float32)
+        if np.abs(chunk).max(initial=0) > largest:
+            raise ValueError(
+                f"it has values beyond float16's range of ±{largest:.0f}. Load it with "
+                "dtype='bfloat16' or dtype='float32'"
+            )
+
+
+def _numpy(array, dtype, transposed):
+    turned = array.T if transposed else array
+    return np.array(turned, dtype=numpy_dtype(dtype), order="C")
+
+
+def _jax(variable, array, dtype, transposed):
+    import jax
+
+    layout = layout_of(variable)
+    if layout is None:
+        value = _jax_cast(array, dtype, transposed)
+        if value.devices() == _default_devices():
+            return value
+        return jax.device_put(np.asarray(value))
+
+    shards = {}  # Devices that hold the same part share its cast.
+
+    def shard(index):
+        key = str(index)
+        if key not in shards:
+            part = array[index[::-1]] if transposed else array[index]
+            shards[key] = np.asarray(_jax_cast(part, dtype, transposed))
+        return shards[key]
+
+    return jax.make_array_from_callback(tuple(variable.shape), layout, shard)
+
+
+def _default_devices():
+    """Where JAX puts an array, `keras.device` counted in."""
+    import jax
+
+    return jax.numpy.zeros(()).devices()
+
+
+def _jax_cast(array, dtype, transposed):
+    """Casts in the host's memory, so that an accelerator only sees the result."""
+    import jax
+
+    same = array.dtype == numpy_dtype(dtype) and not transposed
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if same or array.nbytes <= _SMALL:
+            # A copy in any case: `jax.jit` would hand the file's own pages on.
+            return jax.numpy.asarray(_numpy(array, dtype, transposed))
+        return _jitted_cast()(array, dtype, transposed).block_until_ready()
+
+
+@functools.cache
+def _jitted_cast():
+    import jax
+
+    def cast(array, dtype, transposed):
+        return (array.T if transposed else array).astype(dtype)
+
+    return jax.jit(cast, static_argnums=(1, 2))
+
+
+def _tensorflow(variable, array, dtype, transposed):
+    import tensorflow as tf
+
+    same = array.dtype == numpy_dtype(dtype) and not transposed
+    if same or array.nbytes <= _SMALL:
+        return tf.convert_to_tensor(_numpy(array, dtype, transposed))
+    value = tf.convert_to_tensor(array)
+    if transposed:
+        value = tf.transpose(value)
+    return tf.cast(value, dtype)
+
+
+def _torch(variable, array, dtype, transposed):
+    import torch
+    from keras.src.backend.torch.core import get_device, to_torch_dtype
+
+    bits = array.view(np.int16) if array.dtype == numpy_dtype("bfloat16") else array
+    # `torch.from_numpy` would warn that the array may not be written to.
+    source = torch.from_dlpack(bits)
+    if bits is not array:
+        source = source.view(torch.bfloat16)
+    if transposed:
+        source = source.T
+    value = torch.empty(source.shape, dtype=to_torch_dtype(dtype), device=get_device())
+    return value.copy_(source)

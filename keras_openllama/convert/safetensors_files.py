@@ -1,0 +1,124 @@
+"""Safetensors files: a length, a JSON header, and the tensors' bytes.
+
+Read here rather than with the `safetensors` library, which cannot give bfloat16 to
+NumPy without copying, nor say where in the file a tensor lies.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+
+from keras_openllama.convert.stored import (
+    MappedFile,
+    StoredTensor,
+    contiguous_strides,
+    numpy_dtype,
+)
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100_000_000  # The limit of the reference implementation.
+
+
+def read(path):
+    """Describes the tensors of a safetensors file; no tensor is read yet.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        Dict of `StoredTensor` by name, in the order of their bytes.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the file is truncated or damaged. The message names the file.
+
+    Example:
+
+    ```python
+    tensors = safetensors_files.read("model.safetensors")
+    tensors["model.norm.weight"].array()
+    ```
+    """
+    file = MappedFile(path)
+    try:
+        return _read(file)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file.path} ({file.size:,} bytes) cannot be read as a safetensors file: "
+            f"{error}. If it is truncated or damaged, delete it and get it again."
+        ) from error
+
+
+def _read(file):
+    header_length = int.from_bytes(file.bytes(0, _LENGTH_BYTES), "little")
+    data_start = _LENGTH_BYTES + header_length
+    if header_length > _LARGEST_HEADER or data_start > file.size:
+        raise ValueError(f"its header would have {header_length:,} bytes")
+    header = json.loads(
+        file.bytes(_LENGTH_BYTES, header_length).decode("utf-8"),
+        object_pairs_hook=_without_duplicates,
+    )
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = {}
+    position = 0
+    for name, entry in sorted(header.items(), key=_begin):
+        dtype, shape, (begin, end) = _checked(name, entry)
+        if begin != position:
+            raise ValueError(f"{name} begins at {begin:,} where {position:,} is due")
+        position = end
+        tensors[name] = StoredTensor(
+            name, dtype, shape, contiguous_strides(shape), data_start + begin, file
+        )
+    if data_start + position != file.size:
+        raise ValueError(f"its header describes {data_start + position:,} bytes")
+    return tensors
+
+
+def _without_duplicates(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("its header names something twice")
+    return result
+
+
+def _begin(item):
+    name, entry = item
+    try:
+        begin, end = entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{name} has no data_offsets") from None
+    return begin, end
+
+
+def _checked(name, entry):
+    begin, end = entry["data_offsets"]
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or not all(map(_is_size, [*shape, begin, end])):
+        raise ValueError(f"{name} has shape {shape} and data_offsets [{begin}, {end}]")
+    dtype = DTYPES.get(entry.get("dtype"))
+    if dtype is None:
+        raise ValueError(
+            f"{name} has dtype {entry.get('dtype')}, and {', '.join(DTYPES)} are read"
+        )
+    if math.prod(shape) * numpy_dtype(dtype).itemsize != end - begin:
+        raise ValueError(f"{name}, {dtype} of shape {shape}, has {end - begin:,} bytes")
+    return dtype, tuple(shape), (begin, end)
+
+
+def _is_size(value):
+    return type(value) is int and 0 <= value < 1 << 62

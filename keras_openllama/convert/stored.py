@@ -1,0 +1,123 @@
+"""Tensors that lie in a file: described first, mapped on demand, never copied here."""
+
+import dataclasses
+import math
+import mmap
+import os
+
+import ml_dtypes
+import numpy as np
+
+_PAGE = mmap.PAGESIZE
+_READ_AHEAD_BYTES = 8 << 20
+
+
+class MappedFile:
+    """A file mapped read-only, whose pages can be asked for and given back.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the file is empty.
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        with open(self.path, "rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size == 0:
+                raise ValueError(f"{self.path} is empty. Delete it and get it again.")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def bytes(self, start, length):
+        """The bytes `[start, start + length)`, copied; fewer at the file's end."""
+        return self._map[start : start + length]
+
+    def array(self, start, count, dtype):
+        """`count` elements from byte `start`, as a 1-D read-only array on the map."""
+        return np.frombuffer(self._map, dtype, count, start)
+
+    def touch(self, start, length):
+        """Reads a range into memory; to be called from a thread that runs ahead."""
+        for begin in range(start, start + length, _READ_AHEAD_BYTES):
+            count = min(_READ_AHEAD_BYTES, start + length - begin)
+            self._advise("MADV_WILLNEED", begin, count)
+            # One byte of each page is enough; NumPy lets other threads run meanwhile.
+            self.array(begin, count, np.uint8)[::_PAGE].max()
+
+    def drop(self, start, length):
+        """Gives a range's pages back; reading the range again fetches it again."""
+        self._advise("MADV_DONTNEED", start, length)
+
+    def _advise(self, advice, start, length):
+        if length and hasattr(mmap, advice):  # Not every system takes advice.
+            first_page = start - start % _PAGE
+            length += start - first_page
+            self._map.madvise(getattr(mmap, advice), first_page, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file; nothing is read before `array()` is used.
+
+    Attributes:
+        name: the tensor's name in the file.
+        dtype: name of its dtype, such as `"float16"`.
+        shape: tuple of ints.
+        strides: tuple of ints, in elements.
+        offset: where its first element lies, in bytes from the file's start.
+        file: the `MappedFile` that holds it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple
+    strides: tuple
+    offset: int
+    file: MappedFile
+
+    @property
+    def itemsize(self):
+        return numpy_dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self):
+        """Bytes of the file that the tensor spans."""
+        return extent(self.shape, self.strides) * self.itemsize
+
+    def array(self):
+        """The tensor as a read-only NumPy array on the mapped file, without a copy."""
+        dtype = numpy_dtype(self.dtype)
+        count = extent(self.shape, self.strides)
+        flat = self.file.array(self.offset, count, dtype)
+        if self.strides == contiguous_strides(self.shape):
+            return flat.reshape(self.shape)
+        strides = tuple(stride * dtype.itemsize for stride in self.strides)
+        return np.lib.stride_tricks.as_strided(
+            flat, self.shape, strides, writeable=False
+        )
+
+    def touch(self):
+        self.file.touch(self.offset, self.nbytes)
+
+    def drop(self):
+        self.file.drop(self.offset, self.nbytes)
+
+
+def numpy_dtype(name):
+    """NumPy's dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def contiguous_strides(shape):
+    """Strides, in elements, of a tensor whose last axis varies fastest."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def extent(shape, strides):
+    """Number of elements from a tensor's first to its last, both included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))

@@ -1,0 +1,252 @@
+"""The presets, and the front door of every `from_preset`.
+
+The registry is the folder `presets/` of the repository, one JSON file a preset, which
+the wheel carries inside the package. Reading it imports neither Keras nor a network
+library.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import warnings
+from pathlib import Path
+
+_PREFIX = "open_llama_"  # Short forms drop it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A published model, as its JSON file describes it.
+
+    Attributes:
+        name: string, such as `"open_llama_7b_v2"`.
+        description: string, one sentence.
+        parameters: int, number of parameters.
+        config: dict, arguments of `OpenLlamaBackbone`.
+        tokenizer: dict: version, file, ids of the control tokens, `keeps_spaces`.
+        weights: dict, handle by format, such as `{"transformers": "hf://user/repo"}`;
+            what is no `hf://` is a directory beside the JSON file.
+        version: string, `"v1"` or `"v2"`.
+        notice: string that a user is told once, or `None`.
+        license: string, the licence of the weights.
+        provenance: dict: where model and data come from.
+        recipe: dict, how it is pretrained; empty where there is no recipe.
+    """
+
+    name: str
+    description: str
+    parameters: int
+    config: dict
+    tokenizer: dict
+    weights: dict
+    version: str
+    notice: str | None
+    license: str
+    provenance: dict
+    recipe: dict
+
+    @property
+    def tokenizer_version(self):
+        return self.tokenizer["version"]
+
+    @property
+    def handles(self):
+        return self.weights
+
+    @property
+    def notes(self):
+        return self.notice
+
+
+def folder():
+    """Path of the folder of presets: in the wheel, or else in the checkout."""
+    package = Path(__file__).parent
+    for path in (package / "_presets", package.parent / "presets"):
+        if path.is_dir():
+            return path
+    raise FileNotFoundError(
+        f"The presets are missing beside {package}. Install keras-openllama again."
+    )
+
+
+@functools.cache
+def registry():
+    """All presets.
+
+    Returns:
+        Dict of `Preset` by name.
+
+    Example:
+
+    ```python
+    registry()["open_llama_3b"].parameters  # 3426473600
+    ```
+    """
+    presets = {}
+    for path in sorted(folder().glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        presets[data["name"]] = Preset(
+            name=data["name"],
+            description=data["description"],
+            parameters=data["parameters"],
+            config=data["architecture"],
+            tokenizer=data["tokenizer"],
+            weights=data["weights"],
+            version=data["version"],
+            notice=data.get("notice"),
+            license=data["license"],
+            provenance=data["provenance"],
+            recipe=data.get("recipe", {}),
+        )
+    return presets
+
+
+def descriptions():
+    """What `OpenLlamaCausalLM.presets` shows.
+
+    Returns:
+        Dict by name of dicts with `"description"`, `"parameters"` and `"handles"`.
+    """
+    return {
+        name: {
+            "description": preset.description,
+            "parameters": preset.parameters,
+            "handles": dict(preset.handles),
+        }
+        for name, preset in registry().items()
+    }
+
+
+def find(name):
+    """The preset of a name or short form, or `None`.
+
+    Example:
+
+    ```python
+    find("7b_v2").name  # "open_llama_7b_v2"
+    ```
+    """
+    return registry().get(name) or registry().get(f"{_PREFIX}{name}")
+
+
+def load_backbone(
+    cls, preset, *, load_weights=True, dtype=None, revision=None, **kwargs
+):
+    """`from_preset` of the backbone.
+
+    Args:
+        cls: the class to make.
+        preset: string, a name of the registry, a directory in KerasHub's or
+            transformers' format, or `"hf://user/repo"`.
+        load_weights: bool, whether to load the weights, rather than initialise them.
+        dtype: dtype or dtype policy; `None` is Keras's global policy.
+        revision: string, branch, tag or commit of a repository on the Hub.
+        **kwargs: arguments of the backbone, in place of the preset's.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: for an unknown preset, or files that are not this model.
+        OSError: if a file cannot be had or read.
+    """
+    return _source(preset, revision).backbone(cls, load_weights, dtype, kwargs)
+
+
+def load_tokenizer(cls, preset, *, revision=None, **kwargs):
+    """`from_preset` of the tokenizer; `**kwargs` are its arguments.
+
+    Arguments, returns and errors as `load_backbone`.
+    """
+    return _source(preset, revision).tokenizer(cls, kwargs)
+
+
+def load_preprocessor(cls, preset, *, revision=None, **kwargs):
+    """`from_preset` of the preprocessor; `**kwargs` are its arguments.
+
+    `sequence_length` is the model's context unless given. Arguments, returns and errors
+    as `load_backbone`.
+    """
+    return _source(preset, revision).preprocessor(cls, kwargs)
+
+
+def load_task(
+    cls,
+    preset,
+    *,
+    load_weights=True,
+    dtype=None,
+    revision=None,
+    preprocessor="auto",
+    **kwargs,
+):
+    """`from_preset` of the task.
+
+    Args:
+        preprocessor: `"auto"` loads it, with the model's context as its
+            `sequence_length`; `None` looks for no tokenizer; or a preprocessor.
+        **kwargs: arguments of the backbone, in place of the preset's, and of `cls`.
+
+    Further arguments, returns and errors as `load_backbone`.
+    """
+    if isinstance(preprocessor, str) and preprocessor != "auto":
+        raise ValueError(
+            "`preprocessor` takes 'auto', None, or a preprocessor. Received: "
+            f"preprocessor={preprocessor!r}"
+        )
+    own = inspect.signature(cls.backbone_cls).parameters
+    overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+    source = _source(preset, revision)
+    return source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
+
+
+def _source(preset, revision):
+    """What a preset's name stands for; the loaders below it import Keras."""
+    from keras_openllama import hub, sources
+
+    if not isinstance(preset, (str, Path)):
+        raise ValueError(
+            "`preset` takes a name, a path, or 'hf://user/repo'. Received: "
+            f"preset={preset!r}"
+        )
+    name = str(preset)
+    known = find(name)
+    handle = known.weights["transformers"] if known else name
+    if handle.startswith(hub.HUB_PREFIX):
+        repository = functools.partial(hub.HubRepository, handle, revision)
+    elif revision is not None:
+        raise ValueError(
+            "`revision` is for repositories on the Hugging Face Hub, and "
+            f"preset={name!r} is none. Received: revision={revision!r}"
+        )
+    elif known:
+        repository = functools.partial(hub.Directory, folder() / handle)
+    elif Path(name).is_dir():
+        repository = functools.partial(hub.Directory, name)
+    else:
+        raise _unknown(name)
+    if known:
+        _tell_once(known.name)
+        return sources.Registered(known, repository)
+    return sources.open_source(repository())
+
+
+@functools.cache
+def _tell_once(name):
+    if registry()[name].notice:
+        warnings.warn(registry()[name].notice, stacklevel=5)
+
+
+def _unknown(name):
+    names = list(registry())
+    short = [full.removeprefix(_PREFIX) for full in names]
+    nearest = difflib.get_close_matches(name.lower(), names + short, n=1, cutoff=0.5)
+    hint = f" Did you mean {find(nearest[0]).name!r}?" if nearest else ""
+    if name.count("/") == 1 and not name.startswith(("/", ".")):
+        hint = f" A repository on the Hugging Face Hub is 'hf://{name}'."
+    return ValueError(
+        f"`preset` is none of {', '.join(names)}, and no directory of that path "
+        f"exists.{hint} Received: preset={name!r}"
+    )
