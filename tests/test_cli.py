@@ -159,7 +159,6 @@ def test_a_seed_makes_the_same_choices_again(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.backend_free
 def test_a_new_process_reads_standard_input_and_is_quiet_on_stderr():
     command = [sys.executable, "-m", "keras_openllama", "generate", "-"]
     result = subprocess.run(
