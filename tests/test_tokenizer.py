@@ -10,7 +10,7 @@ from pathlib import Path
 import keras
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_openllama._keras_hub import Tokenizer
@@ -111,6 +111,10 @@ def test_model_file_decides_whether_spaces_are_kept():
 
 @backend_free
 @given(texts)
+@example(" leading")
+@example("trailing ")
+@example("in  between")
+@example("none at all")
 @quick
 def test_v1_warns_exactly_when_a_text_loses_spaces(text):
     tokenizer = OpenLlamaTokenizer(V1.proto)
