@@ -120,4 +120,4 @@ def extent(shape, strides):
     """Number of elements from a tensor's first to its last, both included."""
     if 0 in shape:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

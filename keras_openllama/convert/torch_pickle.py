@@ -194,7 +194,7 @@ class _Machine:
         target = self.top(dict)
         if len(values) % 2:
             raise ValueError("a dict has a key without a value")
-        for key, value in zip(values[::2], values[1::2]):
+        for key, value in zip(values[::2], values[1::2], strict=True):
             self._set(target, key, value)
 
     @staticmethod
