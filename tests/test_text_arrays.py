@@ -56,6 +56,8 @@ def test_ids_are_taken_as_lists_and_arrays_of_any_integer_type():
         assert V2.detokenize(np.array(ids, dtype)) == "some text"
     assert V2.detokenize(np.array([ids, ids])) == ["some text"] * 2
     assert V2.detokenize([np.array(ids), ids[:0]]) == ["some text", ""]
+    assert V2.detokenize([np.array(ids), np.array(ids)]) == ["some text"] * 2
+    assert V2.detokenize((tuple(ids), tuple(ids))) == ["some text"] * 2
     assert V2.detokenize(tuple(ids)) == "some text"
     assert V2.detokenize(V2.token_to_id("a")) == "a"
 
