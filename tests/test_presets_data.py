@@ -144,3 +144,13 @@ def test_the_embedded_weights_are_beside_their_preset():
     weights = read("open_llama_nano")["weights"]["transformers"]
     present = {path.name for path in (PRESETS / weights).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= present
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_lists_the_preset_as_it_is(name):
+    readme = (PRESETS.parent / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+    preset = read(name)
+    assert f"| {preset['parameters']:,} |" in row
+    if name in PUBLISHED:
+        assert f"| {preset['tokenizer']['version']} |" in row
