@@ -5,6 +5,8 @@ Each has `backbone`, `tokenizer`, `preprocessor` and `task`, which `presets` cal
 
 import contextlib
 
+import keras
+
 from keras_openllama.convert import transformers
 from keras_openllama.convert.building import without_weights
 
@@ -43,7 +45,7 @@ class _Streamed:
     _tied = False
 
     def backbone(self, cls, load_weights, dtype, overrides):
-        arguments = {**self._arguments(), **overrides, "dtype": dtype}
+        arguments = self._all_arguments(overrides, dtype)
         return self._load(lambda: cls(**arguments), load_weights)
 
     def tokenizer(self, cls, kwargs):
@@ -54,7 +56,7 @@ class _Streamed:
         return cls(self.tokenizer(cls.tokenizer_cls, {}), **kwargs)
 
     def task(self, cls, load_weights, dtype, preprocessor, overrides, kwargs):
-        arguments = {**self._arguments(), **overrides, "dtype": dtype}
+        arguments = self._all_arguments(overrides, dtype)
         if isinstance(preprocessor, str) and preprocessor == "auto":
             # First, since it fails soonest.
             preprocessor = self.preprocessor(
@@ -75,6 +77,16 @@ class _Streamed:
         if compile_it:
             task.compile()
         return task
+
+    def _all_arguments(self, overrides, dtype):
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        if policy.quantization_mode is not None:
+            raise ValueError(
+                "`dtype` takes a floating-point dtype or policy here; to quantise, "
+                "load the model and call its method `quantize` afterwards. Received: "
+                f"dtype={policy.name!r}"
+            )
+        return {**self._arguments(), **overrides, "dtype": policy}
 
     def _load(self, build, load_weights):
         if not load_weights:
