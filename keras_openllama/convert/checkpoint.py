@@ -70,7 +70,8 @@ def _weight_map(index):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} cannot be read as the index of a sharded checkpoint "
-            f"({type(error).__name__}: {error}). Delete it and get it again."
+            f"({type(error).__name__}: {error}). Delete {index.resolve()} and get it "
+            "again."
         ) from error
     for name in names:
         # A name such as ../../other would reach beyond the checkpoint.

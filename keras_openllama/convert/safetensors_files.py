@@ -58,7 +58,7 @@ def read(path):
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file.path} ({file.size:,} bytes) cannot be read as a safetensors file: "
-            f"{error}. If it is truncated or damaged, delete it and get it again."
+            f"{error}. {file.remedy}"
         ) from error
 
 

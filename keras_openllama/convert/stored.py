@@ -28,8 +28,16 @@ class MappedFile:
         with open(self.path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             if self.size == 0:
-                raise ValueError(f"{self.path} is empty. Delete it and get it again.")
+                raise ValueError(f"{self.path} is empty. {self.remedy}")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @property
+    def remedy(self):
+        """What a user can do about a damaged file."""
+        # In the cache of huggingface_hub, the name is a link: deleting that alone
+        # would bring the damaged file back.
+        real = os.path.realpath(self.path)
+        return f"If it is truncated or damaged, delete {real} and get it again."
 
     def bytes(self, start, length):
         """The bytes `[start, start + length)`, copied; fewer at the file's end."""
@@ -120,4 +128,6 @@ def extent(shape, strides):
     """Number of elements from a tensor's first to its last, both included."""
     if 0 in shape:
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return 1 + sum(
+        (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
+    )

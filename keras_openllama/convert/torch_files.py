@@ -55,8 +55,7 @@ def read(path):
         # The parsers of zip and pickle raise a dozen types on damaged input.
         raise ValueError(
             f"{file.path} ({file.size:,} bytes) cannot be read as a PyTorch file: "
-            f"{error or type(error).__name__}. If it is truncated or damaged, delete "
-            "it and get it again."
+            f"{error or type(error).__name__}. {file.remedy}"
         ) from error
 
 
