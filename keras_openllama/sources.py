@@ -91,9 +91,10 @@ class _Streamed:
     def _load(self, build, load_weights):
         if not load_weights:
             return build()
-        with without_weights() as variables:
-            model = build()
-        transformers.load_weights(model, variables, self._repository(), self._tied)
+        with transformers.Weights(self._repository()) as weights:
+            with without_weights() as variables:
+                model = build()
+            weights.fill(model, variables, self._tied)
         return model
 
     def _tokenizer_file(self):

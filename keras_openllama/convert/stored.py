@@ -4,12 +4,15 @@ import dataclasses
 import math
 import mmap
 import os
+import queue
+import threading
 
 import ml_dtypes
 import numpy as np
 
 _PAGE = mmap.PAGESIZE
 _READ_AHEAD_BYTES = 8 << 20
+_TENSORS_AHEAD = 4
 
 
 class MappedFile:
@@ -112,6 +115,62 @@ class StoredTensor:
 
     def drop(self):
         self.file.drop(self.offset, self.nbytes)
+
+
+class ReadAhead:
+    """Reads tensors from the disk in a thread, a little ahead of their use.
+
+    Use as a context manager, and iterate over it once: it yields the tensors as their
+    bytes have come into memory, in the order of the files, which disks like best.
+
+    Args:
+        tensors: `StoredTensor`s.
+
+    Example:
+
+    ```python
+    with ReadAhead(torch_files.read(path).values()) as ahead:
+        for stored in ahead:
+            use(stored.array())
+            stored.drop()
+    ```
+    """
+
+    def __init__(self, tensors):
+        self._tensors = sorted(tensors, key=lambda t: (t.file.path, t.offset))
+        self._stopped = threading.Event()
+        self._room = threading.Semaphore(_TENSORS_AHEAD)
+        self._read = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        self._room.release()
+        self._thread.join()
+
+    def __iter__(self):
+        for _ in self._tensors:
+            tensor = self._read.get()
+            if isinstance(tensor, BaseException):
+                raise tensor
+            yield tensor
+            self._room.release()
+
+    def _run(self):
+        for tensor in self._tensors:
+            self._room.acquire()
+            if self._stopped.is_set():
+                return
+            try:
+                tensor.touch()
+            except BaseException as error:  # The reader waits, and must not for ever.
+                self._read.put(error)
+                return
+            self._read.put(tensor)
 
 
 def numpy_dtype(name):

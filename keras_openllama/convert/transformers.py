@@ -1,7 +1,5 @@
 """Models in the format of transformers, loaded into ours."""
 
-import concurrent.futures
-import contextlib
 import json
 import sys
 
@@ -11,6 +9,7 @@ from keras_openllama.convert import weight_table
 from keras_openllama.convert.building import fill, finish
 from keras_openllama.convert.casting import value_for
 from keras_openllama.convert.checkpoint import open_checkpoint
+from keras_openllama.convert.stored import ReadAhead
 
 _PROGRESS_BAR_BYTES = 1 << 30
 _MAX_LISTED = 20
@@ -117,49 +116,70 @@ def _rope(config, path):
     return 10000.0 if wavelength is None else float(wavelength), scaling
 
 
-def load_weights(model, variables, repository, tied=False):
-    """Fills a model that was built without weights from a checkpoint.
+class Weights:
+    """The weights of a checkpoint, for one model that was built without any.
 
-    At any moment there is at most one tensor in memory beside the model's own.
+    Use as a context manager around the building of the model: the files are checked
+    before it, and read from the disk meanwhile.
 
     Args:
-        model: `OpenLlamaBackbone` or `OpenLlamaCausalLM`, built inside
-            `building.without_weights`.
-        variables: the list that `without_weights` yielded.
         repository: `hub.Directory` or `hub.HubRepository`.
-        tied: bool, whether the head's weights are those of the embedding.
 
     Raises:
-        OSError: if a file is missing or cannot be fetched or opened.
-        ValueError: if a file is damaged, or tensors are missing, unexpected or of the
-            wrong shape; the message lists them.
+        OSError: if a file is missing, or cannot be fetched or opened.
+        ValueError: if a file is damaged.
+
+    Example:
+
+    ```python
+    with Weights(hub.Directory(path)) as weights:
+        with without_weights() as variables:
+            model = OpenLlamaBackbone(**arguments)
+        weights.fill(model, variables)
+    ```
     """
-    tensors = _base_names(open_checkpoint(repository))
-    # A file read from front to back is read fastest.
-    steps = sorted(
-        _match(model, tensors, repository, tied),
-        key=lambda step: (step[2].file.path, step[2].offset),
-    )
-    with contextlib.ExitStack() as stack:
-        ahead = concurrent.futures.ThreadPoolExecutor(1)
-        stack.callback(ahead.shutdown, cancel_futures=True)
-        total = sum(stored.nbytes for _, _, stored in steps)
-        bar = stack.enter_context(_progress(total))
-        next_read = ahead.submit(steps[0][2].touch)
-        for number, (variable, row, stored) in enumerate(steps):
-            next_read.result()
-            if number + 1 < len(steps):
-                next_read = ahead.submit(steps[number + 1][2].touch)
-            try:
-                value = value_for(variable, stored.array(), row.transposed)
-            except ValueError as error:
-                raise ValueError(
-                    f"{stored.name} in {stored.file.path}: {error}."
-                ) from error
-            fill(variable, value)
-            stored.drop()
-            bar.update(stored.nbytes)
-    finish(model, variables)
+
+    def __init__(self, repository):
+        self._repository = repository
+        self._tensors = _base_names(open_checkpoint(repository))
+        self._ahead = ReadAhead(self._tensors.values())
+
+    def __enter__(self):
+        self._ahead.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._ahead.__exit__(*error)
+
+    def fill(self, model, variables, tied=False):
+        """Puts each tensor into its variable, one at a time.
+
+        At any moment there is at most one tensor in memory beside the model's own.
+
+        Args:
+            model: `OpenLlamaBackbone` or `OpenLlamaCausalLM`.
+            variables: the list that `without_weights` yielded.
+            tied: bool, whether the head's weights are those of the embedding.
+
+        Raises:
+            ValueError: if tensors are missing, unexpected or of the wrong shape; the
+                message lists them.
+        """
+        targets = _match(model, self._tensors, self._repository, tied)
+        with _progress(sum(stored.nbytes for stored in self._tensors.values())) as bar:
+            for stored in self._ahead:
+                for variable, transposed in targets.get(id(stored), ()):
+                    fill(variable, _value(variable, stored, transposed))
+                stored.drop()
+                bar.update(stored.nbytes)
+        finish(model, variables)
+
+
+def _value(variable, stored, transposed):
+    try:
+        return value_for(variable, stored.array(), transposed)
+    except ValueError as error:
+        raise ValueError(f"{stored.name} in {stored.file.path}: {error}.") from error
 
 
 def _base_names(tensors):
@@ -170,7 +190,10 @@ def _base_names(tensors):
 
 
 def _match(model, tensors, repository, tied):
-    """Pairs variables with tensors; raises where one is left over on either side."""
+    """The variables that each tensor fills, by the tensor's `id`.
+
+    Raises where a variable or a tensor is left over, or a shape differs.
+    """
     own = {weight.path: weight for weight in model.weights}
     has_head = weight_table.HEAD.path in own
     rows = weight_table.weights(_num_layers(model), head=has_head)
@@ -186,7 +209,7 @@ def _match(model, tensors, repository, tied):
         left.pop(weight_table.HEAD.transformers, None)
     elif tied:
         _tie_head(left)
-    steps, missing, misshapen = [], [], []
+    targets, missing, misshapen = {}, [], []
     for row in rows:
         variable, stored = own[row.path], left.pop(row.transformers, None)
         expected = tuple(variable.shape)[:: -1 if row.transposed else 1]
@@ -197,7 +220,7 @@ def _match(model, tensors, repository, tied):
                 f"{row.transformers} has {stored.shape} where {expected} is expected"
             )
         else:
-            steps.append((variable, row, stored))
+            targets.setdefault(id(stored), []).append((variable, row.transposed))
     problems = {"missing": missing, "unexpected": left, "misshapen": misshapen}
     found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
     if found:
@@ -206,7 +229,7 @@ def _match(model, tensors, repository, tied):
             f"{'; '.join(found)}. Check that config.json (or the preset, and any "
             "argument that overrides it) belongs to the weights."
         )
-    return steps
+    return targets
 
 
 def _num_layers(model):
