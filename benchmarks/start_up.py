@@ -75,6 +75,7 @@ def measure(script, backend):
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_OFFLINE": "1",
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",

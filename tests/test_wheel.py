@@ -1,5 +1,6 @@
 """The wheel carries all that the embedded model needs, outside the checkout."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,8 @@ print(keras_openllama.__file__)
 lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
 print(repr(lm.generate("The sea", max_new_tokens=4, strip_prompt=True)))
 print(len(OpenLlamaCausalLM.presets))
+import keras
+print(keras.config.backend())
 """
 
 
@@ -77,26 +80,41 @@ def test_the_wheel_is_small(wheel):
     assert wheel.stat().st_size < 20e6
 
 
-def test_the_installed_package_generates_outside_the_checkout(installed, tmp_path):
+@pytest.fixture
+def new_user(tmp_path):
+    """Environment variables of somebody who never chose a backend."""
+    chosen = ("KERAS_BACKEND", "PYTHONPATH")
+    left = {name: value for name, value in os.environ.items() if name not in chosen}
+    return {**left, "KERAS_HOME": str(tmp_path / "keras")}
+
+
+def test_the_installed_package_generates_with_jax_outside_the_checkout(
+    installed, new_user, tmp_path
+):
     result = subprocess.run(
-        [installed / "bin" / "python", "-I", "-c", GENERATE],
+        [installed / "bin" / "python", "-c", GENERATE],
         cwd=tmp_path,
+        env=new_user,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
-    file, text, presets = result.stdout.splitlines()
+    file, text, presets, backend = result.stdout.splitlines()
     assert Path(file).is_relative_to(installed)
     assert len(text) > 4
     assert presets == "7"
+    assert backend == "jax"
 
 
-def test_the_installed_command_generates_outside_the_checkout(installed, tmp_path):
+def test_the_installed_command_generates_outside_the_checkout(
+    installed, new_user, tmp_path
+):
     result = subprocess.run(
         [installed / "bin" / "keras-openllama", "generate", "The sea"]
         + ["--max-new-tokens", "4"],
         cwd=tmp_path,
+        env=new_user,
         capture_output=True,
         text=True,
         timeout=240,
