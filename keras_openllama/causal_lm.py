@@ -1,12 +1,9 @@
 """OpenLLaMA as a causal language model: training, scoring, generation."""
 
-import warnings
-
 import keras
-import numpy as np
 from keras import ops
 
-from keras_openllama import generation, presets, prompts
+from keras_openllama import generation, presets, prompts, scoring
 from keras_openllama._keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.backbone import OpenLlamaBackbone
 from keras_openllama.compiled import compile_function
@@ -148,7 +145,7 @@ class OpenLlamaCausalLM(CausalLM):
         )
         loop = generation.SearchLoop if steers_search else generation.TokenLoop
         self.generate_function = loop(self)
-        self._score_function = compile_function(self._logits, self)
+        self.logits_function = compile_function(self.logits, self)
 
     # ----- Generation
 
@@ -204,6 +201,8 @@ class OpenLlamaCausalLM(CausalLM):
                 inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
             )
         texts, batched = as_texts(inputs)
+        if not texts:
+            raise ValueError("`inputs` must hold at least one prompt. Received: []")
         stops = as_stop_strings(stop)
         rows = self._run_texts(
             texts,
@@ -305,17 +304,11 @@ class OpenLlamaCausalLM(CausalLM):
         stop_token_ids = self._stop_token_ids(stop_token_ids)
         (new,) = self._new_tokens(rows, limits, stop_token_ids, stride=None)
         longest = max(len(r) + n for r, n in zip(rows, limits, strict=True))
-        shape = (len(rows), max(width, longest))
-        token_ids = np.full(shape, generation.PAD_TOKEN_ID, "int32")
-        padding_mask = np.zeros(shape, "bool")
-        for i, (prompt, ids) in enumerate(zip(rows, new, strict=True)):
-            ids = ids if strip_prompt else prompt + ids
-            token_ids[i, : len(ids)] = ids
-            padding_mask[i, : len(ids)] = True
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
+        if not strip_prompt:
+            new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
+        return prompts.as_arrays(new, max(width, longest))
 
     def _new_tokens(self, rows, limits, stop_token_ids, stride):
-        self._warn_if_slow()
         loop = self.make_generate_function()
         return generation.new_tokens(loop, rows, limits, stop_token_ids, stride)
 
@@ -342,24 +335,6 @@ class OpenLlamaCausalLM(CausalLM):
         return prompts.as_token_ids(
             [list(stop_token_ids)], self.backbone.vocabulary_size, "stop_token_ids"
         )[0].tolist()
-
-    def _warn_if_slow(self):
-        """Says once that XLA's bfloat16 is slow on a CPU."""
-        if keras.config.backend() != "jax" or self._warned_of_bfloat16:
-            return
-        import jax
-
-        on_cpu = jax.devices()[0].platform == "cpu"
-        if on_cpu and self.compute_dtype == "bfloat16":
-            self._warned_of_bfloat16 = True
-            warnings.warn(
-                "bfloat16 is several times slower than float32 on a CPU with JAX. "
-                "Load the model with dtype='float32', or use KERAS_BACKEND=torch for "
-                "bfloat16.",
-                stacklevel=4,
-            )
-
-    _warned_of_bfloat16 = False
 
     # ----- Scoring
 
@@ -394,56 +369,15 @@ class OpenLlamaCausalLM(CausalLM):
         Example:
             lm.score("The sea", scoring_mode="loss")
         """
-        if scoring_mode not in ("logits", "loss"):
-            raise ValueError(
-                "`scoring_mode` must be 'logits' or 'loss'. "
-                f"Received: scoring_mode={scoring_mode!r}"
-            )
-        if self.preprocessor is not None and prompts.is_text(inputs):
-            inputs, padding_mask, target_ids = self._rows_to_score(inputs)
-        size = self.backbone.vocabulary_size
-        token_ids = prompts.as_token_ids(inputs, size)
-        padding_mask = prompts.as_padding_mask(padding_mask, token_ids.shape)
-        if scoring_mode == "loss":
-            if target_ids is None:
-                raise ValueError(
-                    "`target_ids` is needed for scoring_mode='loss': the right token "
-                    "after each position, an int array (batch, length)."
-                )
-            target_ids = prompts.as_token_ids(target_ids, size, "target_ids")
-            if target_ids.shape != token_ids.shape:
-                raise ValueError(
-                    "`target_ids` must have the shape of the token ids, "
-                    f"{token_ids.shape}. Received: shape {target_ids.shape}"
-                )
-        score = self._score_function if layer_intercept_fn is None else self._logits
-        intercept = {} if layer_intercept_fn is None else {"fn": layer_intercept_fn}
-        logits = score(token_ids=token_ids, padding_mask=padding_mask, **intercept)
-        if scoring_mode == "logits":
-            return logits
-        losses = ops.sparse_categorical_crossentropy(
-            target_ids, logits, from_logits=True
+        return scoring.score(
+            self, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
         )
-        return losses * ops.cast(padding_mask, "float32")
 
-    def _rows_to_score(self, texts):
-        texts, _ = as_texts(texts)
-        rows = self.preprocessor.prompt_ids(texts)
-        shape = len(rows), max(len(row) for row in rows) - 1
-        if shape[1] == 0:
-            raise ValueError(
-                "`inputs` has one token only, so there is nothing to predict. "
-                f"Received: inputs={texts!r}"
-            )
-        ids, targets = np.zeros(shape, "int32"), np.zeros(shape, "int32")
-        mask = np.zeros(shape, "bool")
-        for i, row in enumerate(rows):
-            n = len(row) - 1
-            ids[i, :n], targets[i, :n], mask[i, :n] = row[:-1], row[1:], True
-        return ids, mask, targets
-
-    def _logits(self, token_ids, padding_mask, fn=None):
-        hidden = self.backbone.hidden_states(token_ids, padding_mask, fn)
+    def logits(self, token_ids, padding_mask, layer_intercept_fn=None):
+        """Logits in float32; see `OpenLlamaBackbone.hidden_states`."""
+        hidden = self.backbone.hidden_states(
+            token_ids, padding_mask, layer_intercept_fn
+        )
         return ops.cast(self.lm_head(hidden), "float32")
 
     # ----- Training
@@ -473,9 +407,10 @@ class OpenLlamaCausalLM(CausalLM):
         if validation_data is not None:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
-            validation_data = self._as_training_data(*validation_data)
-            if validation_data[1:] == (None, None):
-                validation_data = validation_data[0]
+            x_val, *targets = self._as_training_data(*validation_data)
+            # A dataset or generator comes with its targets.
+            whole = all(target is None for target in targets)
+            validation_data = x_val if whole else (x_val, *targets)
         return keras.Model.fit(
             self,
             x,

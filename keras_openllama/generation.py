@@ -1,24 +1,28 @@
 """Decoding: key/value caches, prefill, and the loops that choose tokens.
 
-The cache is a tuple with one pair of tensors per layer, each
-`(batch, num_key_value_heads, columns, head_dim)`, updated in place. All rows share the
-columns: prompts fill the first `prompt_columns` from the left (shorter ones leave a gap,
-which the mask hides), and the token fed in step `s` goes to column
-`prompt_columns + s` in every row. So a step writes one slice, whatever the lengths, and
-a row computes exactly what it computes alone; its rotary positions are its own.
+The cache is a tuple with one pair of tensors per layer, each `(batch,
+num_key_value_heads, columns, head_dim)`, updated in place. All rows share the columns:
+prompts fill the first `prompt_columns` from the left (shorter ones leave a gap, which
+the mask hides), and the token fed in step `s` goes to column `prompt_columns + s` in
+every row. So a step writes one slice, whatever the lengths, and a row computes exactly
+what it computes alone; its rotary positions are its own.
 
 Both sizes come in few steps (`bucket`), so that few programs are compiled.
 """
 
+import functools
+import warnings
+
+import keras
 import numpy as np
 from keras import ops, tree
 
 from keras_openllama._keras_hub import GreedySampler, Sampler, SpeculativeSampler
 from keras_openllama.compiled import compile_function, while_loop
 from keras_openllama.layers.attention import causal_mask
+from keras_openllama.prompts import PAD_TOKEN_ID, as_arrays
 from keras_openllama.text_arrays import to_numpy
 
-PAD_TOKEN_ID = 0  # OpenLLaMA has no pad token; 0 stands in, behind a mask.
 SMALLEST_BUCKET = 32  # Ours: below it, compiling costs more than padding saves.
 STOP_SLOTS = 4  # Ours: stop ids are padded to a multiple, to compile once.
 
@@ -121,7 +125,7 @@ class TokenLoop:
         backbone = self.model.backbone
         hidden, cache = prefill(backbone, token_ids, rows["final_lengths"], columns)
         logits = self.model.lm_head(last_positions(hidden, rows["lengths"]))
-        batch, prompt_columns = token_ids.shape
+        prompt_columns = token_ids.shape[1]
         tokens = ops.pad(token_ids, ((0, 0), (0, columns - prompt_columns)))
         state = {
             "tokens": tokens,
@@ -207,9 +211,7 @@ class SearchLoop:
         # Padding repeats the first state: a copy changes no maximum of similarities.
         real = ops.arange(prompt_columns)[None] <= rows["lengths"][:, None]
         hidden = ops.where(real[:, :, None], hidden, hidden[:, :1])
-        hidden = ops.pad(
-            hidden, ((0, 0), (0, columns - 1 - prompt_columns), (0, 0))
-        )
+        hidden = ops.pad(hidden, ((0, 0), (0, columns - 1 - prompt_columns), (0, 0)))
         mask = ops.broadcast_to(
             (ops.arange(columns - 1) < prompt_columns)[None], (batch, columns - 1)
         )
@@ -233,14 +235,19 @@ def steers_search(sampler):
     """
     if not isinstance(sampler, Sampler):
         raise ValueError(
-            "`sampler` must be the name or an instance of a `keras_hub.samplers.Sampler`"
-            f". Received: sampler={sampler!r}"
+            "`sampler` must be the name or an instance of a "
+            f"`keras_hub.samplers.Sampler`. Received: sampler={sampler!r}"
         )
     if isinstance(sampler, SpeculativeSampler):
         raise ValueError(
             "`SpeculativeSampler` needs a draft model beside this one, which "
             "`generate` has no argument for. Use another sampler, such as 'greedy'. "
             f"Received: sampler={sampler!r}"
+        )
+    if getattr(sampler, "return_all_beams", False):
+        raise ValueError(
+            "`generate` returns one continuation a prompt. Use a sampler with "
+            f"return_all_beams=False. Received: sampler={sampler!r}"
         )
     return type(sampler).__call__ is not Sampler.__call__
 
@@ -259,6 +266,7 @@ def new_tokens(loop, prompts, limits, stop_token_ids, stride=None):
         For each row the list of its new tokens since the last time, the stop id
         included.
     """
+    _warn_of_slow_bfloat16(loop.model.compute_dtype)
     if max(limits) == 0:
         yield [[] for _ in prompts]
     elif isinstance(loop, SearchLoop):
@@ -270,6 +278,19 @@ def new_tokens(loop, prompts, limits, stop_token_ids, stride=None):
         ]
     else:
         yield from _choose_tokens(loop, prompts, limits, stop_token_ids, stride)
+
+
+@functools.cache
+def _warn_of_slow_bfloat16(compute_dtype):
+    """Says once that XLA's bfloat16 is slow on a CPU: 1.8 against 25 GB/s (ours)."""
+    if keras.config.backend() != "jax" or compute_dtype != "bfloat16":
+        return
+    if keras.distribution.list_devices()[0].startswith("cpu"):
+        warnings.warn(
+            "bfloat16 is several times slower than float32 on a CPU with JAX. Load the "
+            "model with dtype='float32', or use KERAS_BACKEND=torch for bfloat16.",
+            stacklevel=6,
+        )
 
 
 def _search(loop, prompt, limit, stop_token_ids):
@@ -322,9 +343,7 @@ def _to_device(prompts, limits):
     """Prompts as an array padded to a bucket, and what `decode` knows of each row."""
     lengths = np.array([len(prompt) for prompt in prompts], "int32")
     columns = bucket(int(lengths.max()))
-    token_ids = np.full((len(prompts), columns), PAD_TOKEN_ID, "int32")
-    for row, prompt in zip(token_ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    token_ids = as_arrays(prompts, columns)["token_ids"]
     limits = np.array(limits, "int32")
     rows = {
         "lengths": lengths,

@@ -4,6 +4,8 @@ import numpy as np
 
 from keras_openllama.text_arrays import loaded_tensorflow, to_numpy
 
+PAD_TOKEN_ID = 0  # OpenLLaMA has no pad token; 0 stands in, behind a mask.
+
 
 def is_text(x):
     """Whether `x` is a string or bytes, or a list, array or tensor of them."""
@@ -93,6 +95,25 @@ def rows_of(inputs, vocabulary_size):
             )
     rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     return rows, ids.shape[1]
+
+
+def as_arrays(rows, width):
+    """Rows of ids as KerasHub's dict of arrays, filled up on the right.
+
+    Args:
+        rows: list of lists of int.
+        width: int, length of the arrays.
+
+    Returns:
+        Dict of `"token_ids"`, int32, and `"padding_mask"`, bool, NumPy arrays
+        `(batch, width)`.
+    """
+    token_ids = np.full((len(rows), width), PAD_TOKEN_ID, "int32")
+    padding_mask = np.zeros((len(rows), width), "bool")
+    for i, row in enumerate(rows):
+        token_ids[i, : len(row)] = row
+        padding_mask[i, : len(row)] = True
+    return {"token_ids": token_ids, "padding_mask": padding_mask}
 
 
 def new_token_limits(lengths, max_length, max_new_tokens, default_length, context):

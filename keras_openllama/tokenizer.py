@@ -67,6 +67,7 @@ class OpenLlamaTokenizer(Tokenizer):
         self.add_eos = add_eos
         self.file_assets = [VOCABULARY_FILE]
         self.set_proto(proto)
+        self.built = True  # It has no weights; Keras quantizes built layers only.
 
     @classmethod
     def from_preset(cls, preset, revision=None, **kwargs):

@@ -41,6 +41,9 @@ class RMSNorm(keras.layers.Layer):
     def compute_output_spec(self, x):
         return keras.KerasTensor(x.shape, self.compute_dtype)
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Nothing to quantize: this layer stays float32 in any mode."""
+
     def get_config(self):
         config = super().get_config()
         config.update(epsilon=self.epsilon)

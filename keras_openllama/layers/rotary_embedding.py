@@ -152,6 +152,9 @@ class RotaryEmbedding(keras.layers.Layer):
         # Two tensors: the same one twice would make the sine the cosine.
         return keras.KerasTensor(shape, "float32"), keras.KerasTensor(shape, "float32")
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Nothing to quantize: this layer stays float32 in any mode."""
+
     def get_config(self):
         config = super().get_config()
         config.update(

@@ -1,0 +1,20 @@
+"""Set-up common to all tests."""
+
+import os
+import sys
+from pathlib import Path
+
+# Nothing may be fetched from the real Hub; tests that download name their own server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+sys.path.insert(0, str(Path(__file__).parent))  # Helpers shared by several tests.
+
+import keras
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same numbers, whichever run before it."""
+    keras.utils.set_random_seed(0)

@@ -1,0 +1,91 @@
+"""Attention: who sees whom, grouped heads, and the cache."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_openllama.layers import CausalSelfAttention, RotaryEmbedding
+from keras_openllama.layers.attention import attend, causal_mask, write
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def test_attention_is_softmax_of_scaled_products():
+    q, k, v = (random(2, 3, 5, 100, seed=s) for s in range(3))
+    mask = causal_mask(np.arange(5)[None])
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(100)
+    scores = np.where(ops.convert_to_numpy(mask), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    out = attend(*map(ops.convert_to_tensor, (q, k, v)), mask)
+    np.testing.assert_allclose(ops.convert_to_numpy(out), weights @ v, atol=1e-5)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    q, k, v = random(2, 6, 5, 16), random(2, 2, 5, 16), random(2, 2, 5, 16, seed=1)
+    q, k, v = map(ops.convert_to_tensor, (q, k, v))
+    mask = causal_mask(np.arange(5)[None])
+    grouped = attend(q, k, v, mask)
+    repeated = attend(q, ops.repeat(k, 3, axis=1), ops.repeat(v, 3, axis=1), mask)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(grouped), ops.convert_to_numpy(repeated), atol=1e-6
+    )
+
+
+def test_a_row_that_sees_nothing_stays_finite():
+    q = ops.convert_to_tensor(random(1, 1, 2, 8))
+    out = attend(q, q, q, ops.zeros((1, 1, 2, 2), "bool"))
+    assert np.isfinite(ops.convert_to_numpy(out)).all()
+
+
+def test_mask_is_causal_and_hides_padding():
+    mask = causal_mask(np.arange(3)[None], np.array([[1, 1, 1], [1, 0, 1]]))
+    expected = [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 0, 0], [1, 0, 1]]]
+    np.testing.assert_array_equal(ops.convert_to_numpy(mask)[:, 0], expected)
+
+
+def test_write_puts_columns_in_their_place():
+    cache = ops.zeros((1, 2, 6, 4))
+    updated = ops.convert_to_numpy(write(cache, ops.ones((1, 2, 2, 4)), np.int32(3)))
+    np.testing.assert_array_equal(updated[0, 0, :, 0], [0, 0, 0, 1, 1, 0])
+
+
+def test_a_cache_changes_nothing():
+    layer = CausalSelfAttention(4, 2, 16)
+    x = ops.convert_to_tensor(random(1, 6, 32))
+    positions = ops.arange(6)[None]
+    cos, sin = RotaryEmbedding(16)(positions)
+    whole, _ = layer(x, cos, sin, causal_mask(positions))
+    cache = (ops.zeros((1, 2, 6, 16)), ops.zeros((1, 2, 6, 16)))
+    for i in range(6):
+        seen = (ops.arange(6) <= i)[None, None, None]
+        now = (slice(None), slice(i, i + 1))
+        y, cache = layer(
+            x[now],
+            cos[:, :, i : i + 1],
+            sin[:, :, i : i + 1],
+            seen,
+            cache=cache,
+            column=np.int32(i),
+        )
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(y), ops.convert_to_numpy(whole[now]), atol=1e-5
+        )
+
+
+def test_softmax_is_float32_under_bfloat16():
+    # 600 equal weights: their sum in bfloat16 stops at 256.
+    q = ops.zeros((1, 1, 1, 4), "bfloat16")
+    k = ops.zeros((1, 1, 600, 4), "bfloat16")
+    v = ops.ones((1, 1, 600, 4), "bfloat16")
+    out = attend(q, k, v, ops.ones((1, 1, 1, 600), "bool"))
+    assert keras.backend.standardize_dtype(out.dtype) == "bfloat16"
+    assert float(ops.cast(out, "float32")[0, 0, 0, 0]) == pytest.approx(1.0, abs=0.02)
+
+
+def test_heads_that_do_not_group_are_refused():
+    with pytest.raises(ValueError, match="num_key_value_heads=3"):
+        CausalSelfAttention(4, 3, 16)

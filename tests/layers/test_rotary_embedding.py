@@ -1,0 +1,108 @@
+"""Rotary embedding: what makes it one, its layout, and its scaling."""
+
+import numpy as np
+import pytest
+import torch
+from keras import ops
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama
+
+from keras_openllama.layers import RotaryEmbedding
+from keras_openllama.layers.rotary_embedding import rotate
+
+
+def as_numpy(pair):
+    return tuple(ops.convert_to_numpy(t) for t in pair)
+
+
+def vectors(heads, length, head_dim):
+    x = np.random.default_rng(0).normal(size=(1, heads, length, head_dim))
+    return x.astype("float32")
+
+
+@pytest.mark.parametrize("head_dim", [16, 100, 128])
+def test_rotation_is_that_of_transformers(head_dim):
+    x = vectors(2, 40, head_dim)
+    positions = np.arange(40)[None]
+    cos, sin = RotaryEmbedding(head_dim)(positions)
+    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4)
+    theirs = modeling_llama.LlamaRotaryEmbedding(config)
+    tensor = torch.tensor(x)
+    expected, _ = modeling_llama.apply_rotary_pos_emb(
+        tensor, tensor, *theirs(tensor, torch.tensor(positions))
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(rotate(x, cos, sin)), expected.numpy(), atol=1e-5
+    )
+
+
+def test_rotation_keeps_lengths():
+    x = vectors(1, 64, 100)
+    rotated = ops.convert_to_numpy(
+        rotate(x, *RotaryEmbedding(100)(np.arange(64)[None]))
+    )
+    np.testing.assert_allclose(
+        np.linalg.norm(rotated, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
+    )
+
+
+def test_products_depend_on_distance_only():
+    rope = RotaryEmbedding(100)
+    query, key = vectors(1, 1, 100), vectors(1, 1, 100)[..., ::-1].copy()
+
+    def product(query_at, key_at):
+        q = rotate(query, *rope(np.array([[query_at]])))
+        k = rotate(key, *rope(np.array([[key_at]])))
+        return float(ops.sum(q * k))
+
+    assert product(7, 3) == pytest.approx(product(107, 103), abs=1e-3)
+    assert abs(product(7, 3) - product(7, 4)) > 1e-2
+
+
+def test_linear_scaling_divides_positions():
+    scaled = RotaryEmbedding(16, scaling={"rope_type": "linear", "factor": 4})
+    plain = RotaryEmbedding(16)
+    for a, b in zip(
+        as_numpy(scaled(np.array([[0, 4, 40]]))),
+        as_numpy(plain(np.array([[0, 1, 10]]))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_dynamic_scaling_leaves_short_rows_alone_and_follows_final_length():
+    rope = RotaryEmbedding(
+        16, scaling={"rope_type": "dynamic", "factor": 2.0}, max_sequence_length=8
+    )
+    positions = np.arange(6)[None]
+    cos, _ = as_numpy(rope(positions, np.array([6, 8, 24])))
+    plain, _ = as_numpy(RotaryEmbedding(16)(positions))
+    np.testing.assert_allclose(cos[0], plain[0], atol=1e-6)
+    np.testing.assert_allclose(cos[1], plain[0], atol=1e-6)
+    # The formula of transformers for a sequence of 24 over a context of 8.
+    base = 10000.0 * (2.0 * 24 / 8 - 1.0) ** (16 / 14)
+    angles = positions[0][:, None] / base ** (np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(cos[2, 0], np.cos(angles), atol=1e-6)
+
+
+def test_dynamic_scaling_needs_final_lengths():
+    rope = RotaryEmbedding(16, scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ValueError, match="final_lengths"):
+        rope(np.arange(4)[None])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "yarn", "factor": 2.0}, {"factor": 2.0}, {"rope_type": "linear"}]
+    + [{"rope_type": "linear", "factor": f} for f in (0.5, "2", None)]
+    + [{"rope_type": "linear", "factor": 2.0, "beta": 1}],
+    ids=str,
+)
+def test_other_scaling_is_refused(scaling):
+    with pytest.raises(ValueError, match="rope_scaling"):
+        RotaryEmbedding(16, scaling=scaling)
+
+
+def test_odd_head_dim_is_refused():
+    with pytest.raises(ValueError, match="head_dim=15"):
+        RotaryEmbedding(15)

@@ -1,0 +1,97 @@
+"""Random tiny models of transformers, and the same models here."""
+
+import dataclasses
+
+import numpy as np
+import torch
+import transformers
+
+from keras_openllama import OpenLlamaCausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyShape:
+    """Sizes of a tiny model; the vocabulary is large enough for 200 varied tokens."""
+
+    name: str
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_dim: int = 64
+    intermediate_dim: int = 96
+    num_layers: int = 2
+    vocabulary_size: int = 199
+    context: int = 512
+
+    def __str__(self):
+        return self.name
+
+
+SHAPES = (
+    TinyShape("multi_head", 4, 4, 16),
+    TinyShape("head_dim_100", 2, 2, 100, hidden_dim=200),
+    TinyShape("grouped_heads", 6, 2, 16, hidden_dim=96),
+    # Heads that together are not as wide as the network.
+    TinyShape("grouped_head_dim_100", 4, 1, 100, num_layers=3),
+)
+
+
+def in_transformers(shape, **config):
+    """A `LlamaForCausalLM` in float32 whose logits are well apart."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=shape.vocabulary_size,
+            hidden_size=shape.hidden_dim,
+            intermediate_size=shape.intermediate_dim,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_query_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.context,
+            rms_norm_eps=1e-6,
+            # Large enough that the next token is a clear choice, so that greedy
+            # decoding tests the model and not its rounding; small enough that layers
+            # do not blow rounding up.
+            initializer_range=0.08,
+            bos_token_id=1,
+            eos_token_id=2,
+            **config,
+        )
+    ).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # Ones would hide a norm that forgets its scale.
+                weight.add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def as_ours(model, directory, **options):
+    """The same model here, through a directory in transformers format."""
+    model.save_pretrained(directory)
+    return OpenLlamaCausalLM.from_preset(str(directory), preprocessor=None, **options)
+
+
+def batch(shape, batch_size=3, length=12, seed=0):
+    """Random token ids, without the control ids 0 to 2."""
+    random = np.random.default_rng(seed)
+    return random.integers(3, shape.vocabulary_size, (batch_size, length), "int32")
+
+
+def right_padding(lengths, length):
+    """A padding mask with the given number of real tokens in each row."""
+    return np.arange(length)[None] < np.asarray(lengths)[:, None]
+
+
+def assert_close(ours, theirs, where=""):
+    """Equal within 1e-5 of the largest value of the reference, or of 1."""
+    import keras
+
+    ours = keras.ops.convert_to_numpy(ours)
+    theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else theirs
+    assert ours.shape == theirs.shape, where
+    tolerance = 1e-5 * max(1.0, np.abs(theirs).max())
+    assert np.abs(ours - theirs).max() <= tolerance, (
+        f"{where}: differs by {np.abs(ours - theirs).max():.2e}, "
+        f"and {tolerance:.2e} is allowed"
+    )
