@@ -1,6 +1,8 @@
 """OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch."""
 
 import importlib
+import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -14,6 +16,12 @@ _MODULES = {
 }
 
 __all__ = ["__version__", *_MODULES]
+
+
+if "keras" not in sys.modules:
+    # Keras's own default is TensorFlow. Whoever sets the variable, or has imported
+    # Keras already, has chosen.
+    os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
 def __getattr__(name):
