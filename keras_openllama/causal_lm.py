@@ -135,7 +135,7 @@ class OpenLlamaCausalLM(CausalLM):
                 from_logits=True, reduction="mean_with_sample_weight"
             )
         sampler = get_sampler(sampler)
-        steers_search = generation.steers_search(sampler)
+        generation.steers_search(sampler)  # Refuses one that cannot run.
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -143,14 +143,17 @@ class OpenLlamaCausalLM(CausalLM):
             sampler=sampler,
             **kwargs,
         )
-        loop = generation.SearchLoop if steers_search else generation.TokenLoop
-        self.generate_function = loop(self)
         self.logits_function = compile_function(self.logits, self)
 
     # ----- Generation
 
     def make_generate_function(self):
-        """The loop that chooses tokens; it compiles itself where it must."""
+        """The loop that chooses tokens; it compiles its programs at first use."""
+        # KerasHub sets it to None where the model or the sampler changes.
+        if self.generate_function is None:
+            search = generation.steers_search(self.sampler)
+            loop = generation.SearchLoop if search else generation.TokenLoop
+            self.generate_function = loop(self)
         return self.generate_function
 
     def generate(
@@ -388,7 +391,15 @@ class OpenLlamaCausalLM(CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return self.preprocessor(x, y=y, sample_weight=sample_weight)
 
-    def fit(self, x=None, y=None, sample_weight=None, validation_data=None, **kwargs):
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        **kwargs,
+    ):
         """Trains the model; see `keras.Model.fit`.
 
         Args:
@@ -396,6 +407,7 @@ class OpenLlamaCausalLM(CausalLM):
                 `"token_ids"` and `"padding_mask"`, both `(batch, length)`; a
                 `tf.data.Dataset` of either; or whatever else `keras.Model.fit` takes.
             y: int `(batch, length)`, the token after each position. Not with text.
+            batch_size: int, rows per step; Keras's default is 32.
             sample_weight: float, one per position or one per text.
             validation_data: as `x`, or a tuple of `x`, `y` and `sample_weight`.
             **kwargs: see `keras.Model.fit`.
@@ -415,20 +427,23 @@ class OpenLlamaCausalLM(CausalLM):
             self,
             x,
             y,
+            batch_size=batch_size,
             sample_weight=sample_weight,
             validation_data=validation_data,
             **kwargs,
         )
 
-    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
         """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`."""
         x, y, sample_weight = self._as_training_data(x, y, sample_weight)
-        return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **kwargs)
+        return keras.Model.evaluate(
+            self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs
+        )
 
-    def predict(self, x, **kwargs):
+    def predict(self, x, batch_size=None, **kwargs):
         """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
-        x, _, _ = self._as_training_data(x, None, None)
-        return keras.Model.predict(self, x, **kwargs)
+        x, _, _ = self._as_training_data(x)
+        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
     def _as_training_data(self, x, y=None, sample_weight=None):
         if prompts.is_tf_dataset(x):
