@@ -53,8 +53,7 @@ np.savez(
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["model", "data"])
+@pytest.mark.parametrize("kind, dtype", [("model", "bfloat16"), ("data", "float32")])
 def test_each_device_gets_its_part(tmp_path, kind, dtype):
     ours = as_ours(in_transformers(SHAPE), tmp_path, dtype=dtype)
     result = subprocess.run(
