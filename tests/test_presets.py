@@ -24,6 +24,16 @@ from keras_openllama import (
 
 ROOT = Path(__file__).parents[1]
 SHAPE = TinyShape("small", 4, 2, 16, vocabulary_size=512, context=48)
+SMALL = {
+    "vocabulary_size": SHAPE.vocabulary_size,
+    "num_layers": SHAPE.num_layers,
+    "num_query_heads": SHAPE.num_query_heads,
+    "num_key_value_heads": SHAPE.num_key_value_heads,
+    "head_dim": SHAPE.head_dim,
+    "hidden_dim": SHAPE.hidden_dim,
+    "intermediate_dim": SHAPE.intermediate_dim,
+    "max_sequence_length": SHAPE.context,
+}
 HANDLE = "openlm-research/open_llama_3b_v2"
 
 
@@ -283,16 +293,6 @@ def hub(hub_files):
 
 def run(hub, home, program, **variables):
     """Runs a program in a new process whose Hub is the server."""
-    small = {
-        "vocabulary_size": SHAPE.vocabulary_size,
-        "num_layers": SHAPE.num_layers,
-        "num_query_heads": SHAPE.num_query_heads,
-        "num_key_value_heads": SHAPE.num_key_value_heads,
-        "head_dim": SHAPE.head_dim,
-        "hidden_dim": SHAPE.hidden_dim,
-        "intermediate_dim": SHAPE.intermediate_dim,
-        "max_sequence_length": SHAPE.context,
-    }
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.endpoint,
@@ -303,7 +303,7 @@ def run(hub, home, program, **variables):
         **variables,
     }
     return subprocess.run(
-        [sys.executable, "-c", SMALL_PRESET.format(small=small) + program],
+        [sys.executable, "-c", SMALL_PRESET.format(small=SMALL) + program],
         env=environment,
         capture_output=True,
         text=True,
@@ -347,20 +347,10 @@ def in_process(hub, monkeypatch, tmp_path):
 def small_registry(monkeypatch, **changes):
     """Lets `open_llama_3b_v2` have the architecture of the small repository."""
     known = presets.registry()["open_llama_3b_v2"]
-    config = {
-        "vocabulary_size": SHAPE.vocabulary_size,
-        "num_layers": SHAPE.num_layers,
-        "num_query_heads": SHAPE.num_query_heads,
-        "num_key_value_heads": SHAPE.num_key_value_heads,
-        "head_dim": SHAPE.head_dim,
-        "hidden_dim": SHAPE.hidden_dim,
-        "intermediate_dim": SHAPE.intermediate_dim,
-        "max_sequence_length": SHAPE.context,
-    }
     monkeypatch.setitem(
         presets.registry(),
         "open_llama_3b_v2",
-        dataclasses.replace(known, config=config, **changes),
+        dataclasses.replace(known, config=SMALL, **changes),
     )
 
 
