@@ -1,0 +1,181 @@
+"""The embedded model: small, sound, and able to predict plain English."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from keras_openllama import OpenLlamaCausalLM, OpenLlamaTokenizer
+from train.bits_per_byte import total_bits, windows, xz_bits_per_byte
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "presets"
+DIRECTORY = PRESETS / "open_llama_nano"
+MEGABYTE = 1_000_000
+
+# Written for this test, so it is in no corpus.
+PLAIN_ENGLISH = """\
+The old man rose early, as he had done every day for many years, and went down to the \
+shore to see what the night had left there. The wind had turned in the dark, and the \
+water lay so still that the boats seemed to stand upon the sky. He walked slowly, with \
+his hands behind his back, and thought of his sons, who had gone to the city and who \
+wrote to him at Easter and at Christmas, and sometimes in the summer, when the letters \
+were short and the weather was the chief matter in them.
+"You are late," said the woman who sold bread at the corner of the street. She said \
+it every morning, whether he was late or not, and he gave her the same answer that he \
+had always given, that bread was never better for being bought in a hurry. Then she \
+laughed, and he took his loaf under his arm, and they talked a little of the price of \
+fish and of the new teacher, whom nobody had seen yet, but of whom everybody had heard \
+something.
+At noon there was a great noise in front of the church. A carriage had come over the \
+hill, with two horses before it and a young man upon the box, and it had stopped in \
+the very middle of the place, where no carriage had ever stopped before. The children \
+ran up to look at the horses. The young man asked them where the school was, and they \
+pointed in four directions at once, for it was a small town, and the school had been \
+moved three times since the last war.
+In the evening the people of the town came together in the large room of the inn, and \
+it was decided that the teacher should have the house by the river, which had been \
+empty since the spring, and that every family should give what it could: one a table, \
+another a bed, and the third a little money, if there was any to be had.
+"""
+
+COMMON_WORDS = set(
+    """
+    a about after again against all also always am among an and any are as at be
+    because been before being between both but by came can come could day did do
+    does down each even ever every eyes few first for from gave give go god good
+    great had hand has have he heart her here him himself his house how i if in into
+    is it its just king know land let life like little long lord made make man many
+    may me men might more most much must my nation never new no nor not nothing now
+    o of off old on one only or other our out over own people place put said same
+    saw say see sea shall she ship should so some son such than that the their them
+    then there these they thing things think this those thou though through time to
+    too two under up upon us very was way we well went were what when where which
+    while who whole whom whose will with without woman word work world would years
+    yet you young your
+    """.split()
+)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return OpenLlamaCausalLM.from_preset("open_llama_nano")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return OpenLlamaTokenizer.from_preset("open_llama_nano")
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return json.loads((PRESETS / "open_llama_nano.json").read_text())
+
+
+def test_parameters_are_as_stated_and_few(lm, preset):
+    assert lm.count_params() == preset["parameters"]
+    assert 4_000_000 <= lm.count_params() <= 7_000_000
+
+
+@pytest.mark.backend_free
+def test_files_are_small():
+    assert (DIRECTORY / "model.safetensors").stat().st_size <= 16 * MEGABYTE
+    assert sum(file.stat().st_size for file in DIRECTORY.iterdir()) <= 17 * MEGABYTE
+
+
+@pytest.mark.backend_free
+def test_preset_and_directory_state_the_same_sizes(preset):
+    config = json.loads((DIRECTORY / "config.json").read_text())
+    ours = preset["architecture"]
+    assert config["vocab_size"] == ours["vocabulary_size"]
+    assert config["num_hidden_layers"] == ours["num_layers"]
+    assert config["num_attention_heads"] == ours["num_query_heads"]
+    assert config["num_key_value_heads"] == ours["num_key_value_heads"]
+    assert config["head_dim"] == ours["head_dim"]
+    assert config["hidden_size"] == ours["hidden_dim"]
+    assert config["intermediate_size"] == ours["intermediate_dim"]
+    assert config["rope_theta"] == ours["rope_max_wavelength"]
+    assert config["rms_norm_eps"] == ours["layer_norm_epsilon"]
+    assert config["max_position_embeddings"] == ours["max_sequence_length"]
+    settings = json.loads((ROOT / "train" / "nano.json").read_text())
+    assert settings["architecture"] == ours
+
+
+@pytest.mark.backend_free
+def test_preset_reports_every_source_below_xz(preset):
+    results = preset["provenance"]["held_out"]["results"]
+    sources = {source["name"] for source in preset["provenance"]["sources"]}
+    assert set(results) == sources
+    for row in results.values():
+        assert row["bytes"] >= 20_000
+        assert row["bits_per_byte"] < row["xz_bits_per_byte"]
+    mean = sum(row["bits_per_byte"] for row in results.values()) / len(results)
+    assert mean == pytest.approx(
+        preset["provenance"]["held_out"]["mean_bits_per_byte"], abs=1e-3
+    )
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain words",
+        "  two spaces  before, between and after  ",
+        "lines\nand\n\nparagraphs\n",
+        "tabs\tand\r\nreturns",
+        "emoji 🙂🏳️‍🌈, 漢字, ünïcödé",
+        "def f(x):\n    return x  # 100 % of 2026\n",
+    ],
+)
+def test_text_comes_back_exactly(tokenizer, text):
+    assert tokenizer.detokenize(tokenizer(text)) == text
+
+
+@pytest.mark.backend_free
+def test_control_tokens_have_the_ids_of_llama(tokenizer):
+    ids = [tokenizer.token_to_id(piece) for piece in ("<unk>", "<s>", "</s>")]
+    assert ids == [0, 1, 2]
+    assert tokenizer.keeps_spaces
+
+
+def test_unseen_english_takes_fewer_bits_than_xz(lm, tokenizer):
+    data = PLAIN_ENGLISH.encode()
+    assert len(data) >= 1500
+    bits = total_bits(
+        lm,
+        tokenizer(PLAIN_ENGLISH),
+        tokenizer.start_token_id,
+        lm.backbone.max_sequence_length,
+    )
+    # A text so short leaves xz little to work with; the model must also be good.
+    assert bits / len(data) < xz_bits_per_byte(data)
+    assert bits / len(data) < 2.2
+
+
+def test_continuation_reads_as_words(lm):
+    text = lm.generate(
+        "It was a fine morning, and the old man",
+        max_new_tokens=48,
+        stop_token_ids=None,
+        strip_prompt=True,
+    )
+    words = re.findall(r"[a-z]+", text.lower())
+    assert len(words) >= 20
+    common = sum(word in COMMON_WORDS for word in words)
+    assert common / len(words) >= 0.5
+    # Not one phrase over and over.
+    assert len(set(words)) >= 8
+
+
+@pytest.mark.backend_free
+def test_windows_count_every_token_once():
+    for count in (1, 7, 8, 9, 12, 13, 100):
+        spans = windows(count, context=8)
+        counted = [i for _, first, last in spans for i in range(first, last + 1)]
+        assert counted == list(range(1, count + 1))
+        for start, first, last in spans:
+            assert 0 <= start < first
+            assert last <= start + 8
+            # Beyond the first window, at least half a context comes before.
+            assert start == 0 or first - start >= 4
