@@ -11,7 +11,7 @@ EXTRAS := torch,train,test
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
-PROMPT ?= The old man looked at the sea, and
+PROMPT ?= The captain looked at the sea and said,
 # More arguments for pytest: make test PYTEST="-x -k tokenizer"
 PYTEST ?=
 
@@ -24,7 +24,7 @@ help:  ## Show this list
 .PHONY: demo
 demo: $(VENV)/.base-installed  ## Install, and let open_llama_nano write (PROMPT="...")
 	@$(BIN)/keras-openllama generate "$(PROMPT)" --preset open_llama_nano \
-		--max-new-tokens 100
+		--max-new-tokens 100 --top-p 0.8 --temperature 0.7 --seed 3
 
 .PHONY: test
 test: $(VENV)/.all-installed  ## Install every extra; run the tests on the three backends
