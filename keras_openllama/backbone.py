@@ -1,5 +1,7 @@
 """The LLaMA network up to its last hidden states."""
 
+import weakref
+
 import keras
 from keras import ops
 
@@ -138,8 +140,9 @@ class OpenLlamaBackbone(Backbone):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.max_sequence_length = max_sequence_length
         self.initializer_std = initializer_std
-        # The layers that tasks have put on top, see `add_head`.
-        self._heads = []
+        # The layers that tasks have put on top, see `add_head`. Weakly: Keras would
+        # track them as layers of the backbone, and save them with it.
+        self._heads = weakref.WeakSet()
 
     @classmethod
     def from_preset(
@@ -196,7 +199,7 @@ class OpenLlamaBackbone(Backbone):
         Args:
             layer: the `keras.layers.Layer` that a task applies to the hidden states.
         """
-        self._heads.append(layer)
+        self._heads.add(layer)
 
     def enable_lora(self, rank, target_layer_names=None):
         """Adds low-rank adapters (LoRA, arXiv:2106.09685) and freezes all the rest.
@@ -225,6 +228,7 @@ class OpenLlamaBackbone(Backbone):
 
     def get_config(self):
         config = super().get_config()
+        config["dtype"] = keras.dtype_policies.serialize(self._policy_with_quantized())
         config.update(
             vocabulary_size=self.vocabulary_size,
             num_layers=self.num_layers,
@@ -240,3 +244,17 @@ class OpenLlamaBackbone(Backbone):
             initializer_std=self.initializer_std,
         )
         return config
+
+    def _policy_with_quantized(self):
+        """The dtype policy, by layer where some are quantized, heads among them."""
+        quantized = {
+            layer.path: layer.dtype_policy
+            for layer in [*self._flatten_layers(), *self._heads]
+            if layer.quantization_mode is not None
+        }
+        is_map = isinstance(self.dtype_policy, keras.dtype_policies.DTypePolicyMap)
+        if is_map or not quantized:
+            return self.dtype_policy
+        return keras.dtype_policies.DTypePolicyMap(
+            default_policy=self.dtype_policy, policy_map=quantized
+        )

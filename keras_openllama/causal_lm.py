@@ -172,8 +172,8 @@ class OpenLlamaCausalLM(CausalLM):
 
         Args:
             inputs: a string, a list or array of strings, a `tf.data.Dataset` of
-                batches of strings, or a dict of `"token_ids"` and `"padding_mask"`,
-                both `(batch, length)` with padding on the right.
+                strings or of batches of them, or a dict of `"token_ids"` and
+                `"padding_mask"`, both `(batch, length)` with padding on the right.
             max_length: int, tokens that a row may have in the end, prompt and BOS
                 included. Defaults to `preprocessor.sequence_length`, or for a dict to
                 its length.
@@ -197,8 +197,11 @@ class OpenLlamaCausalLM(CausalLM):
         """
         if prompts.is_tf_dataset(inputs):
             options = (max_length, max_new_tokens, stop_token_ids, stop, strip_prompt)
-            batches = inputs.as_numpy_iterator()
-            return [text for b in batches for text in self.generate(b, *options)]
+            texts = []
+            for batch in inputs.as_numpy_iterator():
+                batch = as_texts(batch)[0]  # Refuses what is no text.
+                texts += self.generate(batch, *options)
+            return texts
         if self.preprocessor is None or isinstance(inputs, dict):
             return self._generate_arrays(
                 inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
@@ -364,10 +367,12 @@ class OpenLlamaCausalLM(CausalLM):
 
         Returns:
             Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0
-            on padding; float32 tensors of the backend.
+            on padding; float32 tensors of the backend. For text, `length` is one less
+            than the tokens of the longest: the last one has no successor.
 
         Raises:
-            ValueError: for malformed ids, mask or targets, or an unknown mode.
+            ValueError: for malformed ids, mask or targets, sequences longer than the
+                context, or an unknown mode.
 
         Example:
             lm.score("The sea", scoring_mode="loss")
@@ -447,7 +452,8 @@ class OpenLlamaCausalLM(CausalLM):
 
     def _as_training_data(self, x, y=None, sample_weight=None):
         if prompts.is_tf_dataset(x):
-            return x.map(self.preprocess_samples, num_parallel_calls=-1), y, None
+            x = x.map(self.preprocess_samples, num_parallel_calls=-1)
+            return x, y, sample_weight  # Keras refuses what a dataset must hold.
         if isinstance(x, str):
             x = [x]
         data = self.preprocess_samples(x, y, sample_weight)

@@ -38,14 +38,14 @@ def compile_function(function, model, *, static=(), donate=()):
     Returns:
         A callable with the same keyword arguments as `function`.
     """
-    if getattr(model, "run_eagerly", False):
-        return function
     backend = keras.config.backend()
+    if backend == "torch":
+        return torch.no_grad()(function)
+    if model.run_eagerly:
+        return function
     if backend == "jax":
         return _jax(function, model, static, donate)
-    if backend == "tensorflow":
-        return _tensorflow(function, model, static)
-    return torch.no_grad()(function)
+    return _tensorflow(function, model, static)
 
 
 def variables_of(model):
@@ -62,12 +62,14 @@ def stateless_scope(weights, weight_values, seeds, seed_values):
 
 
 def _jax(function, model, static, donate):
-    @functools.partial(jax.jit, static_argnames=static, donate_argnames=donate)
     def program(_weights, _seeds, **kwargs):
         weights, seeds = variables_of(model)
         with stateless_scope(weights, _weights, seeds, _seeds) as scope:
             outputs = function(**kwargs)
         return outputs, [scope.get_current_value(seed) for seed in seeds]
+
+    program.__name__ = function.__name__  # What JAX's logs and profiles show.
+    program = jax.jit(program, static_argnames=static, donate_argnames=donate)
 
     @functools.wraps(function)
     def run(**kwargs):
@@ -84,16 +86,21 @@ def _jax(function, model, static, donate):
 
 def _tensorflow(function, model, static):
     programs = {}
+    weights_seen = []
 
     @functools.wraps(function)
     def run(**kwargs):
         constants = {name: kwargs.pop(name) for name in static}
         tensors = tree.map_structure(ops.convert_to_tensor, kwargs)
         # A program keeps the variables that it saw, and LoRA and quantization change
-        # them. One program a shape, kept here: `tf.function` does the same, but warns
-        # of it as if it were a mistake.
+        # them.
+        weights = model.weights
+        if [id(w) for w in weights] != [id(w) for w in weights_seen]:
+            programs.clear()
+            weights_seen[:] = weights
+        # One program a shape, kept here: `tf.function` does the same, but warns of it
+        # as if it were a mistake.
         key = (
-            tuple(id(weight) for weight in model.weights),
             tuple(constants.items()),
             tuple((t.shape, t.dtype) for t in tree.flatten(tensors)),
         )

@@ -52,10 +52,13 @@ class Continuation:
         if self.stopped:
             return ""
         self._pending += new
-        found = [i for i in map(self._pending.find, self._stops) if i >= 0]
+        found = [(self._pending.find(s), s) for s in self._stops]
+        found = [(start + len(s), start) for start, s in found if start >= 0]
         if found:
+            # The one that ends first, so that it does not matter how tokens come.
             self.stopped = True
-            final, self._pending = self._pending[: min(found)], ""
+            _, start = min(found)
+            final, self._pending = self._pending[:start], ""
         else:
             end = max(0, len(self._pending) - hold_back)
             final, self._pending = self._pending[:end], self._pending[end:]

@@ -17,9 +17,19 @@ def score(model, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_
             f"Received: scoring_mode={scoring_mode!r}"
         )
     if model.preprocessor is not None and is_text(inputs):
+        if padding_mask is not None or target_ids is not None:
+            raise ValueError(
+                "`padding_mask` and `target_ids` belong to token ids; for text they "
+                f"follow from it. Received: inputs={str(inputs)[:80]!r}"
+            )
         inputs, padding_mask, target_ids = _shifted(model.preprocessor, inputs)
-    size = model.backbone.vocabulary_size
+    size, context = model.backbone.vocabulary_size, model.backbone.context_length
     token_ids = as_token_ids(inputs, size)
+    if token_ids.shape[1] > context:
+        raise ValueError(
+            f"`inputs` has {token_ids.shape[1]} tokens, and the context of this model "
+            f"is {context} tokens. Shorten them, or load the model with `rope_scaling`."
+        )
     padding_mask = as_padding_mask(padding_mask, token_ids.shape)
     if scoring_mode == "loss":
         target_ids = _targets(target_ids, token_ids.shape, size)

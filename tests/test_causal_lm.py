@@ -148,6 +148,8 @@ def test_score_shows_and_changes_layers():
             "target_ids",
         ),
         (dict(inputs=""), "empty"),
+        (dict(inputs=np.ones((1, 33), int)), "context of this model is 32"),
+        (dict(inputs="a b", padding_mask=np.ones((1, 2))), "padding_mask"),
     ],
     ids=str,
 )
@@ -178,8 +180,9 @@ def test_lora_trains_only_adapters_and_changes_generation():
     assert lm.generate("The", max_new_tokens=10) != before
 
 
-def test_int8_keeps_the_logits_near(tmp_path):
-    lm = make_lm(initializer_std=0.2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_keeps_the_logits_near(tmp_path, dtype):
+    lm = make_lm(dtype, initializer_std=0.2)
     before = logits_of(lm)
     lm.generate("The", max_new_tokens=4)
     lm.quantize("int8")
@@ -207,6 +210,17 @@ def test_preset_directory_comes_back(tmp_path, dtype):
     assert again.preprocessor.sequence_length == 16
     assert again.dtype_policy == lm.dtype_policy
     np.testing.assert_array_equal(logits_of(again), logits_of(lm))
+
+
+def test_each_task_on_a_backbone_saves_its_own_head(tmp_path):
+    first = make_lm()
+    second = OpenLlamaCausalLM(first.backbone, first.preprocessor)
+    assert not np.allclose(logits_of(first), logits_of(second))
+    second.save_to_preset(tmp_path)
+    again = OpenLlamaCausalLM.from_preset(tmp_path)
+    np.testing.assert_array_equal(logits_of(again), logits_of(second))
+    backbone = OpenLlamaBackbone.from_preset(tmp_path)
+    assert backbone.count_params() == first.count_params() - 512 * 48
 
 
 def test_keras_hub_finds_the_class_of_a_preset_directory(tmp_path):

@@ -13,6 +13,7 @@ from keras_openllama import (
     OpenLlamaTokenizer,
     generation,
 )
+from keras_openllama.continuation import Continuation
 from keras_openllama.generation import bucket
 
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
@@ -131,6 +132,37 @@ def test_a_stop_string_is_cut_off(lm):
         assert cut == free[: free.index(stop)]
     both = lm.generate(PROMPTS, max_new_tokens=40, stop=[stop, "\0"])
     assert both[2] == PROMPTS[2] + cut
+
+
+def test_the_stop_string_that_ends_first_counts_however_tokens_come():
+    class Letters:  # Each id is a letter.
+        def stream_decoder(self, prefix_ids):
+            return self
+
+        def push(self, token_id):
+            return "abcdef"[token_id]
+
+        def flush(self):
+            return ""
+
+    texts = set()
+    for stride in (1, 2, 4):
+        row = Continuation(Letters(), [], ("abcd", "c"))
+        for start in range(0, 4, stride):
+            row.push(range(start, start + stride))
+        row.flush()
+        texts.add(row.text)
+    assert texts == {"ab"}
+
+
+def test_a_tf_dataset_is_a_list_of_prompts(lm):
+    tf = pytest.importorskip("tensorflow")
+    expected = lm.generate(PROMPTS, max_new_tokens=5)
+    dataset = tf.data.Dataset.from_tensor_slices(PROMPTS)
+    assert lm.generate(dataset, max_new_tokens=5) == expected
+    assert lm.generate(dataset.batch(2), max_new_tokens=5) == expected
+    with pytest.raises(ValueError, match="inputs"):
+        lm.generate(tf.data.Dataset.from_tensors(IDS), max_new_tokens=5)
 
 
 def test_strip_prompt_returns_the_new_text(lm):
@@ -259,14 +291,18 @@ def test_buckets_are_few_and_near():
 def test_other_lengths_do_not_compile_again(caplog):
     import jax
 
+    def compiled():
+        messages = [r.message for r in caplog.records if "Compiling" in r.message]
+        caplog.clear()
+        return [m for m in messages if "_start" in m or "_advance" in m]
+
     lm = make_lm()
-    lm.generate(PROMPTS[:2], max_new_tokens=30)
     with jax.log_compiles(), caplog.at_level("WARNING"):
+        lm.generate(PROMPTS[:2], max_new_tokens=30)
+        assert len(compiled()) == 2
         lm.generate([PROMPTS[1], "x"], max_new_tokens=31, stop_token_ids=[5, 6])
-        lm.generate(["one", "two"], max_length=36, stop="word")
-    compiled = [r.message for r in caplog.records if "_start" in r.message]
-    compiled += [r.message for r in caplog.records if "_advance" in r.message]
-    assert compiled == []
+        lm.generate(["one", "two"], max_length=33, stop="word")
+        assert compiled() == []
 
 
 IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}

@@ -24,13 +24,12 @@ def attend(query, key, value, mask):
     group = num_query_heads // num_key_value_heads
     # Heads of a group share keys and values, so they join the length axis: one
     # product per key/value head, and no copy of the keys.
-    query = ops.reshape(
-        query, (batch, num_key_value_heads, group * length, head_dim)
-    ) * ops.cast(head_dim**-0.5, query.dtype)
+    query = ops.reshape(query, (batch, num_key_value_heads, group * length, head_dim))
     scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
     key_length = ops.shape(scores)[-1]
     scores = ops.reshape(
-        ops.cast(scores, "float32"),
+        # In float32, since bfloat16 has no 1/sqrt(100).
+        ops.cast(scores, "float32") * head_dim**-0.5,
         (batch, num_key_value_heads, group, length, key_length),
     )
     # A finite number: a row that may look nowhere (padding) must not become NaN.
