@@ -227,8 +227,13 @@ class OpenLlamaBackbone(Backbone):
             head.trainable = False
 
     def get_config(self):
-        config = super().get_config()
-        config["dtype"] = keras.dtype_policies.serialize(self._policy_with_quantized())
+        # Not KerasHub's: it makes a map without a default policy, and serialising such
+        # a map makes the live layers forget which dtype they compute in.
+        config = {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(self._policy_with_quantized()),
+        }
         config.update(
             vocabulary_size=self.vocabulary_size,
             num_layers=self.num_layers,
