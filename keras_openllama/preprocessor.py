@@ -6,6 +6,7 @@ import numpy as np
 from keras_openllama import presets
 from keras_openllama._keras_hub import CausalLMPreprocessor
 from keras_openllama.backbone import OpenLlamaBackbone
+from keras_openllama.prompts import as_arrays
 from keras_openllama.text_arrays import (
     as_texts,
     is_graph_tensor,
@@ -125,7 +126,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             texts, add_bos=self.add_start_token, add_eos=self.add_end_token
         )
         # One more than the model sees: the last token has a target too.
-        ids, mask = self._filled_up([row[: length + 1] for row in rows], length + 1)
+        rows = [row[: length + 1] for row in rows]
+        ids, mask = as_arrays(rows, length + 1).values()
         weights = mask[:, 1:].astype("float32")
         if sample_weight is not None:
             sample_weight = to_numpy(sample_weight)
@@ -143,14 +145,6 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         return _in_graph(
             arrays, [x, *weights], ["int32", "bool", "int32", "float32"], length
         )
-
-    def _filled_up(self, rows, length):
-        token_ids = np.full((len(rows), length), self.tokenizer.pad_token_id, "int32")
-        padding_mask = np.zeros((len(rows), length), "bool")
-        for i, row in enumerate(rows):
-            token_ids[i, : len(row)] = row
-            padding_mask[i, : len(row)] = True
-        return token_ids, padding_mask
 
     # --- Generation ---
 
@@ -222,7 +216,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
                     f"`sequence_length`, {length}. Shorten it, or raise "
                     "`sequence_length`."
                 )
-        arrays = self._filled_up(rows, length)
+        arrays = tuple(as_arrays(rows, length).values())
         return arrays if batched else tuple(array[0] for array in arrays)
 
     def generate_postprocess(self, x):
