@@ -189,7 +189,7 @@ class OpenLlamaBackbone(Backbone):
         intercept = layer_intercept_fn or (lambda x, index: x)
         x = intercept(self.token_embedding(token_ids), -1)
         for index, layer in enumerate(self.transformer_layers):
-            x, _ = layer(x, cos, sin, mask)
+            x = layer(x, cos, sin, mask)
             x = intercept(x, index)
         return self.final_norm(x)
 

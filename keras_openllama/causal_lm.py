@@ -151,9 +151,7 @@ class OpenLlamaCausalLM(CausalLM):
         """The loop that chooses tokens; it compiles its programs at first use."""
         # KerasHub sets it to None where the model or the sampler changes.
         if self.generate_function is None:
-            search = generation.steers_search(self.sampler)
-            loop = generation.SearchLoop if search else generation.TokenLoop
-            self.generate_function = loop(self)
+            self.generate_function = generation.loop_for(self)
         return self.generate_function
 
     def generate(

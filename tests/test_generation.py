@@ -14,7 +14,7 @@ from keras_openllama import (
     generation,
 )
 from keras_openllama.continuation import Continuation
-from keras_openllama.generation import bucket
+from keras_openllama.decoding import padded_columns, padded_rows
 
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
 
@@ -278,31 +278,19 @@ def test_a_stretched_context_is_fixed_by_the_final_length(rope_type):
         np.testing.assert_array_equal(logits[i, n[i] - 1 : 39].argmax(-1), chosen)
 
 
-def test_buckets_are_few_and_near():
-    assert [bucket(n) for n in (1, 32, 33, 64, 65, 100, 129, 2048)] == [
-        32, 32, 40, 64, 80, 112, 160, 2048,
-    ]  # fmt: skip
-    sizes = {bucket(n) for n in range(1, 2049)}
-    assert len(sizes) <= 40
-    assert all(n <= bucket(n) <= max(32, 1.25 * n + 8) for n in range(1, 2049))
+def test_sizes_of_programs_are_few():
+    assert [padded_columns(n) for n in (2, 256, 257, 1900)] == [256, 256, 512, 2048]
+    assert [padded_rows(n) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, 16]
 
 
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="looks at JAX's compiler")
-def test_other_lengths_do_not_compile_again(caplog):
-    import jax
-
-    def compiled():
-        messages = [r.message for r in caplog.records if "Compiling" in r.message]
-        caplog.clear()
-        return [m for m in messages if "_start" in m or "_advance" in m]
-
-    lm = make_lm()
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        lm.generate(PROMPTS[:2], max_new_tokens=30)
-        assert len(compiled()) == 2
-        lm.generate([PROMPTS[1], "x"], max_new_tokens=31, stop_token_ids=[5, 6])
-        lm.generate(["one", "two"], max_length=33, stop="word")
-        assert compiled() == []
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="is about XLA")
+def test_any_lengths_share_twelve_programs(monkeypatch):
+    lm = make_lm(context=2048)
+    traced = []
+    feed = decoding.feed
+    monkeypatch.setattr(
+        decoding, "feed", lambda *args: traced.append(args[1].shape) or feed(*args)
+    )
 
 
 IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}

@@ -6,6 +6,9 @@ from keras import ops
 from keras_openllama.layers.projection import projection
 from keras_openllama.layers.rotary_embedding import rotate
 
+if keras.config.backend() == "torch":
+    import torch
+
 
 def attend(query, key, value, mask):
     """Scaled dot-product attention with grouped heads; softmax in float32.
@@ -42,24 +45,84 @@ def attend(query, key, value, mask):
     return ops.reshape(context, (batch, num_query_heads, length, head_dim))
 
 
+def attend_cached(query, key, value, mask):
+    """The same over a cache, whose layout lets each backend read it only once.
+
+    Heads and rows share one axis, since XLA on a CPU otherwise copies the whole cache
+    in each step; and the scores are key times query, since the product the other way
+    round reads the keys at a tenth of the memory's speed (`benchmarks/README.md`).
+
+    Args:
+        query: `(batch, num_query_heads, length, head_dim)`.
+        key, value: `(num_key_value_heads * batch, columns, head_dim)`.
+        mask: bool `(batch, length, columns)`; True where a query may look at a key.
+
+    Returns:
+        `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
+    """
+    batch, num_query_heads, length, head_dim = query.shape
+    num_key_value_heads = key.shape[0] // batch
+    group = num_query_heads // num_key_value_heads
+    query = heads_first(
+        ops.reshape(query, (batch, num_key_value_heads, group * length, head_dim))
+    )
+    scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
+    # In float32, since bfloat16 has no 1/sqrt(100).
+    scores = ops.cast(scores, "float32") * head_dim**-0.5
+    repeats = (num_key_value_heads, group if length > 1 else 1, 1)
+    # A finite number: a row that may look nowhere (padding) must not become NaN.
+    scores = ops.where(ops.tile(mask, repeats), scores, -1e30)
+    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    context = ops.matmul(weights, value)
+    context = ops.reshape(
+        context, (num_key_value_heads, batch, group * length, head_dim)
+    )
+    return ops.reshape(
+        ops.swapaxes(context, 0, 1), (batch, num_query_heads, length, head_dim)
+    )
+
+
+def attend_causally(query, key, value):
+    """The same where each position sees itself and all before it, on PyTorch.
+
+    Args:
+        query: `(batch, num_query_heads, length, head_dim)`.
+        key, value: `(batch, num_key_value_heads, length, head_dim)`.
+
+    Returns:
+        `(batch, num_query_heads, length, head_dim)`.
+    """
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def heads_first(x):
+    """`(batch, heads, length, head_dim)` as `(heads * batch, length, head_dim)`.
+
+    Heads come first so that a cache can be sharded by heads.
+    """
+    batch, heads, length, head_dim = x.shape
+    return ops.reshape(ops.swapaxes(x, 0, 1), (heads * batch, length, head_dim))
+
+
 def write(cache, update, column):
     """Puts keys or values into the cache, in place.
 
     Args:
-        cache: `(batch, heads, columns, head_dim)`.
-        update: `(batch, heads, length, head_dim)`.
-        column: int scalar, where `update` begins.
+        cache: `(heads * batch, columns, head_dim)`. On PyTorch a view of the cache
+            that ends where `update` ends.
+        update: `(heads * batch, length, head_dim)`.
+        column: int scalar, where `update` begins. Not used on PyTorch.
 
     Returns:
         The updated cache.
     """
     if keras.config.backend() == "torch":
-        # `slice_update` copies the whole cache there; XLA updates in place. (Rows
-        # that share memory, as a search's first beams do, must be parted before.)
-        cache = cache.contiguous()
-        cache[:, :, column : column + update.shape[2]] = update
+        # `slice_update` copies the whole cache there; XLA updates in place.
+        cache[:, -update.shape[1] :] = update
         return cache
-    return ops.slice_update(cache, (0, 0, column, 0), update)
+    return ops.slice_update(cache, (0, column, 0), update)
 
 
 def causal_mask(positions, padding_mask=None):
@@ -91,20 +154,22 @@ class CausalSelfAttention(keras.layers.Layer):
     Call arguments:
         x: float tensor `(batch, length, hidden_dim)`.
         cos, sin: float32 rotary tables, see `RotaryEmbedding`.
-        mask: bool, broadcastable to `(batch, 1, length, key_length)`.
+        mask: bool, broadcastable to `(batch, 1, length, length)`; with a cache
+            `(batch, length, columns)`, or on PyTorch `None`: `x` is causal and begins
+            an empty cache.
         cache: `None`, or a pair of tensors
-            `(batch, num_key_value_heads, cache_length, head_dim)`.
+            `(num_key_value_heads * batch, columns, head_dim)`, see `write`.
         column: int scalar, where in the cache the keys and values of `x` go.
 
     Returns:
-        The output `(batch, length, hidden_dim)`, and the pair of keys and values: of
-        `x` alone without a cache, else the whole updated cache.
+        The output `(batch, length, hidden_dim)`; with a cache, a pair of it and the
+        updated cache.
 
     Example:
         positions = ops.arange(8)[None]
         cos, sin = RotaryEmbedding(head_dim=100)(positions)
         attention = CausalSelfAttention(32, 32, 100)
-        y, _ = attention(x, cos, sin, causal_mask(positions))
+        y = attention(x, cos, sin, causal_mask(positions))
 
     Sources: arXiv:1706.03762; grouped heads, arXiv:2305.13245.
     """
@@ -146,16 +211,24 @@ class CausalSelfAttention(keras.layers.Layer):
         query = rotate(self._heads(self.query(x)), cos, sin)
         key = rotate(self._heads(self.key(x)), cos, sin)
         value = self._heads(self.value(x))
-        if cache is not None:
-            key = write(cache[0], key, column)
-            value = write(cache[1], value, column)
-        context = attend(query, key, value, mask)
-        batch, _, length, _ = ops.shape(context)
-        context = ops.reshape(
-            ops.transpose(context, (0, 2, 1, 3)),
-            (batch, length, self.num_query_heads * self.head_dim),
+        if cache is None:
+            return self._output(attend(query, key, value, mask))
+        cache = tuple(
+            write(tensor, heads_first(update), column)
+            for tensor, update in zip(cache, (key, value), strict=True)
         )
-        return self.output_projection(context), (key, value)
+        if mask is None:
+            context = attend_causally(query, key, value)
+        else:
+            context = attend_cached(query, *cache, mask)
+        return self._output(context), cache
+
+    def _output(self, context):
+        batch, heads, length, head_dim = ops.shape(context)
+        context = ops.transpose(context, (0, 2, 1, 3))
+        return self.output_projection(
+            ops.reshape(context, (batch, length, heads * head_dim))
+        )
 
     def _heads(self, x):
         """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
@@ -165,11 +238,8 @@ class CausalSelfAttention(keras.layers.Layer):
         return ops.transpose(x, (0, 2, 1, 3))
 
     def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
-        batch, length, _ = x.shape
-        key_length = length if cache is None else cache[0].shape[2]
-        heads = (batch, self.num_key_value_heads, key_length, self.head_dim)
-        key, value = (keras.KerasTensor(heads, self.compute_dtype) for _ in "kv")
-        return keras.KerasTensor(x.shape, self.compute_dtype), (key, value)
+        output = keras.KerasTensor(x.shape, self.compute_dtype)
+        return output if cache is None else (output, cache)
 
     def get_config(self):
         config = super().get_config()

@@ -22,12 +22,12 @@ class DecoderLayer(keras.layers.Layer):
     Call arguments: those of `CausalSelfAttention`.
 
     Returns:
-        The hidden states `(batch, length, hidden_dim)`, and the pair of keys and
-        values that `CausalSelfAttention` returns.
+        The hidden states `(batch, length, hidden_dim)`; with a cache, a pair of them
+        and the updated cache.
 
     Example:
         layer = DecoderLayer(32, 32, 100, intermediate_dim=8640)
-        x, _ = layer(x, cos, sin, causal_mask(positions))
+        x = layer(x, cos, sin, causal_mask(positions))
 
     Source: LLaMA (arXiv:2302.13971), section 2.2.
     """
@@ -78,12 +78,14 @@ class DecoderLayer(keras.layers.Layer):
         self.feedforward.build(input_shape)
 
     def call(self, x, cos, sin, mask, cache=None, column=None):
-        attention, key_value = self.self_attention(
+        attention = self.self_attention(
             self.self_attention_norm(x), cos, sin, mask, cache=cache, column=column
         )
+        if cache is not None:
+            attention, cache = attention
         x = x + attention
         x = x + self.feedforward(self.feedforward_norm(x))
-        return x, key_value
+        return x if cache is None else (x, cache)
 
     def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
         return self.self_attention.compute_output_spec(

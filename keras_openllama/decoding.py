@@ -1,0 +1,278 @@
+"""The cache of keys and values, and the loop that chooses a token at a time.
+
+A row's prompt without its last token, its prefix, goes into the cache first (prefill).
+From then on one token a row is fed and the next one chosen, beginning with the prompt's
+last token. All rows share the columns: prefixes fill them from the left (shorter ones
+leave a gap, which the mask hides), and the token fed in step `s` goes to column
+`start + s` in every row, where `start` is the longest prefix. So a step writes one
+slice, whatever the lengths, and a row computes exactly what it computes alone; its
+rotary positions are its own.
+
+The cache is a tuple with one pair of tensors per layer, each `(num_key_value_heads *
+batch, columns, head_dim)`, updated in place; `layers/attention.py` says why.
+
+With XLA, prefill and decoding are one program for each number of rows and columns, and
+both numbers come in few sizes: a prompt of any length takes as many chunks as it needs.
+"""
+
+import keras
+import ml_dtypes
+import numpy as np
+from keras import ops, tree
+
+from keras_openllama._keras_hub import GreedySampler
+from keras_openllama.compiled import compile_function, while_loop
+from keras_openllama.prompts import PAD_TOKEN_ID, as_arrays
+from keras_openllama.text_arrays import to_numpy
+
+# Ours: tokens of a prefill chunk. The large one is near the peak rate of matrix products
+# on CPUs and TPUs; the small one costs about two steps of decoding on a CPU.
+PREFILL_CHUNKS = (256, 32)
+SMALLEST_CACHE = 256  # Ours: below it, memory and time are those of the weights.
+STOP_SLOTS = 4  # Ours: stop ids are padded to a multiple, to compile once.
+
+
+def padded_columns(columns):
+    """Columns of a compiled program: the next power of two, 256 at least."""
+    return max(SMALLEST_CACHE, 1 << (columns - 1).bit_length())
+
+
+def padded_rows(rows):
+    """Rows of a compiled program: 1, or the next power of two from 4 on."""
+    return 1 if rows == 1 else max(4, 1 << (rows - 1).bit_length())
+
+
+def feed(backbone, tokens, rows, cache, column):
+    """Puts tokens into the cache and computes their hidden states.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+        tokens: int `(batch, length)`, one per row or a chunk of the prefixes.
+        rows: dict of `"prefix_lengths"` and `"final_lengths"`, int `(batch,)` or
+            `(1,)`, and `"start"`, int scalar; see the top of this file.
+        cache: see the top of this file.
+        column: int scalar, the column of the first of these tokens.
+
+    Returns:
+        Hidden states `(batch, length, hidden_dim)` after the final norm, and the cache.
+    """
+    seen = in_use(cache, column + tokens.shape[1])
+    positions, mask = place(rows, column, tokens.shape, seen[0][0].shape[1])
+    hidden, seen = run_layers(
+        backbone, tokens, positions, rows["final_lengths"], mask, seen, column
+    )
+    return hidden, cache if keras.config.backend() == "torch" else seen
+
+
+def in_use(cache, end):
+    """What of the cache is to be read: all with XLA, the first columns on PyTorch."""
+    if keras.config.backend() == "torch":
+        return tuple(tuple(x[:, : int(end)] for x in pair) for pair in cache)
+    return cache
+
+
+def place(rows, column, shape, columns):
+    """Rotary positions `(batch, length)` of fed tokens, and what each of them sees.
+
+    Args:
+        rows, column: see `feed`.
+        shape: `(batch, length)` of the tokens.
+        columns: int, columns of the cache.
+
+    Returns:
+        int `(batch, length)` and bool `(batch, length, columns)`.
+    """
+    prefix, start = rows["prefix_lengths"][:, None], rows["start"]
+    fed = (column + ops.arange(shape[1], dtype="int32"))[None]
+    positions = ops.where(fed < start, fed, prefix + fed - start)
+    seen = ops.arange(columns, dtype="int32")[None]
+    filled = ops.logical_or(seen < prefix, seen >= start)[:, None]
+    mask = ops.logical_and(filled, seen[:, None] <= fed[:, :, None])
+    return (
+        ops.broadcast_to(positions, shape),
+        ops.broadcast_to(mask, (*shape, columns)),
+    )
+
+
+def run_layers(backbone, tokens, positions, final_lengths, mask, cache, column):
+    """The network over tokens whose place is known; see `feed` and `place`."""
+    cos, sin = backbone.rotary_embedding(positions, final_lengths)
+    x = backbone.token_embedding(tokens)
+    new_cache = []
+    for layer, key_value in zip(backbone.transformer_layers, cache, strict=True):
+        x, key_value = layer(x, cos, sin, mask, cache=key_value, column=column)
+        new_cache.append(tuple(key_value))
+    return backbone.final_norm(x), tuple(new_cache)
+
+
+def new_cache(backbone, rows, columns):
+    """An empty cache for so many rows and columns.
+
+    From NumPy, because making zeros on the device would be one more program to compile.
+    """
+    shape = (backbone.num_key_value_heads * rows, columns, backbone.head_dim)
+    dtype = backbone.compute_dtype
+    zeros = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    if keras.config.backend() != "jax":
+        return tuple(
+            tuple(ops.zeros(shape, dtype) for _ in ("key", "value"))
+            for _ in backbone.transformer_layers
+        )
+    return tuple(
+        tuple(ops.convert_to_tensor(zeros) for _ in ("key", "value"))
+        for _ in backbone.transformer_layers
+    )
+
+
+def is_in(tokens, stop_ids):
+    """Which of `tokens` `(batch,)` are among `stop_ids` `(number,)`."""
+    return ops.any(ops.equal(tokens[:, None], stop_ids), axis=-1)
+
+
+class TokenLoop:
+    """Chooses a token at a time: greedy, random, top-k, top-p and samplers like them.
+
+    `start` puts the prompts on the device; `advance` runs until a given step, or until
+    all rows are done. The state is a dict of tensors that stays on the device: `tokens`
+    `(batch, columns)`, `prefilled` and `step` (int scalars), `done` `(batch,)`, and
+    `cache`.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.advance = compile_function(self._advance, model, donate=("state",))
+
+    def start(self, prompts, limits):
+        """Returns the state of prompts that nothing was done with, and its constants.
+
+        Args:
+            prompts: list of lists of int, none empty.
+            limits: list of int, the tokens to add to each row at most.
+        """
+        longest = max(map(len, prompts))
+        columns = padded_columns(longest + max(limits))
+        filler = padded_rows(len(prompts)) - len(prompts)
+        tokens, rows = lay_out(
+            prompts + [[PAD_TOKEN_ID]] * filler, limits + [0] * filler, columns
+        )
+        state = {
+            "tokens": tokens,
+            "prefilled": np.int32(0),
+            "step": np.int32(0),
+            "done": rows["limits"] == 0,
+        }
+        state, rows = tree.map_structure(ops.convert_to_tensor, (state, rows))
+        state["cache"] = new_cache(self.model.backbone, len(rows["limits"]), columns)
+        return state, rows
+
+    def _advance(self, state, rows, stop_ids, until):
+        columns = state["tokens"].shape[1]
+        chunks = [chunk for chunk in PREFILL_CHUNKS if chunk < columns]
+        for chunk in chunks:
+            state = self._prefill(state, rows, chunk, is_last=chunk == chunks[-1])
+
+        def goes_on(state):
+            return ops.logical_and(
+                state["step"] < until, ops.logical_not(ops.all(state["done"]))
+            )
+
+        def step(state):
+            column = rows["start"] + state["step"]
+            fed = ops.take(state["tokens"], column, axis=1)[:, None]
+            hidden, cache = feed(self.model.backbone, fed, rows, state["cache"], column)
+            logits = self.model.lm_head(hidden[:, 0])
+            return self.choose({**state, "cache": cache}, logits, rows, stop_ids)
+
+        return while_loop(self.model, goes_on, step, state)
+
+    def _prefill(self, state, rows, chunk, is_last):
+        """Feeds the prefixes in chunks; the last size may go beyond their end."""
+        backbone, overshoot = self.model.backbone, 0 if is_last else chunk - 1
+
+        def goes_on(state):
+            return state["prefilled"] + overshoot < rows["start"]
+
+        def feed_chunk(state):
+            column = state["prefilled"]
+            shape = (state["tokens"].shape[0], chunk)
+            tokens = ops.slice(state["tokens"], (0, column), shape)
+            _, cache = feed(backbone, tokens, rows, state["cache"], column)
+            return {**state, "cache": cache, "prefilled": column + chunk}
+
+        return while_loop(self.model, goes_on, feed_chunk, state)
+
+    def choose(self, state, logits, rows, stop_ids):
+        """Takes the next token of each row from its logits `(batch, vocabulary)`."""
+        sampler, logits = self.model.sampler, ops.cast(logits, "float32")
+        if type(sampler) is GreedySampler:
+            chosen = ops.argmax(logits, axis=-1)
+        else:
+            chosen = sampler.get_next_token(sampler.compute_probabilities(logits))
+        chosen = ops.where(state["done"], PAD_TOKEN_ID, ops.cast(chosen, "int32"))
+        step = state["step"] + 1
+        done = ops.logical_or(is_in(chosen, stop_ids), step >= rows["limits"])
+        return {
+            **state,
+            "tokens": ops.slice_update(
+                state["tokens"],
+                (0, rows["start"] + step),
+                ops.cast(chosen, "int32")[:, None],
+            ),
+            "step": step,
+            "done": ops.logical_or(state["done"], done),
+        }
+
+
+def lay_out(prompts, limits, columns):
+    """Prompts as an array `(batch, columns)`, and what `feed` knows of each row.
+
+    The last token of each row stands in the first column after the longest prefix.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], "int32")
+    limits = np.array(limits, "int32")
+    start = lengths.max() - 1
+    tokens = as_arrays([prompt[:-1] for prompt in prompts], columns)["token_ids"]
+    tokens[:, start] = [prompt[-1] for prompt in prompts]
+    rows = {
+        "prefix_lengths": lengths - 1,
+        "final_lengths": lengths + limits,
+        "limits": limits,
+        "start": start,
+    }
+    return tokens, rows
+
+
+def choose_tokens(loop, prompts, limits, stop_token_ids, stride=None):
+    """Runs a `TokenLoop`; see `generation.new_tokens`."""
+    state, rows = loop.start(prompts, limits)
+    slots = max(1, -(-len(stop_token_ids) // STOP_SLOTS)) * STOP_SLOTS
+    stop_ids = np.full(slots, -1, "int32")  # No token is -1.
+    stop_ids[: len(stop_token_ids)] = stop_token_ids
+    stop_ids = ops.convert_to_tensor(stop_ids)
+    first = max(map(len, prompts))
+    seen = 0
+    running = [limit > 0 for limit in limits]
+    while any(running):
+        until = max(limits) if stride is None else seen + stride
+        state = loop.advance(
+            state=state, rows=rows, stop_ids=stop_ids, until=np.int32(until)
+        )
+        step = int(state["step"])
+        tokens = to_numpy(state["tokens"])[: len(prompts)]
+        new = tokens[:, first + seen : first + step].tolist()
+        for i, limit in enumerate(limits):
+            ids = until_stop(new[i][: max(0, limit - seen)], stop_token_ids)
+            new[i] = ids if running[i] else []
+            stopped = bool(ids) and ids[-1] in stop_token_ids
+            running[i] = running[i] and not stopped and step < limit
+        yield new
+        seen = step
+
+
+def until_stop(ids, stop_token_ids):
+    """The tokens up to the first stop id, it included."""
+    ends = [i + 1 for i, token_id in enumerate(ids) if token_id in stop_token_ids]
+    return ids[: min(ends, default=len(ids))]

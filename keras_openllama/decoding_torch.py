@@ -1,0 +1,129 @@
+"""The loop of `decoding.TokenLoop` on PyTorch: nothing padded, each step traced.
+
+Eager Keras spends several times as long on Python as the step of a small model takes.
+So the network's step is recorded once as a graph of PyTorch operations and replayed. A
+graph belongs to a number of rows, and reads as many columns of the cache as are in use.
+"""
+
+import torch
+from keras import ops, tree
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from keras_openllama.decoding import (
+    TokenLoop,
+    in_use,
+    lay_out,
+    new_cache,
+    place,
+    run_layers,
+)
+
+# Ours: steps between two looks at which rows are done; a look waits for the device.
+STEPS_BETWEEN_LOOKS = 8
+
+
+class TorchTokenLoop(TokenLoop):
+    """See `TokenLoop`. In its state `prefilled` and `step` are Python numbers.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self._graphs = {}
+        self._weights = []
+
+    def start(self, prompts, limits):
+        columns = max(map(len, prompts)) + max(limits)
+        tokens, rows = lay_out(prompts, limits, columns)
+        start = int(rows["start"])
+        tokens, rows = tree.map_structure(ops.convert_to_tensor, (tokens, rows))
+        state = {
+            "tokens": tokens,
+            "prefilled": 0,
+            "step": 0,
+            "done": rows["limits"] == 0,
+            "cache": new_cache(self.model.backbone, len(prompts), columns),
+        }
+        return state, {**rows, "start": start}
+
+    @torch.no_grad()
+    def advance(self, state, rows, stop_ids, until):
+        start = rows["start"]
+        if state["prefilled"] < start:
+            self._run_prefix(state, rows)
+            state = {**state, "prefilled": start}
+        while state["step"] < until:
+            if state["step"] % STEPS_BETWEEN_LOOKS == 0 and bool(state["done"].all()):
+                break
+            logits = self._step(state, rows)
+            state = self.choose(state, logits, rows, stop_ids)
+        return state
+
+    def _run_prefix(self, state, rows):
+        """All prefixes at once. Padding comes after them, and is never seen."""
+        start = rows["start"]
+        positions = torch.arange(start, device=state["tokens"].device)[None]
+        run_layers(
+            self.model.backbone,
+            state["tokens"][:, :start],
+            positions.expand(len(state["tokens"]), -1),
+            rows["final_lengths"],
+            None,
+            in_use(state["cache"], start),
+            None,
+        )
+
+    def _step(self, state, rows):
+        column = rows["start"] + state["step"]
+        cache = in_use(state["cache"], column + 1)
+        fed = state["tokens"][:, column : column + 1]
+        positions, mask = place(rows, column, fed.shape, column + 1)
+        inputs = (fed, positions, rows["final_lengths"], mask, cache)
+        return self._graph(inputs)(*inputs)
+
+    def _graph(self, inputs):
+        weights = self.model.weights
+        if [id(w) for w in weights] != [id(w) for w in self._weights]:
+            # LoRA and quantization change them.
+            self._graphs.clear()
+            self._weights = weights
+        batch = len(inputs[0])
+        if batch not in self._graphs:
+            self._graphs[batch] = traced(self._logits, inputs)
+        return self._graphs[batch]
+
+    def _logits(self, fed, positions, final_lengths, mask, cache):
+        hidden, _ = run_layers(
+            self.model.backbone, fed, positions, final_lengths, mask, cache, None
+        )
+        return self.model.lm_head(hidden[:, 0])
+
+
+def traced(function, inputs):
+    """Records what `function` does with `inputs`, once without and once with doing it.
+
+    Returns:
+        A `torch.fx.GraphModule` that is called as `function` is.
+    """
+    graph = make_fx(function)(*inputs)
+    drop_reshapes_to_the_same_shape(graph)
+    return graph
+
+
+def drop_reshapes_to_the_same_shape(graph):
+    """Removes views that change nothing, which batched products record.
+
+    They cost time, and they alone would tie the graph to one number of columns.
+    """
+    aten = torch.ops.aten
+    views = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
+    for node in list(graph.graph.nodes):
+        if node.target in views:
+            shapes = [n.meta["tensor_meta"].shape for n in (node, node.args[0])]
+            if shapes[0] == shapes[1]:
+                node.replace_all_uses_with(node.args[0])
+                graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
