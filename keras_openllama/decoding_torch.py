@@ -107,7 +107,7 @@ def traced(function, inputs):
     Returns:
         A `torch.fx.GraphModule` that is called as `function` is.
     """
-    graph = make_fx(function)(*inputs)
+    graph = make_fx(lambda *inputs: function(*inputs))(*inputs)
     drop_reshapes_to_the_same_shape(graph)
     return graph
 
