@@ -15,6 +15,8 @@ With XLA, prefill and decoding are one program for each number of rows and colum
 both numbers come in few sizes: a prompt of any length takes as many chunks as it needs.
 """
 
+import functools
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -22,11 +24,12 @@ from keras import ops, tree
 
 from keras_openllama._keras_hub import GreedySampler
 from keras_openllama.compiled import compile_function, while_loop
+from keras_openllama.layers.attention import HIDDEN
 from keras_openllama.prompts import PAD_TOKEN_ID, as_arrays
 from keras_openllama.text_arrays import to_numpy
 
-# Ours: tokens of a prefill chunk. The large one is near the peak rate of matrix products
-# on CPUs and TPUs; the small one costs about two steps of decoding on a CPU.
+# Ours: tokens of a prefill chunk. The large one is near the peak rate of matrix
+# products; the small one costs about two steps of decoding on a CPU.
 PREFILL_CHUNKS = (256, 32)
 SMALLEST_CACHE = 256  # Ours: below it, memory and time are those of the weights.
 STOP_SLOTS = 4  # Ours: stop ids are padded to a multiple, to compile once.
@@ -57,9 +60,9 @@ def feed(backbone, tokens, rows, cache, column):
         Hidden states `(batch, length, hidden_dim)` after the final norm, and the cache.
     """
     seen = in_use(cache, column + tokens.shape[1])
-    positions, mask = place(rows, column, tokens.shape, seen[0][0].shape[1])
+    positions, bias = place(rows, column, tokens.shape, seen[0][0].shape)
     hidden, seen = run_layers(
-        backbone, tokens, positions, rows["final_lengths"], mask, seen, column
+        backbone, tokens, positions, rows["final_lengths"], bias, seen, column
     )
     return hidden, cache if keras.config.backend() == "torch" else seen
 
@@ -71,36 +74,35 @@ def in_use(cache, end):
     return cache
 
 
-def place(rows, column, shape, columns):
-    """Rotary positions `(batch, length)` of fed tokens, and what each of them sees.
+def place(rows, column, shape, cache_shape):
+    """Rotary positions of fed tokens, and which columns each of them sees.
 
     Args:
         rows, column: see `feed`.
         shape: `(batch, length)` of the tokens.
-        columns: int, columns of the cache.
+        cache_shape: shape of the keys in the cache.
 
     Returns:
-        int `(batch, length)` and bool `(batch, length, columns)`.
+        int `(batch, length)`, and the `bias` of `layers.attention.attend_cached`.
     """
     prefix, start = rows["prefix_lengths"][:, None], rows["start"]
     fed = (column + ops.arange(shape[1], dtype="int32"))[None]
     positions = ops.where(fed < start, fed, prefix + fed - start)
-    seen = ops.arange(columns, dtype="int32")[None]
+    seen = ops.arange(cache_shape[1], dtype="int32")[None]
     filled = ops.logical_or(seen < prefix, seen >= start)[:, None]
-    mask = ops.logical_and(filled, seen[:, None] <= fed[:, :, None])
-    return (
-        ops.broadcast_to(positions, shape),
-        ops.broadcast_to(mask, (*shape, columns)),
-    )
+    visible = ops.logical_and(filled, seen[:, None] <= fed[:, :, None])
+    bias = ops.where(visible, 0.0, HIDDEN)
+    repeats = cache_shape[0] // bias.shape[0]  # Heads, and beams of one row.
+    return ops.broadcast_to(positions, shape), ops.tile(bias, (repeats, 1, 1))
 
 
-def run_layers(backbone, tokens, positions, final_lengths, mask, cache, column):
+def run_layers(backbone, tokens, positions, final_lengths, bias, cache, column):
     """The network over tokens whose place is known; see `feed` and `place`."""
     cos, sin = backbone.rotary_embedding(positions, final_lengths)
     x = backbone.token_embedding(tokens)
     new_cache = []
     for layer, key_value in zip(backbone.transformer_layers, cache, strict=True):
-        x, key_value = layer(x, cos, sin, mask, cache=key_value, column=column)
+        x, key_value = layer(x, cos, sin, bias, cache=key_value, column=column)
         new_cache.append(tuple(key_value))
     return backbone.final_norm(x), tuple(new_cache)
 
@@ -108,20 +110,16 @@ def run_layers(backbone, tokens, positions, final_lengths, mask, cache, column):
 def new_cache(backbone, rows, columns):
     """An empty cache for so many rows and columns.
 
-    From NumPy, because making zeros on the device would be one more program to compile.
+    On JAX from NumPy, because zeros made there would be one more program to compile.
     """
     shape = (backbone.num_key_value_heads * rows, columns, backbone.head_dim)
     dtype = backbone.compute_dtype
-    zeros = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    if keras.config.backend() != "jax":
-        return tuple(
-            tuple(ops.zeros(shape, dtype) for _ in ("key", "value"))
-            for _ in backbone.transformer_layers
-        )
-    return tuple(
-        tuple(ops.convert_to_tensor(zeros) for _ in ("key", "value"))
-        for _ in backbone.transformer_layers
-    )
+    if keras.config.backend() == "jax":
+        zeros = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        make = functools.partial(ops.convert_to_tensor, zeros)
+    else:
+        make = functools.partial(ops.zeros, shape, dtype)
+    return tuple((make(), make()) for _ in backbone.transformer_layers)
 
 
 def is_in(tokens, stop_ids):

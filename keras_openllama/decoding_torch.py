@@ -79,8 +79,8 @@ class TorchTokenLoop(TokenLoop):
         column = rows["start"] + state["step"]
         cache = in_use(state["cache"], column + 1)
         fed = state["tokens"][:, column : column + 1]
-        positions, mask = place(rows, column, fed.shape, column + 1)
-        inputs = (fed, positions, rows["final_lengths"], mask, cache)
+        positions, bias = place(rows, column, fed.shape, cache[0][0].shape)
+        inputs = (fed, positions, rows["final_lengths"], bias, cache)
         return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):
@@ -94,15 +94,15 @@ class TorchTokenLoop(TokenLoop):
             self._graphs[batch] = traced(self._logits, inputs)
         return self._graphs[batch]
 
-    def _logits(self, fed, positions, final_lengths, mask, cache):
+    def _logits(self, fed, positions, final_lengths, bias, cache):
         hidden, _ = run_layers(
-            self.model.backbone, fed, positions, final_lengths, mask, cache, None
+            self.model.backbone, fed, positions, final_lengths, bias, cache, None
         )
         return self.model.lm_head(hidden[:, 0])
 
 
 def traced(function, inputs):
-    """Records what `function` does with `inputs`, once without and once with doing it.
+    """Records what `function` does with `inputs`, which it does meanwhile.
 
     Returns:
         A `torch.fx.GraphModule` that is called as `function` is.

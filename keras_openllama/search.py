@@ -42,7 +42,7 @@ class SearchLoop:
 
     They follow KerasHub's protocol: called once, with a function that computes the
     logits of the next token, and with a cache that begins with the axis of the beams.
-    They go on until their buffer is full, so they compile for each number of new tokens.
+    They go on until their buffer is full, so they compile for each number of tokens.
 
     Args:
         model: `OpenLlamaCausalLM`.

@@ -9,6 +9,10 @@ from keras_openllama.layers.rotary_embedding import rotate
 if keras.config.backend() == "torch":
     import torch
 
+# The score of a key that may not be looked at. A finite number: a row that may look
+# nowhere (padding) must not become NaN.
+HIDDEN = -1e30
+
 
 def attend(query, key, value, mask):
     """Scaled dot-product attention with grouped heads; softmax in float32.
@@ -35,8 +39,7 @@ def attend(query, key, value, mask):
         ops.cast(scores, "float32") * head_dim**-0.5,
         (batch, num_key_value_heads, group, length, key_length),
     )
-    # A finite number: a row that may look nowhere (padding) must not become NaN.
-    scores = ops.where(mask[:, :, None], scores, -1e30)
+    scores = ops.where(mask[:, :, None], scores, HIDDEN)
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     weights = ops.reshape(
         weights, (batch, num_key_value_heads, group * length, key_length)
@@ -45,7 +48,7 @@ def attend(query, key, value, mask):
     return ops.reshape(context, (batch, num_query_heads, length, head_dim))
 
 
-def attend_cached(query, key, value, mask):
+def attend_cached(query, key, value, bias):
     """The same over a cache, whose layout lets each backend read it only once.
 
     Heads and rows share one axis, since XLA on a CPU otherwise copies the whole cache
@@ -55,7 +58,8 @@ def attend_cached(query, key, value, mask):
     Args:
         query: `(batch, num_query_heads, length, head_dim)`.
         key, value: `(num_key_value_heads * batch, columns, head_dim)`.
-        mask: bool `(batch, length, columns)`; True where a query may look at a key.
+        bias: float32 `(num_key_value_heads * batch, length, columns)`; 0 where a query
+            may look at a key, and `HIDDEN` elsewhere.
 
     Returns:
         `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
@@ -69,10 +73,9 @@ def attend_cached(query, key, value, mask):
     scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
     # In float32, since bfloat16 has no 1/sqrt(100).
     scores = ops.cast(scores, "float32") * head_dim**-0.5
-    repeats = (num_key_value_heads, group if length > 1 else 1, 1)
-    # A finite number: a row that may look nowhere (padding) must not become NaN.
-    scores = ops.where(ops.tile(mask, repeats), scores, -1e30)
-    weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
+    if length > 1 and group > 1:
+        bias = ops.tile(bias, (1, group, 1))
+    weights = ops.cast(ops.softmax(scores + bias, axis=-1), value.dtype)
     context = ops.matmul(weights, value)
     context = ops.reshape(
         context, (num_key_value_heads, batch, group * length, head_dim)
@@ -155,7 +158,7 @@ class CausalSelfAttention(keras.layers.Layer):
         x: float tensor `(batch, length, hidden_dim)`.
         cos, sin: float32 rotary tables, see `RotaryEmbedding`.
         mask: bool, broadcastable to `(batch, 1, length, length)`; with a cache
-            `(batch, length, columns)`, or on PyTorch `None`: `x` is causal and begins
+            the `bias` of `attend_cached`, or on PyTorch `None`: `x` is causal and begins
             an empty cache.
         cache: `None`, or a pair of tensors
             `(num_key_value_heads * batch, columns, head_dim)`, see `write`.

@@ -1,0 +1,439 @@
+"""How fast tokens are generated, here and elsewhere, against the memory's own speed.
+
+    python benchmarks/generate.py
+    python benchmarks/generate.py --prompt 1800 --context 2048 --batch 1
+    python benchmarks/generate.py --contender torch/bfloat16 transformers/bfloat16
+
+One random model is written once in transformers' format, and every contender loads it
+in a process of its own: this package on the backends of Keras, KerasHub's
+`LlamaCausalLM` on the same backends, and transformers on PyTorch. They generate
+greedily, in turns, each the same prompts; the figures are medians of the rounds.
+
+    tokens/s   rows times new tokens, by the time of the whole call
+    prefill    milliseconds until the first token: a call for one token
+    decode     rows times tokens per second after the first one
+    of limit   decode by the limit: decoding reads all weights once per step, and the
+               limit is the best rate at which this backend multiplies matrices of this
+               dtype and size by a vector, measured between the rounds
+    first      seconds of the first call in a fresh process, with what it compiles;
+               in brackets in the next process, from JAX's compilation cache
+
+`--help` lists the sizes. The default is the size of which `benchmarks/README.md` speaks.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+CONTENDERS = (
+    "jax/float32",
+    "torch/float32",
+    "torch/bfloat16",
+    "tensorflow/float32",
+    "keras_hub:jax/float32",
+    "keras_hub:torch/bfloat16",
+    "keras_hub:tensorflow/float32",
+    "transformers/float32",
+    "transformers/bfloat16",
+)
+LIMIT_BYTES = 400e6  # Matrices of the limit: more than any cache of a CPU holds.
+
+
+def write_checkpoint(directory, options):
+    """A random LLaMA in transformers' format, float32."""
+    from safetensors.numpy import save_file
+
+    width, ff, vocabulary = options.width, options.intermediate, options.vocabulary
+    head_dim = width // options.heads
+    key_value = head_dim * options.key_value_heads
+    random = np.random.default_rng(0)
+
+    def matrix(*shape):
+        return random.standard_normal(shape, "float32") * np.float32(0.02)
+
+    tensors = {
+        "model.embed_tokens.weight": matrix(vocabulary, width),
+        "model.norm.weight": np.ones(width, "float32"),
+        "lm_head.weight": matrix(vocabulary, width),
+    }
+    for i in range(options.layers):
+        layer = f"model.layers.{i}."
+        tensors |= {
+            layer + "input_layernorm.weight": np.ones(width, "float32"),
+            layer + "post_attention_layernorm.weight": np.ones(width, "float32"),
+            layer + "self_attn.q_proj.weight": matrix(width, width),
+            layer + "self_attn.k_proj.weight": matrix(key_value, width),
+            layer + "self_attn.v_proj.weight": matrix(key_value, width),
+            layer + "self_attn.o_proj.weight": matrix(width, width),
+            layer + "mlp.gate_proj.weight": matrix(ff, width),
+            layer + "mlp.up_proj.weight": matrix(ff, width),
+            layer + "mlp.down_proj.weight": matrix(width, ff),
+        }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": ff,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.key_value_heads,
+        "max_position_embeddings": options.context,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    # All that decoding reads: not the embedding, of which a step takes one row.
+    return sum(t.size for name, t in tensors.items() if "embed" not in name)
+
+
+# ----- The contenders, each in a process of its own
+
+
+def load_ours(checkpoint, dtype):
+    from keras_openllama import OpenLlamaCausalLM
+
+    lm = OpenLlamaCausalLM.from_preset(checkpoint, dtype=dtype, preprocessor=None)
+
+    def generate(ids, new):
+        mask = np.ones_like(ids)
+        inputs = {"token_ids": ids, "padding_mask": mask}
+        outputs = lm.generate(
+            inputs, max_new_tokens=new, stop_token_ids=None, strip_prompt=True
+        )
+        return outputs["token_ids"][:, :new]
+
+    return generate
+
+
+def load_keras_hub(checkpoint, dtype):
+    import keras
+    import keras_hub
+
+    backbone = keras_hub.models.LlamaBackbone.from_preset(checkpoint, dtype=dtype)
+    lm = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    lm.compile(sampler="greedy")
+
+    def generate(ids, new):
+        length = ids.shape[1] + new
+        padded = np.zeros((len(ids), length), "int32")
+        padded[:, : ids.shape[1]] = ids
+        mask = np.arange(length)[None] < np.full((len(ids), 1), ids.shape[1])
+        outputs = lm.generate(
+            {"token_ids": padded, "padding_mask": mask}, stop_token_ids=None
+        )
+        return keras.ops.convert_to_numpy(outputs["token_ids"])[:, ids.shape[1] :]
+
+    return generate
+
+
+def load_transformers(checkpoint, dtype):
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    lm = transformers.LlamaForCausalLM.from_pretrained(
+        checkpoint, dtype=getattr(torch, dtype)
+    ).eval()
+    lm.generation_config.eos_token_id = None
+
+    def generate(ids, new):
+        ids = torch.tensor(ids, dtype=torch.long)
+        outputs = lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+        )
+        return outputs[:, ids.shape[1] :].numpy()
+
+    return generate
+
+
+def bandwidth(backend, dtype, width, ff):
+    """The best bytes per second of matrix-vector products in any orientation."""
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    count = int(LIMIT_BYTES / (width * ff * size))
+    vectors = {n: np.ones((1, n), "float32") for n in (width, ff)}
+    runs = []
+    if backend == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        for k, n in ((width, ff), (ff, width)):
+            matrices = [jnp.ones((k, n), dtype) * i for i in range(count)]
+            x = jnp.asarray(vectors[k], dtype)
+            product = jax.jit(lambda x, matrices: [x @ m for m in matrices])
+            runs.append(
+                lambda f=product, x=x, m=matrices: jax.block_until_ready(f(x, m))
+            )
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        for k, n in ((width, ff), (ff, width)):
+            matrices = [tf.Variable(tf.ones((k, n), dtype)) for _ in range(count)]
+            x = tf.cast(vectors[k], dtype)
+            for jit in (False, True):
+                product = tf.function(
+                    lambda x=x, m=matrices: [tf.matmul(x, w) for w in m],
+                    jit_compile=jit,
+                )
+                runs.append(lambda f=product: f()[-1].numpy())
+    else:
+        import torch
+
+        for k, n in ((width, ff), (ff, width)):
+            x = torch.tensor(vectors[k], dtype=getattr(torch, dtype))
+            for transposed in (False, True):
+                shape = (n, k) if transposed else (k, n)
+                matrices = [torch.ones(shape, dtype=x.dtype) for _ in range(count)]
+                matrices = [m.T if transposed else m for m in matrices]
+                runs.append(lambda x=x, m=matrices: [x @ w for w in m])
+    rates = []
+    for run in runs:
+        run()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        rates.append(count * width * ff * size / statistics.median(times))
+    return max(rates)
+
+
+def work(contender, checkpoint, sizes):
+    """Reads requests from the standard input, one a line, and answers in JSON."""
+    # What libraries print must not come between the answers.
+    answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    kind, _, variant = contender.rpartition(":")
+    backend, _, dtype = variant.partition("/")
+    if backend == "transformers":
+        generate = load_transformers(checkpoint, dtype)
+    else:
+        load = load_keras_hub if kind else load_ours
+        generate = load(checkpoint, dtype)
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request == "limit":
+            answer = bandwidth(backend, dtype, *sizes)
+        else:
+            batch, prompt, new, vocabulary = request
+            random = np.random.default_rng(1)
+            ids = random.integers(3, vocabulary, (batch, prompt)).astype("int32")
+            start = time.perf_counter()
+            tokens = generate(ids, new)
+            seconds = time.perf_counter() - start
+            answer = {"seconds": seconds, "tokens": np.asarray(tokens).tolist()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Contender:
+    """A process that answers requests, one at a time."""
+
+    def __init__(self, name, checkpoint, options, cache):
+        self.name = name
+        variant = name.rpartition(":")[2]
+        backend = variant.partition("/")[0]
+        environment = {
+            **os.environ,
+            "KERAS_BACKEND": "torch" if backend == "transformers" else backend,
+            "HF_HUB_OFFLINE": "1",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+        command = [sys.executable, __file__, "--worker", name, str(checkpoint)]
+        command += [str(options.width), str(options.intermediate)]
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if options.verbose else subprocess.DEVNULL,
+        )
+        self._answer()
+
+    def ask(self, request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} failed; --verbose shows why")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(options, directory):
+    """Runs all contenders in turns. Returns one dict for each, batch and prompt."""
+    weights = write_checkpoint(directory, options)
+    cache = directory / "compiled"
+    request = [options.batch[0], options.prompt, options.new, options.vocabulary]
+    contenders, first, second = [], {}, {}
+    for name in options.contender:
+        print(f"starting {name}", file=sys.stderr, flush=True)
+        try:
+            contender = Contender(name, directory, options, cache)
+            first[name] = contender.ask(request)["seconds"]
+            if name.startswith("jax"):
+                contender.close()
+                contender = Contender(name, directory, options, cache)
+                second[name] = contender.ask(request)["seconds"]
+        except RuntimeError as error:  # A peer may not be installed.
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+            continue
+        contenders.append(contender)
+    results = []
+    for batch in options.batch:
+        times = {c.name: ([], []) for c in contenders}
+        limits = {c.name: [] for c in contenders}
+        tokens = {}
+        for round_number in range(options.rounds + 1):
+            print(f"batch {batch}, round {round_number}", file=sys.stderr, flush=True)
+            for c in contenders:
+                for new, kept in zip((1, options.new), times[c.name], strict=True):
+                    request = [batch, options.prompt, new, options.vocabulary]
+                    answer = c.ask(request)
+                    tokens[c.name] = answer["tokens"]
+                    if round_number:  # The first one compiles.
+                        kept.append(answer["seconds"])
+                if ":" not in c.name and "transformers" not in c.name and round_number:
+                    limits[c.name].append(c.ask("limit"))
+        for c in contenders:
+            prefill, whole = map(statistics.median, times[c.name])
+            size = 4 if c.name.endswith("float32") else 2
+            decode = batch * (options.new - 1) / max(whole - prefill, 1e-9)
+            result = {
+                "contender": c.name,
+                "batch": batch,
+                "prompt": options.prompt,
+                "new": options.new,
+                "tokens_per_second": batch * options.new / whole,
+                "prefill_seconds": prefill,
+                "decode_tokens_per_second": decode,
+                "first_seconds": first[c.name],
+                "first_seconds_next_process": second.get(c.name),
+                "tokens": tokens[c.name],
+            }
+            if limits[c.name]:
+                rate = statistics.median(limits[c.name])
+                result["limit_gigabytes_per_second"] = rate / 1e9
+                result["limit_tokens_per_second"] = batch * rate / (weights * size)
+            results.append(result)
+    for contender in contenders:
+        contender.close()
+    return results
+
+
+def table(results):
+    """The results as lines of text."""
+    header = f"{'':30}{'tokens/s':>9}{'prefill':>9}{'decode':>8}{'limit':>7}"
+    lines = []
+    for batch in dict.fromkeys(r["batch"] for r in results):
+        rows = [r for r in results if r["batch"] == batch]
+        r = rows[0]
+        lines += [
+            "",
+            f"batch {batch}, prompt {r['prompt']}, {r['new']} new tokens, greedy",
+            f"{header}{'of limit':>9}{'first':>14}",
+        ]
+        for r in rows:
+            limit, share = "", ""
+            if "limit_tokens_per_second" in r:
+                limit = f"{r['limit_tokens_per_second']:.0f}"
+                of_limit = (
+                    r["decode_tokens_per_second"] / r["limit_tokens_per_second"]
+                )
+                share = f"{of_limit:.0%}"
+            first = f"{r['first_seconds']:.1f}"
+            if r["first_seconds_next_process"] is not None:
+                first += f" ({r['first_seconds_next_process']:.1f})"
+            lines.append(
+                f"{r['contender']:30}{r['tokens_per_second']:9.1f}"
+                f"{1e3 * r['prefill_seconds']:9.0f}"
+                f"{r['decode_tokens_per_second']:8.1f}{limit:>7}{share:>9}{first:>14}"
+            )
+        lines += ratios(rows)
+    return lines
+
+
+def ratios(rows):
+    """Lines that compare ours with each peer, for one batch size."""
+    lines = []
+    ours = {r["contender"]: r for r in rows if r["contender"][:3] in ("jax", "tor", "ten")}
+    for name, r in ours.items():
+        backend, _, dtype = name.partition("/")
+        for peer in rows:
+            same_backend = peer["contender"] == f"keras_hub:{name}"
+            if not same_backend and peer["contender"] != f"transformers/{dtype}":
+                continue
+            whole = r["tokens_per_second"] / peer["tokens_per_second"]
+            prefill = peer["prefill_seconds"] / r["prefill_seconds"]
+            lines.append(
+                f"  {name} is {whole:.2f} x {peer['contender']}, "
+                f"its prefill {prefill:.2f} x"
+            )
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--width", type=int, default=1024, help="hidden width (%(default)s)")
+    add("--layers", type=int, default=16, help="decoder layers (%(default)s)")
+    add("--heads", type=int, default=16, help="query heads (%(default)s)")
+    add("--key-value-heads", type=int, help="default: as many as query heads")
+    add("--intermediate", type=int, default=2752, help="width inside (%(default)s)")
+    add("--vocabulary", type=int, default=32000, help="tokens (%(default)s)")
+    add("--context", type=int, default=2048, help="longest sequence (%(default)s)")
+    add("--prompt", type=int, default=64, help="tokens of a prompt (%(default)s)")
+    add("--new", type=int, default=128, help="tokens to generate (%(default)s)")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="rows (1 and 8)")
+    add("--rounds", type=int, default=3, help="timed rounds (%(default)s)")
+    add("--contender", nargs="+", default=CONTENDERS, metavar="NAME",
+        help="[keras_hub:]BACKEND/DTYPE or transformers/DTYPE; default: "
+        + " ".join(CONTENDERS))  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add("--verbose", action="store_true", help="show what the processes print")
+    options = parser.parse_args()
+    options.key_value_heads = options.key_value_heads or options.heads
+
+    with tempfile.TemporaryDirectory() as directory:
+        results = measure(options, Path(directory))
+    print("\n".join(table(results)))
+    if options.json:
+        sizes = {k: v for k, v in vars(options).items() if k != "json"}
+        options.json.write_text(
+            json.dumps({"options": sizes, "results": results}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], sys.argv[3], tuple(map(int, sys.argv[4:])))
+    else:
+        main()
