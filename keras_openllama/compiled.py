@@ -107,7 +107,7 @@ def _tensorflow(function, model, static):
         if key not in programs:
             traced = tf.function(
                 lambda **tensors: function(**tensors, **constants),
-                jit_compile=bool(model.jit_compile),
+                jit_compile=True,
             )
             programs[key] = traced.get_concrete_function(**tensors)
         return programs[key](**tensors)

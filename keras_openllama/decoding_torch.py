@@ -54,6 +54,7 @@ class TorchTokenLoop(TokenLoop):
         if state["prefilled"] < start:
             self._run_prefix(state, rows)
             state = {**state, "prefilled": start}
+        self._forget_graphs_of_other_weights()
         while state["step"] < until:
             if state["step"] % STEPS_BETWEEN_LOOKS == 0 and bool(state["done"].all()):
                 break
@@ -84,15 +85,17 @@ class TorchTokenLoop(TokenLoop):
         return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):
-        weights = self.model.weights
-        if [id(w) for w in weights] != [id(w) for w in self._weights]:
-            # LoRA and quantization change them.
-            self._graphs.clear()
-            self._weights = weights
         batch = len(inputs[0])
         if batch not in self._graphs:
             self._graphs[batch] = traced(self._logits, inputs)
         return self._graphs[batch]
+
+    def _forget_graphs_of_other_weights(self):
+        """A graph keeps the weights it saw; LoRA and quantization change them."""
+        weights = self.model.weights
+        if [id(w) for w in weights] != [id(w) for w in self._weights]:
+            self._graphs.clear()
+            self._weights = weights
 
     def _logits(self, fed, positions, final_lengths, bias, cache):
         hidden, _ = run_layers(
