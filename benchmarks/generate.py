@@ -363,9 +363,7 @@ def table(results):
             limit, share = "", ""
             if "limit_tokens_per_second" in r:
                 limit = f"{r['limit_tokens_per_second']:.0f}"
-                of_limit = (
-                    r["decode_tokens_per_second"] / r["limit_tokens_per_second"]
-                )
+                of_limit = r["decode_tokens_per_second"] / r["limit_tokens_per_second"]
                 share = f"{of_limit:.0%}"
             first = f"{r['first_seconds']:.1f}"
             if r["first_seconds_next_process"] is not None:
@@ -382,7 +380,9 @@ def table(results):
 def ratios(rows):
     """Lines that compare ours with each peer, for one batch size."""
     lines = []
-    ours = {r["contender"]: r for r in rows if r["contender"][:3] in ("jax", "tor", "ten")}
+    ours = {
+        r["contender"]: r for r in rows if r["contender"][:3] in ("jax", "tor", "ten")
+    }
     for name, r in ours.items():
         backend, _, dtype = name.partition("/")
         for peer in rows:

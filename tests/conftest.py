@@ -8,6 +8,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# Programs compiled by tests are no use to anyone: not into the user's cache.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
 sys.path.insert(0, str(Path(__file__).parent))  # Helpers shared by several tests.
 
 import keras
