@@ -25,6 +25,7 @@ from keras import ops, tree
 from keras_openllama._keras_hub import GreedySampler
 from keras_openllama.compiled import compile_function, while_loop
 from keras_openllama.layers.attention import HIDDEN
+from keras_openllama.placement import keep, put, shardings
 from keras_openllama.prompts import PAD_TOKEN_ID, as_arrays
 from keras_openllama.text_arrays import to_numpy
 
@@ -108,15 +109,13 @@ def run_layers(backbone, tokens, positions, final_lengths, bias, cache, column):
 
 
 def new_cache(backbone, rows, columns):
-    """An empty cache for so many rows and columns.
-
-    On JAX from NumPy, because zeros made there would be one more program to compile.
-    """
+    """An empty cache for so many rows and columns."""
     shape = (backbone.num_key_value_heads * rows, columns, backbone.head_dim)
     dtype = backbone.compute_dtype
     if keras.config.backend() == "jax":
+        # From NumPy: zeros made on the device would be one more program to compile.
         zeros = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-        make = functools.partial(ops.convert_to_tensor, zeros)
+        make = functools.partial(put, zeros, shardings(backbone)[0])
     else:
         make = functools.partial(ops.zeros, shape, dtype)
     return tuple((make(), make()) for _ in backbone.transformer_layers)
@@ -162,11 +161,13 @@ class TokenLoop:
             "step": np.int32(0),
             "done": rows["limits"] == 0,
         }
-        state, rows = tree.map_structure(ops.convert_to_tensor, (state, rows))
+        everywhere = shardings(self.model.backbone)[1]
+        state, rows = tree.map_structure(lambda x: put(x, everywhere), (state, rows))
         state["cache"] = new_cache(self.model.backbone, len(rows["limits"]), columns)
         return state, rows
 
     def _advance(self, state, rows, stop_ids, until):
+        state = self._placed(state)
         columns = state["tokens"].shape[1]
         chunks = [chunk for chunk in PREFILL_CHUNKS if chunk < columns]
         for chunk in chunks:
@@ -184,7 +185,12 @@ class TokenLoop:
             logits = self.model.lm_head(hidden[:, 0])
             return self.choose({**state, "cache": cache}, logits, rows, stop_ids)
 
-        return while_loop(self.model, goes_on, step, state)
+        return self._placed(while_loop(self.model, goes_on, step, state))
+
+    def _placed(self, state):
+        by_heads, everywhere = shardings(self.model.backbone)
+        rest = {name: value for name, value in state.items() if name != "cache"}
+        return {**keep(rest, everywhere), "cache": keep(state["cache"], by_heads)}
 
     def _prefill(self, state, rows, chunk, is_last):
         """Feeds the prefixes in chunks; the last size may go beyond their end."""
@@ -249,7 +255,7 @@ def choose_tokens(loop, prompts, limits, stop_token_ids, stride=None):
     slots = max(1, -(-len(stop_token_ids) // STOP_SLOTS)) * STOP_SLOTS
     stop_ids = np.full(slots, -1, "int32")  # No token is -1.
     stop_ids[: len(stop_token_ids)] = stop_token_ids
-    stop_ids = ops.convert_to_tensor(stop_ids)
+    stop_ids = put(stop_ids, shardings(loop.model.backbone)[1])
     first = max(map(len, prompts))
     seen = 0
     running = [limit > 0 for limit in limits]

@@ -7,6 +7,7 @@ from keras_openllama._keras_hub import Sampler, SpeculativeSampler
 from keras_openllama.compiled import compile_function
 from keras_openllama.decoding import feed, lay_out, new_cache, until_stop
 from keras_openllama.layers.attention import heads_first
+from keras_openllama.placement import put, shardings
 from keras_openllama.text_arrays import to_numpy
 
 PROMPT_STEP = 32  # Ours: prompts are padded to a multiple, so that fewer compile anew.
@@ -62,7 +63,10 @@ class SearchLoop:
         # In the padded prompt the last token stands in the last column.
         tokens[:, prompt_columns - 1] = prompt[-1]
         rows["start"] = np.int32(prompt_columns - 1)
-        tokens, rows = tree.map_structure(ops.convert_to_tensor, (tokens, rows))
+        everywhere = shardings(self.model.backbone)[1]
+        tokens, rows = tree.map_structure(
+            lambda array: put(array, everywhere), (tokens, rows)
+        )
         tokens = self.run(
             tokens=tokens,
             rows=rows,

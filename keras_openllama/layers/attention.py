@@ -158,8 +158,8 @@ class CausalSelfAttention(keras.layers.Layer):
         x: float tensor `(batch, length, hidden_dim)`.
         cos, sin: float32 rotary tables, see `RotaryEmbedding`.
         mask: bool, broadcastable to `(batch, 1, length, length)`; with a cache
-            the `bias` of `attend_cached`, or on PyTorch `None`: `x` is causal and begins
-            an empty cache.
+            the `bias` of `attend_cached`, or on PyTorch `None`: `x` is causal and
+            begins an empty cache.
         cache: `None`, or a pair of tensors
             `(num_key_value_heads * batch, columns, head_dim)`, see `write`.
         column: int scalar, where in the cache the keys and values of `x` go.

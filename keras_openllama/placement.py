@@ -1,0 +1,56 @@
+"""Where the state of generation lives: on one device, or over a distribution's mesh."""
+
+import math
+
+import keras
+from keras import ops
+
+if keras.config.backend() == "jax":
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+
+def put(array, sharding=None):
+    """A NumPy array as a tensor on the device.
+
+    Args:
+        array: NumPy array.
+        sharding: `jax.sharding.Sharding`; `None` is the default device.
+    """
+    if keras.config.backend() == "jax":
+        # `ops.convert_to_tensor` compiles a program for each new shape.
+        return jax.device_put(array, sharding)
+    return ops.convert_to_tensor(array)
+
+
+def shardings(backbone):
+    """How a distribution of the weights wants the state of generation.
+
+    What belongs to heads is sharded as the keys' projection is; all else is everywhere.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Returns:
+        A pair of shardings, for the cache and for the rest; `None` twice where the
+        weights are not distributed.
+    """
+    kernel = backbone.transformer_layers[0].self_attention.key.variables[0]._value
+    layout = getattr(kernel, "sharding", None)
+    if keras.config.backend() != "jax" or not isinstance(layout, NamedSharding):
+        return None, None
+    mesh, axis = layout.mesh, (*layout.spec, None, None)[1]
+    names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+    shards = math.prod(mesh.shape[name] for name in names)
+    if backbone.num_key_value_heads % shards:
+        axis = None  # Fewer heads than devices: each device has them all.
+    return NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(
+        mesh, PartitionSpec()
+    )
+
+
+def keep(tensors, sharding):
+    """Fixes the sharding of tensors inside a program, so that calls agree on it."""
+    if sharding is None:
+        return tensors
+    return jax.lax.with_sharding_constraint(tensors, sharding)
