@@ -18,7 +18,7 @@ greedily, in turns, each the same prompts; the figures are medians of the rounds
     first      seconds of the first call in a fresh process, with what it compiles;
                in brackets in the next process, from JAX's compilation cache
 
-`--help` lists the sizes. The default is the size of which `benchmarks/README.md` speaks.
+`--help` lists the sizes; the default is that of `benchmarks/README.md`.
 """
 
 import argparse
@@ -384,7 +384,7 @@ def ratios(rows):
         r["contender"]: r for r in rows if r["contender"][:3] in ("jax", "tor", "ten")
     }
     for name, r in ours.items():
-        backend, _, dtype = name.partition("/")
+        dtype = name.partition("/")[2]
         for peer in rows:
             same_backend = peer["contender"] == f"keras_hub:{name}"
             if not same_backend and peer["contender"] != f"transformers/{dtype}":

@@ -35,7 +35,13 @@ def _tensorflow_hidden():
 
 with _tensorflow_hidden():
     import keras_hub
-    from keras_hub.samplers import GreedySampler, Sampler, SpeculativeSampler
+    from keras_hub.samplers import (
+        GreedySampler,
+        RandomSampler,
+        Sampler,
+        SpeculativeSampler,
+        TopPSampler,
+    )
     from keras_hub.src.samplers.serialization import get as get_sampler
     from keras_hub.src.utils.preset_utils import KerasPresetLoader
     from keras_hub.src.utils.python_utils import classproperty
@@ -53,9 +59,11 @@ __all__ = [
     "GreedySampler",
     "KerasPresetLoader",
     "Preprocessor",
+    "RandomSampler",
     "Sampler",
     "SpeculativeSampler",
     "Tokenizer",
+    "TopPSampler",
     "classproperty",
     "get_sampler",
 ]

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from keras import ops, tree
 
-from keras_openllama._keras_hub import GreedySampler
+from keras_openllama._keras_hub import GreedySampler, RandomSampler, TopPSampler
 from keras_openllama.compiled import compile_function, while_loop
 from keras_openllama.layers.attention import HIDDEN
 from keras_openllama.placement import keep, put, shardings
@@ -126,6 +126,14 @@ def is_in(tokens, stop_ids):
     return ops.any(ops.equal(tokens[:, None], stop_ids), axis=-1)
 
 
+def is_plain(sampler):
+    """Whether a top-p sampler keeps all tokens.
+
+    KerasHub's then still leaves out those beyond a sum that rounding takes past 1.
+    """
+    return type(sampler) is TopPSampler and sampler.k is None and sampler.p >= 1
+
+
 class TokenLoop:
     """Chooses a token at a time: greedy, random, top-k, top-p and samplers like them.
 
@@ -214,7 +222,11 @@ class TokenLoop:
         if type(sampler) is GreedySampler:
             chosen = ops.argmax(logits, axis=-1)
         else:
-            chosen = sampler.get_next_token(sampler.compute_probabilities(logits))
+            probabilities = sampler.compute_probabilities(logits)
+            if is_plain(sampler):
+                chosen = RandomSampler.get_next_token(sampler, probabilities)
+            else:
+                chosen = sampler.get_next_token(probabilities)
         chosen = ops.where(state["done"], PAD_TOKEN_ID, ops.cast(chosen, "int32"))
         step = state["step"] + 1
         done = ops.logical_or(is_in(chosen, stop_ids), step >= rows["limits"])

@@ -1,5 +1,7 @@
 """Generation: rows, limits, stops, samplers, streaming, and what it refuses."""
 
+import time
+
 import keras
 import keras_hub
 import numpy as np
@@ -14,8 +16,9 @@ from keras_openllama import (
     generation,
 )
 from keras_openllama.continuation import Continuation
-from keras_openllama.decoding import padded_columns, padded_rows
+from keras_openllama.decoding import TokenLoop, padded_columns, padded_rows
 
+STEPS_BETWEEN_LOOKS = 8  # On PyTorch, which then runs a few steps too many.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
 
 
@@ -243,6 +246,29 @@ def test_more_beams_find_likelier_texts(lm):
     assert loss(beam) < loss(greedy) - 0.01
 
 
+def test_all_of_the_probability_is_plain_sampling():
+    lm, texts = make_lm(), []
+    for sampler in (
+        keras_hub.samplers.TopPSampler(p=1.0, seed=3),
+        keras_hub.samplers.RandomSampler(seed=3),
+        keras_hub.samplers.TopPSampler(p=0.5, seed=3),
+    ):
+        lm.compile(sampler=sampler)
+        texts.append(lm.generate(PROMPTS, max_new_tokens=20))
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("sampler", ["beam", "contrastive"])
+def test_search_is_repeatable(sampler):
+    texts = set()
+    for _ in "ab":
+        lm = make_lm()
+        lm.compile(sampler=sampler)
+        texts.add(lm.generate("The", max_new_tokens=20))
+        texts.add(lm.generate("The", max_new_tokens=20))
+    assert len(texts) == 1
+
+
 def test_a_seed_makes_sampling_repeatable():
     lm = make_lm()
     texts = []
@@ -283,14 +309,133 @@ def test_sizes_of_programs_are_few():
     assert [padded_rows(n) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, 16]
 
 
+def short_generations(lm, batches, lengths, limits):
+    """Prompts of all these sizes, each continued by one token: all ids are stops."""
+    every_id = list(range(lm.backbone.vocabulary_size))
+    for batch in batches:
+        for length in lengths:
+            ids = np.full((batch, length), 5, "int32")
+            for limit in limits:
+                lm.generate(
+                    {"token_ids": ids, "padding_mask": np.ones_like(ids)},
+                    max_new_tokens=limit,
+                    stop_token_ids=every_id,
+                )
+
+
 @pytest.mark.skipif(keras.config.backend() == "torch", reason="is about XLA")
-def test_any_lengths_share_twelve_programs(monkeypatch):
+def test_all_lengths_share_twelve_programs(caplog, monkeypatch):
     lm = make_lm(context=2048)
     traced = []
-    feed = decoding.feed
+    advance = TokenLoop._advance
     monkeypatch.setattr(
-        decoding, "feed", lambda *args: traced.append(args[1].shape) or feed(*args)
+        TokenLoop,
+        "_advance",
+        lambda self, **k: (
+            traced.append(k["state"]["tokens"].shape) or advance(self, **k)
+        ),
     )
+    monkeypatch.setattr(lm, "generate_function", None)
+
+    def run():
+        short_generations(
+            lm, range(1, 9), (1, 2, 33, 255, 256, 300), (1, 90, 211, 212, 724, 1748)
+        )
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            run()
+        messages = [r.message for r in caplog.records]
+        assert sum("Compiling" in m for m in messages) == 12
+    else:
+        run()
+    assert len(traced) == len(set(traced)) == 12
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="is about PyTorch")
+def test_a_traced_step_serves_all_lengths():
+    lm = make_lm(context=2048)
+    loop = lm.make_generate_function()
+    short_generations(lm, range(1, 9), (1, 2, 300), (1, 1748))
+    assert len(loop._graphs) == 8
+    for prompt in PROMPTS:  # Traced with one column of the cache, used with many.
+        ids = lm.preprocessor.prompt_ids([prompt])[0]
+        text = lm.generate(arrays(lm, [prompt]), max_new_tokens=9, stop_token_ids=None)
+        expected = greedy_without_cache(lm, prompt, 9)
+        assert text["token_ids"][0, : len(ids) + 9].tolist() == expected
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 256, 257, 290, 545])
+def test_long_prompts_go_in_by_chunks(length):
+    lm = make_lm(context=1024)
+    ids = np.random.default_rng(length).integers(3, 500, (2, length)).astype("int32")
+    mask = np.arange(length) < np.array([[length], [length - 30]])
+    out = lm.generate(
+        {"token_ids": ids, "padding_mask": mask}, max_new_tokens=3, stop_token_ids=None
+    )
+    for row, n in zip(out["token_ids"], mask.sum(axis=1), strict=True):
+        logits = keras.ops.convert_to_numpy(lm.score(row[None, : n + 3]))[0]
+        assert row[n : n + 3].tolist() == logits[n - 1 : n + 2].argmax(-1).tolist()
+
+
+def test_generation_ends_when_all_rows_have_ended(lm, monkeypatch):
+    x = arrays(lm)
+    free = lm.generate(x, max_new_tokens=6, stop_token_ids=None)
+    lengths = x["padding_mask"].sum(axis=1)
+    rows = zip(free["token_ids"], lengths, strict=True)
+    stops = [int(row[n + 4]) for row, n in rows]
+    steps = []
+    advance = lm.make_generate_function().advance
+
+    def counted(**arguments):
+        state = advance(**arguments)
+        steps.append(int(state["step"]))
+        return state
+
+    monkeypatch.setattr(lm.make_generate_function(), "advance", counted)
+    lm.generate(x, max_new_tokens=100, stop_token_ids=stops)
+    assert len(steps) == 1
+    assert steps[0] <= 5 + STEPS_BETWEEN_LOOKS
+
+
+def test_the_first_piece_comes_right_after_the_prefill(lm, monkeypatch):
+    """The work done until each piece: one call, one step."""
+    loop = lm.make_generate_function()
+    advance, asked = loop.advance, []
+    monkeypatch.setattr(
+        loop, "advance", lambda **k: asked.append(int(k["until"])) or advance(**k)
+    )
+    seen = [(piece, list(asked)) for piece in lm.stream("The", max_new_tokens=40)]
+    calls = [len(until) for _, until in seen]
+    # A piece may need several tokens, where one ends within a character.
+    assert calls[0] <= 4
+    assert calls == sorted(set(calls))
+    assert asked == list(range(1, len(asked) + 1))
+
+
+def test_pieces_come_in_even_gaps(lm):
+    list(lm.stream("The", max_new_tokens=100))  # Compiles.
+    moments = [time.perf_counter()]
+    for _ in lm.stream("The", max_new_tokens=100):
+        moments.append(time.perf_counter())
+    whole = moments[-1] - moments[0]
+    # Were they made together and then handed out, one gap would be nearly all.
+    assert max(np.diff(moments)) < whole / 3
+
+
+def test_a_stream_can_be_abandoned(lm):
+    expected = lm.generate("The", max_new_tokens=30, strip_prompt=True)
+    for pieces in (0, 1, 5):
+        stream = lm.stream("The", max_new_tokens=100)
+        for _ in range(pieces):
+            next(stream)
+        stream.close()
+        assert lm.generate("The", max_new_tokens=30, strip_prompt=True) == expected
+    one, other = (lm.stream("The", max_new_tokens=30) for _ in "ab")
+    both = [a + b for a, b in zip(one, other, strict=True)]
+    assert "".join(x[: len(x) // 2] for x in both) == expected
 
 
 IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import keras
 import pytest
 
 from keras_openllama import OpenLlamaCausalLM, OpenLlamaTokenizer
@@ -76,6 +77,24 @@ def preset():
 def test_parameters_are_as_stated_and_few(lm, preset):
     assert lm.count_params() == preset["parameters"]
     assert 4_000_000 <= lm.count_params() <= 7_000_000
+
+
+def test_int8_is_a_quarter_of_the_size_and_predicts_as_well(tokenizer):
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+    ids = tokenizer(PLAIN_ENGLISH)[:256]
+
+    def measured():
+        weights = [keras.ops.convert_to_numpy(weight) for weight in lm.weights]
+        size = sum(weight.nbytes for weight in weights)
+        return total_bits(lm, ids, 1, context=256), size
+
+    bits, size = measured()
+    lm.quantize("int8")
+    quantized_bits, quantized_size = measured()
+    assert quantized_bits <= 1.02 * bits
+    assert quantized_size <= 0.30 * size
+    words = re.findall("[a-z]+", lm.generate("The captain", max_new_tokens=40).lower())
+    assert sum(word in COMMON_WORDS for word in words) > len(words) / 3
 
 
 @pytest.mark.backend_free

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_openllama.layers import CausalSelfAttention, RotaryEmbedding
-from keras_openllama.layers.attention import attend, causal_mask, write
+from keras_openllama.layers.attention import HIDDEN, attend, causal_mask, write
 
 
 def random(*shape, seed=0):
@@ -47,32 +47,45 @@ def test_mask_is_causal_and_hides_padding():
     np.testing.assert_array_equal(ops.convert_to_numpy(mask)[:, 0], expected)
 
 
+def in_use(cache, end):
+    """On PyTorch a layer gets the columns that are in use; with XLA the whole cache."""
+    if keras.config.backend() == "torch":
+        return tuple(x[:, :end] for x in cache)
+    return cache
+
+
 def test_write_puts_columns_in_their_place():
-    cache = ops.zeros((1, 2, 6, 4))
-    updated = ops.convert_to_numpy(write(cache, ops.ones((1, 2, 2, 4)), np.int32(3)))
-    np.testing.assert_array_equal(updated[0, 0, :, 0], [0, 0, 0, 1, 1, 0])
+    cache = ops.zeros((2, 6, 4))
+    (seen,) = in_use([cache], 5)
+    updated = ops.convert_to_numpy(write(seen, ops.ones((2, 2, 4)), np.int32(3)))
+    np.testing.assert_array_equal(updated[1, :5, 0], [0, 0, 0, 1, 1])
+    assert not updated[:, 5:].any()
 
 
-def test_a_cache_changes_nothing():
-    layer = CausalSelfAttention(4, 2, 16)
-    x = ops.convert_to_tensor(random(1, 6, 32))
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 16), ((3, 3), 100)])
+def test_a_cache_changes_nothing(heads, head_dim):
+    layer = CausalSelfAttention(*heads, head_dim)
+    x = ops.convert_to_tensor(random(2, 6, 32))
     positions = ops.arange(6)[None]
-    cos, sin = RotaryEmbedding(16)(positions)
-    whole, _ = layer(x, cos, sin, causal_mask(positions))
-    cache = (ops.zeros((1, 2, 6, 16)), ops.zeros((1, 2, 6, 16)))
-    for i in range(6):
-        seen = (ops.arange(6) <= i)[None, None, None]
-        now = (slice(None), slice(i, i + 1))
-        y, cache = layer(
-            x[now],
-            cos[:, :, i : i + 1],
-            sin[:, :, i : i + 1],
-            seen,
-            cache=cache,
-            column=np.int32(i),
+    cos, sin = RotaryEmbedding(head_dim)(positions)
+    whole = layer(x, cos, sin, causal_mask(positions))
+    cache = tuple(ops.zeros((heads[1] * 2, 6, head_dim)) for _ in "kv")
+    for start, end in ((0, 3), (3, 4), (4, 6)):  # A chunk, a step, a chunk.
+        now = slice(start, end)
+        seen = in_use(cache, end)
+        visible = np.arange(seen[0].shape[1])[None] <= np.arange(start, end)[:, None]
+        bias = np.where(visible, 0, HIDDEN)[None].repeat(heads[1] * 2, axis=0)
+        y, seen = layer(
+            x[:, now],
+            cos[:, :, now],
+            sin[:, :, now],
+            ops.convert_to_tensor(bias.astype("float32")),
+            cache=seen,
+            column=np.int32(start),
         )
+        cache = cache if keras.config.backend() == "torch" else seen
         np.testing.assert_allclose(
-            ops.convert_to_numpy(y), ops.convert_to_numpy(whole[now]), atol=1e-5
+            ops.convert_to_numpy(y), ops.convert_to_numpy(whole[:, now]), atol=1e-5
         )
 
 
