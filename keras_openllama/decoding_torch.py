@@ -5,6 +5,8 @@ So the network's step is recorded once as a graph of PyTorch operations and repl
 graph belongs to a number of rows, and reads as many columns of the cache as are in use.
 """
 
+import warnings
+
 import torch
 from keras import ops, tree
 from torch.fx.experimental.proxy_tensor import make_fx
