@@ -35,6 +35,7 @@ import numpy as np
 
 CONTENDERS = (
     "jax/float32",
+    "jax/bfloat16",
     "torch/float32",
     "torch/bfloat16",
     "tensorflow/float32",
@@ -165,55 +166,83 @@ def load_transformers(checkpoint, dtype):
     return generate
 
 
+def jax_products(dtype, k, n, count):
+    """Functions that multiply `count` matrices by a vector of `k` numbers, on JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    def product(x, w):
+        return jax.lax.dot_general(x, w, (((1,), (w.shape.index(k),)), ((), ())))
+
+    def two_rows(x, w):  # The only fast way in bfloat16.
+        x = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
+        dimensions = (((1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(w, x, dimensions, preferred_element_type="float32")
+        return jax.lax.optimization_barrier(y)
+
+    x = jnp.ones((1, k), dtype)
+    for shape in ((k, n), (n, k)):
+        matrices = [jnp.full(shape, i, dtype) for i in range(count)]
+        for form in (product, two_rows) if shape == (n, k) else (product,):
+            run = jax.jit(lambda x, ws, form=form: [form(x, w) for w in ws])
+            yield lambda f=run, ws=matrices: jax.block_until_ready(f(x, ws))
+
+
+def tensorflow_products(dtype, k, n, count):
+    """The same on TensorFlow, with and without XLA."""
+    import tensorflow as tf
+
+    x = tf.ones((1, k), dtype)
+    for turned in (False, True):
+        shape = (n, k) if turned else (k, n)
+        matrices = [tf.Variable(tf.ones(shape, dtype)) for _ in range(count)]
+        for jit in (False, True):
+            run = tf.function(
+                lambda ws=matrices, t=turned: [
+                    tf.matmul(x, w, transpose_b=t) for w in ws
+                ],
+                jit_compile=jit,
+            )
+            yield lambda f=run: f()[-1].numpy()
+
+
+def torch_products(dtype, k, n, count):
+    """The same on PyTorch: plain, turned, by blocks of outputs, in oneDNN's order."""
+    import torch
+
+    x = torch.ones((1, k), dtype=getattr(torch, dtype))
+    for turned in (False, True):
+        shape = (n, k) if turned else (k, n)
+        matrices = [torch.ones(shape, dtype=x.dtype) for _ in range(count)]
+        matrices = [w.T if turned else w for w in matrices]
+        yield lambda ws=matrices: [x @ w for w in ws]
+        if turned and n % 64 == 0:
+            blocks = [w.T.view(-1, 64, k).transpose(1, 2) for w in matrices]
+            yield lambda ws=blocks: [x @ w for w in ws]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        product = torch.ops.mkldnn._linear_pointwise
+        matrices = [pack(torch.ones((n, k), dtype=x.dtype)) for _ in range(count)]
+        yield lambda ws=matrices: [product(x, w, None, "none", [], "") for w in ws]
+
+
 def bandwidth(backend, dtype, width, ff):
     """The best bytes per second of matrix-vector products in any orientation."""
     size = {"float32": 4, "bfloat16": 2}[dtype]
     count = int(LIMIT_BYTES / (width * ff * size))
-    vectors = {n: np.ones((1, n), "float32") for n in (width, ff)}
-    runs = []
-    if backend == "jax":
-        import jax
-        import jax.numpy as jnp
-
-        for k, n in ((width, ff), (ff, width)):
-            matrices = [jnp.ones((k, n), dtype) * i for i in range(count)]
-            x = jnp.asarray(vectors[k], dtype)
-            product = jax.jit(lambda x, matrices: [x @ m for m in matrices])
-            runs.append(
-                lambda f=product, x=x, m=matrices: jax.block_until_ready(f(x, m))
-            )
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        for k, n in ((width, ff), (ff, width)):
-            matrices = [tf.Variable(tf.ones((k, n), dtype)) for _ in range(count)]
-            x = tf.cast(vectors[k], dtype)
-            for jit in (False, True):
-                product = tf.function(
-                    lambda x=x, m=matrices: [tf.matmul(x, w) for w in m],
-                    jit_compile=jit,
-                )
-                runs.append(lambda f=product: f()[-1].numpy())
-    else:
-        import torch
-
-        for k, n in ((width, ff), (ff, width)):
-            x = torch.tensor(vectors[k], dtype=getattr(torch, dtype))
-            for transposed in (False, True):
-                shape = (n, k) if transposed else (k, n)
-                matrices = [torch.ones(shape, dtype=x.dtype) for _ in range(count)]
-                matrices = [m.T if transposed else m for m in matrices]
-                runs.append(lambda x=x, m=matrices: [x @ w for w in m])
-    rates = []
-    for run in runs:
-        run()
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
+    products = {"jax": jax_products, "torch": torch_products}
+    products = products.get(backend, tensorflow_products)
+    best = 0.0
+    for k, n in ((width, ff), (ff, width)):
+        for run in products(dtype, k, n, count):
             run()
-            times.append(time.perf_counter() - start)
-        rates.append(count * width * ff * size / statistics.median(times))
-    return max(rates)
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+            best = max(best, count * k * n * size / statistics.median(times))
+    return best
 
 
 def work(contender, checkpoint, sizes):
@@ -286,6 +315,11 @@ class Contender:
         self.process.wait()
 
 
+def is_ours(contender):
+    """Whether a contender is this package."""
+    return contender.partition("/")[0] in ("jax", "torch", "tensorflow")
+
+
 def measure(options, directory):
     """Runs all contenders in turns. Returns one dict for each, batch and prompt."""
     weights = write_checkpoint(directory, options)
@@ -301,7 +335,10 @@ def measure(options, directory):
                 contender.close()
                 contender = Contender(name, directory, options, cache)
                 second[name] = contender.ask(request)["seconds"]
-        except RuntimeError as error:  # A peer may not be installed.
+        except RuntimeError as error:
+            if is_ours(name):
+                raise
+            # A peer may not be installed.
             print(f"left out: {error}", file=sys.stderr, flush=True)
             continue
         contenders.append(contender)
@@ -319,7 +356,7 @@ def measure(options, directory):
                     tokens[c.name] = answer["tokens"]
                     if round_number:  # The first one compiles.
                         kept.append(answer["seconds"])
-                if ":" not in c.name and "transformers" not in c.name and round_number:
+                if is_ours(c.name) and round_number:
                     limits[c.name].append(c.ask("limit"))
         for c in contenders:
             prefill, whole = map(statistics.median, times[c.name])
@@ -380,9 +417,7 @@ def table(results):
 def ratios(rows):
     """Lines that compare ours with each peer, for one batch size."""
     lines = []
-    ours = {
-        r["contender"]: r for r in rows if r["contender"][:3] in ("jax", "tor", "ten")
-    }
+    ours = {r["contender"]: r for r in rows if is_ours(r["contender"])}
     for name, r in ours.items():
         dtype = name.partition("/")[2]
         for peer in rows:

@@ -172,8 +172,7 @@ def _add_generate_arguments(parser):
     model.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="what the weights are held in (float32). bfloat16 halves the memory; on a "
-        "CPU it is fast with --backend torch only",
+        help="what the weights are held in (float32). bfloat16 halves the memory",
     )
     text = parser.add_argument_group("the text")
     text.add_argument(

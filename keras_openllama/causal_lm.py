@@ -8,7 +8,7 @@ from keras_openllama._keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.backbone import OpenLlamaBackbone
 from keras_openllama.compiled import compile_function
 from keras_openllama.continuation import Continuation, as_stop_strings
-from keras_openllama.layers.projection import projection
+from keras_openllama.layers.projection import Projection
 from keras_openllama.preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.text_arrays import as_texts
 
@@ -42,11 +42,11 @@ class OpenLlamaCausalLM(CausalLM):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
-        self.lm_head = projection(
+        self.lm_head = Projection(
             backbone.vocabulary_size,
-            "lm_head",
-            backbone.dtype_policy,
             backbone.initializer_std,
+            dtype=backbone.dtype_policy,
+            name="lm_head",
         )
         backbone.add_head(self.lm_head)
 

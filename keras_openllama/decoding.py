@@ -190,7 +190,7 @@ class TokenLoop:
             column = rows["start"] + state["step"]
             fed = ops.take(state["tokens"], column, axis=1)[:, None]
             hidden, cache = feed(self.model.backbone, fed, rows, state["cache"], column)
-            logits = self.model.lm_head(hidden[:, 0])
+            logits = self.model.lm_head(hidden)[:, 0]
             return self.choose({**state, "cache": cache}, logits, rows, stop_ids)
 
         return self._placed(while_loop(self.model, goes_on, step, state))

@@ -19,6 +19,7 @@ from keras_openllama.decoding import (
     place,
     run_layers,
 )
+from keras_openllama.packing_torch import pack_products
 
 # Ours: steps between two looks at which rows are done; a look waits for the device.
 STEPS_BETWEEN_LOOKS = 8
@@ -33,7 +34,8 @@ class TorchTokenLoop(TokenLoop):
 
     def __init__(self, model):
         self.model = model
-        self._graphs = {}
+        self._graphs = {}  # By number of rows.
+        self._packed = {}  # By id of the weight.
         self._weights = []
 
     def start(self, prompts, limits):
@@ -89,21 +91,24 @@ class TorchTokenLoop(TokenLoop):
     def _graph(self, inputs):
         batch = len(inputs[0])
         if batch not in self._graphs:
-            self._graphs[batch] = traced(self._logits, inputs)
+            graph = traced(self._logits, inputs)
+            pack_products(graph, self._packed)
+            self._graphs[batch] = graph
         return self._graphs[batch]
 
     def _forget_graphs_of_other_weights(self):
-        """A graph keeps the weights it saw; LoRA and quantization change them."""
-        weights = self.model.weights
-        if [id(w) for w in weights] != [id(w) for w in self._weights]:
+        """What LoRA and quantization change, and the values that training changes."""
+        weights = [(id(w), w.value._version) for w in self.model.weights]
+        if weights != self._weights:
             self._graphs.clear()
+            self._packed.clear()
             self._weights = weights
 
     def _logits(self, fed, positions, final_lengths, bias, cache):
         hidden, _ = run_layers(
             self.model.backbone, fed, positions, final_lengths, bias, cache, None
         )
-        return self.model.lm_head(hidden[:, 0])
+        return self.model.lm_head(hidden)[:, 0]
 
 
 def traced(function, inputs):
@@ -129,9 +134,14 @@ def drop_reshapes_to_the_same_shape(graph):
     views = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
     for node in list(graph.graph.nodes):
         if node.target in views:
-            shapes = [n.meta["tensor_meta"].shape for n in (node, node.args[0])]
-            if shapes[0] == shapes[1]:
+            if _shape(graph, node) == _shape(graph, node.args[0]):
                 node.replace_all_uses_with(node.args[0])
                 graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _shape(graph, node):
+    if node.op == "get_attr":
+        return getattr(graph, node.target).shape
+    return node.meta["tensor_meta"].shape

@@ -1,8 +1,5 @@
 """From prompts to new tokens, whichever loop the sampler needs."""
 
-import functools
-import warnings
-
 import keras
 
 from keras_openllama.decoding import TokenLoop, choose_tokens
@@ -31,7 +28,6 @@ def new_tokens(loop, prompts, limits, stop_token_ids, stride=None):
         For each row the list of its new tokens since the last time, the stop id
         included.
     """
-    _warn_of_slow_bfloat16(loop.model.compute_dtype)
     if max(limits) == 0:
         yield [[] for _ in prompts]
     elif isinstance(loop, SearchLoop):
@@ -43,16 +39,3 @@ def new_tokens(loop, prompts, limits, stop_token_ids, stride=None):
         ]
     else:
         yield from choose_tokens(loop, prompts, limits, stop_token_ids, stride)
-
-
-@functools.cache
-def _warn_of_slow_bfloat16(compute_dtype):
-    """Says once that XLA's bfloat16 is slow on a CPU: 1.8 against 25 GB/s (ours)."""
-    if keras.config.backend() != "jax" or compute_dtype != "bfloat16":
-        return
-    if keras.distribution.list_devices()[0].startswith("cpu"):
-        warnings.warn(
-            "bfloat16 is several times slower than float32 on a CPU with JAX. Load the "
-            "model with dtype='float32', or use KERAS_BACKEND=torch for bfloat16.",
-            stacklevel=6,
-        )

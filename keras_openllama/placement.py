@@ -39,7 +39,7 @@ def shardings(backbone):
     layout = getattr(kernel, "sharding", None)
     if keras.config.backend() != "jax" or not isinstance(layout, NamedSharding):
         return None, None
-    mesh, axis = layout.mesh, (*layout.spec, None, None)[1]
+    mesh, axis = layout.mesh, (*layout.spec, None)[0]
     names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
     shards = math.prod(mesh.shape[name] for name in names)
     if backbone.num_key_value_heads % shards:

@@ -87,7 +87,7 @@ class SearchLoop:
             cache = tree.map_structure(heads_first, cache)
             hidden, cache = feed(backbone, fed, rows, cache, index - 1)
             cache = tree.map_structure(lambda x: beams_first(x, len(prompt)), cache)
-            return model.lm_head(hidden[:, 0]), hidden[:, 0], cache
+            return model.lm_head(hidden)[:, 0], hidden[:, 0], cache
 
         # Padding repeats the first state: a copy changes no maximum of similarities.
         place = ops.arange(prompt_columns)

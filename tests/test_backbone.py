@@ -28,14 +28,14 @@ def test_variable_paths_are_an_interface():
     # Layouts, checkpoints and conversions go by them.
     per_layer = [
         ("self_attention_norm/scale", (16,)),
-        ("self_attention/query/kernel", (16, 32)),
+        ("self_attention/query/kernel", (32, 16)),
         ("self_attention/key/kernel", (16, 16)),
         ("self_attention/value/kernel", (16, 16)),
-        ("self_attention/output/kernel", (32, 16)),
+        ("self_attention/output/kernel", (16, 32)),
         ("feedforward_norm/scale", (16,)),
-        ("feedforward/gate/kernel", (16, 24)),
-        ("feedforward/up/kernel", (16, 24)),
-        ("feedforward/down/kernel", (24, 16)),
+        ("feedforward/gate/kernel", (24, 16)),
+        ("feedforward/up/kernel", (24, 16)),
+        ("feedforward/down/kernel", (16, 24)),
     ]
     expected = [
         ("token_embedding/embeddings", (50, 16)),

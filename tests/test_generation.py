@@ -13,7 +13,6 @@ from keras_openllama import (
     OpenLlamaCausalLM,
     OpenLlamaCausalLMPreprocessor,
     OpenLlamaTokenizer,
-    generation,
 )
 from keras_openllama.continuation import Continuation
 from keras_openllama.decoding import TokenLoop, padded_columns, padded_rows
@@ -481,13 +480,3 @@ def test_without_preprocessor_stop_ids_must_be_given(lm):
         bare.generate(IDS)
     with pytest.raises(ValueError, match="token_ids"):
         bare.generate("text", stop_token_ids=None)
-
-
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="is about JAX on CPUs")
-def test_bfloat16_on_a_cpu_warns_once():
-    lm = make_lm(dtype="bfloat16")
-    generation._warn_of_slow_bfloat16.cache_clear()
-    with pytest.warns(UserWarning, match="KERAS_BACKEND=torch") as warned:
-        lm.generate("The", max_new_tokens=2)
-        lm.generate("The", max_new_tokens=2)
-    assert sum("bfloat16" in str(w.message) for w in warned) == 1

@@ -62,9 +62,9 @@ column = ".*(query|key|value|gate|up|lm_head)/kernel"
 row = ".*(output|down)/kernel"
 embeddings = "token_embedding/embeddings"
 layouts = {
-    "tensor-parallel": ((1, 8), (None, "model"), ("model", None)),
+    "tensor-parallel": ((1, 8), ("model", None), (None, "model")),
     "fully sharded": ((8, 1), ("data", None), ("data", None)),
-    "both": ((2, 4), ("data", "model"), ("model", "data")),
+    "both": ((2, 4), ("model", "data"), ("data", "model")),
 }
 for name, (shape, columns, rows) in layouts.items():
     mesh = keras.distribution.DeviceMesh(shape, ("data", "model"), devices)

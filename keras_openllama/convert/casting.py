@@ -1,4 +1,4 @@
-"""From an array on a mapped file to a tensor of the backend: cast, turned, placed.
+"""From an array on a mapped file to a tensor of the backend: cast and placed.
 
 The source is read where it lies, and what comes out is the only copy. NumPy casts
 float16 on one core and slowly, so large tensors are cast by the backend, whose
@@ -18,14 +18,13 @@ _SMALL = 4 << 20
 _ROWS_PER_CHECK = 1 << 10
 
 
-def value_for(variable, array, transposed):
+def value_for(variable, array):
     """The value of a variable, from an array in a file.
 
     Args:
         variable: a `keras.Variable` without a value, see `building.without_weights`.
-        array: NumPy array, of the variable's shape or, if `transposed`, its transpose.
-            It may lie on a mapped file; the result never does.
-        transposed: bool.
+        array: NumPy array of the variable's shape. It may lie on a mapped file; the
+            result never does.
 
     Returns:
         A tensor of the backend, of the variable's shape and dtype, on its device; on
@@ -40,7 +39,7 @@ def value_for(variable, array, transposed):
     if not array.flags.aligned:
         array = array.copy()
     convert = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
-    return convert[keras.config.backend()](variable, array, dtype, transposed)
+    return convert[keras.config.backend()](variable, array, dtype)
 
 
 def _check_float16(array):
@@ -55,17 +54,16 @@ def _check_float16(array):
             )
 
 
-def _numpy(array, dtype, transposed):
-    turned = array.T if transposed else array
-    return np.array(turned, dtype=numpy_dtype(dtype), order="C")
+def _numpy(array, dtype):
+    return np.array(array, dtype=numpy_dtype(dtype), order="C")
 
 
-def _jax(variable, array, dtype, transposed):
+def _jax(variable, array, dtype):
     import jax
 
     layout = layout_of(variable)
     if layout is None:
-        value = _jax_cast(array, dtype, transposed)
+        value = _jax_cast(array, dtype)
         if value.devices() == _default_devices():
             return value
         return jax.device_put(np.asarray(value))
@@ -75,8 +73,7 @@ def _jax(variable, array, dtype, transposed):
     def shard(index):
         key = str(index)
         if key not in shards:
-            part = array[index[::-1]] if transposed else array[index]
-            shards[key] = np.asarray(_jax_cast(part, dtype, transposed))
+            shards[key] = np.asarray(_jax_cast(array[index], dtype))
         return shards[key]
 
     return jax.make_array_from_callback(tuple(variable.shape), layout, shard)
@@ -89,41 +86,35 @@ def _default_devices():
     return jax.numpy.zeros(()).devices()
 
 
-def _jax_cast(array, dtype, transposed):
+def _jax_cast(array, dtype):
     """Casts in the host's memory, so that an accelerator only sees the result."""
     import jax
 
-    same = array.dtype == numpy_dtype(dtype) and not transposed
+    same = array.dtype == numpy_dtype(dtype)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if same or array.nbytes <= _SMALL:
             # A copy in any case: `jax.jit` would hand the file's own pages on.
-            return jax.numpy.asarray(_numpy(array, dtype, transposed))
-        return _jitted_cast()(array, dtype, transposed).block_until_ready()
+            return jax.numpy.asarray(_numpy(array, dtype))
+        return _jitted_cast()(array, dtype).block_until_ready()
 
 
 @functools.cache
 def _jitted_cast():
     import jax
 
-    def cast(array, dtype, transposed):
-        return (array.T if transposed else array).astype(dtype)
-
-    return jax.jit(cast, static_argnums=(1, 2))
+    return jax.jit(lambda array, dtype: array.astype(dtype), static_argnums=1)
 
 
-def _tensorflow(variable, array, dtype, transposed):
+def _tensorflow(variable, array, dtype):
     import tensorflow as tf
 
-    same = array.dtype == numpy_dtype(dtype) and not transposed
+    same = array.dtype == numpy_dtype(dtype)
     if same or array.nbytes <= _SMALL:
-        return tf.convert_to_tensor(_numpy(array, dtype, transposed))
-    value = tf.convert_to_tensor(array)
-    if transposed:
-        value = tf.transpose(value)
-    return tf.cast(value, dtype)
+        return tf.convert_to_tensor(_numpy(array, dtype))
+    return tf.cast(tf.convert_to_tensor(array), dtype)
 
 
-def _torch(variable, array, dtype, transposed):
+def _torch(variable, array, dtype):
     import torch
     from keras.src.backend.torch.core import get_device, to_torch_dtype
 
@@ -132,14 +123,6 @@ def _torch(variable, array, dtype, transposed):
     source = torch.from_dlpack(bits)
     if bits is not array:
         source = source.view(torch.bfloat16)
-    if transposed:
-        source = source.T
     dtype = to_torch_dtype(dtype)
-    if transposed and dtype.itemsize == 2:
-        # On CPUs a product of a vector and a 16-bit matrix is faster in the file's
-        # orientation, a float32 one in ours (`benchmarks/README.md`).
-        source = source.T
-        value = torch.empty(source.shape, dtype=dtype, device=get_device())
-        return value.copy_(source).T
     value = torch.empty(source.shape, dtype=dtype, device=get_device())
     return value.copy_(source)

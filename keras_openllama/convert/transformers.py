@@ -168,16 +168,16 @@ class Weights:
         targets = _match(model, self._tensors, self._repository, tied)
         with _progress(sum(stored.nbytes for stored in self._tensors.values())) as bar:
             for stored in self._ahead:
-                for variable, transposed in targets.get(id(stored), ()):
-                    fill(variable, _value(variable, stored, transposed))
+                for variable in targets.get(id(stored), ()):
+                    fill(variable, _value(variable, stored))
                 stored.drop()
                 bar.update(stored.nbytes)
         finish(model, variables)
 
 
-def _value(variable, stored, transposed):
+def _value(variable, stored):
     try:
-        return value_for(variable, stored.array(), transposed)
+        return value_for(variable, stored.array())
     except ValueError as error:
         raise ValueError(f"{stored.name} in {stored.file.path}: {error}.") from error
 
@@ -212,7 +212,7 @@ def _match(model, tensors, repository, tied):
     targets, missing, misshapen = {}, [], []
     for row in rows:
         variable, stored = own[row.path], left.pop(row.transformers, None)
-        expected = tuple(variable.shape)[:: -1 if row.transposed else 1]
+        expected = tuple(variable.shape)
         if stored is None:
             missing.append(row.transformers)
         elif stored.shape != expected:
@@ -220,7 +220,7 @@ def _match(model, tensors, repository, tied):
                 f"{row.transformers} has {stored.shape} where {expected} is expected"
             )
         else:
-            targets.setdefault(id(stored), []).append((variable, row.transposed))
+            targets.setdefault(id(stored), []).append(variable)
     problems = {"missing": missing, "unexpected": left, "misshapen": misshapen}
     found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
     if found:

@@ -14,13 +14,10 @@ class Weight:
     Attributes:
         path: path of the Keras variable.
         transformers: name in a checkpoint of transformers.
-        transposed: whether transformers stores the transpose: Keras's kernels are
-            (inputs, outputs), PyTorch's (outputs, inputs).
     """
 
     path: str
     transformers: str
-    transposed: bool = False
 
     def in_layer(self, index):
         """The row with the layer's number in its names."""
@@ -36,9 +33,9 @@ _THEIR_LAYER = "model.layers.{i}."
 
 EMBEDDING = Weight("token_embedding/embeddings", "model.embed_tokens.weight")
 FINAL_NORM = Weight("final_norm/scale", "model.norm.weight")
-HEAD = Weight("lm_head/kernel", "lm_head.weight", transposed=True)
+HEAD = Weight("lm_head/kernel", "lm_head.weight")
 LAYER = tuple(
-    Weight(_LAYER + ours, _THEIR_LAYER + theirs, transposed="kernel" in ours)
+    Weight(_LAYER + ours, _THEIR_LAYER + theirs)
     for ours, theirs in (
         ("self_attention_norm/scale", "input_layernorm.weight"),
         ("self_attention/query/kernel", "self_attn.q_proj.weight"),

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_openllama.layers.projection import projection
+from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.rotary_embedding import rotate
 
 if keras.config.backend() == "torch":
@@ -202,10 +202,12 @@ class CausalSelfAttention(keras.layers.Layer):
         std, dtype = self.initializer_std, self.dtype_policy
         query_dim = self.num_query_heads * self.head_dim
         key_value_dim = self.num_key_value_heads * self.head_dim
-        self.query = projection(query_dim, "query", dtype, std)
-        self.key = projection(key_value_dim, "key", dtype, std)
-        self.value = projection(key_value_dim, "value", dtype, std)
-        self.output_projection = projection(input_shape[-1], "output", dtype, std)
+        self.query = Projection(query_dim, std, dtype=dtype, name="query")
+        self.key = Projection(key_value_dim, std, dtype=dtype, name="key")
+        self.value = Projection(key_value_dim, std, dtype=dtype, name="value")
+        self.output_projection = Projection(
+            input_shape[-1], std, dtype=dtype, name="output"
+        )
         for layer in (self.query, self.key, self.value):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], query_dim))

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_openllama.layers.projection import projection
+from keras_openllama.layers.projection import Projection
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -31,9 +31,9 @@ class FeedForward(keras.layers.Layer):
 
     def build(self, input_shape):
         std, dtype = self.initializer_std, self.dtype_policy
-        self.gate = projection(self.intermediate_dim, "gate", dtype, std)
-        self.up = projection(self.intermediate_dim, "up", dtype, std)
-        self.down = projection(input_shape[-1], "down", dtype, std)
+        self.gate = Projection(self.intermediate_dim, std, dtype=dtype, name="gate")
+        self.up = Projection(self.intermediate_dim, std, dtype=dtype, name="up")
+        self.down = Projection(input_shape[-1], std, dtype=dtype, name="down")
         self.gate.build(input_shape)
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], self.intermediate_dim))

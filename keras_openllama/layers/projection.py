@@ -1,24 +1,141 @@
 """The bias-free matrices of the network."""
 
+import functools
+import math
+
 import keras
+from keras import ops
+
+if keras.config.backend() == "jax":
+    import jax
+
+# Ours: from so many rows on, a CPU is kept busy by arithmetic in either order.
+MANY_ROWS = 128
+BLOCK = 64  # Ours: outputs of a block on PyTorch; it fits in a core's cache.
 
 
-def projection(units, name, dtype, initializer_std):
-    """A `keras.layers.Dense` without bias, its kernel `(inputs, units)`.
+@keras.saving.register_keras_serializable(package="keras_openllama")
+class Projection(keras.layers.EinsumDense):
+    """A matrix without bias, its kernel `(outputs, inputs)`, as in checkpoints.
 
-    Each call makes an initializer of its own: one instance shared by several
-    matrices would give them equal values.
+    In this orientation the inputs of each output lie side by side, which is how CPUs
+    multiply a few rows at the memory's speed (`benchmarks/README.md`), and loading
+    need not turn anything.
 
     Args:
         units: int, size of the output.
-        name: string, name of the layer.
-        dtype: dtype policy of the layer.
         initializer_std: float, standard deviation of the normal initialisation.
+
+    Call arguments:
+        inputs: float tensor `(batch, length, inputs)`.
+
+    Returns:
+        A tensor `(batch, length, units)`.
+
+    Example:
+        Projection(8640, initializer_std=0.02)(hidden_states)
     """
-    return keras.layers.Dense(
-        units,
-        use_bias=False,
-        kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_std),
-        dtype=dtype,
-        name=name,
+
+    def __init__(self, units, initializer_std, **kwargs):
+        super().__init__(
+            "bti,oi->bto",
+            output_shape=(None, units),
+            # One each: an initializer that is shared gives equal values.
+            kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_std),
+            **kwargs,
+        )
+
+    def call(self, inputs, training=None):
+        return multiply(inputs, self.kernel)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        # The check is for subclasses that compute something else.
+        super().quantize(mode, type_check=False, config=config)
+
+    def get_config(self):
+        config = keras.layers.Layer.get_config(self)
+        _, units = self.partial_output_shape
+        return {
+            **config,
+            "units": units,
+            "initializer_std": self.kernel_initializer.stddev,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def multiply(inputs, kernel):
+    """`inputs @ kernel.T`, in the order of operands that the backend is fastest in.
+
+    Args:
+        inputs: float tensor `(..., inputs)`.
+        kernel: tensor `(outputs, inputs)` of the same dtype.
+
+    Returns:
+        A tensor `(..., outputs)` of that dtype.
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if keras.config.backend() == "jax":
+        return _choose()(inputs, kernel)
+    if keras.config.backend() == "torch" and _blocks_pay(inputs, kernel):
+        return _multiply_by_blocks(inputs, kernel)
+    return _multiply(inputs, kernel)
+
+
+def _blocks_pay(inputs, kernel):
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype.itemsize == 4
+        and math.prod(inputs.shape[:-1]) < MANY_ROWS
+        and len(kernel) % BLOCK == 0
     )
+
+
+def _multiply_by_blocks(inputs, kernel):
+    """MKL's product of a few rows is slower than a batch of products with blocks."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    blocks = kernel.view(-1, BLOCK, kernel.shape[1]).transpose(1, 2)
+    outputs = (x @ blocks).transpose(0, 1)
+    return outputs.reshape(*inputs.shape[:-1], len(kernel))
+
+
+@functools.cache
+def _choose():
+    """The choice is made where a program is compiled, for what it will run on."""
+    return jax.jit(
+        lambda *operands: jax.lax.platform_dependent(
+            *operands, cpu=_multiply_on_cpu, default=_multiply
+        )
+    )
+
+
+def _multiply(inputs, kernel):
+    return ops.matmul(inputs, ops.transpose(kernel))
+
+
+def _multiply_on_cpu(inputs, kernel):
+    """With XLA on a CPU the weights are the left operand, which is read as it lies.
+
+    The right one is packed first, and so read, written and read again. Matrix times
+    vector is another kernel of XLA's, without that: but it is slow in bfloat16, which
+    has a fast kernel for two rows or more whose sums are float32.
+    """
+    barrier = jax.lax.optimization_barrier
+    rows = math.prod(inputs.shape[:-1])
+    is_bfloat16 = inputs.dtype == "bfloat16"
+    if not is_bfloat16 and rows >= MANY_ROWS:
+        return _multiply(inputs, kernel)
+    x = inputs.reshape(rows, -1)
+    if is_bfloat16 and rows == 1:
+        x = jax.numpy.concatenate([x, x])
+    columns = jax.lax.dot_general(
+        kernel,
+        barrier(x),  # Else what makes the inputs is done again for each output.
+        (((1,), (1,)), ((), ())),
+        preferred_element_type="float32" if is_bfloat16 else None,
+    )
+    # Else XLA would swap the operands to have no transposition.
+    outputs = barrier(columns).T[:rows].astype(inputs.dtype)
+    return outputs.reshape(*inputs.shape[:-1], len(kernel))

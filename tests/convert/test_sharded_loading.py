@@ -27,8 +27,8 @@ assert len(devices) == 8
 if kind == "model":
     mesh = keras.distribution.DeviceMesh((2, 4), ("data", "model"), devices)
     rules = keras.distribution.LayoutMap(mesh)
-    rules[".*(query|key|value|gate|up|lm_head)/kernel"] = ("data", "model")
-    rules[".*(output|down)/kernel"] = ("model", "data")
+    rules[".*(query|key|value|gate|up|lm_head)/kernel"] = ("model", "data")
+    rules[".*(output|down)/kernel"] = ("data", "model")
     rules["token_embedding/embeddings"] = ("model", None)
     distribution = keras.distribution.ModelParallel(
         layout_map=rules, batch_dim_name="data"
@@ -45,7 +45,7 @@ with distribution.scope():
         assert parts == {layout.shard_shape(weight.shape)}
     if kind == "model":
         kernel = lm.lm_head.kernel.value
-        assert kernel.addressable_shards[0].data.shape == (32, 40)
+        assert kernel.addressable_shards[0].data.shape == (40, 32)
 np.savez(
     directory + "/loaded.npz",
     **{w.path.replace("/", "|"): np.asarray(w.value, "float32") for w in lm.weights},

@@ -68,7 +68,7 @@ def test_feed_forward_is_swiglu():
     x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
     y = ops.convert_to_numpy(layer(x))
     gate, up, down = (
-        ops.convert_to_numpy(m.kernel) for m in (layer.gate, layer.up, layer.down)
+        ops.convert_to_numpy(m.kernel).T for m in (layer.gate, layer.up, layer.down)
     )
     gated = x @ gate
     expected = (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
