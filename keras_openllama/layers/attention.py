@@ -8,10 +8,13 @@ from keras_openllama.layers.rotary_embedding import rotate
 
 if keras.config.backend() == "torch":
     import torch
+elif keras.config.backend() == "jax":
+    import jax
 
 # The score of a key that may not be looked at. A finite number: a row that may look
 # nowhere (padding) must not become NaN.
 HIDDEN = -1e30
+BLOCK = 256  # Ours: columns of the cache that a chunk looks at together.
 
 
 def attend(query, key, value, mask):
@@ -83,6 +86,72 @@ def attend_cached(query, key, value, bias):
     return ops.reshape(
         ops.swapaxes(context, 0, 1), (batch, num_query_heads, length, head_dim)
     )
+
+
+def attend_by_blocks(query, key, value, bias, end):
+    """The same for a chunk of a prompt: only over columns in use, a block at a time.
+
+    Scores of a block stay in a CPU's cache. Block by block, the softmax keeps the
+    largest score so far and rescales what was summed under a smaller one.
+
+    Args:
+        query, key, value, bias: see `attend_cached`; `BLOCK` divides the columns.
+        end: int scalar, the number of columns in use.
+
+    Returns:
+        As `attend_cached`.
+
+    Source: the online softmax of FlashAttention (arXiv:2205.14135).
+    """
+    batch, num_query_heads, length, head_dim = query.shape
+    num_key_value_heads = key.shape[0] // batch
+    rows = num_query_heads // num_key_value_heads * length
+    query = heads_first(
+        ops.reshape(query, (batch, num_key_value_heads, rows, head_dim))
+    )
+    heads = key.shape[0]
+
+    def add_block(i, largest, total, context):
+        start = i * BLOCK
+        keys, values = (
+            ops.slice(x, (0, start, 0), (heads, BLOCK, head_dim)) for x in (key, value)
+        )
+        scores = matmul_float32(query, ops.swapaxes(keys, -1, -2)) * head_dim**-0.5
+        hidden = ops.slice(bias, (0, 0, start), (heads, length, BLOCK))
+        scores = scores + ops.tile(hidden, (1, rows // length, 1))
+        new_largest = ops.maximum(largest, ops.max(scores, axis=-1, keepdims=True))
+        weights = ops.exp(scores - new_largest)
+        rescale = ops.exp(largest - new_largest)
+        added = matmul_float32(ops.cast(weights, values.dtype), values)
+        return (
+            i + 1,
+            new_largest,
+            total * rescale + ops.sum(weights, axis=-1, keepdims=True),
+            context * rescale + added,
+        )
+
+    _, _, total, context = ops.while_loop(
+        lambda i, *_: i * BLOCK < end,
+        add_block,
+        (
+            ops.zeros((), "int32"),
+            ops.full((heads, rows, 1), float("-inf"), "float32"),
+            ops.zeros((heads, rows, 1), "float32"),
+            ops.zeros((heads, rows, head_dim), "float32"),
+        ),
+    )
+    context = ops.cast(context / total, value.dtype)
+    context = ops.reshape(context, (num_key_value_heads, batch, rows, head_dim))
+    return ops.reshape(
+        ops.swapaxes(context, 0, 1), (batch, num_query_heads, length, head_dim)
+    )
+
+
+def matmul_float32(x, y):
+    """`x @ y` with the sums in float32, which XLA on a CPU needs to be fast."""
+    if keras.config.backend() == "jax":
+        return jax.numpy.matmul(x, y, preferred_element_type="float32")
+    return ops.cast(ops.matmul(x, y), "float32")
 
 
 def attend_causally(query, key, value):
@@ -224,6 +293,8 @@ class CausalSelfAttention(keras.layers.Layer):
         )
         if mask is None:
             context = attend_causally(query, key, value)
+        elif x.shape[1] > 1 and cache[0].shape[1] % BLOCK == 0:
+            context = attend_by_blocks(query, *cache, mask, column + x.shape[1])
         else:
             context = attend_cached(query, *cache, mask)
         return self._output(context), cache

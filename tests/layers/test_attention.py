@@ -6,7 +6,15 @@ import pytest
 from keras import ops
 
 from keras_openllama.layers import CausalSelfAttention, RotaryEmbedding
-from keras_openllama.layers.attention import HIDDEN, attend, causal_mask, write
+from keras_openllama.layers.attention import (
+    BLOCK,
+    HIDDEN,
+    attend,
+    attend_by_blocks,
+    attend_cached,
+    causal_mask,
+    write,
+)
 
 
 def random(*shape, seed=0):
@@ -87,6 +95,29 @@ def test_a_cache_changes_nothing(heads, head_dim):
         np.testing.assert_allclose(
             ops.convert_to_numpy(y), ops.convert_to_numpy(whole[:, now]), atol=1e-5
         )
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 16), ((3, 3), 100)])
+@pytest.mark.parametrize("start", [0, BLOCK - 2, 2 * BLOCK - 5])
+def test_blocks_give_what_the_whole_cache_gives(heads, head_dim, start):
+    batch, length, columns = 2, 5, 3 * BLOCK
+    query = random(batch, heads[0], length, head_dim)
+    key, value = (random(batch * heads[1], columns, head_dim, seed=s) for s in (1, 2))
+    fed = start + np.arange(length)
+    bias = np.where(np.arange(columns)[None] <= fed[:, None], 0, HIDDEN)
+    bias = bias[None].repeat(batch * heads[1], axis=0)
+    bias[0, :, : start // 2] = HIDDEN  # A gap in one row.
+    arrays = [ops.convert_to_tensor(a.astype("float32")) for a in (query, key, value)]
+    bias = ops.convert_to_tensor(bias.astype("float32"))
+    whole = attend_cached(*arrays, bias)
+    # What lies beyond is not looked at, be it as it may.
+    arrays[2] = ops.where(
+        ops.arange(columns)[None, :, None] < start + 5, arrays[2], 9.0
+    )
+    blocks = attend_by_blocks(*arrays, bias, start + length)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(blocks), ops.convert_to_numpy(whole), atol=1e-5
+    )
 
 
 def test_scale_and_softmax_are_float32_under_bfloat16():
