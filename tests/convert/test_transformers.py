@@ -98,7 +98,7 @@ def test_weights_are_cast_to_the_dtype_asked_for(tmp_path, stored, dtype):
     assert ours.backbone.compute_dtype == policy.compute_dtype
     expected = theirs.state_dict()[QUERY].to(getattr(torch, policy.variable_dtype))
     got = keras.ops.convert_to_numpy(keras.ops.cast(weight.value, "float32"))
-    np.testing.assert_array_equal(got, expected.float().numpy().T)
+    np.testing.assert_array_equal(got, expected.float().numpy())
 
 
 def test_a_tied_head_is_the_embedding(tmp_path):
