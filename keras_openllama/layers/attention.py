@@ -67,25 +67,16 @@ def attend_cached(query, key, value, bias):
     Returns:
         `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
     """
-    batch, num_query_heads, length, head_dim = query.shape
-    num_key_value_heads = key.shape[0] // batch
-    group = num_query_heads // num_key_value_heads
-    query = heads_first(
-        ops.reshape(query, (batch, num_key_value_heads, group * length, head_dim))
-    )
+    shape = query.shape
+    query = join_groups(query, key)
+    group = query.shape[1] // shape[2]
     scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
     # In float32, since bfloat16 has no 1/sqrt(100).
-    scores = ops.cast(scores, "float32") * head_dim**-0.5
-    if length > 1 and group > 1:
+    scores = ops.cast(scores, "float32") * shape[3] ** -0.5
+    if shape[2] > 1 and group > 1:
         bias = ops.tile(bias, (1, group, 1))
     weights = ops.cast(ops.softmax(scores + bias, axis=-1), value.dtype)
-    context = ops.matmul(weights, value)
-    context = ops.reshape(
-        context, (num_key_value_heads, batch, group * length, head_dim)
-    )
-    return ops.reshape(
-        ops.swapaxes(context, 0, 1), (batch, num_query_heads, length, head_dim)
-    )
+    return part_groups(ops.matmul(weights, value), shape)
 
 
 def attend_by_blocks(query, key, value, bias, end):
@@ -103,13 +94,10 @@ def attend_by_blocks(query, key, value, bias, end):
 
     Source: the online softmax of FlashAttention (arXiv:2205.14135).
     """
-    batch, num_query_heads, length, head_dim = query.shape
-    num_key_value_heads = key.shape[0] // batch
-    rows = num_query_heads // num_key_value_heads * length
-    query = heads_first(
-        ops.reshape(query, (batch, num_key_value_heads, rows, head_dim))
-    )
-    heads = key.shape[0]
+    shape = query.shape
+    length, head_dim = shape[2:]
+    query = join_groups(query, key)
+    heads, rows, _ = query.shape
 
     def add_block(i, largest, total, context):
         start = i * BLOCK
@@ -140,11 +128,29 @@ def attend_by_blocks(query, key, value, bias, end):
             ops.zeros((heads, rows, head_dim), "float32"),
         ),
     )
-    context = ops.cast(context / total, value.dtype)
-    context = ops.reshape(context, (num_key_value_heads, batch, rows, head_dim))
-    return ops.reshape(
-        ops.swapaxes(context, 0, 1), (batch, num_query_heads, length, head_dim)
-    )
+    return part_groups(ops.cast(context / total, value.dtype), shape)
+
+
+def join_groups(query, key):
+    """Queries in the order of a cache's heads; those that share a head join the length.
+
+    Args:
+        query: `(batch, num_query_heads, length, head_dim)`.
+        key: `(num_key_value_heads * batch, columns, head_dim)`.
+
+    Returns:
+        `(num_key_value_heads * batch, group * length, head_dim)`.
+    """
+    batch, _, _, head_dim = query.shape
+    heads = key.shape[0] // batch
+    return heads_first(ops.reshape(query, (batch, heads, -1, head_dim)))
+
+
+def part_groups(x, shape):
+    """Undoes `join_groups`; `shape` is that of its `query`."""
+    batch, head_dim = shape[0], shape[3]
+    x = ops.reshape(x, (x.shape[0] // batch, batch, x.shape[1], head_dim))
+    return ops.reshape(ops.swapaxes(x, 0, 1), shape)
 
 
 def matmul_float32(x, y):
