@@ -43,8 +43,24 @@ with _tensorflow_hidden():
         TopPSampler,
     )
     from keras_hub.src.samplers.serialization import get as get_sampler
-    from keras_hub.src.utils.preset_utils import KerasPresetLoader
+    from keras_hub.src.utils.preset_utils import KerasPresetLoader, KerasPresetSaver
     from keras_hub.src.utils.python_utils import classproperty
+
+
+def save_configurations(task, directory):
+    """Writes all of a task that `save_to_preset` writes, but its weights.
+
+    Args:
+        task: a `CausalLM`.
+        directory: path of a directory.
+    """
+    saver = KerasPresetSaver(directory)
+    saver._save_serialized_object(task, "task.json")
+    saver._save_serialized_object(task.backbone, "config.json")
+    saver._save_metadata(task.backbone)
+    if task.preprocessor is not None:
+        task.preprocessor.save_to_preset(directory)
+
 
 Backbone = keras_hub.models.Backbone
 CausalLM = keras_hub.models.CausalLM
@@ -66,4 +82,5 @@ __all__ = [
     "TopPSampler",
     "classproperty",
     "get_sampler",
+    "save_configurations",
 ]

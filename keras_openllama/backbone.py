@@ -234,21 +234,28 @@ class OpenLlamaBackbone(Backbone):
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self._policy_with_quantized()),
         }
-        config.update(
-            vocabulary_size=self.vocabulary_size,
-            num_layers=self.num_layers,
-            num_query_heads=self.num_query_heads,
-            hidden_dim=self.hidden_dim,
-            intermediate_dim=self.intermediate_dim,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            rope_max_wavelength=self.rope_max_wavelength,
-            rope_scaling=self.rope_scaling,
-            layer_norm_epsilon=self.layer_norm_epsilon,
-            max_sequence_length=self.max_sequence_length,
-            initializer_std=self.initializer_std,
-        )
-        return config
+        return {**config, **self.architecture()}
+
+    def architecture(self):
+        """The constructor's arguments that make the network what it is.
+
+        Returns:
+            Dict of numbers, and of `rope_scaling`; JSON can hold it.
+        """
+        return {
+            "vocabulary_size": self.vocabulary_size,
+            "num_layers": self.num_layers,
+            "num_query_heads": self.num_query_heads,
+            "hidden_dim": self.hidden_dim,
+            "intermediate_dim": self.intermediate_dim,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "rope_max_wavelength": self.rope_max_wavelength,
+            "rope_scaling": self.rope_scaling,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "max_sequence_length": self.max_sequence_length,
+            "initializer_std": self.initializer_std,
+        }
 
     def _policy_with_quantized(self):
         """The dtype policy, by layer where some are quantized, heads among them."""

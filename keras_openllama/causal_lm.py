@@ -37,6 +37,8 @@ class OpenLlamaCausalLM(CausalLM):
 
     backbone_cls = OpenLlamaBackbone
     preprocessor_cls = OpenLlamaCausalLMPreprocessor
+    # What `from_preset` read the weights from; an export tells it.
+    loaded_from = None
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
         # === Layers ===
@@ -339,6 +341,47 @@ class OpenLlamaCausalLM(CausalLM):
         return prompts.as_token_ids(
             [list(stop_token_ids)], self.backbone.vocabulary_size, "stop_token_ids"
         )[0].tolist()
+
+    # ----- Export
+
+    def export_to_transformers(
+        self, path, dtype=None, max_shard_size="5GB", tokenizer=True, force=False
+    ):
+        """Writes the model as a directory that transformers loads.
+
+        `AutoModelForCausalLM.from_pretrained(path)` and
+        `AutoTokenizer.from_pretrained(path)` need no other argument, and so does
+        `from_preset(path)` here. Weights are written tensor by tensor, LoRA adapters
+        merged. The directory takes its place when it is whole.
+
+        Args:
+            path: path of the directory.
+            dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` is the model's own.
+            max_shard_size: string such as `"5GB"`, or int, bytes that one file of
+                weights holds at most.
+            tokenizer: whether to write the tokenizer, if the model has one.
+            force: whether to replace a model's directory that exists.
+
+        Raises:
+            ValueError: for an unknown dtype or size; if a value is beyond float16's
+                range; if the model is quantised; if its tokenizer cannot be expressed
+                in `tokenizer.json`.
+            OSError: if the path exists already, or cannot be written.
+
+        Example:
+            lm.export_to_transformers("my_model_hf", dtype="bfloat16")
+        """
+        from keras_openllama.convert import contents, conversion
+
+        conversion.write(
+            contents.of_model(self),
+            path,
+            "transformers",
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            tokenizer=tokenizer,
+            force=force,
+        )
 
     # ----- Scoring
 

@@ -152,7 +152,7 @@ def load_backbone(
         ValueError: for an unknown preset, or files that are not this model.
         OSError: if a file cannot be had or read.
     """
-    return _source(preset, revision).backbone(cls, load_weights, dtype, kwargs)
+    return find_source(preset, revision).backbone(cls, load_weights, dtype, kwargs)
 
 
 def load_tokenizer(cls, preset, *, revision=None, **kwargs):
@@ -160,7 +160,7 @@ def load_tokenizer(cls, preset, *, revision=None, **kwargs):
 
     Arguments, returns and errors as `load_backbone`.
     """
-    return _source(preset, revision).tokenizer(cls, kwargs)
+    return find_source(preset, revision).tokenizer(cls, kwargs)
 
 
 def load_preprocessor(cls, preset, *, revision=None, **kwargs):
@@ -169,7 +169,7 @@ def load_preprocessor(cls, preset, *, revision=None, **kwargs):
     `sequence_length` is the model's context unless given. Arguments, returns and errors
     as `load_backbone`.
     """
-    return _source(preset, revision).preprocessor(cls, kwargs)
+    return find_source(preset, revision).preprocessor(cls, kwargs)
 
 
 def load_task(
@@ -180,11 +180,13 @@ def load_task(
     dtype=None,
     revision=None,
     preprocessor="auto",
+    easylm=None,
     **kwargs,
 ):
     """`from_preset` of the task.
 
     Args:
+        easylm: path of a file of EasyLM that has the weights, in place of the preset's.
         preprocessor: `"auto"` loads it, with the model's context as its
             `sequence_length`; `None` looks for no tokenizer; or a preprocessor.
         **kwargs: arguments of the backbone, in place of the preset's, and of `cls`.
@@ -198,12 +200,38 @@ def load_task(
         )
     own = inspect.signature(cls.backbone_cls).parameters
     overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
-    source = _source(preset, revision)
-    return source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
+    source = find_source(preset, revision, easylm)
+    task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
+    task.loaded_from = origin(easylm or preset)
+    return task
 
 
-def _source(preset, revision):
-    """What a preset's name stands for; the loaders below it import Keras."""
+def origin(source):
+    """What to call weights by what they were loaded from: no path of this machine."""
+    known = find(str(source))
+    if known or str(source).startswith("hf://"):
+        return known.name if known else str(source)
+    return Path(source).resolve().name
+
+
+def find_source(preset, revision=None, easylm=None):
+    """What a preset's name stands for, one of `keras_openllama.sources`.
+
+    Args:
+        preset, revision: see `load_backbone`.
+        easylm: path of a file of EasyLM that has the weights, in place of the preset's.
+
+    Raises:
+        ValueError: for an unknown preset.
+        OSError: if it is a directory or repository without `config.json`.
+    """
+    from keras_openllama import sources  # Imports Keras.
+
+    source = _find_source(preset, revision)
+    return source if easylm is None else sources.EasyLM(easylm, source)
+
+
+def _find_source(preset, revision):
     from keras_openllama import hub, sources
 
     if not isinstance(preset, (str, Path)):
@@ -236,7 +264,7 @@ def _source(preset, revision):
 @functools.cache
 def _tell_once(name):
     if registry()[name].notice:
-        warnings.warn(registry()[name].notice, stacklevel=5)
+        warnings.warn(registry()[name].notice, stacklevel=6)
 
 
 def _unknown(name):

@@ -1,14 +1,16 @@
-"""The three kinds of things that a model is loaded from, behind one interface.
+"""The kinds of things that a model is loaded from, behind one interface.
 
-Each has `backbone`, `tokenizer`, `preprocessor` and `task`, which `presets` calls.
+Each has `backbone`, `tokenizer`, `preprocessor` and `task`, which `presets` calls; and
+`arguments`, `tokenizer_file` and `read_tensors`, which conversion needs.
 """
 
 import contextlib
 
 import keras
 
-from keras_openllama.convert import transformers
+from keras_openllama.convert import easylm, keras_files, transformers
 from keras_openllama.convert.building import without_weights
+from keras_openllama.convert.filling import Weights
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
@@ -40,23 +42,25 @@ def open_source(repository):
 
 
 class _Streamed:
-    """A source in the format of transformers: built empty, filled from the files."""
-
-    _tied = False
+    """A source that is read tensor by tensor into a model that was built empty."""
 
     def backbone(self, cls, load_weights, dtype, overrides):
-        arguments = self._all_arguments(overrides, dtype)
-        return self._load(lambda: cls(**arguments), load_weights)
+        arguments = self._all_arguments(overrides)
+        policy = _policy(dtype)
+        return self._load(
+            lambda: cls(**arguments, dtype=policy), load_weights, arguments, head=False
+        )
 
     def tokenizer(self, cls, kwargs):
-        return cls(str(self._tokenizer_file()), **kwargs)
+        return cls(str(self._needed_tokenizer_file()), **kwargs)
 
     def preprocessor(self, cls, kwargs):
-        kwargs.setdefault("sequence_length", self._arguments()["max_sequence_length"])
+        kwargs.setdefault("sequence_length", self.arguments()["max_sequence_length"])
         return cls(self.tokenizer(cls.tokenizer_cls, {}), **kwargs)
 
     def task(self, cls, load_weights, dtype, preprocessor, overrides, kwargs):
-        arguments = self._all_arguments(overrides, dtype)
+        arguments = self._all_arguments(overrides)
+        policy = _policy(dtype)
         if isinstance(preprocessor, str) and preprocessor == "auto":
             # First, since it fails soonest.
             preprocessor = self.preprocessor(
@@ -70,41 +74,45 @@ class _Streamed:
         compile_it = kwargs.pop("compile", True)
 
         def build():
-            backbone = cls.backbone_cls(**arguments)
+            backbone = cls.backbone_cls(**arguments, dtype=policy)
             return cls(backbone, preprocessor, compile=False, **kwargs)
 
-        task = self._load(build, load_weights)
+        task = self._load(build, load_weights, arguments, head=True)
         if compile_it:
             task.compile()
         return task
 
-    def _all_arguments(self, overrides, dtype):
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
-        if policy.quantization_mode is not None:
-            raise ValueError(
-                "`dtype` takes a floating-point dtype or policy here; to quantise, "
-                "load the model and call its method `quantize` afterwards. Received: "
-                f"dtype={policy.name!r}"
-            )
-        return {**self._arguments(), **overrides, "dtype": policy}
+    def _all_arguments(self, overrides):
+        return {**self.arguments(), **overrides}
 
-    def _load(self, build, load_weights):
+    def _load(self, build, load_weights, arguments, head):
         if not load_weights:
             return build()
-        with transformers.Weights(self._repository()) as weights:
+        with Weights(self.read_tensors(arguments, head)) as weights:
             with without_weights() as variables:
                 model = build()
-            weights.fill(model, variables, self._tied)
+            weights.fill(model, variables)
         return model
 
-    def _tokenizer_file(self):
+    def _needed_tokenizer_file(self):
         try:
-            return self._repository().file(_TOKENIZER)
+            return self.tokenizer_file()
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error} To load the model without a tokenizer, pass "
                 "preprocessor=None."
             ) from error
+
+
+def _policy(dtype):
+    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    if policy.quantization_mode is not None:
+        raise ValueError(
+            "`dtype` takes a floating-point dtype or policy here; to quantise, "
+            "load the model and call its method `quantize` afterwards. Received: "
+            f"dtype={policy.name!r}"
+        )
+    return policy
 
 
 class Transformers(_Streamed):
@@ -117,16 +125,19 @@ class Transformers(_Streamed):
     """
 
     def __init__(self, repository, config, path):
-        self._opened = repository
+        self._repository = repository
         self._config = config
         self._path = path
-        self._tied = bool(config.get("tie_word_embeddings"))
 
-    def _repository(self):
-        return self._opened
-
-    def _arguments(self):
+    def arguments(self):
         return transformers.backbone_arguments(self._config, self._path)
+
+    def tokenizer_file(self):
+        return self._repository.file(_TOKENIZER)
+
+    def read_tensors(self, arguments, head=True):
+        tied = bool(self._config.get("tie_word_embeddings"))
+        return transformers.read_tensors(self._repository, arguments, head, tied)
 
 
 class Registered(_Streamed):
@@ -148,20 +159,51 @@ class Registered(_Streamed):
         if tokenizer.keeps_spaces != expected:
             does = {True: "keeps runs of spaces", False: "merges runs of spaces"}
             raise ValueError(
-                f"{self._tokenizer_file()} {does[not expected]}, and the tokenizer "
+                f"{self.tokenizer_file()} {does[not expected]}, and the tokenizer "
                 f"{self._preset.tokenizer_version} of {self._preset.name} "
                 f"{does[expected]}: it is another model's tokenizer. Delete the file "
                 "and get it again."
             )
         return tokenizer
 
+    def arguments(self):
+        return dict(self._preset.config)
+
+    def tokenizer_file(self):
+        return self._repository().file(_TOKENIZER)
+
+    def read_tensors(self, arguments, head=True):
+        return transformers.read_tensors(self._repository(), arguments, head)
+
     def _repository(self):
         if self._opened is None:
             self._opened = self._open()
         return self._opened
 
-    def _arguments(self):
-        return dict(self._preset.config)
+
+class EasyLM(_Streamed):
+    """A file of EasyLM, which holds weights alone.
+
+    Args:
+        path: path of the file.
+        model: a source of the rest: architecture and tokenizer.
+    """
+
+    def __init__(self, path, model):
+        self._path = path
+        self._model = model
+
+    def arguments(self):
+        return self._model.arguments()
+
+    def tokenizer(self, cls, kwargs):
+        return self._model.tokenizer(cls, kwargs)
+
+    def tokenizer_file(self):
+        return self._model.tokenizer_file()
+
+    def read_tensors(self, arguments, head=True):
+        return easylm.read_tensors(self._path, arguments, head)
 
 
 class KerasHub:
@@ -173,6 +215,16 @@ class KerasHub:
 
     def __init__(self, repository):
         self._repository = repository
+
+    def arguments(self):
+        path = self._repository.file(_CONFIG)
+        return keras_files.backbone_arguments(transformers.read_config(path), path)
+
+    def tokenizer_file(self):
+        return self._repository.file(keras_files.TOKENIZER)
+
+    def read_tensors(self, arguments, head=True):
+        return keras_files.read_tensors(self._repository, arguments, head)
 
     def backbone(self, cls, load_weights, dtype, overrides):
         with self._loader(load_weights, overrides) as loader:
@@ -193,13 +245,23 @@ class KerasHub:
     def task(self, cls, load_weights, dtype, preprocessor, overrides, kwargs):
         if preprocessor is None or not isinstance(preprocessor, str):
             kwargs["preprocessor"] = preprocessor
+        # The state of an optimizer that a new one has no use for would be warned of.
+        compile_it = kwargs.pop("compile", True)
         with self._loader(load_weights, overrides) as loader:
             own = loader.check_backbone_class()
             if not issubclass(own, cls.backbone_cls):
                 raise ValueError(f"it holds a {own.__name__}, not a {cls.__name__}")
-            return loader.load_task(
-                cls, load_weights, load_task_weights=load_weights, dtype=dtype, **kwargs
+            task = loader.load_task(
+                cls,
+                load_weights,
+                load_task_weights=load_weights,
+                dtype=dtype,
+                compile=False,
+                **kwargs,
             )
+        if compile_it:
+            task.compile()
+        return task
 
     @contextlib.contextmanager
     def _loader(self, load_weights=False, overrides=()):

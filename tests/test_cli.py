@@ -12,7 +12,8 @@ import keras
 import pytest
 
 import keras_openllama
-from keras_openllama.__main__ import main, sampler_config
+from keras_openllama.__main__ import main
+from keras_openllama.commands.generate import sampler_config
 
 PROMPT = "The old man looked at the sea, and"
 HEAVY = ("jax", "keras", "keras_hub", "tensorflow", "torch", "transformers")

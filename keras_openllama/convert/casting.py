@@ -10,12 +10,12 @@ import functools
 import keras
 import numpy as np
 
+from keras_openllama.convert.arrays import check_float16, contiguous
 from keras_openllama.convert.building import layout_of
 from keras_openllama.convert.stored import numpy_dtype
 
 # Below this NumPy is done before the backend has compiled anything.
 _SMALL = 4 << 20
-_ROWS_PER_CHECK = 1 << 10
 
 
 def value_for(variable, array):
@@ -35,23 +35,12 @@ def value_for(variable, array):
     """
     dtype = variable.dtype
     if dtype == "float16" and array.dtype != np.float16:
-        _check_float16(array)
+        check_float16(array)
+    array = contiguous(array)
     if not array.flags.aligned:
         array = array.copy()
     convert = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
     return convert[keras.config.backend()](variable, array, dtype)
-
-
-def _check_float16(array):
-    largest = np.finfo(np.float16).max
-    rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
-    for start in range(0, len(rows), _ROWS_PER_CHECK):
-        chunk = rows[start : start + _ROWS_PER_CHECK].astype(np.float32)
-        if np.abs(chunk).max(initial=0) > largest:
-            raise ValueError(
-                f"it has values beyond float16's range of ±{largest:.0f}. Load it with "
-                "dtype='bfloat16' or dtype='float32'"
-            )
 
 
 def _numpy(array, dtype):

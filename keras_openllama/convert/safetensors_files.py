@@ -1,7 +1,8 @@
 """Safetensors files: a length, a JSON header, and the tensors' bytes.
 
-Read here rather than with the `safetensors` library, which cannot give bfloat16 to
-NumPy without copying, nor say where in the file a tensor lies.
+Read and written here rather than with the `safetensors` library, which cannot give
+bfloat16 to NumPy without copying, nor say where in the file a tensor lies, and writes
+only what is in memory whole.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -9,6 +10,7 @@ Source: https://github.com/huggingface/safetensors#format
 import json
 import math
 
+from keras_openllama.convert import arrays
 from keras_openllama.convert.stored import (
     MappedFile,
     StoredTensor,
@@ -29,6 +31,7 @@ DTYPES = {
     "BOOL": "bool",
 }
 _LENGTH_BYTES = 8
+_ALIGNMENT = 8  # The reference implementation pads the header to as many bytes.
 _LARGEST_HEADER = 100_000_000  # The limit of the reference implementation.
 
 
@@ -122,3 +125,63 @@ def _checked(name, entry):
 
 def _is_size(value):
     return type(value) is int and 0 <= value < 1 << 62
+
+
+# ----- Writing
+
+
+def size(specs):
+    """Bytes of the file that `write` writes."""
+    return len(_header(specs)) + tensor_bytes(specs)
+
+
+def tensor_bytes(specs):
+    """Bytes of the tensors alone."""
+    return sum(map(_nbytes, specs.values()))
+
+
+def write(file, specs, values):
+    """Writes tensors, one at a time.
+
+    Args:
+        file: binary file, open for writing.
+        specs: dict by name of `(shape, dtype)`.
+        values: iterable of NumPy arrays, in the order of `specs`; each is cast.
+
+    Raises:
+        ValueError: if a value is beyond the range of float16.
+        OSError: if the file cannot be written.
+
+    Example:
+
+    ```python
+    with open("model.safetensors", "wb") as file:
+        write(file, {"norm.weight": ((64,), "float16")}, [np.ones(64)])
+    ```
+    """
+    file.write(_header(specs))
+    for (_, dtype), value in zip(specs.values(), values, strict=True):
+        arrays.write(file, value, dtype)
+
+
+def _header(specs):
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    # transformers refuses a file that does not say so.
+    header = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (shape, dtype) in specs.items():
+        end = position + _nbytes((shape, dtype))
+        header[name] = {
+            "dtype": codes[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _nbytes(spec):
+    shape, dtype = spec
+    return math.prod(shape) * numpy_dtype(dtype).itemsize

@@ -110,6 +110,12 @@ class StoredTensor:
             flat, self.shape, strides, writeable=False
         )
 
+    def transposed(self):
+        """The same tensor with its axes in the opposite order."""
+        return dataclasses.replace(
+            self, shape=self.shape[::-1], strides=self.strides[::-1]
+        )
+
     def touch(self):
         self.file.touch(self.offset, self.nbytes)
 
@@ -117,14 +123,74 @@ class StoredTensor:
         self.file.drop(self.offset, self.nbytes)
 
 
+class Rearranged:
+    """A stored tensor whose elements are put in another order when it is read.
+
+    Args:
+        stored: `StoredTensor`.
+        rearrange: function from its array to one of the same shape.
+    """
+
+    def __init__(self, stored, rearrange):
+        self._stored = stored
+        self._rearrange = rearrange
+
+    def __getattr__(self, name):
+        return getattr(self._stored, name)
+
+    def array(self):
+        """The tensor in its new order, a copy."""
+        return self._rearrange(self._stored.array())
+
+
+class Joined:
+    """A tensor that lies in several pieces in a file.
+
+    Args:
+        name: string, its name.
+        shape: tuple of ints.
+        parts: list of 1-D `StoredTensor`s, its elements in order.
+    """
+
+    def __init__(self, name, shape, parts):
+        self.name = name
+        self.shape = shape
+        self.dtype = parts[0].dtype
+        self.offset = parts[0].offset
+        self.file = parts[0].file
+        self.nbytes = sum(part.nbytes for part in parts)
+        self._parts = parts
+
+    def transposed(self):
+        return Rearranged(self, np.transpose)
+
+    def array(self):
+        """The tensor in one piece, a copy."""
+        parts = [part.array() for part in self._parts]
+        return np.concatenate(parts).reshape(self.shape)
+
+    def touch(self):
+        for part in self._parts:
+            part.touch()
+
+    def drop(self):
+        for part in self._parts:
+            part.drop()
+
+
+def in_file_order(tensors):
+    """Tensors in the order in which they lie in their files, which disks like best."""
+    return sorted(tensors, key=lambda tensor: (tensor.file.path, tensor.offset))
+
+
 class ReadAhead:
     """Reads tensors from the disk in a thread, a little ahead of their use.
 
-    Use as a context manager, and iterate over it once: it yields the tensors as their
-    bytes have come into memory, in the order of the files, which disks like best.
+    Use as a context manager, and iterate over it once: it yields the tensors in the
+    order given, as their bytes have come into memory.
 
     Args:
-        tensors: `StoredTensor`s.
+        tensors: list of `StoredTensor`s, or whatever has their `touch`.
 
     Example:
 
@@ -137,7 +203,7 @@ class ReadAhead:
     """
 
     def __init__(self, tensors):
-        self._tensors = sorted(tensors, key=lambda t: (t.file.path, t.offset))
+        self._tensors = list(tensors)
         self._stopped = threading.Event()
         self._room = threading.Semaphore(_TENSORS_AHEAD)
         self._read = queue.SimpleQueue()

@@ -1,18 +1,13 @@
-"""Models in the format of transformers, loaded into ours."""
+"""Models in the format of transformers: their configuration and their tensors."""
 
 import json
-import sys
 
 import numpy as np
 
 from keras_openllama.convert import weight_table
-from keras_openllama.convert.building import fill, finish
-from keras_openllama.convert.casting import value_for
 from keras_openllama.convert.checkpoint import open_checkpoint
-from keras_openllama.convert.stored import ReadAhead
+from keras_openllama.convert.matching import match
 
-_PROGRESS_BAR_BYTES = 1 << 30
-_MAX_LISTED = 20
 # Settings of transformers that our network has no counterpart for, and the values with
 # which they change nothing.
 _WITHOUT_COUNTERPART = {
@@ -116,70 +111,35 @@ def _rope(config, path):
     return 10000.0 if wavelength is None else float(wavelength), scaling
 
 
-class Weights:
-    """The weights of a checkpoint, for one model that was built without any.
-
-    Use as a context manager around the building of the model: the files are checked
-    before it, and read from the disk meanwhile.
+def read_tensors(repository, arguments, head=True, tied=False):
+    """Describes the tensors of a checkpoint; none is read yet.
 
     Args:
         repository: `hub.Directory` or `hub.HubRepository`.
+        arguments: dict, arguments of `OpenLlamaBackbone`.
+        head: bool, whether the language-model head is wanted.
+        tied: bool, whether the head's weights are those of the embedding.
+
+    Returns:
+        Dict of `stored.StoredTensor`s by variable path.
 
     Raises:
         OSError: if a file is missing, or cannot be fetched or opened.
-        ValueError: if a file is damaged.
-
-    Example:
-
-    ```python
-    with Weights(hub.Directory(path)) as weights:
-        with without_weights() as variables:
-            model = OpenLlamaBackbone(**arguments)
-        weights.fill(model, variables)
-    ```
+        ValueError: if a file is damaged, or its tensors are not those of the network
+            that the arguments describe.
     """
-
-    def __init__(self, repository):
-        self._repository = repository
-        self._tensors = _base_names(open_checkpoint(repository))
-        self._ahead = ReadAhead(self._tensors.values())
-
-    def __enter__(self):
-        self._ahead.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._ahead.__exit__(*error)
-
-    def fill(self, model, variables, tied=False):
-        """Puts each tensor into its variable, one at a time.
-
-        At any moment there is at most one tensor in memory beside the model's own.
-
-        Args:
-            model: `OpenLlamaBackbone` or `OpenLlamaCausalLM`.
-            variables: the list that `without_weights` yielded.
-            tied: bool, whether the head's weights are those of the embedding.
-
-        Raises:
-            ValueError: if tensors are missing, unexpected or of the wrong shape; the
-                message lists them.
-        """
-        targets = _match(model, self._tensors, self._repository, tied)
-        with _progress(sum(stored.nbytes for stored in self._tensors.values())) as bar:
-            for stored in self._ahead:
-                for variable in targets.get(id(stored), ()):
-                    fill(variable, _value(variable, stored))
-                stored.drop()
-                bar.update(stored.nbytes)
-        finish(model, variables)
-
-
-def _value(variable, stored):
-    try:
-        return value_for(variable, stored.array())
-    except ValueError as error:
-        raise ValueError(f"{stored.name} in {stored.file.path}: {error}.") from error
+    tensors = _base_names(open_checkpoint(repository))
+    tensors = {name: t for name, t in tensors.items() if not _is_buffer(name)}
+    if not head:  # A backbone alone has no use for it.
+        tensors.pop(weight_table.HEAD.transformers, None)
+    elif tied:
+        _tie_head(tensors)
+    sizes = weight_table.sizes(arguments)
+    expected = {
+        row.path: (row.transformers, row.shape(sizes))
+        for row in weight_table.weights(arguments["num_layers"], head)
+    }
+    return match(tensors, expected, repository)
 
 
 def _base_names(tensors):
@@ -187,53 +147,6 @@ def _base_names(tensors):
     if "embed_tokens.weight" not in tensors:
         return tensors
     return {f"model.{name}": stored for name, stored in tensors.items()}
-
-
-def _match(model, tensors, repository, tied):
-    """The variables that each tensor fills, by the tensor's `id`.
-
-    Raises where a variable or a tensor is left over, or a shape differs.
-    """
-    own = {weight.path: weight for weight in model.weights}
-    has_head = weight_table.HEAD.path in own
-    rows = weight_table.weights(_num_layers(model), head=has_head)
-    unnamed = set(own) ^ {row.path for row in rows}
-    if unnamed:
-        raise ValueError(
-            "These weights of the model are not those of an OpenLLaMA network without "
-            f"adapters or quantisation: {_listed(unnamed)}. Load it as floating-point "
-            "numbers, and call `enable_lora` or `quantize` afterwards."
-        )
-    left = {name: t for name, t in tensors.items() if not _is_buffer(name)}
-    if not has_head:  # A backbone alone has no use for it.
-        left.pop(weight_table.HEAD.transformers, None)
-    elif tied:
-        _tie_head(left)
-    targets, missing, misshapen = {}, [], []
-    for row in rows:
-        variable, stored = own[row.path], left.pop(row.transformers, None)
-        expected = tuple(variable.shape)
-        if stored is None:
-            missing.append(row.transformers)
-        elif stored.shape != expected:
-            misshapen.append(
-                f"{row.transformers} has {stored.shape} where {expected} is expected"
-            )
-        else:
-            targets.setdefault(id(stored), []).append(variable)
-    problems = {"missing": missing, "unexpected": left, "misshapen": misshapen}
-    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
-    if found:
-        raise ValueError(
-            f"The weights in {repository} are not those of this model. "
-            f"{'; '.join(found)}. Check that config.json (or the preset, and any "
-            "argument that overrides it) belongs to the weights."
-        )
-    return targets
-
-
-def _num_layers(model):
-    return getattr(model, "backbone", model).num_layers
 
 
 def _is_buffer(name):
@@ -253,22 +166,3 @@ def _tie_head(tensors):
             f"{head.name} that differs from {embedding.name}. Set it to false to load "
             "both."
         )
-
-
-def _listed(names):
-    names = list(names)
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _progress(total):
-    """A progress bar where loading takes a while and somebody watches."""
-    from tqdm import tqdm
-
-    return tqdm(
-        desc="Loading weights",
-        total=total,
-        unit="B",
-        unit_scale=True,
-        disable=total < _PROGRESS_BAR_BYTES or not sys.stderr.isatty(),
-    )

@@ -1,4 +1,4 @@
-"""The list that `keras-openllama presets` prints: sizes, and what is in the cache.
+"""`keras-openllama presets`: the models, their sizes, and what is in the cache.
 
 It answers at once, so nothing here imports Keras.
 """
@@ -9,12 +9,36 @@ from pathlib import Path
 from keras_openllama.presets import registry
 
 _COUNTS = ("", "K", "M", "B")
-_BYTES = (" B", " kB", " MB", " GB")
+BYTES = (" B", " kB", " MB", " GB")
 # One format is enough to load from: each is one file, or an index beside its shards.
 _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+
+DESCRIPTION = """\
+Lists the models that have a name, with the size of their weights in float16 and what
+of them is in the local cache of the Hugging Face Hub (HF_HOME or HF_HUB_CACHE move it).
+"""
+
+
+def add(commands, **options):
+    """Adds the command to argparse's subparsers; `options` are of `add_parser`."""
+    parser = commands.add_parser(
+        "presets",
+        help="list the models and what is in the local cache",
+        description=DESCRIPTION,
+        **options,
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+
+
+def run(options):
+    """Runs the command; returns the exit code."""
+    rows = preset_rows()
+    print(json.dumps(rows, indent=2) if options.json else as_table(rows))
+    return 0
 
 
 def preset_rows():
@@ -52,12 +76,12 @@ def as_table(rows):
     for row in rows:
         cached = row["cached"]
         if row["cached_bytes"]:
-            cached += f", {scaled(row['cached_bytes'], _BYTES)}"
+            cached += f", {scaled(row['cached_bytes'], BYTES)}"
         table.append(
             (
                 row["name"],
                 scaled(row["parameters"], _COUNTS),
-                scaled(row["float16_bytes"], _BYTES),
+                scaled(row["float16_bytes"], BYTES),
                 row["tokenizer"],
                 row["weights"],
                 cached,

@@ -1,0 +1,66 @@
+"""What the commands do to their process: backend, noise on stderr, warnings."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+
+PROGRAM = "keras-openllama"
+# The module that each backend's package is imported as.
+BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
+_TENSORFLOW_REPORT = re.compile(rb"WARNING: All log messages before absl|I\d{4} ")
+
+
+def choose_backend(name):
+    """Sets Keras's backend, before anything has imported Keras."""
+    name = name or os.environ.get("KERAS_BACKEND") or "jax"
+    if name in BACKENDS and importlib.util.find_spec(BACKENDS[name]) is None:
+        extra = "[torch]" if name == "torch" else ""
+        raise ValueError(
+            f"The backend {name!r} is not installed: "
+            f"pip install 'keras-openllama{extra}' brings it."
+        )
+    if "keras" in sys.modules and sys.modules["keras"].config.backend() != name:
+        raise ValueError(
+            f"--backend {name} comes too late: this process has imported Keras with "
+            f"{sys.modules['keras'].config.backend()!r} already."
+        )
+    os.environ["KERAS_BACKEND"] = name
+    # TensorFlow and XLA report what they do on stderr.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@contextlib.contextmanager
+def quiet_tensorflow():
+    """Drops what TensorFlow's C++ code reports of itself when it is imported.
+
+    Setting TF_CPP_MIN_LOG_LEVEL does not reach the messages that it writes before its
+    logging is set up. Everything else on stderr is passed on after the import.
+    """
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        yield
+        return
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            caught.seek(0)
+            for line in caught:
+                if not _TENSORFLOW_REPORT.match(line):
+                    os.write(2, line)
+
+
+def one_line(message):
+    """The message without line breaks."""
+    return " ".join(str(message).split())
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None):
+    """Shows a warning as the program's own line, without the place in the source."""
+    print(f"{PROGRAM}: {one_line(message)}", file=file or sys.stderr)

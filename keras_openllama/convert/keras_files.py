@@ -1,0 +1,253 @@
+"""Directories in KerasHub's format, read and written tensor by tensor.
+
+Keras keeps weights in HDF5 files under names that follow from a walk through the
+model's layers. Here that walk is Keras's own, through a model without weights, so that
+the names are right by construction; and the tensors lie in the files in one piece each,
+so that they are mapped and written like those of any other format.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+
+from keras_openllama.convert import arrays, weight_table
+from keras_openllama.convert.building import without_weights
+from keras_openllama.convert.matching import match
+from keras_openllama.convert.outputs import Output, small_file
+from keras_openllama.convert.stored import (
+    MappedFile,
+    StoredTensor,
+    contiguous_strides,
+    numpy_dtype,
+)
+
+TOKENIZER = "assets/tokenizer/vocabulary.spm"
+# KerasHub's files: the weights of the backbone, in one file or (their index) in
+# several, and those that the task adds.
+_BACKBONE, _BACKBONE_INDEX = "model.weights.h5", "model.weights.json"
+_TASK = "task.weights.h5"
+
+
+def backbone_arguments(config, path="config.json"):
+    """Arguments of `OpenLlamaBackbone` for a `config.json` of KerasHub's format.
+
+    Args:
+        config: dict, the file's contents.
+        path: where it is from, for messages.
+
+    Raises:
+        ValueError: if it is another model's.
+    """
+    from keras_openllama import OpenLlamaBackbone
+
+    name = keras.saving.get_registered_name(OpenLlamaBackbone)
+    if config.get("registered_name") != name:
+        raise ValueError(
+            f"{path} is of a {config.get('registered_name')!r}, not of {name!r}."
+        )
+    arguments = dict(config["config"])
+    for setting in ("name", "trainable", "dtype"):
+        arguments.pop(setting, None)
+    return arguments
+
+
+# ----- Names
+
+
+class _Names(keras.src.saving.saving_lib.H5IOStore):
+    """Takes the place of Keras's file, and notes where each variable would go."""
+
+    def __init__(self):
+        self.variables = {}  # By name in the file.
+        self.groups = {}  # Attributes by name of the group of variables.
+        self._group = None
+
+    def __bool__(self):
+        return True
+
+    def make(self, path, metadata=None):
+        self._group = f"{path}/vars" if path else "vars"
+        self.groups[self._group] = metadata or {}
+        return self
+
+    def __setitem__(self, key, variable):
+        self.variables[f"{self._group}/{key}"] = variable
+
+
+def _names(saved, skipped=()):
+    """Where Keras would put the variables of a model, see `_Names`."""
+    names = _Names()
+    visited = {id(layer) for layer in skipped}
+    keras.src.saving.saving_lib._save_state(saved, names, None, "", visited)
+    return names
+
+
+def _empty_task(arguments, dtype, preprocessor=None):
+    """A task whose variables have no values."""
+    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+
+    with without_weights():
+        backbone = OpenLlamaBackbone(**arguments, dtype=dtype)
+        return OpenLlamaCausalLM(backbone, preprocessor, compile=False)
+
+
+def _backbone_names(task):
+    return _names(task.backbone)
+
+
+def _task_names(task):
+    return _names(task, task.backbone._flatten_layers())
+
+
+# ----- Reading
+
+
+def read_tensors(repository, arguments, head=True):
+    """Describes the tensors of a directory; none is read yet.
+
+    Args:
+        repository: `hub.Directory` or `hub.HubRepository`.
+        arguments: dict, arguments of `OpenLlamaBackbone`.
+        head: bool, whether the language-model head is wanted.
+
+    Returns:
+        Dict of `stored.StoredTensor`s by variable path.
+
+    Raises:
+        OSError: if a file is missing or cannot be read.
+        ValueError: if a file is damaged, or its tensors are not those of the network
+            that the arguments describe.
+    """
+    task = _empty_task(arguments, "float32")
+    found, expected = {}, {}
+    parts = [(_backbone_files(repository), _backbone_names(task))]
+    if head:
+        parts.append(([repository.file(_TASK)], _task_names(task)))
+    for paths, names in parts:
+        for path in paths:
+            found.update(_read_file(path))
+        for name, variable in names.variables.items():
+            expected[variable.path] = (name, tuple(variable.shape))
+    # What an optimizer kept there is of no use.
+    found = {name: t for name, t in found.items() if not name.startswith("optimizer/")}
+    matched = match(found, expected, repository)
+    rows = weight_table.weights(arguments["num_layers"], head)
+    return {row.path: matched[row.path] for row in rows}
+
+
+def _backbone_files(repository):
+    index = repository.optional(_BACKBONE_INDEX)
+    if index is None:
+        return [repository.file(_BACKBONE)]
+    try:
+        files = json.loads(index.read_bytes())["weight_map"].values()
+        names = {name for entry in files for name in np.atleast_1d(entry).tolist()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} cannot be read as Keras's index of sharded weights "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return [repository.file(name) for name in sorted(names)]
+
+
+def _read_file(path):
+    """The tensors of one HDF5 file, by name."""
+    mapped = MappedFile(path)
+    tensors = {}
+
+    def visit(name, item):
+        if not isinstance(item, h5py.Dataset):
+            return
+        dtype = item.attrs.get("dtype", item.dtype.name)
+        offset = item.id.get_offset()
+        if offset is None and item.size:
+            raise ValueError(f"{name} is not in one piece, as Keras writes it")
+        if offset is not None and offset + item.nbytes > mapped.size:
+            raise ValueError(f"{name} reaches beyond the end of the file")
+        strides = contiguous_strides(item.shape)
+        tensors[name] = StoredTensor(
+            name, str(dtype), item.shape, strides, offset or 0, mapped
+        )
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{path} ({mapped.size:,} bytes) cannot be read as weights of Keras: "
+            f"{error}. {mapped.remedy}"
+        ) from error
+    return tensors
+
+
+# ----- Writing
+
+
+def plan(contents, dtype):
+    """The files of a directory.
+
+    Args:
+        contents: `contents.Contents`.
+        dtype: string, of the weights to write.
+
+    Returns:
+        List of `outputs.Output`.
+    """
+    task = _empty_task(contents.arguments, dtype, _preprocessor(contents))
+    weights = {_BACKBONE: _backbone_names(task), _TASK: _task_names(task)}
+    return [
+        *(small_file(name, data) for name, data in _small_files(task).items()),
+        *(_weights(name, names, dtype) for name, names in weights.items()),
+    ]
+
+
+def _preprocessor(contents):
+    from keras_openllama import OpenLlamaCausalLMPreprocessor, OpenLlamaTokenizer
+
+    if contents.tokenizer is None:
+        return None
+    return OpenLlamaCausalLMPreprocessor(
+        OpenLlamaTokenizer(contents.tokenizer),
+        sequence_length=contents.arguments["max_sequence_length"],
+    )
+
+
+def _small_files(task):
+    """Configurations and tokenizer: bytes by name."""
+    from keras_openllama._keras_hub import save_configurations
+
+    with tempfile.TemporaryDirectory() as directory:
+        save_configurations(task, directory)
+        paths = [path for path in Path(directory).rglob("*") if path.is_file()]
+        return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(paths)}
+
+
+def _weights(name, names, dtype):
+    variables = names.variables.values()
+    return Output(
+        name,
+        sum(math.prod(v.shape) for v in variables) * numpy_dtype(dtype).itemsize,
+        lambda path, values: _write(path, names, values, dtype),
+        tuple(variable.path for variable in variables),
+    )
+
+
+def _write(path, names, values, dtype):
+    """Writes a file of weights as Keras would, one at a time."""
+    with h5py.File(path, "w") as file:
+        for group, attributes in names.groups.items():
+            file.create_group(group).attrs.update(attributes)
+        for (name, variable), value in zip(
+            names.variables.items(), values, strict=True
+        ):
+            dataset = file.create_dataset(name, variable.shape, numpy_dtype(dtype))
+            if dtype == "bfloat16":  # HDF5 has no name for it.
+                dataset.attrs["dtype"] = dtype
+            for block in arrays.row_blocks(value):
+                rows = arrays.contiguous(value[block])
+                dataset[block] = arrays.cast(rows, numpy_dtype(dtype))

@@ -1,0 +1,416 @@
+"""EasyLM's and Flax's msgpack files, read where they lie and written piece by piece.
+
+EasyLM streams: the file is a row of records `[key, bytes]`, where the key is a list of
+strings and the bytes are Flax's msgpack of one array. Flax itself writes one nested
+map of arrays. An array is an extension of type 1 that holds `[shape, dtype, bytes]`;
+Flax cuts those of more than 1 GB into chunks.
+
+Read here rather than with the `msgpack` library, which copies each array several times
+and cannot say where in the file it lies.
+
+Sources: https://github.com/msgpack/msgpack/blob/master/spec.md,
+https://github.com/young-geng/EasyLM/blob/main/EasyLM/checkpoint.py,
+https://github.com/google/flax/blob/main/flax/serialization.py
+"""
+
+import dataclasses
+import itertools
+import math
+import struct
+
+from keras_openllama.convert import arrays
+from keras_openllama.convert.stored import (
+    Joined,
+    MappedFile,
+    StoredTensor,
+    contiguous_strides,
+    numpy_dtype,
+)
+
+_ARRAY = 1  # Flax's type of extension for an array.
+_CHUNKED = "__msgpack_chunked_array__"
+_LARGEST = (1 << 32) - 1  # What a length of msgpack can say.
+
+
+def read(path):
+    """Describes the arrays of a file of EasyLM or Flax; none is read yet.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        Dict of `stored.StoredTensor`s by key, a tuple of strings.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the file is truncated, damaged or something else. The message
+            names the file.
+
+    Example:
+
+    ```python
+    tensors = msgpack_files.read("streaming_params")
+    tensors["transformer", "wte", "embedding"].array()
+    ```
+    """
+    file = MappedFile(path)
+    try:
+        return _read(file)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file.path} ({file.size:,} bytes) cannot be read as a msgpack file of "
+            f"EasyLM: {error or type(error).__name__}. {file.remedy}"
+        ) from error
+
+
+def _read(file):
+    reader = _Reader(file, 0, file.size)
+    if _is_map(file.bytes(0, 1)[0]):
+        leaves = _leaves(reader.value())
+        if reader.position != file.size:
+            raise ValueError(f"something follows its map at byte {reader.position:,}")
+    else:
+        leaves = _records(reader)
+    tensors = {}
+    for key, leaf in leaves:
+        if isinstance(leaf, (_Array, _Chunked)):
+            if key in tensors:
+                raise ValueError(f"{'/'.join(key)} is in it twice")
+            tensors[key] = leaf.stored("/".join(key), file)
+    return tensors
+
+
+def _is_map(first):
+    return first >> 4 == 0x8 or first in (0xDE, 0xDF)
+
+
+def _records(reader):
+    """Key and value of each record of a stream."""
+    while reader.position < reader.end:
+        start = reader.position
+        record = reader.value()
+        if not isinstance(record, list) or len(record) != 2:
+            raise ValueError(f"byte {start:,} begins no pair of a key and bytes")
+        key, value = record
+        if not isinstance(key, list) or not all(isinstance(k, str) for k in key):
+            raise ValueError(f"byte {start:,} begins a pair without a key of strings")
+        if not isinstance(value, _Bytes):
+            raise ValueError(f"{'/'.join(key)} is no bytes")
+        inner = _Reader(reader.file, value.start, value.end)
+        leaf = _joined(inner.value())
+        if inner.position != inner.end:
+            raise ValueError(f"something follows the value of {'/'.join(key)}")
+        yield tuple(key), leaf
+
+
+def _leaves(node, key=()):
+    """Key and value of each leaf of a nested map."""
+    node = _joined(node)
+    if not isinstance(node, dict):
+        yield key, node
+        return
+    for name, child in node.items():
+        if not isinstance(name, str):
+            raise ValueError(f"a key of its map is {name!r}")
+        yield from _leaves(child, (*key, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bytes:
+    """A range of the file."""
+
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An array: where its elements lie, and what they are."""
+
+    start: int
+    shape: tuple
+    dtype: str
+
+    def stored(self, name, file):
+        strides = contiguous_strides(self.shape)
+        return StoredTensor(name, self.dtype, self.shape, strides, self.start, file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunked:
+    """An array in several pieces."""
+
+    shape: tuple
+    chunks: list
+
+    def stored(self, name, file):
+        parts = [chunk.stored(name, file) for chunk in self.chunks]
+        found = sum(math.prod(part.shape) for part in parts)
+        if found != math.prod(self.shape) or len({part.dtype for part in parts}) != 1:
+            raise ValueError(
+                f"{name} has {found:,} elements in its chunks for shape {self.shape}"
+            )
+        return Joined(name, self.shape, parts)
+
+
+def _joined(node):
+    """Flax's map for an array in chunks as one leaf; anything else as it is."""
+    if not isinstance(node, dict) or _CHUNKED not in node:
+        return node
+    shape, chunks = (_row(node.get(part)) for part in ("shape", "chunks"))
+    if not all(map(_is_size, shape)) or not chunks:
+        raise ValueError(f"an array in chunks has shape {shape}")
+    if not all(isinstance(c, _Array) and len(c.shape) == 1 for c in chunks):
+        raise ValueError("an array in chunks has a chunk that is no row of numbers")
+    return _Chunked(tuple(shape), chunks)
+
+
+def _row(node):
+    """A list that Flax wrote as a map from "0", "1" and so on."""
+    if not isinstance(node, dict) or set(node) != set(map(str, range(len(node)))):
+        raise ValueError("an array in chunks lacks its shape or chunks")
+    return [node[str(i)] for i in range(len(node))]
+
+
+def _is_size(value):
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+# By first byte: what follows, and the struct format of its length or value.
+_FORMATS = {
+    0xC4: ("bin", "B"),
+    0xC5: ("bin", "H"),
+    0xC6: ("bin", "I"),
+    0xC7: ("ext", "B"),
+    0xC8: ("ext", "H"),
+    0xC9: ("ext", "I"),
+    0xCA: ("number", "f"),
+    0xCB: ("number", "d"),
+    **{0xCC + i: ("number", code) for i, code in enumerate("BHIQbhiq")},
+    0xD9: ("str", "B"),
+    0xDA: ("str", "H"),
+    0xDB: ("str", "I"),
+    0xDC: ("list", "H"),
+    0xDD: ("list", "I"),
+    0xDE: ("map", "H"),
+    0xDF: ("map", "I"),
+}
+_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+
+
+class _Reader:
+    """Parses msgpack between two positions of a file, without copying its bytes."""
+
+    def __init__(self, file, position, end):
+        self.file = file
+        self.position = position
+        self.end = end
+
+    def value(self):
+        """The next value: `None`, bool, number, string, list, dict, `_Bytes`, `_Array`.
+
+        Extensions of other types are `_Bytes`.
+        """
+        first = self._unpack("B")
+        if first < 0x80:
+            return first
+        if first >= 0xE0:
+            return first - 0x100
+        if first in _CONSTANTS:
+            return _CONSTANTS[first]
+        if first < 0xC0:  # Short ones, with their length in the same byte.
+            if first >= 0xA0:
+                return self._string(first & 0x1F)
+            kind = self._list if first >= 0x90 else self._map
+            return kind(first & 0x0F)
+        if 0xD4 <= first <= 0xD8:
+            return self._extension(1 << (first - 0xD4))
+        if first not in _FORMATS:
+            raise ValueError(f"byte {self.position - 1:,} is no msgpack")
+        kind, code = _FORMATS[first]
+        number = self._unpack(code)
+        if kind == "number":
+            return number
+        read = {
+            "bin": self._skip,
+            "ext": self._extension,
+            "str": self._string,
+            "list": self._list,
+            "map": self._map,
+        }
+        return read[kind](number)
+
+    def _unpack(self, code):
+        span = self._skip(struct.calcsize(code))
+        data = self.file.bytes(span.start, span.end - span.start)
+        return struct.unpack(f">{code}", data)[0]
+
+    def _skip(self, length):
+        start, self.position = self.position, self.position + length
+        if self.position > self.end:
+            raise ValueError(
+                f"{length:,} bytes are due at byte {start:,}, and there are "
+                f"{self.end - start:,}"
+            )
+        return _Bytes(start, self.position)
+
+    def _string(self, length):
+        span = self._skip(length)
+        return self.file.bytes(span.start, length).decode("utf-8")
+
+    def _list(self, count):
+        self._check_count(count)
+        return [self.value() for _ in range(count)]
+
+    def _map(self, count):
+        self._check_count(count)
+        result = {}
+        for _ in range(count):
+            key = self.value()
+            if not isinstance(key, (str, int)) or key in result:
+                raise ValueError(f"a map has the key {key!r}, or has it twice")
+            result[key] = self.value()
+        return result
+
+    def _check_count(self, count):
+        if count > self.end - self.position:  # Each takes at least one byte.
+            raise ValueError(f"{count:,} values are due at byte {self.position:,}")
+
+    def _extension(self, length):
+        kind = self._unpack("b")
+        span = self._skip(length)
+        if kind != _ARRAY:
+            return span
+        inner = _Reader(self.file, span.start, span.end)
+        parts = inner.value()
+        if not isinstance(parts, list) or len(parts) != 3 or inner.position != span.end:
+            raise ValueError(f"the array at byte {span.start:,} is none of Flax's")
+        shape, dtype, data = parts
+        if not isinstance(shape, list) or not all(map(_is_size, shape)):
+            raise ValueError(f"the array at byte {span.start:,} has shape {shape}")
+        if not isinstance(dtype, str) or not isinstance(data, _Bytes):
+            raise ValueError(f"the array at byte {span.start:,} has dtype {dtype!r}")
+        expected = math.prod(shape) * _itemsize(dtype)
+        if data.end - data.start != expected:
+            raise ValueError(
+                f"the array at byte {span.start:,}, {dtype} of shape {shape}, has "
+                f"{data.end - data.start:,} bytes"
+            )
+        return _Array(data.start, tuple(shape), dtype)
+
+
+def _itemsize(dtype):
+    try:
+        return numpy_dtype(dtype).itemsize
+    except TypeError:
+        raise ValueError(f"an array has the unknown dtype {dtype!r}") from None
+
+
+# ----- Writing
+
+
+def pieces(specs, streaming=True):
+    """What a file is made of: for each array what stands before its elements.
+
+    Args:
+        specs: dict by key, a tuple of strings, of `(shape, dtype)`.
+        streaming: bool, EasyLM's stream of records rather than Flax's nested map.
+
+    Yields:
+        `(head, key)`: bytes, and the key of the array whose elements follow them.
+
+    Raises:
+        ValueError: if an array is larger than msgpack can hold.
+    """
+    if streaming:
+        for key, (shape, dtype) in specs.items():
+            array = _array_head(key, shape, dtype)
+            length = len(array) + _nbytes(shape, dtype)
+            yield b"\x92" + _key(key) + _head("bin", length) + array, key
+    else:
+        yield from _map_pieces(specs, 0)
+
+
+def size(specs, streaming=True):
+    """Bytes of the file that `write` writes."""
+    heads = sum(len(head) for head, _ in pieces(specs, streaming))
+    return heads + sum(itertools.starmap(_nbytes, specs.values()))
+
+
+def write(file, specs, values, streaming=True):
+    """Writes arrays, one at a time.
+
+    Args:
+        file: binary file, open for writing.
+        specs, streaming: see `pieces`.
+        values: iterable of NumPy arrays, in the order of `specs`; each is cast.
+
+    Raises:
+        ValueError: if an array is larger than msgpack can hold, or a value beyond the
+            range of float16.
+        OSError: if the file cannot be written.
+    """
+    for (head, key), value in zip(pieces(specs, streaming), values, strict=True):
+        file.write(head)
+        arrays.write(file, value, specs[key][1])
+
+
+def _map_pieces(specs, depth):
+    """The pieces of the map of what follows a common part of the keys."""
+    groups = itertools.groupby(specs.items(), key=lambda item: item[0][depth])
+    children = {name: dict(items) for name, items in groups}
+    if sum(map(len, children.values())) != len(specs):
+        raise ValueError("keys that begin alike must stand together")
+    head = _head("map", len(children))
+    for name, inner in children.items():
+        head += _string(name)
+        first = next(iter(inner))
+        if len(first) == depth + 1:
+            yield head + _array_head(first, *inner[first]), first
+            head = b""
+            continue
+        for more, key in _map_pieces(inner, depth + 1):
+            yield head + more, key
+            head = b""
+
+
+def _key(key):
+    return _head("list", len(key)) + b"".join(map(_string, key))
+
+
+def _string(text):
+    data = text.encode("utf-8")
+    return _head("str", len(data)) + data
+
+
+def _array_head(key, shape, dtype):
+    """All of an array's extension but its elements."""
+    nbytes = _nbytes(shape, dtype)
+    inner = b"\x93" + _head("list", len(shape))
+    inner += b"".join(map(_size, shape)) + _string(dtype) + _head("bin", nbytes)
+    length = len(inner) + nbytes
+    if length > _LARGEST - 16:  # Room for the head of the extension itself.
+        raise ValueError(
+            f"{'/'.join(key)} has {nbytes:,} bytes, and msgpack holds at most 4 GB in "
+            "one array. Write it in a smaller dtype."
+        )
+    return _head("ext", length) + struct.pack(">b", _ARRAY) + inner
+
+
+def _nbytes(shape, dtype):
+    return math.prod(shape) * numpy_dtype(dtype).itemsize
+
+
+def _size(value):
+    return struct.pack("B", value) if value < 0x80 else struct.pack(">BI", 0xCE, value)
+
+
+def _head(kind, length):
+    """The shortest head of a string, bytes, list, map or extension."""
+    short = {"str": (0xA0, 32), "list": (0x90, 16), "map": (0x80, 16)}
+    if kind in short and length < short[kind][1]:
+        return struct.pack("B", short[kind][0] + length)
+    for first, (other, code) in _FORMATS.items():
+        if other == kind and length < 1 << 8 * struct.calcsize(code):
+            return struct.pack(f">B{code}", first, length)
+    raise ValueError(f"{length:,} bytes are more than msgpack can hold")

@@ -1,0 +1,33 @@
+"""The files that a conversion is going to write: planned first, written one by one."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A file to be.
+
+    Attributes:
+        name: string, its path in the target directory.
+        size: int, its bytes; of Keras's weights those of the tensors alone.
+        write: function `(path, values)` that writes it; `values` is an iterator of
+            NumPy arrays.
+        tensors: tuple of the variable paths whose values it takes, in order.
+    """
+
+    name: str
+    size: int
+    write: Callable
+    tensors: tuple = ()
+
+
+def small_file(name, data):
+    """An `Output` whose contents, bytes or a string, are known already."""
+    data = data.encode("utf-8") if isinstance(data, str) else data
+
+    def write(path, values):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    return Output(name, len(data), write)
