@@ -2,8 +2,9 @@
 
 `import keras_hub` imports TensorFlow whenever it is installed, and keras-hub's wheel
 always brings it: 6 to 9 seconds and about 1 GB that users of JAX and PyTorch have no
-use for. So TensorFlow is hidden while KerasHub is imported, unless it is the backend
-or somebody imported it or KerasHub already. `import tensorflow` works as ever
+use for. Keras and KerasHub do so as well when they read or write a configuration, only
+to see that something is of none of its types. So TensorFlow is hidden meanwhile, unless
+it is the backend or somebody imported it already. `import tensorflow` works as ever
 afterwards.
 """
 
@@ -16,24 +17,29 @@ _TENSORFLOW_MODULES = ("tensorflow", "tensorflow_text")
 
 
 @contextlib.contextmanager
-def _tensorflow_hidden():
-    """Makes `import tensorflow` raise `ImportError` inside the block."""
-    wanted = keras.config.backend() == "tensorflow"
-    already_paid = "tensorflow" in sys.modules or "keras_hub" in sys.modules
-    if wanted or already_paid:
+def without_tensorflow():
+    """Makes `import tensorflow` raise `ImportError` inside the block.
+
+    Not where TensorFlow is the backend, or has been imported already.
+    """
+    if keras.config.backend() == "tensorflow" or "tensorflow" in sys.modules:
         yield
         return
+    # Keras remembers whether there is one, and must not remember this.
+    lazy = keras.src.utils.module_utils.tensorflow
+    known = lazy._available
     # `None` in `sys.modules` is Python's own way of saying "not importable".
     for name in _TENSORFLOW_MODULES:
         sys.modules[name] = None
     try:
         yield
     finally:
+        lazy._available = known
         for name in _TENSORFLOW_MODULES:
             del sys.modules[name]
 
 
-with _tensorflow_hidden():
+with without_tensorflow():
     import keras_hub
     from keras_hub.samplers import (
         GreedySampler,
@@ -55,11 +61,12 @@ def save_configurations(task, directory):
         directory: path of a directory.
     """
     saver = KerasPresetSaver(directory)
-    saver._save_serialized_object(task, "task.json")
-    saver._save_serialized_object(task.backbone, "config.json")
-    saver._save_metadata(task.backbone)
-    if task.preprocessor is not None:
-        task.preprocessor.save_to_preset(directory)
+    with without_tensorflow():
+        saver._save_serialized_object(task, "task.json")
+        saver._save_serialized_object(task.backbone, "config.json")
+        saver._save_metadata(task.backbone)
+        if task.preprocessor is not None:
+            task.preprocessor.save_to_preset(directory)
 
 
 Backbone = keras_hub.models.Backbone
@@ -83,4 +90,5 @@ __all__ = [
     "classproperty",
     "get_sampler",
     "save_configurations",
+    "without_tensorflow",
 ]

@@ -266,7 +266,7 @@ class KerasHub:
     @contextlib.contextmanager
     def _loader(self, load_weights=False, overrides=()):
         """Fetches the files, and yields KerasHub's loader for their directory."""
-        from keras_openllama._keras_hub import KerasPresetLoader
+        from keras_openllama._keras_hub import KerasPresetLoader, without_tensorflow
 
         class Loader(KerasPresetLoader):
             def get_backbone_kwargs(self, **kwargs):
@@ -279,7 +279,8 @@ class KerasHub:
                 self._repository.file(name)
         config = self._repository.file(_CONFIG)
         try:
-            yield Loader(str(config.parent), transformers.read_config(config))
+            with without_tensorflow():
+                yield Loader(str(config.parent), transformers.read_config(config))
         except (OSError, KeyError, TypeError, ValueError) as error:
             # What KerasHub and h5py raise seldom says which file it is about.
             kind = OSError if isinstance(error, OSError) else ValueError
