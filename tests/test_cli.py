@@ -58,14 +58,14 @@ def fake_model(monkeypatch):
 
 
 @pytest.mark.backend_free
-@pytest.mark.parametrize("command", [[], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["convert"]])
 def test_help_teaches_with_examples(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*command, "--help"])
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert "examples:" in text
-    assert 'keras-openllama generate "' in text
+    assert "\n  " in text and f"keras-openllama {(command or ['generate'])[0]} " in text
 
 
 @pytest.mark.backend_free
@@ -315,3 +315,65 @@ def test_the_list_tells_what_is_in_the_cache(cache, capsys):
         == (rows["open_llama_13b"])
     )
     assert rows["open_llama_nano"]["cached"] == "embedded"
+
+
+# convert
+
+
+@pytest.mark.backend_free
+def test_convert_tells_what_it_would_write_and_then_writes_it(tmp_path, capsys):
+    target = tmp_path / "out"
+    arguments = ["convert", "open_llama_nano", str(target), "--to", "transformers"]
+    assert main([*arguments, "--dry-run"]) == 0
+    listed = dict(
+        reversed(line.split()) for line in capsys.readouterr().out.splitlines()[:-1]
+    )
+    assert not target.exists()
+    assert main([*arguments, "--dtype", "bfloat16"]) == 0
+    assert "Wrote" in capsys.readouterr().out
+    written = {path.name: path.stat().st_size for path in target.iterdir()}
+    assert written.keys() == listed.keys()
+    size = int(listed["model.safetensors"].replace(",", ""))
+    # float16 and bfloat16 differ by a letter in the header, for each tensor and more.
+    assert abs(written["model.safetensors"] - size) < 100
+
+
+@pytest.mark.backend_free
+def test_convert_goes_from_easylm_to_keras_by_a_preset(tmp_path, capsys):
+    file, out = str(tmp_path / "nano.msgpack"), str(tmp_path / "nano")
+    assert main(["convert", "nano", file, "--to", "easylm"]) == 0
+    assert main(["convert", file, out, "--to", "keras", "--preset", "nano"]) == 0
+    assert main(["generate", PROMPT, "--preset", out, "--max-new-tokens", "4"]) == 0
+    ours = capsys.readouterr().out.splitlines()[2]
+    assert main(["generate", PROMPT, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.splitlines() == [ours]
+
+
+@pytest.mark.backend_free
+def test_convert_fails_in_one_line_that_tells_the_remedy(tmp_path, capsys):
+    target = tmp_path / "out.msgpack"
+    target.write_text("precious")
+    arguments = ["convert", "open_llama_nano", str(target), "--to", "easylm"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("keras-openllama: error: ") and error.count("\n") == 1
+    assert str(target) in error and "--force" in error
+    assert target.read_text() == "precious"
+    assert main([*arguments, "--force"]) == 0
+    with pytest.raises(SystemExit):
+        main([*arguments, "--dtype", "float8"])
+    assert "float8" in capsys.readouterr().err
+
+
+@pytest.mark.backend_free
+def test_convert_imports_neither_tensorflow_nor_torch(tmp_path):
+    script = (
+        "import sys\n"
+        "from keras_openllama.__main__ import main\n"
+        "for to in ('transformers', 'easylm', 'keras'):\n"
+        "    main(['convert', 'nano', f'{sys.argv[1]}/{to}', '--to', to])\n"
+        "print([name for name in ('tensorflow', 'torch') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    out = subprocess.check_output(command, text=True)
+    assert out.splitlines()[-1] == "[]"

@@ -2,11 +2,17 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import torch
 import transformers
 
-from keras_openllama import OpenLlamaCausalLM
+from keras_openllama import (
+    OpenLlamaBackbone,
+    OpenLlamaCausalLM,
+    OpenLlamaCausalLMPreprocessor,
+    OpenLlamaTokenizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +91,6 @@ def right_padding(lengths, length):
 
 def assert_close(ours, theirs, where=""):
     """Equal within 1e-5 of the largest value of the reference, or of 1."""
-    import keras
-
     ours = keras.ops.convert_to_numpy(ours)
     theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else theirs
     assert ours.shape == theirs.shape, where
@@ -95,3 +99,39 @@ def assert_close(ours, theirs, where=""):
         f"{where}: differs by {np.abs(ours - theirs).max():.2e}, "
         f"and {tolerance:.2e} is allowed"
     )
+
+
+def random_lm(shape, proto=None, seed=0, **options):
+    """One of our models with random weights, norms included.
+
+    Args:
+        shape: `TinyShape`; with a tokenizer its vocabulary is the tokenizer's.
+        proto: bytes of a SentencePiece model, or `None` for no preprocessor.
+        seed: int.
+        **options: arguments of `OpenLlamaBackbone`.
+    """
+    tokenizer = proto and OpenLlamaTokenizer(proto)
+    keras.utils.set_random_seed(seed)
+    backbone = OpenLlamaBackbone(
+        tokenizer.vocabulary_size() if proto else shape.vocabulary_size,
+        shape.num_layers,
+        shape.num_query_heads,
+        shape.hidden_dim,
+        shape.intermediate_dim,
+        **{
+            "num_key_value_heads": shape.num_key_value_heads,
+            "head_dim": shape.head_dim,
+            "max_sequence_length": shape.context,
+            "initializer_std": 0.08,  # See `in_transformers`.
+            **options,
+        },
+    )
+    preprocessor = proto and OpenLlamaCausalLMPreprocessor(
+        tokenizer, sequence_length=shape.context
+    )
+    lm = OpenLlamaCausalLM(backbone, preprocessor or None)
+    random = np.random.default_rng(seed)
+    for weight in lm.weights:
+        if weight.path.endswith("scale"):
+            weight.assign(1 + 0.2 * random.standard_normal(weight.shape))
+    return lm

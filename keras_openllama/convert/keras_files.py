@@ -6,8 +6,8 @@ the names are right by construction; and the tensors lie in the files in one pie
 so that they are mapped and written like those of any other format.
 """
 
+import io
 import json
-import math
 import tempfile
 from pathlib import Path
 
@@ -228,26 +228,96 @@ def _small_files(task):
 
 
 def _weights(name, names, dtype):
-    variables = names.variables.values()
+    frame = _Frame(names, dtype)
     return Output(
         name,
-        sum(math.prod(v.shape) for v in variables) * numpy_dtype(dtype).itemsize,
-        lambda path, values: _write(path, names, values, dtype),
-        tuple(variable.path for variable in variables),
+        frame.size,
+        frame.write,
+        tuple(variable.path for variable in names.variables.values()),
     )
 
 
-def _write(path, names, values, dtype):
-    """Writes a file of weights as Keras would, one at a time."""
-    with h5py.File(path, "w") as file:
-        for group, attributes in names.groups.items():
-            file.create_group(group).attrs.update(attributes)
-        for (name, variable), value in zip(
-            names.variables.items(), values, strict=True
-        ):
-            dataset = file.create_dataset(name, variable.shape, numpy_dtype(dtype))
-            if dtype == "bfloat16":  # HDF5 has no name for it.
-                dataset.attrs["dtype"] = dtype
-            for block in arrays.row_blocks(value):
-                rows = arrays.contiguous(value[block])
-                dataset[block] = arrays.cast(rows, numpy_dtype(dtype))
+class _Frame:
+    """A file of weights without the weights: what HDF5 writes around them.
+
+    HDF5 makes the frame in memory, and the weights are written to their places as to
+    any file. HDF5 itself, where a disk is full, can neither finish nor close a file.
+
+    Args:
+        names: `_Names`, what the file holds.
+        dtype: string, of the weights.
+    """
+
+    def __init__(self, names, dtype):
+        self._dtype = dtype
+        self._recording = _Recording()
+        with h5py.File(self._recording, "w") as file:
+            for group, attributes in names.groups.items():
+                file.create_group(group).attrs.update(attributes)
+            datasets = [
+                self._dataset(file, name, variable)
+                for name, variable in names.variables.items()
+            ]
+            self._offsets = [dataset.id.get_offset() for dataset in datasets]
+        self.size = self._recording.size
+
+    def _dataset(self, file, name, variable):
+        place = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        place.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        place.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        dataset = file.create_dataset(
+            name, variable.shape, numpy_dtype(self._dtype), dcpl=place
+        )
+        if self._dtype == "bfloat16":  # HDF5 has no name for it.
+            dataset.attrs["dtype"] = "bfloat16"
+        return dataset
+
+    def write(self, path, values):
+        """Writes the file; `values` are NumPy arrays in the order of the names."""
+        with open(path, "wb") as file:
+            file.truncate(self.size)
+            for start, data in self._recording.writes:
+                file.seek(start)
+                file.write(data)
+            for offset, value in zip(self._offsets, values, strict=True):
+                file.seek(offset)
+                arrays.write(file, value, self._dtype)
+
+
+class _Recording(io.RawIOBase):
+    """A file that remembers what is written, however large the gaps between."""
+
+    def __init__(self):
+        self.writes = []  # Start and bytes of each.
+        self.size = 0
+        self._position = 0
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
+        self._position = start[whence] + offset
+        return self._position
+
+    def tell(self):
+        return self._position
+
+    def write(self, data):
+        self.writes.append((self._position, bytes(data)))
+        self._position += len(data)
+        self.size = max(self.size, self._position)
+        return len(data)
+
+    def readinto(self, buffer):
+        """HDF5 reads back what it has written; gaps are zeros."""
+        begin, count = self._position, len(buffer)
+        view = memoryview(buffer)
+        view[:] = bytes(count)
+        for start, data in self.writes:
+            first, last = max(start, begin), min(start + len(data), begin + count)
+            if first < last:
+                view[first - begin : last - begin] = data[first - start : last - start]
+        self._position += count
+        return count
+
+    def truncate(self, size=None):
+        self.size = self._position if size is None else size
+        return self.size

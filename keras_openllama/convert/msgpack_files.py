@@ -29,7 +29,7 @@ from keras_openllama.convert.stored import (
 
 _ARRAY = 1  # Flax's type of extension for an array.
 _CHUNKED = "__msgpack_chunked_array__"
-_LARGEST = (1 << 32) - 1  # What a length of msgpack can say.
+_LARGEST_ARRAY = (1 << 32) - 1024  # What a length can say, less room for the heads.
 
 
 def read(path):
@@ -386,23 +386,22 @@ def _string(text):
 def _array_head(key, shape, dtype):
     """All of an array's extension but its elements."""
     nbytes = _nbytes(shape, dtype)
-    inner = b"\x93" + _head("list", len(shape))
-    inner += b"".join(map(_size, shape)) + _string(dtype) + _head("bin", nbytes)
-    length = len(inner) + nbytes
-    if length > _LARGEST - 16:  # Room for the head of the extension itself.
+    if nbytes > _LARGEST_ARRAY:
         raise ValueError(
             f"{'/'.join(key)} has {nbytes:,} bytes, and msgpack holds at most 4 GB in "
             "one array. Write it in a smaller dtype."
         )
-    return _head("ext", length) + struct.pack(">b", _ARRAY) + inner
+    inner = b"\x93" + _head("list", len(shape))
+    inner += b"".join(map(_number, shape)) + _string(dtype) + _head("bin", nbytes)
+    return _head("ext", len(inner) + nbytes) + struct.pack(">b", _ARRAY) + inner
 
 
 def _nbytes(shape, dtype):
     return math.prod(shape) * numpy_dtype(dtype).itemsize
 
 
-def _size(value):
-    return struct.pack("B", value) if value < 0x80 else struct.pack(">BI", 0xCE, value)
+def _number(value):
+    return struct.pack("B", value) if value < 0x80 else _shortest("number", value)
 
 
 def _head(kind, length):
@@ -410,7 +409,12 @@ def _head(kind, length):
     short = {"str": (0xA0, 32), "list": (0x90, 16), "map": (0x80, 16)}
     if kind in short and length < short[kind][1]:
         return struct.pack("B", short[kind][0] + length)
+    return _shortest(kind, length)
+
+
+def _shortest(kind, number):
+    """The first byte of a kind and a number, in as few bytes as hold it."""
     for first, (other, code) in _FORMATS.items():
-        if other == kind and length < 1 << 8 * struct.calcsize(code):
-            return struct.pack(f">B{code}", first, length)
-    raise ValueError(f"{length:,} bytes are more than msgpack can hold")
+        if other == kind and code in "BHI" and number < 1 << 8 * struct.calcsize(code):
+            return struct.pack(f">B{code}", first, number)
+    raise ValueError(f"{number:,} is more than msgpack can hold here")

@@ -10,7 +10,7 @@ class Output:
 
     Attributes:
         name: string, its path in the target directory.
-        size: int, its bytes; of Keras's weights those of the tensors alone.
+        size: int, its bytes.
         write: function `(path, values)` that writes it; `values` is an iterator of
             NumPy arrays.
         tensors: tuple of the variable paths whose values it takes, in order.

@@ -1,0 +1,183 @@
+"""Memory and time of converting a checkpoint from each format into each other.
+
+    python benchmarks/convert.py                # 3B-sized: 21 GB of disk free
+    python benchmarks/convert.py --layers 4     # a smaller run
+
+Writes a random float16 checkpoint of the shape of `open_llama_3b` in each format, then
+for each pair, one after the other and with the source in the page cache:
+
+- copies the source as `shutil.copyfile` does, and has the copy put on the disk;
+- runs `keras-openllama convert`, the whole command, imports included, in a process of
+  its own. It puts what it writes on the disk, too.
+
+Prints the seconds of both, their ratio, and the peak of resident memory, pages of
+mapped files counted in. The goals are 2.5 x the time of the copy and 2.5 GB.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from keras_openllama import presets
+from keras_openllama.convert import to_transformers, weight_table
+from keras_openllama.convert.contents import Contents
+from keras_openllama.convert.formats import FORMATS
+
+GOAL_TIME, GOAL_MEMORY = 2.5, 2.5e9
+DTYPE = "float16"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=26, help="layers (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds (%(default)s)")
+    parser.add_argument("--dtype", help="what is written (that of the source)")
+    parser.add_argument("--directory", help="where to write (a temporary directory)")
+    parser.add_argument("--json", help="file for the figures")
+    options = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        directory = Path(directory)
+        source = write_checkpoint(directory / "transformers", options.layers)
+        print(f"{total_bytes(source) / 1e9:.2f} GB in {DTYPE}; seconds are medians")
+        print(
+            "from          to             copy   convert   ratio   memory", flush=True
+        )
+        for first in FORMATS:
+            path = directory / first
+            if first != "transformers":
+                convert(source, path, first, DTYPE, preset=None)
+            preset = source if path.is_file() else None
+            for second in FORMATS:
+                if second != first:
+                    rounds = [
+                        measure(path, directory, second, options.dtype, preset)
+                        for _ in range(options.repeats)
+                    ]
+                    results.append(report(first, second, rounds))
+            if path != source:
+                remove(path)
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=2))
+
+
+def write_checkpoint(directory, layers):
+    """A directory in transformers' format with random weights; returns its path."""
+    arguments = {**presets.find("open_llama_3b").config, "num_layers": layers}
+    random = np.random.default_rng(0)
+    pool = random.standard_normal(1 << 24, np.float32).astype(DTYPE)
+    sizes = weight_table.sizes(arguments)
+
+    class Random:
+        dtype = DTYPE
+
+        def __init__(self, shape):
+            self.shape = shape
+
+        def array(self):
+            return np.resize(pool, self.shape)
+
+    tensors = {
+        row.path: Random(row.shape(sizes)) for row in weight_table.weights(layers)
+    }
+    directory.mkdir()
+    contents = Contents(arguments, tensors, None, None)
+    for output in to_transformers.plan(contents, DTYPE, 2 << 30):
+        values = (tensors[path].array() for path in output.tensors)
+        output.write(directory / output.name, values)
+    return directory
+
+
+def measure(source, directory, to, dtype, preset):
+    """Seconds of a copy and of a conversion, and the conversion's peak of memory."""
+    target = directory / "target"
+    read(source)
+    start = time.perf_counter()
+    copy(source, target)
+    copied = time.perf_counter() - start
+    remove(target)
+    start = time.perf_counter()
+    memory = convert(source, target, to, dtype, preset)
+    converted = time.perf_counter() - start
+    size = total_bytes(target)
+    remove(target)
+    return {
+        "copy_seconds": copied,
+        "convert_seconds": converted,
+        "peak_resident_bytes": memory,
+        "bytes": size,
+    }
+
+
+def convert(source, target, to, dtype, preset):
+    """Runs the command; returns the peak of its resident memory in bytes."""
+    command = [sys.executable, "-m", "keras_openllama", "convert"]
+    command += [str(source), str(target), "--to", to, "--no-tokenizer"]
+    command += ["--dtype", dtype] if dtype else []
+    command += ["--preset", str(preset)] if preset else []
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return 1024 * usage.ru_maxrss
+
+
+def copy(source, target):
+    if source.is_dir():
+        target.mkdir()
+    for path in files(source):
+        copied = target / path.name if source.is_dir() else target
+        shutil.copyfile(path, copied)
+        with open(copied, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def files(path):
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def total_bytes(path):
+    return sum(file.stat().st_size for file in files(path))
+
+
+def read(path):
+    """Brings files into the page cache."""
+    buffer = bytearray(16 << 20)
+    for name in files(path):
+        with open(name, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def remove(path):
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def report(first, second, rounds):
+    def median(key):
+        return float(np.median([figures[key] for figures in rounds]))
+
+    copied, converted = median("copy_seconds"), median("convert_seconds")
+    memory = max(figures["peak_resident_bytes"] for figures in rounds)
+    met = converted <= GOAL_TIME * copied and memory <= GOAL_MEMORY
+    print(
+        f"{first:<13} {second:<13} {copied:>5.1f} {converted:>9.1f} "
+        f"{converted / copied:>7.2f} {memory / 1e9:>5.2f} GB"
+        f"{'' if met else '   BEYOND the goal'}",
+        flush=True,
+    )
+    return {"from": first, "to": second, "rounds": rounds}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Checkpoints of EasyLM compute there what the model computes here, and come back."""
+
+import easylm_model
+import keras
+import msgpack
+import numpy as np
+import pytest
+from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
+from tokenizer_models import trained_model
+
+from keras_openllama.convert import easylm
+from keras_openllama.convert.easylm import halves_apart, pairs_together
+
+SHAPE = SHAPES[2]  # With fewer heads for keys and values than for queries.
+CONTENTS = ("params", "trainstate_params", "flax_params")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Where the architecture and a tokenizer of `SHAPE` can be read."""
+    path = tmp_path_factory.mktemp("model") / "out"
+    random_lm(SHAPE, trained_model(True)).export_to_transformers(path)
+    return path
+
+
+def values(lm):
+    return {w.path: keras.ops.convert_to_numpy(w) for w in lm.weights}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_forward_pass_in_easylms_conventions_gives_the_same_logits(shape, tmp_path):
+    lm = random_lm(shape)
+    easylm.save(lm, tmp_path / "params", dtype="float32")
+    arrays = easylm_model.read_stream(tmp_path / "params")
+    ids = batch(shape, 1, 40)
+    expected = easylm_model.logits(
+        arrays, ids[0], shape.num_query_heads, shape.num_key_value_heads
+    )
+    assert_close(lm.score(ids)[0], expected)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_what_is_saved_comes_back(content, directory, tmp_path):
+    lm = random_lm(SHAPE, trained_model(True), seed=1)
+    easylm.save(lm, tmp_path / "file", dtype="float32", content=content)
+    back = easylm.load(tmp_path / "file", directory)
+    expected = values(lm)
+    for path, value in values(back).items():
+        assert np.array_equal(value, expected[path]), path
+    text = "The import statement"
+    assert back.generate(text, max_new_tokens=5) == lm.generate(text, max_new_tokens=5)
+
+
+def test_a_whole_train_state_is_read_for_its_parameters(directory, tmp_path):
+    import flax.serialization
+
+    lm = random_lm(SHAPE, trained_model(True), seed=1)
+    easylm.save(lm, tmp_path / "params", dtype="float32")
+    packer = msgpack.Packer()
+    state = {("step",): np.int32(3)}
+    for name, array in easylm_model.read_stream(tmp_path / "params").items():
+        key = tuple(name.split("/"))
+        state["opt_state", "0", "mu", "params", *key] = 2 * array
+        state["params", "params", *key] = array
+    with open(tmp_path / "state", "wb") as file:
+        for key, array in state.items():
+            file.write(packer.pack((key, flax.serialization.to_bytes(array))))
+    back = easylm.load(tmp_path / "state", directory)
+    expected = values(lm)
+    assert all(np.array_equal(v, expected[p]) for p, v in values(back).items())
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_dtype_is_the_one_asked_for(dtype, tmp_path):
+    lm = random_lm(SHAPE)
+    easylm.save(lm, tmp_path / "file", dtype=dtype)
+    arrays = easylm_model.read_stream(tmp_path / "file")
+    assert {array.dtype.name for array in arrays.values()} == {dtype}
+    norm = keras.ops.convert_to_numpy(lm.backbone.final_norm.scale)
+    written = arrays["transformer/ln_f/kernel"]
+    assert np.array_equal(written, norm.astype(written.dtype))
+
+
+@pytest.mark.backend_free
+def test_bfloat16_is_the_default(tmp_path):
+    easylm.save(random_lm(SHAPE), tmp_path / "file")
+    arrays = easylm_model.read_stream(tmp_path / "file")
+    assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
+
+
+@pytest.mark.backend_free
+def test_reordering_follows_easylms_own_converter():
+    # Its `permute` takes (heads, head_dim / 2, 2, …) to (heads, 2, head_dim / 2, …).
+    rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))
+    assert halves_apart(rows, 6)[:, 0].tolist() == [
+        0,
+        2,
+        4,
+        1,
+        3,
+        5,
+        6,
+        8,
+        10,
+        7,
+        9,
+        11,
+    ]
+    assert np.array_equal(pairs_together(halves_apart(rows, 6), 6), rows)
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("easylm") / "params"
+    easylm.save(random_lm(SHAPE), path)
+    return path
+
+
+def load(path, directory, **arguments):
+    return easylm.load(path, directory, preprocessor=None, **arguments)
+
+
+@pytest.mark.backend_free
+def test_a_wrong_number_of_heads_is_told_by_the_shapes(file, directory):
+    wrong = {"num_query_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    with pytest.raises(
+        ValueError, match=r"misshapen: .*wq/kernel has \(96, 96\) where"
+    ):
+        load(file, directory, **wrong)
+    with pytest.raises(ValueError, match="missing: transformer/h/2/attention_norm"):
+        load(file, directory, num_layers=3)
+
+
+@pytest.mark.backend_free
+def test_a_stream_that_ends_early_is_told_by_what_is_missing(file, directory, tmp_path):
+    records = list(msgpack.Unpacker(open(file, "rb"), max_buffer_size=0))
+    short = tmp_path / "short"
+    short.write_bytes(b"".join(map(msgpack.packb, records[:-1])))
+    with pytest.raises(ValueError, match=f"{short} .*missing: lm_head/kernel"):
+        load(short, directory)
+    short.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{short} .*get it again"):
+        load(short, directory)
+
+
+@pytest.mark.backend_free
+def test_a_file_that_is_missing_or_another_models_is_named(directory, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        load(tmp_path / "nowhere", directory)
+    easylm.save(random_lm(TinyShape("other", 2, 2, 16)), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other are not those of this model"):
+        load(tmp_path / "other", directory)
+
+
+@pytest.mark.backend_free
+def test_unknown_content_and_dtype_are_refused(tmp_path):
+    lm = random_lm(SHAPE)
+    with pytest.raises(ValueError, match="Received: content='trainstate'"):
+        easylm.save(lm, tmp_path / "file", content="trainstate")
+    with pytest.raises(ValueError, match="Received: dtype='float8'"):
+        easylm.save(lm, tmp_path / "file", dtype="float8")
+    assert not list(tmp_path.iterdir())
