@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_openllama import presets
+from keras_openllama.architecture import checked
 from keras_openllama.convert import to_transformers, weight_table
 from keras_openllama.convert.contents import Contents
 from keras_openllama.convert.formats import FORMATS
@@ -71,7 +72,7 @@ def main():
 
 def write_checkpoint(directory, layers):
     """A directory in transformers' format with random weights; returns its path."""
-    arguments = {**presets.find("open_llama_3b").config, "num_layers": layers}
+    arguments = checked({**presets.find("open_llama_3b").config, "num_layers": layers})
     random = np.random.default_rng(0)
     pool = random.standard_normal(1 << 24, np.float32).astype(DTYPE)
     sizes = weight_table.sizes(arguments)
@@ -89,7 +90,7 @@ def write_checkpoint(directory, layers):
         row.path: Random(row.shape(sizes)) for row in weight_table.weights(layers)
     }
     directory.mkdir()
-    contents = Contents(arguments, tensors, None, None)
+    contents = Contents(arguments, tensors)
     for output in to_transformers.plan(contents, DTYPE, 2 << 30):
         values = (tensors[path].array() for path in output.tensors)
         output.write(directory / output.name, values)

@@ -7,9 +7,9 @@ from keras import ops
 
 from keras_openllama import presets
 from keras_openllama._keras_hub import Backbone, classproperty
+from keras_openllama.architecture import ARGUMENTS, checked
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from keras_openllama.layers.attention import causal_mask
-from keras_openllama.layers.rotary_embedding import check_rope_scaling
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -74,16 +74,24 @@ class OpenLlamaBackbone(Backbone):
         dtype=None,
         **kwargs,
     ):
-        if head_dim is None:
-            if hidden_dim % num_query_heads:
-                raise ValueError(
-                    "`head_dim` must be given where `num_query_heads` does not "
-                    f"divide `hidden_dim`. Received: hidden_dim={hidden_dim}, "
-                    f"num_query_heads={num_query_heads}"
-                )
-            head_dim = hidden_dim // num_query_heads
-        if num_key_value_heads is None:
-            num_key_value_heads = num_query_heads
+        architecture = checked(
+            {
+                "vocabulary_size": vocabulary_size,
+                "num_layers": num_layers,
+                "num_query_heads": num_query_heads,
+                "hidden_dim": hidden_dim,
+                "intermediate_dim": intermediate_dim,
+                "num_key_value_heads": num_key_value_heads,
+                "head_dim": head_dim,
+                "rope_max_wavelength": rope_max_wavelength,
+                "rope_scaling": rope_scaling,
+                "layer_norm_epsilon": layer_norm_epsilon,
+                "max_sequence_length": max_sequence_length,
+                "initializer_std": initializer_std,
+            }
+        )
+        num_key_value_heads = architecture["num_key_value_heads"]
+        head_dim = architecture["head_dim"]
 
         # === Layers ===
         self.token_embedding = keras.layers.Embedding(
@@ -128,18 +136,8 @@ class OpenLlamaBackbone(Backbone):
         )
 
         # === Config ===
-        self.vocabulary_size = vocabulary_size
-        self.num_layers = num_layers
-        self.num_query_heads = num_query_heads
-        self.hidden_dim = hidden_dim
-        self.intermediate_dim = intermediate_dim
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.rope_max_wavelength = rope_max_wavelength
-        self.rope_scaling = check_rope_scaling(rope_scaling)
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.max_sequence_length = max_sequence_length
-        self.initializer_std = initializer_std
+        for name, value in architecture.items():
+            setattr(self, name, value)
         # The layers that tasks have put on top, see `add_head`. Weakly: Keras would
         # track them as layers of the backbone, and save them with it.
         self._heads = weakref.WeakSet()
@@ -242,20 +240,7 @@ class OpenLlamaBackbone(Backbone):
         Returns:
             Dict of numbers, and of `rope_scaling`; JSON can hold it.
         """
-        return {
-            "vocabulary_size": self.vocabulary_size,
-            "num_layers": self.num_layers,
-            "num_query_heads": self.num_query_heads,
-            "hidden_dim": self.hidden_dim,
-            "intermediate_dim": self.intermediate_dim,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "rope_max_wavelength": self.rope_max_wavelength,
-            "rope_scaling": self.rope_scaling,
-            "layer_norm_epsilon": self.layer_norm_epsilon,
-            "max_sequence_length": self.max_sequence_length,
-            "initializer_std": self.initializer_std,
-        }
+        return {name: getattr(self, name) for name in ARGUMENTS}
 
     def _policy_with_quantized(self):
         """The dtype policy, by layer where some are quantized, heads among them."""

@@ -363,7 +363,7 @@ class OpenLlamaCausalLM(CausalLM):
             force: whether to replace a model's directory that exists.
 
         Raises:
-            ValueError: for an unknown dtype or size; if a value is beyond float16's
+            ValueError: for an unknown dtype or size; if a value is beyond the dtype's
                 range; if the model is quantised; if its tokenizer cannot be expressed
                 in `tokenizer.json`.
             OSError: if the path exists already, or cannot be written.
@@ -373,8 +373,7 @@ class OpenLlamaCausalLM(CausalLM):
         """
         from keras_openllama.convert import contents, conversion
 
-        conversion.write(
-            contents.of_model(self),
+        request = conversion.Request(
             path,
             "transformers",
             dtype=dtype,
@@ -382,6 +381,7 @@ class OpenLlamaCausalLM(CausalLM):
             tokenizer=tokenizer,
             force=force,
         )
+        conversion.write(contents.of_model(self), request)
 
     # ----- Scoring
 

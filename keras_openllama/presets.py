@@ -202,16 +202,30 @@ def load_task(
     overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
     source = find_source(preset, revision, easylm)
     task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
-    task.loaded_from = origin(easylm or preset)
+    if load_weights:
+        task.loaded_from = origin(easylm or preset)
     return task
 
 
 def origin(source):
-    """What to call weights by what they were loaded from: no path of this machine."""
-    known = find(str(source))
-    if known or str(source).startswith("hf://"):
-        return known.name if known else str(source)
-    return Path(source).resolve().name
+    """What to call weights by what they were loaded from: no path of this machine.
+
+    Args:
+        source: what `from_preset` takes, or the path of a file.
+
+    Returns:
+        String: the name of a preset and of nothing else, `"hf://user/repo"`, or a
+        phrase such as `"the directory out"`.
+    """
+    name = str(source)
+    by_handle = {p.handles["transformers"]: p for p in registry().values()}
+    known = find(name) or by_handle.get(name)
+    if known:
+        return known.name
+    if name.startswith("hf://"):
+        return name
+    kind = "file" if Path(name).is_file() else "directory"
+    return f"the {kind} {Path(name).resolve().name}"
 
 
 def find_source(preset, revision=None, easylm=None):

@@ -81,6 +81,12 @@ def load_processor(data, source):
     return processor
 
 
+def keeps_spaces(processor):
+    """Whether runs of spaces stay; v1 models merge them into one."""
+    # SentencePiece writes a space as ▁ once it has normalised a text.
+    return "▁▁" in processor.normalize("a  b")
+
+
 def from_base64(text):
     """Returns the model (bytes) that a saved configuration holds as base64 (str)."""
     try:

@@ -1,16 +1,20 @@
 """The kinds of things that a model is loaded from, behind one interface.
 
 Each has `backbone`, `tokenizer`, `preprocessor` and `task`, which `presets` calls; and
-`arguments`, `tokenizer_file` and `read_tensors`, which conversion needs.
+`arguments`, `tokenizer_file`, `control_ids` and `read_tensors`, of which a conversion
+makes its `Contents`.
 """
 
 import contextlib
 
 import keras
 
+from keras_openllama.architecture import checked
 from keras_openllama.convert import easylm, keras_files, transformers
 from keras_openllama.convert.building import without_weights
+from keras_openllama.convert.contents import Contents
 from keras_openllama.convert.filling import Weights
+from keras_openllama.sentencepiece_file import keeps_spaces, load_processor
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
@@ -67,7 +71,9 @@ class _Streamed:
                 cls.preprocessor_cls,
                 {"sequence_length": arguments["max_sequence_length"]},
             )
-            _check_vocabulary(preprocessor.tokenizer, arguments["vocabulary_size"])
+            _check_vocabulary(
+                preprocessor.tokenizer.vocabulary_size(), arguments["vocabulary_size"]
+            )
 
         # An optimizer's variables have values from the start, so cannot be made inside
         # `without_weights`.
@@ -82,8 +88,12 @@ class _Streamed:
             task.compile()
         return task
 
+    def control_ids(self):
+        """Ids of the tokens of start and end, of a model without tokenizer."""
+        return 1, 2  # Of all OpenLLaMA models.
+
     def _all_arguments(self, overrides):
-        return {**self.arguments(), **overrides}
+        return checked({**self.arguments(), **overrides})
 
     def _load(self, build, load_weights, arguments, head):
         if not load_weights:
@@ -135,6 +145,13 @@ class Transformers(_Streamed):
     def tokenizer_file(self):
         return self._repository.file(_TOKENIZER)
 
+    def control_ids(self):
+        ids = [self._config.get(name) for name in ("bos_token_id", "eos_token_id")]
+        usual = super().control_ids()
+        # The end may be a list of several; what writes one takes the first.
+        ids = [i[0] if isinstance(i, list) and i else i for i in ids]
+        return tuple(u if i is None else i for i, u in zip(ids, usual, strict=True))
+
     def read_tensors(self, arguments, head=True):
         tied = bool(self._config.get("tie_word_embeddings"))
         return transformers.read_tensors(self._repository, arguments, head, tied)
@@ -153,24 +170,22 @@ class Registered(_Streamed):
         self._open = open_repository
         self._opened = None
 
-    def tokenizer(self, cls, kwargs):
-        tokenizer = super().tokenizer(cls, kwargs)
-        expected = self._preset.tokenizer["keeps_spaces"]
-        if tokenizer.keeps_spaces != expected:
-            does = {True: "keeps runs of spaces", False: "merges runs of spaces"}
-            raise ValueError(
-                f"{self.tokenizer_file()} {does[not expected]}, and the tokenizer "
-                f"{self._preset.tokenizer_version} of {self._preset.name} "
-                f"{does[expected]}: it is another model's tokenizer. Delete the file "
-                "and get it again."
-            )
-        return tokenizer
-
     def arguments(self):
         return dict(self._preset.config)
 
     def tokenizer_file(self):
-        return self._repository().file(_TOKENIZER)
+        path = self._repository().file(_TOKENIZER)
+        found = keeps_spaces(load_processor(path.read_bytes(), str(path)))
+        expected = self._preset.tokenizer["keeps_spaces"]
+        if found != expected:
+            does = {True: "keeps runs of spaces", False: "merges runs of spaces"}
+            raise ValueError(
+                f"{path} {does[found]}, and the tokenizer "
+                f"{self._preset.tokenizer_version} of {self._preset.name} "
+                f"{does[expected]}: it is another model's tokenizer. Delete the file "
+                "and get it again."
+            )
+        return path
 
     def read_tensors(self, arguments, head=True):
         return transformers.read_tensors(self._repository(), arguments, head)
@@ -202,6 +217,9 @@ class EasyLM(_Streamed):
     def tokenizer_file(self):
         return self._model.tokenizer_file()
 
+    def control_ids(self):
+        return self._model.control_ids()
+
     def read_tensors(self, arguments, head=True):
         return easylm.read_tensors(self._path, arguments, head)
 
@@ -222,6 +240,9 @@ class KerasHub:
 
     def tokenizer_file(self):
         return self._repository.file(keras_files.TOKENIZER)
+
+    def control_ids(self):
+        return 1, 2
 
     def read_tensors(self, arguments, head=True):
         return keras_files.read_tensors(self._repository, arguments, head)
@@ -289,9 +310,52 @@ class KerasHub:
             ) from error
 
 
-def _check_vocabulary(tokenizer, size):
-    if tokenizer.vocabulary_size() > size:
+def _check_vocabulary(pieces, embeddings):
+    if pieces > embeddings:
         raise ValueError(
-            f"The tokenizer has {tokenizer.vocabulary_size()} pieces and the model "
-            f"{size} embeddings: it is another model's tokenizer."
+            f"The tokenizer has {pieces} pieces and the model {embeddings} embeddings: "
+            "it is another model's tokenizer."
         )
+
+
+def contents_of(source, tokenizer=True, origin=None, paths=()):
+    """What the model of a source consists of. No tensor is read yet.
+
+    Args:
+        source: one of the classes above.
+        tokenizer: bool, whether its tokenizer is wanted.
+        origin: string, see `presets.origin`.
+        paths: list of further paths that are read.
+
+    Returns:
+        `Contents`.
+
+    Raises:
+        OSError: if a file is missing or cannot be read.
+        ValueError: if a file is damaged, or its tensors are not those of the network.
+    """
+    arguments = checked(source.arguments())
+    proto = _proto(source, arguments) if tokenizer else None
+    tensors = source.read_tensors(arguments)
+    return Contents(
+        arguments,
+        tensors,
+        tokenizer=proto,
+        origin=origin,
+        control_ids=source.control_ids(),
+        paths=(*paths, *sorted({tensor.file.path for tensor in tensors.values()})),
+    )
+
+
+def _proto(source, arguments):
+    try:
+        path = source.tokenizer_file()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} To convert the weights alone, leave the tokenizer out "
+            "(tokenizer=False, or --no-tokenizer)."
+        ) from error
+    proto = path.read_bytes()
+    pieces = load_processor(proto, str(path)).vocab_size()
+    _check_vocabulary(pieces, arguments["vocabulary_size"])
+    return proto

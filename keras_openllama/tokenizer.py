@@ -12,7 +12,12 @@ import numpy as np
 from keras_openllama import presets
 from keras_openllama._keras_hub import Tokenizer
 from keras_openllama.backbone import OpenLlamaBackbone
-from keras_openllama.sentencepiece_file import from_base64, load_processor, read_proto
+from keras_openllama.sentencepiece_file import (
+    from_base64,
+    keeps_spaces,
+    load_processor,
+    read_proto,
+)
 from keras_openllama.streaming import StreamDecoder
 from keras_openllama.text_arrays import (
     as_id_rows,
@@ -104,8 +109,7 @@ class OpenLlamaTokenizer(Tokenizer):
         data, source = read_proto(proto)
         self._processor = load_processor(data, source)
         self.proto = data
-        # SentencePiece writes a space as ▁ once it has normalised a text.
-        self._keeps_spaces = "▁▁" in self._processor.normalize("a  b")
+        self._keeps_spaces = keeps_spaces(self._processor)
         self._warned_of_lost_spaces = False
         self._controls = {
             self._processor.id_to_piece(i): i

@@ -1,7 +1,9 @@
 """`keras-openllama convert`: a model from one format into another."""
 
+import contextlib
 import signal
 import sys
+import threading
 import warnings
 
 from keras_openllama.commands.presets import BYTES, scaled
@@ -19,8 +21,8 @@ from keras_openllama.convert.formats import (
 )
 
 DESCRIPTION = """\
-Writes the model SOURCE at DEST in another format, tensor by tensor: memory holds one
-tensor, whatever the size of the model. DEST appears when it is whole, or not at all.
+Writes the model SOURCE at DEST in another format. Memory holds a tensor or two at a
+time, whatever the size of the model. DEST appears when it is whole, or not at all.
 
 SOURCE is a preset's name, hf://user/repo, a directory in transformers' or KerasHub's
 format, or a file of EasyLM, whose architecture and tokenizer --preset tells. Formats:
@@ -76,15 +78,14 @@ def add(commands, **options):
     )
     parser.add_argument(
         "--max-shard-size",
-        default=MAX_SHARD_SIZE,
         metavar="SIZE",
-        help="for transformers: what one file of weights holds at most (%(default)s)",
+        help="for transformers: what one file of weights holds at most "
+        f"({MAX_SHARD_SIZE})",
     )
     parser.add_argument(
         "--content",
         choices=EASYLM_CONTENTS,
-        default="params",
-        help="for easylm: EasyLM's name for what the file holds (%(default)s)",
+        help="for easylm: EasyLM's name for what the file holds (params)",
     )
     parser.add_argument(
         "--no-tokenizer",
@@ -99,16 +100,28 @@ def add(commands, **options):
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the files and their sizes, and write nothing",
+        help="print the files and their sizes, and write nothing (SOURCE is downloaded "
+        "all the same)",
     )
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm():
+    """Lets `kill` leave as little behind as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may say what a signal does.
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(options):
     """Runs the command; returns the exit code."""
     choose_backend(None)
-    # So that `kill` leaves as little behind as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with warnings.catch_warnings():
+    with _ended_by_sigterm(), warnings.catch_warnings():
         warnings.showwarning = show_warning
         with quiet_tensorflow():
             from keras_openllama.convert.conversion import convert

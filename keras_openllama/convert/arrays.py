@@ -4,8 +4,10 @@ NumPy turns a matrix row by row, and so fetches each line of the cache once for 
 its elements. By tiles it is four times as fast (`benchmarks/README.md`).
 """
 
+import ml_dtypes
 import numpy as np
 
+from keras_openllama.convert.formats import DTYPES as FLOATS
 from keras_openllama.convert.stored import numpy_dtype
 
 # Ours: a tile of 16-bit numbers, 64 KB, stays in a core's cache; measured best of 32
@@ -27,19 +29,22 @@ def contiguous(array):
     return result
 
 
-def write(file, array, dtype):
+def write(file, array, shape, dtype):
     """Writes an array's elements, the last axis varying fastest.
 
     Args:
         file: binary file, open for writing.
-        array: NumPy array of floats. At most a few MB of it are copied at a time, and
-            nothing where it is of that order and dtype already.
+        array: NumPy array of floats. Some MB of it are copied at a time, and nothing
+            where it is of that order and dtype already.
+        shape: tuple of ints, the shape that is stated for it elsewhere in the file.
         dtype: name of the dtype to write.
 
     Raises:
-        ValueError: if `dtype` is float16 and a value is beyond its range.
+        ValueError: if the shape is another one, or a value is beyond the dtype's range.
         OSError: if the file cannot be written.
     """
+    if array.shape != tuple(shape):
+        raise ValueError(f"it has shape {array.shape}, and {tuple(shape)} is stated")
     target = numpy_dtype(dtype)
     if array.dtype == target and array.flags.c_contiguous:
         file.write(_as_bytes(array))
@@ -58,31 +63,41 @@ def row_blocks(array):
 
 
 def cast(array, dtype):
-    """Casts; to float16 only what it can hold.
+    """Casts to a dtype that can hold the values.
 
     Raises:
-        ValueError: if a value is beyond float16's range.
+        ValueError: if a number becomes infinite by it.
     """
     dtype = np.dtype(dtype)
     if array.dtype == dtype:
         return array
-    if dtype == np.float16:
-        check_float16(array)
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    infinite = _infinite(result)
+    if infinite.any() and np.isfinite(array[infinite].astype(np.float64)).any():
+        name = dtype.name
+        largest = float(ml_dtypes.finfo(dtype).max)
+        others = [f"dtype='{other}'" for other in FLOATS if other != name]
+        raise ValueError(
+            f"it has values beyond {name}'s range of ±{largest:.6g}; take "
+            f"{' or '.join(others)}"
+        )
+    return result
 
 
-def check_float16(array):
-    """Raises a `ValueError` if a value is beyond float16's range."""
-    largest = float(np.finfo(np.float16).max)
+def check_range(array, dtype):
+    """Raises a `ValueError` if a number of the array is beyond the dtype's range."""
     array = np.atleast_1d(array)
     for block in row_blocks(array):
-        # Both comparisons are false for a NaN, which float16 can hold.
-        values = array[block].astype(np.float32, copy=False)
-        if (values > largest).any() or (values < -largest).any():
-            raise ValueError(
-                f"it has values beyond float16's range of ±{largest:.0f}; take "
-                "dtype='bfloat16' or dtype='float32'"
-            )
+        cast(contiguous(array[block]), dtype)
+
+
+def _infinite(array):
+    if array.dtype.itemsize != 2:
+        return np.isinf(array)
+    # By its bits: NumPy would make float32 of each number first.
+    bits = array.view(np.uint16) & 0x7FFF
+    return bits == np.array(np.inf, array.dtype).view(np.uint16)
 
 
 def _as_bytes(array):

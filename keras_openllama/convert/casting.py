@@ -10,7 +10,7 @@ import functools
 import keras
 import numpy as np
 
-from keras_openllama.convert.arrays import check_float16, contiguous
+from keras_openllama.convert.arrays import check_range, contiguous
 from keras_openllama.convert.building import layout_of
 from keras_openllama.convert.stored import numpy_dtype
 
@@ -31,11 +31,11 @@ def value_for(variable, array):
         JAX, sharded as the distribution says.
 
     Raises:
-        ValueError: if the variable is float16 and a value is beyond float16's range.
+        ValueError: if the variable is float16 and a value is beyond its range.
     """
     dtype = variable.dtype
     if dtype == "float16" and array.dtype != np.float16:
-        check_float16(array)
+        check_range(array, np.float16)
     array = contiguous(array)
     if not array.flags.aligned:
         array = array.copy()

@@ -64,15 +64,31 @@ def _open_shards(repository, index, read):
 
 
 def _weight_map(index):
+    files_of = read_weight_map(index)
+    check_file_names(index, files_of.values())
+    return files_of
+
+
+def read_weight_map(index):
+    """The dict that an index, a path, has under `"weight_map"`.
+
+    Raises:
+        ValueError: if the file has no such dict.
+    """
     try:
         files_of = json.loads(index.read_bytes())["weight_map"]
-        names = set(files_of.values())
+        files_of.values()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} cannot be read as the index of a sharded checkpoint "
             f"({type(error).__name__}: {error}). Delete {index.resolve()} and get it "
             "again."
         ) from error
+    return files_of
+
+
+def check_file_names(index, names):
+    """Raises a `ValueError` if an index names files that are not beside it."""
     for name in names:
         # A name such as ../../other would reach beyond the checkpoint.
         if (
@@ -82,4 +98,3 @@ def _weight_map(index):
             or name in (".", "")
         ):
             raise ValueError(f"{index} names a file outside its directory: {name!r}.")
-    return files_of

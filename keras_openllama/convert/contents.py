@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_openllama.convert import weight_table
 from keras_openllama.convert.matching import listed
-from keras_openllama.convert.stored import numpy_dtype
+from keras_openllama.convert.stored import dense_bytes, numpy_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,25 +16,31 @@ class Contents:
     """A model that is about to be written somewhere.
 
     Attributes:
-        arguments: dict, arguments of `OpenLlamaBackbone`.
+        arguments: dict, as `architecture.checked` returns.
         tensors: dict by variable path of `stored.StoredTensor`s, `LiveTensor`s or
-            whatever else has their `shape`, `dtype`, `nbytes`, `array`, `touch` and
+            whatever else has their `name`, `dtype`, `nbytes`, `array`, `touch` and
             `drop`; in the order of `weight_table.weights`.
         tokenizer: bytes of the SentencePiece model, or `None`.
-        origin: string, what the weights were loaded from, or `None`.
-        files: list of paths that the tensors lie in.
+        origin: string, what the weights were loaded from, see `presets.origin`; `None`
+            for those that were made here.
+        control_ids: pair of ints, the tokens of start and end, where there is no
+            tokenizer that says so.
+        paths: tuple of paths that are read, and so must not be written to.
     """
 
     arguments: dict
     tensors: dict
-    tokenizer: bytes | None
-    origin: str | None
-    files: tuple = ()
+    tokenizer: bytes | None = None
+    origin: str | None = None
+    control_ids: tuple = (1, 2)
+    paths: tuple = ()
 
     @property
     def parameters(self):
         """Number of parameters."""
-        return sum(int(np.prod(tensor.shape)) for tensor in self.tensors.values())
+        sizes = weight_table.sizes(self.arguments)
+        rows = weight_table.weights(self.arguments["num_layers"])
+        return sum(int(np.prod(row.shape(sizes))) for row in rows)
 
     def dtype(self):
         """Name of the dtype that all tensors have.
@@ -56,36 +62,72 @@ class LiveTensor:
     """A weight of a model in memory.
 
     Args:
-        name: string, path of its variable.
-        value: function without arguments that returns its tensor.
-        shape: tuple of ints.
-        dtype: string.
+        variable: `keras.Variable`.
+        layer: its layer, if that has LoRA adapters to be merged into it.
     """
 
-    def __init__(self, name, value, shape, dtype):
-        self.name = name
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.nbytes = int(np.prod(self.shape)) * numpy_dtype(dtype).itemsize
-        self._value = value
+    def __init__(self, variable, layer=None):
+        self.name = variable.path
+        self.shape = tuple(variable.shape)
+        self.dtype = variable.dtype
+        self.nbytes = dense_bytes(self.shape, self.dtype)
+        self._variable = variable
+        self._layer = layer
 
     def array(self):
         """The weight as a NumPy array, gathered from all devices; on a CPU no copy."""
-        value = self._value()
-        if keras.config.backend() != "torch":
-            return np.asarray(value)
-        import torch
-
-        value = value.detach().cpu()
-        if value.dtype != torch.bfloat16:  # Which PyTorch cannot give to NumPy.
-            return value.numpy()
-        return value.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        array = _as_numpy(self._variable.value)
+        if self._layer is None:
+            return array
+        # As Keras merges them, but in float32: Keras does it in the dtype that the
+        # layer computes in, which may be less than the weights have.
+        first, second = (
+            _as_numpy(factor.value).astype(np.float32)
+            for factor in (self._layer.lora_kernel_a, self._layer.lora_kernel_b)
+        )
+        scale = self._layer.lora_alpha / self._layer.lora_rank
+        merged = array.astype(np.float32) + scale * (first @ second)
+        return merged.astype(array.dtype)
 
     def touch(self):
         """It is in memory."""
 
     def drop(self):
         """It stays there."""
+
+
+def _as_numpy(value):
+    backend = {"jax": _from_jax, "torch": _from_torch}
+    return backend.get(keras.config.backend(), np.asarray)(value)
+
+
+def _from_jax(value):
+    import jax
+
+    if not value.is_fully_addressable:
+        raise ValueError(
+            "it is spread over several hosts, and one alone cannot write it: save a "
+            "checkpoint, and convert that"
+        )
+    if len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu":
+        return np.asarray(value)
+    # An array keeps the NumPy array that was made of it, for as long as it lives. So
+    # copies of its parts are asked, which live a moment.
+    result = np.empty(value.shape, value.dtype)
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            result[shard.index] = np.asarray(jax.numpy.array(shard.data, copy=True))
+    return result
+
+
+def _from_torch(value):
+    import torch
+
+    value = value.detach().cpu()
+    if value.dtype != torch.bfloat16:
+        return value.numpy()
+    # PyTorch cannot give it to NumPy.
+    return value.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
 
 
 def of_model(lm):
@@ -109,14 +151,8 @@ def of_model(lm):
     own = {}
     for weight in lm.weights:
         layer, _, name = weight.path.rpartition("/")
-        if layer in adapted and name.startswith("lora_"):
-            continue
-        own[weight.path] = LiveTensor(
-            weight.path,
-            _reader(weight, adapted.get(layer)),
-            weight.shape,
-            weight.dtype,
-        )
+        if layer not in adapted or not name.startswith("lora_"):
+            own[weight.path] = LiveTensor(weight, adapted.get(layer))
     rows = weight_table.weights(arguments["num_layers"])
     unnamed = set(own) ^ {row.path for row in rows}
     if unnamed:
@@ -125,46 +161,9 @@ def of_model(lm):
             f"was quantised or altered: {listed(sorted(unnamed))}. Load it again "
             "without `quantize`."
         )
-    tokenizer = lm.preprocessor and lm.preprocessor.tokenizer.proto
     return Contents(
         arguments,
         {row.path: own[row.path] for row in rows},
-        tokenizer,
-        lm.loaded_from,
+        tokenizer=lm.preprocessor and lm.preprocessor.tokenizer.proto,
+        origin=lm.loaded_from,
     )
-
-
-def _reader(weight, adapted_layer):
-    if adapted_layer is None:
-        return lambda: weight.value
-    return lambda: keras.ops.convert_to_tensor(adapted_layer.kernel)
-
-
-def of_source(source, origin, tokenizer=True):
-    """The contents of a model in files. No tensor is read yet.
-
-    Args:
-        source: a source of `keras_openllama.sources`.
-        origin: string, what the user calls it.
-        tokenizer: bool, whether its tokenizer is wanted.
-
-    Returns:
-        `Contents`.
-
-    Raises:
-        OSError: if a file is missing or cannot be read.
-        ValueError: if a file is damaged, or its tensors are not those of the network.
-    """
-    arguments = source.arguments()
-    proto = None
-    if tokenizer:
-        try:
-            proto = source.tokenizer_file().read_bytes()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error} To convert the weights alone, leave the tokenizer out "
-                "(tokenizer=False, or --no-tokenizer)."
-            ) from error
-    tensors = source.read_tensors(arguments)
-    files = sorted({tensor.file.path for tensor in tensors.values()})
-    return Contents(arguments, tensors, proto, origin, tuple(files))

@@ -1,41 +1,112 @@
 """Models from one format into another, tensor by tensor."""
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import re
 import shutil
 from pathlib import Path
 
 from keras_openllama.convert import easylm, keras_files, to_transformers
-from keras_openllama.convert.contents import of_source
-from keras_openllama.convert.formats import DTYPES, FORMATS, MAX_SHARD_SIZE
+from keras_openllama.convert.formats import (
+    DTYPES,
+    EASYLM_CONTENTS,
+    FORMATS,
+    MAX_SHARD_SIZE,
+)
 from keras_openllama.convert.progress import progress
 from keras_openllama.convert.staging import check_target, staged
 from keras_openllama.convert.stored import ReadAhead
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_TOO_LARGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def convert(source, target, to, *, preset=None, revision=None, **options):
-    """Converts a model; no more than one tensor at a time is in memory.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be written, and where; checked as far as it can be without a model.
+
+    Attributes:
+        target: path of the directory to write; for EasyLM, of the file.
+        to: one of `formats.FORMATS`.
+        dtype: one of `formats.DTYPES`; `None` is that of the model's tensors.
+        max_shard_size: for transformers, bytes that one file of weights holds at most:
+            int, or a string such as `"5GB"`; `None` is 5 GB.
+        content: for EasyLM, one of `formats.EASYLM_CONTENTS`; `None` is `"params"`.
+        tokenizer: bool, whether to write the tokenizer, where the format has one.
+        force: bool, whether to replace what is there.
+
+    Raises:
+        ValueError: for an unknown format, dtype, size or content, or an option that
+            the format has no use for.
+        OSError: if the target exists, or is no place to write to.
+    """
+
+    target: Path
+    to: str
+    dtype: str | None = None
+    max_shard_size: str | int | None = None
+    content: str | None = None
+    tokenizer: bool = True
+    force: bool = False
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("to", self.to, FORMATS),
+            ("dtype", self.dtype, (*DTYPES, None)),
+            ("content", self.content, (*EASYLM_CONTENTS, None)),
+        ):
+            if value not in known:
+                names = ", ".join(k for k in known if k)
+                raise ValueError(
+                    f"`{name}` is one of {names}. Received: {name}={value!r}"
+                )
+        for name, value, to in (
+            ("max_shard_size", self.max_shard_size, "transformers"),
+            ("content", self.content, "easylm"),
+        ):
+            if value is not None and self.to != to:
+                raise ValueError(
+                    f"`{name}` means something to {to} only. Received: "
+                    f"{name}={value!r}, to={self.to!r}"
+                )
+        as_bytes(self.max_shard_bytes)
+        object.__setattr__(self, "target", Path(self.target))
+        check_target(self.target, self.single_file, self.force)
+
+    @property
+    def single_file(self):
+        return self.to == "easylm"
+
+    @property
+    def max_shard_bytes(self):
+        size = self.max_shard_size
+        return as_bytes(MAX_SHARD_SIZE if size is None else size)
+
+
+def convert(
+    source, target, to, *, preset=None, revision=None, dry_run=False, **options
+):
+    """Converts a model; memory holds a tensor or two at a time.
 
     Args:
         source: what `OpenLlamaCausalLM.from_preset` takes, or the path of a file of
-            EasyLM.
-        target: path of the directory to write; for EasyLM, of the file.
-        to: `"transformers"`, `"easylm"` or `"keras"`.
+            EasyLM. From the Hub it is downloaded first.
+        target, to: see `Request`.
         preset: for a file of EasyLM, the model whose weights they are: a name, a
             directory or `"hf://user/repo"`, for architecture and tokenizer.
         revision: branch, tag or commit of a repository on the Hub.
-        **options: see `write`.
+        dry_run: bool, whether to only tell what would be written.
+        **options: see `Request`.
 
     Returns:
-        List of `outputs.Output`, the files that were written.
+        List of `outputs.Output`, the files that were (or would be) written.
 
     Raises:
         ValueError: for an unknown preset, format, dtype or size; if files are damaged
-            or not this model's; if a value is beyond float16's range.
+            or not this model's; if a value is beyond the range of the dtype.
         OSError: if a file cannot be had, read or written, or the target exists.
 
     Example:
@@ -45,13 +116,14 @@ def convert(source, target, to, *, preset=None, revision=None, **options):
     convert("3b_v2.msgpack", "3b_v2_hf", to="transformers", preset="3b_v2")
     ```
     """
-    from keras_openllama import presets
+    from keras_openllama import presets, sources
 
+    request = Request(target, to, **options)
     easylm_file = Path(source) if Path(source).is_file() else None
     if easylm_file is None and preset is not None:
         raise ValueError(
-            "`preset` tells the architecture of a file of EasyLM, and "
-            f"source={str(source)!r} is no file. Received: preset={preset!r}"
+            "`preset` tells the architecture of a file of EasyLM, and there is no file "
+            f"{str(source)!r}. Received: preset={preset!r}"
         )
     if easylm_file is not None and preset is None:
         raise ValueError(
@@ -59,70 +131,53 @@ def convert(source, target, to, *, preset=None, revision=None, **options):
             "heads its model has nor which tokenizer: name the model with `preset` "
             "(--preset), such as open_llama_3b_v2 or a directory with a config.json."
         )
-    contents = of_source(
+    contents = sources.contents_of(
         presets.find_source(preset if easylm_file else source, revision, easylm_file),
-        presets.origin(source),
-        tokenizer=options.get("tokenizer", True) and to != "easylm",
+        tokenizer=request.tokenizer and not request.single_file,
+        origin=presets.origin(source),
+        paths=[path for path in (source, preset) if path and Path(path).exists()],
     )
-    return write(contents, target, to, **options)
+    return write(contents, request, dry_run)
 
 
-def write(
-    contents,
-    target,
-    to,
-    *,
-    dtype=None,
-    max_shard_size=MAX_SHARD_SIZE,
-    content="params",
-    tokenizer=True,
-    force=False,
-    dry_run=False,
-):
-    """Writes a model in a format. The target takes its place when it is whole.
+def write(contents, request, dry_run=False):
+    """Writes a model. The target takes its place when it is whole.
 
     Args:
         contents: `contents.Contents`.
-        target: path of the directory to write; for EasyLM, of the file.
-        to: one of `FORMATS`.
-        dtype: one of `DTYPES`; `None` is that of the tensors.
-        max_shard_size: for transformers, bytes of one file of weights at most: int, or
-            a string such as `"5GB"`.
-        content: for EasyLM, one of `formats.EASYLM_CONTENTS`.
-        tokenizer: bool, whether to write the tokenizer, where the format has one.
-        force: bool, whether to replace what is there.
+        request: `Request`.
         dry_run: bool, whether to only tell what would be written.
 
     Returns:
         List of `outputs.Output`.
 
     Raises:
-        ValueError: for an unknown format, dtype, size or content; if a value is beyond
-            float16's range; if the tokenizer cannot be expressed.
-        OSError: if the target exists or cannot be written.
+        ValueError: if a value is beyond the range of the dtype, if tensors are of
+            several dtypes and none is asked for, or if the tokenizer cannot be
+            expressed.
+        OSError: if the target holds the source, or cannot be written.
     """
-    if to not in FORMATS:
-        raise ValueError(f"`to` is one of {', '.join(FORMATS)}. Received: to={to!r}")
-    dtype = contents.dtype() if dtype is None else dtype
+    _check_source_stays(contents.paths, request.target)
+    plan = _plan(contents, request)
+    if not dry_run:
+        _write(plan, contents, request)
+    return plan
+
+
+def _plan(contents, request):
+    dtype = request.dtype or contents.dtype()
     if dtype not in DTYPES:
         raise ValueError(
-            f"`dtype` is one of {', '.join(DTYPES)}. Received: dtype={dtype!r}"
+            f"The tensors are {dtype}, which is not written: choose `dtype` among "
+            f"{', '.join(DTYPES)}."
         )
-    target = Path(target)
-    single_file = to == "easylm"
-    _check_source_stays(contents.files, target)
-    check_target(target, single_file, force)
-    if not tokenizer:
+    if not request.tokenizer:
         contents = dataclasses.replace(contents, tokenizer=None)
-    if to == "transformers":
-        plan = to_transformers.plan(contents, dtype, as_bytes(max_shard_size))
-    elif to == "easylm":
-        plan = easylm.plan(contents, dtype, content)
-    else:
-        plan = keras_files.plan(contents, dtype)
-    if not dry_run:
-        _write(plan, contents, target, single_file, force)
-    return plan
+    if request.to == "transformers":
+        return to_transformers.plan(contents, dtype, request.max_shard_bytes)
+    if request.to == "easylm":
+        return easylm.plan(contents, dtype, request.content or "params")
+    return keras_files.plan(contents, dtype)
 
 
 def as_bytes(size):
@@ -141,37 +196,47 @@ def as_bytes(size):
     return int(float(match[1]) * unit)
 
 
-def _check_source_stays(files, target):
-    """Refuses a target that holds the files that are read."""
-    target = target.resolve()
-    for file in files:
-        file = Path(file).resolve()
-        if target == file or target in file.parents:
-            raise FileExistsError(
-                f"{target} holds the source, {file}, which would be lost. Choose "
-                "another target."
-            )
+def _check_source_stays(paths, target):
+    """Refuses a target in whose place something stands that is read."""
+    targets = {target.absolute(), target.resolve()}
+    for path in map(Path, paths):
+        for read in {path.absolute(), path.resolve()}:
+            within = target.exists() and any(read in t.parents for t in targets)
+            if within or targets & {read, *read.parents}:
+                raise FileExistsError(
+                    f"{target} holds the source, {path}, or is a part of it, which "
+                    "would be lost. Choose another target."
+                )
 
 
-def _write(plan, contents, target, single_file, force):
+def _write(plan, contents, request):
     order = [contents.tensors[path] for output in plan for path in output.tensors]
     total = sum(output.size for output in plan)
+    work = f"Writing {request.target.name}"
+    with (
+        _said_plainly(request.target, total),
+        staged(request.target, request.single_file, request.force) as path,
+        ReadAhead(order) as ahead,
+        progress(work, sum(tensor.nbytes for tensor in order)) as bar,
+    ):
+        _check_room(path.parent, total)
+        values = _Values(ahead, bar)
+        for output in plan:
+            _write_file(path / output.name, output, values)
+
+
+@contextlib.contextmanager
+def _said_plainly(target, total):
+    """Errors of the system tell of the target, not of files beside it."""
     try:
-        with (
-            staged(target, single_file, force) as directory,
-            ReadAhead(order) as ahead,
-            progress(f"Writing {target.name}", sum(t.nbytes for t in order)) as bar,
-        ):
-            _check_room(directory.parent, total)
-            values = _Values(ahead, bar)
-            for output in plan:
-                _write_file(directory / output.name, output, values)
+        yield
     except OSError as error:
         if error.errno is None:  # One of ours, which says it all.
             raise
+        needs = f" It needs {total:,} bytes." if error.errno in _TOO_LARGE else ""
         raise OSError(
-            f"{target} cannot be written: {error.strerror}. It needs {total:,} bytes. "
-            "Nothing was left there."
+            f"{target} cannot be written: {error.strerror}.{needs} Nothing was left "
+            "there."
         ) from error
 
 

@@ -69,8 +69,8 @@ def save(lm, path, dtype="bfloat16", content="params", force=False):
         force: bool, whether to replace a file that exists.
 
     Raises:
-        ValueError: for an unknown dtype or content; if a value is beyond float16's
-            range; if the model is quantised.
+        ValueError: for an unknown dtype or content; if a value is beyond the
+            dtype's range; if the model is quantised.
         OSError: if the path exists already, or cannot be written.
 
     Example:
@@ -81,9 +81,10 @@ def save(lm, path, dtype="bfloat16", content="params", force=False):
     """
     from keras_openllama.convert import contents, conversion
 
-    conversion.write(
-        contents.of_model(lm), path, "easylm", dtype=dtype, content=content, force=force
+    request = conversion.Request(
+        path, "easylm", dtype=dtype, content=content, force=force
     )
+    conversion.write(contents.of_model(lm), request)
 
 
 def read_tensors(path, arguments, head=True):
@@ -119,7 +120,7 @@ def read_tensors(path, arguments, head=True):
     matched = match(
         tensors, {row.path: (row.easylm, shape_of(row, sizes)) for row in rows}, path
     )
-    head_dim = weight_table.head_dim_of(arguments)
+    head_dim = arguments["head_dim"]
     return {row.path: _as_ours(row, matched[row.path], head_dim) for row in rows}
 
 
@@ -134,14 +135,9 @@ def plan(contents, dtype, content):
     Returns:
         List of one `outputs.Output`.
     """
-    if content not in EASYLM_CONTENTS:
-        raise ValueError(
-            f"`content` is one of {', '.join(EASYLM_CONTENTS)}. Received: "
-            f"content={content!r}"
-        )
     rows = weight_table.weights(contents.arguments["num_layers"])
     sizes = weight_table.sizes(contents.arguments)
-    head_dim = weight_table.head_dim_of(contents.arguments)
+    head_dim = contents.arguments["head_dim"]
     specs = {
         (*EASYLM_CONTENTS[content], *row.easylm.split("/")): (
             shape_of(row, sizes),
@@ -180,7 +176,7 @@ def _as_ours(row, stored, head_dim):
     stored = stored.transposed()
     if row.easylm_layout == weight_table.TURNED:
         return stored
-    return Rearranged(stored, lambda array: halves_apart(array, head_dim))
+    return Rearranged(stored, stored.shape, lambda array: halves_apart(array, head_dim))
 
 
 def as_easylm(row, array, head_dim):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import h5py
 import keras
-import numpy as np
 
 from keras_openllama.convert import arrays, weight_table
 from keras_openllama.convert.building import without_weights
+from keras_openllama.convert.checkpoint import check_file_names, read_weight_map
 from keras_openllama.convert.matching import match
 from keras_openllama.convert.outputs import Output, small_file
 from keras_openllama.convert.stored import (
@@ -50,10 +50,16 @@ def backbone_arguments(config, path="config.json"):
         raise ValueError(
             f"{path} is of a {config.get('registered_name')!r}, not of {name!r}."
         )
-    arguments = dict(config["config"])
-    for setting in ("name", "trainable", "dtype"):
-        arguments.pop(setting, None)
-    return arguments
+    settings = config.get("config")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} has no 'config' with the model's settings.")
+    if "quantiz" in json.dumps(settings.get("dtype")).lower():
+        raise ValueError(
+            f"{path} is of a quantised model, and only floating-point ones can be "
+            "converted."
+        )
+    own = ("name", "trainable", "dtype")  # Of the Keras model, not of the network.
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 # ----- Names
@@ -127,7 +133,7 @@ def read_tensors(repository, arguments, head=True):
     found, expected = {}, {}
     parts = [(_backbone_files(repository), _backbone_names(task))]
     if head:
-        parts.append(([repository.file(_TASK)], _task_names(task)))
+        parts.append(([_task_file(repository)], _task_names(task)))
     for paths, names in parts:
         for path in paths:
             found.update(_read_file(path))
@@ -140,19 +146,25 @@ def read_tensors(repository, arguments, head=True):
     return {row.path: matched[row.path] for row in rows}
 
 
+def _task_file(repository):
+    try:
+        return repository.file(_TASK)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} A backbone that was saved alone has no language-model head: save "
+            "the OpenLlamaCausalLM."
+        ) from error
+
+
 def _backbone_files(repository):
     index = repository.optional(_BACKBONE_INDEX)
     if index is None:
         return [repository.file(_BACKBONE)]
-    try:
-        files = json.loads(index.read_bytes())["weight_map"].values()
-        names = {name for entry in files for name in np.atleast_1d(entry).tolist()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} cannot be read as Keras's index of sharded weights "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    return [repository.file(name) for name in sorted(names)]
+    names = []
+    for entry in read_weight_map(index).values():
+        names += entry if isinstance(entry, list) else [entry]
+    check_file_names(index, names)
+    return [repository.file(name) for name in sorted(set(names))]
 
 
 def _read_file(path):
@@ -163,7 +175,11 @@ def _read_file(path):
     def visit(name, item):
         if not isinstance(item, h5py.Dataset):
             return
-        dtype = item.attrs.get("dtype", item.dtype.name)
+        if not item.dtype.isnative:
+            raise ValueError(f"{name} is in the byte order of another machine")
+        dtype = item.dtype.name
+        if item.attrs.get("dtype") == "bfloat16" and item.dtype.itemsize == 2:
+            dtype = "bfloat16"
         offset = item.id.get_offset()
         if offset is None and item.size:
             raise ValueError(f"{name} is not in one piece, as Keras writes it")
@@ -171,7 +187,7 @@ def _read_file(path):
             raise ValueError(f"{name} reaches beyond the end of the file")
         strides = contiguous_strides(item.shape)
         tensors[name] = StoredTensor(
-            name, str(dtype), item.shape, strides, offset or 0, mapped
+            name, dtype, item.shape, strides, offset or 0, mapped
         )
 
     try:
@@ -258,7 +274,7 @@ class _Frame:
                 self._dataset(file, name, variable)
                 for name, variable in names.variables.items()
             ]
-            self._offsets = [dataset.id.get_offset() for dataset in datasets]
+            self._places = [(d.id.get_offset(), d.shape) for d in datasets]
         self.size = self._recording.size
 
     def _dataset(self, file, name, variable):
@@ -279,9 +295,9 @@ class _Frame:
             for start, data in self._recording.writes:
                 file.seek(start)
                 file.write(data)
-            for offset, value in zip(self._offsets, values, strict=True):
+            for (offset, shape), value in zip(self._places, values, strict=True):
                 file.seek(offset)
-                arrays.write(file, value, self._dtype)
+                arrays.write(file, value, shape, self._dtype)
 
 
 class _Recording(io.RawIOBase):

@@ -39,10 +39,12 @@ def match(tensors, expected, where):
     }
     found = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if found:
+        cut_off = missing and matched and len(found) == 1
+        whole = ", and that the file is whole" if cut_off else ""
         raise ValueError(
             f"The weights in {where} are not those of this model. {'; '.join(found)}. "
             "Check that config.json (or the preset, and any argument that overrides "
-            "it) belongs to the weights."
+            f"it) belongs to the weights{whole}."
         )
     return matched
 

@@ -28,7 +28,7 @@ def model_card(contents, dtype, merges_spaces):
     Returns:
         String, Markdown with a YAML header as the Hugging Face Hub reads it.
     """
-    preset = presets.find(contents.origin) if contents.origin else None
+    preset = presets.registry().get(contents.origin)
     sections = [
         _header(preset),
         _title(contents, preset, dtype),
@@ -138,7 +138,7 @@ before you give it to llama.cpp.
 
 def _provenance(contents, preset):
     if preset is None:
-        where = f"loaded from `{contents.origin}`" if contents.origin else "made here"
+        where = f"loaded from {contents.origin}" if contents.origin else "made here"
         return f"""\
 ## Licence and provenance
 

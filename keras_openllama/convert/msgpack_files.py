@@ -24,11 +24,28 @@ from keras_openllama.convert.stored import (
     MappedFile,
     StoredTensor,
     contiguous_strides,
-    numpy_dtype,
+    dense_bytes,
+    is_shape,
 )
 
 _ARRAY = 1  # Flax's type of extension for an array.
 _CHUNKED = "__msgpack_chunked_array__"
+# How files begin that people take for one of EasyLM.
+_OTHERS = {
+    "a safetensors file": lambda file: file.bytes(8, 1) == b"{",
+    "a PyTorch file": lambda file: file.bytes(0, 2) == b"PK",
+    "a JSON file": lambda file: file.bytes(0, 1) == b"{",
+    "an HDF5 file of Keras": lambda file: file.bytes(1, 3) == b"HDF",
+}
+# The dtypes that Flax may name, and the bytes of an element.
+_ITEMSIZES = {
+    "bool": 1,
+    **{f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2, 4, 8)},
+    **{"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8},
+    **{"complex64": 8, "complex128": 16},
+}
+# Ours: values in a file at most. A train state of 13B has some ten thousand.
+_MOST_VALUES = 1 << 20
 _LARGEST_ARRAY = (1 << 32) - 1024  # What a length can say, less room for the heads.
 
 
@@ -56,10 +73,14 @@ def read(path):
     file = MappedFile(path)
     try:
         return _read(file)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        other = next((o for o, holds in _OTHERS.items() if holds(file)), None)
+        remedy = file.remedy
+        if other:
+            remedy = f"It looks like {other}: give the directory that it is in."
         raise ValueError(
             f"{file.path} ({file.size:,} bytes) cannot be read as a msgpack file of "
-            f"EasyLM: {error or type(error).__name__}. {file.remedy}"
+            f"EasyLM: {error}. {remedy}"
         ) from error
 
 
@@ -92,11 +113,11 @@ def _records(reader):
         if not isinstance(record, list) or len(record) != 2:
             raise ValueError(f"byte {start:,} begins no pair of a key and bytes")
         key, value = record
-        if not isinstance(key, list) or not all(isinstance(k, str) for k in key):
+        if not isinstance(key, list) or not all(map(_is_name, key)):
             raise ValueError(f"byte {start:,} begins a pair without a key of strings")
         if not isinstance(value, _Bytes):
             raise ValueError(f"{'/'.join(key)} is no bytes")
-        inner = _Reader(reader.file, value.start, value.end)
+        inner = reader.within(value)
         leaf = _joined(inner.value())
         if inner.position != inner.end:
             raise ValueError(f"something follows the value of {'/'.join(key)}")
@@ -110,9 +131,13 @@ def _leaves(node, key=()):
         yield key, node
         return
     for name, child in node.items():
-        if not isinstance(name, str):
+        if not _is_name(name):
             raise ValueError(f"a key of its map is {name!r}")
         yield from _leaves(child, (*key, name))
+
+
+def _is_name(key):
+    return isinstance(key, str) and "/" not in key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +183,8 @@ def _joined(node):
     if not isinstance(node, dict) or _CHUNKED not in node:
         return node
     shape, chunks = (_row(node.get(part)) for part in ("shape", "chunks"))
-    if not all(map(_is_size, shape)) or not chunks:
-        raise ValueError(f"an array in chunks has shape {shape}")
+    if not is_shape(shape) or not chunks:
+        raise ValueError("an array in chunks has an impossible shape")
     if not all(isinstance(c, _Array) and len(c.shape) == 1 for c in chunks):
         raise ValueError("an array in chunks has a chunk that is no row of numbers")
     return _Chunked(tuple(shape), chunks)
@@ -170,10 +195,6 @@ def _row(node):
     if not isinstance(node, dict) or set(node) != set(map(str, range(len(node)))):
         raise ValueError("an array in chunks lacks its shape or chunks")
     return [node[str(i)] for i in range(len(node))]
-
-
-def _is_size(value):
-    return type(value) is int and 0 <= value < 1 << 62
 
 
 # By first byte: what follows, and the struct format of its length or value.
@@ -201,16 +222,24 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 class _Reader:
     """Parses msgpack between two positions of a file, without copying its bytes."""
 
-    def __init__(self, file, position, end):
+    def __init__(self, file, position, end, budget=None):
         self.file = file
         self.position = position
         self.end = end
+        # Values that may still be read; readers within others share it.
+        self._budget = itertools.count() if budget is None else budget
+
+    def within(self, span):
+        """A reader for the msgpack that some bytes hold."""
+        return _Reader(self.file, span.start, span.end, self._budget)
 
     def value(self):
         """The next value: `None`, bool, number, string, list, dict, `_Bytes`, `_Array`.
 
         Extensions of other types are `_Bytes`.
         """
+        if next(self._budget) > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
         first = self._unpack("B")
         if first < 0x80:
             return first
@@ -281,29 +310,22 @@ class _Reader:
         span = self._skip(length)
         if kind != _ARRAY:
             return span
-        inner = _Reader(self.file, span.start, span.end)
+        inner = self.within(span)
         parts = inner.value()
         if not isinstance(parts, list) or len(parts) != 3 or inner.position != span.end:
             raise ValueError(f"the array at byte {span.start:,} is none of Flax's")
         shape, dtype, data = parts
-        if not isinstance(shape, list) or not all(map(_is_size, shape)):
-            raise ValueError(f"the array at byte {span.start:,} has shape {shape}")
-        if not isinstance(dtype, str) or not isinstance(data, _Bytes):
+        if not isinstance(shape, list) or not is_shape(shape):
+            raise ValueError(f"the array at byte {span.start:,} has no possible shape")
+        known = isinstance(dtype, str) and dtype in _ITEMSIZES
+        if not known or not isinstance(data, _Bytes):
             raise ValueError(f"the array at byte {span.start:,} has dtype {dtype!r}")
-        expected = math.prod(shape) * _itemsize(dtype)
-        if data.end - data.start != expected:
+        if data.end - data.start != math.prod(shape) * _ITEMSIZES[dtype]:
             raise ValueError(
                 f"the array at byte {span.start:,}, {dtype} of shape {shape}, has "
                 f"{data.end - data.start:,} bytes"
             )
         return _Array(data.start, tuple(shape), dtype)
-
-
-def _itemsize(dtype):
-    try:
-        return numpy_dtype(dtype).itemsize
-    except TypeError:
-        raise ValueError(f"an array has the unknown dtype {dtype!r}") from None
 
 
 # ----- Writing
@@ -325,7 +347,7 @@ def pieces(specs, streaming=True):
     if streaming:
         for key, (shape, dtype) in specs.items():
             array = _array_head(key, shape, dtype)
-            length = len(array) + _nbytes(shape, dtype)
+            length = len(array) + dense_bytes(shape, dtype)
             yield b"\x92" + _key(key) + _head("bin", length) + array, key
     else:
         yield from _map_pieces(specs, 0)
@@ -334,7 +356,7 @@ def pieces(specs, streaming=True):
 def size(specs, streaming=True):
     """Bytes of the file that `write` writes."""
     heads = sum(len(head) for head, _ in pieces(specs, streaming))
-    return heads + sum(itertools.starmap(_nbytes, specs.values()))
+    return heads + sum(itertools.starmap(dense_bytes, specs.values()))
 
 
 def write(file, specs, values, streaming=True):
@@ -352,7 +374,7 @@ def write(file, specs, values, streaming=True):
     """
     for (head, key), value in zip(pieces(specs, streaming), values, strict=True):
         file.write(head)
-        arrays.write(file, value, specs[key][1])
+        arrays.write(file, value, *specs[key])
 
 
 def _map_pieces(specs, depth):
@@ -385,7 +407,7 @@ def _string(text):
 
 def _array_head(key, shape, dtype):
     """All of an array's extension but its elements."""
-    nbytes = _nbytes(shape, dtype)
+    nbytes = dense_bytes(shape, dtype)
     if nbytes > _LARGEST_ARRAY:
         raise ValueError(
             f"{'/'.join(key)} has {nbytes:,} bytes, and msgpack holds at most 4 GB in "
@@ -394,10 +416,6 @@ def _array_head(key, shape, dtype):
     inner = b"\x93" + _head("list", len(shape))
     inner += b"".join(map(_number, shape)) + _string(dtype) + _head("bin", nbytes)
     return _head("ext", len(inner) + nbytes) + struct.pack(">b", _ARRAY) + inner
-
-
-def _nbytes(shape, dtype):
-    return math.prod(shape) * numpy_dtype(dtype).itemsize
 
 
 def _number(value):

@@ -8,14 +8,15 @@ Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
-import math
 
 from keras_openllama.convert import arrays
 from keras_openllama.convert.stored import (
     MappedFile,
     StoredTensor,
     contiguous_strides,
-    numpy_dtype,
+    dense_bytes,
+    is_shape,
+    is_size,
 )
 
 DTYPES = {
@@ -111,20 +112,16 @@ def _begin(item):
 def _checked(name, entry):
     begin, end = entry["data_offsets"]
     shape = entry.get("shape")
-    if not isinstance(shape, list) or not all(map(_is_size, [*shape, begin, end])):
-        raise ValueError(f"{name} has shape {shape} and data_offsets [{begin}, {end}]")
+    if not is_shape(shape) or not is_size(begin) or not is_size(end):
+        raise ValueError(f"{name} has an impossible shape or data_offsets")
     dtype = DTYPES.get(entry.get("dtype"))
     if dtype is None:
         raise ValueError(
             f"{name} has dtype {entry.get('dtype')}, and {', '.join(DTYPES)} are read"
         )
-    if math.prod(shape) * numpy_dtype(dtype).itemsize != end - begin:
+    if dense_bytes(shape, dtype) != end - begin:
         raise ValueError(f"{name}, {dtype} of shape {shape}, has {end - begin:,} bytes")
     return dtype, tuple(shape), (begin, end)
-
-
-def _is_size(value):
-    return type(value) is int and 0 <= value < 1 << 62
 
 
 # ----- Writing
@@ -137,7 +134,7 @@ def size(specs):
 
 def tensor_bytes(specs):
     """Bytes of the tensors alone."""
-    return sum(map(_nbytes, specs.values()))
+    return sum(dense_bytes(*spec) for spec in specs.values())
 
 
 def write(file, specs, values):
@@ -160,8 +157,8 @@ def write(file, specs, values):
     ```
     """
     file.write(_header(specs))
-    for (_, dtype), value in zip(specs.values(), values, strict=True):
-        arrays.write(file, value, dtype)
+    for spec, value in zip(specs.values(), values, strict=True):
+        arrays.write(file, value, *spec)
 
 
 def _header(specs):
@@ -170,7 +167,7 @@ def _header(specs):
     header = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (shape, dtype) in specs.items():
-        end = position + _nbytes((shape, dtype))
+        end = position + dense_bytes(shape, dtype)
         header[name] = {
             "dtype": codes[dtype],
             "shape": list(shape),
@@ -180,8 +177,3 @@ def _header(specs):
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
-def _nbytes(spec):
-    shape, dtype = spec
-    return math.prod(shape) * numpy_dtype(dtype).itemsize

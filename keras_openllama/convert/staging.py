@@ -2,18 +2,40 @@
 
 What is unfinished lies in a hidden directory beside the target, locked for as long as
 its process lives. What a killed process left behind is removed by the next one that
-writes to the same target.
+writes to the same target on the same machine.
 """
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
-_MODEL_FILE = "config.json"  # What a directory has that may be replaced.
 _REPLACED = "replaced"  # The old directory, for the moment before the new one is there.
+_CONFIG = "config.json"
+# What a directory may hold that is replaced: the names that conversions write.
+_OURS = (
+    _CONFIG,
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "README.md",
+    "metadata.json",
+    "task.json",
+    "preprocessor.json",
+    "model*.weights.h5",
+    "model.weights.json",
+    "task.weights.h5",
+    "assets",
+)
 
 
 @contextlib.contextmanager
@@ -37,68 +59,133 @@ def staged(target, single_file=False, force=False):
     ```
     """
     target = Path(os.path.realpath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    check_target(target, single_file, force)
-    staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    try:
-        with _locked(staging):
+    with _parents(target):
+        _remove_abandoned(target)
+        check_target(target, single_file, force)
+        staging, lock = _make_staging(target)
+        try:
             unfinished = staging / target.name
             if not single_file:
                 unfinished.mkdir()
             yield unfinished
             _sync(unfinished)
+            check_target(target, single_file, force)  # It may have come meanwhile.
             if target.is_dir():
                 os.rename(target, staging / _REPLACED)
             os.replace(unfinished, target)
-    finally:
-        _remove(staging, target)
+        finally:
+            _remove(staging, target)
+            os.close(lock)
 
 
 def check_target(target, single_file=False, force=False):
     """Raises an `OSError` if `staged` would refuse the target."""
-    target = Path(target)
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        if single_file and target.is_dir():
-            raise IsADirectoryError(f"{target} is a directory, and a file is written.")
+    target = Path(os.path.realpath(target))
+    if target.is_dir():
+        _check_directory(target, single_file, force)
+    elif target.exists():
+        if not force:
+            raise _exists(target)
+        if not single_file:
+            raise NotADirectoryError(
+                f"{target} is a file, and a directory is written. Choose another "
+                "target."
+            )
+
+
+def _check_directory(target, single_file, force):
+    if single_file:
+        raise IsADirectoryError(
+            f"{target} is a directory, and a file is written: name a file in it."
+        )
+    if os.path.ismount(target) or target == Path.cwd():
+        what = "a mount point" if os.path.ismount(target) else "the current directory"
+        raise OSError(
+            f"{target} is {what}, in whose place no other directory can be put: name a "
+            "directory in it."
+        )
+    names = sorted(target.iterdir())
+    if not names:
         return
     if not force:
+        raise _exists(target)
+    others = [path.name for path in names if not any(map(path.match, _OURS))]
+    if others or not _is_config(target / _CONFIG):
+        found = f"holds {others[0]!r}" if others else f"holds no {_CONFIG} of a model"
         raise FileExistsError(
-            f"{target} exists. Choose another target, or replace it with force=True "
-            "(--force)."
-        )
-    if target.is_dir() and single_file:
-        raise IsADirectoryError(f"{target} is a directory, and a file is written.")
-    if not single_file and not (target / _MODEL_FILE).is_file():
-        raise FileExistsError(
-            f"{target} is not replaced: it holds no {_MODEL_FILE}, so it is no model's "
-            "directory. Remove it yourself, or choose another target."
+            f"{target} is not replaced: it {found}, which no conversion writes. Remove "
+            "it yourself, or choose another target."
         )
 
 
-def _prefix(target):
-    return f".{target.name}.unfinished-"
+def _exists(target):
+    return FileExistsError(
+        f"{target} exists. Choose another target, or replace it with force=True "
+        "(--force)."
+    )
+
+
+def _is_config(path):
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(
+        {"model_type", "registered_name"} & {*config}
+    )
 
 
 @contextlib.contextmanager
-def _locked(directory):
-    """Holds the directory's lock, which the system lets go when the process ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _parents(target):
+    """Makes the directories above the target, and removes them again if it fails."""
+    made = [path for path in target.parents if not path.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # Somebody else has use for it.
+                path.rmdir()
+        raise
+
+
+def _prefix(target):
+    # By machine: on a network's file system, locks of others may not be seen.
+    return f".{target.name}.unfinished-{socket.gethostname()}-"
+
+
+def _make_staging(target):
+    """A new directory beside the target, and the descriptor that holds its lock."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        lock = os.open(staging, os.O_RDONLY)
+        # In between, another process may have taken it for an abandoned one.
+        if _locked(lock) is not False and staging.exists():
+            return staging, lock
+        os.close(lock)
+
+
+def _locked(descriptor):
+    """Takes a lock that ends with the process: `False` if another has it.
+
+    `None` where the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
 
 
 def _remove_abandoned(target):
     for path in target.parent.iterdir():
-        if path.name.startswith(_prefix(target)):
-            with (
-                contextlib.suppress(OSError),
-                _locked(path),
-            ):  # Locked: its owner lives.
+        if not path.name.startswith(_prefix(target)):
+            continue
+        with contextlib.suppress(OSError):  # Gone meanwhile.
+            lock = os.open(path, os.O_RDONLY)
+            if _locked(lock):
                 _remove(path, target)
+            os.close(lock)
 
 
 def _remove(staging, target):

@@ -13,6 +13,7 @@ import numpy as np
 _PAGE = mmap.PAGESIZE
 _READ_AHEAD_BYTES = 8 << 20
 _TENSORS_AHEAD = 4
+_MOST_AXES = 32  # Ours: no weight has more than three; each takes time to multiply.
 
 
 class MappedFile:
@@ -127,20 +128,26 @@ class Rearranged:
     """A stored tensor whose elements are put in another order when it is read.
 
     Args:
-        stored: `StoredTensor`.
-        rearrange: function from its array to one of the same shape.
+        stored: `StoredTensor` or `Joined`.
+        shape: tuple of ints, the shape that results.
+        rearrange: function from its array to one of that shape.
     """
 
-    def __init__(self, stored, rearrange):
-        self._stored = stored
+    def __init__(self, stored, shape, rearrange):
+        self.name = stored.name
+        self.dtype = stored.dtype
+        self.shape = shape
+        self.offset = stored.offset
+        self.file = stored.file
+        self.nbytes = stored.nbytes
+        self.touch = stored.touch
+        self.drop = stored.drop
+        self._array = stored.array
         self._rearrange = rearrange
-
-    def __getattr__(self, name):
-        return getattr(self._stored, name)
 
     def array(self):
         """The tensor in its new order, a copy."""
-        return self._rearrange(self._stored.array())
+        return self._rearrange(self._array())
 
 
 class Joined:
@@ -162,7 +169,7 @@ class Joined:
         self._parts = parts
 
     def transposed(self):
-        return Rearranged(self, np.transpose)
+        return Rearranged(self, self.shape[::-1], np.transpose)
 
     def array(self):
         """The tensor in one piece, a copy."""
@@ -242,6 +249,25 @@ class ReadAhead:
 def numpy_dtype(name):
     """NumPy's dtype of that name, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def dense_bytes(shape, dtype):
+    """Bytes of a tensor without gaps."""
+    return math.prod(shape) * numpy_dtype(dtype).itemsize
+
+
+def is_shape(value):
+    """Whether a value from a file can be a tensor's shape."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= _MOST_AXES
+        and all(map(is_size, value))
+    )
+
+
+def is_size(value):
+    """Whether a value from a file can be a size or an offset."""
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def contiguous_strides(shape):

@@ -27,11 +27,15 @@ def plan(contents, dtype, max_shard_bytes):
         ValueError: if the tokenizer cannot be expressed as `tokenizer.json`.
     """
     tokenizer = _Tokenizer(contents.tokenizer) if contents.tokenizer else None
-    config = _config(contents.arguments, dtype, tokenizer)
+    control_ids = contents.control_ids
+    if tokenizer:
+        control_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
+    config = _config(contents.arguments, dtype, control_ids)
+    generation = _generation_config(control_ids, tokenizer)
     merges_spaces = tokenizer and tokenizer.merges_spaces
     return [
         small_file("config.json", _json(config)),
-        small_file("generation_config.json", _json(_generation_config(tokenizer))),
+        small_file("generation_config.json", _json(generation)),
         *(_tokenizer_files(tokenizer, contents.arguments) if tokenizer else ()),
         small_file("README.md", model_card(contents, dtype, merges_spaces)),
         *_weight_files(contents, dtype, max_shard_bytes),
@@ -47,11 +51,11 @@ def _json(data):
 
 def _weight_files(contents, dtype, max_shard_bytes):
     rows = weight_table.weights(contents.arguments["num_layers"])
+    sizes = weight_table.sizes(contents.arguments)
     shards = [{}]
     room = max_shard_bytes
     for row in rows:
-        shape = tuple(contents.tensors[row.path].shape)
-        spec = {row.transformers: (shape, dtype)}
+        spec = {row.transformers: (row.shape(sizes), dtype)}
         nbytes = safetensors_files.tensor_bytes(spec)
         if shards[-1] and nbytes > room:
             shards.append({})
@@ -97,23 +101,21 @@ def _index(names, shards, parameters):
 # ----- Configuration
 
 
-def _config(arguments, dtype, tokenizer):
+def _config(arguments, dtype, control_ids):
     """`config.json`, with names that transformers 4 and 5 and llama.cpp read."""
-    sizes = weight_table.sizes(arguments)
-    head_dim = weight_table.head_dim_of(arguments)
-    scaling = arguments.get("rope_scaling")
+    scaling = arguments["rope_scaling"]
     if scaling is not None:
         scaling = {**scaling, "type": scaling["rope_type"]}  # Its name until 4.43.
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": sizes["vocabulary"],
-        "hidden_size": sizes["hidden"],
-        "intermediate_size": sizes["intermediate"],
+        "vocab_size": arguments["vocabulary_size"],
+        "hidden_size": arguments["hidden_dim"],
+        "intermediate_size": arguments["intermediate_dim"],
         "num_hidden_layers": arguments["num_layers"],
         "num_attention_heads": arguments["num_query_heads"],
-        "num_key_value_heads": sizes["key_value"] // head_dim,
-        "head_dim": head_dim,
+        "num_key_value_heads": arguments["num_key_value_heads"],
+        "head_dim": arguments["head_dim"],
         "max_position_embeddings": arguments["max_sequence_length"],
         "rope_theta": arguments["rope_max_wavelength"],
         "rope_scaling": scaling,
@@ -124,23 +126,21 @@ def _config(arguments, dtype, tokenizer):
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
-        **_control_ids(tokenizer),
+        **_as_settings(control_ids),
         "dtype": dtype,
         "torch_dtype": dtype,  # Its name in transformers 4.
         "keras_openllama_version": __version__,
     }
 
 
-def _generation_config(tokenizer):
+def _generation_config(control_ids, tokenizer):
     # No token is for padding: what stands in, behind a mask, is the unknown token.
     pad = tokenizer.ids["unk_token"] if tokenizer else 0
-    return {**_control_ids(tokenizer), "pad_token_id": pad}
+    return {**_as_settings(control_ids), "pad_token_id": pad}
 
 
-def _control_ids(tokenizer):
-    """Ids of start and end; without a tokenizer those of all OpenLLaMA models."""
-    ids = tokenizer.ids if tokenizer else {"bos_token": 1, "eos_token": 2}
-    return {"bos_token_id": ids["bos_token"], "eos_token_id": ids["eos_token"]}
+def _as_settings(control_ids):
+    return dict(zip(("bos_token_id", "eos_token_id"), control_ids, strict=True))
 
 
 # ----- Tokenizer
@@ -154,12 +154,12 @@ class _Tokenizer:
     """
 
     def __init__(self, proto):
-        from keras_openllama.sentencepiece_file import load_processor
+        from keras_openllama.sentencepiece_file import keeps_spaces, load_processor
 
         processor = load_processor(proto, "The tokenizer")
         self.proto = proto
         self.fast = fast_tokenizer.build(proto)
-        self.merges_spaces = "▁▁" not in processor.normalize("a  b")
+        self.merges_spaces = not keeps_spaces(processor)
         self.ids = {
             "bos_token": processor.bos_id(),
             "eos_token": processor.eos_id(),

@@ -97,6 +97,10 @@ def _rope(config, path):
     # transformers 5 writes `rope_parameters`, base included; before, it was
     # `rope_theta` and `rope_scaling`, whose "rope_type" once was called "type".
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path} sets the RoPE scaling {settings!r}, which is no dict."
+        )
     wavelength = settings.get("rope_theta", config.get("rope_theta"))
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
@@ -108,7 +112,7 @@ def _rope(config, path):
             f"{path} sets the RoPE scaling {settings}, of which only the types "
             "'linear' and 'dynamic' are supported here."
         )
-    return 10000.0 if wavelength is None else float(wavelength), scaling
+    return 10000.0 if wavelength is None else wavelength, scaling
 
 
 def read_tensors(repository, arguments, head=True, tied=False):

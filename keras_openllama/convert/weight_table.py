@@ -155,24 +155,16 @@ def sizes(arguments):
     """The sizes that `Weight.axes` names.
 
     Args:
-        arguments: dict, arguments of `OpenLlamaBackbone`.
+        arguments: dict, as `architecture.checked` returns.
 
     Returns:
         Dict of ints.
     """
-    heads = arguments["num_query_heads"]
-    key_value_heads = arguments.get("num_key_value_heads") or heads
-    head_dim = head_dim_of(arguments)
+    head_dim = arguments["head_dim"]
     return {
         "vocabulary": arguments["vocabulary_size"],
         "hidden": arguments["hidden_dim"],
         "intermediate": arguments["intermediate_dim"],
-        "query": heads * head_dim,
-        "key_value": key_value_heads * head_dim,
+        "query": arguments["num_query_heads"] * head_dim,
+        "key_value": arguments["num_key_value_heads"] * head_dim,
     }
-
-
-def head_dim_of(arguments):
-    """Size of a head: stated, or else the width shared out among the heads."""
-    stated = arguments.get("head_dim")
-    return stated or arguments["hidden_dim"] // arguments["num_query_heads"]

@@ -34,7 +34,7 @@ def test_what_is_written_are_the_elements_in_order(source, target, turned, monke
     array = some((700, 300), source)
     array = array.T if turned else array
     file = io.BytesIO()
-    arrays.write(file, array, target)
+    arrays.write(file, array, array.shape, target)
     expected = np.ascontiguousarray(array).astype(numpy_dtype(target))
     assert file.getvalue() == expected.tobytes()
 
@@ -42,17 +42,33 @@ def test_what_is_written_are_the_elements_in_order(source, target, turned, monke
 @pytest.mark.parametrize("shape", [(), (0,), (0, 5), (5, 0)])
 def test_empty_arrays_and_numbers_are_written(shape):
     file = io.BytesIO()
-    arrays.write(file, np.ones(shape, "float32"), "float16")
+    arrays.write(file, np.ones(shape, "float32"), shape, "float16")
     assert len(file.getvalue()) == 2 * np.prod(shape, dtype=int)
 
 
-@pytest.mark.parametrize("source", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", [1e6, -1e6, np.inf])
-def test_float16_refuses_what_it_cannot_hold(source, value):
-    array = some((2000, 3), source)
-    array[0, 0] = np.nan  # Which it can, and which compares with nothing.
-    arrays.cast(array, np.float16)
+def test_another_shape_than_stated_is_refused():
+    array = some((3, 5), "float32").T
+    with pytest.raises(ValueError, match=r"has shape \(5, 3\), and \(3, 5\) is stated"):
+        arrays.write(io.BytesIO(), array, (3, 5), "float32")
+
+
+@pytest.mark.parametrize(
+    "source, target, value",
+    [
+        ("float32", "float16", 1e6),
+        ("float32", "float16", -65520.0),
+        ("bfloat16", "float16", 1e6),
+        ("float32", "bfloat16", 3.4e38),
+        ("float64", "float32", -1e300),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_refused(source, target, value):
+    target = numpy_dtype(target)
+    array = np.zeros((2000, 3), numpy_dtype(source))
+    array[0] = np.nan, np.inf, -np.inf  # Which each can hold.
+    arrays.cast(array, target)
     array[1999, 2] = value
-    with pytest.raises(ValueError, match="beyond float16's range of ±65504"):
-        arrays.cast(array, np.float16)
-    arrays.cast(array, numpy_dtype("bfloat16"))
+    with pytest.raises(ValueError, match=f"beyond {target.name}'s range of ±"):
+        arrays.cast(array, target)
+    with pytest.raises(ValueError, match="take dtype="):
+        arrays.check_range(array, target)

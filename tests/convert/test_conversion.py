@@ -176,9 +176,10 @@ def test_shards_are_as_large_as_allowed_and_indexed(models, tmp_path):
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(to, models, tmp_path):
     source = models["transformers", "bfloat16"]
-    plan = convert(source, tmp_path / "out", to, max_shard_size="50KB", dry_run=True)
+    options = {"max_shard_size": "50KB"} if to == "transformers" else {}
+    plan = convert(source, tmp_path / "out", to, dry_run=True, **options)
     assert not list(tmp_path.iterdir())
-    convert(source, tmp_path / "out", to, max_shard_size="50KB")
+    convert(source, tmp_path / "out", to, **options)
     for file in plan:
         assert (tmp_path / "out" / file.name).stat().st_size == file.size, file.name
 
@@ -235,12 +236,30 @@ def test_truncated_weights_of_keras_are_refused(models, tmp_path):
     refused(OSError, r"model\.weights\.h5 is missing", source, tmp_path / "out")
 
 
+def test_weights_of_keras_in_another_order_of_bytes_are_refused(models, tmp_path):
+    source = tmp_path / "source"
+    convert(models["transformers", "float32"], source, "keras")
+    with h5py.File(source / "task.weights.h5", "r+") as file:
+        (name,) = [n for n in ("layers/projection/vars/0",) if n in file]
+        value = file[name][()]
+        del file[name]
+        file[name] = value.astype(">f4")
+    refused(ValueError, "byte order of another", source, tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(models, tmp_path):
+    lm = random_lm(SHAPE)  # Of 199 embeddings.
+    lm.export_to_transformers(tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.model"
+    path.write_bytes(trained_model(True))
+    refused(ValueError, "512 pieces and", tmp_path / "source", tmp_path / "out")
+
+
 def test_an_index_that_names_a_missing_file_is_refused(models, tmp_path):
     source = tmp_path / "source"
     convert(
         models["transformers", "float16"], source, "transformers", max_shard_size="50KB"
     )
-    (source / "model-00002-of-00007.safetensors").unlink(missing_ok=True)
     name = sorted(source.glob("*.safetensors"))[1].name
     (source / name).unlink()
     refused(OSError, "names the file model-0000", source, tmp_path / "out")
@@ -274,6 +293,10 @@ def test_unknown_names_are_refused(models, tmp_path):
     refused(ValueError, "Received: dtype='float8'", source, target, dtype="float8")
     refused(ValueError, "Received: to='gguf'", source, target, "gguf")
     refused(ValueError, "Received: max_shard_size=", source, target, max_shard_size="x")
+    refused(ValueError, "only. Received: content=", source, target, content="params")
+    for to in ("easylm", "keras"):
+        match = "only. Received: max_shard_size='1GB'"
+        refused(ValueError, match, source, target, to, max_shard_size="1GB")
     refused(ValueError, "exists", tmp_path / "nowhere", target)
     refused(ValueError, "Received: preset='3b'", source, target, preset="3b")
     refused(ValueError, "--preset", models["easylm", "float32"], target)
@@ -285,7 +308,7 @@ def test_a_quantised_model_is_refused(models, tmp_path):
     with pytest.raises(ValueError, match="quantised"):
         lm.export_to_transformers(tmp_path / "out")
     lm.save_to_preset(tmp_path / "int8")
-    refused(ValueError, "misshapen|unexpected", tmp_path / "int8", tmp_path / "out")
+    refused(ValueError, "quantised model", tmp_path / "int8", tmp_path / "out")
 
 
 def test_a_model_without_tokenizer_says_how_to_go_on(models, tmp_path):
@@ -316,7 +339,26 @@ def test_tensors_of_several_dtypes_need_a_choice(models, tmp_path):
 def test_the_source_is_never_the_target(to, models, tmp_path):
     source = copy(models["transformers", "float32"], tmp_path / "a")
     refused(OSError, "holds the source", source, source, to, force=True)
-    refused(OSError, "holds the source", source, tmp_path, to, force=True)
+    refused(OSError, "holds 'a', which no", source, tmp_path, to, force=True)
+    config = source / "config.json"
+    refused(OSError, "a part of it", source, config, "easylm", force=True)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    refused(OSError, "holds the source", link, source, to, force=True)
+    refused(OSError, "holds the source", source, link, to, force=True)
+    # Its files may be links elsewhere, as in the cache of the Hub.
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in source.iterdir():
+        (linked / file.name).symlink_to(file)
+    refused(OSError, "holds the source", linked, linked, to, force=True)
+
+
+def test_the_preset_of_a_file_is_not_the_target(models, tmp_path):
+    preset = copy(models["transformers", "float32"], tmp_path / "a")
+    source, to = models["easylm", "float32"], "transformers"
+    match = "holds the source"
+    refused(OSError, match, source, preset, to, preset=preset, force=True)
 
 
 def test_what_exists_is_replaced_only_if_forced(models, tmp_path):

@@ -9,6 +9,7 @@ from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
 from keras_openllama.convert import easylm
+from keras_openllama.convert.conversion import convert
 from keras_openllama.convert.easylm import halves_apart, pairs_together
 
 SHAPE = SHAPES[2]  # With fewer heads for keys and values than for queries.
@@ -68,6 +69,26 @@ def test_a_whole_train_state_is_read_for_its_parameters(directory, tmp_path):
     back = easylm.load(tmp_path / "state", directory)
     expected = values(lm)
     assert all(np.array_equal(v, expected[p]) for p, v in values(back).items())
+
+
+@pytest.mark.backend_free
+def test_arrays_in_chunks_are_converted_in_their_shape(
+    directory, tmp_path, monkeypatch
+):
+    import flax.serialization
+
+    easylm.save(random_lm(SHAPE, trained_model(True)), tmp_path / "params", None)
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 5000)
+    packer = msgpack.Packer()
+    with open(tmp_path / "chunked", "wb") as file:
+        for name, array in easylm_model.read_stream(tmp_path / "params").items():
+            data = flax.serialization.to_bytes(array)
+            file.write(packer.pack((name.split("/"), data)))
+    for name in ("params", "chunked"):
+        target = tmp_path / f"{name}_hf"
+        convert(tmp_path / name, target, "transformers", preset=directory)
+    paths = [tmp_path / f"{n}_hf" / "model.safetensors" for n in ("params", "chunked")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.backend_free

@@ -1,7 +1,9 @@
 """A target appears when it is whole, or not at all."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -13,7 +15,11 @@ pytestmark = pytest.mark.backend_free
 
 
 def write(path, text="new"):
-    (path / "config.json").write_text(text)
+    (path / "config.json").write_text(json.dumps({"model_type": text}))
+
+
+def read(path):
+    return json.loads((path / "config.json").read_text())["model_type"]
 
 
 def names(directory):
@@ -25,7 +31,7 @@ def test_a_directory_appears_at_the_end(tmp_path):
         write(path)
         assert not (tmp_path / "a" / "out").exists()
     assert names(tmp_path / "a") == ["out"]
-    assert (tmp_path / "a" / "out" / "config.json").read_text() == "new"
+    assert read(tmp_path / "a" / "out") == "new"
     # As readable to others as any new directory.
     (tmp_path / "b").mkdir()
     assert (tmp_path / "a" / "out").stat().st_mode == (tmp_path / "b").stat().st_mode
@@ -57,10 +63,10 @@ def test_what_exists_is_refused_unless_forced(tmp_path):
     with pytest.raises(ValueError), staged(target, force=True) as path:
         write(path)
         raise ValueError
-    assert (target / "config.json").read_text() == "old"
+    assert read(target) == "old"
     with staged(target, force=True) as path:
         write(path)
-    assert (target / "config.json").read_text() == "new"
+    assert read(target) == "new"
     assert names(tmp_path) == ["out"]
 
 
@@ -83,12 +89,42 @@ def test_an_empty_directory_is_nothing_to_lose(tmp_path):
 def test_only_a_models_directory_is_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no model's directory"):
+    with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex'"):
         check_target(tmp_path / "home", force=True)
+    write(tmp_path / "home")
+    with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex'"):
+        check_target(tmp_path / "home", force=True)
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker" / "config.json").write_text('{"auths": {}}')
+    with pytest.raises(FileExistsError, match=r"no config\.json of a model"):
+        check_target(tmp_path / "docker", force=True)
     with pytest.raises(IsADirectoryError):
         check_target(tmp_path / "home", single_file=True, force=True)
-    with pytest.raises(FileExistsError, match="thesis"):
+    with pytest.raises(NotADirectoryError, match="thesis"):
         check_target(tmp_path / "home" / "thesis.tex", force=True)
+
+
+def test_a_place_where_nothing_can_be_put_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"the current directory.*a directory in it"):
+        check_target(".")
+    with pytest.raises(OSError, match="mount point"):
+        check_target("/proc")
+
+
+def test_what_came_meanwhile_stays(tmp_path):
+    with pytest.raises(FileExistsError), staged(tmp_path / "out") as path:
+        write(path)
+        (tmp_path / "out").mkdir()
+        write(tmp_path / "out", "theirs")
+    assert read(tmp_path / "out") == "theirs"
+    assert names(tmp_path) == ["out"]
+
+
+def test_directories_that_were_made_for_nothing_are_removed(tmp_path):
+    with pytest.raises(ValueError), staged(tmp_path / "a" / "b" / "out"):
+        raise ValueError
+    assert names(tmp_path) == []
 
 
 PROGRAM = """
@@ -133,12 +169,12 @@ def test_what_another_process_is_writing_is_left_alone(writer, tmp_path):
 
 def test_a_directory_that_was_about_to_be_replaced_is_put_back(tmp_path):
     # As after a kill between the two renamings.
-    left = tmp_path / ".out.unfinished-1"
+    left = tmp_path / f".out.unfinished-{socket.gethostname()}-1"
     (left / "replaced").mkdir(parents=True)
     write(left / "replaced", "old")
     with pytest.raises(FileExistsError), staged(tmp_path / "out"):
         pass
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert read(tmp_path / "out") == "old"
     assert names(tmp_path) == ["out"]
 
 

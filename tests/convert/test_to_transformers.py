@@ -18,6 +18,7 @@ from tokenizer_models import trained_model
 from keras_openllama import OpenLlamaCausalLM, presets
 from keras_openllama.convert import model_card
 from keras_openllama.convert.contents import Contents
+from keras_openllama.convert.conversion import convert
 
 pytestmark = pytest.mark.backend_free
 
@@ -123,7 +124,7 @@ def test_a_model_without_preprocessor_has_no_tokenizer_files(tmp_path):
 @pytest.mark.parametrize("name", presets.registry())
 def test_the_card_of_a_preset_tells_licence_and_sources(name):
     preset = presets.find(name)
-    contents = Contents(dict(preset.config), {}, b"", name)
+    contents = Contents(dict(preset.config), {}, origin=name)
     card = model_card.model_card(contents, "float16", preset.version == "v1")
     _, header, _ = card.split("---\n", 2)
     assert "license: apache-2.0" in header
@@ -137,6 +138,33 @@ def test_the_card_of_a_preset_tells_licence_and_sources(name):
     assert "None" not in card and "{" not in card.split("```")[-1]
 
 
+@pytest.mark.parametrize("name", ["3b_v2", "open_llama_3b_v2"])
+def test_a_directory_named_as_a_preset_is_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_lm(SHAPE, trained_model(True)).export_to_transformers(name)
+    lm = OpenLlamaCausalLM.from_preset(f"./{name}")
+    lm.export_to_transformers("out")
+    assert "license:" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_was_trained_from_scratch_has_no_origin(tmp_path):
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano", load_weights=False)
+    lm.export_to_transformers(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "made here" in card and "license:" not in card
+
+
+def test_without_a_tokenizer_the_source_tells_the_end(tmp_path):
+    lm = random_lm(SHAPE)
+    lm.export_to_transformers(tmp_path / "a")
+    config = read(tmp_path / "a" / "config.json")
+    config.update(bos_token_id=7, eos_token_id=8)
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
+    generation = read(tmp_path / "b" / "generation_config.json")
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (7, 8)
+
+
 def test_the_card_of_an_unknown_model_makes_no_claims(tmp_path):
     lm = random_lm(SHAPE, trained_model(True))
     lm.export_to_transformers(tmp_path / "secret_folder")
@@ -145,7 +173,9 @@ def test_the_card_of_an_unknown_model_makes_no_claims(tmp_path):
     lm = OpenLlamaCausalLM.from_preset(str(tmp_path / "secret_folder"))
     lm.export_to_transformers(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "loaded from `secret_folder`" in card and str(tmp_path) not in card
+    assert (
+        "loaded from the directory secret_folder." in card and str(tmp_path) not in card
+    )
 
 
 # llama.cpp

@@ -100,17 +100,23 @@ def test_the_dtype_written_is_the_one_stated(dtype, tmp_path):
     assert torch.equal(theirs, torch.tensor(ours).to(getattr(torch, dtype)))
 
 
-def test_lora_adapters_are_merged(tmp_path):
-    lm = random_lm(SHAPES[2])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_lora_adapters_are_merged(dtype, tmp_path):
+    lm = random_lm(SHAPES[2], dtype=dtype)
     lm.backbone.enable_lora(2)
     random = np.random.default_rng(0)
     for weight in lm.trainable_weights:  # One of each pair begins as zeros.
         weight.assign(0.1 * random.standard_normal(weight.shape))
     lm.export_to_transformers(tmp_path / "out")
+    # In float32, whatever this model computes in: its weights are float32.
+    wide = random_lm(SHAPES[2])
+    wide.backbone.enable_lora(2)
+    for ours, theirs in zip(wide.weights, lm.weights, strict=True):
+        ours.assign(keras.ops.convert_to_numpy(theirs))
     ids = batch(SHAPES[2], length=20)
     with torch.no_grad():
         expected = in_transformers(tmp_path / "out")(torch.tensor(ids)).logits
-    assert_close(lm.score(ids), expected)
+    assert_close(wide.score(ids), expected)
 
 
 @pytest.mark.parametrize("keep_spaces", [True, False], ids=["v2", "v1"])
