@@ -1,6 +1,9 @@
-"""Runs the tests once for each Keras backend in turn, and adds the results up.
+"""Runs the tests once for each Keras backend, and adds the results up.
 
     python tests/run_backends.py [--slow] [--backends jax,torch] [pytest arguments]
+
+Two backends run at a time, as most tests keep one core busy. The first one is shown as
+it goes, the others when they have ended.
 
 JAX, the default backend, runs everything. TensorFlow and PyTorch leave out the tests
 marked `backend_free`, whose answer cannot depend on the backend. A backend that runs
@@ -14,10 +17,12 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "tensorflow", "torch")
+AT_A_TIME = 2
 NO_TESTS_COLLECTED = 5
 
 
@@ -33,11 +38,23 @@ def marker_expression(backend, slow):
     return " and ".join(f"not {marker}" for marker in left_out)
 
 
-def run(backend, slow, pytest_arguments):
-    """Runs pytest on one backend. Returns its exit code and its counts by outcome."""
+def run(backend, slow, pytest_arguments, shown):
+    """Runs pytest on one backend.
+
+    Args:
+        backend: string.
+        slow: bool, whether to run the slow tests.
+        pytest_arguments: list of strings.
+        shown: bool, whether its output is shown as it goes.
+
+    Returns:
+        Its exit code, its counts by outcome, its seconds, and the output that was not
+        shown.
+    """
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.xml")
-        code = subprocess.call(
+        result = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest"),
                 *("-m", marker_expression(backend, slow)),
@@ -46,8 +63,11 @@ def run(backend, slow, pytest_arguments):
             ],
             cwd=ROOT,
             env={**os.environ, "KERAS_BACKEND": backend},
+            stdout=None if shown else subprocess.PIPE,
+            stderr=None if shown else subprocess.STDOUT,
         )
-        return code, counts_of(report)
+        seconds = time.monotonic() - start
+        return result.returncode, counts_of(report), seconds, result.stdout or b""
 
 
 def counts_of(report):
@@ -71,26 +91,35 @@ def main(arguments=None):
     parser.add_argument("--backends", default=",".join(BACKENDS))
     options, pytest_arguments = parser.parse_known_args(arguments)
 
+    backends = options.backends.split(",")
+    for backend in backends:
+        if backend not in BACKENDS:
+            parser.error(f"--backends: {backend!r} is not one of {BACKENDS}.")
     lines = []
     total = {"passed": 0, "failed": 0, "skipped": 0}
     all_good = True
-    for backend in options.backends.split(","):
-        if backend not in BACKENDS:
-            parser.error(f"--backends: {backend!r} is not one of {BACKENDS}.")
-        print(f"\n=== Tests on {backend}", flush=True)
-        start = time.monotonic()
-        code, counts = run(backend, options.slow, pytest_arguments)
-        good = code == 0 and counts["passed"] > 0
-        if code == NO_TESTS_COLLECTED and pytest_arguments:
-            good = True
-        all_good &= good
-        for outcome, count in counts.items():
-            total[outcome] += count
-        lines.append(
-            f"{backend:<12}{counts['passed']:>6} passed{counts['failed']:>6} failed"
-            f"{counts['skipped']:>6} skipped{time.monotonic() - start:>8.0f} s"
-            + ("" if good else f"   FAILED (pytest's exit code is {code})")
-        )
+    print(f"=== Tests on {', '.join(backends)}; the first is shown", flush=True)
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        runs = [
+            pool.submit(run, backend, options.slow, pytest_arguments, number == 0)
+            for number, backend in enumerate(backends)
+        ]
+        for backend, future in zip(backends, runs, strict=True):
+            code, counts, seconds, output = future.result()
+            if output:
+                print(f"\n=== Tests on {backend}", flush=True)
+                sys.stdout.buffer.write(output)
+            good = code == 0 and counts["passed"] > 0
+            if code == NO_TESTS_COLLECTED and pytest_arguments:
+                good = True
+            all_good &= good
+            for outcome, count in counts.items():
+                total[outcome] += count
+            lines.append(
+                f"{backend:<12}{counts['passed']:>6} passed{counts['failed']:>6} failed"
+                f"{counts['skipped']:>6} skipped{seconds:>8.0f} s"
+                + ("" if good else f"   FAILED (pytest's exit code is {code})")
+            )
 
     print("\n" + "\n".join(lines) + "\n")
     print(", ".join(f"{count} {outcome}" for outcome, count in total.items()))
