@@ -1,5 +1,6 @@
 """Set-up common to all tests."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # Helpers shared by several test
 
 import keras
 import pytest
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what the imports have made.
+
+    Keras collects garbage after each layer that it quantizes, and would look at all of
+    it each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

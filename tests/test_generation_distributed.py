@@ -1,11 +1,7 @@
 """Generation over a mesh of devices gives what one device gives."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from fake_devices import run_on_eight_devices
 from tiny_models import TinyShape, as_ours, in_transformers
 
 pytestmark = pytest.mark.backend_free  # ModelParallel exists on JAX only.
@@ -85,17 +81,5 @@ for name, (shape, columns, rows) in layouts.items():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_layout_gives_the_tokens_of_one_device(tmp_path, shape):
     as_ours(in_transformers(shape), tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "jax",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("agrees") == 3
+    printed = run_on_eight_devices(PROGRAM, tmp_path)
+    assert printed.count("agrees") == 3

@@ -1,12 +1,8 @@
 """Under a `keras.distribution` variables are made already sharded."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from fake_devices import run_on_eight_devices
 from tiny_models import TinyShape, as_ours, in_transformers
 
 pytestmark = pytest.mark.backend_free  # ModelParallel exists on JAX only.
@@ -56,19 +52,7 @@ np.savez(
 @pytest.mark.parametrize("kind, dtype", [("model", "bfloat16"), ("data", "float32")])
 def test_each_device_gets_its_part(tmp_path, kind, dtype):
     ours = as_ours(in_transformers(SHAPE), tmp_path, dtype=dtype)
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), kind, dtype],
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "jax",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    run_on_eight_devices(PROGRAM, tmp_path, kind, dtype)
     loaded = np.load(tmp_path / "loaded.npz")
     assert len(loaded) == len(ours.weights)
     for weight in ours.weights:

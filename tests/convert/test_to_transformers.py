@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 import transformers
+from fake_devices import run_on_eight_devices
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -233,19 +231,7 @@ with distribution.scope():
 def test_a_model_on_eight_devices_is_exported_bit_by_bit(tmp_path):
     shape = TinyShape("sharded", 4, 4, 16)
     random_lm(shape, trained_model(True)).export_to_transformers(tmp_path / "a")
-    result = subprocess.run(
-        [sys.executable, "-c", SHARDED, tmp_path / "a", tmp_path / "b"],
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "jax",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    run_on_eight_devices(SHARDED, tmp_path / "a", tmp_path / "b")
     whole = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
     shards = list((tmp_path / "b").glob("*.safetensors"))
     assert len(shards) > 2
