@@ -15,6 +15,7 @@ import h5py
 import keras
 
 from keras_openllama.convert import arrays, weight_table
+from keras_openllama.convert.background import open_in_background
 from keras_openllama.convert.building import without_weights
 from keras_openllama.convert.checkpoint import check_file_names, read_weight_map
 from keras_openllama.convert.matching import match
@@ -290,7 +291,7 @@ class _Frame:
 
     def write(self, path, values):
         """Writes the file; `values` are NumPy arrays in the order of the names."""
-        with open(path, "wb") as file:
+        with open_in_background(path) as file:
             file.truncate(self.size)
             for start, data in self._recording.writes:
                 file.seek(start)

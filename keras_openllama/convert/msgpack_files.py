@@ -1,4 +1,4 @@
-"""EasyLM's and Flax's msgpack files, read where they lie and written piece by piece.
+"""EasyLM's and Flax's msgpack files, read where they lie.
 
 EasyLM streams: the file is a row of records `[key, bytes]`, where the key is a list of
 strings and the bytes are Flax's msgpack of one array. Flax itself writes one nested
@@ -18,17 +18,15 @@ import itertools
 import math
 import struct
 
-from keras_openllama.convert import arrays
 from keras_openllama.convert.stored import (
     Joined,
     MappedFile,
     StoredTensor,
     contiguous_strides,
-    dense_bytes,
     is_shape,
 )
 
-_ARRAY = 1  # Flax's type of extension for an array.
+ARRAY = 1  # Flax's type of extension for an array.
 _CHUNKED = "__msgpack_chunked_array__"
 # How files begin that people take for one of EasyLM.
 _OTHERS = {
@@ -46,7 +44,6 @@ _ITEMSIZES = {
 }
 # Ours: values in a file at most. A train state of 13B has some ten thousand.
 _MOST_VALUES = 1 << 20
-_LARGEST_ARRAY = (1 << 32) - 1024  # What a length can say, less room for the heads.
 
 
 def read(path):
@@ -198,7 +195,7 @@ def _row(node):
 
 
 # By first byte: what follows, and the struct format of its length or value.
-_FORMATS = {
+FORMATS = {
     0xC4: ("bin", "B"),
     0xC5: ("bin", "H"),
     0xC6: ("bin", "I"),
@@ -254,9 +251,9 @@ class _Reader:
             return kind(first & 0x0F)
         if 0xD4 <= first <= 0xD8:
             return self._extension(1 << (first - 0xD4))
-        if first not in _FORMATS:
+        if first not in FORMATS:
             raise ValueError(f"byte {self.position - 1:,} is no msgpack")
-        kind, code = _FORMATS[first]
+        kind, code = FORMATS[first]
         number = self._unpack(code)
         if kind == "number":
             return number
@@ -308,7 +305,7 @@ class _Reader:
     def _extension(self, length):
         kind = self._unpack("b")
         span = self._skip(length)
-        if kind != _ARRAY:
+        if kind != ARRAY:
             return span
         inner = self.within(span)
         parts = inner.value()
@@ -326,113 +323,3 @@ class _Reader:
                 f"{data.end - data.start:,} bytes"
             )
         return _Array(data.start, tuple(shape), dtype)
-
-
-# ----- Writing
-
-
-def pieces(specs, streaming=True):
-    """What a file is made of: for each array what stands before its elements.
-
-    Args:
-        specs: dict by key, a tuple of strings, of `(shape, dtype)`.
-        streaming: bool, EasyLM's stream of records rather than Flax's nested map.
-
-    Yields:
-        `(head, key)`: bytes, and the key of the array whose elements follow them.
-
-    Raises:
-        ValueError: if an array is larger than msgpack can hold.
-    """
-    if streaming:
-        for key, (shape, dtype) in specs.items():
-            array = _array_head(key, shape, dtype)
-            length = len(array) + dense_bytes(shape, dtype)
-            yield b"\x92" + _key(key) + _head("bin", length) + array, key
-    else:
-        yield from _map_pieces(specs, 0)
-
-
-def size(specs, streaming=True):
-    """Bytes of the file that `write` writes."""
-    heads = sum(len(head) for head, _ in pieces(specs, streaming))
-    return heads + sum(itertools.starmap(dense_bytes, specs.values()))
-
-
-def write(file, specs, values, streaming=True):
-    """Writes arrays, one at a time.
-
-    Args:
-        file: binary file, open for writing.
-        specs, streaming: see `pieces`.
-        values: iterable of NumPy arrays, in the order of `specs`; each is cast.
-
-    Raises:
-        ValueError: if an array is larger than msgpack can hold, or a value beyond the
-            range of float16.
-        OSError: if the file cannot be written.
-    """
-    for (head, key), value in zip(pieces(specs, streaming), values, strict=True):
-        file.write(head)
-        arrays.write(file, value, *specs[key])
-
-
-def _map_pieces(specs, depth):
-    """The pieces of the map of what follows a common part of the keys."""
-    groups = itertools.groupby(specs.items(), key=lambda item: item[0][depth])
-    children = {name: dict(items) for name, items in groups}
-    if sum(map(len, children.values())) != len(specs):
-        raise ValueError("keys that begin alike must stand together")
-    head = _head("map", len(children))
-    for name, inner in children.items():
-        head += _string(name)
-        first = next(iter(inner))
-        if len(first) == depth + 1:
-            yield head + _array_head(first, *inner[first]), first
-            head = b""
-            continue
-        for more, key in _map_pieces(inner, depth + 1):
-            yield head + more, key
-            head = b""
-
-
-def _key(key):
-    return _head("list", len(key)) + b"".join(map(_string, key))
-
-
-def _string(text):
-    data = text.encode("utf-8")
-    return _head("str", len(data)) + data
-
-
-def _array_head(key, shape, dtype):
-    """All of an array's extension but its elements."""
-    nbytes = dense_bytes(shape, dtype)
-    if nbytes > _LARGEST_ARRAY:
-        raise ValueError(
-            f"{'/'.join(key)} has {nbytes:,} bytes, and msgpack holds at most 4 GB in "
-            "one array. Write it in a smaller dtype."
-        )
-    inner = b"\x93" + _head("list", len(shape))
-    inner += b"".join(map(_number, shape)) + _string(dtype) + _head("bin", nbytes)
-    return _head("ext", len(inner) + nbytes) + struct.pack(">b", _ARRAY) + inner
-
-
-def _number(value):
-    return struct.pack("B", value) if value < 0x80 else _shortest("number", value)
-
-
-def _head(kind, length):
-    """The shortest head of a string, bytes, list, map or extension."""
-    short = {"str": (0xA0, 32), "list": (0x90, 16), "map": (0x80, 16)}
-    if kind in short and length < short[kind][1]:
-        return struct.pack("B", short[kind][0] + length)
-    return _shortest(kind, length)
-
-
-def _shortest(kind, number):
-    """The first byte of a kind and a number, in as few bytes as hold it."""
-    for first, (other, code) in _FORMATS.items():
-        if other == kind and code in "BHI" and number < 1 << 8 * struct.calcsize(code):
-            return struct.pack(f">B{code}", first, number)
-    raise ValueError(f"{number:,} is more than msgpack can hold here")

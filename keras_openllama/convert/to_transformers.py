@@ -4,6 +4,7 @@ import json
 
 from keras_openllama import __version__
 from keras_openllama.convert import fast_tokenizer, safetensors_files, weight_table
+from keras_openllama.convert.background import open_in_background
 from keras_openllama.convert.model_card import model_card
 from keras_openllama.convert.outputs import Output, small_file
 
@@ -78,7 +79,7 @@ def _weight_files(contents, dtype, max_shard_bytes):
 
 def _writer(specs):
     def write(path, values):
-        with open(path, "wb") as file:
+        with open_in_background(path) as file:
             safetensors_files.write(file, specs, values)
 
     return write

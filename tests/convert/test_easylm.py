@@ -1,10 +1,12 @@
 """Checkpoints of EasyLM compute there what the model computes here, and come back."""
 
 import easylm_model
+import flax.serialization
 import keras
 import msgpack
 import numpy as np
 import pytest
+from easylm_files import write_stream
 from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
@@ -53,19 +55,14 @@ def test_what_is_saved_comes_back(content, directory, tmp_path):
 
 
 def test_a_whole_train_state_is_read_for_its_parameters(directory, tmp_path):
-    import flax.serialization
-
     lm = random_lm(SHAPE, trained_model(True), seed=1)
     easylm.save(lm, tmp_path / "params", dtype="float32")
-    packer = msgpack.Packer()
     state = {("step",): np.int32(3)}
     for name, array in easylm_model.read_stream(tmp_path / "params").items():
         key = tuple(name.split("/"))
         state["opt_state", "0", "mu", "params", *key] = 2 * array
         state["params", "params", *key] = array
-    with open(tmp_path / "state", "wb") as file:
-        for key, array in state.items():
-            file.write(packer.pack((key, flax.serialization.to_bytes(array))))
+    write_stream(tmp_path / "state", state)
     back = easylm.load(tmp_path / "state", directory)
     expected = values(lm)
     assert all(np.array_equal(v, expected[p]) for p, v in values(back).items())
@@ -75,15 +72,11 @@ def test_a_whole_train_state_is_read_for_its_parameters(directory, tmp_path):
 def test_arrays_in_chunks_are_converted_in_their_shape(
     directory, tmp_path, monkeypatch
 ):
-    import flax.serialization
-
     easylm.save(random_lm(SHAPE, trained_model(True)), tmp_path / "params", None)
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 5000)
-    packer = msgpack.Packer()
-    with open(tmp_path / "chunked", "wb") as file:
-        for name, array in easylm_model.read_stream(tmp_path / "params").items():
-            data = flax.serialization.to_bytes(array)
-            file.write(packer.pack((name.split("/"), data)))
+    arrays = easylm_model.read_stream(tmp_path / "params")
+    by_key = {tuple(name.split("/")): array for name, array in arrays.items()}
+    write_stream(tmp_path / "chunked", by_key)
     for name in ("params", "chunked"):
         target = tmp_path / f"{name}_hf"
         convert(tmp_path / name, target, "transformers", preset=directory)

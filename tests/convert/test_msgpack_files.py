@@ -1,64 +1,21 @@
-"""EasyLM's and Flax's files: read where they lie, written as the libraries write."""
-
-import io
+"""EasyLM's and Flax's files are read where they lie, or refused."""
 
 import flax.serialization
-import flax.traverse_util
-import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from easylm_files import DTYPES, some_arrays, write_map, write_stream
 
 from keras_openllama.convert import msgpack_files
 
 pytestmark = pytest.mark.backend_free
-
-DTYPES = {
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-}
-
-
-def some_arrays(dtype="float32", large=300):
-    """Arrays by key whose sizes need each length of header."""
-    random = np.random.default_rng(0)
-    shapes = {
-        ("transformer", "wte", "embedding"): (large, 300),
-        ("transformer", "h", "0", "attention", "wq", "kernel"): (17, 9),
-        ("transformer", "h", "0", "attention_norm", "kernel"): (1,),
-        ("transformer", "h", "10", "ffn_norm", "kernel"): (130, 3),
-        ("transformer", "ln_f", "kernel"): (70_000,),
-        ("lm_head", "kernel"): (4, 5),
-    }
-    return {
-        key: random.standard_normal(shape).astype(DTYPES[dtype])
-        for key, shape in shapes.items()
-    }
-
-
-def write_as_easylm(path, arrays):
-    """What EasyLM's `save_train_state_to_file` does."""
-    packer = msgpack.Packer()
-    with open(path, "wb") as file:
-        for key, value in arrays.items():
-            file.write(packer.pack((key, flax.serialization.to_bytes(value))))
-
-
-def write_as_flax(path, arrays):
-    nested = flax.traverse_util.unflatten_dict(arrays)
-    path.write_bytes(flax.serialization.msgpack_serialize(nested))
-
-
-def specs_of(arrays):
-    return {key: (a.shape, a.dtype.name) for key, a in arrays.items()}
 
 
 def same(stored, array):
     return stored.dtype == array.dtype.name and np.array_equal(stored.array(), array)
 
 
-@pytest.mark.parametrize("write", [write_as_easylm, write_as_flax])
+@pytest.mark.parametrize("write", [write_stream, write_map])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_the_libraries_write_is_read(tmp_path, write, dtype):
     arrays = some_arrays(dtype)
@@ -68,7 +25,7 @@ def test_what_the_libraries_write_is_read(tmp_path, write, dtype):
     assert all(same(tensors[key], array) for key, array in arrays.items())
 
 
-@pytest.mark.parametrize("write", [write_as_easylm, write_as_flax])
+@pytest.mark.parametrize("write", [write_stream, write_map])
 def test_arrays_in_chunks_are_joined(tmp_path, write, monkeypatch):
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 1000)
     arrays = some_arrays()
@@ -90,60 +47,12 @@ def test_what_is_no_array_is_left_out(tmp_path):
         ("opt_state", "0"): {},
         ("params", "w"): np.ones(3, "float32"),
     }
-    write_as_easylm(tmp_path / "file", arrays)
+    write_stream(tmp_path / "file", arrays)
     tensors = msgpack_files.read(tmp_path / "file")
     assert set(tensors) == {("opt_state", "1", "count"), ("params", "w")}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_msgpack_and_flax_read_the_stream_that_is_written(tmp_path, dtype):
-    arrays = some_arrays()
-    specs = {key: (shape, dtype) for key, (shape, _) in specs_of(arrays).items()}
-    with open(tmp_path / "file", "wb") as file:
-        msgpack_files.write(file, specs, arrays.values())
-    data = (tmp_path / "file").read_bytes()
-    assert len(data) == msgpack_files.size(specs)
-    found = {}
-    for key, value in msgpack.Unpacker(io.BytesIO(data), max_buffer_size=0):
-        shape, name, elements = msgpack.unpackb(msgpack.unpackb(value).data)
-        array = np.frombuffer(elements, DTYPES[name]).reshape(shape)
-        assert np.array_equal(array, flax.serialization.from_bytes(None, value))
-        found[tuple(key)] = array
-    assert found.keys() == arrays.keys()
-    for key, array in arrays.items():
-        assert np.array_equal(found[key], array.astype(DTYPES[dtype]))
-
-
-def test_flax_reads_the_map_that_is_written(tmp_path):
-    arrays = some_arrays("bfloat16")
-    specs = specs_of(arrays)
-    with open(tmp_path / "file", "wb") as file:
-        msgpack_files.write(file, specs, arrays.values(), streaming=False)
-    data = (tmp_path / "file").read_bytes()
-    assert len(data) == msgpack_files.size(specs, streaming=False)
-    found = flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(data))
-    assert found.keys() == arrays.keys()
-    assert all(np.array_equal(found[key], array) for key, array in arrays.items())
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_the_bytes_are_those_of_the_libraries(tmp_path, streaming):
-    arrays = dict(sorted(some_arrays().items()))  # As Flax sorts them.
-    write = write_as_easylm if streaming else write_as_flax
-    write(tmp_path / "theirs", arrays)
-    with open(tmp_path / "ours", "wb") as file:
-        msgpack_files.write(file, specs_of(arrays), arrays.values(), streaming)
-    ours, theirs = (tmp_path / "ours").read_bytes(), (tmp_path / "theirs").read_bytes()
-    assert ours == theirs
-
-
-def test_arrays_beyond_4_gb_are_refused():
-    specs = {("lm_head", "kernel"): ((1 << 16, 1 << 15), "float32")}
-    with pytest.raises(ValueError, match=r"lm_head/kernel .* at most 4 GB"):
-        msgpack_files.size(specs)
-
-
-@pytest.mark.parametrize("write", [write_as_easylm, write_as_flax])
+@pytest.mark.parametrize("write", [write_stream, write_map])
 def test_a_file_cut_off_anywhere_is_refused(tmp_path, write):
     path = tmp_path / "file"
     write(path, some_arrays(large=2))
