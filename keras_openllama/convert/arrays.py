@@ -34,8 +34,7 @@ def write(file, array, shape, dtype):
 
     Args:
         file: binary file, open for writing.
-        array: NumPy array of floats. Some MB of it are copied at a time, and nothing
-            where it is of that order and dtype already.
+        array: NumPy array of floats. Some MB of it are copied at a time.
         shape: tuple of ints, the shape that is stated for it elsewhere in the file.
         dtype: name of the dtype to write.
 
@@ -45,14 +44,14 @@ def write(file, array, shape, dtype):
     """
     if array.shape != tuple(shape):
         raise ValueError(f"it has shape {array.shape}, and {tuple(shape)} is stated")
-    target = numpy_dtype(dtype)
-    if array.dtype == target and array.flags.c_contiguous:
-        file.write(_as_bytes(array))
-        return
     array = np.atleast_1d(array)
     for block in row_blocks(array):
-        # Turned before it is cast: a cast across lines of the cache is slow.
-        file.write(_as_bytes(cast(contiguous(array[block]), target)))
+        rows = array[block]
+        # A copy in any case: by the time that a thread writes it, a mapped file's pages
+        # have been given back, and would come again and stay. Turned before it is cast:
+        # a cast across lines of the cache is slow.
+        rows = rows.copy() if rows.flags.c_contiguous else contiguous(rows)
+        file.write(_as_bytes(cast(rows, numpy_dtype(dtype))))
 
 
 def row_blocks(array):
