@@ -377,6 +377,37 @@ def test_a_place_that_cannot_be_written_to_is_named(models, tmp_path):
     refused(OSError, "file/out cannot be written", source, tmp_path / "file" / "out")
 
 
+# Memory
+
+PEAK = r"""
+import re, sys
+from keras_openllama.convert.conversion import convert
+source, target, to, preset = sys.argv[1:]
+convert(source, target, to, preset=preset or None, tokenizer=False)
+print(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, second", itertools.permutations(FORMATS, 2))
+def test_memory_does_not_grow_with_the_model(first, second, tmp_path):
+    peaks = []
+    for layers in (2, 14):  # Of 26 MB each.
+        shape = TinyShape("wide", 8, 8, 128, 1024, 2816, layers, 4000)
+        hf = tmp_path / f"hf{layers}"
+        random_lm(shape).export_to_transformers(hf, dtype="float16")
+        source = hf
+        if first != "transformers":
+            source = tmp_path / f"source{layers}"
+            convert(hf, source, first, tokenizer=False)
+        preset = hf if source.is_file() else ""
+        arguments = [source, tmp_path / f"out{layers}", second, preset]
+        command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+        peaks.append(int(subprocess.check_output(command)))
+    # More layers make more names, and nothing else.
+    assert peaks[1] - peaks[0] < 4 * 26e6, peaks
+
+
 # Faults
 
 
