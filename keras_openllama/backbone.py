@@ -74,7 +74,7 @@ class OpenLlamaBackbone(Backbone):
         dtype=None,
         **kwargs,
     ):
-        architecture = checked(
+        sizes = checked(
             {
                 "vocabulary_size": vocabulary_size,
                 "num_layers": num_layers,
@@ -90,40 +90,40 @@ class OpenLlamaBackbone(Backbone):
                 "initializer_std": initializer_std,
             }
         )
-        num_key_value_heads = architecture["num_key_value_heads"]
-        head_dim = architecture["head_dim"]
 
         # === Layers ===
         self.token_embedding = keras.layers.Embedding(
-            vocabulary_size,
-            hidden_dim,
+            sizes["vocabulary_size"],
+            sizes["hidden_dim"],
             embeddings_initializer=keras.initializers.RandomNormal(
-                stddev=initializer_std
+                stddev=sizes["initializer_std"]
             ),
             dtype=dtype,
             name="token_embedding",
         )
         self.rotary_embedding = RotaryEmbedding(
-            head_dim,
-            max_wavelength=rope_max_wavelength,
-            scaling=rope_scaling,
-            max_sequence_length=max_sequence_length,
+            sizes["head_dim"],
+            max_wavelength=sizes["rope_max_wavelength"],
+            scaling=sizes["rope_scaling"],
+            max_sequence_length=sizes["max_sequence_length"],
             name="rotary_embedding",
         )
         self.transformer_layers = [
             DecoderLayer(
-                num_query_heads,
-                num_key_value_heads,
-                head_dim,
-                intermediate_dim,
-                layer_norm_epsilon=layer_norm_epsilon,
-                initializer_std=initializer_std,
+                sizes["num_query_heads"],
+                sizes["num_key_value_heads"],
+                sizes["head_dim"],
+                sizes["intermediate_dim"],
+                layer_norm_epsilon=sizes["layer_norm_epsilon"],
+                initializer_std=sizes["initializer_std"],
                 dtype=dtype,
                 name=f"transformer_layer_{i}",
             )
-            for i in range(num_layers)
+            for i in range(sizes["num_layers"])
         ]
-        self.final_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="final_norm")
+        self.final_norm = RMSNorm(
+            sizes["layer_norm_epsilon"], dtype=dtype, name="final_norm"
+        )
 
         # === Functional model ===
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
@@ -136,7 +136,7 @@ class OpenLlamaBackbone(Backbone):
         )
 
         # === Config ===
-        for name, value in architecture.items():
+        for name, value in sizes.items():
             setattr(self, name, value)
         # The layers that tasks have put on top, see `add_head`. Weakly: Keras would
         # track them as layers of the backbone, and save them with it.

@@ -203,29 +203,34 @@ def load_task(
     source = find_source(preset, revision, easylm)
     task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
     if load_weights:
-        task.loaded_from = origin(easylm or preset)
+        task.loaded_from = origin(easylm or preset, revision, easylm is not None)
     return task
 
 
-def origin(source):
+def origin(source, revision=None, is_file=False):
     """What to call weights by what they were loaded from: no path of this machine.
 
     Args:
         source: what `from_preset` takes, or the path of a file.
+        revision: what `from_preset` takes.
+        is_file: bool, whether `source` is the path of a file.
 
     Returns:
-        String: the name of a preset and of nothing else, `"hf://user/repo"`, or a
-        phrase such as `"the directory out"`.
+        String: the name of a preset, if the weights are what it publishes and nothing
+        else; or `"hf://user/repo"`, or a phrase such as `"the directory out"`.
     """
     name = str(source)
-    by_handle = {p.handles["transformers"]: p for p in registry().values()}
-    known = find(name) or by_handle.get(name)
-    if known:
+    if is_file:
+        return f"the file {Path(name).name}"
+    # open_llama_3b_v3 has the weights of open_llama_3b_v2, which comes first.
+    by_handle = [p for p in registry().values() if p.handles["transformers"] == name]
+    known = find(name) or (by_handle or [None])[0]
+    if known and revision is None:
         return known.name
-    if name.startswith("hf://"):
-        return name
-    kind = "file" if Path(name).is_file() else "directory"
-    return f"the {kind} {Path(name).resolve().name}"
+    if known or name.startswith("hf://"):
+        handle = known.handles["transformers"] if known else name
+        return f"{handle} at {revision}" if revision else handle
+    return f"the directory {Path(name).resolve().name}"
 
 
 def find_source(preset, revision=None, easylm=None):

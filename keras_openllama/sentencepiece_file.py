@@ -87,6 +87,15 @@ def keeps_spaces(processor):
     return "▁▁" in processor.normalize("a  b")
 
 
+def check_vocabulary(pieces, embeddings):
+    """Raises a `ValueError` if a tokenizer has more pieces than a model embeddings."""
+    if pieces > embeddings:
+        raise ValueError(
+            f"The tokenizer has {pieces} pieces and the model {embeddings} embeddings: "
+            "it is another model's tokenizer."
+        )
+
+
 def from_base64(text):
     """Returns the model (bytes) that a saved configuration holds as base64 (str)."""
     try:

@@ -12,9 +12,14 @@ import keras
 from keras_openllama.architecture import checked
 from keras_openllama.convert import easylm, keras_files, transformers
 from keras_openllama.convert.building import without_weights
-from keras_openllama.convert.contents import Contents
+from keras_openllama.convert.contents import PREPROCESSING, Contents
 from keras_openllama.convert.filling import Weights
-from keras_openllama.sentencepiece_file import keeps_spaces, load_processor
+from keras_openllama.convert.matching import listed
+from keras_openllama.sentencepiece_file import (
+    check_vocabulary,
+    keeps_spaces,
+    load_processor,
+)
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
@@ -71,7 +76,7 @@ class _Streamed:
                 cls.preprocessor_cls,
                 {"sequence_length": arguments["max_sequence_length"]},
             )
-            _check_vocabulary(
+            check_vocabulary(
                 preprocessor.tokenizer.vocabulary_size(), arguments["vocabulary_size"]
             )
 
@@ -91,6 +96,14 @@ class _Streamed:
     def control_ids(self):
         """Ids of the tokens of start and end, of a model without tokenizer."""
         return 1, 2  # Of all OpenLLaMA models.
+
+    def preprocessing(self):
+        """Settings of the preprocessor, see `contents.PREPROCESSING`."""
+        return {}
+
+    def added_tokens(self, pieces):
+        """Tokens that the model has beyond so many of SentencePiece."""
+        return []
 
     def _all_arguments(self, overrides):
         return checked({**self.arguments(), **overrides})
@@ -151,6 +164,17 @@ class Transformers(_Streamed):
         # The end may be a list of several; what writes one takes the first.
         ids = [i[0] if isinstance(i, list) and i else i for i in ids]
         return tuple(u if i is None else i for i, u in zip(ids, usual, strict=True))
+
+    def added_tokens(self, pieces):
+        ids = {}
+        for name in ("added_tokens.json", "tokenizer_config.json"):
+            path = self._repository.optional(name)
+            found = transformers.read_config(path) if path else {}
+            decoder = found.get("added_tokens_decoder", {})
+            ids.update({entry["content"]: int(i) for i, entry in decoder.items()})
+            if name == "added_tokens.json":
+                ids.update(found)
+        return sorted(token for token, i in ids.items() if i >= pieces)
 
     def read_tensors(self, arguments, head=True):
         tied = bool(self._config.get("tie_word_embeddings"))
@@ -220,6 +244,12 @@ class EasyLM(_Streamed):
     def control_ids(self):
         return self._model.control_ids()
 
+    def preprocessing(self):
+        return self._model.preprocessing()
+
+    def added_tokens(self, pieces):
+        return self._model.added_tokens(pieces)
+
     def read_tensors(self, arguments, head=True):
         return easylm.read_tensors(self._path, arguments, head)
 
@@ -243,6 +273,14 @@ class KerasHub:
 
     def control_ids(self):
         return 1, 2
+
+    def preprocessing(self):
+        path = self._repository.optional("preprocessor.json")
+        settings = transformers.read_config(path).get("config", {}) if path else {}
+        return {name: settings[name] for name in PREPROCESSING if name in settings}
+
+    def added_tokens(self, pieces):
+        return []
 
     def read_tensors(self, arguments, head=True):
         return keras_files.read_tensors(self._repository, arguments, head)
@@ -310,14 +348,6 @@ class KerasHub:
             ) from error
 
 
-def _check_vocabulary(pieces, embeddings):
-    if pieces > embeddings:
-        raise ValueError(
-            f"The tokenizer has {pieces} pieces and the model {embeddings} embeddings: "
-            "it is another model's tokenizer."
-        )
-
-
 def contents_of(source, tokenizer=True, origin=None, paths=()):
     """What the model of a source consists of. No tensor is read yet.
 
@@ -343,6 +373,7 @@ def contents_of(source, tokenizer=True, origin=None, paths=()):
         tokenizer=proto,
         origin=origin,
         control_ids=source.control_ids(),
+        preprocessing=source.preprocessing(),
         paths=(*paths, *sorted({tensor.file.path for tensor in tensors.values()})),
     )
 
@@ -357,5 +388,13 @@ def _proto(source, arguments):
         ) from error
     proto = path.read_bytes()
     pieces = load_processor(proto, str(path)).vocab_size()
-    _check_vocabulary(pieces, arguments["vocabulary_size"])
+    check_vocabulary(pieces, arguments["vocabulary_size"])
+    added = source.added_tokens(pieces)
+    if added:
+        raise ValueError(
+            f"Beside {path}, which has {pieces} pieces, the model has tokens that were "
+            f"added to it: {listed(added)}. SentencePiece has no place for them. To "
+            "convert the weights alone, leave the tokenizer out (tokenizer=False, or "
+            "--no-tokenizer)."
+        )
     return proto

@@ -29,6 +29,8 @@ def test_what_is_left_out_follows_from_the_rest():
     assert checked(architecture) == architecture
     assert type(checked({**NEEDED, "num_layers": np.int64(2)})["num_layers"]) is int
     assert checked({**NEEDED, "num_layers": 2.0})["num_layers"] == 2
+    tiny = dict.fromkeys(NEEDED, 4.0)
+    assert len(OpenLlamaBackbone(**tiny, head_dim=2.0).transformer_layers) == 4
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,7 @@ def test_what_is_left_out_follows_from_the_rest():
         ("layer_norm_epsilon", float("nan")),
         ("rope_max_wavelength", 0),
         ("rope_scaling", {"rope_type": "linear"}),
+        ("rope_scaling", "linear"),
     ],
 )
 def test_an_impossible_value_is_named(name, value):

@@ -21,7 +21,7 @@ from keras_openllama.convert.formats import (
 )
 
 DESCRIPTION = """\
-Writes the model SOURCE at DEST in another format. Memory holds a tensor or two at a
+Writes the model SOURCE at DEST in another format. Memory holds a few tensors at a
 time, whatever the size of the model. DEST appears when it is whole, or not at all.
 
 SOURCE is a preset's name, hf://user/repo, a directory in transformers' or KerasHub's

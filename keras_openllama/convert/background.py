@@ -1,6 +1,7 @@
 """Files that a thread writes to, so that the next part is made ready meanwhile."""
 
 import contextlib
+import os
 import queue
 import threading
 
@@ -10,6 +11,8 @@ _PARTS_AHEAD = 4  # Ours: parts have some MB each.
 @contextlib.contextmanager
 def open_in_background(path):
     """Opens a file for writing; yields what has its `write`, `seek` and `truncate`.
+
+    At the end the file is on the disk.
 
     What is written must not change afterwards. An error of the thread is raised by the
     call after it, or at the end.
@@ -34,6 +37,9 @@ def open_in_background(path):
         finally:
             writer.finish()
         writer.check()
+        # Here, where a progress bar still shows that something goes on.
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class _Writer:

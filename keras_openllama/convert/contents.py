@@ -9,6 +9,10 @@ import numpy as np
 from keras_openllama.convert import weight_table
 from keras_openllama.convert.matching import listed
 from keras_openllama.convert.stored import dense_bytes, numpy_dtype
+from keras_openllama.sentencepiece_file import check_vocabulary
+
+# The preprocessor's settings that go along.
+PREPROCESSING = ("sequence_length", "add_start_token", "add_end_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Contents:
             for those that were made here.
         control_ids: pair of ints, the tokens of start and end, where there is no
             tokenizer that says so.
+        preprocessing: dict, settings of the preprocessor, some of `PREPROCESSING`.
         paths: tuple of paths that are read, and so must not be written to.
     """
 
@@ -33,6 +38,7 @@ class Contents:
     tokenizer: bytes | None = None
     origin: str | None = None
     control_ids: tuple = (1, 2)
+    preprocessing: dict = dataclasses.field(default_factory=dict)
     paths: tuple = ()
 
     @property
@@ -68,9 +74,8 @@ class LiveTensor:
 
     def __init__(self, variable, layer=None):
         self.name = variable.path
-        self.shape = tuple(variable.shape)
         self.dtype = variable.dtype
-        self.nbytes = dense_bytes(self.shape, self.dtype)
+        self.nbytes = dense_bytes(variable.shape, self.dtype)
         self._variable = variable
         self._layer = layer
 
@@ -87,7 +92,7 @@ class LiveTensor:
         )
         scale = self._layer.lora_alpha / self._layer.lora_rank
         merged = array.astype(np.float32) + scale * (first @ second)
-        return merged.astype(array.dtype)
+        return merged  # Whoever writes it casts it.
 
     def touch(self):
         """It is in memory."""
@@ -140,7 +145,7 @@ def of_model(lm):
         `Contents`.
 
     Raises:
-        ValueError: if the model is quantised.
+        ValueError: if the model is quantised, or its tokenizer another model's.
     """
     arguments = lm.backbone.architecture()
     adapted = {
@@ -161,9 +166,16 @@ def of_model(lm):
             f"was quantised or altered: {listed(sorted(unnamed))}. Load it again "
             "without `quantize`."
         )
-    return Contents(
-        arguments,
-        {row.path: own[row.path] for row in rows},
-        tokenizer=lm.preprocessor and lm.preprocessor.tokenizer.proto,
-        origin=lm.loaded_from,
+    contents = Contents(
+        arguments, {row.path: own[row.path] for row in rows}, origin=lm.loaded_from
+    )
+    if lm.preprocessor is None:
+        return contents
+    tokenizer = lm.preprocessor.tokenizer
+    check_vocabulary(tokenizer.vocabulary_size(), arguments["vocabulary_size"])
+    return dataclasses.replace(
+        contents,
+        tokenizer=tokenizer.proto,
+        control_ids=(tokenizer.start_token_id, tokenizer.end_token_id),
+        preprocessing={n: getattr(lm.preprocessor, n) for n in PREPROCESSING},
     )

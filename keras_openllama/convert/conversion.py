@@ -72,7 +72,7 @@ class Request:
                     f"`{name}` means something to {to} only. Received: "
                     f"{name}={value!r}, to={self.to!r}"
                 )
-        as_bytes(self.max_shard_bytes)
+        _ = self.max_shard_bytes  # Raises for what is no size.
         object.__setattr__(self, "target", Path(self.target))
         check_target(self.target, self.single_file, self.force)
 
@@ -89,7 +89,7 @@ class Request:
 def convert(
     source, target, to, *, preset=None, revision=None, dry_run=False, **options
 ):
-    """Converts a model; memory holds a tensor or two at a time.
+    """Converts a model; memory holds a few tensors at a time.
 
     Args:
         source: what `OpenLlamaCausalLM.from_preset` takes, or the path of a file of
@@ -119,7 +119,8 @@ def convert(
     from keras_openllama import presets, sources
 
     request = Request(target, to, **options)
-    easylm_file = Path(source) if Path(source).is_file() else None
+    known = presets.find(str(source))  # A name comes before a file of that name.
+    easylm_file = Path(source) if not known and Path(source).is_file() else None
     if easylm_file is None and preset is not None:
         raise ValueError(
             "`preset` tells the architecture of a file of EasyLM, and there is no file "
@@ -134,8 +135,12 @@ def convert(
     contents = sources.contents_of(
         presets.find_source(preset if easylm_file else source, revision, easylm_file),
         tokenizer=request.tokenizer and not request.single_file,
-        origin=presets.origin(source),
-        paths=[path for path in (source, preset) if path and Path(path).exists()],
+        origin=presets.origin(source, revision, easylm_file is not None),
+        paths=[
+            path
+            for path in (source, preset)
+            if path and not presets.find(str(path)) and Path(path).exists()
+        ],
     )
     return write(contents, request, dry_run)
 
@@ -235,8 +240,8 @@ def _said_plainly(target, total):
             raise
         needs = f" It needs {total:,} bytes." if error.errno in _TOO_LARGE else ""
         raise OSError(
-            f"{target} cannot be written: {error.strerror}.{needs} Nothing was left "
-            "there."
+            f"{target} cannot be written: {error.strerror}.{needs} It is as it was "
+            "before."
         ) from error
 
 

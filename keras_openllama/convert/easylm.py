@@ -119,7 +119,7 @@ def read_tensors(path, arguments, head=True):
     rows = weight_table.weights(arguments["num_layers"], head)
     sizes = weight_table.sizes(arguments)
     matched = match(
-        tensors, {row.path: (row.easylm, shape_of(row, sizes)) for row in rows}, path
+        tensors, {row.path: (row.easylm, _shape_of(row, sizes)) for row in rows}, path
     )
     head_dim = arguments["head_dim"]
     return {row.path: _as_ours(row, matched[row.path], head_dim) for row in rows}
@@ -141,7 +141,7 @@ def plan(contents, dtype, content):
     head_dim = contents.arguments["head_dim"]
     specs = {
         (*EASYLM_CONTENTS[content], *row.easylm.split("/")): (
-            shape_of(row, sizes),
+            _shape_of(row, sizes),
             dtype,
         )
         for row in rows
@@ -150,7 +150,7 @@ def plan(contents, dtype, content):
 
     def write(path, values):
         arranged = (
-            as_easylm(row, value, head_dim)
+            _as_easylm(row, value, head_dim)
             for row, value in zip(rows, values, strict=True)
         )
         with open_in_background(path) as file:
@@ -160,7 +160,7 @@ def plan(contents, dtype, content):
     return [Output("", size, write, tuple(row.path for row in rows))]
 
 
-def shape_of(row, sizes):
+def _shape_of(row, sizes):
     """The shape of a weight in EasyLM.
 
     Args:
@@ -180,7 +180,7 @@ def _as_ours(row, stored, head_dim):
     return Rearranged(stored, stored.shape, lambda array: halves_apart(array, head_dim))
 
 
-def as_easylm(row, array, head_dim):
+def _as_easylm(row, array, head_dim):
     """A weight as it lies in EasyLM's checkpoints.
 
     Args:

@@ -17,11 +17,12 @@ _ALL = 1 << 30  # More spaces than any text begins with.
 _TEXTS = 2000  # Ours: the comparison takes about a second.
 
 
-def build(proto):
+def build(proto, starts=True):
     """Makes a `tokenizer.json` for a SentencePiece model.
 
     Args:
         proto: bytes of the model.
+        starts: bool, whether the start token stands before each text.
 
     Returns:
         String, the JSON text.
@@ -42,7 +43,7 @@ def build(proto):
     complaint = _complaint(model)
     if complaint:
         raise _refusal(complaint)
-    tokenizer = _tokenizer(model)
+    tokenizer = _tokenizer(model, starts)
     _compare(tokenizer, proto, [piece.piece for piece in model.pieces])
     return tokenizer.to_str(pretty=True)
 
@@ -76,7 +77,7 @@ def _complaint(model):
     return next((complaint for complaint, holds in unfit.items() if holds), None)
 
 
-def _tokenizer(model):
+def _tokenizer(model, starts):
     from tokenizers import AddedToken, Tokenizer, models, processors
 
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -95,12 +96,13 @@ def _tokenizer(model):
     tokenizer.add_special_tokens(
         [AddedToken(piece, special=True, normalized=False) for piece in specials]
     )
-    start = model.trainer_spec.bos_piece
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A",
-        pair=f"{start} $A {start}:1 $B:1",
-        special_tokens=[(start, ids[start])],
-    )
+    if starts:
+        start = model.trainer_spec.bos_piece
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A",
+            pair=f"{start} $A {start}:1 $B:1",
+            special_tokens=[(start, ids[start])],
+        )
     return tokenizer
 
 

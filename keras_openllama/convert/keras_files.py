@@ -230,7 +230,10 @@ def _preprocessor(contents):
         return None
     return OpenLlamaCausalLMPreprocessor(
         OpenLlamaTokenizer(contents.tokenizer),
-        sequence_length=contents.arguments["max_sequence_length"],
+        **{
+            "sequence_length": contents.arguments["max_sequence_length"],
+            **contents.preprocessing,
+        },
     )
 
 

@@ -11,8 +11,8 @@ SentencePiece itself, and right. Since spaces are merged, the model is unfit for
 _NOT_LLAMA_TOKENIZER_V2 = """
 **Not `LlamaTokenizer`**, which OpenLLaMA's own README shows. Before a text that begins
 with a space `LlamaTokenizer` of transformers 5 (tried: 5.23) leaves out the space that
-SentencePiece puts before each text, and so gives other ids; it is right for all other
-texts. In transformers 4 `LlamaTokenizer` was SentencePiece itself, and right.
+SentencePiece puts before each text, and so gives other ids; it was right for the other
+texts that were tried. In transformers 4 `LlamaTokenizer` was SentencePiece itself.
 """
 
 
@@ -102,10 +102,10 @@ def _tokenizer(merges_spaces):
 ## Tokenizer
 
 `tokenizer.json` gives the token ids of `tokenizer.model` under SentencePiece, compared
-with it when it was written. Take **AutoTokenizer**. `<s>` stands before each text,
-since the model was trained so. Unlike SentencePiece, transformers takes the strings
-`<s>` and `</s>` in a text for control tokens; `split_special_tokens=True` makes them
-text.
+with it when it was written. Take **AutoTokenizer**. It puts the start token before a
+text where the Keras model's preprocessor did. Unlike SentencePiece, transformers takes
+strings such as `<s>` and `</s>` in a text for control tokens;
+`split_special_tokens=True` makes them text.
 """
     return text + (
         _NOT_LLAMA_TOKENIZER_V1 if merges_spaces else _NOT_LLAMA_TOKENIZER_V2
@@ -138,12 +138,14 @@ before you give it to llama.cpp.
 
 def _provenance(contents, preset):
     if preset is None:
-        where = f"loaded from {contents.origin}" if contents.origin else "made here"
+        where = "It is not known here where the weights are from."
+        if contents.origin:
+            where = f"The weights were loaded from {contents.origin}."
         return f"""\
 ## Licence and provenance
 
-The weights were {where}. Their licence and training data are those of that source:
-state them here before you publish this model.
+{where} State their licence and training data here before you publish
+this model.
 """
     provenance = preset.provenance
     mixture = provenance.get("data_mixture", {})

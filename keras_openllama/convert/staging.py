@@ -17,6 +17,7 @@ from pathlib import Path
 
 _REPLACED = "replaced"  # The old directory, for the moment before the new one is there.
 _CONFIG = "config.json"
+_ASSETS = "assets"
 # What a directory may hold that is replaced: the names that conversions write.
 _OURS = (
     _CONFIG,
@@ -34,7 +35,8 @@ _OURS = (
     "model*.weights.h5",
     "model.weights.json",
     "task.weights.h5",
-    "assets",
+    _ASSETS,
+    "assets/tokenizer",
 )
 
 
@@ -84,6 +86,8 @@ def check_target(target, single_file=False, force=False):
     if target.is_dir():
         _check_directory(target, single_file, force)
     elif target.exists():
+        if not target.is_file():
+            raise OSError(f"{target} is neither a file nor a directory to replace.")
         if not force:
             raise _exists(target)
         if not single_file:
@@ -104,12 +108,18 @@ def _check_directory(target, single_file, force):
             f"{target} is {what}, in whose place no other directory can be put: name a "
             "directory in it."
         )
-    names = sorted(target.iterdir())
-    if not names:
+    paths = sorted(target.iterdir())
+    if not paths:
         return
     if not force:
         raise _exists(target)
-    others = [path.name for path in names if not any(map(path.match, _OURS))]
+    if (target / _ASSETS).is_dir():
+        paths += (target / _ASSETS).iterdir()
+    others = [
+        str(path.relative_to(target))
+        for path in paths
+        if not any(map(path.match, _OURS))
+    ]
     if others or not _is_config(target / _CONFIG):
         found = f"holds {others[0]!r}" if others else f"holds no {_CONFIG} of a model"
         raise FileExistsError(
@@ -158,8 +168,11 @@ def _make_staging(target):
     """A new directory beside the target, and the descriptor that holds its lock."""
     while True:
         staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        lock = os.open(staging, os.O_RDONLY)
-        # In between, another process may have taken it for an abandoned one.
+        # In between, another process may take it for an abandoned one.
+        try:
+            lock = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         if _locked(lock) is not False and staging.exists():
             return staging, lock
         os.close(lock)

@@ -27,7 +27,10 @@ def plan(contents, dtype, max_shard_bytes):
     Raises:
         ValueError: if the tokenizer cannot be expressed as `tokenizer.json`.
     """
-    tokenizer = _Tokenizer(contents.tokenizer) if contents.tokenizer else None
+    tokenizer = None
+    if contents.tokenizer:
+        starts = contents.preprocessing.get("add_start_token", True)
+        tokenizer = _Tokenizer(contents.tokenizer, starts)
     control_ids = contents.control_ids
     if tokenizer:
         control_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
@@ -152,14 +155,16 @@ class _Tokenizer:
 
     Args:
         proto: bytes of the model.
+        starts: bool, whether the start token stands before each text.
     """
 
-    def __init__(self, proto):
+    def __init__(self, proto, starts):
         from keras_openllama.sentencepiece_file import keeps_spaces, load_processor
 
         processor = load_processor(proto, "The tokenizer")
         self.proto = proto
-        self.fast = fast_tokenizer.build(proto)
+        self.starts = starts
+        self.fast = fast_tokenizer.build(proto, starts)
         self.merges_spaces = not keeps_spaces(processor)
         self.ids = {
             "bos_token": processor.bos_id(),
@@ -178,7 +183,7 @@ def _tokenizer_files(tokenizer, arguments):
         # its own normaliser in its place.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokens,
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.starts,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": arguments["max_sequence_length"],

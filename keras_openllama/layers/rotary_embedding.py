@@ -26,6 +26,8 @@ def check_rope_scaling(rope_scaling):
     """
     if rope_scaling is None:
         return None
+    if not isinstance(rope_scaling, dict):
+        rope_scaling = {"rope_type": rope_scaling}  # Which is refused below.
     unknown = set(rope_scaling) - {"rope_type", "factor"}
     rope_type = rope_scaling.get("rope_type")
     factor = rope_scaling.get("factor")

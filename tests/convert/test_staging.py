@@ -92,6 +92,13 @@ def test_only_a_models_directory_is_replaced(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex'"):
         check_target(tmp_path / "home", force=True)
     write(tmp_path / "home")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="neither a file nor a directory"):
+        check_target(tmp_path / "pipe", single_file=True, force=True)
+    (tmp_path / "model" / "assets" / "photos").mkdir(parents=True)
+    write(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="holds 'assets/photos'"):
+        check_target(tmp_path / "model", force=True)
     with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex'"):
         check_target(tmp_path / "home", force=True)
     (tmp_path / "docker").mkdir()

@@ -13,7 +13,12 @@ from fake_devices import run_on_eight_devices
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
-from keras_openllama import OpenLlamaCausalLM, presets
+from keras_openllama import (
+    OpenLlamaCausalLM,
+    OpenLlamaCausalLMPreprocessor,
+    OpenLlamaTokenizer,
+    presets,
+)
 from keras_openllama.convert import model_card
 from keras_openllama.convert.contents import Contents
 from keras_openllama.convert.conversion import convert
@@ -145,11 +150,61 @@ def test_a_directory_named_as_a_preset_is_none(name, tmp_path, monkeypatch):
     assert "license:" not in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "source, options, expected",
+    [
+        ("3b_v2", {}, "open_llama_3b_v2"),
+        ("hf://openlm-research/open_llama_3b_v2", {}, "open_llama_3b_v2"),
+        (
+            "open_llama_7b",
+            {"revision": "main"},
+            "hf://openlm-research/open_llama_7b at main",
+        ),
+        ("hf://me/mine", {}, "hf://me/mine"),
+        ("3b_v2", {"is_file": True}, "the file 3b_v2"),
+        ("/home/me/model", {}, "the directory model"),
+    ],
+)
+def test_only_published_weights_have_the_name_of_a_preset(source, options, expected):
+    assert presets.origin(source, **options) == expected
+
+
+def test_the_settings_of_the_preprocessor_go_along(tmp_path):
+    lm = random_lm(SHAPE, trained_model(True))
+    lm.preprocessor.add_start_token = False
+    lm.preprocessor.sequence_length = 31
+    lm.export_to_transformers(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("the sea")["input_ids"] == lm.preprocessor.tokenizer("the sea")
+    lm.save_to_preset(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "keras", dtype="bfloat16")
+    again = OpenLlamaCausalLM.from_preset(str(tmp_path / "b")).preprocessor
+    assert again.add_start_token is False
+    assert again.sequence_length == 31
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tokenizer = OpenLlamaTokenizer(trained_model(True))
+    backbone = random_lm(SHAPE).backbone  # Of 199 embeddings.
+    lm = OpenLlamaCausalLM(backbone, OpenLlamaCausalLMPreprocessor(tokenizer))
+    with pytest.raises(ValueError, match="512 pieces and the model 199"):
+        lm.export_to_transformers(tmp_path / "out")
+
+
+def test_tokens_that_were_added_are_not_lost_in_silence(tmp_path):
+    lm = random_lm(SHAPE, trained_model(True))
+    lm.export_to_transformers(tmp_path / "a")
+    (tmp_path / "a" / "added_tokens.json").write_text('{"<|im_start|>": 512}')
+    with pytest.raises(ValueError, match=r"<\|im_start\|>.*--no-tokenizer"):
+        convert(tmp_path / "a", tmp_path / "b", "transformers")
+    convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
+
+
 def test_what_was_trained_from_scratch_has_no_origin(tmp_path):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano", load_weights=False)
     lm.export_to_transformers(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "made here" in card and "license:" not in card
+    assert "not known here" in card and "license:" not in card
 
 
 def test_without_a_tokenizer_the_source_tells_the_end(tmp_path):
@@ -167,7 +222,7 @@ def test_the_card_of_an_unknown_model_makes_no_claims(tmp_path):
     lm = random_lm(SHAPE, trained_model(True))
     lm.export_to_transformers(tmp_path / "secret_folder")
     card = (tmp_path / "secret_folder" / "README.md").read_text()
-    assert "license:" not in card and "made here" in card
+    assert "license:" not in card and "not known here" in card
     lm = OpenLlamaCausalLM.from_preset(str(tmp_path / "secret_folder"))
     lm.export_to_transformers(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

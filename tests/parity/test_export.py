@@ -100,6 +100,16 @@ def test_the_dtype_written_is_the_one_stated(dtype, tmp_path):
     assert torch.equal(theirs, torch.tensor(ours).to(getattr(torch, dtype)))
 
 
+def test_merged_adapters_that_float16_cannot_hold_are_refused(tmp_path):
+    lm = random_lm(SHAPES[2], dtype="float16")
+    lm.backbone.enable_lora(2)
+    for weight in lm.trainable_weights:
+        weight.assign(np.full(weight.shape, 1e3))
+    with pytest.raises(ValueError, match=r"query/kernel: .*beyond float16's range"):
+        lm.export_to_transformers(tmp_path / "out")
+    lm.export_to_transformers(tmp_path / "out", dtype="float32")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_lora_adapters_are_merged(dtype, tmp_path):
     lm = random_lm(SHAPES[2], dtype=dtype)
