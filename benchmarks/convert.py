@@ -93,7 +93,8 @@ def write_checkpoint(directory, layers):
     contents = Contents(arguments, tensors)
     for output in to_transformers.plan(contents, DTYPE, 2 << 30):
         values = (tensors[path].array() for path in output.tensors)
-        output.write(directory / output.name, values)
+        with open(directory / output.name, "wb") as file:
+            output.write(file, values)
     return directory
 
 

@@ -50,7 +50,23 @@ def open_source(repository):
     )
 
 
-class _Streamed:
+class _Source:
+    """What a conversion asks of a source, where there is nothing special to tell."""
+
+    def control_ids(self):
+        """Ids of the tokens of start and end, of a model without tokenizer."""
+        return 1, 2  # Of all OpenLLaMA models.
+
+    def preprocessing(self):
+        """Settings of the preprocessor, see `contents.PREPROCESSING`."""
+        return {}
+
+    def added_tokens(self, pieces):
+        """Tokens that the model has beyond so many of SentencePiece."""
+        return []
+
+
+class _Streamed(_Source):
     """A source that is read tensor by tensor into a model that was built empty."""
 
     def backbone(self, cls, load_weights, dtype, overrides):
@@ -92,18 +108,6 @@ class _Streamed:
         if compile_it:
             task.compile()
         return task
-
-    def control_ids(self):
-        """Ids of the tokens of start and end, of a model without tokenizer."""
-        return 1, 2  # Of all OpenLLaMA models.
-
-    def preprocessing(self):
-        """Settings of the preprocessor, see `contents.PREPROCESSING`."""
-        return {}
-
-    def added_tokens(self, pieces):
-        """Tokens that the model has beyond so many of SentencePiece."""
-        return []
 
     def _all_arguments(self, overrides):
         return checked({**self.arguments(), **overrides})
@@ -254,7 +258,7 @@ class EasyLM(_Streamed):
         return easylm.read_tensors(self._path, arguments, head)
 
 
-class KerasHub:
+class KerasHub(_Source):
     """A directory or repository that `save_to_preset` wrote; KerasHub loads it.
 
     Args:
@@ -271,16 +275,10 @@ class KerasHub:
     def tokenizer_file(self):
         return self._repository.file(keras_files.TOKENIZER)
 
-    def control_ids(self):
-        return 1, 2
-
     def preprocessing(self):
         path = self._repository.optional("preprocessor.json")
         settings = transformers.read_config(path).get("config", {}) if path else {}
         return {name: settings[name] for name in PREPROCESSING if name in settings}
-
-    def added_tokens(self, pieces):
-        return []
 
     def read_tensors(self, arguments, head=True):
         return keras_files.read_tensors(self._repository, arguments, head)

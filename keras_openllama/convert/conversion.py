@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from keras_openllama.convert import easylm, keras_files, to_transformers
+from keras_openllama.convert.background import open_in_background
 from keras_openllama.convert.formats import (
     DTYPES,
     EASYLM_CONTENTS,
@@ -255,8 +256,10 @@ def _check_room(directory, total):
 
 
 def _write_file(path, output, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        output.write(path, itertools.islice(values, len(output.tensors)))
+        with open_in_background(path) as file:
+            output.write(file, itertools.islice(values, len(output.tensors)))
     except ValueError as error:
         if values.current is None:
             raise

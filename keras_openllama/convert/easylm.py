@@ -10,7 +10,6 @@ Source: https://github.com/young-geng/EasyLM, `EasyLM/models/llama/llama_model.p
 
 from keras_openllama.convert import msgpack_files, msgpack_writing, weight_table
 from keras_openllama.convert.arrays import contiguous
-from keras_openllama.convert.background import open_in_background
 from keras_openllama.convert.formats import EASYLM_CONTENTS
 from keras_openllama.convert.matching import match
 from keras_openllama.convert.outputs import Output
@@ -148,13 +147,12 @@ def plan(contents, dtype, content):
     }
     streaming = content != "flax_params"
 
-    def write(path, values):
+    def write(file, values):
         arranged = (
             _as_easylm(row, value, head_dim)
             for row, value in zip(rows, values, strict=True)
         )
-        with open_in_background(path) as file:
-            msgpack_writing.write(file, specs, arranged, streaming)
+        msgpack_writing.write(file, specs, arranged, streaming)
 
     size = msgpack_writing.size(specs, streaming)
     return [Output("", size, write, tuple(row.path for row in rows))]

@@ -15,7 +15,6 @@ import h5py
 import keras
 
 from keras_openllama.convert import arrays, weight_table
-from keras_openllama.convert.background import open_in_background
 from keras_openllama.convert.building import without_weights
 from keras_openllama.convert.checkpoint import check_file_names, read_weight_map
 from keras_openllama.convert.matching import match
@@ -292,16 +291,15 @@ class _Frame:
             dataset.attrs["dtype"] = "bfloat16"
         return dataset
 
-    def write(self, path, values):
+    def write(self, file, values):
         """Writes the file; `values` are NumPy arrays in the order of the names."""
-        with open_in_background(path) as file:
-            file.truncate(self.size)
-            for start, data in self._recording.writes:
-                file.seek(start)
-                file.write(data)
-            for (offset, shape), value in zip(self._places, values, strict=True):
-                file.seek(offset)
-                arrays.write(file, value, shape, self._dtype)
+        file.truncate(self.size)
+        for start, data in self._recording.writes:
+            file.seek(start)
+            file.write(data)
+        for (offset, shape), value in zip(self._places, values, strict=True):
+            file.seek(offset)
+            arrays.write(file, value, shape, self._dtype)
 
 
 class _Recording(io.RawIOBase):

@@ -11,8 +11,8 @@ class Output:
     Attributes:
         name: string, its path in the target directory.
         size: int, its bytes.
-        write: function `(path, values)` that writes it; `values` is an iterator of
-            NumPy arrays.
+        write: function `(file, values)` that writes it to an open file; `values` is an
+            iterator of NumPy arrays.
         tensors: tuple of the variable paths whose values it takes, in order.
     """
 
@@ -26,8 +26,4 @@ def small_file(name, data):
     """An `Output` whose contents, bytes or a string, are known already."""
     data = data.encode("utf-8") if isinstance(data, str) else data
 
-    def write(path, values):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    return Output(name, len(data), write)
+    return Output(name, len(data), lambda file, values: file.write(data))

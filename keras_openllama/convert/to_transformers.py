@@ -4,7 +4,6 @@ import json
 
 from keras_openllama import __version__
 from keras_openllama.convert import fast_tokenizer, safetensors_files, weight_table
-from keras_openllama.convert.background import open_in_background
 from keras_openllama.convert.model_card import model_card
 from keras_openllama.convert.outputs import Output, small_file
 
@@ -81,11 +80,7 @@ def _weight_files(contents, dtype, max_shard_bytes):
 
 
 def _writer(specs):
-    def write(path, values):
-        with open_in_background(path) as file:
-            safetensors_files.write(file, specs, values)
-
-    return write
+    return lambda file, values: safetensors_files.write(file, specs, values)
 
 
 def _index(names, shards, parameters):
