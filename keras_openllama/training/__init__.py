@@ -1,0 +1,1 @@
+"""Training: the data. Needs the extra `train`."""

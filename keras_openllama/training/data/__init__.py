@@ -1,0 +1,1 @@
+"""From raw text to an exact, resumable stream of training batches."""
