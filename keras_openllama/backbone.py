@@ -42,7 +42,9 @@ class OpenLlamaBackbone(Backbone):
 
     Call arguments:
         A dict of `"token_ids"`, int `(batch, length)`, and `"padding_mask"`, bool or
-        int `(batch, length)`, true on real tokens.
+        int `(batch, length)`, true on real tokens. Where documents share a row it
+        numbers them, 1, 2 and so on: a token sees its own document only, and positions
+        begin anew with each.
 
     Returns:
         Hidden states `(batch, length, hidden_dim)`, in the compute dtype.
@@ -127,7 +129,7 @@ class OpenLlamaBackbone(Backbone):
 
         # === Functional model ===
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
-        padding_mask = keras.Input((None,), dtype="bool", name="padding_mask")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
             outputs=self.hidden_states(token_ids, padding_mask),
@@ -172,7 +174,8 @@ class OpenLlamaBackbone(Backbone):
 
         Args:
             token_ids: int tensor `(batch, length)`.
-            padding_mask: bool tensor `(batch, length)`, true on real tokens.
+            padding_mask: tensor `(batch, length)`: bool, true on real tokens; or int,
+                see `causal_mask`. Positions begin anew with each document.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output.
 
@@ -180,9 +183,13 @@ class OpenLlamaBackbone(Backbone):
             Hidden states `(batch, length, hidden_dim)` after the final norm.
         """
         # 0, 1, 2 … as a sum, because the length may not be known here.
-        positions = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
-        mask = causal_mask(positions, padding_mask)
-        final_lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+        columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
+        mask = causal_mask(columns, padding_mask)
+        # As many as there are tokens of the same document before.
+        seen = ops.sum(ops.cast(mask[:, 0], "int32"), axis=-1)
+        positions = ops.maximum(seen - 1, 0)
+        real = ops.cast(ops.cast(padding_mask, "bool"), "int32")
+        final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
         intercept = layer_intercept_fn or (lambda x, index: x)
         x = intercept(self.token_embedding(token_ids), -1)

@@ -126,6 +126,21 @@ def test_padding_on_the_right_changes_nothing():
     )
 
 
+def test_documents_that_share_a_row_are_what_each_is_alone():
+    backbone = tiny(dtype="float32")
+    ids = np.array([[1, 5, 7, 9, 2, 1, 8, 3, 0, 0], [1, 6, 2, 1, 4, 4, 4, 9, 2, 1]])
+    numbers = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 3 + [2] * 6 + [3]])
+    together = ops.convert_to_numpy(
+        backbone({"token_ids": ids, "padding_mask": numbers})
+    )
+    for row, first, last in ((0, 0, 5), (0, 5, 8), (1, 0, 3), (1, 3, 9), (1, 9, 10)):
+        part = ids[row : row + 1, first:last]
+        alone = backbone({"token_ids": part, "padding_mask": np.ones_like(part)})
+        np.testing.assert_allclose(
+            together[row, first:last], ops.convert_to_numpy(alone)[0], atol=1e-6
+        )
+
+
 def test_head_dim_is_never_guessed():
     with pytest.raises(ValueError, match="num_query_heads=3"):
         tiny(num_query_heads=3, num_key_value_heads=3, head_dim=None)

@@ -204,18 +204,23 @@ def write(cache, update, column):
 
 
 def causal_mask(positions, padding_mask=None):
-    """Each position sees itself and what comes before, padding excluded.
+    """Each position sees itself and what comes before it in its document.
 
     Args:
         positions: int `(batch or 1, length)`.
-        padding_mask: `None`, or bool `(batch, length)`, True on real tokens.
+        padding_mask: `None`, or `(batch, length)`: bool, True on real tokens; or int,
+            the number of the document that a token belongs to, 0 on padding.
 
     Returns:
         bool `(batch or 1, 1, length, length)`.
     """
     mask = positions[:, None, :, None] >= positions[:, None, None, :]
     if padding_mask is not None:
-        mask = ops.logical_and(mask, ops.cast(padding_mask, "bool")[:, None, None, :])
+        documents = ops.cast(padding_mask, "int32")
+        queries, keys = documents[:, None, :, None], documents[:, None, None, :]
+        # Padding sees what is real: a softmax over nothing would be no number.
+        seen = ops.logical_or(ops.equal(queries, keys), ops.equal(queries, 0))
+        mask = ops.logical_and(mask, ops.logical_and(seen, keys > 0))
     return mask
 
 

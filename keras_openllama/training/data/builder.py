@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from keras_openllama.training.data import files, pipeline, records, tokenizing
 from keras_openllama.training.data.prepared import lengths_file
@@ -14,7 +15,7 @@ UNFINISHED = "unfinished"
 SUMMARY_FILE = "source.json"
 
 
-class Tokens(tfds.core.FileReaderBuilder):
+class Tokens(FileReaderBuilder):
     """Token ids of the documents of one source, the builder's config.
 
     `download_and_prepare` runs a Beam pipeline over the units that are not finished
@@ -48,6 +49,15 @@ class Tokens(tfds.core.FileReaderBuilder):
             ),
             file_format="array_record",
         )
+
+    def prepare(self):
+        """Does what is not done yet."""
+        self.download_and_prepare(download_dir=files.join(self._work, "downloads"))
+
+    def _log_download_bytes(self):
+        """Says nothing: there is no download."""
+
+    _log_download_done = _log_download_bytes
 
     def _info(self):
         size = tokenizing.processor_of(self._settings.proto).vocab_size()

@@ -84,23 +84,3 @@ def pack(lengths, length):
     order = np.argsort(rows, kind="stable")
     count = int(rows.max()) + 1 if len(rows) else 0
     return count, rows[order], documents[order], starts[order], sizes[order]
-
-
-def rows_per_block(lengths, length, block):
-    """Rows that each block of consecutive documents makes by itself.
-
-    Args:
-        lengths: int array `(documents,)`.
-        length: int, predictions a row makes.
-        block: int, documents in a block.
-
-    Returns:
-        uint32 array `(blocks,)`.
-    """
-    return np.array(
-        [
-            pack(lengths[start : start + block], length)[0]
-            for start in range(0, len(lengths), block)
-        ],
-        "<u4",
-    )

@@ -1,25 +1,36 @@
 """The Beam pipeline that tokenizes units: on all cores, or on any runner of Beam's."""
 
 import contextlib
+import logging
 import os
 import re
+import shlex
 import sys
 import threading
 import time
 from pathlib import Path
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
-from apache_beam.runners.portability import fn_api_runner
-from apache_beam.transforms import environments
 from tqdm import tqdm
 
-from keras_openllama.training.data import files, tokenizing
+from keras_openllama.training.data import files, tokenizing, worker
 from keras_openllama.training.data.sources import SourceError
+
+# Without Google's cloud libraries Beam warns at its import, wanted or not.
+logging.disable(logging.WARNING)
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import (  # noqa: E402
+    DirectOptions,
+    PipelineOptions,
+)
+from apache_beam.runners.portability import fn_api_runner  # noqa: E402
+from apache_beam.transforms import environments  # noqa: E402
+
+logging.disable(logging.NOTSET)
 
 _WORKER_LOG = "workers.log"
 _SECONDS_BETWEEN_LOOKS = 0.25
-_LOG_LINES = 20
+_SECONDS_TO_SAY_WHY = 5.0
+_LOG_LINES = 5
 
 
 class TokenizeUnit(beam.DoFn):
@@ -101,6 +112,7 @@ def _run_here(units, settings, directory, workers):
     # The largest first, dealt out like cards: nobody is left with a large one.
     units = sorted(units, key=lambda unit: -unit.num_bytes)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
         bar = stack.enter_context(_bar(units))
         if workers == 1:
             log, runner = None, fn_api_runner.FnApiRunner()
@@ -110,13 +122,17 @@ def _run_here(units, settings, directory, workers):
             runner = fn_api_runner.FnApiRunner(default_environment=_environment(log))
             options = PipelineOptions([])
             options.view_as(DirectOptions).direct_num_workers = workers
-            options.view_as(DirectOptions).direct_running_mode = "multi_processing"
+            # "multi_processing" with an environment of our own instead of Beam's.
+            options.view_as(DirectOptions).direct_running_mode = "subprocesses"
         run = _Background(
             lambda: _run_pipeline(units, settings, directory, runner, options)
         )
         finished = set()
         while not run.ended(_SECONDS_BETWEEN_LOOKS):
-            _look(units, directory, bar, finished, log)
+            dead = _look(units, directory, bar, finished)
+            # What Beam has to say about it, if anything, comes first.
+            if dead and not run.ended(_SECONDS_TO_SAY_WHY):
+                raise RuntimeError(_obituary(dead, log))
         if run.error:
             raise RuntimeError(_summary(run.error, units)) from run.error
         bar.update(bar.total - bar.n)
@@ -125,7 +141,8 @@ def _run_here(units, settings, directory, workers):
 def _summary(error, units):
     """The last line of what Beam says: the error itself, below a worker's traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = re.sub(r" *\[while running .*", "", lines[-1] if lines else repr(error))
+    reason = lines[-1] if lines else repr(error)
+    reason = re.sub(r"^RuntimeError: | *\[while running .*", "", reason)
     return (
         f"Tokenizing {units[0].source!r} failed: {reason}. Run the same command again "
         "when that is mended: what is finished is kept."
@@ -153,8 +170,9 @@ class _Background:
 
 def _environment(log):
     """Worker processes of this interpreter, whose chatter goes into a file."""
-    command = f"{sys.executable} -m apache_beam.runners.worker.sdk_worker_main"
-    return environments.SubprocessSDKEnvironment(f"exec {command} >>'{log}' 2>&1")
+    command = [sys.executable, "-m", worker.__name__]
+    command = f"exec {shlex.join(command)} >>{shlex.quote(str(log))} 2>&1"
+    return environments.SubprocessSDKEnvironment(command)
 
 
 def _local_directory(directory, stack):
@@ -175,8 +193,22 @@ def _bar(units):
     )
 
 
-def _look(units, directory, bar, finished, log):
-    """Updates the bar, and raises if a worker has died in the midst of a unit."""
+@contextlib.contextmanager
+def _quiet():
+    """Beam prints tracebacks of what is told in a line here, from threads too."""
+    logger, hook = logging.getLogger("apache_beam"), threading.excepthook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    threading.excepthook = lambda args: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        threading.excepthook = hook
+
+
+def _look(units, directory, bar, finished):
+    """Updates the bar; returns a unit whose worker has died, if there is one."""
     done = 0
     for unit in units:
         if unit in finished:
@@ -184,29 +216,32 @@ def _look(units, directory, bar, finished, log):
         elif files.exists(files.join(directory, tokenizing.receipt_name(unit))):
             finished.add(unit)
         elif not files.is_remote(directory):
-            done += _progress_of(unit, directory, log)
+            read, is_dead = _progress_of(unit, directory)
+            if is_dead:
+                return unit
+            done += read
     bar.update(max(0, min(done, bar.total) - bar.n))
+    return None
 
 
-def _progress_of(unit, directory, log):
+def _progress_of(unit, directory):
+    """Bytes of a unit that are done, and whether its worker died."""
     path = Path(directory, tokenizing.progress_name(unit))
     try:
         done, process = map(int, path.read_text().split())
         os.kill(process, 0)
     except (FileNotFoundError, ValueError):
-        return 0
+        return 0, False
     except ProcessLookupError:
         time.sleep(_SECONDS_BETWEEN_LOOKS)  # It may have finished and gone.
-        if not path.exists():
-            return 0
-        raise RuntimeError(
-            f"A worker died while it read {unit.label}: killed, perhaps for want of "
-            "memory (fewer --workers need less). Run the same command again: what is "
-            f"finished is kept.\n{_tail(log)}"
-        ) from None
-    return done
+        return 0, path.exists()
+    return done, False
 
 
-def _tail(log):
+def _obituary(unit, log):
     lines = log.read_text(errors="replace").splitlines() if log else []
-    return "\n".join(lines[-_LOG_LINES:])
+    return (
+        f"A worker died while it read {unit.label}: killed, perhaps for want of memory "
+        "(fewer --workers need less). Run the same command again: what is finished is "
+        "kept. Its last words:\n" + "\n".join(lines[-_LOG_LINES:])
+    )

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 
+from tqdm import tqdm
+
 import keras_openllama
 from keras_openllama import presets
 from keras_openllama.sentencepiece_file import keeps_spaces
@@ -45,8 +47,8 @@ def prepare(
 ):
     """Tokenizes sources into a directory that training reads from.
 
-    What an interrupted run has finished is kept: the same call goes on from there. Sources
-    can be added to a finished directory by another call.
+    What an interrupted run has finished is kept: the same call goes on from there.
+    Sources can be added to a finished directory by another call.
 
     Args:
         sources: dict by name of lists of specs, see `sources.units`.
@@ -96,7 +98,9 @@ def prepare(
         damaged = []
         for name, (parts, options) in plans.items():
             size = sum(unit.num_bytes for unit in parts)
-            report(f"{name}: {size / 1e6:.1f} MB of input in {len(parts)} parts")
+            report(
+                f"{name}: {tqdm.format_sizeof(size)}B of input in {len(parts)} parts"
+            )
             try:
                 _prepare_source(output, parts, options, workers, beam_flags, report)
             except SourceError as error:
@@ -162,10 +166,13 @@ def _put_tokenizer(output, proto):
     if not files.exists(path):
         files.write_bytes(path, proto)
         return
-    there, wanted = (hashlib.sha256(data).hexdigest() for data in (
-        files.read_bytes(path),
-        proto,
-    ))
+    there, wanted = (
+        hashlib.sha256(data).hexdigest()
+        for data in (
+            files.read_bytes(path),
+            proto,
+        )
+    )
     if there != wanted:
         raise ValueError(
             f"{output} was prepared with another tokenizer (SHA-256 {there[:12]}…, not "
@@ -185,7 +192,7 @@ def _prepare_source(output, parts, settings, workers, beam_flags, report):
             )
         report(f"{name}: is prepared already")
         return
-    Tokens(parts, settings, output, workers, beam_flags).download_and_prepare()
+    Tokens(parts, settings, output, workers, beam_flags).prepare()
     summary = json.loads(files.read_bytes(files.join(directory, SUMMARY_FILE)))
     for split, sums in summary["splits"].items():
         report(
@@ -211,7 +218,10 @@ def _write_manifest(output, proto, mixture, plans, before):
         }
     if mixture is None:
         mixture = mixtures.from_weights(
-            {name: source["splits"]["train"]["tokens"] for name, source in sources.items()},
+            {
+                name: source["splits"]["train"]["tokens"]
+                for name, source in sources.items()
+            },
             name=_BY_TOKENS,
         )
     manifest = {

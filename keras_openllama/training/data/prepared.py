@@ -31,11 +31,13 @@ def read_manifest(directory):
         manifest = json.loads(files.read_bytes(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{directory} has no {MANIFEST_FILE}, so it is no prepared data set, or one "
-            "whose preparation has not ended: run train/prepare_data.py again."
+            f"{directory} has no {MANIFEST_FILE}: it is no prepared data set, or one "
+            "whose preparation has not ended. Run train/prepare_data.py again."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Prepare the data anew.") from error
+        raise ValueError(
+            f"{path} is damaged: {error}. Prepare the data anew."
+        ) from error
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {manifest.get('format')!r}, and this version reads "
@@ -84,8 +86,8 @@ class PreparedData:
         found = hashlib.sha256(proto).hexdigest()
         if found != self.manifest["tokenizer"]["sha256"]:
             raise ValueError(
-                f"{path} is not the tokenizer that this data was prepared with (SHA-256 "
-                f"{found[:12]}…). Copy it again from where it was prepared."
+                f"{path} is not the tokenizer that this data was prepared with "
+                f"(SHA-256 {found[:12]}…). Copy it again from where it was prepared."
             )
         return proto
 
@@ -99,8 +101,8 @@ class PreparedData:
         if fingerprint != ours:
             raise ValueError(
                 f"{self.directory} was prepared with another tokenizer (SHA-256 "
-                f"{ours[:12]}…) than the model's ({fingerprint[:12]}…). Prepare the data "
-                "with the model's tokenizer."
+                f"{ours[:12]}…) than the model's ({fingerprint[:12]}…). Prepare the "
+                "data with the model's tokenizer."
             )
 
     def path_of(self, source):
@@ -173,8 +175,8 @@ class PreparedData:
             progress(size)
         if damaged:
             raise records.DamagedFile(
-                f"The content of {', '.join(damaged)} is not what was prepared. Copy it "
-                "again from where it was prepared, or prepare the data anew."
+                f"The content of {', '.join(damaged)} is not what was prepared. Copy "
+                "it again from where it was prepared, or prepare the data anew."
             )
 
 
@@ -186,8 +188,8 @@ def lengths_file(split):
 class Documents:
     """The documents of a split of a source, by number.
 
-    What is in memory is 8 bytes for each 1024 documents; the lengths, 4 bytes a
-    document, are mapped where the file is local. Readers are opened at need.
+    The index is 4 bytes a document, mapped where the file is local. Shards are opened
+    at need.
 
     Args:
         directory: string, directory of the source.
@@ -267,13 +269,13 @@ class Documents:
                 while len(self._readers) >= _OPEN_SHARDS:
                     self._readers.popitem(last=False)
             self._readers[shard] = reader
-            try:
-                return reader.read(numbers)
-            except RuntimeError as error:
-                raise records.DamagedFile(
-                    f"{path} is damaged: {error}. Copy it again from where it was "
-                    "prepared, or prepare the data anew."
-                ) from error
+        try:
+            return reader.read(numbers)
+        except RuntimeError as error:
+            raise records.DamagedFile(
+                f"{path} is damaged: {error}. Copy it again from where it was "
+                "prepared, or prepare the data anew."
+            ) from error
 
 
 def block_totals(lengths):

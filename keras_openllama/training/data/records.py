@@ -61,8 +61,9 @@ def writer(path):
         yield writer
         writer.close()
     except RuntimeError as error:
-        code = errno.ENOSPC if _NO_SPACE in str(error) else errno.EIO
-        raise OSError(code, f"{error}", str(path)) from error
+        if _NO_SPACE in str(error):
+            raise OSError(errno.ENOSPC, _NO_SPACE, str(path)) from error
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def open_reader(path, count):

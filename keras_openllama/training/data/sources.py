@@ -168,15 +168,14 @@ def _file_parts(source, spec, unit_bytes):
             raise SourceError(
                 f"Source {source!r}: {path} cannot be read: {error}."
             ) from error
-    parts = []
-    for form, group in itertools.groupby(sized, key=lambda item: format_of(item[0])):
-        if form == "text":
-            parts += _text_parts(list(group), unit_bytes)
-        for path, size in group:
-            if form == "parquet":
-                parts += _parquet_parts(source, path, unit_bytes)
-            else:
-                parts += _jsonl_parts(path, size, unit_bytes)
+    parts = _text_parts(
+        [item for item in sized if format_of(item[0]) == "text"], unit_bytes
+    )
+    for path, size in sized:
+        if format_of(path) == "parquet":
+            parts += _parquet_parts(source, path, unit_bytes)
+        elif format_of(path) == "jsonl":
+            parts += _jsonl_parts(path, size, unit_bytes)
     return parts
 
 
@@ -252,12 +251,9 @@ def _tfds_parts(source, spec, unit_bytes):
     examples, size = info.num_examples, info.num_bytes
     count = max(1, round(size / unit_bytes))
     bounds = [examples * i // count for i in range(count + 1)]
+    # By its directory: workers find the same wherever they look.
+    name = f"{TFDS_PREFIX}{builder.data_path}@{split}"
     return [
-        ("tfds", (f"{TFDS_PREFIX}{_name(builder)}@{split}",), start, stop, size // count)
+        ("tfds", (name,), start, stop, size // count)
         for start, stop in itertools.pairwise(bounds)
     ]
-
-
-def _name(builder):
-    """The directory of the data: workers find the same wherever they look."""
-    return str(builder.data_path)

@@ -99,7 +99,9 @@ def read_receipt(unit, directory):
     Stale is one whose input has changed, or whose shard is not there as it was.
     """
     try:
-        receipt = json.loads(files.read_bytes(files.join(directory, receipt_name(unit))))
+        receipt = json.loads(
+            files.read_bytes(files.join(directory, receipt_name(unit)))
+        )
     except (OSError, ValueError):
         return None
     whole = receipt["unit"] == unit.identity and all(

@@ -1,0 +1,26 @@
+"""A worker process of Beam on one machine that ends when its parent does."""
+
+import os
+import sys
+import threading
+import time
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def _end_with(parent):
+    """Ends this process when its parent is gone: killed, it has told nobody."""
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
+def main():
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+    from apache_beam.runners.worker import sdk_worker_main
+
+    sdk_worker_main.main(sys.argv)
+
+
+if __name__ == "__main__":
+    main()
