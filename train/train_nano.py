@@ -14,7 +14,6 @@ How the held-out text is scored: see `bits_per_byte.py`.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -38,6 +37,9 @@ from fetch_corpus import DEFAULT_CACHE, DOCUMENT_SEPARATOR, SOURCES  # noqa: E40
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM  # noqa: E402
 from keras_openllama.convert import weight_table  # noqa: E402
+from keras_openllama.training.tokenizer_training import (  # noqa: E402
+    train_sentencepiece,
+)
 
 SETTINGS = HERE / "nano.json"
 PRESET = HERE.parent / "presets" / "open_llama_nano"
@@ -67,29 +69,16 @@ def train_tokenizer(texts, vocabulary_size):
     Returns:
         The bytes of the model file.
     """
-    model = io.BytesIO()
     joined = DOCUMENT_SEPARATOR.join(texts.values())
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(
-            line for line in joined.replace(DOCUMENT_SEPARATOR, "\n").split("\n")
-        ),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocabulary_size,
-        byte_fallback=True,
-        # Text comes back as it was, newlines (as bytes) and runs of spaces included.
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
+    return train_sentencepiece(
+        joined.replace(DOCUMENT_SEPARATOR, "\n").split("\n"),
+        vocabulary_size,
+        "v2",
+        # As the published tokenizer was trained: its bytes hold these options.
+        allow_whitespace_only_pieces=None,
         character_coverage=0.9999,
         max_sentence_length=1 << 20,
-        unk_id=0,
-        bos_id=BOS,
-        eos_id=EOS,
-        pad_id=-1,
-        minloglevel=2,
     )
-    return model.getvalue()
 
 
 def training_windows(texts, tokenizer, repeats, length, count, seed):
