@@ -97,12 +97,11 @@ def describe_batch(stream, step, processor, characters=300):
 
 
 def realised_mixture(stream, first, steps):
-    """Shares of the real targets of some steps, by source: dict of floats."""
+    """Shares of the tokens of some steps, padding left out: dict of floats."""
     totals = dict.fromkeys(stream.sources, 0.0)
     for step in range(first, first + steps):
-        weights = stream.batch(step)[2].sum(axis=1)
-        for (source, _), real in zip(stream.rows_of(step), weights, strict=True):
-            totals[source] += float(real)
+        for source, spans in stream.rows_of(step):
+            totals[source] += sum(size for *_, size in spans) - 1
     everything = sum(totals.values())
     return {name: total / everything for name, total in totals.items()}
 

@@ -15,6 +15,7 @@ from keras_openllama.training.data import files, packing, shuffling
 from keras_openllama.training.data.prepared import block_totals
 from keras_openllama.training.data.shuffling import BLOCK
 
+_CHUNK = 1 << 22  # Documents that are counted at once.
 _GROUPS_KEPT = 2  # A row may begin in one and end in the next.
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ class _Rows:
 
     Attributes:
         epoch_rows: float, rows an epoch has.
-        row_predictions: float, real targets a row has, on average.
     """
 
     def __init__(self, documents, length, key, totals):
@@ -91,7 +91,10 @@ class Concatenated(_Rows):
         totals = block_totals(documents.lengths)
         super().__init__(documents, length, key, totals)
         self.epoch_rows = self._order.total / length
-        self.row_predictions = float(length)
+
+    def row_tokens(self):
+        """Tokens a row predicts, on average."""
+        return float(self._length)
 
     def _open(self, blocks, key):
         """The documents of a group in shuffled order, and where each one ends."""
@@ -128,8 +131,16 @@ class BestFit(_Rows):
         totals = _rows_per_block(documents.lengths, length, cache)
         super().__init__(documents, length, key, totals.astype("int64"))
         self.epoch_rows = float(self._order.total)
-        predictions = documents.lengths.sum(dtype="int64") - len(documents.lengths)
-        self.row_predictions = float(predictions / self.epoch_rows)
+
+    def row_tokens(self):
+        """As `Concatenated.row_tokens`."""
+        lengths, tokens = self._documents.lengths, 0
+        for start in range(0, len(lengths), _CHUNK):
+            predictions = lengths[start : start + _CHUNK].astype("int64") - 1
+            # Each piece but a row's last predicts the first token of the next.
+            pieces = -(-predictions // self._length)
+            tokens += int(predictions.sum() + pieces.sum())
+        return tokens / self.epoch_rows - 1
 
     def _open(self, blocks, key):
         """Pieces of the group's documents by row, and the shuffled order of rows."""

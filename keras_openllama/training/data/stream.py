@@ -84,7 +84,8 @@ class TokenStream:
         self.mask_documents = mask_documents
         self._first_row, self._host_rows = _share(batch_size, hosts, host)
         mixture = mixture or data.mixture
-        self.mixture = mixture.restricted_to(_with_documents(data, split))
+        available = _available(data, split, mixture)
+        self.mixture = mixture.restricted_to(available)
         self.sources = self.mixture.names
         self._documents = [data.documents(name, split) for name in self.sources]
         self._rows = [
@@ -104,14 +105,14 @@ class TokenStream:
 
     def _row_schedule(self):
         """The schedule in rows: weights are shares of tokens; rows may be padded."""
-        full = {
-            name: source.row_predictions
+        tokens = {
+            name: source.row_tokens()
             for name, source in zip(self.sources, self._rows, strict=True)
         }
         return [
             (
                 step * self.batch_size,
-                {name: weight / full[name] for name, weight in weights.items()},
+                {name: weight / tokens[name] for name, weight in weights.items()},
             )
             for step, weights in self.mixture.schedule
         ]
@@ -276,9 +277,19 @@ def _processes():
     return jax.process_count(), jax.process_index()
 
 
-def _with_documents(data, split):
-    """Names of the sources that have documents in a split."""
+def _available(data, split, mixture):
+    """Names of the mixture's sources that have documents in a split."""
     names = [name for name in data.sources if data.split(name, split)["documents"]]
+    left_out = [name for name in names if name not in mixture.names]
+    if left_out:
+        _log.warning(
+            "Mixture %s does not have %s of %s, which is not read.",
+            *(mixture.name, ", ".join(left_out), data.directory),
+        )
+    names = [name for name in names if name in mixture.names]
     if not names:
-        raise ValueError(f"{data.directory} has no documents for {split}.")
+        raise ValueError(
+            f"{data.directory} has no documents for {split} of mixture "
+            f"{mixture.name!r}: {', '.join(mixture.names)}."
+        )
     return names
