@@ -18,7 +18,7 @@ out, to report bytes per token on.
 
 --style v1 merges runs of spaces into one, so it is unfit for code; v2 keeps them.
 
-Training on 1 GB takes about five minutes on two cores, and 9 GB of memory. DIR then has
+Training on 1 GB takes about five minutes on two cores, and 8 GB of memory. DIR then has
 tokenizer.model, tokenizer.vocab (the pieces, a line each), report.json and report.png.
 """
 

@@ -9,7 +9,7 @@ from keras_openllama import presets
 from keras_openllama.sentencepiece_file import keeps_spaces, load_processor
 from keras_openllama.training.tokenizer_training import size_of
 
-OVERALL = "overall"
+_ALL = "all sources"  # No source can be called so.
 
 
 def tokenizers_at_hand():
@@ -54,7 +54,7 @@ def report(samples, tokenizers):
             "bytes_per_token": {
                 name: sizes[name]["bytes"] / count for name, count in tokens.items()
             },
-            OVERALL: total / sum(tokens.values()) if tokens else None,
+            "overall": total / sum(tokens.values()) if tokens else None,
         }
     return {"held_out": sizes, "tokenizers": measured}
 
@@ -66,15 +66,14 @@ def _count_tokens(processor, texts):
 
 def table(report):
     """What `report` returns as lines of text, in aligned columns."""
-    tokenizers = report["tokenizers"]
+    tokenizers, held_out = report["tokenizers"], report["held_out"]
+    columns = [_values(measured) for measured in tokenizers.values()]
     rows = [
         ["bytes per token", "held out", *(_marked(name, report) for name in tokenizers)]
     ]
-    for source, size in report["held_out"].items():
-        values = (t["bytes_per_token"][source] for t in tokenizers.values())
-        rows.append([source, f"{size['bytes'] / 1e6:.2f} MB", *map(_number, values)])
-    overall = (t[OVERALL] for t in tokenizers.values())
-    rows.append([OVERALL, "", *map(_number, overall)])
+    for group in _groups(report):
+        size = f"{held_out[group]['bytes'] / 1e6:.2f} MB" if group in held_out else ""
+        rows.append([group, size, *(f"{values[group]:.2f}" for values in columns)])
     rows.append(["pieces", "", *(f"{t['pieces']:,}" for t in tokenizers.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = ""
@@ -96,27 +95,28 @@ def _marked(tokenizer, report):
     return tokenizer if kept else f"{tokenizer} *"
 
 
-def _number(value):
-    return "-" if value is None else f"{value:.2f}"
+def _groups(report):
+    """The sources that hold something out, and all of them together."""
+    return [*report["held_out"], _ALL] if report["held_out"] else []
+
+
+def _values(measured):
+    """A tokenizer's bytes per token, by what `_groups` returns."""
+    return {**measured["bytes_per_token"], _ALL: measured["overall"]}
 
 
 def chart(report):
     """What `report` returns as a bar chart: bytes of a PNG file."""
     from matplotlib.figure import Figure
 
-    groups = [*report["held_out"], OVERALL]
+    groups = _groups(report)
     width = 0.8 / len(report["tokenizers"])
     figure = Figure(figsize=(max(6, 1.6 * len(groups) + 1), 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, measured) in enumerate(report["tokenizers"].items()):
-        values = [*measured["bytes_per_token"].values(), measured[OVERALL] or 0]
+        values = [_values(measured)[group] for group in groups]
         places = [group + (number + 0.5) * width - 0.4 for group in range(len(groups))]
-        bars = axes.bar(
-            places,
-            values,
-            0.92 * width,
-            label=_label(name, measured),
-        )
+        bars = axes.bar(places, values, 0.92 * width, label=_label(name, measured))
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("bytes per token, held-out text")

@@ -1,8 +1,11 @@
-"""Training a tokenizer: a sample of the text, SentencePiece, a report on the result.
+"""Training a tokenizer: a sample of the text, and SentencePiece.
 
+Example:
+
+```python
 samples = sample({"wikipedia": texts, "code": sources}, {"wikipedia": 1, "code": 3})
 proto = train_sentencepiece(lines(samples), 32_000, "v2")
-print(table(report(samples, {"new": proto, **tokenizers_at_hand()})))
+```
 """
 
 import collections
@@ -32,7 +35,8 @@ HELD_OUT_EVERY = 50
 # Ours. SentencePiece counts the characters of a word, or run of spaces, in 16 bits, and
 # ends the process where there are more, as in data that is written into code.
 _LONGEST_WORD = 30_000
-_TOO_LONG = re.compile(rf"[^ ]{{{_LONGEST_WORD}}}| {{{_LONGEST_WORD}}}")
+# It writes a space as ▁, so that to it the two are the same.
+_TOO_LONG = re.compile(rf"[^ ▁]{{{_LONGEST_WORD}}}|[ ▁]{{{_LONGEST_WORD}}}")
 # Documents between two looks at how many of them are damaged.
 _CHECK_EVERY = 1000
 
@@ -80,7 +84,8 @@ def sample(
     Each document has a priority, the hash of its text and the seed, and the smallest
     stay. So the sample depends neither on the order of the documents nor on chance; a
     text that comes twice is taken once; and there is never more in memory than
-    `max_bytes` and one document. A source that has less than its share gives all.
+    `max_bytes` and a document of each source. A source that has less than its share
+    gives all.
 
     Args:
         documents_by_source: dict by source of iterables of str, or of
