@@ -208,7 +208,7 @@ def describe(name, kept):
         f"{size['held_out']['documents']:,} held out"
     )
     if kept.num_bytes < kept.share:
-        text += f"; less than its share of the sample, {kept.share / 1e6:,.2f} MB"
+        text += f"; its share of the sample would be {kept.share / 1e6:,.0f} MB"
     for reason, count in kept.skipped.items():
         text += f"\n{name}: {count:,} documents skipped: {reason}"
     return text
