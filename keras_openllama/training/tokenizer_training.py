@@ -181,7 +181,7 @@ class _SmallestPriorities:
     def add(self, data):
         digest = hashlib.blake2b(data, digest_size=16, key=self._key).digest()
         priority = int.from_bytes(digest, "big")
-        if False:
+        if priority in self._texts:  # The same text again.
             return
         self._texts[priority] = data
         self._num_bytes += len(data)
@@ -201,11 +201,11 @@ class _SmallestPriorities:
 
 
 def lines(samples):
-    """Yields the lines (bytes) of the documents to train on, in an order of their own.
+    """Yields the lines (bytes) of the documents to train on, in the order of `sample`.
 
     A line's end is no part of it: the newline stays the byte piece 13.
     """
-    for _, kept in sorted(samples.items()):
+    for kept in samples.values():
         for data in kept.training:
             yield from data.split(b"\n")
 

@@ -290,6 +290,8 @@ def test_no_text_is_both_trained_on_and_held_out_however_often_it_comes():
     assert len(kept.training) == 490
     assert not {*kept.held_out} & {*kept.training}
     assert (kept.documents, kept.num_bytes) == (1500, 150_000)
+    once, thrice = (sample({"web": t}, None, 9999)["web"] for t in (texts[:500], texts))
+    assert all_of(once) == all_of(thrice)
 
 
 @pytest.mark.parametrize("count, held_out", [(1, 0), (2, 1), (50, 1), (51, 2)])
