@@ -255,6 +255,7 @@ def _column(unit, schema, fields):
                 for is_kind in (
                     pyarrow.types.is_string,
                     pyarrow.types.is_large_string,
+                    pyarrow.types.is_string_view,
                     pyarrow.types.is_binary,
                     pyarrow.types.is_large_binary,
                 )

@@ -39,7 +39,7 @@ def encode(tokens, num_bytes):
     feature = example.features.feature
     feature["tokens"].bytes_list.value.append(tokens.tobytes())
     feature["num_bytes"].int64_list.value.append(num_bytes)
-    return example.SerializeToString()
+    return example.SerializeToString(deterministic=True)
 
 
 def decode(record, dtype):
