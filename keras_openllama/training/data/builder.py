@@ -116,21 +116,21 @@ class Tokens(FileReaderBuilder):
         The originals stay until all is done, so that nothing is lost if this is cut
         short.
         """
-        splits, shards = [], {}
+        splits, sums = [], {}
         for split in tokenizing.SPLITS:
             template = self._get_filename_template(split_name=split)
             paths = template.sharded_filepaths(len(receipts))
-            shards[split] = []
+            shards = []
             for unit, receipt, path in zip(self._units, receipts, paths, strict=True):
                 name = tokenizing.shard_name(unit, split)
                 files.copy(files.join(self._work, name), str(path))
-                shards[split].append({"file": path.name, **receipt["splits"][split]})
-            self._publish_lengths(split)
+                shards.append({"file": path.name, **receipt["splits"][split]})
+            sums[split] = _sums(shards, self._publish_lengths(split))
             splits.append(
                 tfds.core.SplitInfo(
                     name=split,
-                    shard_lengths=[shard["documents"] for shard in shards[split]],
-                    num_bytes=sum(shard["size"] for shard in shards[split]),
+                    shard_lengths=[shard["documents"] for shard in shards],
+                    num_bytes=sum(shard["size"] for shard in shards),
                     filename_template=template,
                 )
             )
@@ -139,18 +139,19 @@ class Tokens(FileReaderBuilder):
             "fingerprint": fingerprint(self._units, self._settings),
             "inputs": [receipt["input"] for receipt in receipts],
             "skipped": total_skipped(receipts),
-            "splits": {split: _sums(shards[split]) for split in tokenizing.SPLITS},
+            "splits": sums,
         }
         path = files.join(self.data_dir, SUMMARY_FILE)
         files.write_bytes(path, json.dumps(summary, indent=1).encode())
 
     def _publish_lengths(self, split):
-        """The tokens of every document of a split, in one file."""
+        """The tokens of every document of a split, in one file; returns its SHA-256."""
         target = files.join(self.data_dir, lengths_file(split))
         with files.appearing(target) as unfinished, open(unfinished, "wb") as file:
             for unit in self._units:
                 name = tokenizing.lengths_name(unit, split)
                 file.write(files.read_bytes(files.join(self._work, name)))
+        return files.sha256(target)
 
     def _post_download_and_prepare_hook(self):
         files.remove_directory(self._work)
@@ -176,9 +177,9 @@ def total_skipped(receipts):
     return dict(sorted(total.items()))
 
 
-def _sums(shards):
+def _sums(shards, lengths_sha256):
     sums = {
         name: sum(shard[name] for shard in shards)
         for name in ("documents", "tokens", "bytes")
     }
-    return {**sums, "shards": shards}
+    return {**sums, "lengths_sha256": lengths_sha256, "shards": shards}

@@ -112,7 +112,7 @@ def _run_here(units, settings, directory, workers):
     # The largest first, dealt out like cards: nobody is left with a large one.
     units = sorted(units, key=lambda unit: -unit.num_bytes)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
+        thread_errors = stack.enter_context(_quiet())
         bar = stack.enter_context(_bar(units))
         if workers == 1:
             log, runner = None, fn_api_runner.FnApiRunner()
@@ -131,7 +131,10 @@ def _run_here(units, settings, directory, workers):
         while not run.ended(_SECONDS_BETWEEN_LOOKS):
             dead = _look(units, directory, bar, finished)
             # What Beam has to say about it, if anything, comes first.
-            if dead and not run.ended(_SECONDS_TO_SAY_WHY):
+            if not dead and not thread_errors:
+                continue
+            if not run.ended(_SECONDS_TO_SAY_WHY):
+                dead = dead or _look(units, directory, bar, finished)
                 raise RuntimeError(_obituary(dead, log))
         if run.error:
             raise RuntimeError(_summary(run.error, units)) from run.error
@@ -195,13 +198,18 @@ def _bar(units):
 
 @contextlib.contextmanager
 def _quiet():
-    """Beam prints tracebacks of what is told in a line here, from threads too."""
+    """Beam prints tracebacks of what is told in a line here, from threads too.
+
+    Yields a list that gets the errors that end threads: a worker has died then, which
+    Beam itself does not notice.
+    """
     logger, hook = logging.getLogger("apache_beam"), threading.excepthook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    threading.excepthook = lambda args: None
+    errors = []
+    threading.excepthook = lambda args: errors.append(args.exc_value)
     try:
-        yield
+        yield errors
     finally:
         logger.setLevel(level)
         threading.excepthook = hook
@@ -241,7 +249,8 @@ def _progress_of(unit, directory):
 def _obituary(unit, log):
     lines = log.read_text(errors="replace").splitlines() if log else []
     return (
-        f"A worker died while it read {unit.label}: killed, perhaps for want of memory "
-        "(fewer --workers need less). Run the same command again: what is finished is "
-        "kept. Its last words:\n" + "\n".join(lines[-_LOG_LINES:])
+        f"A worker died{f' while it read {unit.label}' if unit else ''}: killed, "
+        "perhaps for want of memory (fewer --workers need less). Run the same command "
+        "again: what is finished is kept. Its last words:\n"
+        + "\n".join(lines[-_LOG_LINES:])
     )

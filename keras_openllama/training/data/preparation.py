@@ -79,7 +79,11 @@ def prepare(
     prepare({"wikipedia": ["wiki*.jsonl.gz"]}, "open_llama_3b_v2", "data")
     ```
     """
+    for name, value in (("workers", workers), ("unit_bytes", unit_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` is a number from 1 on. Received: {value}")
     proto = tokenizer_proto(tokenizer)
+    processor_of(proto)  # Raises where it is none, before anything is written.
     known = mixtures.load(mixture) if mixture else None
     text_fields = dict(text_fields or {})
     before = read_manifest(output) if _has_manifest(output) else None

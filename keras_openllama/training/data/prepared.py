@@ -14,6 +14,7 @@ from keras_openllama.training.data.shuffling import BLOCK
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
+_PARTS = ("format", "tokenizer", "mixture", "sources")
 # Open shards of one source. Those of a shuffled group are read by turns, and it spans
 # as many as it has blocks.
 _OPEN_SHARDS = 64
@@ -38,9 +39,14 @@ def read_manifest(directory):
         raise ValueError(
             f"{path} is damaged: {error}. Prepare the data anew."
         ) from error
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or not {*_PARTS} <= {*manifest}:
         raise ValueError(
-            f"{path} has format {manifest.get('format')!r}, and this version reads "
+            f"{path} is no manifest of prepared data: it lacks some of "
+            f"{', '.join(_PARTS)}. Prepare the data anew."
+        )
+    if manifest["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest['format']!r}, and this version reads "
             f"{FORMAT}. Prepare the data anew, or use the version that made it."
         )
     return manifest
@@ -137,13 +143,13 @@ class PreparedData:
         )
 
     def files(self):
-        """Yields the path, the size and, for shards, the SHA-256 of each file."""
+        """Yields the path, the size and the SHA-256 of each file."""
         for source in self.sources:
             for split, sums in self.manifest["sources"][source]["splits"].items():
                 yield (
                     files.join(self.path_of(source), lengths_file(split)),
                     4 * sums["documents"],
-                    None,
+                    sums["lengths_sha256"],
                 )
                 for shard in sums["shards"]:
                     path = files.join(self.path_of(source), shard["file"])
@@ -160,17 +166,17 @@ class PreparedData:
                 )
 
     def verify(self, progress=lambda size: None):
-        """Reads every shard and compares its SHA-256.
+        """Reads every file and compares its SHA-256.
 
         Args:
             progress: called with the bytes read since the last call.
 
         Raises:
-            ValueError: if a shard is damaged; all such are named.
+            ValueError: if a file is damaged; all such are named.
         """
         damaged = []
         for path, size, checksum in self.files():
-            if checksum and files.sha256(path) != checksum:
+            if files.sha256(path) != checksum:
                 damaged.append(path)
             progress(size)
         if damaged:

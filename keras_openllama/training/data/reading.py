@@ -26,7 +26,8 @@ TOO_LONG = "too long"
 # An empty document is no damage: code has many empty files.
 FAULTS = (NOT_JSON, NOT_OBJECT, NOT_UTF8, NO_TEXT, TOO_LONG)
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # More than the other fields of a line have.
+_ESCAPED = 6  # Bytes of JSON, at most, for one of text: \u0001.
 _COMPRESSED_CHUNK = 1 << 17  # Grows by an unknown factor.
 
 
@@ -81,7 +82,7 @@ def _jsonl(unit, fields, limit, progress):
     [path] = unit.paths
     try:
         with files.open_binary(path) as file:
-            for line in _lines(file, unit, 2 * limit, progress):
+            for line in _lines(file, unit, _ESCAPED * limit + _CHUNK, progress):
                 if line is None:
                     yield Skipped(TOO_LONG)
                 elif line.strip():
@@ -187,6 +188,10 @@ class _Decompressed(io.RawIOBase):
                     raise OSError("it is cut short")
                 return 0
             if self._decompressor is None:
+                if len(self._input) == 1:  # Two bytes tell what it is.
+                    more = self._file.read(_COMPRESSED_CHUNK)
+                    self._progress(len(more))
+                    self._input += more
                 self._decompressor, self._is_empty = self._new_decompressor(), False
             self._output = memoryview(self._decompressor.decompress(self._input))
             self._input = b""
@@ -223,7 +228,7 @@ def _parquet(unit, fields, limit, progress):
     groups = range(unit.start, unit.stop)
     try:
         with files.open_binary(path) as file:
-            parquet = pyarrow.parquet.ParquetFile(file)
+            parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
             field = _column(unit, parquet.schema_arrow, fields)
             for group in groups:
                 for batch in parquet.iter_batches(
@@ -298,9 +303,16 @@ def _tfds(unit, fields, limit, progress):
             f"{' or '.join(map(repr, fields))}. It has: {', '.join(names)}. Name the "
             "right one with --text-field."
         )
-    dataset = builder.as_dataset(split=f"{split}[{unit.start}:{unit.stop}]")
     share = unit.num_bytes / max(1, unit.stop - unit.start)
-    for example in dataset.as_numpy_iterator():
-        progress(share)
-        data = example[field]
-        yield _decoded(data, limit) if isinstance(data, bytes) else Skipped(NO_TEXT)
+    try:
+        dataset = builder.as_dataset(split=f"{split}[{unit.start}:{unit.stop}]")
+        for example in dataset.as_numpy_iterator():
+            progress(share)
+            data = example[field]
+            is_text = isinstance(data, bytes)
+            yield _decoded(data, limit) if is_text else Skipped(NO_TEXT)
+    except Exception as error:  # TFDS and TensorFlow raise errors of many kinds.
+        raise SourceError(
+            f"Source {unit.source!r}: {spec} cannot be read to its end: {error}. "
+            "Prepare that data set again, or leave it out."
+        ) from error

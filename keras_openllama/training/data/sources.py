@@ -105,6 +105,8 @@ def units(source, specs, unit_bytes=UNIT_BYTES):
             found += _tfds_parts(source, spec, unit_bytes)
         else:
             found += _file_parts(source, spec, unit_bytes)
+    if not found:
+        raise SourceError(f"Source {source!r}: {', '.join(specs)} has no documents.")
     return [
         Unit(source, number, *part, identity=_identity(part))
         for number, part in enumerate(found)
@@ -143,7 +145,8 @@ def find_files(source, spec):
             f"Source {source!r}: {spec!r} matches no file. Give a file, a directory, a "
             f"pattern in quotes, or {TFDS_PREFIX}NAME."
         )
-    return found
+    # A pattern may match a directory and also what is in it.
+    return list(dict.fromkeys(found))
 
 
 def format_of(path):
@@ -243,13 +246,17 @@ def _tfds_parts(source, spec, unit_bytes):
     try:
         builder, split = tfds_builder(spec)
         builder.download_and_prepare()  # Does nothing where it is prepared.
+        if split not in [*builder.info.splits]:  # TFDS would take a part of one, too.
+            raise ValueError(f"its splits are {', '.join(builder.info.splits)}")
         info = builder.info.splits[split]
     except Exception as error:  # TFDS raises errors of many kinds.
         raise SourceError(
             f"Source {source!r}: TensorFlow Datasets cannot give {spec!r}: {error}"
         ) from error
     examples, size = info.num_examples, info.num_bytes
-    count = max(1, round(size / unit_bytes))
+    if not examples:
+        return []
+    count = min(examples, max(1, round(size / unit_bytes)))
     bounds = [examples * i // count for i in range(count + 1)]
     # By its directory: workers find the same wherever they look.
     name = f"{TFDS_PREFIX}{builder.data_path}@{split}"

@@ -98,9 +98,6 @@ def test_a_pattern_may_match_directories(tmp_path):
     assert found(tmp_path, tmp_path / "shard*") == expected
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="find_files lists what several matches share again"
-)
 def test_a_pattern_that_matches_a_directory_and_what_is_in_it_reads_that_once(tmp_path):
     write_tree(tmp_path, ["tree/a.jsonl", "tree/sub/b.jsonl"])
     assert found(tmp_path, tmp_path / "tree/**") == ["tree/a.jsonl", "tree/sub/b.jsonl"]
@@ -270,18 +267,11 @@ def test_a_split_is_divided_by_its_examples(tfds_directory):
     assert units[0].label == f"tfds:{tfds_directory}@train (examples 0 to 5)"
 
 
-@pytest.mark.xfail(
-    raises=ValueError,
-    reason="_tfds_parts makes parts of no examples, which TFDS refuses",
-)
 def test_a_few_large_examples_are_never_divided_into_none(tfds_directory):
     units = sources.units("web", [f"tfds:{tfds_directory}@test"], 10)
     assert sorted(documents(units)) == ["a", "b", "c"]
 
 
-@pytest.mark.xfail(
-    raises=ValueError, reason="its parts are asked for as train[:10][0:10]"
-)
 @pytest.mark.parametrize("split, count", [("train[:10]", 10), ("train+test", 23)])
 def test_a_slice_or_sum_of_splits_is_read_or_refused_at_once(
     split, count, tfds_directory
