@@ -1,0 +1,222 @@
+"""How fast text becomes tokens, and tokens become batches.
+
+    python benchmarks/data.py [tokenize load seek memory] [--rounds 5]
+
+tokenize  One core, a vocabulary of 32,000 pieces (mistral-common's), the stand-in
+          mixture of stand_in_mixture.py: what writes shards, SentencePiece alone, and
+          transformers' fast tokenizer on the same vocabulary, by turns.
+load      Tokens per second from prepared data, in one process and through Grain's
+          workers.
+seek      The rows of step 200,000 over an index of 100 million synthetic documents,
+          from opening it on.
+memory    Resident memory while batches are read.
+
+The figures are medians; what is compared alternates in one run.
+"""
+
+import argparse
+import importlib.resources
+import os
+import statistics
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import stand_in_mixture
+from tqdm import tqdm
+
+from keras_openllama.training.data import reading, shuffling, sources, tokenizing
+from keras_openllama.training.data.mixture import Interleaving, load
+from keras_openllama.training.data.rows import BestFit, Concatenated
+from keras_openllama.training.data.stream import TokenStream
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core, as the others have.
+
+LENGTH, BATCH, STEP = 2048, 2048, 200_000  # Rows of the 7B recipe; near its end.
+DOCUMENTS = 100_000_000
+TEXT_BYTES = 4 << 20  # Of each source, what is tokenized in a round.
+
+
+def specs():
+    """The stand-in mixture: dict by source of lists of paths."""
+    built = stand_in_mixture.build(stand_in_mixture.DEFAULT_CACHE)
+    return {
+        name: [str(p) for p in (paths if isinstance(paths, list) else [paths])]
+        for name, paths in built.items()
+    }
+
+
+def large_model():
+    """The bytes of a real model of 32,000 pieces that keeps spaces."""
+    data = importlib.resources.files("mistral_common") / "data"
+    return (data / "tokenizer.model.v1").read_bytes()
+
+
+def alternate(candidates, rounds):
+    """Seconds of each candidate (dict of functions), medians of rounds by turns."""
+    seconds = {name: [] for name in candidates}
+    for _ in tqdm(range(rounds), disable=None, leave=False):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def tokenize(rounds):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from keras_openllama.convert import fast_tokenizer
+
+    proto = large_model()
+    processor = tokenizing.processor_of(proto)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(fast_tokenizer.build(proto, starts=False))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        texts = []
+        for name, paths in specs().items():
+            taken = 0
+            for unit in sources.units(name, paths):
+                for text in reading.documents(unit):
+                    if taken < TEXT_BYTES and not isinstance(text, reading.Skipped):
+                        texts.append(text)
+                        taken += len(text)
+        tree = Path(folder, "text")
+        tree.mkdir()
+        for number, text in enumerate(texts):
+            (tree / f"{number:06}.txt").write_bytes(text.encode())
+        [unit] = sources.units("text", [str(tree)])
+        settings = tokenizing.Settings(proto)
+
+        def transformers():
+            # In batches, as its documentation advises; one call for all holds all.
+            for start in range(0, len(texts), 64):
+                fast(texts[start : start + 64], add_special_tokens=False)
+
+        seconds = alternate(
+            {
+                "shards written": lambda: tokenizing.tokenize_unit(
+                    unit, settings, folder
+                ),
+                "SentencePiece alone": lambda: processor.encode(texts, num_threads=1),
+                "transformers, fast": transformers,
+            },
+            rounds,
+        )
+    ours = seconds["shards written"]
+    print(f"tokenizing {unit.num_bytes / 1e6:.1f} MB on one core")
+    for name, value in seconds.items():
+        rate = unit.num_bytes / 1e6 / value
+        print(f"    {name:<22}{rate:>8.2f} MB/s; ours is {value / ours:.2f} x")
+
+
+def prepared(folder):
+    """The stand-in mixture, prepared with nano's tokenizer."""
+    from keras_openllama.training.data.preparation import prepare
+
+    return prepare(specs(), "open_llama_nano", folder, "v2", report=lambda line: None)
+
+
+def load_batches(rounds):
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepared(folder)
+        print(f"loading, {LENGTH} tokens a row, 32 rows a batch")
+        for packing in ("concatenate", "best_fit"):
+            stream = TokenStream(data, LENGTH, 32, packing=packing)
+            seconds = []
+            for step in range(0, 50 * rounds, 50):
+                start = time.perf_counter()
+                for k in range(step, step + 50):
+                    stream.batch(k)
+                seconds.append(time.perf_counter() - start)
+            rate = 50 * 32 * LENGTH / statistics.median(seconds)
+            print(f"    {packing:<14}{rate / 1e6:>8.1f}M tokens/s, one process")
+            workers = os.cpu_count()
+            reading_ = iter(stream.dataset(workers=workers, prefetch=8))
+            for _ in range(50):  # Processes start.
+                next(reading_)
+            start = time.perf_counter()
+            for _ in range(400):
+                next(reading_)
+            rate = 400 * 32 * LENGTH / (time.perf_counter() - start)
+            print(f"    {packing:<14}{rate / 1e6:>8.1f}M tokens/s, {workers} workers")
+
+
+def seek(rounds):
+    del rounds  # Once from the start is what counts.
+    names = load("v2").names
+    weights = load("v2").weights_at(0)
+    with tempfile.TemporaryDirectory() as folder:
+        random = np.random.default_rng(0)
+        paths = {}
+        for name in names:  # As many documents of each source as its weight.
+            count = int(DOCUMENTS * weights[name])
+            lengths = random.lognormal(6.2, 1.1, count).clip(3, 200_000)
+            paths[name] = Path(folder, name)
+            lengths.astype("<u4").tofile(paths[name])
+        size = sum(path.stat().st_size for path in paths.values())
+        print(
+            f"seeking step {STEP:,} of {BATCH} rows over {DOCUMENTS:,} documents; "
+            f"index {size / 1e6:.0f} MB, {size / DOCUMENTS:.1f} bytes a document"
+        )
+        for packing in (Concatenated, BestFit):
+            for attempt in ("first", "again") if packing is BestFit else ("first",):
+                start = time.perf_counter()
+                rows = []
+                for name in names:
+                    documents = types.SimpleNamespace(
+                        lengths=np.memmap(paths[name], "<u4", "r")
+                    )
+                    key = shuffling.key(0, name, "train")
+                    cache = f"{paths[name]}.rows"
+                    extra = {} if packing is Concatenated else {"cache": cache}
+                    rows.append(packing(documents, LENGTH, key, **extra))
+                interleaving = Interleaving([(0, weights)], names)
+                numbers = zip(
+                    *interleaving.rows(STEP * BATCH, (STEP + 1) * BATCH), strict=True
+                )
+                for source, number in numbers:
+                    rows[source].spans(int(number))
+                seconds = time.perf_counter() - start
+                print(f"    {packing.__name__:<14}{attempt:<7}{seconds:>8.2f} s")
+
+
+def memory(rounds):
+    with tempfile.TemporaryDirectory() as folder:
+        stream = TokenStream(prepared(folder), LENGTH, 32, packing="best_fit")
+        print("resident memory while reading, 1,000 batches of 32 rows each")
+        for step in range(0, 1000 * rounds + 1, 1000):
+            status = Path("/proc/self/status").read_text()
+            resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
+            print(f"    after {step:>6,} batches{resident:>9.1f} MB")
+            for k in range(step, step + 1000):
+                stream.batch(k)
+
+
+BENCHMARKS = {
+    "tokenize": tokenize,
+    "load": load_batches,
+    "seek": seek,
+    "memory": memory,
+}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("which", nargs="*", metavar="|".join(BENCHMARKS))
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in options.which or BENCHMARKS:
+        if name not in BENCHMARKS:
+            parser.error(f"{name!r} is none of {', '.join(BENCHMARKS)}")
+        BENCHMARKS[name](options.rounds)
+
+
+if __name__ == "__main__":
+    main()
