@@ -280,13 +280,21 @@ def _text_files(unit, fields, limit, progress):
     for path in unit.paths:
         try:
             with files.open_binary(path) as file:
-                data = file.read(limit + 1)
+                data = _read_at_most(file, limit + 1)
         except OSError as error:
             raise SourceError(
                 f"Source {unit.source!r}: {path} cannot be read: {error}."
             ) from error
         progress(len(data))
         yield _decoded(data, limit)
+
+
+def _read_at_most(file, count):
+    """Up to so many bytes; `read(count)` itself would first clear as many."""
+    data = b""
+    while len(data) < count and (more := file.read(min(_CHUNK, count - len(data)))):
+        data += more
+    return data
 
 
 # --- TensorFlow Datasets ---

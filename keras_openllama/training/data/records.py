@@ -32,7 +32,7 @@ def encode(tokens, num_bytes):
     """A document as the bytes of a record.
 
     Args:
-        tokens: integer array `(length,)` of `token_dtype`.
+        tokens: array `(length,)` of `token_dtype`, NumPy's or Python's.
         num_bytes: int, UTF-8 bytes of the text.
     """
     example = tf_example_generated_pb2.Example()
