@@ -469,6 +469,8 @@ class OpenLlamaCausalLM(CausalLM):
             # A dataset or generator comes with its targets.
             whole = all(target is None for target in targets)
             validation_data = x_val if whole else (x_val, *targets)
+        if type(x).__module__.startswith("grain"):
+            kwargs.setdefault("shuffle", False)  # Keras cannot, and would warn.
         return keras.Model.fit(
             self,
             x,
