@@ -8,8 +8,10 @@ from keras import ops
 from keras_openllama import presets
 from keras_openllama._keras_hub import Backbone, classproperty
 from keras_openllama.architecture import ARGUMENTS, checked
+from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from keras_openllama.layers.attention import causal_mask
+from keras_openllama.rematerialization import rematerialized
 
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -101,6 +103,8 @@ class OpenLlamaBackbone(Backbone):
                 stddev=sizes["initializer_std"]
             ),
             dtype=dtype,
+            # Under a mixed policy gradients of a token's rows would add up in bfloat16.
+            autocast=False,
             name="token_embedding",
         )
         self.rotary_embedding = RotaryEmbedding(
@@ -169,7 +173,9 @@ class OpenLlamaBackbone(Backbone):
         factor = 1.0 if self.rope_scaling is None else self.rope_scaling["factor"]
         return int(self.max_sequence_length * factor)
 
-    def hidden_states(self, token_ids, padding_mask, layer_intercept_fn=None):
+    def hidden_states(
+        self, token_ids, padding_mask, layer_intercept_fn=None, rematerialize="none"
+    ):
         """What the model computes, with a look at each layer where wanted.
 
         Args:
@@ -178,6 +184,7 @@ class OpenLlamaBackbone(Backbone):
                 see `causal_mask`. Positions begin anew with each document.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output.
+            rematerialize: string, see `rematerialization.rematerialized`.
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
@@ -194,7 +201,7 @@ class OpenLlamaBackbone(Backbone):
         intercept = layer_intercept_fn or (lambda x, index: x)
         x = intercept(self.token_embedding(token_ids), -1)
         for index, layer in enumerate(self.transformer_layers):
-            x = layer(x, cos, sin, mask)
+            x = rematerialized(layer, rematerialize)(x, cos, sin, mask)
             x = intercept(x, index)
         return self.final_norm(x)
 
@@ -230,6 +237,25 @@ class OpenLlamaBackbone(Backbone):
         super().enable_lora(rank, target_layer_names)
         for head in self._heads:
             head.trainable = False
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"
+    ):
+        """Layouts for `keras.distribution.ModelParallel`, as in KerasHub.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: string, the axis of the mesh that divides heads,
+                widths and the vocabulary.
+            data_parallel_dim_name: string, the axis that divides the rest of each
+                matrix, and the batch.
+
+        Returns:
+            `keras.distribution.LayoutMap`, for the head of a task too. For a batch
+            over two axes see `keras_openllama.distribution`.
+        """
+        return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
     def get_config(self):
         # Not KerasHub's: it makes a map without a default policy, and serialising such

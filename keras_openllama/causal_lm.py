@@ -10,14 +10,22 @@ from keras_openllama.compiled import compile_function
 from keras_openllama.continuation import Continuation, as_stop_strings
 from keras_openllama.layers.projection import Projection
 from keras_openllama.preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.rematerialization import check_policy
 from keras_openllama.text_arrays import as_texts
+
+if keras.config.backend() == "jax":
+    from keras_openllama.training_step import FusedTraining, Options
+
+    _BASES = (FusedTraining, CausalLM)
+else:
+    _BASES = (CausalLM,)
 
 # Ours: tokens between two looks for a stop string; at most so many are wasted.
 TOKENS_BETWEEN_STOP_CHECKS = 16
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLM(CausalLM):
+class OpenLlamaCausalLM(*_BASES):
     """OpenLLaMA with its language-model head.
 
     Args:
@@ -117,9 +125,16 @@ class OpenLlamaCausalLM(CausalLM):
         *,
         weighted_metrics="auto",
         sampler="greedy",
+        micro_batches=1,
+        rematerialize="none",
+        z_loss=0.0,
         **kwargs,
     ):
         """Configures training and generation.
+
+        On JAX, with the loss and the metrics below, training computes the loss without
+        keeping the logits, and leaves a step out whose loss or gradient is not finite:
+        such a loss is shown, and no variable changes.
 
         Args:
             optimizer: see `keras.Model.compile`; `"auto"` is Adam at 2e-5.
@@ -127,11 +142,32 @@ class OpenLlamaCausalLM(CausalLM):
                 token, in nats, averaged over positions by their weight.
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
             sampler: name or instance of a `keras_hub.samplers.Sampler`.
+            micro_batches: int, parts of a batch that training computes one after the
+                other, to save memory; one update for all. JAX only.
+            rematerialize: string, what training computes twice to save memory: see
+                `keras_openllama.rematerialization.rematerialized`. JAX only.
+            z_loss: float, weight of the squared log of the softmax's denominator in
+                the gradient (PaLM: 1e-4). JAX only.
             **kwargs: further arguments of `keras.Model.compile`.
 
         Raises:
-            ValueError: for a sampler that `generate` cannot run.
+            ValueError: for a sampler that `generate` cannot run, or if what is for JAX
+                only is asked for elsewhere, or with a loss or metrics of your own.
         """
+        check_policy(rematerialize)
+        options = (micro_batches, rematerialize, z_loss)
+        own_loss = loss == "auto" and not kwargs.get("metrics")
+        own_loss &= weighted_metrics == "auto" or not weighted_metrics
+        fused = own_loss and keras.config.backend() == "jax"
+        if not fused and options != (1, "none", 0.0):
+            raise ValueError(
+                "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
+                'loss="auto", and no metrics but weighted_metrics="auto" or []. '
+                f"Received: {options}, backend={keras.config.backend()!r}, "
+                f"loss={loss!r}, weighted_metrics={weighted_metrics!r}"
+            )
+        self._fused = fused
+        self._step_options = Options(*options) if fused else None
         if loss == "auto":
             loss = keras.losses.SparseCategoricalCrossentropy(
                 from_logits=True, reduction="mean_with_sample_weight"

@@ -28,7 +28,7 @@ NAMES = [*PUBLISHED, "open_llama_nano"]
 
 KEYS = {
     *("name", "description", "version", "parameters", "architecture", "tokenizer"),
-    *("weights", "notice", "license", "provenance"),
+    *("weights", "notice", "license", "provenance", "recipe"),
 }
 ARCHITECTURE_KEYS = {
     *("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads"),

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.rotary_embedding import rotate
+from keras_openllama.rematerialization import named
 
 if keras.config.backend() == "torch":
     import torch
@@ -293,11 +294,12 @@ class CausalSelfAttention(keras.layers.Layer):
         self.output_projection.build((*input_shape[:-1], query_dim))
 
     def call(self, x, cos, sin, mask, cache=None, column=None):
-        query = rotate(self._heads(self.query(x)), cos, sin)
-        key = rotate(self._heads(self.key(x)), cos, sin)
-        value = self._heads(self.value(x))
+        query = named(rotate(self._heads(self.query(x)), cos, sin), "query")
+        key = named(rotate(self._heads(self.key(x)), cos, sin), "key")
+        value = named(self._heads(self.value(x)), "value")
         if cache is None:
-            return self._output(attend(query, key, value, mask))
+            context = named(attend(query, key, value, mask), "attention")
+            return named(self._output(context), "output")
         cache = tuple(
             write(tensor, heads_first(update), column)
             for tensor, update in zip(cache, (key, value), strict=True)

@@ -1,0 +1,206 @@
+"""How a model is spread over devices: a mesh of data x fsdp x model (JAX only).
+
+Every matrix is sharded over `fsdp` (ZeRO stage 3, arXiv:1910.02054) and over `model`
+(arXiv:1909.08053); a batch over `data` and `fsdp` together. So `data` copies of the
+model exist, each spread over `fsdp * model` devices (hybrid sharding).
+"""
+
+import itertools
+import math
+import re
+
+import keras
+import numpy as np
+
+AXES = ("data", "fsdp", "model")
+
+# Kernels are (outputs, inputs). What heads, the feed-forward network and the vocabulary
+# divide is on the model's axis, the rest on that of fsdp.
+_LAYOUTS = {
+    r"token_embedding/embeddings": ("model", "data"),
+    r"transformer_layer_\d+/self_attention/(query|key|value)/kernel": ("model", "data"),
+    r"transformer_layer_\d+/self_attention/output/kernel": ("data", "model"),
+    r"transformer_layer_\d+/feedforward/(gate|up)/kernel": ("model", "data"),
+    r"transformer_layer_\d+/feedforward/down/kernel": ("data", "model"),
+    r"lm_head/kernel": ("model", "data"),
+}
+
+
+def make_mesh(data=1, fsdp=None, model=1, devices=None):
+    """A mesh of devices.
+
+    Args:
+        data: int, copies of the model; each sees another part of the batch.
+        fsdp: int, devices that share a copy and its part of the batch; all that are
+            left if `None`.
+        model: int, devices that share each row of the batch, by heads and width.
+        devices: list of JAX devices; all of them unless given.
+
+    Returns:
+        `keras.distribution.DeviceMesh` with the axes `"data"`, `"fsdp"`, `"model"`.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+
+    Example:
+
+    ```python
+    distribution = OpenLlamaParallel(make_mesh(data=2, fsdp=4))
+    with distribution.scope():
+        lm = OpenLlamaCausalLM.from_preset("open_llama_3b_v2")
+    ```
+    """
+    if devices is None:
+        devices = keras.distribution.list_devices()
+    count = len(devices)
+    if fsdp is None:
+        fsdp = max(1, count // (data * model))
+    shape = (data, fsdp, model)
+    if math.prod(shape) != count or min(shape) < 1:
+        raise ValueError(
+            f"The sizes of a mesh multiply to the number of devices, {count}. "
+            f"Received: data={data}, fsdp={fsdp}, model={model}"
+        )
+    return keras.distribution.DeviceMesh(shape, AXES, np.array(devices))
+
+
+def layout_map(device_mesh, model_axis="model", data_axis="fsdp"):
+    """Which axis of a mesh divides which axis of each matrix.
+
+    Args:
+        device_mesh: `keras.distribution.DeviceMesh`.
+        model_axis: string, the axis that divides heads, widths and vocabulary.
+        data_axis: string, the axis that divides the rest; also that of the batch.
+
+    Returns:
+        `keras.distribution.LayoutMap`. Norms are in it nowhere: every device has them.
+
+    Raises:
+        ValueError: if the mesh has no such axes.
+    """
+    for axis in (model_axis, data_axis):
+        if axis not in device_mesh.axis_names:
+            raise ValueError(
+                f"The mesh has no axis {axis!r}. It has: "
+                f"{', '.join(device_mesh.axis_names)}."
+            )
+    names = {"model": model_axis, "data": data_axis}
+    layouts = keras.distribution.LayoutMap(device_mesh)
+    for pattern, axes in _LAYOUTS.items():
+        # A task and its optimizer put names of their own before a path.
+        layouts[f"(.*/)?{pattern}"] = tuple(names[axis] for axis in axes)
+    return layouts
+
+
+class OpenLlamaParallel(keras.distribution.ModelParallel):
+    """Distribution of an OpenLLaMA model; a batch goes over `data` and `fsdp`.
+
+    Everything that is built inside its `scope()`, the optimizer too, is created
+    sharded. In several processes each passes its own rows of the batch.
+
+    Args:
+        device_mesh: `keras.distribution.DeviceMesh` of `make_mesh`.
+
+    Raises:
+        RuntimeError: if the backend is not JAX.
+        ValueError: for a matrix that no rule covers, when it is created.
+
+    Example: see `make_mesh`.
+    """
+
+    def __init__(self, device_mesh):
+        if keras.config.backend() != "jax":
+            raise RuntimeError(
+                "A model is distributed on the JAX backend only (KERAS_BACKEND=jax). "
+                f"Received: backend={keras.config.backend()!r}"
+            )
+        super().__init__(
+            layout_map=layout_map(device_mesh),
+            batch_dim_name="data",
+            auto_shard_dataset=False,
+        )
+
+    @property
+    def num_model_replicas(self):
+        # What Keras wants to know: into how many parts a batch goes.
+        sizes = dict(
+            zip(self.device_mesh.axis_names, self.device_mesh.shape, strict=True)
+        )
+        return sizes["data"] * sizes["fsdp"]
+
+    def batch_sharding(self, rank=2):
+        """`jax.sharding.NamedSharding` of an array whose first axis is the batch."""
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        spec = PartitionSpec(("data", "fsdp"), *[None] * (rank - 1))
+        return NamedSharding(self.device_mesh.backend_mesh, spec)
+
+    def get_data_layout(self, data_shape):
+        return self.batch_sharding(len(data_shape))
+
+    def get_variable_layout(self, variable):
+        is_matrix = re.search(r"(kernel|embeddings)$", variable.path) is not None
+        unknown = variable._layout is None and self._layout_map[variable.path] is None
+        if is_matrix and unknown:
+            raise ValueError(
+                f"No rule of the layout covers the matrix {variable.path}: it would "
+                "be on every device. OpenLlamaParallel is for OpenLLaMA models."
+            )
+        return super().get_variable_layout(variable)
+
+
+def check_mesh(sizes, architecture, batch_size, micro_batches=1):
+    """Raises a `ValueError` unless a mesh divides what it has to.
+
+    Args:
+        sizes: dict of ints, `"data"`, `"fsdp"` and `"model"`.
+        architecture: dict, arguments of `OpenLlamaBackbone`.
+        batch_size: int, rows of a batch, over all devices.
+        micro_batches: int, parts of a batch that follow each other.
+
+    The message has the meshes of as many devices that would fit.
+    """
+    problems = _problems(sizes, architecture, batch_size // micro_batches)
+    if not problems:
+        return
+    count = math.prod(sizes[axis] for axis in AXES)
+    fitting = [
+        ", ".join(f"{axis}={size}" for axis, size in candidate.items())
+        for candidate in _meshes(count)
+        if not _problems(candidate, architecture, batch_size // micro_batches)
+    ]
+    raise ValueError(
+        f"The mesh {', '.join(f'{a}={sizes[a]}' for a in AXES)} does not fit: "
+        f"{'; '.join(problems)}. "
+        + (
+            f"Of {count} devices these do: {' | '.join(fitting)}."
+            if fitting
+            else f"No mesh of {count} devices does; change their number or the batch."
+        )
+    )
+
+
+def _problems(sizes, architecture, rows):
+    parts = sizes["data"] * sizes["fsdp"]
+    heads = architecture["num_query_heads"]
+    key_value_heads = architecture.get("num_key_value_heads") or heads
+    rules = [
+        ("fsdp", sizes["fsdp"], "hidden_dim", architecture["hidden_dim"]),
+        ("model", sizes["model"], "num_query_heads", heads),
+        ("model", sizes["model"], "num_key_value_heads", key_value_heads),
+        ("model", sizes["model"], "intermediate_dim", architecture["intermediate_dim"]),
+        ("model", sizes["model"], "vocabulary_size", architecture["vocabulary_size"]),
+        ("data * fsdp", parts, "the rows of a (micro-)batch", rows),
+    ]
+    return [
+        f"{axis} = {size} does not divide {name} = {value}"
+        for axis, size, name, value in rules
+        if value % size
+    ]
+
+
+def _meshes(count):
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for model, fsdp in itertools.product(divisors, divisors):
+        if count % (model * fsdp) == 0:
+            yield {"data": count // (model * fsdp), "fsdp": fsdp, "model": model}

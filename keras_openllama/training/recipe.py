@@ -1,0 +1,485 @@
+"""Recipes: how a preset is pretrained, and where each setting comes from.
+
+The settings of a preset are in its JSON file under `"recipe"`, each with its source. A
+YAML file and the command line change them, in this order. Reading them imports neither
+Keras nor a backend.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import yaml
+
+from keras_openllama import presets
+
+AXES = ("data", "fsdp", "model")
+COMMAND_LINE = "command line"
+DEFAULT = "default: ours"
+
+# ----- What a setting may be. A check takes its name and value, and returns the value.
+
+
+def _refuse(name, value, requirement):
+    raise ValueError(f"`{name}` must be {requirement}. Received: {name}={value!r}")
+
+
+def _whole(least):
+    def check(name, value):
+        if type(value) is not int or value < least:  # A bool is an int, too.
+            _refuse(name, value, f"a whole number from {least} on, written in digits")
+        return value
+
+    return check
+
+
+def _number(requirement, allowed):
+    def check(name, value):
+        try:
+            # YAML 1.1 takes 3e-4, which has no point, for a string.
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (math.isfinite(number) and allowed(number)):
+            _refuse(name, value, f"a number {requirement}")
+        return number
+
+    return check
+
+
+def _one_of(*choices):
+    def check(name, value):
+        if type(value) is not type(choices[0]) or value not in choices:
+            _refuse(name, value, f"one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def _mixture(name, value):
+    known = [path.stem for path in Path(presets.folder(), "mixtures").glob("*.json")]
+    is_path = isinstance(value, str) and value.endswith(".json")
+    if not (value is None or value in known or is_path):
+        names = ", ".join(map(repr, sorted(known)))
+        _refuse(name, value, f"one of {names}, the path of a JSON file, or null")
+    return value
+
+
+def _meshes(name, value):
+    if not isinstance(value, dict):
+        _refuse(name, value, "meshes by number of chips, such as {8: {fsdp: 8}}")
+    return {
+        str(chips): _mesh(f"{name}[{chips}]", chips, value[chips]) for chips in value
+    }
+
+
+def _mesh(name, chips, axes):
+    mesh = {**dict.fromkeys(AXES, 1), **axes} if isinstance(axes, dict) else {}
+    sizes = [size for size in mesh.values() if type(size) is int and size >= 1]
+    if tuple(mesh) != AXES or len(sizes) != 3 or str(math.prod(sizes)) != str(chips):
+        requirement = f"sizes of {', '.join(AXES)} whose product is the number of chips"
+        _refuse(name, axes, requirement)
+    return mesh
+
+
+_positive = _number("above 0", lambda value: value > 0)
+_from_zero = _number("from 0 on", lambda value: value >= 0)
+_fraction = _number("from 0 to below 1", lambda value: 0 <= value < 1)
+_threshold = _number("above 1, or 0 for never", lambda value: value == 0 or value > 1)
+
+
+def _setting(check, default=dataclasses.MISSING):
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to pretrain, as settings that were checked.
+
+    Attributes:
+        mixture: string, a name of `presets/mixtures/` or the path of a JSON file;
+            `None` is the data's own.
+        sequence_length: int, tokens that a row reads and predicts.
+        batch_size: int, sequences of a step, over all chips.
+        steps: int, steps of the run, and where the cosine of the learning rate ends.
+        learning_rate: float, the peak, which the warm-up leads to.
+        final_learning_rate: float, what the cosine ends at.
+        warmup_steps: int, steps of the linear warm-up; below `steps`.
+        beta_1: float, AdamW's decay of the mean of gradients.
+        beta_2: float, AdamW's decay of the mean of their squares.
+        epsilon: float, AdamW's.
+        weight_decay: float, AdamW's, times the learning rate; of every parameter.
+        clip_norm: float, global norm that gradients are scaled down to.
+        packing: string, `"concatenate"` or `"best_fit"` (`TokenStream`).
+        meshes: dict by number of chips, as a string, of dicts of ints: `"data"`,
+            `"fsdp"`, `"model"`.
+        mask_documents: bool, whether tokens see their own document only.
+        z_loss: float, weight of the squared logarithm of the softmax's denominator.
+        precision: string, `"mixed_bfloat16"` or `"float32"`.
+        rematerialize: string, what the backward pass computes again: `"none"`,
+            `"full"` (all of a layer), or `"projections"`.
+        micro_batches: int, parts of a batch, one after the other; divides it.
+        milestone_every: int, steps between checkpoints that are kept; 0 is never.
+        save_every: int, steps between checkpoints to resume from.
+        keep_last: int, how many of those are kept.
+        validate_every: int, steps between validations; 0 is never.
+        validation_batches: int, batches of a validation.
+        sample_every: int, steps between texts that the model writes; 0 is never.
+        spike_threshold: float, a step is skipped whose loss is above so many times
+            its running mean; 0 is never.
+        max_skipped_steps: int, steps skipped in a row that end the run.
+        seed: int, of the initial weights and the order of the data.
+
+    Raises:
+        ValueError: if a setting is none of these, or does not fit the others.
+
+    Example:
+
+    ```python
+    recipe = from_preset("7b").replace(batch_size=1024)
+    recipe.tokens_per_step  # 2097152
+    recipe.mesh_for(256)  # {"data": 4, "fsdp": 64, "model": 1}
+    ```
+
+    Source: of every value of a preset, in its JSON file. The defaults are ours.
+    """
+
+    mixture: str | None = _setting(_mixture)
+    sequence_length: int = _setting(_whole(1))
+    batch_size: int = _setting(_whole(1))
+    steps: int = _setting(_whole(1))
+    learning_rate: float = _setting(_positive)
+    final_learning_rate: float = _setting(_positive)
+    warmup_steps: int = _setting(_whole(0))
+    beta_1: float = _setting(_fraction)
+    beta_2: float = _setting(_fraction)
+    epsilon: float = _setting(_positive)
+    weight_decay: float = _setting(_from_zero)
+    clip_norm: float = _setting(_positive)
+    packing: str = _setting(_one_of("concatenate", "best_fit"))
+    meshes: dict = dataclasses.field(metadata={"check": _meshes})
+    mask_documents: bool = _setting(_one_of(False, True), False)
+    z_loss: float = _setting(_from_zero, 0.0)
+    precision: str = _setting(_one_of("mixed_bfloat16", "float32"), "mixed_bfloat16")
+    rematerialize: str = _setting(_one_of("none", "full", "projections"), "none")
+    micro_batches: int = _setting(_whole(1), 1)
+    milestone_every: int = _setting(_whole(0), 2500)
+    save_every: int = _setting(_whole(1), 500)
+    keep_last: int = _setting(_whole(1), 2)
+    validate_every: int = _setting(_whole(0), 1000)
+    validation_batches: int = _setting(_whole(1), 8)
+    sample_every: int = _setting(_whole(0), 0)
+    spike_threshold: float = _setting(_threshold, 0.0)
+    max_skipped_steps: int = _setting(_whole(1), 10)
+    seed: int = _setting(_whole(0), 0)
+
+    def __post_init__(self):
+        for name in SETTINGS:
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                "`final_learning_rate` must not be above the peak. Give it along with "
+                f"`learning_rate`. Received: learning_rate={self.learning_rate}, "
+                f"final_learning_rate={self.final_learning_rate}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                "`warmup_steps` must be below `steps`. Give `warmup_steps` too. "
+                f"Received: steps={self.steps}, warmup_steps={self.warmup_steps}"
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                "`micro_batches` must divide `batch_size`. Change one of them. "
+                f"Received: batch_size={self.batch_size}, "
+                f"micro_batches={self.micro_batches}"
+            )
+
+    @property
+    def tokens_per_step(self):
+        """Tokens that a step trains on, over all chips."""
+        return self.batch_size * self.sequence_length
+
+    def replace(self, **changes):
+        """The same with other settings; nothing else changes with them.
+
+        Raises:
+            ValueError: for an unknown setting, or a value that does not fit.
+        """
+        _check_known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def mesh_for(self, chips):
+        """How chips share the work.
+
+        Args:
+            chips: int, number of devices.
+
+        Returns:
+            Dict of ints: `"data"` groups that hold the model once each, `"fsdp"` chips
+            that share it and split the batch further, `"model"` chips that split each
+            matrix. It is the recipe's mesh for that number or else, which is ours,
+            FSDP over all chips; `Resolved.mesh_source` says which.
+
+        Raises:
+            ValueError: if the batch cannot be shared so.
+        """
+        _whole(1)("chips", chips)
+        mesh = dict(self.meshes.get(str(chips), {"data": 1, "fsdp": chips, "model": 1}))
+        shards = mesh["data"] * mesh["fsdp"]
+        if self.batch_size // self.micro_batches % shards:
+            raise ValueError(
+                f"{chips} chips cannot share the batch in {shards} equal parts. Make "
+                f"`batch_size` a multiple of {shards * self.micro_batches}, or give "
+                f"another mesh. Received: batch_size={self.batch_size}, "
+                f"micro_batches={self.micro_batches}, mesh={mesh}"
+            )
+        return mesh
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
+
+
+def _checked(name, value):
+    return SETTINGS[name].metadata["check"](name, value)
+
+
+def _check_known(names):
+    for name in names:
+        if name not in SETTINGS:
+            nearest = difflib.get_close_matches(str(name), SETTINGS, n=1)
+            hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(
+                f"A recipe has no setting {name!r}. {hint}Its settings: "
+                f"{', '.join(SETTINGS)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A recipe, and where each of its settings comes from.
+
+    Attributes:
+        preset: string, full name of the preset that it began with.
+        recipe: `Recipe`.
+        sources: dict of strings by setting: the preset's source, the path of the YAML
+            file, `"command line"` or `"default: ours"`.
+    """
+
+    preset: str
+    recipe: Recipe
+    sources: dict
+
+    def mesh_source(self, chips):
+        """Where `recipe.mesh_for(chips)` comes from: string."""
+        if str(chips) in self.recipe.meshes:
+            return self.sources["meshes"]
+        return f"ours: the recipe has no mesh for {chips} chips, so FSDP over all"
+
+    def table(self):
+        """Text to print: setting, value and source, at most 100 columns wide.
+
+        Long values and sources are shortened there, and there only.
+        """
+        rows = [("setting", "value", "from")]
+        for name in SETTINGS:
+            value = _shown(name, getattr(self.recipe, name))
+            rows.append((name, value, _short_source(self.sources[name])))
+        left, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
+        right = 100 - left - middle - 4
+        return "\n".join(
+            f"{name:{left}}  {value:{middle}}  {_shortened(source, right)}".rstrip()
+            for name, value, source in rows
+        )
+
+    def to_json(self):
+        """A dict that JSON can hold, and `from_json` reads."""
+        values = dataclasses.asdict(self.recipe)
+        return {
+            "preset": self.preset,
+            "recipe": {
+                name: {"value": values[name], "source": self.sources[name]}
+                for name in SETTINGS
+            },
+        }
+
+
+def from_json(data):
+    """The recipe of a run, from what `Resolved.to_json` returned.
+
+    Args:
+        data: dict with `"preset"` and `"recipe"`. A setting that has a default may be
+            missing, as with a run that is older than the setting.
+
+    Returns:
+        `Resolved`.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if not isinstance(data, dict) or {*data} != {"preset", "recipe"}:
+        raise ValueError(
+            "A stored recipe is a dict with 'preset' and 'recipe'. Received: "
+            f"{str(data)[:200]}"
+        )
+    return _parsed(data["preset"], data["recipe"], "The stored recipe")
+
+
+def from_preset(preset):
+    """The recipe of a preset, unchanged.
+
+    Args:
+        preset: string, name or short form, such as `"open_llama_7b"` or `"7b"`.
+
+    Returns:
+        `Recipe`.
+
+    Raises:
+        ValueError: if there is no such preset, or it has no recipe.
+
+    Example:
+
+    ```python
+    from_preset("13b").learning_rate  # 0.00015
+    ```
+    """
+    return resolve(preset).recipe
+
+
+def resolve(preset, *, file=None, overrides=None):
+    """The recipe of a run: the preset's, changed by a file and by the command line.
+
+    If `steps` is set below the warm-up, and `warmup_steps` is not set too, the warm-up
+    becomes a tenth of the steps; `sources` says so. Nothing else changes unasked.
+
+    Args:
+        preset: string, name or short form.
+        file: path of a YAML file, a mapping of settings to values; may be `None`.
+        overrides: dict by setting, what the command line gave; may be `None`. It goes
+            before the file.
+
+    Returns:
+        `Resolved`.
+
+    Raises:
+        ValueError: if the preset or a setting is unknown, or a value does not fit.
+        OSError: if the file cannot be read.
+
+    Example:
+
+    ```python
+    resolved = resolve("7b", file="mine.yaml", overrides={"steps": 20})
+    print(resolved.table())
+    resolved.recipe.warmup_steps  # 2
+    ```
+    """
+    published = _published(preset)
+    recipe = published.recipe
+    layers = [] if file is None else [(str(file), _read_yaml(file))]
+    layers.append((COMMAND_LINE, overrides or {}))
+    changes, sources = {}, dict(published.sources)
+    for source, values in layers:
+        changes |= _from_layer(source, values)
+        sources |= dict.fromkeys(values, source)
+    steps = changes.get("steps", recipe.steps)
+    if "warmup_steps" not in changes and recipe.warmup_steps >= steps:
+        # At least one step, unless there is no other.
+        changes["warmup_steps"] = min(max(1, steps // 10), steps - 1)
+        sources["warmup_steps"] = (
+            f"ours: shortened with steps, from {recipe.warmup_steps} to a tenth of them"
+        )
+    return Resolved(published.preset, recipe.replace(**changes), sources)
+
+
+def _from_layer(source, values):
+    """The values of a file or command line, checked one by one; errors name it."""
+    try:
+        _check_known(values)
+        return {name: _checked(name, value) for name, value in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _published(name):
+    preset = presets.find(name)
+    known = [other.name for other in presets.registry().values() if other.recipe]
+    if preset is None or not preset.recipe:
+        problem = "There is no preset" if preset is None else "No recipe is known for"
+        raise ValueError(
+            f"{problem} {name!r}. Presets with a recipe: {', '.join(known)}."
+        )
+    return _parsed(preset.name, preset.recipe, f"The recipe of {preset.name}")
+
+
+def _parsed(preset, settings, where):
+    """`Resolved` of settings with their sources; `where` begins errors."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} must be a dict. Received: {str(settings)[:200]!r}")
+    for name, entry in settings.items():
+        if not isinstance(entry, dict) or {*entry} != {"value", "source"}:
+            raise ValueError(
+                f"{where} must give 'value' and 'source' of each setting. Received: "
+                f"{name}={entry!r}"
+            )
+    missing = [
+        name
+        for name, field in SETTINGS.items()
+        if field.default is dataclasses.MISSING and name not in settings
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}. Add them.")
+    values = {name: entry["value"] for name, entry in settings.items()}
+    sources = {name: entry["source"] for name, entry in settings.items()}
+    recipe = Recipe(**_from_layer(where, values))
+    return Resolved(preset, recipe, {**dict.fromkeys(SETTINGS, DEFAULT), **sources})
+
+
+def _read_yaml(path):
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if values is None:  # Nothing but comments.
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must map settings to values, such as 'steps: 1000'. Received: "
+            f"{str(values)[:200]!r}"
+        )
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:  # YAML would let the last one win.
+        raise ValueError(f"{path} sets {', '.join(twice)} twice. Remove one of them.")
+    return values
+
+
+# ----- The table
+
+
+def _shown(name, value):
+    if name == "meshes" and value:
+        chips = [int(number) for number in value]
+        value = f"{'-'.join(map(str, sorted({min(chips), max(chips)})))} chips"
+    return _shortened("none" if value in (None, {}) else str(value), 24)
+
+
+def _short_source(source):
+    """Addresses on GitHub as `owner/repository/path` and `owner/repository#number`."""
+    source = re.sub(r"https://github\.com/(\S+?/\S+?)/issues/(\d+)", r"\1#\2", source)
+    return re.sub(
+        r"https://github\.com/([^/\s]+/[^/\s]+)(/blob/[^/\s]+)?", r"\1", source
+    )
+
+
+def _shortened(text, width):
+    """Prose loses its end, and what has no spaces, such as a path, its middle."""
+    if len(text) <= width:
+        return text
+    if " " in text[:width]:
+        return textwrap.shorten(text, width, placeholder=" …")
+    tail = width // 2
+    return f"{text[: width - tail - 1]}…{text[-tail:]}"

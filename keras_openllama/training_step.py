@@ -1,0 +1,211 @@
+"""The training step on JAX: what `fit` compiles, and pretraining, and its plan."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_openllama.losses import next_token_sums
+
+
+class Options(NamedTuple):
+    """How a step is computed; none of it changes what is computed, but `z_loss`.
+
+    Attributes:
+        micro_batches: int, parts of the batch that follow each other, so that the
+            activations of one part are in memory. One update for all.
+        rematerialize: string, see `rematerialization.rematerialized`.
+        z_loss: float, weight of the squared log of the softmax's denominator.
+        constrain: callable of hidden states `(batch, length, hidden_dim)` that fixes
+            how they are sharded; `None` leaves it to XLA.
+        loss_chunks: int, see `losses.next_token_sums`.
+    """
+
+    micro_batches: int = 1
+    rematerialize: str = "none"
+    z_loss: float = 0.0
+    constrain: object = None
+    loss_chunks: int | None = None
+
+
+class Measures(NamedTuple):
+    """What a step tells; float32 scalars, except as said.
+
+    Attributes:
+        loss: nats per target, the mean by weight, z-loss not included.
+        accuracy: share of the targets that have the largest logit.
+        targets: sum of the weights of the targets.
+        grad_norm: global norm of the gradient, before it is clipped.
+        param_norm: global norm of the variables before the step.
+        learning_rate: of this step.
+        kept: bool; False where the step was left out: a loss or gradient that is not
+            finite, or a spike, never reaches a variable.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    targets: jax.Array
+    grad_norm: jax.Array
+    param_norm: jax.Array
+    learning_rate: jax.Array
+    kept: jax.Array
+
+
+def sums_of(lm, values, batch, options):
+    """The sums of `losses.next_token_sums` over a batch.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        values: pair of lists, values of its trainable and non-trainable variables.
+        batch: `(x, targets, weights)`: a dict of int `"token_ids"` and
+            `"padding_mask"`, int targets, float32 weights; all `(batch, length)`.
+        options: `Options`.
+
+    Returns:
+        `losses.Sums`.
+    """
+    x, targets, weights = batch
+    constrain = options.constrain or (lambda states: states)
+    variables = [*lm.trainable_variables, *lm.non_trainable_variables]
+    mapping = zip(variables, [*values[0], *values[1]], strict=True)
+    with keras.StatelessScope(state_mapping=mapping):
+        hidden = lm.backbone.hidden_states(
+            x["token_ids"],
+            x["padding_mask"],
+            layer_intercept_fn=lambda states, index: constrain(states),
+            rematerialize=options.rematerialize,
+        )
+        kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
+        return next_token_sums(
+            *(hidden, kernel, targets, weights), options.z_loss, options.loss_chunks
+        )
+
+
+def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: B008
+    """Loss and gradient of a batch: the mean over its targets.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        trainable, non_trainable: lists, values of its variables.
+        batch: see `sums_of`.
+        options: `Options`.
+
+    Returns:
+        `losses.Sums` of the batch, the sum of its weights, and the gradients, float32
+        or of the variables' dtype, of the mean loss.
+    """
+    total = jnp.maximum(jnp.sum(batch[2]), 1e-9)  # No target at all: no gradient.
+
+    def loss(values, part):
+        sums = sums_of(lm, (values, non_trainable), part, options)
+        return sums.loss / total, sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if options.micro_batches == 1:
+        grads, sums = gradient(trainable, batch)
+        return sums, total, grads
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, gradient(trainable, part)), None
+
+    parts = jax.tree.map(lambda a: _parted(a, options.micro_batches), batch)
+    shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (grads, sums), _ = jax.lax.scan(add, start, parts)
+    return sums, total, grads
+
+
+def _parted(array, parts):
+    """`(batch, …)` to `(parts, batch / parts, …)`, each with rows of every device."""
+    array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+    return jnp.moveaxis(array, 1, 0)
+
+
+def update(lm, state, batch, options=Options(), limit=None):  # noqa: B008
+    """One step of training.
+
+    Args:
+        lm: `OpenLlamaCausalLM`, compiled.
+        state: triple of lists: values of its trainable, its non-trainable and its
+            optimizer's variables.
+        batch: see `sums_of`.
+        options: `Options`.
+        limit: float scalar; a loss above it leaves the step out. `None` is no limit.
+
+    Returns:
+        `Measures`, and the new trainable and optimizer values.
+    """
+    trainable, non_trainable, optimizer = state
+    sums, total, grads = gradients(lm, trainable, non_trainable, batch, options)
+    loss, grad_norm = sums.loss / total, global_norm(grads)
+    kept = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if limit is not None:
+        kept &= loss <= limit
+    new = lm.optimizer.stateless_apply(optimizer, grads, trainable)
+    old = trainable, optimizer
+    new = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
+    with keras.StatelessScope(
+        state_mapping=zip(lm.optimizer.variables, optimizer, strict=True)
+    ):
+        learning_rate = jnp.asarray(lm.optimizer.learning_rate, "float32")
+    measures = Measures(
+        loss=loss,
+        accuracy=sums.correct / total,
+        targets=jnp.sum(batch[2]),
+        grad_norm=grad_norm,
+        param_norm=global_norm(trainable),
+        learning_rate=learning_rate,
+        kept=kept,
+    )
+    return measures, new
+
+
+def global_norm(tensors):
+    """The Euclidean norm of all tensors together, in float32."""
+    squares = [jnp.sum(jnp.square(t.astype("float32"))) for t in tensors]
+    return jnp.sqrt(sum(squares))
+
+
+class FusedTraining:
+    """`OpenLlamaCausalLM` on JAX: `fit` takes the step of this module.
+
+    It does so where the loss and the metrics are the model's own. With others, which
+    want all logits, the step is Keras's.
+    """
+
+    def train_step(self, state, data):
+        if not self._fused:
+            return super().train_step(state, data)
+        trainable, non_trainable, optimizer, metrics = state
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        batch = as_batch(x, y, weights)
+        measures, (trainable, optimizer) = update(
+            self, (trainable, non_trainable, optimizer), batch, self._step_options
+        )
+        mapping = zip(self.metrics_variables, metrics, strict=True)
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self._loss_tracker.update_state(
+                measures.loss, sample_weight=measures.targets
+            )
+            for metric in self._compile_metrics.metrics:  # Accuracy, or none.
+                metric.total.assign_add(measures.accuracy * measures.targets)
+                metric.count.assign_add(measures.targets)
+            logs = self.get_metrics_result()
+        metrics = [
+            v.value if (new := scope.get_current_value(v)) is None else new
+            for v in self.metrics_variables
+        ]
+        return logs, (trainable, non_trainable, optimizer, metrics)
+
+
+def as_batch(x, y, weights=None):
+    """What `fit` was given, in the form of `sums_of`."""
+    if weights is None:
+        weights = jnp.ones(y.shape, "float32")
+    weights = jnp.asarray(weights, "float32")
+    if weights.ndim == 1:  # One a row.
+        weights = jnp.broadcast_to(weights[:, None], y.shape)
+    mask = jnp.asarray(x["padding_mask"], "int32")
+    x = {"token_ids": jnp.asarray(x["token_ids"], "int32"), "padding_mask": mask}
+    return x, jnp.asarray(y, "int32"), weights
