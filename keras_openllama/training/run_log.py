@@ -4,6 +4,7 @@ A run's directory holds
 
     metrics.jsonl       one JSON object a training step
     validation.jsonl    one JSON object an evaluation
+    skipped.jsonl       one JSON object a step that was left out: what it had read
     samples.txt         texts that the model wrote
     tensorboard/        the same as events, for `tensorboard --logdir DIRECTORY`
 
@@ -33,6 +34,7 @@ from keras_openllama.training.data import files
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+SKIPPED = "skipped.jsonl"
 SAMPLES = "samples.txt"
 TENSORBOARD = "tensorboard"
 
@@ -83,11 +85,13 @@ class RunLog:
             )
         self.directory = str(directory)
         files.make_directory(directory)
-        metrics, validation, samples = (
-            files.join(directory, name) for name in (METRICS, VALIDATION, SAMPLES)
+        metrics, validation, skipped, samples = (
+            files.join(directory, name)
+            for name in (METRICS, VALIDATION, SKIPPED, SAMPLES)
         )
         self.last_step = _keep(metrics, from_step, _lines)
         self.last_validation_step = _keep(validation, from_step, _lines)
+        _keep(skipped, from_step, _lines)
         _keep(samples, from_step, _entries)
         if from_step > 0 and self.last_step != from_step:
             logging.getLogger(__name__).warning(
@@ -99,6 +103,7 @@ class RunLog:
         self._open = contextlib.ExitStack()
         self._metrics = self._open.enter_context(_Appended(metrics))
         self._validation = self._open.enter_context(_Appended(validation))
+        self._skipped = self._open.enter_context(_Appended(skipped))
         self._samples = self._open.enter_context(_Appended(samples))
         self._events = self._open.enter_context(
             _TensorBoard(files.join(directory, TENSORBOARD), from_step)
@@ -142,6 +147,18 @@ class RunLog:
             self.last_validation_step = record["step"]
         self._events.scalars(record["step"], _scalars(record, training))
 
+    def skip(self, record):
+        """Appends what a step that was left out has read to `skipped.jsonl`.
+
+        Args:
+            record: dict with `step`, see `write`; lists are allowed too.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        line = json.dumps(_without_nan(record), allow_nan=False) + "\n"
+        self._skipped.append(line.encode())
+
     def text(self, tag, step, text):
         """Appends a text to `samples.txt`, under its step, and to TensorBoard.
 
@@ -165,7 +182,8 @@ class RunLog:
 
     def sync(self):
         """Waits until everything is on the disk; call it before saving a checkpoint."""
-        for part in (self._metrics, self._validation, self._samples, self._events):
+        parts = (self._metrics, self._validation, self._skipped, self._samples)
+        for part in (*parts, self._events):
             part.sync()
 
     def close(self):

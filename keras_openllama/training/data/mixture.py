@@ -95,6 +95,14 @@ class Mixture:
         )
         return restricted
 
+    def only(self, names):
+        """The mixture of some of its sources, by choice: nothing is said."""
+        schedule = tuple(
+            (step, {name: w for name, w in weights.items() if name in names})
+            for step, weights in self.schedule
+        )
+        return Mixture(self.name, schedule, self.sources)
+
     def changed(self, from_step, weights):
         """The same with other weights from a step on.
 

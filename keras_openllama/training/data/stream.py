@@ -38,6 +38,7 @@ class TokenStream:
             `padding_mask` numbers the documents of a row from 1, positions restart with
             each, and the first token of a document is no target.
         split: `"train"` or `"validation"`.
+        sources: list of names, to read nothing else of the mixture.
         hosts, host: ints, how many processes share the batch, and which one this is.
             Those of `jax.distributed` unless given, where it is in use.
 
@@ -64,6 +65,7 @@ class TokenStream:
         packing="concatenate",
         mask_documents=False,
         split="train",
+        sources=None,
         hosts=None,
         host=None,
     ):
@@ -84,7 +86,9 @@ class TokenStream:
         self.mask_documents = mask_documents
         self._first_row, self._host_rows = _share(batch_size, hosts, host)
         mixture = mixture or data.mixture
-        available = _available(data, split, mixture)
+        if sources is not None:
+            mixture = mixture.only(sources)
+        available = _available(data, split, mixture, everything=sources is None)
         self.mixture = mixture.restricted_to(available)
         self.sources = self.mixture.names
         self._documents = [data.documents(name, split) for name in self.sources]
@@ -277,11 +281,11 @@ def _processes():
     return jax.process_count(), jax.process_index()
 
 
-def _available(data, split, mixture):
+def _available(data, split, mixture, everything=True):
     """Names of the mixture's sources that have documents in a split."""
     names = [name for name in data.sources if data.split(name, split)["documents"]]
     left_out = [name for name in names if name not in mixture.names]
-    if left_out:
+    if left_out and everything:
         _log.warning(
             "Mixture %s does not have %s of %s, which is not read.",
             *(mixture.name, ", ".join(left_out), data.directory),

@@ -1,0 +1,93 @@
+"""How a run ends early: signals, steps that had to be skipped, and exit codes."""
+
+import contextlib
+import signal
+
+import jax
+from jax.experimental import multihost_utils
+
+# What `train/pretrain.py` exits with, beside 0 and Python's own. From sysexits.h.
+STOPPED = 75  # EX_TEMPFAIL: a signal came, all is saved; the same command goes on.
+DIVERGED = 70  # EX_SOFTWARE: too many steps in a row had to be skipped.
+NOT_WRITTEN = 74  # EX_IOERR: a checkpoint or a log could not be written.
+
+
+class Diverged(Exception):
+    """Too many steps in a row had to be skipped."""
+
+
+class StopRequest:
+    """Whether a signal asks the run to save and end, the same on all hosts.
+
+    One process listens to SIGTERM and SIGINT; a second one ends it at once. Several
+    that `jax.distributed` joins agree on the step by JAX's preemption service.
+
+    Example:
+
+    ```python
+    with StopRequest() as stop:
+        for step in steps:
+            train()
+            if stop.at(step):
+                break
+    ```
+    """
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self._before = {}
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            with contextlib.suppress(TypeError):  # One that Python did not set.
+                signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def at(self, step):
+        """Whether to end after a step; every process asks after each.
+
+        Args:
+            step: int.
+        """
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.signal = "SIGTERM"
+        return self.signal is not None
+
+
+class Skipped:
+    """Counts steps that were left out, and gives up after too many in a row.
+
+    Args:
+        most: int, how many in a row end the run.
+    """
+
+    def __init__(self, most):
+        self._most, self._in_a_row, self.total = most, 0, 0
+
+    def note(self, step, kept, loss, grad_norm):
+        """Takes note of a step.
+
+        Raises:
+            Diverged: if that many have been left out in a row.
+        """
+        self._in_a_row = 0 if kept else self._in_a_row + 1
+        self.total += not kept
+        if self._in_a_row >= self._most:
+            raise Diverged(
+                f"The last {self._most} steps up to step {step} had a loss or gradient "
+                f"that is not finite, or a spike (loss {loss}, gradient norm "
+                f"{grad_norm}). None of them changed the model. What they read is in "
+                "skipped.jsonl. Try a lower learning_rate, or another seed."
+            )

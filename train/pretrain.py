@@ -1,0 +1,269 @@
+"""Pretrain a preset by its recipe, on whatever devices JAX has.
+
+    python train/pretrain.py --preset nano
+        trains the small model in minutes, on text that every machine has
+    python train/pretrain.py --preset 3b_v3 --data DIR --output DIR
+        the published recipe; the same command on each host of a pod
+
+The same command again goes on where the run stopped, to the same bits on the same
+devices. DIR of --data is what train/prepare_data.py wrote. The run's directory holds
+metrics.jsonl, validation.jsonl, samples.txt, loss.png, TensorBoard's events
+(`tensorboard --logdir DIR`) and checkpoints, which `keras-openllama generate --preset
+DIR` and `keras-openllama convert DIR …` take as they are.
+
+Exit codes: 0 the run is complete; 75 a signal (SIGTERM, Ctrl-C) came, all is saved and
+the same command goes on; 70 too many steps in a row had a loss or gradient that is not
+finite; 74 a checkpoint or the log could not be written; 2 a wrong argument; 1 others.
+"""
+
+import time
+
+BEGAN = time.monotonic()
+
+import argparse  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from keras_openllama.training import recipe as recipes  # noqa: E402
+
+# Flags with a name of their own; every other setting goes by --set.
+_OWN = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--preset", required=True, help="preset to train, such as 3b_v3 or nano"
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="DIR",
+        help="prepared data; nano has text of its own",
+    )
+    parser.add_argument(
+        "--output",
+        default=None,
+        metavar="DIR",
+        help="directory of the run (default: runs/PRESET)",
+    )
+    recipe = parser.add_argument_group(
+        "recipe", "in place of the preset's; shown with --show"
+    )
+    recipe.add_argument("--steps", type=int, metavar="N", help="steps of the run")
+    recipe.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences of a step"
+    )
+    recipe.add_argument(
+        "--save-every", type=int, metavar="N", help="steps between checkpoints"
+    )
+    recipe.add_argument("--seed", type=int, metavar="N", help="of weights and data")
+    recipe.add_argument("--precision", choices=("mixed_bfloat16", "float32"))
+    recipe.add_argument("--mixture", metavar="v1|v2|FILE", help="weights of sources")
+    recipe.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any setting, such as --set learning_rate=1e-4",
+    )
+    recipe.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="YAML file of settings; the command line goes before it",
+    )
+    recipe.add_argument(
+        "--show", action="store_true", default=False, help="print the recipe and end"
+    )
+    parser.add_argument(
+        "--mesh",
+        default=None,
+        metavar="AXIS=N,…",
+        help="such as data=4,fsdp=64 (axes: data, fsdp, model; default: the recipe's)",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        default=False,
+        help="go on with a run by other settings than it began with",
+    )
+    parser.add_argument(
+        "--profile",
+        default=None,
+        metavar="A:B",
+        help="record steps A to B with JAX's profiler, below the run's directory",
+    )
+    hosts = parser.add_argument_group(
+        "hosts", "on a TPU pod, Slurm or Kubernetes none of these is needed"
+    )
+    hosts.add_argument("--coordinator", default=None, metavar="HOST:PORT")
+    hosts.add_argument("--num-processes", type=int, default=None, metavar="N")
+    hosts.add_argument("--process-id", type=int, default=None, metavar="I")
+    hosts.add_argument(
+        "--host-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="a host that is silent for so long ends the others (default: %(default)s)",
+    )
+    return parser, parser.parse_args(arguments)
+
+
+def overrides_of(parser, options):
+    """Settings that the command line gives, by name."""
+    import yaml
+
+    values = {name: getattr(options, name) for name in _OWN if hasattr(options, name)}
+    for text in options.set:
+        name, sign, value = text.partition("=")
+        if not sign:
+            parser.error(f"--set takes NAME=VALUE. Received: {text!r}")
+        values[name.replace("-", "_")] = yaml.safe_load(value)
+    return values
+
+
+def mesh_of(parser, text):
+    """A mesh from such as `data=4,fsdp=64`."""
+    if text is None:
+        return None
+    mesh = {"data": 1, "fsdp": 1, "model": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in mesh or not size.isdecimal() or int(size) < 1:
+            parser.error(
+                f"--mesh takes such as data=4,fsdp=64,model=1. Received: {text!r}"
+            )
+        mesh[axis] = int(size)
+    return mesh
+
+
+def profile_of(parser, text):
+    """First and last step from such as `10:15`."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        parser.error(f"--profile takes such as 10:15. Received: {text!r}")
+    return int(first), int(last)
+
+
+def join_hosts(options):
+    """Joins the hosts of a run before anything touches a device."""
+    import jax
+
+    known = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    if options.coordinator or pod or any(name in os.environ for name in known):
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            heartbeat_timeout_seconds=options.host_timeout,
+        )
+
+
+def data_of(parser, options, resolved, output):
+    """The prepared data of a run."""
+    from keras_openllama.training.data.prepared import PreparedData
+
+    if options.data is not None:
+        return PreparedData(options.data)
+    if resolved.preset != "open_llama_nano":
+        parser.error(
+            f"{resolved.preset} needs data. Prepare it first, and give its directory "
+            "with --data:\n    python train/prepare_data.py --mixture "
+            f"{resolved.recipe.mixture} --tokenizer {resolved.preset} --output DIR "
+            "--source NAME=PATHS …"
+        )
+    from keras_openllama.training.default_text import prepare_default_text
+
+    return prepare_default_text(os.path.join(output, "data"), resolved.preset)
+
+
+def main(arguments=None):
+    parser, options = parse_arguments(arguments)
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    mesh = mesh_of(parser, options.mesh)
+    profile = profile_of(parser, options.profile)
+    try:
+        resolved = recipes.resolve(
+            options.preset, file=options.config, overrides=overrides_of(parser, options)
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.show:
+        print(resolved.table())
+        return 0
+    output = options.output or f"runs/{resolved.preset.removeprefix('open_llama_')}"
+    return run(parser, options, resolved, output, mesh, profile)
+
+
+def run(parser, options, resolved, output, mesh, profile):
+    """Trains, and returns the exit code."""
+    join_hosts(options)
+    import jax
+
+    from keras_openllama.training import stopping
+    from keras_openllama.training.checkpoints import CheckpointError
+    from keras_openllama.training.pretraining import Request, pretrain
+
+    if jax.process_index() == 0:
+        print(resolved.table(), flush=True)
+    try:
+        data = data_of(parser, options, resolved, output)
+        stopped = pretrain(
+            Request(
+                resolved,
+                data,
+                output,
+                mesh=mesh,
+                accept_changes=options.accept_changes,
+                profile=profile,
+                began=BEGAN,
+            )
+        )
+    except CheckpointError as error:
+        return _fail(error, stopping.NOT_WRITTEN)
+    except stopping.Diverged as error:
+        return _fail(error, stopping.DIVERGED)
+    except OSError as error:
+        return _fail(error, stopping.NOT_WRITTEN)
+    except (RuntimeError, ValueError) as error:
+        return _fail(error, 2)
+    if jax.process_index() == 0:
+        _tell(output, stopped)
+    return stopping.STOPPED if stopped else 0
+
+
+def _fail(error, code):
+    print(f"pretrain: {error}", file=sys.stderr)
+    return code
+
+
+def _tell(output, stopped):
+    print(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
+    if stopped:
+        print(f"Stopped by {stopped}; all is saved. The same command goes on.")
+        return
+    print(
+        "Generate from it, and export it:\n"
+        f'    keras-openllama generate "The captain looked at" --preset {output}\n'
+        f"    keras-openllama convert {output} {output}_hf --to transformers"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
