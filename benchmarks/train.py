@@ -1,0 +1,284 @@
+"""How fast models train on a CPU, here and elsewhere, against the machine's own speed.
+
+    python benchmarks/train.py
+    python benchmarks/train.py --contender ours/jax keras_hub/jax --rounds 7
+
+Every contender trains the same random LLaMA on the same random batches, AdamW, float32,
+in a process of its own; they take turns, a few steps each. Ours runs `fit`'s step, once
+with the plain settings of `compile` and once as `pretrain.py` compiles it; KerasHub's
+`LlamaCausalLM` runs its own `fit`; transformers runs PyTorch's usual loop.
+
+    tokens/s   median of the rounds
+    ratio      to KerasHub on JAX, the median of the rounds' ratios
+    of peak    FLOPs of the model's matrices (6 a parameter of those that multiply, and
+               those of causal attention) by the fastest matrix product of float32 that
+               JAX reaches here between the rounds
+
+The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+CONTENDERS = (
+    "ours/jax",
+    "pretrain/jax",
+    "keras_hub/jax",
+    "keras_hub/tensorflow",
+    "keras_hub/torch",
+    "transformers/torch",
+)
+REFERENCE = "keras_hub/jax"
+
+
+def batches(options):
+    """An endless random batch: token ids and targets, `(batch, length)`."""
+    random = np.random.default_rng(0)
+    shape = options.batch, options.length + 1
+    ids = random.integers(3, options.vocabulary, shape, "int32")
+    return ids[:, :-1], ids[:, 1:]
+
+
+# ----- The contenders: each returns a function that trains some steps.
+
+
+def keras_sizes(options):
+    return dict(
+        vocabulary_size=options.vocabulary,
+        num_layers=options.layers,
+        num_query_heads=options.heads,
+        num_key_value_heads=options.heads,
+        hidden_dim=options.width,
+        intermediate_dim=options.intermediate,
+    )
+
+
+def fit_steps(keras, lm, x, y):
+    weights = np.ones(y.shape, "float32")
+    mask = np.ones(x.shape, "int32")
+
+    def endless():
+        while True:
+            yield {"token_ids": x, "padding_mask": mask}, y, weights
+
+    def run(steps):
+        keras.Model.fit(lm, endless(), steps_per_epoch=steps, verbose=0)
+
+    return run
+
+
+def ours(options):
+    import keras
+
+    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+    from keras_openllama.optimizers import AdamW
+
+    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**keras_sizes(options)))
+    lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[])
+    return fit_steps(keras, lm, *batches(options))
+
+
+def pretrain(options):
+    import jax
+
+    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+    from keras_openllama.optimizers import AdamW
+    from keras_openllama.training import state as states
+    from keras_openllama.training_step import Options, as_batch
+
+    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**keras_sizes(options)))
+    lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[])
+    lm.optimizer.build(lm.trainable_variables)
+    x, y = batches(options)
+    batch = as_batch({"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y)
+    state = states.state_of(lm)
+    program = states.compile_step(lm, state, batch, Options())
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps):
+            _, state = program(state, batch)
+        jax.block_until_ready(state)
+
+    return run
+
+
+def keras_hub(options):
+    import keras
+    import keras_hub
+
+    backbone = keras_hub.models.LlamaBackbone(**keras_sizes(options))
+    lm = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    optimizer = keras.optimizers.AdamW(1e-4, weight_decay=0.1, global_clipnorm=1.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    lm.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
+    return fit_steps(keras, lm, *batches(options))
+
+
+def transformers(options):
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        max_position_embeddings=options.length,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.1)
+    x, y = (torch.from_numpy(a).long() for a in batches(options))
+
+    def run(steps):
+        for _ in range(steps):
+            logits = model(input_ids=x).logits.flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, y.flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def peak(options):
+    """GFLOP/s of the best product, in the sizes of the feed-forward network."""
+    import jax
+    import jax.numpy as jnp
+
+    rows = options.batch * options.length
+    a = jnp.ones((rows, options.width))
+    b = jnp.ones((options.width, options.intermediate))
+    product = jax.jit(jnp.matmul)
+    product(a, b).block_until_ready()
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        product(a, b).block_until_ready()
+        seconds = time.perf_counter() - start
+        flops = 2 * rows * options.width * options.intermediate
+        best = max(best, flops / seconds)
+    return best
+
+
+def work(contender, options):
+    """A worker: trains as often as its standard input says."""
+    kind, backend = contender.split("/")
+    os.environ["KERAS_BACKEND"] = backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print is no answer.
+    if kind == "peak":
+        run = None
+    else:
+        run = globals()[kind](options)
+        run(2)  # Compiles, and warms up.
+    print("ready", file=answer, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        if run is None:
+            result = peak(options)
+        else:
+            run(options.steps)
+            result = time.perf_counter() - start
+        print(json.dumps(result), file=answer, flush=True)
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, contender):
+        self.name = contender
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--work", contender],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        if self._process.stdout.readline().strip() != "ready":
+            raise RuntimeError(
+                f"{contender} did not start. See: python benchmarks/train.py --work "
+                f"{contender}"
+            )
+
+    def measure(self):
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def flops_per_token(options):
+    """Of the matrices that multiply, and of causal attention: forward and backward."""
+    layer = 4 * options.width**2 + 3 * options.width * options.intermediate
+    matrices = options.layers * layer + options.width * options.vocabulary
+    return 6 * matrices + 6 * options.layers * options.width * options.length
+
+
+def compare(options):
+    from tqdm import tqdm
+
+    workers = [Worker(name) for name in tqdm(options.contender, "start")]
+    probe = Worker("peak/jax")
+    rates, peaks = {worker.name: [] for worker in workers}, []
+    tokens = options.steps * options.batch * options.length
+    for number in tqdm(range(options.rounds), "rounds"):
+        peaks.append(probe.measure())
+        # In another order each time: whoever is first has the coolest machine.
+        for i in range(len(workers)):
+            worker = workers[(i + number) % len(workers)]
+            rates[worker.name].append(tokens / worker.measure())
+    for worker in (*workers, probe):
+        worker.close()
+    report(options, rates, max(peaks))
+
+
+def report(options, rates, best):
+    print(f"fastest matrix product: {best / 1e9:.0f} GFLOP/s")
+    print(f"{'':22}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}")
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        ratio = ""
+        if REFERENCE in rates:
+            pairs = zip(values, rates[REFERENCE], strict=True)
+            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+        share = rate * flops_per_token(options) / best
+        print(f"{name:22}{rate:>10.0f}{ratio:>8}{share:>9.0%}")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS)
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--intermediate", type=int, default=1376)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    work(options.work, options) if options.work else compare(options)
+
+
+if __name__ == "__main__":
+    main()
