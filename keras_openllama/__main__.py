@@ -50,7 +50,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
         print(f"{PROGRAM}: error: {one_line(error)}", file=sys.stderr)

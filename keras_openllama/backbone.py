@@ -103,8 +103,6 @@ class OpenLlamaBackbone(Backbone):
                 stddev=sizes["initializer_std"]
             ),
             dtype=dtype,
-            # Under a mixed policy gradients of a token's rows would add up in bfloat16.
-            autocast=False,
             name="token_embedding",
         )
         self.rotary_embedding = RotaryEmbedding(
@@ -140,6 +138,9 @@ class OpenLlamaBackbone(Backbone):
             dtype=dtype,
             **kwargs,
         )
+        # Under a mixed policy gradients of a token's rows would add up in bfloat16. (A
+        # layer's own `autocast=False` counts only where another layer calls it.)
+        self.token_embedding._embeddings._autocast = False
 
         # === Config ===
         for name, value in sizes.items():

@@ -1,6 +1,7 @@
 """OpenLLaMA as a causal language model: training, scoring, generation."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_openllama import generation, presets, prompts, scoring
@@ -83,7 +84,8 @@ class OpenLlamaCausalLM(*_BASES):
 
         Args:
             preset: a name of `OpenLlamaCausalLM.presets`; a directory in KerasHub's or
-                transformers' format (safetensors or `.bin`, one file or several); or
+                transformers' format (safetensors or `.bin`, one file or several), or
+                that of a pretraining run, or of one of its checkpoints; or
                 `"hf://user/repo"`.
             dtype: dtype or dtype policy; `None` is Keras's global policy, float32
                 unless set.
@@ -134,7 +136,8 @@ class OpenLlamaCausalLM(*_BASES):
 
         On JAX, with the loss and the metrics below, training computes the loss without
         keeping the logits, and leaves a step out whose loss or gradient is not finite:
-        such a loss is shown, and no variable changes.
+        such a loss is shown, and no variable changes. An optimizer that scales the
+        loss, as for float16, and a quantized head take Keras's own step.
 
         Args:
             optimizer: see `keras.Model.compile`; `"auto"` is Adam at 2e-5.
@@ -152,35 +155,40 @@ class OpenLlamaCausalLM(*_BASES):
 
         Raises:
             ValueError: for a sampler that `generate` cannot run, or if what is for JAX
-                only is asked for elsewhere, or with a loss or metrics of your own.
+                only is asked for elsewhere, or where Keras's own step is taken, as
+                with a loss or metrics of your own.
         """
         check_policy(rematerialize)
-        options = (micro_batches, rematerialize, z_loss)
         own_loss = loss == "auto" and not kwargs.get("metrics")
         own_loss &= weighted_metrics == "auto" or not weighted_metrics
-        fused = own_loss and keras.config.backend() == "jax"
-        if not fused and options != (1, "none", 0.0):
-            raise ValueError(
-                "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
-                'loss="auto", and no metrics but weighted_metrics="auto" or []. '
-                f"Received: {options}, backend={keras.config.backend()!r}, "
-                f"loss={loss!r}, weighted_metrics={weighted_metrics!r}"
-            )
-        self._fused = fused
-        self._step_options = Options(*options) if fused else None
-        if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight"
-            )
+        cross_entropy = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        )
         sampler = get_sampler(sampler)
         generation.steers_search(sampler)  # Refuses one that cannot run.
         super().compile(
             optimizer=optimizer,
-            loss=loss,
+            loss=cross_entropy if loss == "auto" else loss,
             weighted_metrics=weighted_metrics,
             sampler=sampler,
             **kwargs,
         )
+        fused = own_loss and keras.config.backend() == "jax"
+        # Keras's own step scales a loss, and knows how to compute a quantized head.
+        fused &= not _scales_loss(self.optimizer)
+        fused &= self.lm_head.quantization_mode is None
+        options = (micro_batches, rematerialize, z_loss)
+        if not fused and options != (1, "none", 0.0):
+            raise ValueError(
+                "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
+                'loss="auto", no metrics but weighted_metrics="auto" or [], a head '
+                "that is not quantized, and an optimizer that does not scale the loss "
+                f"(as for float16). Received: {options}, "
+                f"backend={keras.config.backend()!r}, loss={loss!r}, "
+                f"weighted_metrics={weighted_metrics!r}, optimizer={self.optimizer!r}"
+            )
+        self._fused = fused
+        self._step_options = Options(*options) if fused else None
         self.logits_function = compile_function(self.logits, self)
 
     # ----- Generation
@@ -490,7 +498,7 @@ class OpenLlamaCausalLM(*_BASES):
                 `tf.data.Dataset` of either; or whatever else `keras.Model.fit` takes.
             y: int `(batch, length)`, the token after each position. Not with text.
             batch_size: int, rows per step; Keras's default is 32.
-            sample_weight: float, one per position or one per text.
+            sample_weight: float, one per position or one per row.
             validation_data: as `x`, or a tuple of `x`, `y` and `sample_weight`.
             **kwargs: see `keras.Model.fit`.
 
@@ -536,4 +544,14 @@ class OpenLlamaCausalLM(*_BASES):
         if isinstance(x, str):
             x = [x]
         data = self.preprocess_samples(x, y, sample_weight)
-        return keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if y is not None and np.ndim(sample_weight) == 1:  # One per row.
+            weights = ops.convert_to_numpy(sample_weight)
+            sample_weight = np.broadcast_to(weights[:, None], np.shape(y))
+        return x, y, sample_weight
+
+
+def _scales_loss(optimizer):
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or (
+        optimizer is not None and optimizer.loss_scale_factor is not None
+    )

@@ -92,6 +92,17 @@ def layout_map(device_mesh, model_axis="model", data_axis="fsdp"):
     return layouts
 
 
+class _BatchLayout(keras.distribution.TensorLayout):
+    """The first axis over `data` and `fsdp`, which Keras's own layout cannot say."""
+
+    @property
+    def backend_layout(self):
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        spec = PartitionSpec(("data", "fsdp"), *self.axes[1:])
+        return NamedSharding(self.device_mesh.backend_mesh, spec)
+
+
 class OpenLlamaParallel(keras.distribution.ModelParallel):
     """Distribution of an OpenLLaMA model; a batch goes over `data` and `fsdp`.
 
@@ -130,13 +141,11 @@ class OpenLlamaParallel(keras.distribution.ModelParallel):
 
     def batch_sharding(self, rank=2):
         """`jax.sharding.NamedSharding` of an array whose first axis is the batch."""
-        from jax.sharding import NamedSharding, PartitionSpec
-
-        spec = PartitionSpec(("data", "fsdp"), *[None] * (rank - 1))
-        return NamedSharding(self.device_mesh.backend_mesh, spec)
+        return self.get_data_layout((None,) * rank).backend_layout
 
     def get_data_layout(self, data_shape):
-        return self.batch_sharding(len(data_shape))
+        axes = ("data", *[None] * (len(data_shape) - 1))
+        return _BatchLayout(axes, self.device_mesh)
 
     def get_variable_layout(self, variable):
         is_matrix = re.search(r"(kernel|embeddings)$", variable.path) is not None

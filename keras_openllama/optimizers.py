@@ -62,6 +62,10 @@ class AdamW(keras.optimizers.AdamW):
         second_bias = -ops.expm1(step * math.log(self.beta_2)) if self.beta_2 else 1.0
         self.assign_add(first, (gradient - first) * (1 - self.beta_1))
         self.assign_add(second, (ops.square(gradient) - second) * (1 - self.beta_2))
+        if self.amsgrad:
+            largest = self._velocity_hats[index]
+            self.assign(largest, ops.maximum(largest, second))
+            second = largest
         scale = ops.cast(learning_rate, variable.dtype) / first_bias
         denominator = ops.sqrt(second / second_bias) + self.epsilon
         self.assign_sub(variable, scale * first / denominator)

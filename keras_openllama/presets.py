@@ -139,7 +139,8 @@ def load_backbone(
     Args:
         cls: the class to make.
         preset: string, a name of the registry, a directory in KerasHub's or
-            transformers' format, or `"hf://user/repo"`.
+            transformers' format, that of a training run or of one of its checkpoints,
+            or `"hf://user/repo"`.
         load_weights: bool, whether to load the weights, rather than initialise them.
         dtype: dtype or dtype policy; `None` is Keras's global policy.
         revision: string, branch, tag or commit of a repository on the Hub.
@@ -203,7 +204,8 @@ def load_task(
     source = find_source(preset, revision, easylm)
     task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
     if load_weights:
-        task.loaded_from = origin(easylm or preset, revision, easylm is not None)
+        name = origin(easylm or preset, revision, easylm is not None)
+        task.loaded_from = source.origin or name
     return task
 
 
@@ -234,7 +236,7 @@ def origin(source, revision=None, is_file=False):
 
 
 def find_source(preset, revision=None, easylm=None):
-    """What a preset's name stands for, one of `keras_openllama.sources`.
+    """What a preset's name stands for, one of `sources` or `run_source`.
 
     Args:
         preset, revision: see `load_backbone`.
@@ -242,7 +244,8 @@ def find_source(preset, revision=None, easylm=None):
 
     Raises:
         ValueError: for an unknown preset.
-        OSError: if it is a directory or repository without `config.json`.
+        OSError: if it is a directory or repository without `config.json`, or a
+            checkpoint of a training run without the run.
     """
     from keras_openllama import sources  # Imports Keras.
 
@@ -251,7 +254,8 @@ def find_source(preset, revision=None, easylm=None):
 
 
 def _find_source(preset, revision):
-    from keras_openllama import hub, sources
+    from keras_openllama import hub, run_source, sources
+    from keras_openllama.convert.training_runs import is_run
 
     if not isinstance(preset, (str, Path)):
         raise ValueError(
@@ -272,6 +276,8 @@ def _find_source(preset, revision):
         repository = functools.partial(hub.Directory, folder() / handle)
     elif Path(name).is_dir():
         repository = functools.partial(hub.Directory, name)
+        if repository().optional("config.json") is None and is_run(name):
+            return run_source.TrainingRun(name)
     else:
         raise _unknown(name)
     if known:

@@ -43,8 +43,12 @@ def rematerialized(layer, policy):
     Returns:
         A callable with the same arguments.
 
+    Raises:
+        ValueError: see `check_policy`.
+
     Source: sublinear memory cost (arXiv:1604.06174); `jax.checkpoint`.
     """
+    check_policy(policy)
     names = POLICIES[policy]
     if names is None:
         return layer

@@ -53,6 +53,8 @@ def open_source(repository):
 class _Source:
     """What a conversion asks of a source, where there is nothing special to tell."""
 
+    origin = None  # Of the weights, where it knows more than `presets.origin`.
+
     def control_ids(self):
         """Ids of the tokens of start and end, of a model without tokenizer."""
         return 1, 2  # Of all OpenLLaMA models.
@@ -66,7 +68,7 @@ class _Source:
         return []
 
 
-class _Streamed(_Source):
+class Streamed(_Source):
     """A source that is read tensor by tensor into a model that was built empty."""
 
     def backbone(self, cls, load_weights, dtype, overrides):
@@ -142,7 +144,7 @@ def _policy(dtype):
     return policy
 
 
-class Transformers(_Streamed):
+class Transformers(Streamed):
     """A directory or repository in the format of transformers.
 
     Args:
@@ -185,7 +187,7 @@ class Transformers(_Streamed):
         return transformers.read_tensors(self._repository, arguments, head, tied)
 
 
-class Registered(_Streamed):
+class Registered(Streamed):
     """A preset of the registry, which knows its architecture without any file.
 
     Args:
@@ -224,7 +226,7 @@ class Registered(_Streamed):
         return self._opened
 
 
-class EasyLM(_Streamed):
+class EasyLM(Streamed):
     """A file of EasyLM, which holds weights alone.
 
     Args:
@@ -369,7 +371,7 @@ def contents_of(source, tokenizer=True, origin=None, paths=()):
         arguments,
         tensors,
         tokenizer=proto,
-        origin=origin,
+        origin=source.origin or origin,
         control_ids=source.control_ids(),
         preprocessing=source.preprocessing(),
         paths=(*paths, *sorted({tensor.file.path for tensor in tensors.values()})),

@@ -80,7 +80,7 @@ class OpenLlamaTokenizer(Tokenizer):
 
         Args:
             preset: str, a name of `OpenLlamaCausalLM.presets`, a directory in KerasHub
-                or transformers format, or `"hf://user/repo"`.
+                or transformers format or of a training run, or `"hf://user/repo"`.
             revision: str, branch, tag or commit on the Hugging Face Hub.
             **kwargs: arguments of the constructor, such as `add_bos`.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_openllama.distribution import OpenLlamaParallel
 from keras_openllama.losses import next_token_sums
 
 
@@ -64,7 +65,15 @@ def sums_of(lm, values, batch, options):
 
     Returns:
         `losses.Sums`.
+
+    Raises:
+        ValueError: if the head is quantized.
     """
+    if lm.lm_head.quantization_mode is not None:
+        raise ValueError(
+            "The loss is computed from the head's kernel, and that is quantized: "
+            f"{lm.lm_head.quantization_mode!r}. Call `compile` after `quantize`."
+        )
     x, targets, weights = batch
     constrain = options.constrain or (lambda states: states)
     variables = [*lm.trainable_variables, *lm.non_trainable_variables]
@@ -180,8 +189,16 @@ class FusedTraining:
         trainable, non_trainable, optimizer, metrics = state
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         batch = as_batch(x, y, weights)
+        options = self._step_options
+        distribution = keras.distribution.distribution()
+        if isinstance(distribution, OpenLlamaParallel):
+            # Else XLA may hold the activations of all on every device.
+            sharding = distribution.batch_sharding(3)
+            options = options._replace(
+                constrain=lambda x: jax.lax.with_sharding_constraint(x, sharding)
+            )
         measures, (trainable, optimizer) = update(
-            self, (trainable, non_trainable, optimizer), batch, self._step_options
+            self, (trainable, non_trainable, optimizer), batch, options
         )
         mapping = zip(self.metrics_variables, metrics, strict=True)
         with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -204,8 +221,6 @@ def as_batch(x, y, weights=None):
     if weights is None:
         weights = jnp.ones(y.shape, "float32")
     weights = jnp.asarray(weights, "float32")
-    if weights.ndim == 1:  # One a row.
-        weights = jnp.broadcast_to(weights[:, None], y.shape)
     mask = jnp.asarray(x["padding_mask"], "int32")
     x = {"token_ids": jnp.asarray(x["token_ids"], "int32"), "padding_mask": mask}
     return x, jnp.asarray(y, "int32"), weights

@@ -2,12 +2,12 @@
 
     python tests/run_backends.py [--slow] [--backends jax,torch] [pytest arguments]
 
-Two backends run at a time, as most tests keep one core busy. The first one is shown as
-it goes, the others when they have ended.
+Two parts run at a time, as most tests keep one core busy. The first one is shown as it
+goes, the others when they have ended.
 
-JAX, the default backend, runs everything. TensorFlow and PyTorch leave out the tests
-marked `backend_free`, whose answer cannot depend on the backend. A backend that runs
-no test at all counts as failed, unless pytest arguments narrowed the choice.
+JAX, the default backend, runs everything, in two parts. TensorFlow and PyTorch leave out
+the tests marked `backend_free`, whose answer cannot depend on the backend. A part that
+runs no test at all counts as failed, unless pytest arguments narrowed the choice.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "tensorflow", "torch")
+# What takes longest is divided, so that both cores are busy to the end.
+PARTS = {"jax": (["--ignore=tests/training"], ["tests/training"])}
 AT_A_TIME = 2
 NO_TESTS_COLLECTED = 5
 
@@ -95,19 +97,25 @@ def main(arguments=None):
     for backend in backends:
         if backend not in BACKENDS:
             parser.error(f"--backends: {backend!r} is not one of {BACKENDS}.")
+    parts = [
+        (backend, [*pytest_arguments, *part])
+        for backend in backends
+        for part in ([[]] if pytest_arguments else PARTS.get(backend, [[]]))
+    ]
     lines = []
     total = {"passed": 0, "failed": 0, "skipped": 0}
     all_good = True
     print(f"=== Tests on {', '.join(backends)}; the first is shown", flush=True)
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         runs = [
-            pool.submit(run, backend, options.slow, pytest_arguments, number == 0)
-            for number, backend in enumerate(backends)
+            pool.submit(run, backend, options.slow, arguments, number == 0)
+            for number, (backend, arguments) in enumerate(parts)
         ]
-        for backend, future in zip(backends, runs, strict=True):
+        for (backend, arguments), future in zip(parts, runs, strict=True):
             code, counts, seconds, output = future.result()
+            name = " ".join([backend, *arguments]) if not pytest_arguments else backend
             if output:
-                print(f"\n=== Tests on {backend}", flush=True)
+                print(f"\n=== Tests on {name}", flush=True)
                 sys.stdout.buffer.write(output)
             good = code == 0 and counts["passed"] > 0
             if code == NO_TESTS_COLLECTED and pytest_arguments:
@@ -116,7 +124,7 @@ def main(arguments=None):
             for outcome, count in counts.items():
                 total[outcome] += count
             lines.append(
-                f"{backend:<12}{counts['passed']:>6} passed{counts['failed']:>6} failed"
+                f"{name:<32}{counts['passed']:>6} passed{counts['failed']:>6} failed"
                 f"{counts['skipped']:>6} skipped{seconds:>8.0f} s"
                 + ("" if good else f"   FAILED (pytest's exit code is {code})")
             )

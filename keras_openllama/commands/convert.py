@@ -25,7 +25,8 @@ Writes the model SOURCE at DEST in another format. Memory holds a few tensors at
 time, whatever the size of the model. DEST appears when it is whole, or not at all.
 
 SOURCE is a preset's name, hf://user/repo, a directory in transformers' or KerasHub's
-format, or a file of EasyLM, whose architecture and tokenizer --preset tells. Formats:
+format, a pretraining run or one of its checkpoints, or a file of EasyLM, whose
+architecture and tokenizer --preset tells. Formats:
   transformers   a directory: safetensors, configuration, tokenizer, model card
   easylm         a file: a stream of parameters as EasyLM loads it
   keras          a directory, as `save_to_preset` writes it

@@ -48,8 +48,9 @@ examples:
     {PROGRAM} generate - --preset open_llama_7b_v2 --backend torch \\
         --dtype bfloat16 < prompt.txt
 
-  Your own model, from a directory or from the Hub:
+  Your own model, from a directory, a pretraining run, or the Hub:
     {PROGRAM} generate "Dear Sir," --preset ./my_finetuned_model
+    {PROGRAM} generate "Dear Sir," --preset runs/nano
     {PROGRAM} generate "Dear Sir," --preset hf://user/repo --revision main
 """
 

@@ -22,13 +22,14 @@ class RMSNorm(keras.layers.Layer):
     """
 
     def __init__(self, epsilon=1e-6, **kwargs):
-        # No autocast: under a mixed policy the scale would be rounded to bfloat16.
         super().__init__(autocast=False, **kwargs)
         self.epsilon = epsilon
 
     def build(self, input_shape):
+        # No autocast: under a mixed policy the scale would be rounded to bfloat16. (The
+        # layer's own counts only where another layer calls it.)
         self.scale = self.add_weight(
-            name="scale", shape=(input_shape[-1],), initializer="ones"
+            name="scale", shape=(input_shape[-1],), initializer="ones", autocast=False
         )
 
     def call(self, x):

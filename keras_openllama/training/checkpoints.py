@@ -9,7 +9,6 @@ files do not match it is damaged: it is named, put aside, and the one before is 
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -20,14 +19,17 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from keras_openllama.convert.checkpoint_marker import (
+    FORMAT,
+    MARKER,
+    check_file,
+    parse_marker,
+    sealed,
+)
+from keras_openllama.convert.training_runs import ARRAYS, DIRECTORY
 from keras_openllama.training.data import files
 
-FORMAT = 1
-DIRECTORY = "checkpoints"
-ARRAYS = "arrays"
-MARKER = "checkpoint.json"
 _DAMAGED = ".damaged"
-_SEAL = "sha256"  # Of the rest of the marker.
 # Ours: how long process 0 waits for the checksums of the others, in seconds.
 _PEERS_TIMEOUT = 600.0
 
@@ -84,7 +86,7 @@ class Checkpoints:
         path = self.path(step)
         try:
             if jax.process_index() == 0:
-                files.remove_directory(path)  # What a kill has left of it.
+                self._remove(step)  # What a kill has left of it.
             _barrier(f"save-{step}")
             if self._orbax is None:
                 self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
@@ -130,7 +132,7 @@ class Checkpoints:
                 orbax.close()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                files.remove_directory(self.path(step))
+                self._remove(step)
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: "
             f"{error}. Those before it are untouched: {self.steps()}."
@@ -146,10 +148,13 @@ class Checkpoints:
         for peer in range(1, jax.process_count()):
             sums.update(_read_when_there(_sums_file(path, peer)))
         marker = {"format": FORMAT, "step": step, **info, "files": sums}
-        marker = {**marker, _SEAL: _seal(marker)}
+        marker = sealed(json.loads(json.dumps(marker)))  # As it will be read.
         data = json.dumps(marker, indent=1).encode()
         files.write_bytes(files.join(path, MARKER), data)
-        self._prune()
+        try:
+            self._prune()
+        except OSError as error:  # The new one is whole all the same.
+            _log.warning("Old checkpoints could not be removed: %s", error)
 
     def _prune(self):
         """Removes what is not to be kept, and what earlier kills have left behind."""
@@ -159,9 +164,12 @@ class Checkpoints:
             kept |= {step for step in steps if step % self._milestone_every == 0}
         for step in self._numbers():
             if step not in kept and step < steps[-1]:
-                # The marker first: a directory half removed is no checkpoint.
-                files.remove(files.join(self.path(step), MARKER))
-                files.remove_directory(self.path(step))
+                self._remove(step)
+
+    def _remove(self, step):
+        # The marker first: a directory half removed is no checkpoint.
+        files.remove(files.join(self.path(step), MARKER))
+        files.remove_directory(self.path(step))
 
     # ----- Reading
 
@@ -212,7 +220,9 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._put_aside(step)
             _barrier(f"aside-{step}")
-        if steps:
+        # Those of an earlier call, too: else the same command would begin anew.
+        names = files.list_directory(self.directory)
+        if any(name.endswith(_DAMAGED) for name in names):
             raise CheckpointError(
                 f"None of the checkpoints in {self.directory} is whole. They are there "
                 f"as STEP{_DAMAGED}. To begin anew, name another output directory."
@@ -253,22 +263,7 @@ def read_marker(path):
         ValueError: if it is damaged or of another format.
     """
     file = files.join(path, MARKER)
-    try:
-        marker = json.loads(files.read_bytes(file))
-        seal = marker.pop(_SEAL)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}.") from error
-    if _seal(marker) != seal:
-        raise ValueError(f"{file} is not what was written (SHA-256 differs).")
-    if marker["format"] != FORMAT:
-        raise ValueError(
-            f"{file} has format {marker['format']}, and this version reads {FORMAT}."
-        )
-    return marker
-
-
-def _seal(marker):
-    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+    return parse_marker(files.read_bytes(file), file)
 
 
 def check_files(path, marker, process=0, processes=1):
@@ -288,12 +283,7 @@ def check_files(path, marker, process=0, processes=1):
     def check(name):
         file, expected = files.join(path, name), marker["files"][name]
         size, _ = files.size_and_time(file)
-        if size != expected["bytes"]:
-            raise ValueError(
-                f"{file} has {size} bytes, and {expected['bytes']} were written."
-            )
-        if files.sha256(file) != expected["sha256"]:
-            raise ValueError(f"{file} is not what was written (SHA-256 differs).")
+        check_file(file, expected, size, lambda: files.sha256(file))
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(check, names))
@@ -309,6 +299,9 @@ def read_arrays(path, like):
 
     Returns:
         The tree of `jax.Array`.
+
+    Raises:
+        ValueError: if the checkpoint lacks an array, or has it in another shape.
     """
     handler = ocp.PyTreeCheckpointHandler()
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
@@ -318,7 +311,15 @@ def read_arrays(path, like):
             partial_restore=True,
         )
         arrays = files.join(os.path.abspath(path), ARRAYS)
-        return checkpointer.restore(arrays, restore)
+        found = checkpointer.restore(arrays, restore)
+    missing = [  # Which Orbax leaves as they were asked for.
+        jax.tree_util.keystr(keys, simple=True, separator="/")
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(found)
+        if not isinstance(leaf, jax.Array)
+    ]
+    if missing:
+        raise ValueError(f"The checkpoint {path} has no arrays {', '.join(missing)}.")
+    return found
 
 
 def checksums(path, belongs):

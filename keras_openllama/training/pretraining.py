@@ -103,6 +103,7 @@ def pretrain(request):
     recipe, preset = request.resolved.recipe, presets.find(request.resolved.preset)
     mesh = request.mesh or recipe.mesh_for(jax.device_count())
     check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
+    _check_vocabulary(request.data, preset)
     alone = contextlib.nullcontext()
     if jax.process_index() == 0:
         alone = run_directory.locked(request.output)
@@ -116,8 +117,9 @@ class _Run:
     def __init__(self, request, preset, mesh):
         self.request, self.recipe = request, request.resolved.recipe
         self.say = request.report if jax.process_index() == 0 else lambda *_: None
-        self.mesh, self.distribution = mesh, None
-        if math.prod(mesh.values()) > 1:
+        self.mesh, self.distribution, self.profiling = mesh, None, False
+        # One device of many is refused, as any mesh that leaves out some.
+        if max(math.prod(mesh.values()), jax.device_count()) > 1:
             self.distribution = OpenLlamaParallel(make_mesh(**mesh))
         self.checkpoints = Checkpoints(
             request.output, self.recipe.keep_last, self.recipe.milestone_every
@@ -266,6 +268,7 @@ class _Run:
                         batch = next(self.batches)
                 self.checkpoints.wait()
         finally:
+            self._end_profile()
             self.checkpoints.close()
         self._draw()
         return stop.signal if self.step < self.recipe.steps else None
@@ -273,12 +276,15 @@ class _Run:
     def _take_step(self, batch, stop):
         """One step and what is due after it; returns whether it was the last."""
         recipe, records = self.recipe, self.records
-        self._profile()
+        self._begin_profile()
         batch = self._put(batch)
         with records.clock.measure("compute"):
             measures, self.state = self.program(self.state, batch)
         self.step += 1
         records.add(self.step, measures)
+        if self.request.profile and self.step == self.request.profile[1]:
+            jax.block_until_ready(self.state)
+            self._end_profile()
         stopped, complete = stop.at(self.step), self.step == recipe.steps
         due = complete and recipe.validate_every > 0
         if due or _due(recipe.validate_every, self.step):
@@ -344,19 +350,33 @@ class _Run:
         with self.records.clock.measure("checkpoint"):
             self.checkpoints.save(self.step, state.named(self.lm, self.state), info)
 
-    def _profile(self):
-        """Starts and stops JAX's profiler before the next step, if asked to."""
+    def _begin_profile(self):
+        """Starts JAX's profiler before the next step, if that is to be recorded."""
         first, last = self.request.profile or (0, 0)
-        if self.step + 1 == first:
+        if not self.profiling and first <= self.step + 1 <= last:
             jax.profiler.start_trace(files.join(self.request.output, "profile"))
-        elif self.step == last and last:
-            jax.block_until_ready(self.state)
+            self.profiling = True
+
+    def _end_profile(self):
+        if self.profiling:
+            self.profiling = False
             jax.profiler.stop_trace()
 
     def _draw(self):
         if jax.process_index() == 0:
             output = self.request.output
             plots.draw(plots.read_runs([output]), files.join(output, _PICTURE))
+
+
+def _check_vocabulary(data, preset):
+    """Tokens that the model does not know would be NaN, and nobody would know why."""
+    theirs = data.manifest["tokenizer"]["vocabulary_size"]
+    ours = preset.config["vocabulary_size"]
+    if theirs > ours:
+        raise ValueError(
+            f"The tokenizer of the data in {data.directory} has {theirs} pieces, and "
+            f"{preset.name} has {ours}. Prepare the data with the preset's tokenizer."
+        )
 
 
 def _identity(data):

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -133,7 +134,7 @@ def mixture_from(before, chosen, step, accept_changes=False):
     """
     own = mixtures.from_json(before["mixture"])
     weights = chosen.schedule[-1][1]
-    if own.schedule[-1][1] == weights:
+    if _same(own.schedule[-1][1], weights):
         return own, []
     if not accept_changes:
         raise ValueError(
@@ -143,6 +144,13 @@ def mixture_from(before, chosen, step, accept_changes=False):
         )
     line = f"the sources are mixed by {weights} from step {step} on"
     return own.changed(step, weights), [line]
+
+
+def _same(weights, others):
+    # They are divided by their sum, and rounded, each time that they are read.
+    return weights.keys() == others.keys() and all(
+        math.isclose(weights[name], others[name], rel_tol=1e-9) for name in weights
+    )
 
 
 @contextlib.contextmanager
