@@ -54,7 +54,7 @@ def make_mesh(data=1, fsdp=None, model=1, devices=None):
         devices = keras.distribution.list_devices()
     count = len(devices)
     if fsdp is None:
-        fsdp = max(1, count // (data * model))
+        fsdp = max(1, count // max(1, data * model))
     shape = (data, fsdp, model)
     if math.prod(shape) != count or min(shape) < 1:
         raise ValueError(

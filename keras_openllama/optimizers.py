@@ -5,6 +5,9 @@ import math
 import keras
 from keras import ops
 
+if keras.config.backend() == "tensorflow":
+    import tensorflow
+
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class AdamW(keras.optimizers.AdamW):
@@ -51,6 +54,13 @@ class AdamW(keras.optimizers.AdamW):
             name=name,
             **kwargs,
         )
+
+    def apply(self, grads, trainable_variables=None):
+        if keras.config.backend() == "tensorflow":
+            # It gives the embeddings' gradient by position, and Keras takes norm and
+            # squares of that; they are meant of the sum by token.
+            grads = [g if g is None else tensorflow.convert_to_tensor(g) for g in grads]
+        return super().apply(grads, trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)

@@ -103,7 +103,16 @@ def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: 
     Returns:
         `losses.Sums` of the batch, the sum of its weights, and the gradients, float32
         or of the variables' dtype, of the mean loss.
+
+    Raises:
+        ValueError: if the micro-batches do not divide the rows.
     """
+    rows = batch[1].shape[0]
+    if rows % options.micro_batches:
+        raise ValueError(
+            "`micro_batches` divides the rows of a batch. Received: "
+            f"micro_batches={options.micro_batches}, rows={rows}"
+        )
     total = jnp.maximum(jnp.sum(batch[2]), 1e-9)  # No target at all: no gradient.
 
     def loss(values, part):

@@ -24,6 +24,8 @@ import argparse  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
+import threading  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -179,7 +181,10 @@ def data_of(parser, options, resolved, output):
     from keras_openllama.training.data.prepared import PreparedData
 
     if options.data is not None:
-        return PreparedData(options.data)
+        try:
+            return PreparedData(options.data)
+        except OSError as error:
+            parser.error(str(error))
     if resolved.preset != "open_llama_nano":
         parser.error(
             f"{resolved.preset} needs data. Prepare it first, and give its directory "
@@ -187,9 +192,17 @@ def data_of(parser, options, resolved, output):
             f"{resolved.recipe.mixture} --tokenizer {resolved.preset} --output DIR "
             "--source NAME=PATHS …"
         )
+    import jax
+    from jax.experimental import multihost_utils
+
     from keras_openllama.training.default_text import prepare_default_text
 
-    return prepare_default_text(os.path.join(output, "data"), resolved.preset)
+    place = os.path.join(output, "data")
+    if jax.process_index() == 0:
+        prepare_default_text(place, resolved.preset)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("text")
+    return PreparedData(place)
 
 
 def main(arguments=None):
@@ -235,21 +248,30 @@ def run(parser, options, resolved, output, mesh, profile):
                 began=BEGAN,
             )
         )
-    except CheckpointError as error:
-        return _fail(error, stopping.NOT_WRITTEN)
+    except (CheckpointError, OSError) as error:
+        return _fail(error, stopping.NOT_WRITTEN, options)
     except stopping.Diverged as error:
-        return _fail(error, stopping.DIVERGED)
-    except OSError as error:
-        return _fail(error, stopping.NOT_WRITTEN)
+        return _fail(error, stopping.DIVERGED, options)
+    except jax.errors.JaxRuntimeError:  # Out of memory, another host is gone, …
+        traceback.print_exc()
+        return _fail("JAX has failed, see above.", 1, options)
     except (RuntimeError, ValueError) as error:
-        return _fail(error, 2)
+        return _fail(error, 2, options)
     if jax.process_index() == 0:
         _tell(output, stopped)
     return stopping.STOPPED if stopped else 0
 
 
-def _fail(error, code):
-    print(f"pretrain: {error}", file=sys.stderr)
+def _fail(error, code, options):
+    import jax
+
+    print(f"pretrain: {error}", file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        # If it is this host's trouble alone, JAX would wait for the others to end, and
+        # they for this one.
+        timer = threading.Timer(options.host_timeout, os._exit, [code])
+        timer.daemon = True
+        timer.start()
     return code
 
 

@@ -32,6 +32,7 @@ from keras_openllama.training.data import files
 _DAMAGED = ".damaged"
 # Ours: how long process 0 waits for the checksums of the others, in seconds.
 _PEERS_TIMEOUT = 600.0
+_REMOVALS = 20  # Ours: of a failed save's files, which may come back.
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Checkpoints:
                 orbax.close()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                self._remove(step)
+                self._remove_for_good(step)
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: "
             f"{error}. Those before it are untouched: {self.steps()}."
@@ -165,6 +166,14 @@ class Checkpoints:
         for step in self._numbers():
             if step not in kept and step < steps[-1]:
                 self._remove(step)
+
+    def _remove_for_good(self, step):
+        # Where one write fails, TensorStore has others under way for a moment.
+        for _ in range(_REMOVALS):
+            self._remove(step)
+            time.sleep(0.05)
+            if not files.exists(self.path(step)):
+                break
 
     def _remove(self, step):
         # The marker first: a directory half removed is no checkpoint.

@@ -1,0 +1,130 @@
+"""What is computed twice: less is kept, and nothing else changes."""
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import SHAPES, batch, random_lm
+
+from keras_openllama.rematerialization import POLICIES, check_policy
+
+ON_JAX = keras.config.backend() == "jax"
+if ON_JAX:
+    import jax
+
+on_jax = pytest.mark.skipif(not ON_JAX, reason="Needs JAX.")
+SHAPE = SHAPES[2]
+BATCH, LENGTH = 2, 64
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_lm(SHAPE)
+
+
+def loss_of(lm, policy):
+    """A function of the weights that ends in a number, and the weights."""
+    ids = batch(SHAPE, BATCH, LENGTH)
+    states = np.random.default_rng(0).normal(size=(BATCH, LENGTH, SHAPE.hidden_dim))
+
+    def loss(values):
+        mapping = zip(lm.backbone.trainable_variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            hidden = lm.backbone.hidden_states(
+                ids, np.ones_like(ids), rematerialize=policy
+            )
+        return jax.numpy.sum(hidden * states)
+
+    return loss, [v.value for v in lm.backbone.trainable_variables]
+
+
+def kept(lm, policy):
+    """Shapes of what the forward pass leaves for the backward pass, but weights."""
+    loss, values = loss_of(lm, policy)
+    backward = jax.eval_shape(lambda values: jax.vjp(loss, values)[1], values)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(backward)]
+    return [shape for shape in shapes if len(shape) > 2]
+
+
+@pytest.fixture(scope="module")
+def programs(lm):
+    """By policy, the compiled gradient."""
+    return {
+        policy: jax.jit(jax.grad(loss_of(lm, policy)[0]))
+        .lower(loss_of(lm, policy)[1])
+        .compile()
+        for policy in POLICIES
+    }
+
+
+@on_jax
+@pytest.mark.parametrize("policy", ["projections", "full"])
+def test_gradients_are_the_same(lm, programs, policy):
+    _, values = loss_of(lm, policy)
+    pairs = zip(programs[policy](values), programs["none"](values), strict=True)
+    for ours, theirs in pairs:
+        difference = np.linalg.norm(ours - theirs)
+        assert difference <= 1e-6 * np.linalg.norm(theirs)
+
+
+@on_jax
+def test_less_is_kept(lm):
+    sizes = {policy: sum(map(np.prod, kept(lm, policy))) for policy in POLICIES}
+    assert 1.5 * sizes["full"] < sizes["projections"] < sizes["none"] / 2
+
+
+@on_jax
+def test_more_is_computed(programs):
+    # XLA does not find out that something is there twice.
+    operations = {
+        p: program.cost_analysis()["flops"] for p, program in programs.items()
+    }
+    assert operations["none"] < operations["projections"] < operations["full"]
+
+
+@on_jax
+@pytest.mark.parametrize("policy", POLICIES)
+def test_attention_weights_are_never_kept(lm, policy):
+    # Squares of the length, but the mask, which is there once for all.
+    squares = [shape for shape in kept(lm, policy) if shape[-2:] == (LENGTH, LENGTH)]
+    assert squares == [(BATCH, 1, LENGTH, LENGTH)]
+
+
+@on_jax
+def test_projections_keep_what_the_policy_names(lm):
+    head_dim = SHAPE.head_dim
+    queries = (BATCH, SHAPE.num_query_heads, LENGTH, head_dim)
+    keys = (BATCH, SHAPE.num_key_value_heads, LENGTH, head_dim)
+    layers = SHAPE.num_layers
+    shapes = kept(lm, "projections")
+    assert shapes.count(queries) == 2 * layers  # Query, attention.
+    assert shapes.count(keys) == 2 * layers  # Key, value.
+    without = kept(lm, "full")
+    assert without.count(queries) == without.count(keys) == 0
+    states = (BATCH, LENGTH, SHAPE.hidden_dim)
+    assert shapes.count(states) - without.count(states) == layers  # Output.
+
+
+@pytest.mark.parametrize("policy", ["half", "", None, "Full"])
+def test_an_unknown_policy_is_refused_with_those_there_are(lm, policy):
+    message = f"none, full, projections. Received: {policy!r}"
+    with pytest.raises(ValueError, match=message):
+        check_policy(policy)
+    with pytest.raises(ValueError, match=message):
+        lm.compile(rematerialize=policy)
+    ids = batch(SHAPE, 1, 4)
+    with pytest.raises(ValueError, match=message):
+        lm.backbone.hidden_states(ids, np.ones_like(ids), rematerialize=policy)
+
+
+@pytest.mark.skipif(ON_JAX, reason="JAX can.")
+@pytest.mark.parametrize("policy", ["projections", "full"])
+def test_other_backends_refuse(lm, policy):
+    check_policy("none")
+    ids = batch(SHAPE, 1, 4)
+    for refused in (
+        lambda: check_policy(policy),
+        lambda: lm.compile(rematerialize=policy),
+        lambda: lm.backbone.hidden_states(ids, np.ones_like(ids), rematerialize=policy),
+    ):
+        with pytest.raises(ValueError, match=f"{policy}.*needs the JAX backend"):
+            refused()
