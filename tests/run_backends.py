@@ -5,9 +5,9 @@
 Two parts run at a time, as most tests keep one core busy. The first one is shown as it
 goes, the others when they have ended.
 
-JAX, the default backend, runs everything, in two parts. TensorFlow and PyTorch leave out
-the tests marked `backend_free`, whose answer cannot depend on the backend. A part that
-runs no test at all counts as failed, unless pytest arguments narrowed the choice.
+JAX, the default backend, runs everything, in two parts. TensorFlow and PyTorch leave
+out the tests marked `backend_free`, whose answer cannot depend on the backend. A part
+that runs no test at all counts as failed, unless pytest arguments narrowed the choice.
 """
 
 import argparse
