@@ -71,20 +71,22 @@ class Validation:
 
     def _of_source(self, name, stream, evaluate):
         # Not more than there is: a small source would only be read again.
-        once = math.ceil(1 / max(stream.epochs_at(1)[name], 1e-9))
+        once = math.ceil(1 / stream.epochs_at(1)[name] - 1e-6)  # Without rounding up.
         nats = targets = 0.0
         for step in range(min(self._recipe.validation_batches, once)):
             sums, weight = evaluate(self._put(stream.batch(step)))
             nats, targets = nats + float(sums.loss), targets + float(weight)
         loss = nats / targets
         split = self._data.split(name, "validation")
-        bytes_per_token = split["bytes"] / split["tokens"]
+        predicted = split["tokens"]
+        if self._recipe.mask_documents:  # The first token of a document is not.
+            predicted -= split["documents"]
         return {
             "loss": loss,
             "perplexity": _exp(loss),
-            "bits_per_byte": loss / math.log(2) / bytes_per_token,
+            "bits_per_byte": loss / math.log(2) * predicted / split["bytes"],
         }
 
 
 def _exp(loss):
-    return math.exp(loss) if loss < 700 else math.inf  # Beyond, `exp` overflows.
+    return math.inf if loss > 700 else math.exp(loss)  # Beyond, `exp` overflows.

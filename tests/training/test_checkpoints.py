@@ -211,7 +211,9 @@ class Gate:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(os, "rename"), (files, "sha256"), (os, "replace")], ids=str
+    ("owner", "name"),
+    [(os, "rename"), (files, "sha256"), (os, "replace")],
+    ids=["arrays", "checksums", "marker"],
 )
 def test_save_returns_while_the_writing_goes_on(owner, name, tmp_path, monkeypatch):
     gate = Gate(monkeypatch, owner, name)

@@ -214,7 +214,6 @@ def test_a_published_mixture_is_no_other_one_after_a_restart(name, tmp_path):
     assert own.weights_at(9) == pytest.approx(chosen.weights_at(9), rel=1e-12)
 
 
-@pytest.mark.xfail(reason="weights that add up to 1 are divided by their sum again")
 def test_the_rows_of_a_run_come_in_the_same_order_after_a_restart(tmp_path):
     names = [f"source {number}" for number in range(8)]
     chosen = mixtures.from_weights(

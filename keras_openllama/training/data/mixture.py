@@ -13,6 +13,7 @@ from keras_openllama.training.data import files, shuffling
 
 # Ours: weights are met exactly in this many rows, to 1/65536 = 0.0015 points in 100.
 PERIOD = 1 << 16
+_ROUNDING = 1e-9  # Weights that were stored add up to 1 within it.
 
 _log = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ def _normalised(weights, name):
             f"The weights of mixture {name!r} must be numbers from 0 on, and one of "
             f"them above. Received: {weights}"
         )
+    if abs(total - 1) < _ROUNDING:  # Divided once more, they would not be the same.
+        total = 1.0
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
