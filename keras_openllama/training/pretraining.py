@@ -99,6 +99,12 @@ def pretrain(request):
             "Pretraining needs the JAX backend (KERAS_BACKEND=jax). Received: "
             f"backend={keras.config.backend()!r}"
         )
+    if files.is_remote(request.output):
+        raise ValueError(
+            "`output` is a directory on this machine, or on a file system that all "
+            "hosts have mounted (NFS, gcsfuse): logs are appended to. Received: "
+            f"output={request.output!r}"
+        )
     compiled.use_compilation_cache()
     recipe, preset = request.resolved.recipe, presets.find(request.resolved.preset)
     mesh = request.mesh or recipe.mesh_for(jax.device_count())

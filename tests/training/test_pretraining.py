@@ -451,6 +451,11 @@ def test_data_of_a_larger_vocabulary_are_refused(run, data, tmp_path):
         run(tmp_path, {"data": copy})
 
 
+def test_a_remote_output_is_refused(run):
+    with pytest.raises(ValueError, match="gs://bucket/run"):
+        run("gs://bucket/run")
+
+
 def test_a_mesh_that_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"data \* fsdp = 3 does not divide"):
         run(tmp_path, {"mesh": {"data": 3, "fsdp": 1, "model": 1}})
