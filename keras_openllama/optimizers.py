@@ -1,4 +1,4 @@
-"""AdamW and the schedule of LLaMA."""
+"""AdamW and the schedule of LLaMA; Muon for small models."""
 
 import math
 
@@ -132,3 +132,48 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             "warmup_steps": self.warmup_steps,
             "steps": self.steps,
         }
+
+
+def muon(
+    learning_rate=3e-4,
+    weight_decay=0.1,
+    beta_1=0.9,
+    beta_2=0.95,
+    epsilon=1e-8,
+    global_clipnorm=1.0,
+):
+    """Muon for the matrices inside the layers, AdamW for embeddings, head and norms.
+
+    Updates of matrices are made orthogonal and as large as AdamW's, so rates and decay
+    are of the same order as for `AdamW`. Small models learn faster by it; OpenLLaMA was
+    not trained so.
+
+    Args:
+        learning_rate: float, or a `keras.optimizers.schedules.LearningRateSchedule`.
+        weight_decay: float, of the matrices. Ours: a tenth of it elsewhere, since the
+            embeddings of rare tokens get next to no gradient.
+        beta_1, beta_2, epsilon: floats, of AdamW.
+        global_clipnorm: float, gradients are scaled down to this global norm.
+
+    Returns:
+        `keras.optimizers.Muon`.
+
+    Example:
+
+    ```python
+    lm.compile(optimizer=muon(WarmupCosine(5e-3, 1e-4, warmup_steps=50, steps=4000)))
+    ```
+
+    Sources: https://kellerjordan.github.io/posts/muon; the size of updates,
+    arXiv:2502.16982.
+    """
+    return keras.optimizers.Muon(
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay / 10,
+        adam_beta_1=beta_1,
+        adam_beta_2=beta_2,
+        epsilon=epsilon,
+        global_clipnorm=global_clipnorm,
+        exclude_layers=["lm_head"],
+    )

@@ -407,5 +407,5 @@ def test_large_presets_fit_a_node_of_eight(preset):
 
 def test_other_backends_are_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
-    with pytest.raises(RuntimeError, match="on the JAX backend only.*'torch'"):
+    with pytest.raises(RuntimeError, match=r"on the JAX backend only.*'torch'"):
         OpenLlamaParallel(one_device())

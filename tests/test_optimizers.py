@@ -1,4 +1,4 @@
-"""AdamW is that of PyTorch and optax; the schedule is LLaMA's."""
+"""AdamW is that of PyTorch and optax; the schedule LLaMA's; Muon is for matrices."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from keras import ops
 
-from keras_openllama.optimizers import AdamW, WarmupCosine
+from keras_openllama.optimizers import AdamW, WarmupCosine, muon
 
 SHAPES = ((4, 5), (7,), (3, 2, 2), (6, 3))
 # Sizes of the gradients: with 1e-7 epsilon's place matters, with 1e-9 it is all.
@@ -160,6 +160,49 @@ def test_settings_come_back_from_their_config():
     assert again.get_config() == optimizer.get_config()
     for x, y in zip(ours(again, *problem()), ours(optimizer, *problem()), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+# ----- Muon
+
+# What the variables of a model are called, and their shapes here.
+MODEL = {"query/kernel": (6, 4), "token_embedding/embeddings": (8, 4)}
+MODEL |= {"lm_head/kernel": (8, 4), "final_norm/scale": (4,)}
+
+
+def change_of(optimizer, gradients):
+    """How the first step changes variables of ones, by name."""
+    variables = []
+    for path, shape in MODEL.items():
+        layer, _, name = path.rpartition("/")
+        with keras.name_scope(layer):
+            variables.append(keras.Variable(np.ones(shape, "float32"), name=name))
+    optimizer.build(variables)
+    optimizer.apply([ops.convert_to_tensor(g) for g in gradients], variables)
+    values = map(ops.convert_to_numpy, variables)
+    return {path: value - 1 for path, value in zip(MODEL, values, strict=True)}
+
+
+def test_muon_turns_matrices_evenly_and_moves_the_rest_as_adam():
+    random = np.random.default_rng(0)
+    gradients = [random.normal(size=s).astype("float32") for s in MODEL.values()]
+    change = change_of(muon(0.01, weight_decay=0.0, global_clipnorm=1e9), gradients)
+    kernel = change.pop("query/kernel")
+    sizes = np.linalg.svd(kernel, compute_uv=False)
+    # arXiv:2502.16982: as if orthogonal, times 0.2 sqrt(longer side). The five steps of
+    # Newton and Schulz bring singular values near 1, not onto it.
+    assert sizes.shape == (4,)
+    assert np.all(np.abs(sizes / (0.01 * 0.2 * 6**0.5) - 1) < 0.35)
+    assert (kernel * gradients[0]).sum() < 0
+    for moved, gradient in zip(change.values(), gradients[1:], strict=True):
+        np.testing.assert_allclose(moved, -0.01 * np.sign(gradient), rtol=1e-3)
+
+
+def test_muon_decays_what_is_no_matrix_inside_a_tenth_as_much():
+    zeros = [np.zeros(shape, "float32") for shape in MODEL.values()]
+    change = change_of(muon(0.5, weight_decay=0.1), zeros)
+    for path, moved in change.items():
+        expected = -0.05 if path == "query/kernel" else -0.005
+        np.testing.assert_allclose(moved, expected, rtol=1e-4)
 
 
 # ----- WarmupCosine

@@ -1,4 +1,8 @@
-"""Bits per byte of a text under a language model, next to `xz -9e`.
+"""Bits per byte of held-out text under a language model, next to `xz -9e`.
+
+    python train/fetch_corpus.py                  # once
+    python train/bits_per_byte.py                 # open_llama_nano
+    python train/bits_per_byte.py --preset runs/open_llama_nano
 
 The tokens of a text stand behind a BOS. Windows of the model's whole context advance
 by half a context, so that each token but the first ones has at least half a context
@@ -6,11 +10,22 @@ before it. Every token counts once, and the sum is divided by the text's UTF-8 b
 which makes models with different tokenizers comparable.
 """
 
+import argparse
+import json
 import lzma
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 from keras import ops
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from fetch_corpus import DEFAULT_CACHE  # noqa: E402
+
+from keras_openllama import OpenLlamaCausalLM  # noqa: E402
 
 
 def cross_entropy(labels, logits):
@@ -130,3 +145,41 @@ def table(rows):
         for name, row in rows.items()
     ]
     return "\n".join([*lines, f"{'mean':<30}{mean(rows):>11.3f}"])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset",
+        default="open_llama_nano",
+        metavar="PRESET|DIR",
+        help="what `from_preset` takes: a run, too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=DEFAULT_CACHE / "heldout",
+        metavar="DIR",
+        help="directory of .txt files (default: the one of fetch_corpus.py)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    paths = sorted(options.text.glob("*.txt"))
+    if not paths:
+        sys.exit(
+            f"bits_per_byte: {options.text} has no .txt files. Run first: "
+            "python train/fetch_corpus.py"
+        )
+    lm = OpenLlamaCausalLM.from_preset(options.preset, dtype="float32")
+    texts = {path.stem: path.read_bytes().decode() for path in paths}
+    rows = evaluate(lm, lm.preprocessor.tokenizer, texts)
+    if options.json:
+        print(json.dumps({"mean_bits_per_byte": mean(rows), "results": rows}, indent=2))
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

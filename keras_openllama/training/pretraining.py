@@ -23,7 +23,7 @@ from keras_openllama import (
 )
 from keras_openllama._keras_hub import without_tensorflow
 from keras_openllama.distribution import OpenLlamaParallel, check_mesh, make_mesh
-from keras_openllama.optimizers import AdamW, WarmupCosine
+from keras_openllama.optimizers import AdamW, WarmupCosine, muon
 from keras_openllama.training import plots, run_directory, state
 from keras_openllama.training.checkpoints import Checkpoints
 from keras_openllama.training.data import files
@@ -176,20 +176,7 @@ class _Run:
                 ),
                 compile=False,
             )
-            rate = WarmupCosine(
-                recipe.learning_rate,
-                recipe.final_learning_rate,
-                recipe.warmup_steps,
-                recipe.steps,
-            )
-            optimizer = AdamW(
-                rate,
-                weight_decay=recipe.weight_decay,
-                beta_1=recipe.beta_1,
-                beta_2=recipe.beta_2,
-                epsilon=recipe.epsilon,
-                global_clipnorm=recipe.clip_norm,
-            )
+            optimizer = make_optimizer(recipe)
             lm.compile(optimizer=optimizer, weighted_metrics=[])
             optimizer.build(lm.trainable_variables)
         return lm
@@ -372,6 +359,25 @@ class _Run:
         if jax.process_index() == 0:
             output = self.request.output
             plots.draw(plots.read_runs([output]), files.join(output, _PICTURE))
+
+
+def make_optimizer(recipe):
+    """The optimizer of a `recipe.Recipe`, with its schedule."""
+    schedule = WarmupCosine(
+        recipe.learning_rate,
+        recipe.final_learning_rate,
+        recipe.warmup_steps,
+        recipe.steps,
+    )
+    make = {"adamw": AdamW, "muon": muon}[recipe.optimizer]
+    return make(
+        schedule,
+        weight_decay=recipe.weight_decay,
+        beta_1=recipe.beta_1,
+        beta_2=recipe.beta_2,
+        epsilon=recipe.epsilon,
+        global_clipnorm=recipe.clip_norm,
+    )
 
 
 def _check_vocabulary(data, preset):

@@ -7,7 +7,6 @@ Keras nor a backend.
 
 import dataclasses
 import difflib
-import math
 import re
 import textwrap
 from pathlib import Path
@@ -15,80 +14,10 @@ from pathlib import Path
 import yaml
 
 from keras_openllama import presets
+from keras_openllama.training import checks
 
-AXES = ("data", "fsdp", "model")
 COMMAND_LINE = "command line"
 DEFAULT = "default: ours"
-
-# ----- What a setting may be. A check takes its name and value, and returns the value.
-
-
-def _refuse(name, value, requirement):
-    raise ValueError(f"`{name}` must be {requirement}. Received: {name}={value!r}")
-
-
-def _whole(least):
-    def check(name, value):
-        if type(value) is not int or value < least:  # A bool is an int, too.
-            _refuse(name, value, f"a whole number from {least} on, written in digits")
-        return value
-
-    return check
-
-
-def _number(requirement, allowed):
-    def check(name, value):
-        try:
-            # YAML 1.1 takes 3e-4, which has no point, for a string.
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not (math.isfinite(number) and allowed(number)):
-            _refuse(name, value, f"a number {requirement}")
-        return number
-
-    return check
-
-
-def _one_of(*choices):
-    def check(name, value):
-        if type(value) is not type(choices[0]) or value not in choices:
-            _refuse(name, value, f"one of {', '.join(map(repr, choices))}")
-        return value
-
-    return check
-
-
-def _mixture(name, value):
-    known = [path.stem for path in Path(presets.folder(), "mixtures").glob("*.json")]
-    is_path = isinstance(value, str) and value.endswith(".json")
-    if not (value is None or value in known or is_path):
-        names = ", ".join(map(repr, sorted(known)))
-        _refuse(name, value, f"one of {names}, the path of a JSON file, or null")
-    return value
-
-
-def _meshes(name, value):
-    if not isinstance(value, dict):
-        _refuse(name, value, "meshes by number of chips, such as {8: {fsdp: 8}}")
-    return {
-        str(chips): _mesh(f"{name}[{chips}]", chips, value[chips]) for chips in value
-    }
-
-
-def _mesh(name, chips, axes):
-    mesh = {**dict.fromkeys(AXES, 1), **axes} if isinstance(axes, dict) else {}
-    sizes = [size for size in mesh.values() if type(size) is int and size >= 1]
-    if tuple(mesh) != AXES or len(sizes) != 3 or str(math.prod(sizes)) != str(chips):
-        requirement = f"sizes of {', '.join(AXES)} whose product is the number of chips"
-        _refuse(name, axes, requirement)
-    return mesh
-
-
-_positive = _number("above 0", lambda value: value > 0)
-_from_zero = _number("from 0 on", lambda value: value >= 0)
-_fraction = _number("from 0 to below 1", lambda value: 0 <= value < 1)
-_threshold = _number("above 1, or 0 for never", lambda value: value == 0 or value > 1)
 
 
 def _setting(check, default=dataclasses.MISSING):
@@ -108,6 +37,7 @@ class Recipe:
         learning_rate: float, the peak, which the warm-up leads to.
         final_learning_rate: float, what the cosine ends at.
         warmup_steps: int, steps of the linear warm-up; below `steps`.
+        optimizer: string, `"adamw"` or `"muon"`, see `optimizers.muon`.
         beta_1: float, AdamW's decay of the mean of gradients.
         beta_2: float, AdamW's decay of the mean of their squares.
         epsilon: float, AdamW's.
@@ -147,34 +77,37 @@ class Recipe:
     Source: of every value of a preset, in its JSON file. The defaults are ours.
     """
 
-    mixture: str | None = _setting(_mixture)
-    sequence_length: int = _setting(_whole(1))
-    batch_size: int = _setting(_whole(1))
-    steps: int = _setting(_whole(1))
-    learning_rate: float = _setting(_positive)
-    final_learning_rate: float = _setting(_positive)
-    warmup_steps: int = _setting(_whole(0))
-    beta_1: float = _setting(_fraction)
-    beta_2: float = _setting(_fraction)
-    epsilon: float = _setting(_positive)
-    weight_decay: float = _setting(_from_zero)
-    clip_norm: float = _setting(_positive)
-    packing: str = _setting(_one_of("concatenate", "best_fit"))
-    meshes: dict = dataclasses.field(metadata={"check": _meshes})
-    mask_documents: bool = _setting(_one_of(False, True), False)
-    z_loss: float = _setting(_from_zero, 0.0)
-    precision: str = _setting(_one_of("mixed_bfloat16", "float32"), "mixed_bfloat16")
-    rematerialize: str = _setting(_one_of("none", "full", "projections"), "none")
-    micro_batches: int = _setting(_whole(1), 1)
-    milestone_every: int = _setting(_whole(0), 2500)
-    save_every: int = _setting(_whole(1), 500)
-    keep_last: int = _setting(_whole(1), 2)
-    validate_every: int = _setting(_whole(0), 1000)
-    validation_batches: int = _setting(_whole(1), 8)
-    sample_every: int = _setting(_whole(0), 0)
-    spike_threshold: float = _setting(_threshold, 0.0)
-    max_skipped_steps: int = _setting(_whole(1), 10)
-    seed: int = _setting(_whole(0), 0)
+    mixture: str | None = _setting(checks.mixture)
+    sequence_length: int = _setting(checks.whole(1))
+    batch_size: int = _setting(checks.whole(1))
+    steps: int = _setting(checks.whole(1))
+    learning_rate: float = _setting(checks.positive)
+    final_learning_rate: float = _setting(checks.positive)
+    warmup_steps: int = _setting(checks.whole(0))
+    beta_1: float = _setting(checks.fraction)
+    beta_2: float = _setting(checks.fraction)
+    epsilon: float = _setting(checks.positive)
+    weight_decay: float = _setting(checks.from_zero)
+    clip_norm: float = _setting(checks.positive)
+    packing: str = _setting(checks.one_of("concatenate", "best_fit"))
+    meshes: dict = dataclasses.field(metadata={"check": checks.meshes})
+    optimizer: str = _setting(checks.one_of("adamw", "muon"), "adamw")
+    mask_documents: bool = _setting(checks.one_of(False, True), False)
+    z_loss: float = _setting(checks.from_zero, 0.0)
+    precision: str = _setting(
+        checks.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
+    )
+    rematerialize: str = _setting(checks.one_of("none", "full", "projections"), "none")
+    micro_batches: int = _setting(checks.whole(1), 1)
+    milestone_every: int = _setting(checks.whole(0), 2500)
+    save_every: int = _setting(checks.whole(1), 500)
+    keep_last: int = _setting(checks.whole(1), 2)
+    validate_every: int = _setting(checks.whole(0), 1000)
+    validation_batches: int = _setting(checks.whole(1), 8)
+    sample_every: int = _setting(checks.whole(0), 0)
+    spike_threshold: float = _setting(checks.threshold, 0.0)
+    max_skipped_steps: int = _setting(checks.whole(1), 10)
+    seed: int = _setting(checks.whole(0), 0)
 
     def __post_init__(self):
         for name in SETTINGS:
@@ -226,7 +159,7 @@ class Recipe:
         Raises:
             ValueError: if the batch cannot be shared so.
         """
-        _whole(1)("chips", chips)
+        checks.whole(1)("chips", chips)
         mesh = dict(self.meshes.get(str(chips), {"data": 1, "fsdp": chips, "model": 1}))
         shards = mesh["data"] * mesh["fsdp"]
         if self.batch_size // self.micro_batches % shards:
@@ -249,7 +182,7 @@ def _checked(name, value):
 def _check_known(names):
     for name in names:
         if name not in SETTINGS:
-            nearest = difflib.get_close_matches(str(name), SETTINGS, n=1)
+            nearest = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
             hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
             raise ValueError(
                 f"A recipe has no setting {name!r}. {hint}Its settings: "

@@ -254,6 +254,15 @@ def test_a_run_cut_short_in_a_save_ends_as_one_that_was_not(run, whole, cut_shor
     assert not torn.exists()
 
 
+def test_a_run_with_muon_goes_on_to_the_same_end(run, tmp_path):
+    settings = {"optimizer": "muon", "steps": 6, "save_every": 2}
+    run(tmp_path / "whole", **settings)
+    again = rewound(tmp_path / "whole", tmp_path / "again")
+    _, lines = run(again, **settings)
+    assert "Going on from the checkpoint of step 4." in lines
+    assert course(again) == course(tmp_path / "whole")
+
+
 def test_a_log_that_cannot_be_written_ends_the_run(run, whole, cut_short):
     lines = (cut_short / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     room = len(b"".join(lines[:10])) + 100  # The disk is full amid the next.

@@ -224,6 +224,7 @@ WRONG = {
     "learning_rate": [0, -1e-4, "fast", math.nan, math.inf, True, None],
     "final_learning_rate": [0, []],
     "warmup_steps": [-1, 0.1],
+    "optimizer": ["sgd", None],
     "beta_1": [1, -0.1],
     "beta_2": [1.0, "1.5"],
     "epsilon": [0],

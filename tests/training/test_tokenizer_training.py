@@ -20,7 +20,6 @@ from keras_openllama.training.tokenizer_training import (
     train_sentencepiece,
     vocabulary_list,
 )
-from train import train_nano
 from train.train_tokenizer import main, number_of_bytes
 
 pytestmark = pytest.mark.backend_free
@@ -166,10 +165,12 @@ def specs_of(proto):
     return proto[position:]
 
 
-def test_nano_is_trained_with_the_options_that_its_tokenizer_states():
+def test_nano_was_trained_with_the_options_that_its_preset_states():
     published = (ROOT / "presets/open_llama_nano/tokenizer.model").read_bytes()
-    texts = {"topics": "\f".join(topics.values())}
-    assert specs_of(train_nano.train_tokenizer(texts, 3072)) == specs_of(published)
+    preset = json.loads((ROOT / "presets/open_llama_nano.json").read_text())
+    options = preset["provenance"]["tokenizer_options"]
+    lines = "\n".join(topics.values()).split("\n")
+    assert specs_of(train_sentencepiece(lines, **options)) == specs_of(published)
 
 
 # --- What cannot be trained ---

@@ -16,7 +16,8 @@ from keras_openllama.training.data.prepared import block_totals
 from keras_openllama.training.data.shuffling import BLOCK
 
 _CHUNK = 1 << 22  # Documents that are counted at once.
-_GROUPS_KEPT = 2  # A row may begin in one and end in the next.
+# A row may begin in one and end in the next, while other threads end the one before.
+_GROUPS_KEPT = 3
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Concatenated(_Rows):
     """All documents in a row, cut every `length` tokens, as LLaMA did.
 
     Every token of an epoch is predicted once; the last row of an epoch goes on with the
-    next.
+    next. The rows that begin in a group are shuffled, so that those of a long document
+    are not all in one batch.
     """
 
     def __init__(self, documents, length, key):
@@ -97,18 +99,29 @@ class Concatenated(_Rows):
         return float(self._length)
 
     def _open(self, blocks, key):
-        """The documents of a group in shuffled order, and where each one ends."""
+        """The documents of a group in shuffled order, where each ends; rows' order."""
         numbers = np.concatenate([self._numbers(block) for block in blocks.tolist()])
         numbers = numbers[shuffling.permutation(len(numbers), key)]
         ends = np.cumsum(self._documents.lengths[numbers], dtype="int64")
-        return numbers, ends
+        rows = int(ends[-1]) // self._length
+        order = shuffling.permutation(rows, shuffling.key(key, "rows"))
+        return numbers, ends, order
+
+    def _shuffled(self, row):
+        """The row that has the place of `row` in the shuffled order."""
+        epoch, group, within = self._order.locate(row * self._length)
+        order = self._group(epoch, group)[2]
+        # The first row of a group begins less than a row behind the group's beginning.
+        # So there are as many as the order has, or one more, which stays the last.
+        index = within // self._length
+        return row + int(order[index]) - index if index < len(order) else row
 
     def _spans(self, row):
-        position, missing = row * self._length, self._length + 1
+        position, missing = self._shuffled(row) * self._length, self._length + 1
         spans = []
         while missing:
             epoch, group, within = self._order.locate(position)
-            numbers, ends = self._group(epoch, group)
+            numbers, ends, _ = self._group(epoch, group)
             place = int(np.searchsorted(ends, within, side="right"))
             while missing and place < len(ends):
                 document, end = int(numbers[place]), int(ends[place])

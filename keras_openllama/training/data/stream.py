@@ -97,7 +97,6 @@ class TokenStream:
             for name, documents in zip(self.sources, self._documents, strict=True)
         ]
         self._interleaving = Interleaving(self._row_schedule(), self.sources)
-        self._recent = [{} for _ in self.sources]  # Documents of the last batch read.
 
     def _rows_of(self, name, documents, packing, seed):
         key = shuffling.key(seed, name, self.split)
@@ -154,26 +153,18 @@ class TokenStream:
     def _fill(self, source, places, numbers, tokens, segments):
         """Reads the rows of a source into their places."""
         spans = [self._rows[source].spans(number) for number in numbers.tolist()]
-        documents = self._read(source, {span[0] for row in spans for span in row})
+        documents = sorted({span[0] for row in spans for span in row})
+        read = self._documents[source].read(documents)
+        texts = {
+            number: tokens for number, (tokens, _) in zip(documents, read, strict=True)
+        }
         for place, row in zip(places.tolist(), spans, strict=True):
             column = 0
             for segment, (document, start, size) in enumerate(row, 1):
-                part = documents[document][start : start + size]
+                part = texts[document][start : start + size]
                 tokens[place, column : column + size] = part
                 segments[place, column : column + size] = segment
                 column += size
-
-    def _read(self, source, numbers):
-        """The tokens of documents, by number. Long ones go on in the next batch."""
-        known = self._recent[source]
-        documents = {number: known[number] for number in numbers & known.keys()}
-        missing = sorted(numbers - known.keys())
-        read = self._documents[source].read(missing)
-        documents.update(
-            (number, tokens) for number, (tokens, _) in zip(missing, read, strict=True)
-        )
-        self._recent[source] = documents
-        return documents
 
     def _host_part(self, step):
         first = step * self.batch_size + self._first_row

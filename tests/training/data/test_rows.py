@@ -1,5 +1,6 @@
 """Rows by number: each document once an epoch, at any place, of any index."""
 
+import collections
 import types
 
 import numpy as np
@@ -32,13 +33,14 @@ def test_concatenated_rows_predict_every_token_of_an_epoch_once():
     total = int(documents.lengths.sum())
     rows = Concatenated(documents, 50, key=1)
     tokens = [t for row in range(total // 50 + 1) for t in predicted(rows.spans(row))]
-    # The very first token of all is read and not predicted; the next epoch gives it.
+    # The last row goes on with the next epoch. The very first token of all is read and
+    # not predicted: the epoch before gives it.
     everything = {
         (d, i) for d, size in enumerate(documents.lengths) for i in range(size)
     }
-    first = rows.spans(0)[0][:2]
     assert len(tokens[: total - 1]) == len(set(tokens[: total - 1]))
-    assert set(tokens[: total - 1]) == everything - {first}
+    [(_, place)] = everything - set(tokens[: total - 1])
+    assert place == 0
 
 
 def test_best_fit_rows_hold_every_document_once_an_epoch():
@@ -81,18 +83,32 @@ def test_a_row_does_not_depend_on_what_was_read_before(packing):
         assert rows.spans(row) == found[row]
 
 
-def test_concatenated_rows_go_on_where_the_last_one_ended():
+def test_each_concatenated_row_goes_on_where_another_ended():
     rows = Concatenated(index(300), 17, key=3)
-    for row in range(400):  # Beyond the end of the epoch.
-        *_, (document, first, size) = rows.spans(row)
-        again, start, _ = rows.spans(row + 1)[0]
-        assert (again, start) == (document, first + size - 1)
-        assert sum(size for *_, size in rows.spans(row)) == 18
+    epoch = int(rows.epoch_rows)
+    spans = [rows.spans(row) for row in range(2 * epoch)]  # Across the epochs' border.
+    assert {sum(size for *_, size in row) for row in spans} == {18}
+    starts = [row[0][:2] for row in spans]
+    ends = [(document, first + size - 1) for *_, (document, first, size) in spans]
+    # All but the first of the first epoch, and the last of the second.
+    assert sum((collections.Counter(starts) - collections.Counter(ends)).values()) == 1
+    assert starts[1:] != ends[:-1]
+
+
+def test_rows_of_a_long_document_are_far_from_each_other():
+    documents = types.SimpleNamespace(lengths=np.full(100, 1000, "<u4"))
+    rows = Concatenated(documents, 10, key=1)
+    batch = {rows.spans(row)[0][0] for row in range(5000, 5016)}
+    assert len(batch) >= 10
 
 
 def test_a_document_can_be_longer_than_rows_and_a_source_shorter():
     documents = types.SimpleNamespace(lengths=np.array([1000], "<u4"))
-    assert Concatenated(documents, 100, key=0).spans(9) == [(0, 900, 100), (0, 0, 1)]
+    rows = Concatenated(documents, 100, key=0)
+    assert sorted(rows.spans(row) for row in range(10)) == [
+        *([(0, start, 101)] for start in range(0, 900, 100)),
+        [(0, 900, 100), (0, 0, 1)],
+    ]
     tiny = types.SimpleNamespace(lengths=np.array([3], "<u4"))
     assert Concatenated(tiny, 8, key=0).spans(0) == [(0, 0, 3)] * 3
     assert BestFit(tiny, 8, key=0).spans(5) == [(0, 0, 3)]
@@ -131,9 +147,7 @@ def test_rows_are_the_same_for_ever():
     lengths = (3 + np.arange(5 * BLOCK) * 7 % 57).astype("<u4")
     documents = types.SimpleNamespace(lengths=lengths)
     assert Concatenated(documents, 50, key=1).spans(1000) == [
-        (4061, 32, 12),
-        (4349, 0, 8),
-        (5010, 0, 18),
-        (76, 0, 13),
+        (484, 14, 14),
+        (1439, 0, 37),
     ]
     assert BestFit(documents, 50, key=1).spans(1000) == [(144, 0, 42), (408, 0, 9)]

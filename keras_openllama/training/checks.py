@@ -1,0 +1,79 @@
+"""What a setting of a recipe may be.
+
+A check takes a setting's name and value, and returns the value or raises `ValueError`.
+"""
+
+import math
+from pathlib import Path
+
+from keras_openllama import presets
+
+AXES = ("data", "fsdp", "model")
+
+
+def _refuse(name, value, requirement):
+    raise ValueError(f"`{name}` must be {requirement}. Received: {name}={value!r}")
+
+
+def whole(least):
+    def check(name, value):
+        if type(value) is not int or value < least:  # A bool is an int, too.
+            _refuse(name, value, f"a whole number from {least} on, written in digits")
+        return value
+
+    return check
+
+
+def _number(requirement, allowed):
+    def check(name, value):
+        try:
+            # YAML 1.1 takes 3e-4, which has no point, for a string.
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (math.isfinite(number) and allowed(number)):
+            _refuse(name, value, f"a number {requirement}")
+        return number
+
+    return check
+
+
+def one_of(*choices):
+    def check(name, value):
+        if type(value) is not type(choices[0]) or value not in choices:
+            _refuse(name, value, f"one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def mixture(name, value):
+    known = [path.stem for path in Path(presets.folder(), "mixtures").glob("*.json")]
+    is_path = isinstance(value, str) and value.endswith(".json")
+    if not (value is None or value in known or is_path):
+        names = ", ".join(map(repr, sorted(known)))
+        _refuse(name, value, f"one of {names}, the path of a JSON file, or null")
+    return value
+
+
+def meshes(name, value):
+    if not isinstance(value, dict):
+        _refuse(name, value, "meshes by number of chips, such as {8: {fsdp: 8}}")
+    return {
+        str(chips): _mesh(f"{name}[{chips}]", chips, value[chips]) for chips in value
+    }
+
+
+def _mesh(name, chips, axes):
+    mesh = {**dict.fromkeys(AXES, 1), **axes} if isinstance(axes, dict) else {}
+    sizes = [size for size in mesh.values() if type(size) is int and size >= 1]
+    if tuple(mesh) != AXES or len(sizes) != 3 or str(math.prod(sizes)) != str(chips):
+        requirement = f"sizes of {', '.join(AXES)} whose product is the number of chips"
+        _refuse(name, axes, requirement)
+    return mesh
+
+
+positive = _number("above 0", lambda value: value > 0)
+from_zero = _number("from 0 on", lambda value: value >= 0)
+fraction = _number("from 0 to below 1", lambda value: 0 <= value < 1)
+threshold = _number("above 1, or 0 for never", lambda value: value == 0 or value > 1)
