@@ -1,5 +1,6 @@
 """The LLaMA network up to its last hidden states."""
 
+import functools
 import weakref
 
 import keras
@@ -175,7 +176,12 @@ class OpenLlamaBackbone(Backbone):
         return int(self.max_sequence_length * factor)
 
     def hidden_states(
-        self, token_ids, padding_mask, layer_intercept_fn=None, rematerialize="none"
+        self,
+        token_ids,
+        padding_mask,
+        layer_intercept_fn=None,
+        rematerialize="none",
+        attend=None,
     ):
         """What the model computes, with a look at each layer where wanted.
 
@@ -186,6 +192,7 @@ class OpenLlamaBackbone(Backbone):
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output.
             rematerialize: string, see `rematerialization.rematerialized`.
+            attend: callable of `layers.fast_attention.attention_on`, or `None`.
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
@@ -200,8 +207,13 @@ class OpenLlamaBackbone(Backbone):
         final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
         intercept = layer_intercept_fn or (lambda x, index: x)
+        options = {}
+        if attend is not None:
+            documents = ops.cast(padding_mask, "int32")
+            options["attend"] = lambda *heads: attend(*heads, documents)
         x = intercept(self.token_embedding(token_ids), -1)
         for index, layer in enumerate(self.transformer_layers):
+            layer = functools.partial(layer, **options)
             x = rematerialized(layer, rematerialize)(x, cos, sin, mask)
             x = intercept(x, index)
         return self.final_norm(x)

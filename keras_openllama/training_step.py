@@ -5,8 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import keras
+from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_openllama.distribution import OpenLlamaParallel
+from keras_openllama.layers.fast_attention import attention_on
 from keras_openllama.losses import next_token_sums
 
 
@@ -18,16 +20,19 @@ class Options(NamedTuple):
             activations of one part are in memory. One update for all.
         rematerialize: string, see `rematerialization.rematerialized`.
         z_loss: float, weight of the squared log of the softmax's denominator.
-        constrain: callable of hidden states `(batch, length, hidden_dim)` that fixes
-            how they are sharded; `None` leaves it to XLA.
+        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
+            one device.
         loss_chunks: int, see `losses.next_token_sums`.
+        attend: callable of `layers.fast_attention.attention_on`, or `None` for what
+            every platform can compute.
     """
 
     micro_batches: int = 1
     rematerialize: str = "none"
     z_loss: float = 0.0
-    constrain: object = None
+    mesh: jax.sharding.Mesh | None = None
     loss_chunks: int | None = None
+    attend: object = None
 
 
 class Measures(NamedTuple):
@@ -53,6 +58,23 @@ class Measures(NamedTuple):
     kept: jax.Array
 
 
+def placed(options, distribution=None):
+    """Options for the devices that a step will run on.
+
+    Args:
+        options: `Options`.
+        distribution: `OpenLlamaParallel`, or `None` for JAX's default device.
+
+    Returns:
+        `Options` with their mesh, and the attention that they are fastest with.
+    """
+    if distribution is None:
+        return options._replace(attend=attention_on(jax.default_backend()))
+    mesh = distribution.device_mesh.backend_mesh
+    attend = attention_on(mesh.devices.flat[0].platform, mesh)
+    return options._replace(mesh=mesh, attend=attend)
+
+
 def sums_of(lm, values, batch, options):
     """The sums of `losses.next_token_sums` over a batch.
 
@@ -75,20 +97,31 @@ def sums_of(lm, values, batch, options):
             f"{lm.lm_head.quantization_mode!r}. Call `compile` after `quantize`."
         )
     x, targets, weights = batch
-    constrain = options.constrain or (lambda states: states)
     variables = [*lm.trainable_variables, *lm.non_trainable_variables]
     mapping = zip(variables, [*values[0], *values[1]], strict=True)
     with keras.StatelessScope(state_mapping=mapping):
         hidden = lm.backbone.hidden_states(
             x["token_ids"],
             x["padding_mask"],
-            layer_intercept_fn=lambda states, index: constrain(states),
+            layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
             rematerialize=options.rematerialize,
+            attend=options.attend,
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
         return next_token_sums(
-            *(hidden, kernel, targets, weights), options.z_loss, options.loss_chunks
+            *(hidden, kernel, targets, weights),
+            options.z_loss,
+            options.loss_chunks,
+            options.mesh,
         )
+
+
+def _sharded(states, mesh):
+    """Hidden states by rows, else XLA may hold those of all rows on every device."""
+    if mesh is None:
+        return states
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None))
+    return jax.lax.with_sharding_constraint(states, sharding)
 
 
 def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: B008
@@ -198,14 +231,10 @@ class FusedTraining:
         trainable, non_trainable, optimizer, metrics = state
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         batch = as_batch(x, y, weights)
-        options = self._step_options
         distribution = keras.distribution.distribution()
-        if isinstance(distribution, OpenLlamaParallel):
-            # Else XLA may hold the activations of all on every device.
-            sharding = distribution.batch_sharding(3)
-            options = options._replace(
-                constrain=lambda x: jax.lax.with_sharding_constraint(x, sharding)
-            )
+        if not isinstance(distribution, OpenLlamaParallel):
+            distribution = None
+        options = placed(self._step_options, distribution)
         measures, (trainable, optimizer) = update(
             self, (trainable, non_trainable, optimizer), batch, options
         )

@@ -279,6 +279,8 @@ class CausalSelfAttention(keras.layers.Layer):
         cache: `None`, or a pair of tensors
             `(num_key_value_heads * batch, columns, head_dim)`, see `write`.
         column: int scalar, where in the cache the keys and values of `x` go.
+        attend: callable with the arguments of `attend_to_past`, which it is unless
+            given; for what uses no cache.
 
     Returns:
         The output `(batch, length, hidden_dim)`; with a cache, a pair of it and the
@@ -328,12 +330,12 @@ class CausalSelfAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], query_dim))
 
-    def call(self, x, cos, sin, mask, cache=None, column=None):
+    def call(self, x, cos, sin, mask, cache=None, column=None, attend=attend_to_past):
         query = named(rotate(self._heads(self.query(x)), cos, sin), "query")
         key = named(rotate(self._heads(self.key(x)), cos, sin), "key")
         value = named(self._heads(self.value(x)), "value")
         if cache is None:
-            context = named(attend_to_past(query, key, value, mask), "attention")
+            context = named(attend(query, key, value, mask), "attention")
             return named(self._output(context), "output")
         cache = tuple(
             write(tensor, heads_first(update), column)
@@ -361,7 +363,7 @@ class CausalSelfAttention(keras.layers.Layer):
         x = ops.reshape(x, (batch, length, heads, self.head_dim))
         return ops.transpose(x, (0, 2, 1, 3))
 
-    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
+    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None, **_):
         output = keras.KerasTensor(x.shape, self.compute_dtype)
         return output if cache is None else (output, cache)
 

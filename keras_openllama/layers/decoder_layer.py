@@ -77,9 +77,9 @@ class DecoderLayer(keras.layers.Layer):
         self.feedforward_norm.build(input_shape)
         self.feedforward.build(input_shape)
 
-    def call(self, x, cos, sin, mask, cache=None, column=None):
+    def call(self, x, cos, sin, mask, cache=None, **options):
         attention = self.self_attention(
-            self.self_attention_norm(x), cos, sin, mask, cache=cache, column=column
+            self.self_attention_norm(x), cos, sin, mask, cache=cache, **options
         )
         if cache is not None:
             attention, cache = attention
@@ -87,10 +87,8 @@ class DecoderLayer(keras.layers.Layer):
         x = x + self.feedforward(self.feedforward_norm(x))
         return x if cache is None else (x, cache)
 
-    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
-        return self.self_attention.compute_output_spec(
-            x, cos, sin, mask, cache=cache, column=column
-        )
+    def compute_output_spec(self, x, cos, sin, mask, cache=None, **_):
+        return self.self_attention.compute_output_spec(x, cos, sin, mask, cache=cache)
 
     def get_config(self):
         config = super().get_config()

@@ -32,7 +32,7 @@ from keras_openllama.training.data.stream import TokenStream
 from keras_openllama.training.records import Records
 from keras_openllama.training.stopping import StopRequest
 from keras_openllama.training.validation import Validation
-from keras_openllama.training_step import Options
+from keras_openllama.training_step import Options, placed
 
 _PICTURE = "loss.png"
 _SAMPLE_TOKENS = 48  # Ours.
@@ -223,15 +223,9 @@ class _Run:
         )
 
     def _options(self):
-        recipe, constrain = self.recipe, None
-        if self.distribution is not None:
-
-            def constrain(states):
-                return jax.lax.with_sharding_constraint(states, self._sharding(3))
-
-        return Options(
-            recipe.micro_batches, recipe.rematerialize, recipe.z_loss, constrain
-        )
+        recipe = self.recipe
+        options = Options(recipe.micro_batches, recipe.rematerialize, recipe.z_loss)
+        return placed(options, self.distribution)
 
     # ----- Training
 

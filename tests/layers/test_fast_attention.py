@@ -1,0 +1,119 @@
+"""The kernels of accelerators compute what attention is; on JAX."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from keras_openllama.layers.attention import attend_to_past, causal_mask
+
+if keras.config.backend() != "jax":
+    pytest.skip("Kernels are JAX's.", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+
+from keras_openllama.layers import fast_attention
+from keras_openllama.layers.fast_attention import attention_on, splash_attention
+
+# Query heads, key/value heads, head_dim, length. The kernel has blocks of 128 here.
+SHAPES = {
+    "head_dim 100, two blocks": (2, 2, 100, 256),
+    "grouped heads, a length that is padded": (4, 2, 64, 200),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(fast_attention, "BLOCK", 128)
+
+
+def heads(shape, dtype="float32"):
+    """Query, key, value, and a gradient of the context; two rows of two documents."""
+    query_heads, key_value_heads, head_dim, length = shape
+    random = np.random.default_rng(0)
+    tensors = [
+        jnp.asarray(random.normal(size=(2, count, length, head_dim)), dtype)
+        for count in (query_heads, key_value_heads, key_value_heads, query_heads)
+    ]
+    documents = np.ones((2, length), "int32")
+    documents[0, length // 3 :] = 2
+    documents[1, -9:] = 0  # Padding.
+    return tensors, jnp.asarray(documents)
+
+
+def value_and_gradients(attend, tensors, documents):
+    """Of the context where it is no padding."""
+    *inputs, weights = tensors
+    weights = weights * (documents > 0)[:, None, :, None]
+    mask = causal_mask(jnp.arange(documents.shape[1])[None], documents)
+
+    def loss(*inputs):
+        context = attend(*inputs, mask, documents)
+        return jnp.sum(context * weights), context * (documents > 0)[:, None, :, None]
+
+    (_, context), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*inputs)
+    return [context, *gradients]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_splash_is_attention_within_documents(shape):
+    tensors, documents = heads(shape)
+    expected = value_and_gradients(attention_on("cpu"), tensors, documents)
+
+    def splash(query, key, value, mask, documents):
+        return splash_attention(query, key, value, documents, interpret=True)
+
+    found = value_and_gradients(splash, tensors, documents)
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape
+        assert jnp.linalg.norm(x - y) < 1e-5 * jnp.linalg.norm(y)
+
+
+def test_cudnn_would_be_given_what_is_meant(monkeypatch):
+    # Where there is no GPU, JAX's own computation stands for the kernel.
+    theirs = jax.nn.dot_product_attention
+
+    def in_xla(*arguments, implementation, **options):
+        assert implementation == "cudnn"
+        return theirs(*arguments, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    tensors, documents = heads((4, 2, 16, 24), "bfloat16")
+    found = value_and_gradients(attention_on("gpu"), tensors, documents)
+    expected = value_and_gradients(attention_on("cpu"), tensors, documents)
+    for x, y in zip(found, expected, strict=True):
+        x, y = x.astype("float32"), y.astype("float32")
+        assert jnp.linalg.norm(x - y) < 0.02 * jnp.linalg.norm(y)
+
+
+def test_float32_is_left_to_xla_on_a_gpu():
+    tensors, documents = heads((2, 2, 16, 24))
+    mask = causal_mask(jnp.arange(24)[None], documents)
+    found = attention_on("cuda")(*tensors[:3], mask, documents)
+    np.testing.assert_array_equal(found, attend_to_past(*tensors[:3], mask))
+
+
+def kernels_of(program):
+    """Names of the TPU kernels in a program that is lowered for one."""
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    return set(re.findall(r'kernel_name = "([^"]*)"', text))
+
+
+def test_a_tpu_gets_kernels_forward_and_backward():
+    tensors, documents = heads((2, 1, 100, 256), "bfloat16")
+    attend = attention_on("tpu")
+
+    def loss(*inputs):
+        return attend(*inputs, None, documents).astype("float32").sum()
+
+    kernels = kernels_of(jax.jit(jax.grad(loss, (0, 1, 2))).trace(*tensors[:3]))
+    assert len(kernels) == 2
+    assert {"fwd", "dkv"} == {re.search("fwd|dkv", name)[0] for name in kernels}
+    cpu = attention_on("cpu")
+    assert not kernels_of(
+        jax.jit(lambda *x: cpu(*x, jnp.ones((1, 1, 256, 256), bool), documents)).trace(
+            *tensors[:3]
+        )
+    )
