@@ -176,4 +176,5 @@ def muon(
         epsilon=epsilon,
         global_clipnorm=global_clipnorm,
         exclude_layers=["lm_head"],
+        name="muon",  # Keras would number them, and checkpoints go by name.
     )

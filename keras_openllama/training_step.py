@@ -69,10 +69,9 @@ def placed(options, distribution=None):
         `Options` with their mesh, and the attention that they are fastest with.
     """
     if distribution is None:
-        return options._replace(attend=attention_on(jax.default_backend()))
+        return options._replace(attend=attention_on(jax.devices()[0]))
     mesh = distribution.device_mesh.backend_mesh
-    attend = attention_on(mesh.devices.flat[0].platform, mesh)
-    return options._replace(mesh=mesh, attend=attend)
+    return options._replace(mesh=mesh, attend=attention_on(mesh.devices.flat[0], mesh))
 
 
 def sums_of(lm, values, batch, options):
@@ -160,14 +159,14 @@ def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: 
     def add(carry, part):
         return jax.tree.map(jnp.add, carry, gradient(trainable, part)), None
 
-    parts = jax.tree.map(lambda a: _parted(a, options.micro_batches), batch)
+    parts = jax.tree.map(lambda a: parted(a, options.micro_batches), batch)
     shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (grads, sums), _ = jax.lax.scan(add, start, parts)
     return sums, total, grads
 
 
-def _parted(array, parts):
+def parted(array, parts):
     """`(batch, …)` to `(parts, batch / parts, …)`, each with rows of every device."""
     array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
     return jnp.moveaxis(array, 1, 0)
@@ -231,10 +230,10 @@ class FusedTraining:
         trainable, non_trainable, optimizer, metrics = state
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         batch = as_batch(x, y, weights)
-        distribution = keras.distribution.distribution()
-        if not isinstance(distribution, OpenLlamaParallel):
-            distribution = None
-        options = placed(self._step_options, distribution)
+        options, distribution = self._step_options, keras.distribution.distribution()
+        # Kernels cannot be divided by XLA, and only our layout says how to.
+        if distribution is None or isinstance(distribution, OpenLlamaParallel):
+            options = placed(options, distribution)
         measures, (trainable, optimizer) = update(
             self, (trainable, non_trainable, optimizer), batch, options
         )

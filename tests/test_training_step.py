@@ -15,6 +15,8 @@ if keras.config.backend() != "jax":
 import jax
 import jax.numpy as jnp
 
+from keras_openllama import training_step
+from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW, WarmupCosine
 from keras_openllama.training_step import Options, gradients, update
 
@@ -482,3 +484,32 @@ def test_gradients_of_embeddings_and_norms_are_not_rounded():
     )
     assert not [r for r in results if r[0] == "bf16" and r[2] == "scatter-add"]
     assert not [r for r in results if r[:2] == ("bf16", f"{SHAPE.hidden_dim}")]
+
+
+def test_kernels_are_for_distributions_that_say_how_to_divide_them(monkeypatch):
+    asked = []
+
+    def attention_on(device, mesh=None):
+        asked.append(mesh)
+
+    monkeypatch.setattr(training_step, "attention_on", attention_on)
+    ids = batch(SHAPES[0], 2, 9)
+    x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((2, 8), "int32")}
+
+    def fit(distribution):
+        keras.distribution.set_distribution(distribution)
+        try:
+            lm = random_lm(SHAPES[0])
+            lm.compile(AdamW(1e-3))
+            lm.fit(x, ids[:, 1:], verbose=0)
+        finally:
+            keras.distribution.set_distribution(None)
+
+    device = keras.distribution.list_devices()[:1]
+    fit(keras.distribution.DataParallel(devices=device))
+    assert asked == []
+    fit(None)
+    assert asked == [None]
+    parallel = OpenLlamaParallel(make_mesh(devices=device))
+    fit(parallel)
+    assert asked == [None, parallel.device_mesh.backend_mesh]

@@ -14,8 +14,11 @@ import argparse
 import json
 import lzma
 import math
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import numpy as np
 from keras import ops

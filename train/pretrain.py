@@ -11,9 +11,11 @@ metrics.jsonl, validation.jsonl, samples.txt, loss.png, TensorBoard's events
 (`tensorboard --logdir DIR`) and checkpoints, which `keras-openllama generate --preset
 DIR` and `keras-openllama convert DIR …` take as they are.
 
-Exit codes: 0 the run is complete; 75 a signal (SIGTERM, Ctrl-C) came, all is saved and
-the same command goes on; 70 too many steps in a row had a loss or gradient that is not
-finite; 74 a checkpoint or the log could not be written; 2 a wrong argument; 1 others.
+Exit codes: 0 the run is complete; 75 a signal came (SIGTERM; on one host Ctrl-C, too),
+all is saved and the same command goes on; 70 too many steps in a row had a loss or
+gradient that is not finite; 74 a checkpoint or the log could not be written; 2 an
+argument is wrong, or does not fit the run that is there; 1 anything else, such as data
+that cannot be read.
 """
 
 import time
@@ -21,6 +23,7 @@ import time
 BEGAN = time.monotonic()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -108,7 +111,9 @@ def parse_arguments(arguments):
         help="record steps A to B with JAX's profiler, below the run's directory",
     )
     hosts = parser.add_argument_group(
-        "hosts", "on a TPU pod, Slurm or Kubernetes none of these is needed"
+        "hosts",
+        "JAX finds those of a TPU pod, of srun, of mpirun, and with jax[k8s] of a "
+        "Kubernetes job by itself; elsewhere give all three, on each host",
     )
     hosts.add_argument("--coordinator", default=None, metavar="HOST:PORT")
     hosts.add_argument("--num-processes", type=int, default=None, metavar="N")
@@ -165,18 +170,26 @@ def join_hosts(options):
     """Joins the hosts of a run before anything touches a device."""
     import jax
 
-    known = ("JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "MEGASCALE_COORDINATOR_ADDRESS")
-    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    if options.coordinator or pod or any(name in os.environ for name in known):
+    named = options.coordinator, options.num_processes, options.process_id
+    try:
         jax.distributed.initialize(
-            options.coordinator,
-            options.num_processes,
-            options.process_id,
-            heartbeat_timeout_seconds=options.host_timeout,
+            *named, heartbeat_timeout_seconds=options.host_timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        # What JAX says where it finds no other hosts, or was used before.
+        alone = "coordinator_address should be defined", "must be called before any JAX"
+        if any(value is not None for value in named) or not any(
+            text in str(error) for text in alone
+        ):
+            raise
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise RuntimeError(
+            f"JAX sees {jax.process_count()} processes, and has not joined them. Give "
+            "--coordinator, --num-processes and --process-id."
         )
 
 
-def data_of(parser, options, resolved, output):
+def data_of(options, resolved, output):
     """The prepared data of a run."""
     from keras_openllama.training.data.prepared import PreparedData
 
@@ -184,9 +197,9 @@ def data_of(parser, options, resolved, output):
         try:
             return PreparedData(options.data)
         except OSError as error:
-            parser.error(str(error))
+            raise ValueError(f"--data: {error}") from error
     if resolved.preset != "open_llama_nano":
-        parser.error(
+        raise ValueError(
             f"{resolved.preset} needs data. Prepare it first, and give its directory "
             "with --data:\n    python train/prepare_data.py --mixture "
             f"{resolved.recipe.mixture} --tokenizer {resolved.preset} --output DIR "
@@ -221,24 +234,29 @@ def main(arguments=None):
         print(resolved.table())
         return 0
     output = options.output or f"runs/{resolved.preset.removeprefix('open_llama_')}"
-    return run(parser, options, resolved, output, mesh, profile)
+    try:
+        join_hosts(options)
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        return run(options, resolved, output, mesh, profile)
+    except Exception as error:
+        return _fail(error, options)
 
 
-def run(parser, options, resolved, output, mesh, profile):
+def run(options, resolved, output, mesh, profile):
     """Trains, and returns the exit code."""
-    join_hosts(options)
     import jax
 
     from keras_openllama.training import stopping
-    from keras_openllama.training.checkpoints import CheckpointError
-    from keras_openllama.training.pretraining import Request, pretrain
+    from keras_openllama.training.pretraining import Request, begun
 
-    try:
-        data = data_of(parser, options, resolved, output)
-        if jax.process_index() == 0:
-            print(resolved.table(), flush=True)
-        stopped = pretrain(
-            Request(
+    with contextlib.ExitStack() as stack:
+        try:
+            data = data_of(options, resolved, output)
+            if jax.process_index() == 0:
+                print(resolved.table(), flush=True)
+            request = Request(
                 resolved,
                 data,
                 output,
@@ -247,25 +265,42 @@ def run(parser, options, resolved, output, mesh, profile):
                 profile=profile,
                 began=BEGAN,
             )
-        )
-    except (CheckpointError, OSError) as error:
-        return _fail(error, stopping.NOT_WRITTEN, options)
-    except stopping.Diverged as error:
-        return _fail(error, stopping.DIVERGED, options)
-    except jax.errors.JaxRuntimeError:  # Out of memory, another host is gone, …
-        traceback.print_exc()
-        return _fail("JAX has failed, see above.", 1, options)
-    except (RuntimeError, ValueError) as error:
-        return _fail(error, 2, options)
+            trained = stack.enter_context(begun(request))
+        except jax.errors.JaxRuntimeError:  # Which is a RuntimeError, too.
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise WrongArgument(str(error)) from error
+        stopped = trained.train()
     if jax.process_index() == 0:
         _tell(output, stopped)
     return stopping.STOPPED if stopped else 0
 
 
-def _fail(error, code, options):
+class WrongArgument(Exception):
+    """What was asked for does not fit, or fits not what is there."""
+
+
+def _fail(error, options):
+    """Says what has ended a run; returns the exit code."""
     import jax
 
+    from keras_openllama.training import stopping
+    from keras_openllama.training.checkpoints import CheckpointError
+
+    codes = {
+        WrongArgument: 2,
+        CheckpointError: stopping.NOT_WRITTEN,
+        OSError: stopping.NOT_WRITTEN,
+        stopping.Diverged: stopping.DIVERGED,
+        stopping.DataNotRead: 1,
+    }
+    code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
+    if code is None:  # Nothing that was foreseen: out of memory, another host gone, …
+        traceback.print_exception(error)
+        code = 1
     print(f"pretrain: {error}", file=sys.stderr, flush=True)
+    if code != 2 and error.__context__ is not error.__cause__:
+        print(f"pretrain: before that: {error.__context__}", file=sys.stderr)
     if jax.process_count() > 1:
         # If it is this host's trouble alone, JAX would wait for the others to end, and
         # they for this one.

@@ -14,12 +14,11 @@ BLOCK = 512
 LANES = 128  # A block is a multiple of it: the width of a TPU's vector registers.
 
 
-def attention_on(platform, mesh=None):
-    """What attends to the past on a platform.
+def attention_on(device, mesh=None):
+    """What attends to the past on a kind of device.
 
     Args:
-        platform: string, of the devices that the program is for: `"tpu"`, `"gpu"`,
-            `"cpu"`.
+        device: `jax.Device`, one of those that the program is for.
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`, or `None`.
 
     Returns:
@@ -27,12 +26,12 @@ def attention_on(platform, mesh=None):
         and int `(batch, length)`, the number of the document of each token, 0 on
         padding; it returns what `attend_to_past` does.
     """
-    if platform == "tpu":
+    if device.platform == "tpu":
         return lambda query, key, value, mask, documents: splash_attention(
             query, key, value, documents, mesh
         )
-    if platform in ("gpu", "cuda", "rocm"):
-        return lambda query, key, value, mask, documents: _attend_on_gpu(
+    if device.platform == "gpu" and "cuda" in device.client.platform_version:
+        return lambda query, key, value, mask, documents: cudnn_attention(
             query, key, value, mask
         )
     return lambda query, key, value, mask, documents: attend_to_past(
@@ -112,12 +111,26 @@ def _kernel(heads, length, interpret):
     )
 
 
-def _attend_on_gpu(query, key, value, mask):
-    """cuDNN's kernel; in float32, which it has none for, XLA's."""
-    if query.dtype.itemsize > 2:
+def cudnn_attention(query, key, value, mask):
+    """`attend_to_past` by cuDNN's kernel, where it has one.
+
+    It has none for float32 and for odd lengths; there XLA computes. Heads are padded to
+    a multiple of 8, as the kernel wants them.
+
+    Args:
+        query, key, value, mask: see `attend_to_past`.
+
+    Returns:
+        As `attend_to_past`.
+    """
+    length, head_dim = query.shape[2:]
+    if query.dtype.itemsize > 2 or length % 2:
         return attend_to_past(query, key, value, mask)
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    padding = (0, 0), (0, 0), (0, 0), (0, -head_dim % 8)
     context = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, implementation="cudnn"
+        *(jnp.swapaxes(jnp.pad(x, padding), 1, 2) for x in (query, key, value)),
+        mask=mask,
+        scale=head_dim**-0.5,
+        implementation="cudnn",
     )
-    return jnp.swapaxes(context, 1, 2)
+    return jnp.swapaxes(context, 1, 2)[..., :head_dim]

@@ -30,12 +30,17 @@ from keras_openllama.training.data import files
 from keras_openllama.training.data import mixture as mixtures
 from keras_openllama.training.data.stream import TokenStream
 from keras_openllama.training.records import Records
-from keras_openllama.training.stopping import StopRequest
+from keras_openllama.training.stopping import StopRequest, reading_data
 from keras_openllama.training.validation import Validation
 from keras_openllama.training_step import Options, placed
 
 _PICTURE = "loss.png"
 _SAMPLE_TOKENS = 48  # Ours.
+# What data and model must have in common.
+_OF_TOKENIZER = (
+    *("vocabulary_size", "start_token_id", "end_token_id"),
+    "keeps_spaces",
+)
 PROMPTS = (
     "The captain looked at the sea and said,",
     "Q: What is the largest animal?\nA:",
@@ -69,7 +74,16 @@ class Request:
 
 
 def pretrain(request):
-    """Trains until the recipe's last step, or until a signal asks to stop.
+    """`begun`, then `train`: see there."""
+    with begun(request) as run:
+        return run.train()
+
+
+@contextlib.contextmanager
+def begun(request):
+    """A run, begun or gone on with, that `train` takes to its end.
+
+    It trains until the recipe's last step, or until a signal asks to stop.
 
     A run that is there already goes on from its newest whole checkpoint: on the same
     devices to the same bits as if it had never stopped.
@@ -77,21 +91,24 @@ def pretrain(request):
     Args:
         request: `Request`.
 
-    Returns:
-        `None` if the run is complete, or the name of the signal that stopped it.
+    Yields:
+        An object whose `train()` returns `None` if the run is complete, or the name of
+        the signal that stopped it.
 
     Raises:
         ValueError: if the settings do not fit the devices, the data, or the run that
             is there.
         RuntimeError: if the backend is not JAX, or another process has the run.
         checkpoints.CheckpointError: if a checkpoint cannot be written, or none read.
-        stopping.Diverged: if too many steps in a row had to be skipped.
+        stopping.Diverged: by `train`, if too many steps in a row had to be skipped.
+        stopping.DataNotRead: by `train`, if a file of the data is damaged or gone.
         OSError: if the log cannot be written.
 
     Example:
 
     ```python
-    pretrain(Request(recipe.resolve("nano"), PreparedData("data"), "runs/nano"))
+    with begun(Request(resolve("nano"), PreparedData("data"), "runs/nano")) as run:
+        run.train()
     ```
     """
     if keras.config.backend() != "jax":
@@ -109,12 +126,12 @@ def pretrain(request):
     recipe, preset = request.resolved.recipe, presets.find(request.resolved.preset)
     mesh = request.mesh or recipe.mesh_for(jax.device_count())
     check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
-    _check_vocabulary(request.data, preset)
+    _check_tokenizer(request.data, preset)
     alone = contextlib.nullcontext()
     if jax.process_index() == 0:
         alone = run_directory.locked(request.output)
     with alone:
-        return _Run(request, preset, mesh).train()
+        yield _Run(request, preset, mesh)
 
 
 class _Run:
@@ -126,7 +143,10 @@ class _Run:
         self.mesh, self.distribution, self.profiling = mesh, None, False
         # One device of many is refused, as any mesh that leaves out some.
         if max(math.prod(mesh.values()), jax.device_count()) > 1:
-            self.distribution = OpenLlamaParallel(make_mesh(**mesh))
+            device_mesh = make_mesh(**mesh)
+            check_hosts(device_mesh.backend_mesh)
+            self.distribution = OpenLlamaParallel(device_mesh)
+        self._say_devices()
         self.checkpoints = Checkpoints(
             request.output, self.recipe.keep_last, self.recipe.milestone_every
         )
@@ -136,6 +156,16 @@ class _Run:
         self.step = self._restore()
 
     # ----- Setting up
+
+    def _say_devices(self):
+        sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        source = "command line"
+        if self.request.mesh is None:
+            source = self.request.resolved.mesh_source(jax.device_count())
+        self.say(
+            f"{jax.device_count()} x {jax.devices()[0].device_kind} in "
+            f"{jax.process_count()} process(es): {sizes} ({source})"
+        )
 
     def _agree_on_run(self, preset):
         """Compares with the run that is there, or begins one; returns the mixture."""
@@ -200,7 +230,8 @@ class _Run:
     # ----- Devices
 
     def _scope(self):
-        return self.distribution.scope() if self.distribution else _no_scope()
+        alone = contextlib.nullcontext()
+        return self.distribution.scope() if self.distribution else alone
 
     def _sharding(self, rank):
         """Of an array whose first axis is the batch; with rank 0, a copy everywhere."""
@@ -217,7 +248,9 @@ class _Run:
             return jax.device_put(batch)
         return jax.tree.map(
             lambda a: jax.make_array_from_process_local_data(
-                self._sharding(a.ndim), np.ascontiguousarray(a)
+                self._sharding(a.ndim),
+                np.ascontiguousarray(a),
+                (len(a) * jax.process_count(), *a.shape[1:]),
             ),
             batch,
         )
@@ -235,11 +268,14 @@ class _Run:
             return None
         stream = self._stream()
         self.batches = iter(stream.dataset(from_step=self.step))
-        batch = next(self.batches)
-        self._compile(self._put(batch))
+        batch = self._next_batch()
         self.validation = Validation(
             self.request.data, self.recipe, self.mixture, self._put
         )
+        if not self.validation.sources and self.recipe.validate_every:
+            self.say("The data set no documents aside: there is no validation.")
+            self.recipe = self.recipe.replace(validate_every=0)
+        self._compile(self._put(batch))
         self.records = Records(
             self.lm,
             self.recipe,
@@ -252,13 +288,17 @@ class _Run:
             with self.records, StopRequest() as stop:
                 while not self._take_step(batch, stop):
                     with self.records.clock.measure("data"):
-                        batch = next(self.batches)
+                        batch = self._next_batch()
                 self.checkpoints.wait()
         finally:
             self._end_profile()
             self.checkpoints.close()
         self._draw()
         return stop.signal if self.step < self.recipe.steps else None
+
+    def _next_batch(self):
+        with reading_data():
+            return next(self.batches)
 
     def _take_step(self, batch, stop):
         """One step and what is due after it; returns whether it was the last."""
@@ -273,6 +313,9 @@ class _Run:
             jax.block_until_ready(self.state)
             self._end_profile()
         stopped, complete = stop.at(self.step), self.step == recipe.steps
+        if stopped:  # There may be seconds left before a kill.
+            self._save()
+            self.checkpoints.wait()
         due = complete and recipe.validate_every > 0
         if due or _due(recipe.validate_every, self.step):
             records.settle()
@@ -280,8 +323,9 @@ class _Run:
         if _due(recipe.sample_every, self.step):
             records.settle()
             self._sample()
-        if stopped or complete or _due(recipe.save_every, self.step):
-            records.settle()
+        intervals = recipe.save_every, recipe.milestone_every
+        due = complete or any(_due(every, self.step) for every in intervals)
+        if due and not stopped:
             self._save()
         self.checkpoints.check()
         return stopped or complete
@@ -307,15 +351,17 @@ class _Run:
             self.recipe.spike_threshold,
             everywhere,
         )
-        self.evaluate = state.compile_evaluation(self.lm, self._options(), everywhere)
+        if self.recipe.validate_every:  # What does not fit is to fail now.
+            self.evaluate = state.compile_evaluation(
+                self.lm, self.state, batch, self._options(), everywhere
+            )
         self.say(f"Compiled in {time.monotonic() - start:.1f} s.")
 
     def _validate(self):
-        if not self.validation.sources:
-            self.say("The data set no documents aside: there is no validation.")
-            self.recipe = self.recipe.replace(validate_every=0)
-            return
-        found = self.validation.measure(lambda batch: self.evaluate(self.state, batch))
+        with reading_data():
+            found = self.validation.measure(
+                lambda batch: self.evaluate(self.state, batch)
+            )
         self.records.validation(found)
         self._draw()
 
@@ -327,6 +373,7 @@ class _Run:
             self.records.text(prompt.splitlines()[0], text)
 
     def _save(self):
+        self.records.settle()
         info = {
             "tokens": self.step * self.recipe.tokens_per_step,
             "data": {"next_step": self.step, "mixture": self.mixture.to_json()},
@@ -374,15 +421,37 @@ def make_optimizer(recipe):
     )
 
 
-def _check_vocabulary(data, preset):
-    """Tokens that the model does not know would be NaN, and nobody would know why."""
-    theirs = data.manifest["tokenizer"]["vocabulary_size"]
-    ours = preset.config["vocabulary_size"]
-    if theirs > ours:
+def _check_tokenizer(data, preset):
+    """Whether data were made for a model such as this: another text would be learnt."""
+    expected = {"vocabulary_size": preset.config["vocabulary_size"], **preset.tokenizer}
+    differences = [
+        f"{name} is {found!r}, and that of {preset.name} {expected[name]!r}"
+        for name, found in data.manifest["tokenizer"].items()
+        if name in _OF_TOKENIZER and found != expected[name]
+    ]
+    if differences:
         raise ValueError(
-            f"The tokenizer of the data in {data.directory} has {theirs} pieces, and "
-            f"{preset.name} has {ours}. Prepare the data with the preset's tokenizer."
+            f"The data in {data.directory} were prepared with another kind of "
+            f"tokenizer: {'; '.join(differences)}. Prepare them with the preset's."
         )
+
+
+def check_hosts(mesh):
+    """Raises a `ValueError` where processes would share a row of the batch.
+
+    Each reads rows of its own.
+
+    Args:
+        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`.
+    """
+    for devices in mesh.devices.reshape(-1, mesh.shape["model"]):
+        processes = {device.process_index for device in devices}
+        if len(processes) > 1:
+            raise ValueError(
+                f"Devices that share rows of the batch are of one process. The mesh "
+                f"has model={mesh.shape['model']}, across processes "
+                f"{sorted(processes)}. Let model divide the devices of a process."
+            )
 
 
 def _identity(data):
@@ -393,8 +462,3 @@ def _identity(data):
 
 def _due(every, step):
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def _no_scope():
-    yield

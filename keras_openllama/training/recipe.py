@@ -41,7 +41,8 @@ class Recipe:
         beta_1: float, AdamW's decay of the mean of gradients.
         beta_2: float, AdamW's decay of the mean of their squares.
         epsilon: float, AdamW's.
-        weight_decay: float, AdamW's, times the learning rate; of every parameter.
+        weight_decay: float, times the learning rate; with AdamW of every parameter,
+            with Muon of the matrices inside layers, and a tenth of it elsewhere.
         clip_norm: float, global norm that gradients are scaled down to.
         packing: string, `"concatenate"` or `"best_fit"` (`TokenStream`).
         meshes: dict by number of chips, as a string, of dicts of ints: `"data"`,
@@ -155,21 +156,10 @@ class Recipe:
             that share it and split the batch further, `"model"` chips that split each
             matrix. It is the recipe's mesh for that number or else, which is ours,
             FSDP over all chips; `Resolved.mesh_source` says which.
-
-        Raises:
-            ValueError: if the batch cannot be shared so.
         """
         checks.whole(1)("chips", chips)
-        mesh = dict(self.meshes.get(str(chips), {"data": 1, "fsdp": chips, "model": 1}))
-        shards = mesh["data"] * mesh["fsdp"]
-        if self.batch_size // self.micro_batches % shards:
-            raise ValueError(
-                f"{chips} chips cannot share the batch in {shards} equal parts. Make "
-                f"`batch_size` a multiple of {shards * self.micro_batches}, or give "
-                f"another mesh. Received: batch_size={self.batch_size}, "
-                f"micro_batches={self.micro_batches}, mesh={mesh}"
-            )
-        return mesh
+        fsdp = {"data": 1, "fsdp": chips, "model": 1}
+        return dict(self.meshes.get(str(chips), fsdp))
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -228,7 +218,7 @@ class Resolved:
         )
 
     def to_json(self):
-        """A dict that JSON can hold, and `from_json` reads."""
+        """A dict that JSON can hold: each setting's value and source."""
         values = dataclasses.asdict(self.recipe)
         return {
             "preset": self.preset,
@@ -237,27 +227,6 @@ class Resolved:
                 for name in SETTINGS
             },
         }
-
-
-def from_json(data):
-    """The recipe of a run, from what `Resolved.to_json` returned.
-
-    Args:
-        data: dict with `"preset"` and `"recipe"`. A setting that has a default may be
-            missing, as with a run that is older than the setting.
-
-    Returns:
-        `Resolved`.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if not isinstance(data, dict) or {*data} != {"preset", "recipe"}:
-        raise ValueError(
-            "A stored recipe is a dict with 'preset' and 'recipe'. Received: "
-            f"{str(data)[:200]}"
-        )
-    return _parsed(data["preset"], data["recipe"], "The stored recipe")
 
 
 def from_preset(preset):

@@ -18,12 +18,16 @@ RUN = "run.json"
 TOKENIZER = "tokenizer.model"
 _LOCK = ".lock"
 # What decides which tokens a step sees: another value would repeat or leave out data.
-_FIXED = ("batch_size", "sequence_length", "seed", "packing", "mask_documents")
+# And the optimizer, since another one has other moments.
+_FIXED = (
+    *("batch_size", "sequence_length", "seed", "packing", "mask_documents"),
+    "optimizer",
+)
 # What does not change the course of a run.
 _FREE = (
     *("meshes", "micro_batches", "rematerialize", "milestone_every", "save_every"),
     *("keep_last", "validate_every", "validation_batches", "sample_every"),
-    *("spike_threshold", "max_skipped_steps"),
+    "max_skipped_steps",
     "mixture",  # Whose weights are compared, see `mixture_from`.
 )
 
@@ -105,8 +109,9 @@ def check_unchanged(before, now, accept_changes=False):
     fixed = [line for name, line in lines.items() if name in _FIXED]
     if fixed:
         raise ValueError(
-            f"The run in this directory began with other data: {'; '.join(fixed)}. "
-            "Tokens would be repeated or left out. Name another output directory."
+            f"The run in this directory began otherwise: {'; '.join(fixed)}. Tokens "
+            "would be repeated or left out, or moments would be of another kind. Name "
+            "another output directory."
         )
     course = [line for name, line in lines.items() if name not in _FREE]
     if course and not accept_changes:

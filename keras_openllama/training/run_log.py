@@ -8,8 +8,9 @@ A run's directory holds
     samples.txt         texts that the model wrote
     tensorboard/        the same as events, for `tensorboard --logdir DIRECTORY`
 
-A training record has `step` (from 1), `loss` (nats per token), `learning_rate`,
-`grad_norm`, `param_norm`, `tokens` (of the run so far), `tokens_per_second`,
+A training record has `step` (from 1), `loss` (nats per token), `accuracy` (0 to 1),
+`targets` (of the step), `learning_rate`, `grad_norm`, `param_norm`, `batch` (16 digits
+that stand for the tokens read), `tokens` (of the run so far), `tokens_per_second`,
 `tokens_per_second_per_chip`, `mfu` (0 to 1, where the peak of the chip is known),
 `data_seconds`, `compute_seconds`, `checkpoint_seconds` (since the record before),
 `goodput` (0 to 1) and `skipped` (bool, whether the update was thrown away).

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from keras_openllama.training_step import sums_of, update
+from keras_openllama.losses import Sums
+from keras_openllama.training_step import parted, sums_of, update
 
 # Ours: the running mean of the loss is over about so many steps, and is relied on after
 # as many.
@@ -125,11 +126,25 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
     return program.lower(state, batch).compile()
 
 
-def compile_evaluation(lm, options, replicated=None):
-    """A program `(state, batch) -> (losses.Sums, sum of the weights)`."""
+def compile_evaluation(lm, state, batch, options, replicated=None):
+    """Compiles an evaluation, by micro-batches as the step.
+
+    Args:
+        lm, state, batch, options, replicated: see `compile_step`.
+
+    Returns:
+        A compiled program `(state, batch) -> (losses.Sums, sum of the weights)`.
+    """
 
     def evaluate(state, batch):
         values = state.trainable, state.non_trainable
-        return sums_of(lm, values, batch, options), jnp.sum(batch[2])
 
-    return jax.jit(evaluate, out_shardings=replicated)
+        def add(total, part):
+            sums = sums_of(lm, values, part, options)
+            return jax.tree.map(jnp.add, total, sums), None
+
+        parts = jax.tree.map(lambda a: parted(a, options.micro_batches), batch)
+        total, _ = jax.lax.scan(add, Sums(*(jnp.zeros(()),) * 3), parts)
+        return total, jnp.sum(batch[2])
+
+    return jax.jit(evaluate, out_shardings=replicated).lower(state, batch).compile()

@@ -12,6 +12,19 @@ DIVERGED = 70  # EX_SOFTWARE: too many steps in a row had to be skipped.
 NOT_WRITTEN = 74  # EX_IOERR: a checkpoint or a log could not be written.
 
 
+class DataNotRead(Exception):
+    """A file of the data is damaged or gone, or its file system is."""
+
+
+@contextlib.contextmanager
+def reading_data():
+    """Tells errors of reading data from those of writing a run."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataNotRead(f"The data could not be read: {error}") from error
+
+
 class Diverged(Exception):
     """Too many steps in a row had to be skipped."""
 
@@ -19,8 +32,9 @@ class Diverged(Exception):
 class StopRequest:
     """Whether a signal asks the run to save and end, the same on all hosts.
 
-    One process listens to SIGTERM and SIGINT; a second one ends it at once. Several
-    that `jax.distributed` joins agree on the step by JAX's preemption service.
+    One process listens to SIGTERM and SIGINT; a second one ends it without a save.
+    Several that `jax.distributed` joins agree on the step by JAX's preemption service,
+    which listens to SIGTERM alone.
 
     Example:
 
@@ -89,5 +103,6 @@ class Skipped:
                 f"The last {self._most} steps up to step {step} had a loss or gradient "
                 f"that is not finite, or a spike (loss {loss}, gradient norm "
                 f"{grad_norm}). None of them changed the model. What they read is in "
-                "skipped.jsonl. Try a lower learning_rate, or another seed."
+                "skipped.jsonl. Try a lower learning_rate with --accept-changes, or "
+                "another seed in another output directory."
             )

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import jax
@@ -30,8 +31,14 @@ from pretraining_runs import (
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets, training_step
 from keras_openllama.training import recipe, run_directory, state, stopping
 from keras_openllama.training.data.stream import TokenStream
-from keras_openllama.training.pretraining import PROMPTS, Request, pretrain
+from keras_openllama.training.pretraining import (
+    PROMPTS,
+    Request,
+    check_hosts,
+    pretrain,
+)
 from keras_openllama.training.records import Records
+from keras_openllama.training.stopping import DataNotRead
 
 pytestmark = pytest.mark.backend_free
 
@@ -182,6 +189,26 @@ def test_the_model_writes_samples_and_is_not_changed_by_it(whole, run, tmp_path)
 
 def test_the_newest_checkpoints_are_kept(whole):
     assert checkpoints(whole) == ([9, 12], [9, 12])
+
+
+def test_milestones_are_kept_whatever_is_saved_beside_them(run, tmp_path):
+    run(tmp_path, save_every=5, keep_last=1, milestone_every=4)
+    assert checkpoints(tmp_path)[1] == [4, 8, 12]
+
+
+def test_it_says_what_it_runs_on(run, whole):
+    _, lines = run(whole)
+    mesh = "data 1, fsdp 1, model 1 (ours: one device; more of them share by FSDP)"
+    assert f"1 x cpu in 1 process(es): {mesh}" in lines
+
+
+def test_data_that_cannot_be_read_is_no_matter_of_the_disk(run, cut_short, monkeypatch):
+    def broken(self, step):
+        raise OSError("shard 7 is gone")
+
+    monkeypatch.setattr(TokenStream, "batch", broken)
+    with pytest.raises(DataNotRead, match=r"could not be read: .*shard 7 is gone"):
+        run(cut_short)
 
 
 def test_another_seed_is_another_model_and_another_order(whole, run, tmp_path):
@@ -451,13 +478,33 @@ def test_what_does_not_change_the_course_may_change(run, whole, cut_short):
     assert course(cut_short)["arrays"] == course(whole)["arrays"]
 
 
-def test_data_of_a_larger_vocabulary_are_refused(run, data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("vocabulary_size", 3073, "is 3073, and that of open_llama_nano 3072"),
+        ("vocabulary_size", 500, "is 500, and that of open_llama_nano 3072"),
+        ("keeps_spaces", False, "is False, and that of open_llama_nano True"),
+        ("end_token_id", 3, "is 3, and that of open_llama_nano 2"),
+    ],
+)
+def test_data_of_another_tokenizer_are_refused(run, data, tmp_path, name, value, says):
     copy = type(data)(data.directory)
-    copy.manifest["tokenizer"] = {**copy.manifest["tokenizer"], "vocabulary_size": 3073}
-    with pytest.raises(
-        ValueError, match="has 3073 pieces, and open_llama_nano has 3072"
-    ):
+    copy.manifest["tokenizer"] = {**copy.manifest["tokenizer"], name: value}
+    with pytest.raises(ValueError, match=f"{name} {says}"):
         run(tmp_path, {"data": copy})
+
+
+def test_processes_that_would_share_rows_are_refused():
+    def mesh(*processes):
+        devices = [types.SimpleNamespace(process_index=p) for p in processes]
+        shape = {"data": 2, "fsdp": 1, "model": 2}
+        return types.SimpleNamespace(
+            devices=np.array(devices).reshape(2, 1, 2), shape=shape
+        )
+
+    check_hosts(mesh(0, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"model=2, across processes \[0, 1\]"):
+        check_hosts(mesh(0, 1, 0, 1))
 
 
 def test_a_remote_output_is_refused(run):

@@ -204,14 +204,9 @@ def test_an_unknown_number_of_chips_is_all_fsdp_and_that_is_ours():
     assert resolved.mesh_source(1) == resolved.sources["meshes"]
 
 
-def test_chips_that_cannot_share_the_batch_are_refused():
-    recipe = recipes.from_preset("7b")
-    with pytest.raises(ValueError, match=r"3 equal parts.*a multiple of 3,"):
-        recipe.mesh_for(3)
-    with pytest.raises(ValueError, match=r"a multiple of 1024,.*micro_batches=4"):
-        recipe.replace(batch_size=512, micro_batches=4).mesh_for(256)
+def test_a_number_of_chips_is_a_number():
     with pytest.raises(ValueError, match=r"`chips` must be a whole number from 1"):
-        recipe.mesh_for(0)
+        recipes.from_preset("7b").mesh_for(0)
 
 
 # ----- What is refused
@@ -361,24 +356,13 @@ CHANGES = st.fixed_dictionaries(
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(NAMES), CHANGES)
-def test_a_recipe_comes_back_from_json_as_it_was(name, changes):
+def test_json_can_hold_a_recipe(name, changes):
     resolved = recipes.resolve(name, overrides=changes)
-    stored = json.dumps(resolved.to_json(), allow_nan=False)
-    assert recipes.from_json(json.loads(stored)) == resolved
-
-
-def test_a_record_older_than_a_setting_takes_its_default_and_says_so():
-    stored = recipes.resolve("nano", overrides={"keep_last": 5}).to_json()
-    del stored["recipe"]["keep_last"]
-    resolved = recipes.from_json(stored)
-    assert resolved.recipe.keep_last == 2
-    assert resolved.sources["keep_last"] == "default: ours"
-
-
-@pytest.mark.parametrize("data", [[], {}, {"preset": "x", "recipe": []}, "7b"])
-def test_what_is_no_record_is_refused(data):
-    with pytest.raises(ValueError, match=r"stored recipe .*Received"):
-        recipes.from_json(data)
+    stored = json.loads(json.dumps(resolved.to_json(), allow_nan=False))
+    assert stored["preset"] == name
+    for setting, entry in stored["recipe"].items():
+        assert entry["value"] == getattr(resolved.recipe, setting)
+        assert entry["source"] == resolved.sources[setting]
 
 
 # ----- The table

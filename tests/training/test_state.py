@@ -191,13 +191,16 @@ def test_the_memory_of_the_loss_is_that_of_many_steps():
 # --- Evaluation ---
 
 
-def test_an_evaluation_is_the_sum_over_the_targets(lm, hard):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_an_evaluation_is_the_sum_over_the_targets(lm, hard, micro_batches):
     x, targets, weights = hard
     weights = np.linspace(0, 2, weights.size, dtype="float32").reshape(weights.shape)
     state = fresh(lm)
     before = bits(state)
-    evaluate = module.compile_evaluation(lm, Options())
-    sums, total = evaluate(state, (x, targets, weights))
+    batch = x, targets, weights
+    options = Options(micro_batches=micro_batches)
+    evaluate = module.compile_evaluation(lm, state, batch, options)
+    sums, total = evaluate(state, batch)
     assert total == pytest.approx(weights.sum(), rel=1e-6)
     expected = loss_of(lm, (x, targets, weights)) * weights.sum()
     assert sums.loss == pytest.approx(expected, rel=1e-5)

@@ -68,8 +68,11 @@ def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
         [v.value for v in lm.non_trainable_variables],
         *([], {}),
     )
-    evaluate = state.compile_evaluation(lm, Options())
-    found = validation(data, {"web": 1.0}).measure(lambda batch: evaluate(run, batch))
+
+    def evaluate(batch):
+        return state.compile_evaluation(lm, run, batch, Options())(run, batch)
+
+    found = validation(data, {"web": 1.0}).measure(evaluate)
     # One document after the other, from all logits.
     logits_of = jax.jit(lambda ids, mask: lm.logits(ids, mask))
     nats = targets = 0
