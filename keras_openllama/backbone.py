@@ -14,6 +14,9 @@ from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.rematerialization import rematerialized
 
+if keras.config.backend() == "jax":
+    from keras_openllama.layer_scan import scan_layers, with_values
+
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
@@ -182,6 +185,7 @@ class OpenLlamaBackbone(Backbone):
         layer_intercept_fn=None,
         rematerialize="none",
         attend=None,
+        scan=False,
     ):
         """What the model computes, with a look at each layer where wanted.
 
@@ -190,9 +194,11 @@ class OpenLlamaBackbone(Backbone):
             padding_mask: tensor `(batch, length)`: bool, true on real tokens; or int,
                 see `causal_mask`. Positions begin anew with each document.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
-                called with the embeddings (index -1) and with each layer's output.
+                called with the embeddings (index -1) and with each layer's output
+                (its index, or `None` in a scan).
             rematerialize: string, see `rematerialization.rematerialized`.
             attend: callable of `layers.fast_attention.attention_on`, or `None`.
+            scan: bool, whether the layers are a `layer_scan.scan_layers` (JAX).
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
@@ -212,6 +218,13 @@ class OpenLlamaBackbone(Backbone):
             documents = ops.cast(padding_mask, "int32")
             options["attend"] = lambda *heads: attend(*heads, documents)
         x = intercept(self.token_embedding(token_ids), -1)
+        if scan:
+            first = self.transformer_layers[0]
+            through = with_values(
+                first, lambda x: intercept(first(x, cos, sin, mask, **options), None)
+            )
+            through = rematerialized(through, rematerialize)
+            return self.final_norm(scan_layers(self.transformer_layers, through, x))
         for index, layer in enumerate(self.transformer_layers):
             layer = functools.partial(layer, **options)
             x = rematerialized(layer, rematerialize)(x, cos, sin, mask)

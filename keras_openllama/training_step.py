@@ -25,6 +25,8 @@ class Options(NamedTuple):
         loss_chunks: int, see `losses.next_token_sums`.
         attend: callable of `layers.fast_attention.attention_on`, or `None` for what
             every platform can compute.
+        scan: bool, whether the layers are a scan, which compiles sooner; one after the
+            other they are faster on CPUs.
     """
 
     micro_batches: int = 1
@@ -33,6 +35,7 @@ class Options(NamedTuple):
     mesh: jax.sharding.Mesh | None = None
     loss_chunks: int | None = None
     attend: object = None
+    scan: bool = False
 
 
 class Measures(NamedTuple):
@@ -66,12 +69,16 @@ def placed(options, distribution=None):
         distribution: `OpenLlamaParallel`, or `None` for JAX's default device.
 
     Returns:
-        `Options` with their mesh, and the attention that they are fastest with.
+        `Options` with their mesh, the attention that they are fastest with, and on TPUs
+        a scan over the layers.
     """
-    if distribution is None:
-        return options._replace(attend=attention_on(jax.devices()[0]))
-    mesh = distribution.device_mesh.backend_mesh
-    return options._replace(mesh=mesh, attend=attention_on(mesh.devices.flat[0], mesh))
+    mesh, device = None, jax.devices()[0]
+    if distribution is not None:
+        mesh = distribution.device_mesh.backend_mesh
+        device = mesh.devices.flat[0]
+    return options._replace(
+        mesh=mesh, attend=attention_on(device, mesh), scan=device.platform == "tpu"
+    )
 
 
 def sums_of(lm, values, batch, options):
@@ -105,6 +112,7 @@ def sums_of(lm, values, batch, options):
             layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
             rematerialize=options.rematerialize,
             attend=options.attend,
+            scan=options.scan,
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
         return next_token_sums(

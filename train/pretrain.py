@@ -4,6 +4,8 @@
         trains the small model in minutes, on text that every machine has
     python train/pretrain.py --preset 3b_v3 --data DIR --output DIR
         the published recipe; the same command on each host of a pod
+    python train/pretrain.py --preset 7b_v2 --plan --topology v4:4x8x8
+        compiles the step for TPUs that need not be there, and tells its memory and time
 
 The same command again goes on where the run stopped, to the same bits on the same
 devices. DIR of --data is what train/prepare_data.py wrote. The run's directory holds
@@ -109,6 +111,20 @@ def parse_arguments(arguments):
         default=None,
         metavar="A:B",
         help="record steps A to B with JAX's profiler, below the run's directory",
+    )
+    plan = parser.add_argument_group(
+        "plan", "compile and price only, with no TPU, no data and next to no memory"
+    )
+    plan.add_argument("--plan", action="store_true", default=False)
+    plan.add_argument(
+        "--topology",
+        default="v4:4x8x8",
+        metavar="KIND:AxBxC",
+        help="chips along each axis of a slice: v4:2x2x1 to v4:8x16x16, v5p:4x4x4, "
+        "v5e:8x8, v6e:16x16 (default: %(default)s, a v4-512)",
+    )
+    plan.add_argument(
+        "--json", default=None, metavar="FILE", help="write the plan there, too"
     )
     hosts = parser.add_argument_group(
         "hosts",
@@ -233,6 +249,8 @@ def main(arguments=None):
     if options.show:
         print(resolved.table())
         return 0
+    if options.plan:
+        return plan_run(parser, options, resolved, mesh)
     output = options.output or f"runs/{resolved.preset.removeprefix('open_llama_')}"
     try:
         join_hosts(options)
@@ -242,6 +260,23 @@ def main(arguments=None):
         return run(options, resolved, output, mesh, profile)
     except Exception as error:
         return _fail(error, options)
+
+
+def plan_run(parser, options, resolved, mesh):
+    """Prints what the run would cost, and returns the exit code."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # A TPU that is there is left alone.
+    import json
+
+    from keras_openllama.training import planning
+
+    try:
+        found = planning.plan(resolved, options.topology, mesh)
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    print(planning.table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if found["fits"] else 2
 
 
 def run(options, resolved, output, mesh, profile):

@@ -5,7 +5,8 @@
     runs/nano/checkpoints/300/arrays/           what Orbax wrote, read by TensorStore
     runs/nano/checkpoints/300/checkpoint.json   written last: SHA-256 of each file
 
-`training.checkpoints` writes the checkpoints, and takes their names from here.
+`training.checkpoints` and `training.run_directory` write them, and take the names from
+here.
 
 Source: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
 """
@@ -23,7 +24,7 @@ from keras_openllama.convert.progress import progress
 from keras_openllama.convert.stored import dense_bytes
 from keras_openllama.convert.transformers import read_config
 
-RUN, RUN_FORMAT = "run.json", 1  # As in `training.run_directory`.
+RUN, RUN_FORMAT = "run.json", 1
 TOKENIZER = "tokenizer.model"
 DIRECTORY = "checkpoints"
 ARRAYS = "arrays"

@@ -4,9 +4,8 @@ A check takes a setting's name and value, and returns the value or raises `Value
 """
 
 import math
-from pathlib import Path
 
-from keras_openllama import presets
+from keras_openllama.training.data import mixture as mixtures
 
 AXES = ("data", "fsdp", "model")
 
@@ -48,10 +47,10 @@ def one_of(*choices):
 
 
 def mixture(name, value):
-    known = [path.stem for path in Path(presets.folder(), "mixtures").glob("*.json")]
+    known = mixtures.available()
     is_path = isinstance(value, str) and value.endswith(".json")
     if not (value is None or value in known or is_path):
-        names = ", ".join(map(repr, sorted(known)))
+        names = ", ".join(map(repr, known))
         _refuse(name, value, f"one of {names}, the path of a JSON file, or null")
     return value
 

@@ -308,7 +308,9 @@ def _group_size(collective):
     if strided:
         return int(strided)
     sizes = collective.attribute(r"replica_groups=mesh\[(.*?)\]")
-    axes = collective.attribute(r"replica_groups=mesh\[.*?\] \{(.*?)\}")
+    axes = collective.attribute(
+        r"replica_groups=mesh\[[^\]]*\](?:, device_ids=\(.*?\)\))? \{(.*?)\}"
+    )
     if sizes is None or axes is None:
         raise ValueError(f"How many chips share {collective.name} is not known.")
     known = dict(re.findall(r"'(\w+)'=(\d+)", sizes))

@@ -10,12 +10,10 @@ import platform
 from pathlib import Path
 
 import keras_openllama
+from keras_openllama.convert.training_runs import RUN, RUN_FORMAT, TOKENIZER
 from keras_openllama.training.data import files
 from keras_openllama.training.data import mixture as mixtures
 
-FORMAT = 1
-RUN = "run.json"
-TOKENIZER = "tokenizer.model"
 _LOCK = ".lock"
 # What decides which tokens a step sees: another value would repeat or leave out data.
 # And the optimizer, since another one has other moments.
@@ -54,8 +52,8 @@ def read(directory):
         return None
     try:
         run = json.loads(files.read_bytes(path))
-        if run["format"] != FORMAT:
-            raise ValueError(f"its format is {run['format']}, not {FORMAT}")
+        if run["format"] != RUN_FORMAT:
+            raise ValueError(f"its format is {run['format']}, not {RUN_FORMAT}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}.") from error
     return run
@@ -70,7 +68,7 @@ def write(directory, run, tokenizer):
         tokenizer: bytes of the SentencePiece model.
     """
     files.write_bytes(files.join(directory, TOKENIZER), tokenizer)
-    run = {"format": FORMAT, **run, "versions": versions()}
+    run = {"format": RUN_FORMAT, **run, "versions": versions()}
     data = json.dumps(run, indent=1).encode()
     files.write_bytes(files.join(directory, RUN), data)
 

@@ -88,12 +88,24 @@ def put_back(lm, state):
         variable.assign(value)
 
 
+# Weights are gathered while something else is computed. The names are those of flags of
+# MaxText (https://github.com/AI-Hypercomputer/maxtext).
+TPU_OPTIONS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
+
 def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None):
     """Compiles the step of a run.
 
     Args:
         lm: `OpenLlamaCausalLM`, compiled.
-        state: `State`; only shapes and shardings count.
+        state: `State`, or one of `jax.ShapeDtypeStruct`s; only shapes and shardings
+            count.
         batch: a batch like those to come, see `training_step.sums_of`.
         options: `training_step.Options`.
         spike_threshold: float, a loss above so many times its running mean leaves a
@@ -123,7 +135,9 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
     program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, shardings))
-    return program.lower(state, batch).compile()
+    lowered = program.lower(state, batch)
+    device = next(iter(state.trainable[0].sharding.device_set))
+    return lowered.compile(TPU_OPTIONS if device.platform == "tpu" else None)
 
 
 def compile_evaluation(lm, state, batch, options, replicated=None):

@@ -118,6 +118,11 @@ def test_a_branch_costs_what_the_dearest_does():
             "{'b'}, dimensions={0}",
             SECONDS,
         ),
+        (
+            f"%c = {GATHERED} all-gather(%part), replica_groups=mesh['a'=64,'b'=4], "
+            "device_ids=([4,64]T(1,0)) {'b'}, dimensions={0}",
+            SECONDS,
+        ),
         # One link, one way.
         (
             f"%c = {GATHERED} collective-permute(%y), source_target_pairs={{{{0,1}}}}",

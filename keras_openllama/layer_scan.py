@@ -1,0 +1,58 @@
+"""Layers that are alike as one that runs again and again: a scan (JAX)."""
+
+import jax
+import jax.numpy as jnp
+import keras
+
+
+def scan_layers(layers, through, x):
+    """Takes hidden states through layers, of which only the first is compiled.
+
+    XLA compiles a program of any depth in the time of two layers or so. The variables
+    are stacked anew in each step, which costs a copy of a device's part of them.
+
+    Args:
+        layers: list of built Keras layers, alike but for the values of their variables.
+        through: callable `(x, values)` that computes the first layer; made by
+            `with_values`, and wrapped as wanted.
+        x: tensor that goes from layer to layer.
+
+    Returns:
+        What the last layer gives.
+    """
+    groups = zip(*(layer.variables for layer in layers), strict=True)
+    stacked = [jnp.stack([jnp.asarray(v.value) for v in group]) for group in groups]
+    x, _ = jax.lax.scan(lambda x, values: (through(x, values), None), x, stacked)
+    return x
+
+
+def with_values(layer, call):
+    """`call` with other values for the layer's variables.
+
+    Args:
+        layer: built Keras layer.
+        call: callable `x -> x`, which calls the layer.
+
+    Returns:
+        A callable `(x, values)`; values are those of `layer.variables`, laid over the
+        devices as the variables are. So are their gradients.
+    """
+
+    def through(x, values):
+        values = [
+            _laid_out(variable, value)
+            for variable, value in zip(layer.variables, values, strict=True)
+        ]
+        mapping = zip(layer.variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            return call(x)
+
+    return through
+
+
+def _laid_out(variable, value):
+    layout = variable._layout
+    if layout is None:
+        return value
+    sharding = getattr(layout, "backend_layout", layout)  # Either may be there.
+    return jax.lax.with_sharding_constraint(value, sharding)
