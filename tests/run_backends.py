@@ -5,7 +5,7 @@
 Two parts run at a time, as most tests keep one core busy. The first one is shown as it
 goes, the others when they have ended.
 
-JAX, the default backend, runs everything, in two parts. TensorFlow and PyTorch leave
+JAX, the default backend, runs everything, in three parts. TensorFlow and PyTorch leave
 out the tests marked `backend_free`, whose answer cannot depend on the backend. A part
 that runs no test at all counts as failed, unless pytest arguments narrowed the choice.
 """
@@ -23,7 +23,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "tensorflow", "torch")
 # What takes longest is divided, so that both cores are busy to the end.
-PARTS = {"jax": (["--ignore=tests/training"], ["tests/training"])}
+_APART = ("tests/training", "tests/convert", "tests/parity")
+PARTS = {
+    "jax": {
+        "jax": [f"--ignore={directory}" for directory in _APART],
+        "jax, training": ["tests/training"],
+        "jax, convert and parity": ["tests/convert", "tests/parity"],
+    }
+}
 AT_A_TIME = 2
 NO_TESTS_COLLECTED = 5
 
@@ -98,9 +105,10 @@ def main(arguments=None):
         if backend not in BACKENDS:
             parser.error(f"--backends: {backend!r} is not one of {BACKENDS}.")
     parts = [
-        (backend, [*pytest_arguments, *part])
+        (backend, name, [*pytest_arguments, *chosen])
         for backend in backends
-        for part in ([[]] if pytest_arguments else PARTS.get(backend, [[]]))
+        for name, chosen in ({} if pytest_arguments else PARTS.get(backend, {})).items()
+        or [(backend, [])]
     ]
     lines = []
     total = {"passed": 0, "failed": 0, "skipped": 0}
@@ -109,11 +117,10 @@ def main(arguments=None):
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         runs = [
             pool.submit(run, backend, options.slow, arguments, number == 0)
-            for number, (backend, arguments) in enumerate(parts)
+            for number, (backend, _, arguments) in enumerate(parts)
         ]
-        for (backend, arguments), future in zip(parts, runs, strict=True):
+        for (_, name, _), future in zip(parts, runs, strict=True):
             code, counts, seconds, output = future.result()
-            name = " ".join([backend, *arguments]) if not pytest_arguments else backend
             if output:
                 print(f"\n=== Tests on {name}", flush=True)
                 sys.stdout.buffer.write(output)

@@ -79,6 +79,7 @@ def test_parameters_are_as_stated_and_few(lm, preset):
     assert 4_000_000 <= lm.count_params() <= 7_000_000
 
 
+@pytest.mark.backend_free  # On the others `test_causal_lm.py` looks at int8.
 def test_int8_is_a_quarter_of_the_size_and_predicts_as_well(tokenizer):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     ids = tokenizer(PLAIN_ENGLISH)[:256]
