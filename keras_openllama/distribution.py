@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 AXES = ("data", "fsdp", "model")
+ROWS = ("data", "fsdp")  # The axes that share the rows of a batch.
 
 # Kernels are (outputs, inputs). What heads, the feed-forward network and the vocabulary
 # divide is on the model's axis, the rest on that of fsdp.
@@ -99,7 +100,7 @@ class _BatchLayout(keras.distribution.TensorLayout):
     def backend_layout(self):
         from jax.sharding import NamedSharding, PartitionSpec
 
-        spec = PartitionSpec(("data", "fsdp"), *self.axes[1:])
+        spec = PartitionSpec(ROWS, *self.axes[1:])
         return NamedSharding(self.device_mesh.backend_mesh, spec)
 
 
@@ -187,6 +188,24 @@ def check_mesh(sizes, architecture, batch_size, micro_batches=1):
             else f"No mesh of {count} devices does; change their number or the batch."
         )
     )
+
+
+def check_hosts(mesh):
+    """Raises a `ValueError` where processes would share a row of the batch.
+
+    Each reads rows of its own.
+
+    Args:
+        mesh: `jax.sharding.Mesh` with the axes of `make_mesh`.
+    """
+    for devices in mesh.devices.reshape(-1, mesh.shape["model"]):
+        processes = {device.process_index for device in devices}
+        if len(processes) > 1:
+            raise ValueError(
+                f"Devices that share rows of the batch are of one process. The mesh "
+                f"has model={mesh.shape['model']}, across processes "
+                f"{sorted(processes)}. Let model divide the devices of a process."
+            )
 
 
 def _problems(sizes, architecture, rows):

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from keras_openllama.distribution import ROWS
+
 # Ours: logits that are in memory at once, per device; 4 bytes each.
 LOGITS_AT_ONCE = 16 << 20
-ROWS = ("data", "fsdp")  # Axes of a mesh that share the rows of a batch.
 
 
 class Sums(NamedTuple):

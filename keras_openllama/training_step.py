@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import NamedSharding, PartitionSpec
 
-from keras_openllama.distribution import OpenLlamaParallel
+from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.fast_attention import attention_on
 from keras_openllama.losses import next_token_sums
 
@@ -127,7 +127,7 @@ def _sharded(states, mesh):
     """Hidden states by rows, else XLA may hold those of all rows on every device."""
     if mesh is None:
         return states
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None))
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS, None, None))
     return jax.lax.with_sharding_constraint(states, sharding)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from keras_openllama.distribution import ROWS
 from keras_openllama.layers.attention import attend_to_past
 
 # Ours: rows and columns of scores that the kernel has in a TPU core's memory. Larger
@@ -61,12 +62,11 @@ def splash_attention(query, key, value, documents, mesh=None, interpret=False):
     attend = functools.partial(_attend_with_splash, interpret=interpret)
     if mesh is None:
         return attend(query, key, value, documents)
-    rows, heads = ("data", "fsdp"), "model"
-    by_head = PartitionSpec(rows, heads, None, None)
+    by_head = PartitionSpec(ROWS, "model", None, None)
     return jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(by_head, by_head, by_head, PartitionSpec(rows, None)),
+        in_specs=(by_head, by_head, by_head, PartitionSpec(ROWS, None)),
         out_specs=by_head,
         check_vma=False,  # A kernel does not say over which axes its results vary.
     )(query, key, value, documents)

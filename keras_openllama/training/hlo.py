@@ -5,7 +5,6 @@ import functools
 import math
 import re
 
-_BYTES = {"pred": 1, "bf16": 2}
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 
 
@@ -47,9 +46,8 @@ class Instruction:
 def bytes_of(shape):
     """Size of `(dtype, dimensions)`: int."""
     dtype, dimensions = shape
-    bits = re.search(r"\d+", dtype)  # f8e4m3fn: the first number counts.
-    size = _BYTES.get(dtype) or max(1, int(bits[0]) // 8 if bits else 0)
-    return size * math.prod(dimensions)
+    bits = re.search(r"\d+", dtype)  # Of f8e4m3fn the first number; pred has none.
+    return (int(bits[0]) // 8 if bits else 1) * math.prod(dimensions)
 
 
 class Program:

@@ -15,12 +15,11 @@ from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets
 from keras_openllama.distribution import OpenLlamaParallel, check_mesh, make_mesh
 from keras_openllama.training import throughput
 from keras_openllama.training.cost_model import CHIPS, Prices, price
-from keras_openllama.training.pretraining import make_optimizer
-from keras_openllama.training.state import State, compile_step
+from keras_openllama.training.state import State, compile_step, make_optimizer
 from keras_openllama.training_step import Options, placed
 
 # Chips of a host, by which libtpu lays out a topology; and how a chip's two cores work.
-_HOST = {"v4": (2, 2, 1), "v5p": (2, 2, 1), "v5e": (2, 2, 1), "v6e": (2, 2, 1)}
+_HOST = (2, 2, 1)
 # For libtpu: there is no machine to ask about, and another process may compile, too.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -53,7 +52,7 @@ def devices_of(topology):
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options = {"chips_per_host_bounds": _HOST[kind]}
+    options = {"chips_per_host_bounds": _HOST}
     if kind in _CONFIGURATION:
         options["chip_config_name"] = _CONFIGURATION[kind]
     try:
@@ -120,6 +119,7 @@ def compiled_step(config, recipe, mesh, devices):
         distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec()
     )
     # What was compiled for a device that is not there cannot be read from the cache.
+    cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         program = compile_step(
@@ -139,6 +139,8 @@ def compiled_step(config, recipe, mesh, devices):
             f"Received: rematerialize={recipe.rematerialize}, "
             f"micro_batches={recipe.micro_batches}, mesh={mesh}"
         ) from error
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     return Compiled(
         program.as_text(),
         program.memory_analysis().peak_memory_in_bytes,

@@ -22,8 +22,12 @@ from keras_openllama import (
     presets,
 )
 from keras_openllama._keras_hub import without_tensorflow
-from keras_openllama.distribution import OpenLlamaParallel, check_mesh, make_mesh
-from keras_openllama.optimizers import AdamW, WarmupCosine, muon
+from keras_openllama.distribution import (
+    OpenLlamaParallel,
+    check_hosts,
+    check_mesh,
+    make_mesh,
+)
 from keras_openllama.training import plots, run_directory, state
 from keras_openllama.training.checkpoints import Checkpoints
 from keras_openllama.training.data import files
@@ -206,7 +210,7 @@ class _Run:
                 ),
                 compile=False,
             )
-            optimizer = make_optimizer(recipe)
+            optimizer = state.make_optimizer(recipe)
             lm.compile(optimizer=optimizer, weighted_metrics=[])
             optimizer.build(lm.trainable_variables)
         return lm
@@ -358,10 +362,7 @@ class _Run:
         self.say(f"Compiled in {time.monotonic() - start:.1f} s.")
 
     def _validate(self):
-        with reading_data():
-            found = self.validation.measure(
-                lambda batch: self.evaluate(self.state, batch)
-            )
+        found = self.validation.measure(lambda batch: self.evaluate(self.state, batch))
         self.records.validation(found)
         self._draw()
 
@@ -402,25 +403,6 @@ class _Run:
             plots.draw(plots.read_runs([output]), files.join(output, _PICTURE))
 
 
-def make_optimizer(recipe):
-    """The optimizer of a `recipe.Recipe`, with its schedule."""
-    schedule = WarmupCosine(
-        recipe.learning_rate,
-        recipe.final_learning_rate,
-        recipe.warmup_steps,
-        recipe.steps,
-    )
-    make = {"adamw": AdamW, "muon": muon}[recipe.optimizer]
-    return make(
-        schedule,
-        weight_decay=recipe.weight_decay,
-        beta_1=recipe.beta_1,
-        beta_2=recipe.beta_2,
-        epsilon=recipe.epsilon,
-        global_clipnorm=recipe.clip_norm,
-    )
-
-
 def _check_tokenizer(data, preset):
     """Whether data were made for a model such as this: another text would be learnt."""
     expected = {"vocabulary_size": preset.config["vocabulary_size"], **preset.tokenizer}
@@ -434,24 +416,6 @@ def _check_tokenizer(data, preset):
             f"The data in {data.directory} were prepared with another kind of "
             f"tokenizer: {'; '.join(differences)}. Prepare them with the preset's."
         )
-
-
-def check_hosts(mesh):
-    """Raises a `ValueError` where processes would share a row of the batch.
-
-    Each reads rows of its own.
-
-    Args:
-        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`.
-    """
-    for devices in mesh.devices.reshape(-1, mesh.shape["model"]):
-        processes = {device.process_index for device in devices}
-        if len(processes) > 1:
-            raise ValueError(
-                f"Devices that share rows of the batch are of one process. The mesh "
-                f"has model={mesh.shape['model']}, across processes "
-                f"{sorted(processes)}. Let model divide the devices of a process."
-            )
 
 
 def _identity(data):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_openllama.losses import Sums
+from keras_openllama.optimizers import AdamW, WarmupCosine, muon
 from keras_openllama.training_step import parted, sums_of, update
 
 # Ours: the running mean of the loss is over about so many steps, and is relied on after
@@ -26,6 +27,25 @@ class State(NamedTuple):
     non_trainable: list
     optimizer: list
     guard: dict
+
+
+def make_optimizer(recipe):
+    """The optimizer of a `recipe.Recipe`, with its schedule."""
+    schedule = WarmupCosine(
+        recipe.learning_rate,
+        recipe.final_learning_rate,
+        recipe.warmup_steps,
+        recipe.steps,
+    )
+    make = {"adamw": AdamW, "muon": muon}[recipe.optimizer]
+    return make(
+        schedule,
+        weight_decay=recipe.weight_decay,
+        beta_1=recipe.beta_1,
+        beta_2=recipe.beta_2,
+        epsilon=recipe.epsilon,
+        global_clipnorm=recipe.clip_norm,
+    )
 
 
 def state_of(lm, replicated=None):

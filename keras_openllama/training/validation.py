@@ -4,6 +4,7 @@ import math
 
 from keras_openllama.training.data import mixture as mixtures
 from keras_openllama.training.data.stream import TokenStream
+from keras_openllama.training.stopping import reading_data
 
 
 class Validation:
@@ -74,7 +75,9 @@ class Validation:
         once = math.ceil(1 / stream.epochs_at(1)[name] - 1e-6)  # Without rounding up.
         nats = targets = 0.0
         for step in range(min(self._recipe.validation_batches, once)):
-            sums, weight = evaluate(self._put(stream.batch(step)))
+            with reading_data():
+                batch = stream.batch(step)
+            sums, weight = evaluate(self._put(batch))
             nats, targets = nats + float(sums.loss), targets + float(weight)
         loss = nats / targets
         split = self._data.split(name, "validation")

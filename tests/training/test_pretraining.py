@@ -29,12 +29,12 @@ from pretraining_runs import (
 )
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets, training_step
+from keras_openllama.distribution import check_hosts
 from keras_openllama.training import recipe, run_directory, state, stopping
 from keras_openllama.training.data.stream import TokenStream
 from keras_openllama.training.pretraining import (
     PROMPTS,
     Request,
-    check_hosts,
     pretrain,
 )
 from keras_openllama.training.records import Records
