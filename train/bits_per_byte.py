@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from fetch_corpus import DEFAULT_CACHE  # noqa: E402
 
 from keras_openllama import OpenLlamaCausalLM  # noqa: E402
+from keras_openllama.commands.process import one_line  # noqa: E402
 
 
 def cross_entropy(labels, logits):
@@ -170,13 +171,16 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     paths = sorted(options.text.glob("*.txt"))
-    if not paths:
-        sys.exit(
-            f"bits_per_byte: {options.text} has no .txt files. Run first: "
-            "python train/fetch_corpus.py"
-        )
-    lm = OpenLlamaCausalLM.from_preset(options.preset, dtype="float32")
     texts = {path.stem: path.read_bytes().decode() for path in paths}
+    if not paths or not all(texts.values()):
+        sys.exit(
+            f"bits_per_byte: {options.text} has no .txt files, or an empty one. Run "
+            "first: python train/fetch_corpus.py"
+        )
+    try:
+        lm = OpenLlamaCausalLM.from_preset(options.preset, dtype="float32")
+    except (OSError, ValueError) as error:
+        sys.exit(f"bits_per_byte: {one_line(error)}")
     rows = evaluate(lm, lm.preprocessor.tokenizer, texts)
     if options.json:
         print(json.dumps({"mean_bits_per_byte": mean(rows), "results": rows}, indent=2))

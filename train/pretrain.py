@@ -197,7 +197,10 @@ def join_hosts(options):
         if any(value is not None for value in named) or not any(
             text in str(error) for text in alone
         ):
-            raise
+            raise RuntimeError(
+                "The hosts could not be joined. --coordinator, --num-processes and "
+                f"--process-id go together. {error}"
+            ) from error
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise RuntimeError(
             f"JAX sees {jax.process_count()} processes, and has not joined them. Give "
@@ -269,6 +272,8 @@ def plan_run(parser, options, resolved, mesh):
 
     from keras_openllama.training import planning
 
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        parser.error(f"--json: there is no directory for {options.json}")
     try:
         found = planning.plan(resolved, options.topology, mesh)
     except (RuntimeError, ValueError) as error:

@@ -10,11 +10,13 @@ Calibration: EasyLM's published 7B step on 256 chips, priced by the compiler's c
 alone, comes to 2316 tokens/s/chip where over 2200 were measured.
 """
 
+import collections
 import dataclasses
 import math
 import re
 
 from keras_openllama.training.hlo import Program, bytes_of, shapes_in
+from keras_openllama.training.throughput import peak_flops
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter"),
@@ -48,14 +50,14 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # Two cores of four units of 128 x 128; 2400 Gbit/s over six links.
-        Chip("v4", 275e12, 1.05e9, 32 * _GIB, 50e9),
+        Chip("v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, 50e9),
         # One core of four such units; 1600 Gbit/s over four links.
-        Chip("v5e", 197e12, 1.5e9, 16 * _GIB, 50e9),
+        Chip("v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, 50e9),
         # Two cores of four such units; 4800 Gbit/s over six links.
-        Chip("v5p", 459e12, 1.75e9, 95 * _GIB, 100e9),
+        Chip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 100e9),
         # One core of two units of 256 x 256; 3584 Gbit/s over four links. Ours: the
         # peak is that of units that take two products a cycle.
-        Chip("v6e", 918e12, 1.75e9, 32 * _GIB, 112e9),
+        Chip("v6e", peak_flops("TPU v6e"), 1.75e9, 32 * _GIB, 112e9),
     )
 }
 
@@ -103,7 +105,9 @@ class Cost:
     matmul_seconds: float = 0.0
     other_seconds: float = 0.0
     kernel_seconds: float = 0.0
-    collective_seconds: dict = dataclasses.field(default_factory=dict)
+    collective_seconds: dict = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
     exposed_seconds: float = 0.0
 
     @property
@@ -122,8 +126,7 @@ class Cost:
             field = f"{name}_seconds"
             setattr(self, field, getattr(self, field) + times * getattr(other, field))
         for kind, seconds in other.collective_seconds.items():
-            known = self.collective_seconds.get(kind, 0.0)
-            self.collective_seconds[kind] = known + times * seconds
+            self.collective_seconds[kind] += times * seconds
 
 
 def price(text, chip, prices=Prices()):
@@ -167,12 +170,12 @@ class _Walk:
             if kind in ("alone", "start"):
                 seconds = self._seconds(collective, instruction, shapes)
                 opcode = collective.opcode.removesuffix("-start")
-                known = cost.collective_seconds.get(opcode, 0.0)
-                cost.collective_seconds[opcode] = known + seconds
+                cost.collective_seconds[opcode] += seconds
                 links_free = max(links_free, cost.step_seconds) + seconds
-                under_way[instruction.name] = links_free
             if kind == "alone":
                 cost.exposed_seconds += links_free - cost.step_seconds
+            elif kind == "start":
+                under_way[instruction.name] = links_free
             elif kind == "done":
                 end = under_way.pop(_start_of(instruction, under_way))
                 cost.exposed_seconds += max(0.0, end - cost.step_seconds)
@@ -258,16 +261,19 @@ def kernel_flops(kernel):
         ValueError: if it is none of those that are known here.
     """
     products = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
-    shapes = shapes_in(
-        kernel.attribute(r"operand_layout_constraints=\{(.*?\})\}") or ""
-    )
-    heads = [dimensions for _, dimensions in shapes if len(dimensions) == 4]
+    operands = kernel.attribute(r"operand_layout_constraints=\{(.*?\})\}") or ""
+    # The first one of floats is the query; a batch of one may have no axis.
+    heads = [
+        size
+        for dtype, size in shapes_in(operands)
+        if dtype in ("bf16", "f32") and len(size) >= 3
+    ]
     if products is None or not heads:
         raise ValueError(
             f"The kernel {kernel.name} has no price. Known are: {', '.join(_PRODUCTS)}."
         )
-    batch, num_heads, length, head_dim = heads[0]
-    each = 2 * batch * num_heads * length * length * head_dim / 2
+    *rows_and_heads, length, head_dim = heads[0]
+    each = 2 * math.prod(rows_and_heads) * length * length * head_dim / 2
     return products * each
 
 

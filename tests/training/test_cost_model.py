@@ -231,6 +231,11 @@ def test_an_attention_kernel_costs_the_products_that_causality_leaves():
     assert cost(backward).kernel_seconds == pytest.approx(5 * square / (0.4 * 275e12))
 
 
+def test_a_kernel_on_one_row_may_have_no_axis_for_it():
+    one = FORWARD.replace("bf16[8,32,2048,128]{3,2,1,0}", "bf16[32,2048,128]{2,1,0}")
+    assert cost(one).kernel_seconds == pytest.approx(cost(FORWARD).kernel_seconds / 8)
+
+
 def test_what_has_no_price_is_refused():
     with pytest.raises(ValueError, match=r"my_kernel has no price. Known are: splash"):
         cost(FORWARD.replace("splash_mha_fwd_segmented_residuals.2", "my_kernel"))
