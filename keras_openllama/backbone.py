@@ -12,7 +12,7 @@ from keras_openllama.architecture import ARGUMENTS, checked
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from keras_openllama.layers.attention import causal_mask
-from keras_openllama.rematerialization import rematerialized
+from keras_openllama.rematerialization import check_policy, rematerialized
 
 if keras.config.backend() == "jax":
     from keras_openllama.layer_scan import scan_layers, with_values
@@ -196,13 +196,17 @@ class OpenLlamaBackbone(Backbone):
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
-            rematerialize: string, see `rematerialization.rematerialized`.
+            rematerialize: string, one of `rematerialization.POLICIES`.
             attend: callable of `layers.fast_attention.attention_on`, or `None`.
             scan: bool, whether the layers are a `layer_scan.scan_layers` (JAX).
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
+
+        Raises:
+            ValueError: for a policy that is not known, or cannot be had here.
         """
+        check_policy(rematerialize)
         # 0, 1, 2 … as a sum, because the length may not be known here.
         columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
         mask = causal_mask(columns, padding_mask)
@@ -213,7 +217,7 @@ class OpenLlamaBackbone(Backbone):
         final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
         intercept = layer_intercept_fn or (lambda x, index: x)
-        options = {}
+        options = {"rematerialize": rematerialize}
         if attend is not None:
             documents = ops.cast(padding_mask, "int32")
             options["attend"] = lambda *heads: attend(*heads, documents)
@@ -223,11 +227,11 @@ class OpenLlamaBackbone(Backbone):
             through = with_values(
                 first, lambda x: intercept(first(x, cos, sin, mask, **options), None)
             )
-            through = rematerialized(through, rematerialize)
+            through = rematerialized(rematerialize, through, "full")
             return self.final_norm(scan_layers(self.transformer_layers, through, x))
         for index, layer in enumerate(self.transformer_layers):
-            layer = functools.partial(layer, **options)
-            x = rematerialized(layer, rematerialize)(x, cos, sin, mask)
+            through = functools.partial(layer, **options)
+            x = rematerialized(rematerialize, through, "full")(x, cos, sin, mask)
             x = intercept(x, index)
         return self.final_norm(x)
 

@@ -4,19 +4,15 @@ import keras
 
 if keras.config.backend() == "jax":
     import jax
-    from jax.ad_checkpoint import checkpoint_name
 
-# What is kept of each layer beside its input, by policy.
+# From the one that keeps most to the one that keeps least. Beside its input a layer
+# keeps for the backward pass:
 POLICIES = {
-    "none": None,  # Everything.
-    "full": (),
-    "projections": ("query", "key", "value", "attention", "output"),
+    "none": "whatever the backward pass needs",
+    "products": "query, key, value, attention, the states after it, gate and up",
+    "projections": "query, key, value, attention and the states after it",
+    "full": "nothing",
 }
-
-
-def named(x, name):
-    """Gives a tensor a name by which a policy can keep it."""
-    return checkpoint_name(x, name) if keras.config.backend() == "jax" else x
 
 
 def check_policy(policy):
@@ -32,25 +28,19 @@ def check_policy(policy):
         )
 
 
-def rematerialized(layer, policy):
-    """A layer that keeps less in the forward pass of training.
+def rematerialized(policy, block, *policies):
+    """A block of a layer that keeps its inputs only, under some policies.
 
     Args:
-        layer: callable of tensors.
-        policy: string: `"none"` keeps everything, `"full"` nothing but the layer's
-            inputs, `"projections"` query, key, value, attention and its output.
+        policy: string, one of `POLICIES`.
+        block: callable of tensors.
+        policies: strings, those under which the block is computed again.
 
     Returns:
         A callable with the same arguments.
 
-    Raises:
-        ValueError: see `check_policy`.
-
     Source: sublinear memory cost (arXiv:1604.06174); `jax.checkpoint`.
     """
-    check_policy(policy)
-    names = POLICIES[policy]
-    if names is None:
-        return layer
-    keep = jax.checkpoint_policies.save_only_these_names(*names)
-    return jax.checkpoint(lambda *arguments: layer(*arguments), policy=keep)
+    if policy not in policies:
+        return block
+    return jax.checkpoint(lambda *arguments: block(*arguments), prevent_cse=False)

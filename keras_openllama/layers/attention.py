@@ -1,11 +1,12 @@
 """Causal self-attention with rotary positions and grouped key/value heads."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.rotary_embedding import rotate
-from keras_openllama.rematerialization import named
 
 if keras.config.backend() == "torch":
     import torch
@@ -76,15 +77,19 @@ def attend_to_past(query, key, value, mask):
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        outputs.append(
-            jax.checkpoint(attend)(
-                query[:, :, start:end],
-                key[:, :, :end],
-                value[:, :, :end],
-                mask[:, :, start:end, :end],
-            )
-        )
+        # Cut within, so that the slices are not what is kept.
+        rows = jax.checkpoint(functools.partial(_attend_rows, start, end))
+        outputs.append(rows(query, key, value, mask))
     return ops.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_rows(start, end, query, key, value, mask):
+    return attend(
+        query[:, :, start:end],
+        key[:, :, :end],
+        value[:, :, :end],
+        mask[:, :, start:end, :end],
+    )
 
 
 def attend_cached(query, key, value, bias):
@@ -331,12 +336,9 @@ class CausalSelfAttention(keras.layers.Layer):
         self.output_projection.build((*input_shape[:-1], query_dim))
 
     def call(self, x, cos, sin, mask, cache=None, column=None, attend=attend_to_past):
-        query = named(rotate(self._heads(self.query(x)), cos, sin), "query")
-        key = named(rotate(self._heads(self.key(x)), cos, sin), "key")
-        value = named(self._heads(self.value(x)), "value")
+        query, key, value = self.heads(x, cos, sin)
         if cache is None:
-            context = named(attend(query, key, value, mask), "attention")
-            return named(self._output(context), "output")
+            return self.project(attend(query, key, value, mask))
         cache = tuple(
             write(tensor, heads_first(update), column)
             for tensor, update in zip(cache, (key, value), strict=True)
@@ -347,16 +349,25 @@ class CausalSelfAttention(keras.layers.Layer):
             context = attend_by_blocks(query, *cache, mask, column + x.shape[1])
         else:
             context = attend_cached(query, *cache, mask)
-        return self._output(context), cache
+        return self.project(context), cache
 
-    def _output(self, context):
+    def heads(self, x, cos, sin):
+        """Queries, keys and values, as `attend_to_past` takes them."""
+        return (
+            rotate(self._parted(self.query(x)), cos, sin),
+            rotate(self._parted(self.key(x)), cos, sin),
+            self._parted(self.value(x)),
+        )
+
+    def project(self, context):
+        """The output from what `attend_to_past` returns."""
         batch, heads, length, head_dim = ops.shape(context)
         context = ops.transpose(context, (0, 2, 1, 3))
         return self.output_projection(
             ops.reshape(context, (batch, length, heads * head_dim))
         )
 
-    def _heads(self, x):
+    def _parted(self, x):
         """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
         batch, length, width = ops.shape(x)
         heads = width // self.head_dim

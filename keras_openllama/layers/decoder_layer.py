@@ -1,10 +1,13 @@
 """One layer of the decoder."""
 
+import functools
+
 import keras
 
-from keras_openllama.layers.attention import CausalSelfAttention
+from keras_openllama.layers.attention import CausalSelfAttention, attend_to_past
 from keras_openllama.layers.feed_forward import FeedForward
 from keras_openllama.layers.rms_norm import RMSNorm
+from keras_openllama.rematerialization import rematerialized
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -19,7 +22,8 @@ class DecoderLayer(keras.layers.Layer):
         layer_norm_epsilon: float, epsilon of both norms.
         initializer_std: float, standard deviation of the initial weights.
 
-    Call arguments: those of `CausalSelfAttention`.
+    Call arguments: those of `CausalSelfAttention`, and
+        rematerialize: string, see `rematerialization`; for what uses no cache.
 
     Returns:
         The hidden states `(batch, length, hidden_dim)`; with a cache, a pair of them
@@ -78,14 +82,39 @@ class DecoderLayer(keras.layers.Layer):
         self.feedforward.build(input_shape)
 
     def call(self, x, cos, sin, mask, cache=None, **options):
-        attention = self.self_attention(
+        if cache is None:
+            return self._without_cache(x, cos, sin, mask, **options)
+        attention, cache = self.self_attention(
             self.self_attention_norm(x), cos, sin, mask, cache=cache, **options
         )
-        if cache is not None:
-            attention, cache = attention
         x = x + attention
-        x = x + self.feedforward(self.feedforward_norm(x))
-        return x if cache is None else (x, cache)
+        return x + self.feedforward(self.feedforward_norm(x)), cache
+
+    def _without_cache(
+        self, x, cos, sin, mask, attend=attend_to_past, rematerialize="none"
+    ):
+        """In blocks that keep their inputs only, as `rematerialize` wants it.
+
+        A product with a kernel that ends a block is not computed again, for nothing of
+        the backward pass needs what it gives.
+        """
+        attention, feedforward = self.self_attention, self.feedforward
+        block = functools.partial(rematerialized, rematerialize)
+
+        def heads(x):
+            return attention.heads(self.self_attention_norm(x), cos, sin)
+
+        def widen(x):
+            return feedforward.widen(self.feedforward_norm(x))
+
+        def feed_forward(x):
+            wide = block(widen, "products")(x)
+            return block(feedforward.narrow, "products")(*wide)
+
+        heads = block(heads, "products", "projections")(x)
+        context = attend(*heads, mask)
+        x = x + block(attention.project, "products", "projections")(context)
+        return x + block(feed_forward, "projections")(x)
 
     def compute_output_spec(self, x, cos, sin, mask, cache=None, **_):
         return self.self_attention.compute_output_spec(x, cos, sin, mask, cache=cache)

@@ -105,8 +105,6 @@ def _kernel(heads, length, interpret):
             block_kv_dkv=block,
             use_fused_bwd_kernel=True,
         ),
-        # By this name rematerialization keeps what the backward kernel needs.
-        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 

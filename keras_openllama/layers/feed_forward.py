@@ -39,7 +39,15 @@ class FeedForward(keras.layers.Layer):
         self.down.build((*input_shape[:-1], self.intermediate_dim))
 
     def call(self, x):
-        return self.down(ops.silu(self.gate(x)) * self.up(x))
+        return self.narrow(*self.widen(x))
+
+    def widen(self, x):
+        """The gate and what it gates, each `(batch, length, intermediate_dim)`."""
+        return self.gate(x), self.up(x)
+
+    def narrow(self, gate, up):
+        """The output from both."""
+        return self.down(ops.silu(gate) * up)
 
     def compute_output_spec(self, x):
         return keras.KerasTensor(x.shape, self.compute_dtype)

@@ -7,8 +7,14 @@ Sources: RoFormer (arXiv:2104.09864); `rotate_half` in `huggingface/transformers
 `models/llama/modeling_llama.py`.
 """
 
+import functools
+
 import keras
+import numpy as np
 from keras import ops
+
+if keras.config.backend() == "jax":
+    import jax
 
 SCALING_TYPES = ("linear", "dynamic")
 
@@ -55,11 +61,43 @@ def rotate(x, cos, sin):
     Returns:
         A tensor of the shape and dtype of `x`. The rotation itself is float32.
     """
+    if keras.config.backend() == "jax":
+        return _choose()(x, cos, sin)
+    return _rotate(x, cos, sin)
+
+
+@functools.cache
+def _choose():
+    """The choice is made where a program is compiled, for what it will run on."""
+    return jax.jit(
+        lambda *operands: jax.lax.platform_dependent(
+            *operands, tpu=_rotate_by_product, default=_rotate
+        )
+    )
+
+
+def _rotate(x, cos, sin):
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
     rotated = ops.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
     return ops.cast(rotated, x.dtype)
+
+
+def _rotate_by_product(x, cos, sin):
+    """The same where halves of a vector are costly to take, but products are not.
+
+    On a TPU the halves would be float32 copies, which take as long as the projection
+    (`train/README.md`). A product with zeros and ones is exact.
+    """
+    half = x.shape[-1] // 2
+    eye, zeros = np.eye(half), np.zeros((half, half))
+    swap = np.block([[zeros, eye], [-eye, zeros]])  # (first, second) @ swap
+    swapped = jax.numpy.matmul(
+        x, swap.astype(x.dtype), precision="highest", preferred_element_type="float32"
+    )
+    cos, sin = (ops.concatenate([table, table], axis=-1) for table in (cos, sin))
+    return ops.cast(ops.cast(x, "float32") * cos + swapped * sin, x.dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")

@@ -235,12 +235,14 @@ class _Walk:
         size = _group_size(collective)
         bandwidth = self.chip.link * self.prices.rings
         hops = (size - 1) * self.prices.hop_seconds
+        opcode = collective.opcode.removesuffix("-start")
         # What is gathered, or was not yet reduced: the larger side.
         operands = [shapes[name] for name in collective.operands if name in shapes]
         tensors = [shape for i in (collective, *operands) for shape in i.shapes]
         largest = max(bytes_of(shape) for shape in tensors)
+        if opcode == "reduce-scatter":
+            largest = collective.bytes * size
         moved = largest * (size - 1) / size
-        opcode = collective.opcode.removesuffix("-start")
         cut = instruction.opcode == "fusion" and instruction.bytes < collective.bytes
         if opcode == "all-reduce" and not cut:
             moved, hops = 2 * moved, 2 * hops

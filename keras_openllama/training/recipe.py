@@ -50,8 +50,8 @@ class Recipe:
         mask_documents: bool, whether tokens see their own document only.
         z_loss: float, weight of the squared logarithm of the softmax's denominator.
         precision: string, `"mixed_bfloat16"` or `"float32"`.
-        rematerialize: string, what the backward pass computes again: `"none"`,
-            `"full"` (all of a layer), or `"projections"`.
+        rematerialize: string, what is kept for the backward pass, one of
+            `rematerialization.POLICIES`.
         micro_batches: int, parts of a batch, one after the other; divides it.
         milestone_every: int, steps between checkpoints that are kept; 0 is never.
         save_every: int, steps between checkpoints to resume from.
@@ -98,7 +98,7 @@ class Recipe:
     precision: str = _setting(
         checks.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
     )
-    rematerialize: str = _setting(checks.one_of("none", "full", "projections"), "none")
+    rematerialize: str = _setting(checks.one_of("none", "products", "projections", "full"), "none")
     micro_batches: int = _setting(checks.whole(1), 1)
     milestone_every: int = _setting(checks.whole(0), 2500)
     save_every: int = _setting(checks.whole(1), 500)
