@@ -182,6 +182,7 @@ class OpenLlamaBackbone(Backbone):
         self,
         token_ids,
         padding_mask,
+        embed=None,
         layer_intercept_fn=None,
         rematerialize="none",
         attend=None,
@@ -193,6 +194,7 @@ class OpenLlamaBackbone(Backbone):
             token_ids: int tensor `(batch, length)`.
             padding_mask: tensor `(batch, length)`: bool, true on real tokens; or int,
                 see `causal_mask`. Positions begin anew with each document.
+            embed: callable of token ids, or `None` for the embedding layer.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
@@ -221,7 +223,7 @@ class OpenLlamaBackbone(Backbone):
         if attend is not None:
             documents = ops.cast(padding_mask, "int32")
             options["attend"] = lambda *heads: attend(*heads, documents)
-        x = intercept(self.token_embedding(token_ids), -1)
+        x = intercept((embed or self.token_embedding)(token_ids), -1)
         if scan:
             first = self.transformer_layers[0]
             through = with_values(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import keras
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def scan_layers(layers, through, x):
@@ -21,7 +22,7 @@ def scan_layers(layers, through, x):
         What the last layer gives.
     """
     groups = zip(*(layer.variables for layer in layers), strict=True)
-    stacked = [jnp.stack([jnp.asarray(v.value) for v in group]) for group in groups]
+    stacked = [_stacked(group) for group in groups]
     x, _ = jax.lax.scan(lambda x, values: (through(x, values), None), x, stacked)
     return x
 
@@ -34,15 +35,10 @@ def with_values(layer, call):
         call: callable `x -> x`, which calls the layer.
 
     Returns:
-        A callable `(x, values)`; values are those of `layer.variables`, laid over the
-        devices as the variables are. So are their gradients.
+        A callable `(x, values)`; values are those of `layer.variables`.
     """
 
     def through(x, values):
-        values = [
-            _laid_out(variable, value)
-            for variable, value in zip(layer.variables, values, strict=True)
-        ]
         mapping = zip(layer.variables, values, strict=True)
         with keras.StatelessScope(state_mapping=mapping):
             return call(x)
@@ -50,9 +46,16 @@ def with_values(layer, call):
     return through
 
 
-def _laid_out(variable, value):
-    layout = variable._layout
+def _stacked(variables):
+    """Values of variables, each laid over the devices as they are; gradients, too.
+
+    The layout is stated here, not where a layer uses its values: what is stated in a
+    scan counts as computed there, and the scan would keep a second copy of it.
+    """
+    stacked = jnp.stack([jnp.asarray(v.value) for v in variables])
+    layout = variables[0]._layout
     if layout is None:
-        return value
+        return stacked
     sharding = getattr(layout, "backend_layout", layout)  # Either may be there.
-    return jax.lax.with_sharding_constraint(value, sharding)
+    spec = PartitionSpec(None, *sharding.spec)
+    return jax.lax.with_sharding_constraint(stacked, NamedSharding(sharding.mesh, spec))

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.fast_attention import attention_on
+from keras_openllama.lookup import look_up
 from keras_openllama.losses import next_token_sums
 
 
@@ -109,6 +110,7 @@ def sums_of(lm, values, batch, options):
         hidden = lm.backbone.hidden_states(
             x["token_ids"],
             x["padding_mask"],
+            embed=_embed(lm.backbone, options.mesh),
             layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
             rematerialize=options.rematerialize,
             attend=options.attend,
@@ -121,6 +123,16 @@ def sums_of(lm, values, batch, options):
             options.loss_chunks,
             options.mesh,
         )
+
+
+def _embed(backbone, mesh):
+    """What looks up embeddings on a mesh; `None` where the layer itself does."""
+    layer = backbone.token_embedding
+    if mesh is None or layer.quantization_mode is not None:
+        return None
+    return lambda token_ids: look_up(
+        jnp.asarray(layer.embeddings), token_ids, mesh, layer.compute_dtype
+    )
 
 
 def _sharded(states, mesh):

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from keras_openllama.distribution import ROWS
+from keras_openllama.distribution import LANES, ROWS
 from keras_openllama.layers.attention import attend_to_past
 
 # Ours: rows and columns of scores that the kernel has in a TPU core's memory. Larger
-# ones are faster, and 16 MiB (v4) has no room for more.
+# ones are faster, and 16 MiB (v4) has no room for more. A multiple of `LANES`.
 BLOCK = 512
-LANES = 128  # A block is a multiple of it: the width of a TPU's vector registers.
 
 
 def attention_on(device, mesh=None):

@@ -98,7 +98,9 @@ class Recipe:
     precision: str = _setting(
         checks.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
     )
-    rematerialize: str = _setting(checks.one_of("none", "products", "projections", "full"), "none")
+    rematerialize: str = _setting(
+        checks.one_of("none", "products", "projections", "full"), "none"
+    )
     micro_batches: int = _setting(checks.whole(1), 1)
     milestone_every: int = _setting(checks.whole(0), 2500)
     save_every: int = _setting(checks.whole(1), 500)

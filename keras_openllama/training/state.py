@@ -115,6 +115,12 @@ TPU_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_enable_async_all_reduce": "true",
+    "xla_enable_async_reduce_scatter_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+    # Else what is fused with a reduction needs more than a core's memory.
+    "xla_tpu_async_collective_fusion_with_start_done_only": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 
