@@ -219,7 +219,7 @@ class OpenLlamaBackbone(Backbone):
         final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
         intercept = layer_intercept_fn or (lambda x, index: x)
-        options = {"rematerialize": rematerialize}
+        options = {"rematerialize": rematerialize, "in_scan": scan}
         if attend is not None:
             documents = ops.cast(padding_mask, "int32")
             options["attend"] = lambda *heads: attend(*heads, documents)
@@ -229,7 +229,7 @@ class OpenLlamaBackbone(Backbone):
             through = with_values(
                 first, lambda x: intercept(first(x, cos, sin, mask, **options), None)
             )
-            through = rematerialized(rematerialize, through, "full")
+            through = rematerialized(rematerialize, through, "full", in_scan=True)
             return self.final_norm(scan_layers(self.transformer_layers, through, x))
         for index, layer in enumerate(self.transformer_layers):
             through = functools.partial(layer, **options)

@@ -28,13 +28,16 @@ def check_policy(policy):
         )
 
 
-def rematerialized(policy, block, *policies):
+def rematerialized(policy, block, *policies, in_scan=False):
     """A block of a layer that keeps its inputs only, under some policies.
 
     Args:
         policy: string, one of `POLICIES`.
         block: callable of tensors.
         policies: strings, those under which the block is computed again.
+        in_scan: bool, whether it runs in a `layer_scan.scan_layers`, which keeps XLA
+            from finding out that something is computed twice. Elsewhere it has to be
+            kept from that, at some cost.
 
     Returns:
         A callable with the same arguments.
@@ -43,4 +46,4 @@ def rematerialized(policy, block, *policies):
     """
     if policy not in policies:
         return block
-    return jax.checkpoint(lambda *arguments: block(*arguments), prevent_cse=False)
+    return jax.checkpoint(lambda *arguments: block(*arguments), prevent_cse=not in_scan)

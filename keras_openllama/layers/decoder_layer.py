@@ -23,7 +23,8 @@ class DecoderLayer(keras.layers.Layer):
         initializer_std: float, standard deviation of the initial weights.
 
     Call arguments: those of `CausalSelfAttention`, and
-        rematerialize: string, see `rematerialization`; for what uses no cache.
+        rematerialize, in_scan: string and bool, see `rematerialization`; for what
+            uses no cache.
 
     Returns:
         The hidden states `(batch, length, hidden_dim)`; with a cache, a pair of them
@@ -91,7 +92,14 @@ class DecoderLayer(keras.layers.Layer):
         return x + self.feedforward(self.feedforward_norm(x)), cache
 
     def _without_cache(
-        self, x, cos, sin, mask, attend=attend_to_past, rematerialize="none"
+        self,
+        x,
+        cos,
+        sin,
+        mask,
+        attend=attend_to_past,
+        rematerialize="none",
+        in_scan=False,
     ):
         """In blocks that keep their inputs only, as `rematerialize` wants it.
 
@@ -99,7 +107,7 @@ class DecoderLayer(keras.layers.Layer):
         the backward pass needs what it gives.
         """
         attention, feedforward = self.self_attention, self.feedforward
-        block = functools.partial(rematerialized, rematerialize)
+        block = functools.partial(rematerialized, rematerialize, in_scan=in_scan)
 
         def heads(x):
             return attention.heads(self.self_attention_norm(x), cos, sin)
