@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import io
 import re
 
@@ -18,7 +19,7 @@ if ON_JAX:
 
 on_jax = pytest.mark.skipif(not ON_JAX, reason="Needs JAX.")
 # Wider within than the states are, so that what is kept can be told apart.
-SHAPE = SHAPES[2]._replace(intermediate_dim=128)
+SHAPE = dataclasses.replace(SHAPES[2], intermediate_dim=128)
 BATCH, LENGTH = 2, 64
 
 
