@@ -182,11 +182,11 @@ class OpenLlamaBackbone(Backbone):
         self,
         token_ids,
         padding_mask,
-        embed=None,
         layer_intercept_fn=None,
         rematerialize="none",
         attend=None,
         scan=False,
+        embed=None,
     ):
         """What the model computes, with a look at each layer where wanted.
 
@@ -194,13 +194,13 @@ class OpenLlamaBackbone(Backbone):
             token_ids: int tensor `(batch, length)`.
             padding_mask: tensor `(batch, length)`: bool, true on real tokens; or int,
                 see `causal_mask`. Positions begin anew with each document.
-            embed: callable of token ids, or `None` for the embedding layer.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
             rematerialize: string, one of `rematerialization.POLICIES`.
             attend: callable of `layers.fast_attention.attention_on`, or `None`.
             scan: bool, whether the layers are a `layer_scan.scan_layers` (JAX).
+            embed: callable of token ids, or `None` for the embedding layer.
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from keras_openllama.losses import Sums
 from keras_openllama.optimizers import AdamW, WarmupCosine, muon
+from keras_openllama.training import tpu
 from keras_openllama.training_step import parted, sums_of, update
 
 # Ours: the running mean of the loss is over about so many steps, and is relied on after
@@ -108,23 +109,6 @@ def put_back(lm, state):
         variable.assign(value)
 
 
-# Weights are gathered while something else is computed. The names are those of flags of
-# MaxText (https://github.com/AI-Hypercomputer/maxtext).
-TPU_OPTIONS = {
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_enable_async_all_reduce": "true",
-    "xla_enable_async_reduce_scatter_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
-    # Else what is fused with a reduction needs more than a core's memory.
-    "xla_tpu_async_collective_fusion_with_start_done_only": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-}
-
-
 def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None):
     """Compiles the step of a run.
 
@@ -163,7 +147,7 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
     program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, shardings))
     lowered = program.lower(state, batch)
     device = next(iter(state.trainable[0].sharding.device_set))
-    return lowered.compile(TPU_OPTIONS if device.platform == "tpu" else None)
+    return tpu.compiled(lowered, device)
 
 
 def compile_evaluation(lm, state, batch, options, replicated=None):
