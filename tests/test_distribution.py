@@ -24,6 +24,8 @@ MESHES = ((1, 8, 1), (2, 4, 1), (4, 1, 2), (1, 4, 2))
 OPTIONS = {
     "plain": {},
     "micro-batches, rematerialized": dict(micro_batches=4, rematerialize="full"),
+    # As on TPUs.
+    "a scan of layers": dict(scan=True, rematerialize="products"),
 }
 PROGRAM = """
 import json, re, sys

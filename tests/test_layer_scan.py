@@ -31,7 +31,7 @@ def loss_and_gradients(lm, ids, **options):
     return jax.jit(run)(*([v.value for v in group] for group in variables))
 
 
-@pytest.mark.parametrize("rematerialize", ["none", "projections"])
+@pytest.mark.parametrize("rematerialize", ["none", "products", "projections", "full"])
 def test_loss_and_gradients_are_those_of_one_layer_after_the_other(rematerialize):
     lm, ids = random_lm(THREE_LAYERS), batch(THREE_LAYERS, 2, 13)
     assert lm.backbone.num_layers == 3

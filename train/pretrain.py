@@ -124,6 +124,12 @@ def parse_arguments(arguments):
         "v5e:8x8, v6e:16x16 (default: %(default)s, a v4-512)",
     )
     plan.add_argument(
+        "--alone",
+        action="store_true",
+        default=False,
+        help="leave out neighbouring choices, each of which takes a minute to compile",
+    )
+    plan.add_argument(
         "--json", default=None, metavar="FILE", help="write the plan there, too"
     )
     hosts = parser.add_argument_group(
@@ -275,7 +281,7 @@ def plan_run(parser, options, resolved, mesh):
     if options.json and not Path(options.json).resolve().parent.is_dir():
         parser.error(f"--json: there is no directory for {options.json}")
     try:
-        found = planning.plan(resolved, options.topology, mesh)
+        found = planning.plan(resolved, options.topology, mesh, alone=options.alone)
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     print(planning.table(found))
@@ -295,7 +301,8 @@ def run(options, resolved, output, mesh, profile):
         try:
             data = data_of(options, resolved, output)
             if jax.process_index() == 0:
-                print(resolved.table(), flush=True)
+                there = resolved.on(jax.device_count(), mesh)
+                print(there.table(), flush=True)
             request = Request(
                 resolved,
                 data,

@@ -74,6 +74,23 @@ def _mesh(name, chips, axes):
     return mesh
 
 
+def planned(name, value):
+    """By number of chips, how much a device does at once; see `Recipe.planned`."""
+    if not isinstance(value, dict):
+        _refuse(name, value, "plans by number of chips, such as {8: {rows: 2}}")
+    return {str(chips): _plan(f"{name}[{chips}]", value[chips]) for chips in value}
+
+
+def _plan(name, plan):
+    if not isinstance(plan, dict) or set(plan) != {"rows", "rematerialize"}:
+        _refuse(name, plan, "of rows and rematerialize")
+    whole(1)(f"{name}: rows", plan["rows"])
+    rematerialize(f"{name}: rematerialize", plan["rematerialize"])
+    return dict(plan)
+
+
+# The policies of `rematerialization`, which imports Keras.
+rematerialize = one_of("none", "products", "projections", "full")
 positive = _number("above 0", lambda value: value > 0)
 from_zero = _number("from 0 on", lambda value: value >= 0)
 fraction = _number("from 0 to below 1", lambda value: 0 <= value < 1)

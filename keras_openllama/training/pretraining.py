@@ -127,7 +127,9 @@ def begun(request):
             f"output={request.output!r}"
         )
     compiled.use_compilation_cache()
-    recipe, preset = request.resolved.recipe, presets.find(request.resolved.preset)
+    resolved = request.resolved.on(jax.device_count(), request.mesh)
+    request = dataclasses.replace(request, resolved=resolved)
+    recipe, preset = resolved.recipe, presets.find(resolved.preset)
     mesh = request.mesh or recipe.mesh_for(jax.device_count())
     check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
     _check_tokenizer(request.data, preset)

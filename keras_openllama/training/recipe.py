@@ -47,6 +47,9 @@ class Recipe:
         packing: string, `"concatenate"` or `"best_fit"` (`TokenStream`).
         meshes: dict by number of chips, as a string, of dicts of ints: `"data"`,
             `"fsdp"`, `"model"`.
+        planned: dict by number of chips, as a string, of dicts: `"rows"`, int, how many
+            rows of the batch a device takes at once, which makes `micro_batches`; and
+            `"rematerialize"`, string. See `Resolved.on`.
         mask_documents: bool, whether tokens see their own document only.
         z_loss: float, weight of the squared logarithm of the softmax's denominator.
         precision: string, `"mixed_bfloat16"` or `"float32"`.
@@ -92,15 +95,16 @@ class Recipe:
     clip_norm: float = _setting(checks.positive)
     packing: str = _setting(checks.one_of("concatenate", "best_fit"))
     meshes: dict = dataclasses.field(metadata={"check": checks.meshes})
+    planned: dict = dataclasses.field(
+        default_factory=dict, metadata={"check": checks.planned}
+    )
     optimizer: str = _setting(checks.one_of("adamw", "muon"), "adamw")
     mask_documents: bool = _setting(checks.one_of(False, True), False)
     z_loss: float = _setting(checks.from_zero, 0.0)
     precision: str = _setting(
         checks.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
     )
-    rematerialize: str = _setting(
-        checks.one_of("none", "products", "projections", "full"), "none"
-    )
+    rematerialize: str = _setting(checks.rematerialize, "none")
     micro_batches: int = _setting(checks.whole(1), 1)
     milestone_every: int = _setting(checks.whole(0), 2500)
     save_every: int = _setting(checks.whole(1), 500)
@@ -196,6 +200,40 @@ class Resolved:
     preset: str
     recipe: Recipe
     sources: dict
+
+    def on(self, chips, mesh=None):
+        """The recipe as so many chips run it.
+
+        What is planned for them gives `micro_batches` and `rematerialize`, where a file
+        or the command line do not.
+
+        Args:
+            chips: int, number of devices.
+            mesh: dict of ints; the recipe's if `None`.
+
+        Returns:
+            `Resolved`.
+        """
+        plan = self.recipe.planned.get(str(chips))
+        if plan is None:
+            return self
+        mesh = mesh or self.recipe.mesh_for(chips)
+        rows = self.recipe.batch_size // (mesh["data"] * mesh["fsdp"])
+        # The fewest parts of a device's rows that are small enough.
+        parts = (n for n in range(1, rows + 1) if rows % n == 0)
+        planned = {
+            "micro_batches": next((n for n in parts if rows <= n * plan["rows"]), 1),
+            "rematerialize": plan["rematerialize"],
+        }
+        published = _published(self.preset).sources
+        changes = {
+            name: value
+            for name, value in planned.items()
+            if self.sources[name] == published[name]
+        }
+        sources = dict.fromkeys(changes, self.sources["planned"])
+        recipe = self.recipe.replace(**changes)
+        return Resolved(self.preset, recipe, {**self.sources, **sources})
 
     def mesh_source(self, chips):
         """Where `recipe.mesh_for(chips)` comes from: string."""
@@ -330,7 +368,7 @@ def _parsed(preset, settings, where):
     missing = [
         name
         for name, field in SETTINGS.items()
-        if field.default is dataclasses.MISSING and name not in settings
+        if field.default is field.default_factory and name not in settings
     ]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}. Add them.")
@@ -365,7 +403,7 @@ def _read_yaml(path):
 
 
 def _shown(name, value):
-    if name == "meshes" and value:
+    if name in ("meshes", "planned") and value:
         chips = [int(number) for number in value]
         value = f"{'-'.join(map(str, sorted({min(chips), max(chips)})))} chips"
     return _shortened("none" if value in (None, {}) else str(value), 24)

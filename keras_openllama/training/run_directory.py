@@ -23,8 +23,9 @@ _FIXED = (
 )
 # What does not change the course of a run.
 _FREE = (
-    *("meshes", "micro_batches", "rematerialize", "milestone_every", "save_every"),
-    *("keep_last", "validate_every", "validation_batches", "sample_every"),
+    *("meshes", "planned", "micro_batches", "rematerialize"),
+    *("milestone_every", "save_every", "keep_last"),
+    *("validate_every", "validation_batches", "sample_every"),
     "max_skipped_steps",
     "mixture",  # Whose weights are compared, see `mixture_from`.
 )

@@ -1,5 +1,6 @@
 """Rotary embedding: what makes it one, its layout, and its scaling."""
 
+import keras
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,11 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from keras_openllama.layers import RotaryEmbedding
-from keras_openllama.layers.rotary_embedding import rotate
+from keras_openllama.layers.rotary_embedding import (
+    _rotate,
+    _rotate_by_product,
+    rotate,
+)
 
 
 def as_numpy(pair):
@@ -34,6 +39,17 @@ def test_rotation_is_that_of_transformers(head_dim):
     np.testing.assert_allclose(
         ops.convert_to_numpy(rotate(x, cos, sin)), expected.numpy(), atol=1e-5
     )
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="It is for TPUs.")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotation_by_a_product_is_the_same_to_the_bit(dtype):
+    x = ops.cast(vectors(2, 40, 100), dtype)
+    cos, sin = RotaryEmbedding(100)(np.arange(40)[None])
+    # Compiled, sums and products of either may be fused to one rounding or two.
+    plain, by_product = _rotate(x, cos, sin), _rotate_by_product(x, cos, sin)
+    assert by_product.dtype == plain.dtype
+    np.testing.assert_array_equal(plain, by_product)
 
 
 def test_rotation_keeps_lengths():

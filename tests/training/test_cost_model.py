@@ -154,6 +154,29 @@ def test_each_hop_of_a_ring_costs_time():
     assert found.exposed_seconds == pytest.approx(SECONDS + 3e-3)
 
 
+def test_an_all_reduce_over_a_torus_goes_round_its_axes():
+    rings = "StrategyND{colors:3 phases:3 cores:{8 4 8},{4 8 8},{8 8 4}"
+    groups = f"replica_groups=[1,256]<=[256], to_apply=%add, {rings}"
+    found = cost(
+        f"%c = f32[2] all-reduce(%x), {groups}", prices=Prices(hop_seconds=1e-3)
+    )
+    # There and back: 7, 3 and 7 steps. The bytes are next to nothing.
+    assert found.exposed_seconds == pytest.approx(34e-3, rel=1e-5)
+
+
+def test_bytes_of_an_all_to_all_go_a_quarter_of_the_ring():
+    groups = "replica_groups=[1,16]<=[16]"
+    found = cost(f"%c = {GATHERED} all-to-all(%x), {groups}")
+    # 100 MB of each of 16 chips, each byte over 4 links, of which there are 32.
+    assert found.exposed_seconds == pytest.approx(16 * 100e6 * 4 / 32 / 50e9)
+
+
+def test_what_a_reduction_scatters_counts_before_it_is_reduced():
+    groups = "replica_groups=[1,4]<=[4], to_apply=%add"
+    found = cost(f"%c = bf16[12500000] reduce-scatter(%elsewhere), {groups}")
+    assert found.exposed_seconds == pytest.approx(SECONDS)
+
+
 # What starts a collective, and waits for it, as the compiler writes them: as operations
 # of their own, and as fusions.
 PAIRS = {

@@ -281,6 +281,14 @@ def test_a_run_cut_short_in_a_save_ends_as_one_that_was_not(run, whole, cut_shor
     assert not torn.exists()
 
 
+def test_a_run_in_bfloat16_goes_on_to_the_same_bits(run, tmp_path):
+    overrides = dict(precision="mixed_bfloat16", rematerialize="products")
+    run(tmp_path / "whole", **overrides)
+    again = rewound(tmp_path / "whole", tmp_path / "again")
+    run(again, **overrides)
+    assert course(again) == course(tmp_path / "whole")
+
+
 def test_a_run_with_muon_goes_on_to_the_same_end(run, tmp_path):
     settings = {"optimizer": "muon", "steps": 6, "save_every": 2}
     run(tmp_path / "whole", **settings)

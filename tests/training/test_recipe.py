@@ -209,10 +209,63 @@ def test_a_number_of_chips_is_a_number():
         recipes.from_preset("7b").mesh_for(0)
 
 
+# ----- What is planned for a number of chips
+
+
+def resolved_with(plan, **overrides):
+    planned = {"256": plan}
+    return recipes.resolve("7b", overrides={"planned": planned, **overrides})
+
+
+def test_a_plan_gives_parts_of_the_batch_and_what_is_kept():
+    resolved = resolved_with({"rows": 4, "rematerialize": "products"})
+    recipe = resolved.on(256).recipe  # 8 rows for each chip.
+    assert (recipe.micro_batches, recipe.rematerialize) == (2, "products")
+    assert resolved.on(256).sources["micro_batches"] == "command line"
+    assert resolved.on(64) == resolved  # Nothing is planned for them.
+
+
+def test_what_is_given_goes_before_what_is_planned():
+    plan = {"rows": 4, "rematerialize": "products"}
+    recipe = resolved_with(plan, rematerialize="full").on(256).recipe
+    assert (recipe.micro_batches, recipe.rematerialize) == (2, "full")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "mesh", "parts"),
+    [(2048, None, 2), (256, None, 1), (1536, None, 2), (2048, (1, 128, 2), 4)],
+)
+def test_rows_at_a_time_are_at_most_those_planned(batch_size, mesh, parts):
+    plan = {"rows": 4, "rematerialize": "products"}
+    mesh = mesh and dict(zip(("data", "fsdp", "model"), mesh, strict=True))
+    recipe = resolved_with(plan, batch_size=batch_size).on(256, mesh).recipe
+    assert recipe.micro_batches == parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_planned_divides_the_batch(name):
+    resolved = recipes.resolve(name)
+    for chips, plan in resolved.recipe.planned.items():
+        recipe = resolved.on(int(chips)).recipe
+        mesh = recipe.mesh_for(int(chips))
+        rows = recipe.batch_size // (mesh["data"] * mesh["fsdp"])
+        assert rows == recipe.micro_batches * plan["rows"]
+        assert recipe.rematerialize == plan["rematerialize"]
+
+
+@pytest.mark.parametrize(
+    "plan", [{"rows": 4}, {"rows": 0, "rematerialize": "full"}, 4, {}]
+)
+def test_a_plan_is_rows_and_what_is_kept(plan):
+    with pytest.raises(ValueError, match=r"planned\[256\]"):
+        resolved_with(plan)
+
+
 # ----- What is refused
 
 WRONG = {
     "mixture": ["v3", "none", 2, ["v1"]],
+    "planned": [{"8": {"rows": 2}}, {"8": {"rows": 0, "rematerialize": "full"}}, 8],
     "sequence_length": [0, "2048", 2048.0],
     "batch_size": [0, True, 1.5],
     "steps": ["1e5", 0, None],

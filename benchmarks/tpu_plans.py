@@ -1,0 +1,137 @@
+"""Plans of each size for slices of TPUs: a table, and a picture; none of it was run.
+
+    python benchmarks/tpu_plans.py
+        compiles what is not yet in docs/tpu_plans.json, a minute each, and writes the
+        table and the picture beside it
+
+The recipe's own choice of mesh, rows and memory is taken; `train/pretrain.py --plan`
+compares it with its neighbours. Needs the extra `plan`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from matplotlib.figure import Figure
+
+from keras_openllama.training import planning, recipe
+
+# A v4-8 has 8 cores, which are 4 chips. One preset of each size: v1 and v2 are alike.
+SLICES = {
+    "v4-8": "v4:2x2x1",
+    "v4-16": "v4:2x2x2",
+    "v4-32": "v4:2x2x4",
+    "v4-64": "v4:2x4x4",
+    "v4-128": "v4:4x4x4",
+    "v4-256": "v4:4x4x8",
+    "v4-512": "v4:4x8x8",
+}
+PRESETS = ("3b_v3", "7b_v2", "13b")
+KEPT = (
+    *("preset", "topology", "chips", "mesh", "rematerialize", "micro_batches"),
+    *("peak_memory_bytes", "step_seconds", "matmul_seconds", "compute_seconds"),
+    *("kernel_seconds", "collective_seconds", "exposed_collective_seconds"),
+    *("tokens_per_second_per_chip", "mfu", "days", "compile_seconds"),
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--presets", nargs="+", default=PRESETS)
+    parser.add_argument("--slices", nargs="+", default=SLICES, choices=SLICES)
+    parser.add_argument("--output", default="docs/tpu_plans.json", metavar="FILE")
+    options = parser.parse_args()
+    path = Path(options.output)
+    path.parent.mkdir(exist_ok=True)
+    plans = json.loads(path.read_text()) if path.exists() else {}
+    for preset in options.presets:
+        for name in options.slices:
+            key = f"{preset} {name}"
+            if key not in plans and _is_planned(preset, SLICES[name]):
+                plans[key] = planned(preset, SLICES[name])
+                path.write_text(json.dumps(plans, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(plans) + "\n")
+    draw(plans, path.with_suffix(".png"))
+    print(table(plans))
+
+
+def _is_planned(preset, topology):
+    """Whether the recipe has a plan for so many chips; else the model does not fit."""
+    _, devices = planning.devices_of(topology)
+    return str(len(devices)) in recipe.from_preset(preset).planned
+
+
+def planned(preset, topology):
+    """The figures of a plan that are kept, or why there is none."""
+    try:
+        found = planning.plan(recipe.resolve(preset), topology, alone=True)
+    except planning.DoesNotFit as error:
+        return {"reason": str(error)}
+    return {name: found[name] for name in KEPT}
+
+
+def table(plans):
+    """Lines of Markdown."""
+    lines = [
+        "| plan | chips | data x fsdp | rows at a time | peak GiB | s/step | "
+        "around products | other | kernels | waiting | tokens/s/chip | MFU | days |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, plan in plans.items():
+        if "reason" in plan:
+            lines.append(f"| {key} | {plan['reason']} |")
+            continue
+        step, mesh = plan["step_seconds"], plan["mesh"]
+        batch = recipe.from_preset(plan["preset"]).batch_size
+        rows = batch // mesh["data"] // mesh["fsdp"] // plan["micro_batches"]
+        other = plan["compute_seconds"] - plan["matmul_seconds"]
+        parts = (
+            *(plan["matmul_seconds"], other),
+            *(plan["kernel_seconds"], plan["exposed_collective_seconds"]),
+        )
+        cells = (
+            *(key, plan["chips"], f"{mesh['data']} x {mesh['fsdp']}", rows),
+            *(f"{plan['peak_memory_bytes'] / 2**30:.1f}", f"{step:.2f}"),
+            *(f"{part / step:.0%}" for part in parts),
+            f"{plan['tokens_per_second_per_chip']:,.0f}",
+            *(f"{plan['mfu']:.0%}", f"{plan['days']:,.0f}"),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def draw(plans, path):
+    """Rate of a chip and days of the run, by the chips of a slice."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    rates, days = figure.subplots(1, 2)
+    for preset in dict.fromkeys(key.split()[0] for key in plans):
+        found = [
+            plan
+            for key, plan in plans.items()
+            if key.split()[0] == preset and "reason" not in plan
+        ]
+        chips = [plan["chips"] for plan in found]
+        mfu = [100 * plan["mfu"] for plan in found]
+        rates.plot(chips, mfu, "o-", label=preset)
+        days.plot(chips, [plan["days"] for plan in found], "o-", label=preset)
+    rates.set(title="MFU in %, planned", ylim=(0, 80))
+    days.set(title="days of the whole run, planned", yscale="log")
+    for axes in (rates, days):
+        axes.set(xscale="log", xlabel="chips of TPU v4", xticks=[4, 16, 64, 256])
+        axes.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
