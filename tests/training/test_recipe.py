@@ -265,7 +265,7 @@ def test_a_plan_is_rows_and_what_is_kept(plan):
 
 WRONG = {
     "mixture": ["v3", "none", 2, ["v1"]],
-    "planned": [{"8": {"rows": 2}}, {"8": {"rows": 0, "rematerialize": "full"}}, 8],
+    "planned": [8, [4], None],
     "sequence_length": [0, "2048", 2048.0],
     "batch_size": [0, True, 1.5],
     "steps": ["1e5", 0, None],

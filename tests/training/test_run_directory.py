@@ -116,6 +116,7 @@ COURSE = {
 }
 FREE = {
     "meshes": {"2": {"fsdp": 2}},
+    "planned": {"2": {"rows": 1, "rematerialize": "full"}},
     "micro_batches": 2,
     "rematerialize": "full",
     "milestone_every": 7,
