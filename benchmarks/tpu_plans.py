@@ -21,6 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from matplotlib.figure import Figure
 
 from keras_openllama.training import planning, recipe
+from keras_openllama.training.compiled_step import DoesNotFit, devices_of
 
 # A v4-8 has 8 cores, which are 4 chips. One preset of each size: v1 and v2 are alike.
 SLICES = {
@@ -65,7 +66,7 @@ def main():
 
 def _is_planned(preset, topology):
     """Whether the recipe has a plan for so many chips; else the model does not fit."""
-    _, devices = planning.devices_of(topology)
+    _, devices = devices_of(topology)
     return str(len(devices)) in recipe.from_preset(preset).planned
 
 
@@ -73,7 +74,7 @@ def planned(preset, topology):
     """The figures of a plan that are kept, or why there is none."""
     try:
         found = planning.plan(recipe.resolve(preset), topology, alone=True)
-    except planning.DoesNotFit as error:
+    except DoesNotFit as error:
         return {"reason": str(error)}
     return {name: found[name] for name in KEPT}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keras_openllama.training import planning
+from keras_openllama.training.compiled_step import devices_of
 from keras_openllama.training.cost_model import price
 
 optax = pytest.importorskip("optax")
@@ -137,7 +137,7 @@ def arguments(mesh):
 
 
 def test_the_step_that_was_measured_is_priced_as_it_ran():
-    chip, devices = planning.devices_of(TOPOLOGY)
+    chip, devices = devices_of(TOPOLOGY)
     mesh = Mesh(np.array(devices).reshape(MESH), AXES)
     shapes = arguments(mesh)
     kept = jax.tree.map(lambda struct: struct.sharding, shapes[:2])

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from keras_openllama.training import planning
+from keras_openllama.training import choices
 from keras_openllama.training import recipe as recipes
+from keras_openllama.training.compiled_step import DoesNotFit, devices_of
 
 pytestmark = pytest.mark.backend_free
 
@@ -44,13 +45,13 @@ def run(*arguments, script=("train/pretrain.py",)):
 @pytest.mark.parametrize("topology", ["v4", "v3:2x2", "v4:4", "v4:2x2x", "4x8x8"])
 def test_what_is_no_topology_is_refused(topology):
     with pytest.raises(ValueError, match=r"such as v4:4x8x8\. Received: '"):
-        planning.devices_of(topology)
+        devices_of(topology)
 
 
 @needs_compiler
 def test_a_topology_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="'v4:3x1x1' is not known"):
-        planning.devices_of("v4:3x1x1")
+        devices_of("v4:3x1x1")
 
 
 SEVEN_B = {
@@ -62,7 +63,7 @@ SEVEN_B = {
     "head_dim": 128,
 }
 RECIPE = recipes.from_preset("7b_v2")
-CHOICE = planning.Choice({"data": 4, "fsdp": 64, "model": 1}, "products", 2)
+CHOICE = choices.Choice({"data": 4, "fsdp": 64, "model": 1}, "products", 2)
 
 
 def changed(**changes):
@@ -70,7 +71,7 @@ def changed(**changes):
 
 
 def test_neighbours_differ_in_one_thing():
-    found = planning.neighbours(CHOICE, SEVEN_B, RECIPE)
+    found = choices.neighbours(CHOICE, SEVEN_B, RECIPE)
     assert found == [
         changed(micro_batches=4),
         changed(micro_batches=1),
@@ -83,14 +84,14 @@ def test_neighbours_differ_in_one_thing():
 def test_neighbours_divide_the_batch():
     # A row for each chip and part, and one group of chips: there is nothing to halve.
     choice = changed(mesh={"data": 1, "fsdp": 256, "model": 1}, micro_batches=8)
-    found = planning.neighbours(choice, SEVEN_B, RECIPE)
+    found = choices.neighbours(choice, SEVEN_B, RECIPE)
     assert {c.micro_batches for c in found} == {4, 8}
     assert {c.mesh["data"] for c in found} == {1, 2}
 
 
 def test_what_is_kept_is_counted_by_the_policy():
     def gigabytes(**changes):
-        return planning.kept_bytes(changed(**changes), SEVEN_B, RECIPE) / 1e9
+        return choices.kept_bytes(changed(**changes), SEVEN_B, RECIPE) / 1e9
 
     tokens = 4 * 2048  # Of a chip, at a time.
     states = tokens * 4096 * 2 * 32 / 1e9  # Of all layers, in bfloat16.
@@ -108,19 +109,19 @@ def test_the_nearest_that_fits_keeps_what_it_can():
     def attempt(choice):
         tried.append(choice)
         if choice.micro_batches < 8:
-            raise planning.DoesNotFit("too much", 1)
+            raise DoesNotFit("too much", 1)
         return {"tokens_per_second_per_chip": 3456.7, "peak_memory_bytes": 3 << 33}
 
-    error = planning.DoesNotFit("too much", 5 * 10**9)
-    text = planning.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, attempt, error)
+    error = DoesNotFit("too much", 5 * 10**9)
+    text = choices.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, attempt, error)
     assert tried == [changed(micro_batches=4), changed(micro_batches=8)]
     assert "--set rematerialize=products --set micro_batches=8" in text
     assert "3,457 tokens/s/chip and 24.0 GiB" in text
 
 
 def test_where_nothing_fits_more_chips_are_asked_for():
-    error = planning.DoesNotFit("too much", 10**12)
-    text = planning.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, None, error)
+    error = DoesNotFit("too much", 10**12)
+    text = choices.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, None, error)
     assert text == "No other choice was found to fit; take more chips."
 
 
