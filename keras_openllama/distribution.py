@@ -17,7 +17,7 @@ ROWS = ("data", "fsdp")  # The axes that share the rows of a batch.
 LANES = 128  # The width of a TPU's vector registers.
 
 # Kernels are (outputs, inputs). What heads, the feed-forward network and the vocabulary
-# divide is on the model's axis, the rest on that of fsdp.
+# divide is on the model's axis, the rest on that of fsdp. (But see `_divides_outputs`.)
 _LAYOUTS = {
     r"token_embedding/embeddings": ("model", "data"),
     r"transformer_layer_\d+/self_attention/(query|key|value)/kernel": ("model", "data"),

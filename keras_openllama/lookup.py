@@ -12,9 +12,9 @@ from keras_openllama.distribution import ROWS
 def look_up(table, token_ids, mesh, dtype):
     """Rows of a table, for the tokens of a batch.
 
-    Each device gathers its part of the vocabulary once, in the dtype of the result; its
-    gradient adds up in float32 and is reduced once. XLA, left alone, would reduce the
-    gradient of the whole table over all devices.
+    Each device gathers its part of the vocabulary, in the dtype of the result; its
+    gradient adds up in float32 and is then reduced to the device's part. XLA, left
+    alone, would reduce the gradient of the whole table over all devices.
 
     Args:
         table: float32 `(vocabulary_size, hidden_dim)`, over `model` and `fsdp`.

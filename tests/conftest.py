@@ -9,8 +9,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# The TPU compiler is installed, for plans; no test looks for a TPU.
+# The TPU compiler, where the Makefile puts it, is for plans; no test looks for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.append(str(Path(sys.prefix, "tpu-compiler")))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [os.environ.get("PYTHONPATH"), sys.path[-1]])
+)
 
 # Programs compiled by tests are no use to anyone: not into the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")

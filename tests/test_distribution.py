@@ -1,5 +1,6 @@
 """Training over eight devices is training on one; rules and meshes, good and bad."""
 
+import dataclasses
 import json
 import re
 
@@ -100,7 +101,7 @@ def exchanged(lm, distribution):
     lines = step.as_text().splitlines()
     lines = [l for l in lines if re.search(r" (all|collective|reduce)-[\\w-]+\\(", l)]
     return [
-        [int(size) for size in shape.split(",")]
+        [re.search(r" ([a-z-]+)\\(", line)[1], *map(int, shape.split(","))]
         for line in lines
         for shape in re.findall(r"f\\d+\\[([\\d,]+)\\]", line.split("(%")[0])
     ]
@@ -192,12 +193,36 @@ def test_fit_has_the_losses_of_one_device(results, layout):
 
 
 def test_devices_of_fsdp_exchange_weights_and_never_activations(results):
-    shapes = results["exchanged"]
+    shapes = [shape for _, *shape in results["exchanged"]]
     assert [96, 64] in shapes  # A kernel of the feed-forward network.
     assert [s for s in shapes if 40 in s or 32 * 40 in s] == []
 
 
+def test_no_gradient_is_reduced_as_a_whole(results):
+    reduced = [shape for kind, *shape in results["exchanged"] if kind == "all-reduce"]
+    assert [192, 64] not in reduced  # That of the embeddings, or of the head.
+
+
 # ----- Rules
+
+
+@pytest.mark.parametrize("width", [96, 256])
+def test_outputs_are_divided_where_that_is_faster(width):
+    lm = random_lm(dataclasses.replace(SHAPES[2], intermediate_dim=width))
+    parallel = OpenLlamaParallel(one_device())
+    specs = {
+        variable.path.split("/")[-2]: parallel.get_variable_layout(
+            variable
+        ).backend_layout.spec
+        for variable in lm.backbone.transformer_layers[0].trainable_variables
+    }
+    joint, apart = (("model", "fsdp"), None), ("model", "fsdp")
+    for name in ("query", "key", "value"):
+        assert tuple(specs[name]) == joint
+    for name in ("gate", "up"):  # 256 outputs fill vectors of 128, 96 do not.
+        assert tuple(specs[name]) == (apart if width == 256 else joint)
+    for name in ("output", "down"):
+        assert tuple(specs[name]) == ("fsdp", "model")
 
 
 def one_device(axes=AXES):

@@ -27,6 +27,7 @@ BEGAN = time.monotonic()
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import logging  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
@@ -92,7 +93,10 @@ def parse_arguments(arguments):
         help="YAML file of settings; the command line goes before it",
     )
     recipe.add_argument(
-        "--show", action="store_true", default=False, help="print the recipe and end"
+        "--show",
+        action="store_true",
+        default=False,
+        help="print the recipe and end; with --mesh, as so many chips run it",
     )
     parser.add_argument(
         "--mesh",
@@ -256,7 +260,8 @@ def main(arguments=None):
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if options.show:
-        print(resolved.table())
+        there = resolved.on(math.prod(mesh.values()), mesh) if mesh else resolved
+        print(there.table())
         return 0
     if options.plan:
         return plan_run(parser, options, resolved, mesh)

@@ -284,8 +284,6 @@ class CausalSelfAttention(keras.layers.Layer):
         cache: `None`, or a pair of tensors
             `(num_key_value_heads * batch, columns, head_dim)`, see `write`.
         column: int scalar, where in the cache the keys and values of `x` go.
-        attend: callable with the arguments of `attend_to_past`, which it is unless
-            given; for what uses no cache.
 
     Returns:
         The output `(batch, length, hidden_dim)`; with a cache, a pair of it and the
@@ -335,10 +333,10 @@ class CausalSelfAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], query_dim))
 
-    def call(self, x, cos, sin, mask, cache=None, column=None, attend=attend_to_past):
+    def call(self, x, cos, sin, mask, cache=None, column=None):
         query, key, value = self.heads(x, cos, sin)
         if cache is None:
-            return self.project(attend(query, key, value, mask))
+            return self.project(attend_to_past(query, key, value, mask))
         cache = tuple(
             write(tensor, heads_first(update), column)
             for tensor, update in zip(cache, (key, value), strict=True)
@@ -374,7 +372,7 @@ class CausalSelfAttention(keras.layers.Layer):
         x = ops.reshape(x, (batch, length, heads, self.head_dim))
         return ops.transpose(x, (0, 2, 1, 3))
 
-    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None, **_):
+    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
         output = keras.KerasTensor(x.shape, self.compute_dtype)
         return output if cache is None else (output, cache)
 

@@ -22,9 +22,10 @@ class DecoderLayer(keras.layers.Layer):
         layer_norm_epsilon: float, epsilon of both norms.
         initializer_std: float, standard deviation of the initial weights.
 
-    Call arguments: those of `CausalSelfAttention`, and
-        rematerialize, in_scan: string and bool, see `rematerialization`; for what
-            uses no cache.
+    Call arguments: those of `CausalSelfAttention`; and without a cache
+        attend: callable with the arguments of `attend_to_past`, which it is unless
+            given.
+        rematerialize, in_scan: string and bool, see `rematerialization`.
 
     Returns:
         The hidden states `(batch, length, hidden_dim)`; with a cache, a pair of them

@@ -88,7 +88,7 @@ def _rotate_by_product(x, cos, sin):
     """The same where halves of a vector are costly to take, but products are not.
 
     On a TPU the halves would be float32 copies, which take as long as the projection
-    (`train/README.md`). A product with zeros and ones is exact.
+    (`docs/tpu.md`). A product with zeros and ones is exact.
     """
     half = x.shape[-1] // 2
     eye, zeros = np.eye(half), np.zeros((half, half))

@@ -113,6 +113,7 @@ def nearest_that_fits(choice, config, recipe, attempt, error):
         dataclasses.replace(choice, rematerialize=p, micro_batches=n)
         for p in after
         for n in (choice.micro_batches * 2**k for k in range(8))
+        if (p, n) != (choice.rematerialize, choice.micro_batches)
     ]
     least = kept_bytes(choice, config, recipe) - error.excess
     candidates = [
@@ -121,7 +122,8 @@ def nearest_that_fits(choice, config, recipe, attempt, error):
         if _divides(c, choice.mesh, config, recipe)
         and kept_bytes(c, config, recipe) <= least
     ]
-    for candidate in candidates[:TRIES]:
+    # The last one keeps least: if that does not fit, nothing does.
+    for candidate in [*candidates[: TRIES - 1], *candidates[TRIES - 1 :][-1:]]:
         try:
             found = attempt(candidate)
         except DoesNotFit:

@@ -205,7 +205,8 @@ class Resolved:
         """The recipe as so many chips run it.
 
         What is planned for them gives `micro_batches` and `rematerialize`, where a file
-        or the command line do not.
+        or the command line do not; but not for another precision or length of rows than
+        it was planned with.
 
         Args:
             chips: int, number of devices.
@@ -214,26 +215,32 @@ class Resolved:
         Returns:
             `Resolved`.
         """
-        plan = self.recipe.planned.get(str(chips))
-        if plan is None:
+        recipe, published = self.recipe, _published(self.preset)
+        plan = recipe.planned.get(str(chips))
+        mesh = mesh or recipe.mesh_for(chips)
+        groups = mesh["data"] * mesh["fsdp"]
+        larger = any(  # More memory for each row than was planned.
+            getattr(recipe, name) != getattr(published.recipe, name)
+            for name in ("precision", "sequence_length")
+        )
+        if plan is None or larger or recipe.batch_size % groups:
             return self
-        mesh = mesh or self.recipe.mesh_for(chips)
-        rows = self.recipe.batch_size // (mesh["data"] * mesh["fsdp"])
+        rows = recipe.batch_size // groups
         # The fewest parts of a device's rows that are small enough.
         parts = (n for n in range(1, rows + 1) if rows % n == 0)
         planned = {
             "micro_batches": next((n for n in parts if rows <= n * plan["rows"]), 1),
             "rematerialize": plan["rematerialize"],
         }
-        published = _published(self.preset).sources
         changes = {
             name: value
             for name, value in planned.items()
-            if self.sources[name] == published[name]
+            if self.sources[name] == published.sources[name]
         }
         sources = dict.fromkeys(changes, self.sources["planned"])
-        recipe = self.recipe.replace(**changes)
-        return Resolved(self.preset, recipe, {**self.sources, **sources})
+        return Resolved(
+            self.preset, recipe.replace(**changes), {**self.sources, **sources}
+        )
 
     def mesh_source(self, chips):
         """Where `recipe.mesh_for(chips)` comes from: string."""

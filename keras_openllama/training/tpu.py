@@ -52,6 +52,6 @@ def compiled(lowered, device):
             raise
     logging.getLogger(__name__).warning(
         "Gradients are reduced while nothing else is computed: to do both at once, a "
-        "core has too little memory here. A mesh with data=2 may be faster."
+        "core has too little memory here. If data is 1, data=2 may be faster."
     )
     return lowered.compile(GATHERS)

@@ -119,6 +119,24 @@ def test_the_nearest_that_fits_keeps_what_it_can():
     assert "3,457 tokens/s/chip and 24.0 GiB" in text
 
 
+def test_the_last_try_keeps_least():
+    tried = []
+
+    def attempt(choice):
+        tried.append(choice)
+        raise DoesNotFit("too much", 0)
+
+    text = choices.nearest_that_fits(
+        *(CHOICE, SEVEN_B, RECIPE, attempt), DoesNotFit("too much, it does not say", 0)
+    )
+    assert tried == [
+        changed(micro_batches=4),
+        changed(micro_batches=8),
+        changed(rematerialize="full", micro_batches=8),
+    ]
+    assert text.startswith("No other choice")
+
+
 def test_where_nothing_fits_more_chips_are_asked_for():
     error = DoesNotFit("too much", 10**12)
     text = choices.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, None, error)

@@ -225,6 +225,15 @@ def test_a_plan_gives_parts_of_the_batch_and_what_is_kept():
     assert resolved.on(64) == resolved  # Nothing is planned for them.
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"precision": "float32"}, {"sequence_length": 4096}, {"batch_size": 1001}],
+)
+def test_a_plan_is_for_what_it_was_made_for(change):
+    resolved = resolved_with({"rows": 4, "rematerialize": "products"}, **change)
+    assert resolved.on(256) == resolved
+
+
 def test_what_is_given_goes_before_what_is_planned():
     plan = {"rows": 4, "rematerialize": "products"}
     recipe = resolved_with(plan, rematerialize="full").on(256).recipe
@@ -265,7 +274,7 @@ def test_a_plan_is_rows_and_what_is_kept(plan):
 
 WRONG = {
     "mixture": ["v3", "none", 2, ["v1"]],
-    "planned": [8, [4], None],
+    "planned": [8, [4], None, {"v4-8": {"rows": 1, "rematerialize": "full"}}],
     "sequence_length": [0, "2048", 2048.0],
     "batch_size": [0, True, 1.5],
     "steps": ["1e5", 0, None],
