@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # Helpers shared by several test
 
 import keras
 import pytest
+
+# What a shell starts in the background ignores Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
