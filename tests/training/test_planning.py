@@ -180,7 +180,8 @@ def test_a_step_is_compiled_and_priced(tmp_path, arguments, script, chips):
 
 
 @needs_compiler
-@pytest.mark.slow  # Minutes.
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Minutes for each choice.
 def test_a_plan_is_compared_with_its_neighbours(tmp_path):
     path = tmp_path / "plan.json"
     arguments = ["--preset", "7b_v2", "--batch-size", "32", "--json", str(path)]
@@ -200,6 +201,7 @@ def test_a_plan_is_compared_with_its_neighbours(tmp_path):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_what_does_not_fit_says_by_how_much_and_what_would():
     kept = ["--set=rematerialize=products", "--set=micro_batches=32"]
     done = run("--preset", "7b_v2", "--topology", "v4:2x2x2", *kept)
