@@ -10,6 +10,7 @@ compares it with its neighbours. Needs the extra `plan`.
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from matplotlib.figure import Figure
 
 from keras_openllama.training import planning, recipe
-from keras_openllama.training.compiled_step import DoesNotFit, devices_of
+from keras_openllama.training.compiled_step import DoesNotFit
 
 # A v4-8 has 8 cores, which are 4 chips. One preset of each size: v1 and v2 are alike.
 SLICES = {
@@ -52,11 +53,16 @@ def main():
     options = parser.parse_args()
     path = Path(options.output)
     path.parent.mkdir(exist_ok=True)
-    plans = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        plans = json.loads(path.read_text()) if path.exists() else {}
+        recipes = {preset: recipe.from_preset(preset) for preset in options.presets}
+    except ValueError as error:
+        parser.error(f"{error} (--presets, or what is in {path})")
     for preset in options.presets:
         for name in options.slices:
             key = f"{preset} {name}"
-            if key not in plans and _is_planned(preset, SLICES[name]):
+            # Where the recipe has no plan for so many chips the model does not fit.
+            if key not in plans and chips_of(name) in recipes[preset].planned:
                 plans[key] = planned(preset, SLICES[name])
                 path.write_text(json.dumps(plans, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(plans) + "\n")
@@ -64,10 +70,10 @@ def main():
     print(table(plans))
 
 
-def _is_planned(preset, topology):
-    """Whether the recipe has a plan for so many chips; else the model does not fit."""
-    _, devices = devices_of(topology)
-    return str(len(devices)) in recipe.from_preset(preset).planned
+def chips_of(name):
+    """How many chips a slice has, as recipes have it: a string."""
+    _, _, shape = SLICES[name].partition(":")
+    return str(math.prod(map(int, shape.split("x"))))
 
 
 def planned(preset, topology):
@@ -125,8 +131,10 @@ def draw(plans, path):
         days.plot(chips, [plan["days"] for plan in found], "o-", label=preset)
     rates.set(title="MFU in %, planned", ylim=(0, 80))
     days.set(title="days of the whole run, planned", yscale="log")
+    ticks = [10, 30, 100, 300]
+    days.set_yticks(ticks, labels=map(str, ticks))
     for axes in (rates, days):
-        axes.set(xscale="log", xlabel="chips of TPU v4", xticks=[4, 16, 64, 256])
+        axes.set(xscale="log", xlabel="chips of TPU v4")
         axes.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

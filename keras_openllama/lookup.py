@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from keras_openllama.distribution import ROWS
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def look_up(table, token_ids, mesh, dtype):
     """Rows of a table, for the tokens of a batch.
 
@@ -25,11 +26,7 @@ def look_up(table, token_ids, mesh, dtype):
     Returns:
         `(batch, length, hidden_dim)` in that dtype.
     """
-    return _look_up(mesh, dtype, table, token_ids)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _look_up(mesh, dtype, table, token_ids):
     def of_device(table, token_ids):
         table = jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
         rows, here = _own(token_ids, len(table))
@@ -41,8 +38,8 @@ def _look_up(mesh, dtype, table, token_ids):
     )
 
 
-def _forward(mesh, dtype, table, token_ids):
-    return _look_up(mesh, dtype, table, token_ids), (table, token_ids)
+def _forward(table, token_ids, mesh, dtype):
+    return look_up(table, token_ids, mesh, dtype), (table, token_ids)
 
 
 def _backward(mesh, dtype, residuals, gradient):
@@ -62,7 +59,7 @@ def _backward(mesh, dtype, residuals, gradient):
     return reduced(token_ids, gradient).astype(table.dtype), None
 
 
-_look_up.defvjp(_forward, _backward)
+look_up.defvjp(_forward, _backward)
 
 _TABLE, _IDS = P("model", "fsdp"), P(ROWS, None)
 

@@ -76,10 +76,12 @@ def _mesh(name, chips, axes):
 
 def planned(name, value):
     """By number of chips, how much a device does at once; see `Recipe.planned`."""
-    if not isinstance(value, dict):
-        _refuse(name, value, "plans by number of chips, such as {8: {rows: 2}}")
-    if not all(str(chips).isdecimal() for chips in value):
-        _refuse(name, value, "plans by number of chips, such as {8: {rows: 2}}")
+    if not isinstance(value, dict) or not all(str(n).isdecimal() for n in value):
+        _refuse(
+            name,
+            value,
+            "by number of chips, such as {8: {rows: 2, rematerialize: full}}",
+        )
     return {str(chips): _plan(f"{name}[{chips}]", value[chips]) for chips in value}
 
 

@@ -229,7 +229,7 @@ class Resolved:
         # The fewest parts of a device's rows that are small enough.
         parts = (n for n in range(1, rows + 1) if rows % n == 0)
         planned = {
-            "micro_batches": next((n for n in parts if rows <= n * plan["rows"]), 1),
+            "micro_batches": next(n for n in parts if rows <= n * plan["rows"]),
             "rematerialize": plan["rematerialize"],
         }
         changes = {

@@ -27,9 +27,9 @@ pytestmark = [
 LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 32, 4096, 11008, 32, 128, 32000
 ROWS, LENGTH = 2048, 2048
 TOPOLOGY, AXES, MESH = "v4:4x8x8", ("data", "fsdp"), (4, 64)
-# What the compiler's cycles come to with layers that are not scanned. Of the real
-# machine "over 2200" was published.
+# What the compiler's cycles come to with layers that are not scanned.
 TOKENS_PER_SECOND_PER_CHIP = 2316
+MEASURED = 2200  # "Over" it, by `openlm-research/open_llama`, README.md.
 
 # Weights, and which of their axes are divided.
 IN, OUT, WHOLE = ("fsdp", None), (None, "fsdp"), (None,)
@@ -145,6 +145,9 @@ def test_the_step_that_was_measured_is_priced_as_it_ran():
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*kept, None))
         program = jitted.lower(*shapes).compile()
-    seconds = price(program.as_text(), chip).compute_seconds
-    rate = ROWS * LENGTH / len(devices) / seconds
-    assert rate == pytest.approx(TOKENS_PER_SECOND_PER_CHIP, rel=0.1)
+    cost = price(program.as_text(), chip)
+    tokens = ROWS * LENGTH / len(devices)
+    computed = tokens / cost.compute_seconds
+    assert computed == pytest.approx(TOKENS_PER_SECOND_PER_CHIP, rel=0.1)
+    # With all its collectives in the open, which the real one may have hidden in part.
+    assert tokens / cost.step_seconds == pytest.approx(MEASURED, rel=0.1)
