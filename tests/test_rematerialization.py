@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import SHAPES, batch, random_lm
 
-from keras_openllama.rematerialization import POLICIES, check_policy
+from keras_openllama.rematerialization import POLICIES, check_policy, rematerialized
 
 ON_JAX = keras.config.backend() == "jax"
 if ON_JAX:
@@ -93,6 +93,17 @@ def test_more_is_computed(programs):
     assert operations["products"] < operations["none"] + gate_and_up / 4
     assert operations["projections"] > operations["none"] + gate_and_up
     assert operations["full"] > 1.1 * operations["projections"]
+
+
+@on_jax
+@pytest.mark.parametrize("in_scan", [False, True])
+def test_xla_is_kept_from_finding_out_but_where_it_cannot(in_scan):
+    def block(x):
+        return jax.numpy.sin(jax.numpy.sin(x))
+
+    again = rematerialized("full", block, "full", in_scan=in_scan)
+    program = jax.jit(jax.grad(again)).lower(1.0).as_text()
+    assert ("optimization_barrier" in program) == (not in_scan)
 
 
 @on_jax
