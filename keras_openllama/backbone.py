@@ -6,7 +6,7 @@ import weakref
 import keras
 from keras import ops
 
-from keras_openllama import presets
+from keras_openllama import adapters, presets
 from keras_openllama._keras_hub import Backbone, classproperty
 from keras_openllama.architecture import ARGUMENTS, checked
 from keras_openllama.distribution import layout_map
@@ -152,6 +152,7 @@ class OpenLlamaBackbone(Backbone):
         # The layers that tasks have put on top, see `add_head`. Weakly: Keras would
         # track them as layers of the backbone, and save them with it.
         self._heads = weakref.WeakSet()
+        self._merged = ()  # Of `adapters.merge`.
 
     @classmethod
     def from_preset(
@@ -245,28 +246,84 @@ class OpenLlamaBackbone(Backbone):
         """
         self._heads.add(layer)
 
-    def enable_lora(self, rank, target_layer_names=None):
+    def enable_lora(self, rank, target_layer_names=None, alpha=None):
         """Adds low-rank adapters (LoRA, arXiv:2106.09685) and freezes all the rest.
 
         Afterwards the trainable variables of the backbone, and of a task around it,
-        are exactly the adapters.
+        are exactly the adapters. They are float32 whatever the model is; so it may be
+        bfloat16, or quantized to int8.
 
         Args:
             rank: int, rank of the adapters.
             target_layer_names: list of strings among `"query"`, `"key"`, `"value"`,
                 `"output"`, `"gate"`, `"up"`, `"down"`. Defaults to query and value.
+            alpha: float; what adapters add is scaled by `alpha / rank`. Defaults to
+                `rank`.
 
         Raises:
-            ValueError: for a name that is no projection of this network.
+            ValueError: for a name that is no projection of this network, a rank or
+                alpha that is not positive, or if there are adapters already.
+
+        Example:
+
+        ```python
+        lm.backbone.enable_lora(16, ["query", "key", "value", "output"], alpha=32)
+        ```
         """
-        if target_layer_names is not None:
-            unknown = sorted(set(target_layer_names) - set(PROJECTIONS))
-            if unknown or not target_layer_names:
-                raise ValueError(
-                    "`target_layer_names` takes a list of names among "
-                    f"{PROJECTIONS}. Received: {target_layer_names}"
-                )
+        names = target_layer_names
+        if names is not None and (
+            isinstance(names, str) or not names or set(names) - set(PROJECTIONS)
+        ):
+            raise ValueError(
+                "`target_layer_names` takes a list of names among "
+                f"{PROJECTIONS}. Received: {names!r}"
+            )
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"`rank` is a whole number from 1 on. Received: {rank!r}")
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"`alpha` is a positive number. Received: alpha={alpha!r}")
+        if adapters.adapted_layers(self) or self._merged:
+            raise ValueError(
+                f"This model has adapters (rank {self._lora_rank}). They can be added "
+                "once: load the model again for others, or put them into its weights "
+                "for good with `merge_lora(reversible=False)`."
+            )
         super().enable_lora(rank, target_layer_names)
+        for layer in adapters.adapted_layers(self):
+            layer.lora_alpha = rank if alpha is None else alpha
+        for head in self._heads:
+            head.trainable = False
+
+    def merge_lora(self, reversible=True):
+        """Puts the adapters into the weights, and takes them off.
+
+        The model is then as if it never had any: as fast, and all of it trainable.
+
+        Args:
+            reversible: bool, whether to keep the weights as they are now, on the host,
+                for `unmerge_lora`: as much memory as the adapted matrices have.
+
+        Raises:
+            ValueError: if there are no adapters, or the model is quantized.
+        """
+        merged = adapters.merge(self, reversible)
+        self.trainable = True
+        for head in self._heads:
+            head.trainable = True
+        self._merged = merged
+
+    def unmerge_lora(self):
+        """Takes the adapters out of the weights again, to the bit.
+
+        Raises:
+            ValueError: if none were merged, or not reversibly.
+        """
+        if not self._merged:
+            raise ValueError(
+                "No adapters were merged reversibly, so there is nothing to undo."
+            )
+        adapters.unmerge(self, self._merged)
+        self._merged = ()
         for head in self._heads:
             head.trainable = False
 

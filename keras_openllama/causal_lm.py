@@ -1,32 +1,31 @@
 """OpenLLaMA as a causal language model: training, scoring, generation."""
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_openllama import generation, presets, prompts, scoring
+from keras_openllama import fitting, generation, presets, prompts, scoring
 from keras_openllama._keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.backbone import OpenLlamaBackbone
 from keras_openllama.compiled import compile_function
 from keras_openllama.continuation import Continuation, as_stop_strings
+from keras_openllama.fitting import Fitting
 from keras_openllama.layers.projection import Projection
 from keras_openllama.preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.rematerialization import check_policy
 from keras_openllama.text_arrays import as_texts
 
 if keras.config.backend() == "jax":
-    from keras_openllama.training_step import FusedTraining, Options
-
-    _BASES = (FusedTraining, CausalLM)
+    from keras_openllama.training_step import FusedTraining as Training
+    from keras_openllama.training_step import Options
 else:
-    _BASES = (CausalLM,)
+    from keras_openllama.weighted_training import WeightedTraining as Training
 
 # Ours: tokens between two looks for a stop string; at most so many are wasted.
 TOKENS_BETWEEN_STOP_CHECKS = 16
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLM(*_BASES):
+class OpenLlamaCausalLM(Fitting, Training, CausalLM):
     """OpenLLaMA with its language-model head.
 
     Args:
@@ -134,15 +133,17 @@ class OpenLlamaCausalLM(*_BASES):
     ):
         """Configures training and generation.
 
-        On JAX, with the loss and the metrics below, training computes the loss without
-        keeping the logits, and leaves a step out whose loss or gradient is not finite:
-        such a loss is shown, and no variable changes. An optimizer that scales the
-        loss, as for float16, and a quantized head take Keras's own step.
+        With the loss and the metrics below a step whose loss or gradient is not finite
+        is left out: such a loss is shown, and no variable changes. On JAX training and
+        evaluation do not keep the logits. An optimizer that scales the loss, as for
+        float16, and on JAX a quantized head, take Keras's own step.
 
         Args:
-            optimizer: see `keras.Model.compile`; `"auto"` is Adam at 2e-5.
+            optimizer: see `keras.Model.compile`; `"auto"` is AdamW at 2e-5, and at
+                2e-4 for a model with adapters.
             loss: see `keras.Model.compile`; `"auto"` is the cross-entropy of the next
-                token, in nats, averaged over positions by their weight.
+                token, in nats, averaged over positions by their weight, over all of an
+                epoch; perplexity comes with it.
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
             sampler: name or instance of a `keras_hub.samplers.Sampler`.
             micro_batches: int, parts of a batch that training computes one after the
@@ -166,6 +167,9 @@ class OpenLlamaCausalLM(*_BASES):
         )
         sampler = get_sampler(sampler)
         generation.steers_search(sampler)  # Refuses one that cannot run.
+        self._chooses_rate = optimizer == "auto"
+        if self._chooses_rate:
+            optimizer = fitting.default_optimizer(self)
         super().compile(
             optimizer=optimizer,
             loss=cross_entropy if loss == "auto" else loss,
@@ -173,9 +177,9 @@ class OpenLlamaCausalLM(*_BASES):
             sampler=sampler,
             **kwargs,
         )
-        fused = own_loss and keras.config.backend() == "jax"
         # Keras's own step scales a loss, and knows how to compute a quantized head.
-        fused &= not _scales_loss(self.optimizer)
+        self._own_loss = own_loss and not _scales_loss(self.optimizer)
+        fused = self._own_loss and keras.config.backend() == "jax"
         fused &= self.lm_head.quantization_mode is None
         options = (micro_batches, rematerialize, z_loss)
         if not fused and options != (1, "none", 0.0):
@@ -427,6 +431,53 @@ class OpenLlamaCausalLM(*_BASES):
         )
         conversion.write(contents.of_model(self), request)
 
+    # ----- Adapters
+
+    def save_adapters(self, path, force=False):
+        """Writes the LoRA adapters alone, as a directory that PEFT loads, too.
+
+        Args:
+            path: path of the directory.
+            force: whether to replace a directory of adapters that exists.
+
+        Raises:
+            ValueError: if the model has none.
+            OSError: if the path exists already, or cannot be written.
+
+        Example:
+
+        ```python
+        lm.save_adapters("my_adapters")
+        peft.PeftModel.from_pretrained(model_of_transformers, "my_adapters")
+        ```
+        """
+        from keras_openllama.convert import adapter_files
+
+        adapter_files.save(self, path, force)
+
+    def load_adapters(self, path, revision=None):
+        """Takes LoRA adapters that were saved here or by PEFT.
+
+        A model without adapters gets those of the files, as by `enable_lora`.
+
+        Args:
+            path: path of the directory, or `"hf://user/repo"`.
+            revision: branch, tag or commit of a repository on the Hub.
+
+        Raises:
+            ValueError: if they are no LoRA adapters for this model. It is untouched
+                then.
+            OSError: if a file cannot be had or read.
+        """
+        from keras_openllama import hub
+        from keras_openllama.convert import adapter_files
+
+        if str(path).startswith(hub.HUB_PREFIX):
+            files = hub.HubRepository(str(path), revision)
+        else:
+            files = hub.Directory(path)
+        adapter_files.load(self, files)
+
     # ----- Scoring
 
     def score(
@@ -472,83 +523,6 @@ class OpenLlamaCausalLM(*_BASES):
             token_ids, padding_mask, layer_intercept_fn
         )
         return ops.cast(self.lm_head(hidden), "float32")
-
-    # ----- Training
-
-    def preprocess_samples(self, x, y=None, sample_weight=None):
-        """Text goes through the preprocessor; arrays are taken as they are."""
-        if self.preprocessor is None or not prompts.is_text(x):
-            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return self.preprocessor(x, y=y, sample_weight=sample_weight)
-
-    def fit(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        **kwargs,
-    ):
-        """Trains the model; see `keras.Model.fit`.
-
-        Args:
-            x: a string or a list of strings, with a preprocessor; a dict of
-                `"token_ids"` and `"padding_mask"`, both `(batch, length)`; a
-                `tf.data.Dataset` of either; or whatever else `keras.Model.fit` takes.
-            y: int `(batch, length)`, the token after each position. Not with text.
-            batch_size: int, rows per step; Keras's default is 32.
-            sample_weight: float, one per position or one per row.
-            validation_data: as `x`, or a tuple of `x`, `y` and `sample_weight`.
-            **kwargs: see `keras.Model.fit`.
-
-        Returns:
-            A `keras.callbacks.History`.
-        """
-        x, y, sample_weight = self._as_training_data(x, y, sample_weight)
-        if validation_data is not None:
-            if not isinstance(validation_data, tuple):
-                validation_data = (validation_data,)
-            x_val, *targets = self._as_training_data(*validation_data)
-            # A dataset or generator comes with its targets.
-            whole = all(target is None for target in targets)
-            validation_data = x_val if whole else (x_val, *targets)
-        if type(x).__module__.startswith("grain"):
-            kwargs.setdefault("shuffle", False)  # Keras cannot, and would warn.
-        return keras.Model.fit(
-            self,
-            x,
-            y,
-            batch_size=batch_size,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            **kwargs,
-        )
-
-    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs):
-        """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`."""
-        x, y, sample_weight = self._as_training_data(x, y, sample_weight)
-        return keras.Model.evaluate(
-            self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs
-        )
-
-    def predict(self, x, batch_size=None, **kwargs):
-        """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
-        x, _, _ = self._as_training_data(x)
-        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
-
-    def _as_training_data(self, x, y=None, sample_weight=None):
-        if prompts.is_tf_dataset(x):
-            x = x.map(self.preprocess_samples, num_parallel_calls=-1)
-            return x, y, sample_weight  # Keras refuses what a dataset must hold.
-        if isinstance(x, str):
-            x = [x]
-        data = self.preprocess_samples(x, y, sample_weight)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if y is not None and np.ndim(sample_weight) == 1:  # One per row.
-            weights = ops.convert_to_numpy(sample_weight)
-            sample_weight = np.broadcast_to(weights[:, None], np.shape(y))
-        return x, y, sample_weight
 
 
 def _scales_loss(optimizer):

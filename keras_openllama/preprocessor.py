@@ -14,6 +14,7 @@ from keras_openllama.text_arrays import (
     to_numpy,
 )
 from keras_openllama.tokenizer import OpenLlamaTokenizer
+from keras_openllama.training_rows import check_template, exchanges_of, tokenize
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -32,10 +33,18 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         add_start_token: bool, begin texts and prompts with `<s>`.
         add_end_token: bool, end texts (never prompts) with `</s>`.
 
+        chat_template: dict of strings by role, each with `{content}` once, such as
+            `{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}`;
+            `None` where there are no chats. Can be set later.
+
     Call arguments:
         x: one text or a batch of them: str, UTF-8 bytes, a list or array of them, or a
-            TensorFlow string tensor, also inside `tf.data.Dataset.map`.
-        y: must be `None`, since the targets are the text itself.
+            TensorFlow string tensor, also inside `tf.data.Dataset.map`. Or pairs: a
+            dict of `"prompt"` and `"response"`, each as above, or a list of such dicts
+            of strings: only responses are learned. Or chats: a list of `{"messages":
+            [{"role": …, "content": …}, …]}`, of which each reply of the role
+            `"assistant"` is learned, with `</s>` behind it.
+        y: `None`, or responses to the prompts in `x`.
         sample_weight: `None`, or weights that multiply those of the tokens: one per
             text, `(batch,)`, or one per target, `(batch, sequence_length)`.
         sequence_length: int, in place of the constructor's.
@@ -47,11 +56,14 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         TensorFlow graph they are tensors with these shapes.
 
     Raises:
-        ValueError: if an argument is not of this form.
+        ValueError: if an argument is not of this form, or a prompt or response empty.
+
+    What was cut, and texts that are empty, are warned of, with their number.
 
     Example:
         preprocessor = OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length=128)
         x, y, sample_weight = preprocessor(["One text.", "Another."])
+        x, y, sample_weight = preprocessor({"prompt": "2 + 2 =", "response": " 4"})
     """
 
     backbone_cls = OpenLlamaBackbone
@@ -63,6 +75,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         sequence_length=2048,
         add_start_token=True,
         add_end_token=True,
+        chat_template=None,
         **kwargs,
     ):
         super().__init__(
@@ -72,6 +85,17 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             add_end_token=add_end_token,
             **kwargs,
         )
+        self.chat_template = chat_template
+
+    @property
+    def chat_template(self):
+        """How the messages of a chat become text; see the constructor."""
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, value):
+        check_template(value)
+        self._chat_template = value
 
     @classmethod
     def from_preset(cls, preset, revision=None, **kwargs):
@@ -106,45 +130,74 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         self.built = True  # KerasHub would make its packer here; rows are made below.
 
     def call(self, x, y=None, sample_weight=None, sequence_length=None):
-        if y is not None:
-            raise ValueError(
-                "`y` must be None: the targets are the tokens of `x`, one step ahead. "
-                f"Received: y={y!r}. Pass only texts, or texts and `sample_weight`."
-            )
         length = self._length_or_default(sequence_length)
-        if is_graph_tensor(x):
-            arrays = self._training_tensors(x, sample_weight, length)
-        else:
-            arrays = self._training_arrays(x, sample_weight, length)
-        token_ids, padding_mask, y, sample_weight = arrays
-        x = {"token_ids": token_ids, "padding_mask": padding_mask}
-        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        leaves = [value for value in (x, y) if value is not None]
+        if isinstance(x, dict):
+            leaves = list(x.values())
+        if any(map(is_graph_tensor, leaves)):
+            return self._training_tensors(x, y, sample_weight, length)
+        rows, batched = self.training_rows(x, y, length)
+        rows.tell()
+        return self.filled(rows, sample_weight, batched)
 
-    def _training_arrays(self, x, sample_weight, length):
-        texts, batched = as_texts(x, name="x")
-        rows = self.tokenizer.tokenize(
-            texts, add_bos=self.add_start_token, add_eos=self.add_end_token
-        )
-        # One more than the model sees: the last token has a target too.
-        rows = [row[: length + 1] for row in rows]
-        ids, mask = as_arrays(rows, length + 1).values()
-        weights = mask[:, 1:].astype("float32")
+    def training_rows(self, x, y=None, sequence_length=None):
+        """Tokens of texts, pairs or chats, before they are filled up or packed.
+
+        Args:
+            x, y, sequence_length: as for a call.
+
+        Returns:
+            `training_rows.TrainingRows`, and whether `x` was a batch.
+        """
+        length = self._length_or_default(sequence_length)
+        examples, batched = exchanges_of(x, y, self.chat_template)
+        options = length, self.add_start_token, self.add_end_token
+        return tokenize(examples, self.tokenizer, *options), batched
+
+    def filled(self, rows, sample_weight=None, batched=True):
+        """Rows filled up to `(x, y, sample_weight)`.
+
+        Args:
+            rows: `training_rows.TrainingRows`.
+            sample_weight: as for a call.
+            batched: bool, false for the arrays of one row.
+        """
+        ids, mask, y, weights = rows.arrays()
         if sample_weight is not None:
             sample_weight = to_numpy(sample_weight)
             if not batched:
                 sample_weight = sample_weight[None]
             weights *= _as_token_weights(sample_weight, weights.shape)
-        arrays = ids[:, :-1], mask[:, :-1], ids[:, 1:], weights
-        return arrays if batched else tuple(array[0] for array in arrays)
+        if not batched:
+            ids, mask, y, weights = ids[0], mask[0], y[0], weights[0]
+        return {"token_ids": ids, "padding_mask": mask}, y, weights
 
-    def _training_tensors(self, x, sample_weight, length):
-        def arrays(texts, *weights):
-            return self._training_arrays(texts, *(weights or (None,)), length)
+    def _training_tensors(self, x, y, sample_weight, length):
+        """The same as a step of a TensorFlow graph; warns of its first batch only."""
+        parts = dict(x) if isinstance(x, dict) else {"": x}
+        if y is not None:
+            parts["y"] = y
+        if sample_weight is not None:
+            parts["weight"] = sample_weight
+        told = []
 
-        weights = [] if sample_weight is None else [sample_weight]
-        return _in_graph(
-            arrays, [x, *weights], ["int32", "bool", "int32", "float32"], length
+        def arrays(*values):
+            given = dict(zip(parts, values, strict=True))
+            responses, weight = given.pop("y", None), given.pop("weight", None)
+            texts = given[""] if "" in given else given
+            rows, batched = self.training_rows(texts, responses, length)
+            if not told:
+                told.append(rows.tell())
+            x, targets, weights = self.filled(rows, weight, batched)
+            return *x.values(), targets, weights
+
+        token_ids, padding_mask, y, weights = _in_graph(
+            arrays, list(parts.values()), ["int32", "bool", "int32", "float32"], length
         )
+        return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
+
+    def get_config(self):
+        return {**super().get_config(), "chat_template": self.chat_template}
 
     # --- Generation ---
 

@@ -87,6 +87,22 @@ def keeps_spaces(processor):
     return "▁▁" in processor.normalize("a  b")
 
 
+def without_first_space(data):
+    """A processor that puts no space before a text, as for the rest of one.
+
+    Args:
+        data: bytes of a SentencePiece model.
+
+    Returns:
+        `sentencepiece.SentencePieceProcessor`.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    model.normalizer_spec.add_dummy_prefix = False
+    return load_processor(model.SerializeToString(), "the model")
+
+
 def check_vocabulary(pieces, embeddings):
     """Raises a `ValueError` if a tokenizer has more pieces than a model embeddings."""
     if pieces > embeddings:

@@ -17,6 +17,7 @@ from keras_openllama.sentencepiece_file import (
     keeps_spaces,
     load_processor,
     read_proto,
+    without_first_space,
 )
 from keras_openllama.streaming import StreamDecoder
 from keras_openllama.text_arrays import (
@@ -111,6 +112,7 @@ class OpenLlamaTokenizer(Tokenizer):
         self.proto = data
         self._keeps_spaces = keeps_spaces(self._processor)
         self._warned_of_lost_spaces = False
+        self._rest_processor = None  # Made when it is needed.
         self._controls = {
             self._processor.id_to_piece(i): i
             for i in range(self._processor.vocab_size())
@@ -232,6 +234,23 @@ class OpenLlamaTokenizer(Tokenizer):
             end = [self.end_token_id]
             rows = [row if row[-1:] == end else row + end for row in rows]
         return rows if batched else rows[0]
+
+    def tokenize_rest(self, text):
+        """Turns the rest of a text into ids: without the space that begins a text.
+
+        Args:
+            text: str, what follows tokens that are there already.
+
+        Returns:
+            A list of int.
+
+        Example:
+            tokenizer.tokenize("un") + tokenizer.tokenize_rest("happy")
+        """
+        self._require_proto()
+        if self._rest_processor is None:
+            self._rest_processor = without_first_space(self.proto)
+        return self._rest_processor.encode(text)
 
     def call(self, inputs, *args, training=None, **kwargs):
         return self.tokenize(inputs, *args, **kwargs)

@@ -238,9 +238,9 @@ def global_norm(tensors):
 
 
 class FusedTraining:
-    """`OpenLlamaCausalLM` on JAX: `fit` takes the step of this module.
+    """`OpenLlamaCausalLM` on JAX: `fit` and `evaluate` take the step of this module.
 
-    It does so where the loss and the metrics are the model's own. With others, which
+    They do so where the loss and the metrics are the model's own. With others, which
     want all logits, the step is Keras's.
     """
 
@@ -248,29 +248,52 @@ class FusedTraining:
         if not self._fused:
             return super().train_step(state, data)
         trainable, non_trainable, optimizer, metrics = state
-        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
-        batch = as_batch(x, y, weights)
-        options, distribution = self._step_options, keras.distribution.distribution()
-        # Kernels cannot be divided by XLA, and only our layout says how to.
-        if distribution is None or isinstance(distribution, OpenLlamaParallel):
-            options = placed(options, distribution)
+        batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        options = self._placed_options()
         measures, (trainable, optimizer) = update(
             self, (trainable, non_trainable, optimizer), batch, options
         )
+        logs, metrics = self._measured(
+            metrics, measures.loss, measures.accuracy, measures.targets
+        )
+        return logs, (trainable, non_trainable, optimizer, metrics)
+
+    def test_step(self, state, data):
+        if not self._fused:
+            return super().test_step(state, data)
+        trainable, non_trainable, metrics = state
+        batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        # Nothing is kept for a backward pass, and the policy is for one.
+        options = self._placed_options()._replace(rematerialize="none")
+        sums = sums_of(self, (trainable, non_trainable), batch, options)
+        targets = jnp.sum(batch[2])
+        total = jnp.maximum(targets, 1e-9)
+        logs, metrics = self._measured(
+            metrics, sums.loss / total, sums.correct / total, targets
+        )
+        return logs, (trainable, non_trainable, metrics)
+
+    def _placed_options(self):
+        options, distribution = self._step_options, keras.distribution.distribution()
+        # Kernels cannot be divided by XLA, and only our layout says how to.
+        if distribution is None or isinstance(distribution, OpenLlamaParallel):
+            return placed(options, distribution)
+        return options
+
+    def _measured(self, metrics, loss, accuracy, targets):
+        """Adds a batch to the metrics: what they are now, and their variables."""
         mapping = zip(self.metrics_variables, metrics, strict=True)
         with keras.StatelessScope(state_mapping=mapping) as scope:
-            self._loss_tracker.update_state(
-                measures.loss, sample_weight=measures.targets
-            )
+            self._loss_tracker.update_state(loss, sample_weight=targets)
             for metric in self._compile_metrics.metrics:  # Accuracy, or none.
-                metric.total.assign_add(measures.accuracy * measures.targets)
-                metric.count.assign_add(measures.targets)
+                metric.total.assign_add(accuracy * targets)
+                metric.count.assign_add(targets)
             logs = self.get_metrics_result()
-        metrics = [
+        variables = [
             v.value if (new := scope.get_current_value(v)) is None else new
             for v in self.metrics_variables
         ]
-        return logs, (trainable, non_trainable, optimizer, metrics)
+        return logs, variables
 
 
 def as_batch(x, y, weights=None):

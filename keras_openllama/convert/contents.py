@@ -3,12 +3,13 @@
 import collections
 import dataclasses
 
-import keras
 import numpy as np
 
+from keras_openllama.adapters import adapted_layers, merged_kernel
 from keras_openllama.convert import weight_table
 from keras_openllama.convert.matching import listed
-from keras_openllama.convert.stored import dense_bytes, numpy_dtype
+from keras_openllama.convert.stored import dense_bytes
+from keras_openllama.host_arrays import as_numpy
 from keras_openllama.sentencepiece_file import check_vocabulary
 
 # The preprocessor's settings that go along.
@@ -81,58 +82,15 @@ class LiveTensor:
 
     def array(self):
         """The weight as a NumPy array, gathered from all devices; on a CPU no copy."""
-        array = _as_numpy(self._variable.value)
         if self._layer is None:
-            return array
-        # As Keras merges them, but in float32: Keras does it in the dtype that the
-        # layer computes in, which may be less than the weights have.
-        first, second = (
-            _as_numpy(factor.value).astype(np.float32)
-            for factor in (self._layer.lora_kernel_a, self._layer.lora_kernel_b)
-        )
-        scale = self._layer.lora_alpha / self._layer.lora_rank
-        merged = array.astype(np.float32) + scale * (first @ second)
-        return merged  # Whoever writes it casts it.
+            return as_numpy(self._variable.value)
+        return merged_kernel(self._layer)  # float32: whoever writes it casts it.
 
     def touch(self):
         """It is in memory."""
 
     def drop(self):
         """It stays there."""
-
-
-def _as_numpy(value):
-    backend = {"jax": _from_jax, "torch": _from_torch}
-    return backend.get(keras.config.backend(), np.asarray)(value)
-
-
-def _from_jax(value):
-    import jax
-
-    if not value.is_fully_addressable:
-        raise ValueError(
-            "it is spread over several hosts, and one alone cannot write it: save a "
-            "checkpoint, and convert that"
-        )
-    if len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu":
-        return np.asarray(value)
-    # An array keeps the NumPy array that was made of it, for as long as it lives. So
-    # copies of its parts are asked, which live a moment.
-    result = np.empty(value.shape, value.dtype)
-    for shard in value.addressable_shards:
-        if shard.replica_id == 0:
-            result[shard.index] = np.asarray(jax.numpy.array(shard.data, copy=True))
-    return result
-
-
-def _from_torch(value):
-    import torch
-
-    value = value.detach().cpu()
-    if value.dtype != torch.bfloat16:
-        return value.numpy()
-    # PyTorch cannot give it to NumPy.
-    return value.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
 
 
 def of_model(lm):
@@ -148,11 +106,7 @@ def of_model(lm):
         ValueError: if the model is quantised, or its tokenizer another model's.
     """
     arguments = lm.backbone.architecture()
-    adapted = {
-        layer.path: layer
-        for layer in lm._flatten_layers()
-        if getattr(layer, "lora_enabled", False)
-    }
+    adapted = {layer.path: layer for layer in adapted_layers(lm)}
     own = {}
     for weight in lm.weights:
         layer, _, name = weight.path.rpartition("/")

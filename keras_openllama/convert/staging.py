@@ -16,11 +16,12 @@ import tempfile
 from pathlib import Path
 
 _REPLACED = "replaced"  # The old directory, for the moment before the new one is there.
-_CONFIG = "config.json"
+_CONFIGS = ("config.json", "adapter_config.json")
 _ASSETS = "assets"
 # What a directory may hold that is replaced: the names that conversions write.
 _OURS = (
-    _CONFIG,
+    *_CONFIGS,
+    "adapter_model.safetensors",
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -120,8 +121,10 @@ def _check_directory(target, single_file, force):
         for path in paths
         if not any(map(path.match, _OURS))
     ]
-    if others or not _is_config(target / _CONFIG):
-        found = f"holds {others[0]!r}" if others else f"holds no {_CONFIG} of a model"
+    if others or not any(_is_config(target / name) for name in _CONFIGS):
+        found = (
+            f"holds {others[0]!r}" if others else "holds no configuration of a model"
+        )
         raise FileExistsError(
             f"{target} is not replaced: it {found}, which no conversion writes. Remove "
             "it yourself, or choose another target."
@@ -141,7 +144,7 @@ def _is_config(path):
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool(
-        {"model_type", "registered_name"} & {*config}
+        {"model_type", "registered_name", "peft_type"} & {*config}
     )
 
 

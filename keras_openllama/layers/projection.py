@@ -46,7 +46,74 @@ class Projection(keras.layers.EinsumDense):
         )
 
     def call(self, inputs, training=None):
-        return multiply(inputs, self.kernel)
+        return self._adapted(inputs, multiply(inputs, self._kernel))
+
+    def quantized_call(self, inputs, training=None):
+        # Keras's own would take the adapters for those of a kernel (inputs, outputs).
+        enabled, self.lora_enabled = self.lora_enabled, False
+        try:
+            outputs = super().quantized_call(inputs, training=training)
+        finally:
+            self.lora_enabled = enabled
+        return self._adapted(inputs, outputs)
+
+    def _adapted(self, inputs, outputs):
+        """Outputs with what the adapters add; the kernel itself stays as it is."""
+        if not self.lora_enabled:
+            return outputs
+        narrow = multiply(inputs, self._computed_in(self.lora_kernel_b))
+        added = multiply(narrow, self._computed_in(self.lora_kernel_a))
+        return outputs + (self.lora_alpha / self.lora_rank) * added
+
+    def _computed_in(self, adapter):
+        return ops.cast(adapter, self.compute_dtype)
+
+    def enable_lora(
+        self, rank, lora_alpha=None, a_initializer="zeros", b_initializer=None
+    ):
+        """Adds adapters: `kernel + lora_alpha / rank * a @ b`.
+
+        As in the paper and in PEFT the factor at the inputs is random, the one at the
+        outputs zero. (Keras's names go by the axes of its kernels, which are the other
+        way round.)
+
+        Args:
+            rank: int, rank of the adapters.
+            lora_alpha: float, see above; `rank` if `None`.
+            a_initializer, b_initializer: of `a`, `(outputs, rank)`, and of `b`,
+                `(rank, inputs)`. `None` is uniform within 1 / sqrt(inputs), PEFT's.
+
+        Raises:
+            ValueError: if the layer has adapters.
+
+        Source: LoRA (arXiv:2106.09685), section 4.1; https://github.com/huggingface/peft.
+        """
+        if b_initializer is None:
+            limit = self._kernel.shape[-1] ** -0.5
+            b_initializer = keras.initializers.RandomUniform(-limit, limit)
+        super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
+
+    def adapters(self):
+        """The adapters that the layer has: dict of `keras.Variable` by name."""
+        names = ("lora_kernel_a", "lora_kernel_b") if self.lora_enabled else ()
+        return {name: getattr(self, name) for name in names}
+
+    def remove_adapters(self):
+        """Takes the adapters off the layer, and returns what `put_adapters` takes."""
+        removed = (self.adapters(), self.lora_rank, self.lora_alpha)
+        for variable in removed[0].values():
+            self._untrack_variable(variable)
+        self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
+        return removed
+
+    def put_adapters(self, removed):
+        """Puts adapters on again that were taken off."""
+        variables, self.lora_rank, self.lora_alpha = removed
+        self._tracker.unlock()
+        for variable in variables.values():
+            self._track_variable(variable)
+        self._tracker.lock()
+        self.lora_enabled = True
 
     def quantize(self, mode=None, type_check=True, config=None):
         # The check is for subclasses that compute something else.

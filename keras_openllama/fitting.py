@@ -1,0 +1,255 @@
+"""`fit` and its kin, on whatever users hold: texts, pairs, chats, arrays, datasets."""
+
+import inspect
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_openllama import prompts
+from keras_openllama.adapters import adapted_layers
+from keras_openllama.fit_callbacks import BitsPerByte, LeftOutSteps
+from keras_openllama.optimizers import AdamW
+from keras_openllama.training_rows import is_supervised
+
+# Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
+RATE, ADAPTERS_RATE = 2e-5, 2e-4
+
+
+def default_optimizer(lm):
+    """AdamW as `compile` takes it for `"auto"`; weights do not decay, as in Alpaca."""
+    rate = ADAPTERS_RATE if adapted_layers(lm) else RATE
+    return AdamW(rate, weight_decay=0.0)
+
+
+class Fitting:
+    """`OpenLlamaCausalLM`: what it is trained, evaluated and asked with."""
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        pack=False,
+        callbacks=None,
+        **kwargs,
+    ):
+        """Trains the model; see `keras.Model.fit`.
+
+        Beside loss and token accuracy, `History` has the perplexity, and where
+        `validation_data` are texts or pairs the bits per byte of their text, which can
+        be compared between tokenizers.
+
+        Args:
+            x: with a preprocessor texts, pairs or chats, see
+                `OpenLlamaCausalLMPreprocessor`; or a dict of `"token_ids"` and
+                `"padding_mask"`, both `(batch, length)`. Or batches of any of these: a
+                `tf.data.Dataset`, Grain's datasets, a `keras.utils.PyDataset`, a
+                generator.
+            y: int `(batch, length)`, the token after each position; for texts
+                responses to them, or `None`.
+            batch_size: int, rows per step; Keras's default is 32.
+            sample_weight: float, one per position or one per row. What weighs nothing
+                counts nowhere, in loss or metrics.
+            validation_data: as `x`, or a tuple of `x`, `y` and `sample_weight`.
+            pack: bool, whether several examples share a row, of which each sees itself
+                only; for lists of texts, pairs or chats.
+            callbacks: see `keras.Model.fit`.
+            **kwargs: see `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: for data that are malformed, or ids outside the vocabulary.
+            FloatingPointError: if each step of an epoch had to be left out, since
+                loss or gradient was not finite.
+
+        Example:
+
+        ```python
+        lm.backbone.enable_lora(8)
+        lm.fit({"prompt": ["2 + 2 ="], "response": [" 4"]}, epochs=3)
+        ```
+        """
+        self._prepare_optimizer()
+        own = [LeftOutSteps()] if self._own_loss else []
+        x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
+        if validation_data is not None:
+            if not isinstance(validation_data, tuple):
+                validation_data = (validation_data,)
+            x_val, *targets, bytes_per_target = self._as_data(
+                *validation_data, *[None] * (3 - len(validation_data)), pack
+            )
+            if bytes_per_target and self._own_loss:
+                own.append(BitsPerByte(bytes_per_target))
+            # A dataset or generator comes with its targets.
+            whole = all(target is None for target in targets)
+            validation_data = x_val if whole else (x_val, *targets)
+        if type(x).__module__.startswith("grain"):
+            kwargs.setdefault("shuffle", False)  # Keras cannot, and would warn.
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            # First, so that others see what they say.
+            callbacks = [*own, *(callbacks or [])]
+        return keras.Model.fit(
+            self,
+            x,
+            y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        pack=False,
+        return_dict=False,
+        **kwargs,
+    ):
+        """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`.
+
+        With `return_dict=True`, and for texts or pairs, bits per byte are among them.
+        """
+        x, y, sample_weight, bytes_per_target = self._as_data(x, y, sample_weight, pack)
+        results = keras.Model.evaluate(
+            self,
+            x,
+            y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            return_dict=return_dict,
+            **kwargs,
+        )
+        if return_dict and bytes_per_target and self._own_loss:
+            results["bits_per_byte"] = results["loss"] / np.log(2) / bytes_per_target
+        return results
+
+    def predict(self, x, batch_size=None, **kwargs):
+        """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
+        x, *_ = self._as_data(x)
+        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Text goes through the preprocessor; arrays are taken as they are."""
+        if not self._is_text(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return self.preprocessor(x, y=y, sample_weight=sample_weight)
+
+    def get_metrics_result(self):
+        results = super().get_metrics_result()
+        if self._own_loss:
+            results["perplexity"] = ops.exp(results["loss"])
+        return results
+
+    def _prepare_optimizer(self):
+        """Last looks at what is about to be trained."""
+        if self._chooses_rate and not self.optimizer.built and adapted_layers(self):
+            self.optimizer.learning_rate = ADAPTERS_RATE  # They came after `compile`.
+        dtypes = {variable.dtype for variable in self.trainable_variables}
+        if dtypes - {"float32"}:
+            warnings.warn(
+                f"Variables of {', '.join(sorted(dtypes - {'float32'}))} are trained: "
+                "small steps are rounded away, and the model hardly learns. Load it "
+                'with dtype="mixed_bfloat16", or train adapters (`enable_lora`), which '
+                "are float32.",
+                stacklevel=3,
+            )
+
+    def _is_text(self, x):
+        return self.preprocessor is not None and (
+            prompts.is_text(x) or is_supervised(x)
+        )
+
+    def _as_data(self, x, y=None, sample_weight=None, pack=False):
+        """What Keras takes: x, y, weights; and bytes of text for each target."""
+        if pack and (sample_weight is not None or not self._is_text(x)):
+            raise ValueError(
+                "`pack` takes a list of texts, pairs or chats, and no `sample_weight`. "
+                f"Received: x of type {type(x).__name__}, "
+                f"sample_weight={sample_weight!r:.80}"
+            )
+        if _is_batches(x):
+            return self._mapped(x), y, sample_weight, None
+        if not self._is_text(x):
+            return *self._as_arrays(x, y, sample_weight), None
+        if isinstance(x, (str, bytes)):
+            x = [x]
+        rows, _ = self.preprocessor.training_rows(x, y)
+        rows.tell()
+        if pack:
+            ids, mask, y, weights = rows.packed()
+            x = {"token_ids": ids, "padding_mask": mask}
+        else:
+            x, y, weights = self.preprocessor.filled(rows, sample_weight)
+        targets = float(weights.sum())
+        whole = sample_weight is None and targets > 0
+        return x, y, weights, rows.bytes / targets if whole else None
+
+    def _as_arrays(self, x, y, sample_weight):
+        """Arrays, checked: backends would clamp an id that is none."""
+        if isinstance(x, dict) and "token_ids" in x:
+            prompts.as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
+        if y is not None:
+            prompts.as_token_ids(y, self.backbone.vocabulary_size, "y")
+        if y is not None and np.ndim(sample_weight) == 1:  # One per row.
+            weights = ops.convert_to_numpy(sample_weight)
+            sample_weight = np.broadcast_to(weights[:, None], np.shape(y))
+        return x, y, sample_weight
+
+    def _mapped(self, batches):
+        """Batches of text as batches of arrays. (Keras refuses targets beside them.)"""
+
+        def preprocess(batch):
+            values = batch if isinstance(batch, tuple) else (batch,)
+            return self.preprocess_samples(*values)
+
+        if prompts.is_tf_dataset(batches):
+            return batches.map(self.preprocess_samples, num_parallel_calls=-1)
+        if isinstance(batches, keras.utils.PyDataset):
+            return _MappedPyDataset(batches, preprocess)
+        if inspect.isgenerator(batches):
+            return (preprocess(batch) for batch in batches)
+        return batches.map(preprocess)
+
+
+def _is_batches(x):
+    return (
+        prompts.is_tf_dataset(x)
+        or isinstance(x, keras.utils.PyDataset)
+        or inspect.isgenerator(x)
+        or (type(x).__module__.startswith("grain") and hasattr(x, "map"))
+    )
+
+
+class _MappedPyDataset(keras.utils.PyDataset):
+    """A `PyDataset` whose batches go through a function."""
+
+    def __init__(self, dataset, function):
+        super().__init__(
+            workers=dataset.workers,
+            use_multiprocessing=dataset.use_multiprocessing,
+            max_queue_size=dataset.max_queue_size,
+        )
+        self._dataset, self._function = dataset, function
+
+    @property
+    def num_batches(self):
+        return self._dataset.num_batches
+
+    def __getitem__(self, index):
+        return self._function(self._dataset[index])
+
+    def on_epoch_begin(self):
+        self._dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self._dataset.on_epoch_end()
