@@ -13,6 +13,7 @@ from keras_openllama.layers.projection import Projection
 from keras_openllama.preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.rematerialization import check_policy
 from keras_openllama.text_arrays import as_texts
+from keras_openllama.training_rows import is_chat
 
 if keras.config.backend() == "jax":
     from keras_openllama.training_step import FusedTraining as Training
@@ -221,7 +222,9 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         Args:
             inputs: a string, a list or array of strings, a `tf.data.Dataset` of
                 strings or of batches of them, or a dict of `"token_ids"` and
-                `"padding_mask"`, both `(batch, length)` with padding on the right.
+                `"padding_mask"`, both `(batch, length)` with padding on the right. Or
+                a chat, `{"messages": [{"role": …, "content": …}, …]}`, or a list of
+                chats, by the preprocessor's `chat_template`.
             max_length: int, tokens that a row may have in the end, prompt and BOS
                 included. Defaults to `preprocessor.sequence_length`, or for a dict to
                 its length.
@@ -230,11 +233,11 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
             stop_token_ids: list of ids that end a row; `"auto"` is the tokenizer's end
                 token, `None` is none.
             stop: string or list of strings that end a row; they are cut off.
-            strip_prompt: whether to return the new text alone.
+            strip_prompt: whether to return the new text alone; for chats it always is.
 
         Returns:
-            A string for a string, a list of strings for several; for a dict a dict
-            with the same keys, NumPy arrays.
+            A string for a string or a chat, a list of strings for several; for a dict
+            of arrays a dict with the same keys, NumPy arrays.
 
         Raises:
             ValueError: if a prompt is empty, or longer than the limits; if ids or mask
@@ -250,16 +253,15 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
                 batch = as_texts(batch)[0]  # Refuses what is no text.
                 texts += self.generate(batch, *options)
             return texts
-        if self.preprocessor is None or isinstance(inputs, dict):
+        chats = self.preprocessor is not None and is_chat(inputs)
+        if self.preprocessor is None or (isinstance(inputs, dict) and not chats):
             return self._generate_arrays(
                 inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
             )
-        texts, batched = as_texts(inputs)
-        if not texts:
-            raise ValueError("`inputs` must hold at least one prompt. Received: []")
+        prompt_ids, texts, batched = self._prompts(inputs)
         stops = as_stop_strings(stop)
-        rows = self._run_texts(
-            texts,
+        rows = self._run(
+            prompt_ids,
             (max_length, max_new_tokens),
             stop_token_ids,
             stops,
@@ -308,8 +310,8 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
                 "`stream` takes one string, and needs a `preprocessor`. Received: "
                 f"inputs={inputs!r}, preprocessor={self.preprocessor}"
             )
-        rows = self._run_texts(
-            [inputs],
+        rows = self._run(
+            self.preprocessor.prompt_ids([inputs]),
             (max_length, max_new_tokens),
             stop_token_ids,
             as_stop_strings(stop),
@@ -329,9 +331,23 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         if len(row.text) > shown:
             yield row.text[shown:]
 
-    def _run_texts(self, texts, lengths, stop_token_ids, stops, stride):
+    def _prompts(self, inputs):
+        """Ids of texts or chats, the texts to put before what is new, and if a batch.
+
+        Nothing is put before the reply in a chat.
+        """
+        if is_chat(inputs):
+            batched = not isinstance(inputs, dict)
+            chats = inputs if batched else [inputs]
+            rows = [self.preprocessor.chat_ids(chat["messages"]) for chat in chats]
+            return rows, [""] * len(rows), batched
+        texts, batched = as_texts(inputs)
+        if not texts:
+            raise ValueError("`inputs` must hold at least one prompt. Received: []")
+        return self.preprocessor.prompt_ids(texts), texts, batched
+
+    def _run(self, rows, lengths, stop_token_ids, stops, stride):
         """Checks the request at once; returns an iterator over growing texts."""
-        rows = self.preprocessor.prompt_ids(texts)
         limits = self._limits(rows, *lengths, self.preprocessor.sequence_length)
         stop_token_ids = self._stop_token_ids(stop_token_ids)
         tokenizer = self.preprocessor.tokenizer

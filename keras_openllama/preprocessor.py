@@ -14,7 +14,13 @@ from keras_openllama.text_arrays import (
     to_numpy,
 )
 from keras_openllama.tokenizer import OpenLlamaTokenizer
-from keras_openllama.training_rows import check_template, exchanges_of, tokenize
+from keras_openllama.training_rows import (
+    chat_exchanges,
+    chat_prompt_ids,
+    check_template,
+    exchanges_of,
+    tokenize,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -232,6 +238,23 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             if self.add_start_token and row[0] != start:
                 row.insert(0, start)
         return rows
+
+    def chat_ids(self, messages):
+        """Turns a chat that waits for a reply into the ids that the model continues.
+
+        Args:
+            messages: list of `{"role": …, "content": …}`, the last of them not the
+                assistant's. Replies have `</s>` behind them, as in training.
+
+        Returns:
+            A list of int.
+
+        Raises:
+            ValueError: for malformed messages, or if there is no `chat_template`.
+        """
+        exchanges = chat_exchanges(messages, self.chat_template)
+        options = self.add_start_token, self.add_end_token
+        return chat_prompt_ids(exchanges, self.tokenizer, *options)
 
     def generate_preprocess(self, x, sequence_length=None):
         """Turns prompts into filled-up rows, as KerasHub's `generate` takes them.

@@ -200,6 +200,36 @@ def tokenize(examples, tokenizer, length, add_start_token=True, add_end_token=Tr
     return rows
 
 
+def chat_prompt_ids(exchanges, tokenizer, add_start_token=True, add_end_token=True):
+    """Tokens of a chat that waits for a reply.
+
+    Args:
+        exchanges: list, see `chat_exchanges`; the last one has no response.
+        tokenizer, add_start_token, add_end_token: see `tokenize`.
+
+    Returns:
+        List of ints.
+
+    Raises:
+        ValueError: if the chat does not wait for a reply.
+    """
+    if not exchanges or exchanges[-1][1]:
+        raise ValueError(
+            "A chat that is to be continued ends with a message that is not the "
+            f"assistant's. Received: {exchanges!r:.200}"
+        )
+    ids = [tokenizer.start_token_id] if add_start_token else []
+    end = [tokenizer.end_token_id] if add_end_token else []
+    for prompt_ids, response_ids in _pairs_of_ids(exchanges, tokenizer):
+        ids += prompt_ids + response_ids + (end if response_ids else [])
+    return ids
+
+
+def is_chat(x):
+    """Whether `x` is a chat, or a list of chats."""
+    return is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT
+
+
 def _pairs_of_ids(exchanges, tokenizer):
     """`(ids of the prompt, ids of the response)` of each exchange."""
     options = dict(add_bos=False, add_eos=False)

@@ -1,0 +1,400 @@
+"""`fit` on what users have: texts, pairs, chats, packed or not, from any container."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tiny_models import TinyShape, random_lm
+from tokenizer_models import trained_model
+
+SHAPE = TinyShape("tiny", 4, 2, 12, hidden_dim=48, intermediate_dim=64, context=64)
+PAIRS = [
+    ("Name a colour:", " red"),
+    ("Name a number that is not small:", " one thousand and one"),
+    ("The opposite of up is", " down"),
+    ("import", "ing things"),
+]
+PROMPTS, RESPONSES = (list(part) for part in zip(*PAIRS, strict=True))
+AS_DICT = {"prompt": PROMPTS, "response": RESPONSES}
+AS_LIST = [{"prompt": p, "response": r} for p, r in PAIRS]
+TEMPLATE = {
+    "system": "{content}\n",
+    "user": "USER: {content}\n",
+    "assistant": "BOT: {content}!",
+}
+
+
+def make_lm(keep_spaces=True, length=32, **options):
+    lm = random_lm(SHAPE, trained_model(keep_spaces), **options)
+    lm.preprocessor.sequence_length = length
+    lm.compile(optimizer=keras.optimizers.Adam(1e-2))
+    return lm
+
+
+def losses_by_hand(lm):
+    """Sum of the losses of all responses' tokens and their number, one by one."""
+    total = count = 0
+    for prompt, response in PAIRS:
+        prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
+        whole = lm.preprocessor.prompt_ids([prompt + response])[0]
+        if whole[: len(prompt_ids)] != prompt_ids:
+            rest = lm.preprocessor.tokenizer.tokenize_rest(response)
+            whole = prompt_ids + rest
+        ids = np.array([[*whole, lm.preprocessor.tokenizer.end_token_id]])
+        logits = ops.convert_to_numpy(lm.score(ids[:, :-1])).astype("float64")[0]
+        for place in range(len(prompt_ids) - 1, ids.shape[1] - 1):
+            row = logits[place]
+            largest = row.max()
+            normaliser = largest + np.log(np.exp(row - largest).sum())
+            total += normaliser - row[ids[0, place + 1]]
+            count += 1
+    return total, count
+
+
+# ----- The loss of responses
+
+
+@pytest.mark.parametrize("length", [32, 40])
+def test_only_responses_are_learned_and_padding_does_not_count(length):
+    lm = make_lm(length=length)
+    total, count = losses_by_hand(lm)
+    found = lm.evaluate(AS_DICT, batch_size=3, verbose=0, return_dict=True)
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+    size = sum(len(response.encode()) for response in RESPONSES)
+    assert found["bits_per_byte"] == pytest.approx(total / np.log(2) / size, rel=1e-5)
+
+
+def test_packing_does_not_change_the_loss():
+    lm = make_lm(length=40)
+    plain = lm.evaluate(AS_DICT, verbose=0, return_dict=True)
+    packed = lm.evaluate(AS_DICT, verbose=0, return_dict=True, pack=True)
+    rows, _ = lm.preprocessor.training_rows(AS_DICT)
+    assert len(rows.packed()[0]) < len(PAIRS), "nothing shares a row"
+    for name, value in plain.items():
+        assert packed[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_gradients_of_packed_rows_are_those_of_padded_ones():
+    def trained(pack):
+        lm = make_lm(length=40)
+        lm.compile(optimizer=keras.optimizers.SGD(0.1))
+        lm.fit(AS_DICT, batch_size=4, pack=pack, verbose=0, epochs=2)
+        return [ops.convert_to_numpy(v) for v in lm.trainable_variables]
+
+    for packed, padded in zip(trained(True), trained(False), strict=True):
+        np.testing.assert_allclose(packed, padded, atol=2e-5)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_targets():
+    lm = make_lm()
+    lm.compile(optimizer=keras.optimizers.SGD(0.0))
+    total, count = losses_by_hand(lm)
+    # Batches of very different numbers of targets.
+    history = lm.fit(AS_DICT, batch_size=1, verbose=0).history
+    assert history["loss"][0] == pytest.approx(total / count, rel=1e-5)
+    assert history["perplexity"][0] == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
+def test_what_weighs_nothing_counts_in_no_metric():
+    lm = make_lm()
+    x, y, weights = lm.preprocessor(AS_DICT)
+    results = lm.evaluate(x, y, sample_weight=weights, verbose=0)
+    x["token_ids"], y = x["token_ids"].copy(), np.where(weights > 0, y, 7)
+    again = lm.evaluate(x, y, sample_weight=weights, verbose=0)
+    np.testing.assert_allclose(again, results, rtol=1e-6)
+    alone = lm.evaluate(AS_DICT, sample_weight=np.array([0, 1, 0, 0]), verbose=0)
+    one = {"prompt": PROMPTS[1:2], "response": RESPONSES[1:2]}
+    np.testing.assert_allclose(alone, lm.evaluate(one, verbose=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep_spaces", [True, False], ids=["v2", "v1"])
+@pytest.mark.parametrize(
+    "pair", [*PAIRS, ("A: ", "yes"), ("x=", "1\n\ny=2"), ("naïve", "té ☃")]
+)
+def test_a_response_follows_the_tokens_that_generate_gives_its_prompt(
+    keep_spaces, pair
+):
+    lm = make_lm(keep_spaces)
+    prompt, response = pair
+    rows, _ = lm.preprocessor.training_rows([prompt], [response])
+    (ids,), (learned,) = rows.ids, rows.learned
+    prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
+    assert ids[: len(prompt_ids)] == prompt_ids
+    assert learned == [i >= len(prompt_ids) for i in range(len(ids))]
+    assert ids[-1] == lm.preprocessor.tokenizer.end_token_id
+    whole = lm.preprocessor.tokenizer.detokenize(ids)
+    expected = prompt + response
+    if not keep_spaces:
+        expected, whole = expected.replace(" ", ""), whole.replace(" ", "")
+    assert whole == expected
+
+
+# ----- Containers
+
+
+class Pairs(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        rows = slice(2 * index, 2 * index + 2)
+        return {"prompt": PROMPTS[rows], "response": RESPONSES[rows]}
+
+
+def tf_dataset(elements):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(elements).batch(2)
+
+
+def grain_dataset():
+    grain = pytest.importorskip("grain")
+    return grain.MapDataset.source(AS_LIST).batch(2)
+
+
+CONTAINERS = {
+    "dict": lambda: AS_DICT,
+    "list": lambda: AS_LIST,
+    "x and y": lambda: (PROMPTS, RESPONSES),
+    "tf.data of dicts": lambda: tf_dataset(AS_DICT),
+    "tf.data of tuples": lambda: tf_dataset((PROMPTS, RESPONSES)),
+    "PyDataset": Pairs,
+    "generator": lambda: (Pairs()[i] for i in range(2)),
+    "generator of tuples": lambda: (
+        (Pairs()[i]["prompt"], Pairs()[i]["response"]) for i in range(2)
+    ),
+    "Grain": grain_dataset,
+}
+
+
+@pytest.fixture(scope="module")
+def expected_loss():
+    return make_lm().fit(AS_DICT, **_options()).history["loss"]
+
+
+def _options():
+    return dict(batch_size=2, shuffle=False, verbose=0)
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_fit_takes_pairs_from_any_container(kind, expected_loss):
+    x = CONTAINERS[kind]()
+    data = x if isinstance(x, tuple) else (x,)
+    options = _options()
+    if not isinstance(x, (dict, list, tuple)):
+        options.pop("batch_size")
+    history = make_lm().fit(*data, **options).history
+    assert history["loss"] == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_texts_come_from_generators_too():
+    texts = [p + r for p, r in PAIRS]
+    batches = (texts[i : i + 2] for i in (0, 2))
+    losses = make_lm().fit(batches, shuffle=False, verbose=0).history["loss"]
+    assert losses == pytest.approx(make_lm().fit(texts, **_options()).history["loss"])
+
+
+def test_validation_tells_perplexity_and_bits_per_byte():
+    lm = make_lm()
+    seen = []
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(logs["val_bits_per_byte"])
+    )
+    options = dict(verbose=0, callbacks=[watch])
+    history = lm.fit(AS_DICT, validation_data=AS_LIST[:2], **options).history
+    alone = lm.evaluate(AS_LIST[:2], verbose=0, return_dict=True)
+    assert history["val_perplexity"][0] == pytest.approx(alone["perplexity"], rel=1e-5)
+    assert history["val_bits_per_byte"] == seen
+    assert seen[0] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
+
+
+def test_it_learns_to_respond():
+    lm = make_lm()
+    lm.compile(optimizer=keras.optimizers.Adam(5e-3))
+    lm.fit(AS_DICT, epochs=40, batch_size=4, verbose=0)
+    answers = lm.generate(PROMPTS, max_new_tokens=12, strip_prompt=True)
+    assert answers == RESPONSES
+
+
+# ----- Chats
+
+
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Farewell"},
+]
+
+
+def test_each_reply_of_a_chat_is_learned_and_nothing_else():
+    lm = make_lm(length=60)
+    lm.preprocessor.chat_template = TEMPLATE
+    rows, _ = lm.preprocessor.training_rows([{"messages": CHAT}])
+    (ids,), (learned,) = rows.ids, rows.learned
+    tokenizer = lm.preprocessor.tokenizer
+    text = "Be short.\nUSER: Hello\nBOT: Hi!</s>USER: Bye\nBOT: Farewell!</s>"
+    assert ids == [1, *tokenizer.tokenize(text, parse_special=True)]
+    kept = [token for token, counts in zip(ids, learned, strict=True) if counts]
+    assert tokenizer.detokenize(kept) == "Hi!Farewell!"
+    assert kept.count(tokenizer.end_token_id) == 2
+    assert rows.bytes == len("Hi!Farewell!")
+    lm.fit([{"messages": CHAT}, {"messages": CHAT[:3]}], verbose=0)
+
+
+def test_a_chat_is_generated_from_as_it_was_learned():
+    lm = make_lm(length=60)
+    lm.preprocessor.chat_template = TEMPLATE
+    lm.compile(optimizer=keras.optimizers.Adam(5e-3))
+    lm.fit([{"messages": CHAT}], epochs=40, verbose=0)
+    for turn, reply in ((2, "Hi!"), (4, "Farewell!")):
+        assert lm.generate({"messages": CHAT[:turn]}, max_new_tokens=12) == reply
+    replies = lm.generate([{"messages": CHAT[:4]}] * 2, max_new_tokens=12)
+    assert replies == ["Farewell!"] * 2
+
+
+def test_the_template_is_saved_with_the_preprocessor(tmp_path):
+    lm = make_lm()
+    lm.preprocessor.chat_template = TEMPLATE
+    lm.save_to_preset(str(tmp_path))
+    again = type(lm.preprocessor).from_preset(str(tmp_path))
+    assert again.chat_template == TEMPLATE
+
+
+# ----- Bad input
+
+
+def test_what_is_cut_is_told_once_with_counts():
+    lm = make_lm(length=12)
+    with pytest.warns(UserWarning, match=r"2 of 4 examples were cut.*12") as told:
+        lm.fit(AS_DICT, verbose=0)
+    assert sum("were cut to" in str(w.message) for w in told) == 1
+
+
+def test_a_prompt_that_fills_the_row_teaches_nothing():
+    lm = make_lm(length=4)
+    with pytest.warns(UserWarning, match="of 4 examples teach nothing"):
+        _, _, weights = lm.preprocessor(AS_DICT)
+    assert not weights[1].any()
+
+
+def test_empty_texts_teach_nothing_and_are_told():
+    lm = make_lm()
+    with pytest.warns(UserWarning, match="1 of 3 examples teach nothing"):
+        _, _, weights = lm.preprocessor(["a", "", "b"])
+    assert weights.any(axis=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ({"prompt": ["a", "b"], "response": ["c"]}, "2 prompts and 1 responses"),
+        ({"prompt": ["a"]}, r"keys \['prompt'\]"),
+        ([{"prompt": "a", "response": "b"}, {"prompt": "a"}], r"x\[1\]` has the keys"),
+        ({"prompt": ["", "a"], "response": ["b", "c"]}, "1 of 2 prompts .* empty"),
+        ({"prompt": ["a"], "response": [""]}, "responses .* empty"),
+        ({"prompt": ["a"], "response": [7]}, r"\['response'\]\[0\]` must be a string"),
+        ([{"messages": CHAT[:2]}], "prompt without a response"),
+        ([{"messages": [{"role": "judge", "content": "x"}]}], "judge"),
+        ([{"messages": [{"role": "user"}]}], '"role" and "content"'),
+    ],
+)
+def test_malformed_pairs_and_chats_are_refused(x, message):
+    lm = make_lm()
+    lm.preprocessor.chat_template = TEMPLATE
+    before = [ops.convert_to_numpy(v) for v in lm.weights]
+    with pytest.raises(ValueError, match=message):
+        lm.fit(x, verbose=0)
+    for old, new in zip(before, lm.weights, strict=True):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
+
+
+def test_chats_without_a_template_say_how_to_give_one():
+    with pytest.raises(ValueError, match="chat_template"):
+        make_lm().fit([{"messages": CHAT}], verbose=0)
+    with pytest.raises(ValueError, match="content"):
+        make_lm().preprocessor.chat_template = {"assistant": "BOT:"}
+
+
+@pytest.mark.parametrize("bad", [-1, 512])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    lm = make_lm()
+    x, y, weights = lm.preprocessor(AS_DICT)
+    wrong = y.copy()
+    wrong[0, 0] = bad
+    with pytest.raises(ValueError, match=f"`y` must be from 0 to 511.*{bad}"):
+        lm.fit(x, wrong, sample_weight=weights, verbose=0)
+    x["token_ids"] = wrong
+    with pytest.raises(ValueError, match="`token_ids` must be from 0 to 511"):
+        lm.fit(x, y, sample_weight=weights, verbose=0)
+
+
+def test_pack_is_for_lists():
+    with pytest.raises(ValueError, match="`pack` takes a list"):
+        make_lm().fit(Pairs(), pack=True, verbose=0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    lm = make_lm()
+    lm.compile(optimizer=keras.optimizers.Adam(1e-2))
+    lm.fit(AS_DICT, **_options())
+    scale = lm.backbone.final_norm.scale
+    kept = ops.convert_to_numpy(scale)
+    scale.assign(np.full_like(kept, np.nan))
+    others = [v for v in lm.weights if v is not scale]
+    before = [ops.convert_to_numpy(v) for v in others]
+    moments = [ops.convert_to_numpy(v) for v in lm.optimizer.variables]
+    with pytest.raises(FloatingPointError, match=r"2 of the 2 steps .* 0\.01 now"):
+        lm.fit(AS_DICT, **_options())
+    after = [ops.convert_to_numpy(v) for v in others]
+    after += [ops.convert_to_numpy(v) for v in lm.optimizer.variables]
+    for old, new in zip(before + moments, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    scale.assign(kept)
+    lm.fit(AS_DICT, **_options())  # As if nothing had been.
+
+
+def test_steps_that_are_left_out_are_warned_of():
+    lm = make_lm()
+    x, y, weights = lm.preprocessor(AS_DICT)
+    weights[0, :] = np.inf
+    with pytest.warns(UserWarning, match="1 of the 2 steps of this epoch"):
+        lm.fit(x, y, sample_weight=weights, **_options())
+    assert all(np.isfinite(ops.convert_to_numpy(v)).all() for v in lm.weights)
+
+
+def test_a_rate_that_diverges_leaves_finite_weights():
+    lm = make_lm()
+    lm.compile(optimizer=keras.optimizers.SGD(1e30))
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        lm.fit(AS_DICT, epochs=3, **_options())
+    assert all(np.isfinite(ops.convert_to_numpy(v)).all() for v in lm.weights)
+
+
+# ----- Defaults
+
+
+def test_the_default_optimizer_is_adamw_and_faster_for_adapters():
+    lm = random_lm(SHAPE, trained_model(True))
+    assert type(lm.optimizer).__name__ == "AdamW"
+    assert float(lm.optimizer.learning_rate) == pytest.approx(2e-5)
+    lm.preprocessor.sequence_length = 32
+    lm.backbone.enable_lora(2)
+    lm.fit(AS_DICT, verbose=0)
+    assert float(lm.optimizer.learning_rate) == pytest.approx(2e-4)
+    lm.compile()
+    assert float(lm.optimizer.learning_rate) == pytest.approx(2e-4)
+
+
+def test_training_bfloat16_variables_is_warned_of():
+    lm = make_lm(dtype="bfloat16")
+    with pytest.warns(UserWarning, match="small steps are rounded away"):
+        lm.fit(AS_DICT, verbose=0)
+    adapted = make_lm(dtype="bfloat16")
+    adapted.backbone.enable_lora(2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Variables of bfloat16")
+        adapted.fit(AS_DICT, verbose=0)
