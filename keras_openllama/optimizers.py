@@ -117,6 +117,31 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.peak, self.final = peak, final
         self.warmup_steps, self.steps = warmup_steps, steps
 
+    @classmethod
+    def over_epochs(cls, peak, rows, batch_size, epochs=1, warmup=0.03, final=0.1):
+        """The schedule of a `fit`, by what `fit` is given.
+
+        Args:
+            peak: float, the highest learning rate.
+            rows: int, rows of the data (examples, where they are not packed).
+            batch_size: int, rows of a step.
+            epochs: float.
+            warmup: float, share of the steps in which the rate rises. (Ours, as those
+                below: Alpaca's share, and a tenth as in LLaMA.)
+            final: float, the last rate as a share of the peak.
+
+        Example:
+
+        ```python
+        schedule = WarmupCosine.over_epochs(2e-4, len(texts), batch_size=8, epochs=3)
+        lm.compile(optimizer=AdamW(schedule, weight_decay=0.0))
+        lm.fit(texts, batch_size=8, epochs=3)
+        ```
+        """
+        steps = max(1, math.ceil(epochs * math.ceil(rows / batch_size)))
+        warmup_steps = min(round(warmup * steps), steps - 1)
+        return cls(peak, final * peak, warmup_steps, steps)
+
     def __call__(self, step):
         step = ops.cast(step, "float32") + 1
         up = step / max(1, self.warmup_steps)

@@ -264,3 +264,11 @@ def test_schedule_comes_back_from_its_config():
 def test_rates_and_steps_out_of_order_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         rates([0], **options)
+
+
+def test_a_schedule_over_epochs_ends_with_them():
+    schedule = WarmupCosine.over_epochs(1.0, rows=101, batch_size=10, epochs=3)
+    assert (schedule.steps, schedule.warmup_steps) == (33, 1)
+    assert float(schedule(32)) == pytest.approx(0.1)
+    short = WarmupCosine.over_epochs(1.0, rows=1, batch_size=10)
+    assert (short.steps, short.warmup_steps) == (1, 0)

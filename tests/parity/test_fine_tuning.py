@@ -1,4 +1,4 @@
-"""LoRA takes the steps of `peft` with `torch.optim.AdamW`; so does learning responses."""
+"""Adapters take the steps of `peft` with `torch.optim.AdamW`, on responses alone."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,323 @@
+"""Fine-tune a preset on JSON lines: adapters (LoRA) or all of its weights.
+
+    python train/finetune.py --preset nano --data pairs.jsonl --lora-rank 8
+        trains adapters on the responses of {"prompt": …, "response": …} lines
+    python train/finetune.py --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
+        --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
+        makes prompts and responses of other keys
+    python train/finetune.py --preset 3b_v2 --estimate
+        tells what memory each way takes, and ends
+
+Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
+{"text": …}. The loss is that of responses; texts are learned whole.
+
+The same command again goes on where the run stopped. The run's directory holds
+metrics.jsonl, validation.jsonl, loss.png, answers before and after in samples.txt,
+TensorBoard's events, and in the end adapters/ (for `lm.load_adapters` and PEFT) and
+model/ (merged, for transformers and for `keras-openllama generate --preset DIR/model`).
+
+Exit codes: 0 the run is complete; 75 a signal came (SIGTERM, Ctrl-C), all is saved and
+the same command goes on; 70 too many steps in a row had a loss or gradient that is not
+finite; 74 something could not be written; 2 an argument or an example is wrong, or does
+not fit the run that is there, or the memory.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+POLICIES = ("none", "products", "projections", "full")
+DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset",
+        required=True,
+        help="what to start from: a preset such as 7b_v2 or nano, a directory, or "
+        "hf://user/repo",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="directory of the run (default: runs/PRESET-finetuned)",
+    )
+    data = parser.add_argument_group("examples")
+    data.add_argument(
+        "--data", nargs="+", default=(), metavar="FILE", help="JSON lines"
+    )
+    data.add_argument(
+        "--prompt", metavar="TEMPLATE", help='such as "Q: {question}\\nA:"'
+    )
+    data.add_argument("--response", metavar="TEMPLATE", help='such as " {answer}"')
+    data.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help='JSON by role, such as {"user": "USER: {content}\\n", "assistant": "BOT: '
+        '{content}"}',
+    )
+    data.add_argument("--validation", metavar="FILE", help="JSON lines to validate on")
+    data.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="of the examples, without --validation (default: %(default)s)",
+    )
+    data.add_argument(
+        "--length",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a row; what is longer is cut (default: %(default)s)",
+    )
+    data.add_argument(
+        "--pack", action="store_true", help="put several examples into a row"
+    )
+    what = parser.add_argument_group("what is trained")
+    what.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rank of adapters; 0, the default, trains all weights",
+    )
+    what.add_argument(
+        "--lora-alpha", type=float, metavar="X", help="their scale (default: the rank)"
+    )
+    what.add_argument(
+        "--lora-targets",
+        nargs="+",
+        choices=TARGETS,
+        metavar="NAME",
+        help=f"some of {', '.join(TARGETS)} (default: query value)",
+    )
+    what.add_argument(
+        "--int8", action="store_true", help="quantize the weights below the adapters"
+    )
+    what.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: float32 on CPUs; elsewhere bfloat16 with adapters, and "
+        "mixed_bfloat16 without",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--epochs", type=float, default=3.0, metavar="X")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows")
+    how.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="peak of a cosine (default: 2e-4 with adapters, else 2e-5)",
+    )
+    how.add_argument(
+        "--warmup", type=float, default=0.03, metavar="X", help="share of the steps"
+    )
+    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X")
+    how.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts of a batch that follow each other, to save memory (JAX)",
+    )
+    how.add_argument(
+        "--rematerialize",
+        choices=POLICIES,
+        default="none",
+        help="what is computed twice, to save memory (JAX; default: %(default)s)",
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N")
+    how.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="such as data=2,fsdp=4 (JAX; default: all devices along fsdp)",
+    )
+    how.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+    seen = parser.add_argument_group("what is seen and kept")
+    seen.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    seen.add_argument("--validate-every", type=int, default=100, metavar="STEPS")
+    seen.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="asked before and after; again for more (default: held-out prompts)",
+    )
+    seen.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    seen.add_argument(
+        "--export",
+        choices=("all", "adapters", "model", "none"),
+        default="all",
+        help="what is written in the end (default: %(default)s)",
+    )
+    seen.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print what memory training takes, for every preset, and end",
+    )
+    return parser, parser.parse_args(arguments)
+
+
+def settings_of(parser, options):
+    """`finetuning.Settings` from the flags, checked."""
+    from keras_openllama.training.finetuning import Settings
+
+    if not options.data:
+        parser.error("--data: name the files of your examples (JSON lines).")
+    for path in [*options.data, *filter(None, [options.validation])]:
+        if not Path(path).is_file():
+            parser.error(f"--data, --validation: there is no file {path}")
+    positive = ("length", "batch_size", "micro_batches", "save_every", "validate_every")
+    for name in positive:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is a whole number from 1 on.")
+    if options.epochs <= 0 or not 0 <= options.validation_share < 1:
+        parser.error("--epochs is above 0, and --validation-share from 0 to below 1.")
+    if options.lora_rank < 0 or (options.int8 and not options.lora_rank):
+        parser.error("--lora-rank is 0 or more, and --int8 needs adapters upon it.")
+    if options.batch_size % options.micro_batches:
+        parser.error("--micro-batches divides --batch-size.")
+    template = None
+    if options.chat_template:
+        try:
+            template = json.loads(Path(options.chat_template).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--chat-template: {error}")
+    return Settings(
+        preset=options.preset,
+        data=tuple(options.data),
+        prompt=_unescaped(options.prompt),
+        response=_unescaped(options.response),
+        chat_template=template,
+        validation=options.validation,
+        validation_share=options.validation_share,
+        sequence_length=options.length,
+        pack=options.pack,
+        lora_rank=options.lora_rank or None,
+        lora_alpha=options.lora_alpha,
+        lora_targets=options.lora_targets and tuple(options.lora_targets),
+        int8=options.int8,
+        dtype=options.dtype or default_dtype(options),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        micro_batches=options.micro_batches,
+        rematerialize=options.rematerialize,
+        seed=options.seed,
+    )
+
+
+def _unescaped(template):
+    """A template in which a shell's \\n is a new line."""
+    return template and template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def default_dtype(options):
+    import keras
+
+    if not any("cpu" not in d.lower() for d in keras.distribution.list_devices()):
+        return "float32"
+    return "bfloat16" if options.lora_rank else "mixed_bfloat16"
+
+
+def distribution_of(parser, options):
+    """How the model is spread; `None` on one device."""
+    import keras
+
+    devices = keras.distribution.list_devices()
+    if keras.config.backend() != "jax" or (len(devices) == 1 and not options.mesh):
+        if options.mesh:
+            parser.error("--mesh needs the JAX backend.")
+        return None
+    from keras_openllama.distribution import OpenLlamaParallel, make_mesh
+
+    axes = {"data": 1, "fsdp": None, "model": 1}
+    for part in (options.mesh or "").split(",") if options.mesh else ():
+        axis, _, size = part.partition("=")
+        if axis not in axes or not size.isdecimal() or int(size) < 1:
+            parser.error(f"--mesh takes such as data=2,fsdp=4. Got: {options.mesh!r}")
+        axes[axis] = int(size)
+    try:
+        return OpenLlamaParallel(make_mesh(**axes))
+    except ValueError as error:
+        parser.error(f"--mesh: {error}")
+
+
+def main(arguments=None):
+    parser, options = parse_arguments(arguments)
+    os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
+        "KERAS_BACKEND", "jax"
+    )
+    if options.estimate:
+        from keras_openllama.training import memory
+
+        print(memory.table_of_presets(options.batch_size, options.length))
+        return 0
+    settings = settings_of(parser, options)
+    name = Path(options.preset).name.removeprefix("open_llama_")
+    output = options.output or f"runs/{name}-finetuned"
+    exports = {"all": ("adapters", "model"), "none": ()}
+    distribution = distribution_of(parser, options)
+
+    from keras_openllama.training import finetuning, stopping
+
+    try:
+        check_memory(settings, distribution)
+        stopped = finetuning.run(
+            finetuning.Request(
+                settings,
+                output,
+                distribution=distribution,
+                save_every=options.save_every,
+                validate_every=options.validate_every,
+                questions=options.question,
+                max_new_tokens=options.max_new_tokens,
+                export=exports.get(options.export, (options.export,)),
+            )
+        )
+    except stopping.Diverged as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return stopping.DIVERGED
+    except OSError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return stopping.NOT_WRITTEN
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    if stopped:
+        print(f"Stopped by {stopped}; all is saved. The same command goes on.")
+        return stopping.STOPPED
+    _tell(output)
+    return 0
+
+
+def check_memory(settings, distribution):
+    """Prints what memory the run takes, and refuses what cannot fit."""
+    return
+
+
+def _tell(output):
+    print(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
+    for name, hint in (
+        ("adapters", "lm.load_adapters({!r}), or peft.PeftModel.from_pretrained"),
+        ("model", 'keras-openllama generate "…" --preset {}, or transformers'),
+    ):
+        path = os.path.join(output, name)
+        if os.path.isdir(path):
+            print(f"{path}: {hint.format(path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
