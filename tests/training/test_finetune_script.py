@@ -114,35 +114,42 @@ def steps_of(output):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+LONG = ("--lora-rank", 4, "--epochs", 40, "--save-every", 5, "--export", "none")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The directory of a run that nothing stopped."""
+    directory = tmp_path_factory.mktemp("whole")
+    process = start(data, directory, *LONG)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return directory
+
+
 @pytest.mark.backend_free
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_gone_on_it_is_the_run_that_was_not(end, data, tmp_path):
-    more = ("--lora-rank", 4, "--epochs", 40, "--save-every", 5, "--export", "none")
-    whole = start(data, tmp_path / "whole", *more)
-    assert whole.wait(300) == 0, whole.stdout.read()
-    total = steps_of(tmp_path / "whole")
-    stopped = start(data, tmp_path / "stopped", *more)
+def test_stopped_and_gone_on_it_is_the_run_that_was_not(end, data, whole, tmp_path):
+    stopped = start(data, tmp_path / "stopped", *LONG)
     deadline = time.monotonic() + 200
     while steps_of(tmp_path / "stopped") < 12 and time.monotonic() < deadline:
         time.sleep(0.02)
     stopped.send_signal(end)
     code = stopped.wait(120)
     assert code == (75 if end == signal.SIGTERM else -signal.SIGKILL)
-    assert 12 <= steps_of(tmp_path / "stopped") < total, "it was over already"
-    again = start(data, tmp_path / "stopped", *more)
+    assert 12 <= steps_of(tmp_path / "stopped") < steps_of(whole), "it was over"
+    again = start(data, tmp_path / "stopped", *LONG)
     output = again.communicate(timeout=300)[0]
     assert again.returncode == 0 and "Going on from step" in output
     for read in (run_log.read, run_log.read_validation):
-        expected, found = read(tmp_path / "whole"), read(tmp_path / "stopped")
+        expected, found = read(whole), read(tmp_path / "stopped")
         assert [(r["step"], r["loss"]) for r in found] == [
             (r["step"], r["loss"]) for r in expected
         ]
-    whole, stopped = (
-        np.load(tmp_path / name / "state.npz") for name in ("whole", "stopped")
-    )
-    for name in whole.files:
-        np.testing.assert_array_equal(whole[name], stopped[name])
+    expected, found = (np.load(d / "state.npz") for d in (whole, tmp_path / "stopped"))
+    for name in expected.files:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 # ----- What it refuses
@@ -196,7 +203,7 @@ def test_what_cannot_be_is_refused(more, message, data, tmp_path, capsys):
 
 @pytest.mark.backend_free
 def test_a_rate_that_diverges_ends_the_run(data, tmp_path, capsys):
-    more = ("--lora-rank", 2, "--epochs", 30, "--learning-rate", 1e35)
+    more = ("--lora-rank", 2, "--epochs", 30, "--learning-rate", 3e38)
     assert finetune().main(arguments(data, tmp_path, *more)) == 70
     assert "not finite" in capsys.readouterr().err
     assert any(record["skipped"] for record in run_log.read(tmp_path))
