@@ -147,7 +147,9 @@ def parse_arguments(arguments):
     how.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
     seen = parser.add_argument_group("what is seen and kept")
     seen.add_argument("--save-every", type=int, default=100, metavar="STEPS")
-    seen.add_argument("--validate-every", type=int, default=100, metavar="STEPS")
+    seen.add_argument(
+        "--validate-every", type=int, metavar="STEPS", help="default: ten times"
+    )
     seen.add_argument(
         "--question",
         action="append",
@@ -180,7 +182,7 @@ def settings_of(parser, options):
             parser.error(f"--data, --validation: there is no file {path}")
     positive = ("length", "batch_size", "micro_batches", "save_every", "validate_every")
     for name in positive:
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is a whole number from 1 on.")
     if options.epochs <= 0 or not 0 <= options.validation_share < 1:
         parser.error("--epochs is above 0, and --validation-share from 0 to below 1.")

@@ -68,7 +68,7 @@ class Request:
         settings: `Settings`.
         output: string, the run's directory.
         distribution: `OpenLlamaParallel`, or `None`.
-        save_every, validate_every: ints, steps.
+        save_every, validate_every: ints, steps; `None` validates ten times.
         questions: list of strings to ask before and after; `None` takes some of the
             examples that were set apart.
         max_new_tokens: int, of answers.
@@ -79,7 +79,7 @@ class Request:
     output: str
     distribution: object = None
     save_every: int = 100
-    validate_every: int = 100
+    validate_every: int | None = None
     questions: list | None = None
     max_new_tokens: int = 48
     export: tuple = (ADAPTERS, MODEL)
@@ -195,6 +195,7 @@ class _Run:
     def _train(self, done):
         """Steps after `done`; returns whether a signal ended them."""
         skipped = Skipped(_MOST_SKIPPED)
+        every = self._request.validate_every or max(1, self.steps // 10)
         bar = tqdm(
             initial=done,
             total=self.steps,
@@ -211,7 +212,7 @@ class _Run:
                 bar.update()
                 skipped.note(step, finite, record["loss"], math.nan)
                 last = step == self.steps
-                if last or step % self._request.validate_every == 0:
+                if last or step % every == 0:
                     self._validate(step)
                 if last:
                     self._ask(step, "after")
@@ -348,7 +349,8 @@ class _Run:
 
     def _draw(self):
         runs = plots.read_runs([self._request.output])
-        plots.draw(runs, os.path.join(self._request.output, LOSS))
+        path = os.path.join(self._request.output, LOSS)
+        plots.draw(runs, path, x="step", smooth=max(1, self.steps // 20))
 
     def _export(self):
         output, lm = self._request.output, self._lm
