@@ -228,26 +228,41 @@ def _unescaped(template):
 
 
 def default_dtype(options):
-    import keras
-
-    if not any("cpu" not in d.lower() for d in keras.distribution.list_devices()):
+    if not on_accelerator():
         return "float32"
     return "bfloat16" if options.lora_rank else "mixed_bfloat16"
 
 
+def on_accelerator():
+    """Whether the backend has a device beside the CPU."""
+    backend = os.environ["KERAS_BACKEND"]
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if backend == "tensorflow":
+        import tensorflow
+
+        return bool(tensorflow.config.list_physical_devices("GPU"))
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
 def distribution_of(parser, options):
     """How the model is spread; `None` on one device."""
-    import keras
-
-    devices = keras.distribution.list_devices()
-    if keras.config.backend() != "jax" or (len(devices) == 1 and not options.mesh):
+    if os.environ["KERAS_BACKEND"] != "jax":
         if options.mesh:
             parser.error("--mesh needs the JAX backend.")
+        return None
+    import jax
+
+    if jax.device_count() == 1 and not options.mesh:
         return None
     from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 
     axes = {"data": 1, "fsdp": None, "model": 1}
-    for part in (options.mesh or "").split(",") if options.mesh else ():
+    for part in options.mesh.split(",") if options.mesh else ():
         axis, _, size = part.partition("=")
         if axis not in axes or not size.isdecimal() or int(size) < 1:
             parser.error(f"--mesh takes such as data=2,fsdp=4. Got: {options.mesh!r}")
