@@ -61,6 +61,7 @@ def merge(backbone, reversible):
         kernel = np.array(as_numpy(layer._kernel.value)) if reversible else None
         layer._kernel.assign(merged_kernel(layer).astype(layer._kernel.dtype))
         merged.append(Merged(layer, kernel, layer.remove_adapters()))
+        layer._kernel.trainable = True  # `enable_lora` froze it by itself.
     return tuple(merged) if reversible else ()
 
 

@@ -307,9 +307,9 @@ class OpenLlamaBackbone(Backbone):
             ValueError: if there are no adapters, or the model is quantized.
         """
         merged = adapters.merge(self, reversible)
-        self.trainable = True
-        for head in self._heads:
-            head.trainable = True
+        # Each by itself: on TensorFlow Keras does not pass it down.
+        for layer in (*self._flatten_layers(), *self._heads):
+            layer.trainable = True
         self._merged = merged
 
     def unmerge_lora(self):
