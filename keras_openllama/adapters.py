@@ -65,8 +65,25 @@ def merge(backbone, reversible):
     return tuple(merged) if reversible else ()
 
 
+def _check_unchanged(entry):
+    """Raises a `ValueError` if a kernel is not what `merge` has made of it."""
+    layer, (variables, rank, alpha) = entry.layer, entry.removed
+    first, second = (as_numpy(v.value) for v in variables.values())
+    merged = entry.kernel.astype("float32") + alpha / rank * (first @ second)
+    if (
+        layer.quantization_mode is not None
+        or (as_numpy(layer._kernel.value) != merged.astype(layer._kernel.dtype)).any()
+    ):
+        raise ValueError(
+            f"{layer.path} was trained or quantized since adapters were merged into "
+            "it, so they cannot be taken out again."
+        )
+
+
 def unmerge(backbone, merged):
     """See `OpenLlamaBackbone.unmerge_lora`."""
+    for entry in merged:
+        _check_unchanged(entry)
     for layer in backbone._flatten_layers(include_self=False):
         layer.trainable = False
     for entry in merged:

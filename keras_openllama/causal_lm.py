@@ -180,8 +180,9 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         )
         # Keras's own step scales a loss, and knows how to compute a quantized head.
         self._own_loss = own_loss and not _scales_loss(self.optimizer)
+        if keras.config.backend() == "jax":
+            self._own_loss &= self.lm_head.quantization_mode is None
         fused = self._own_loss and keras.config.backend() == "jax"
-        fused &= self.lm_head.quantization_mode is None
         options = (micro_batches, rematerialize, z_loss)
         if not fused and options != (1, "none", 0.0):
             raise ValueError(
@@ -337,9 +338,11 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         Nothing is put before the reply in a chat.
         """
         if is_chat(inputs):
-            batched = not isinstance(inputs, dict)
-            chats = inputs if batched else [inputs]
-            rows = [self.preprocessor.chat_ids(chat["messages"]) for chat in chats]
+            if not isinstance(inputs, dict):
+                inputs = {"messages": [chat["messages"] for chat in inputs]}
+            batched = isinstance(inputs["messages"][0], (list, tuple))
+            chats = inputs["messages"] if batched else [inputs["messages"]]
+            rows = [self.preprocessor.chat_ids(messages) for messages in chats]
             return rows, [""] * len(rows), batched
         texts, batched = as_texts(inputs)
         if not texts:

@@ -11,6 +11,7 @@ from keras_openllama import prompts
 from keras_openllama.adapters import adapted_layers
 from keras_openllama.fit_callbacks import BitsPerByte, LeftOutSteps
 from keras_openllama.optimizers import AdamW
+from keras_openllama.text_arrays import is_graph_tensor, to_numpy
 from keras_openllama.training_rows import is_supervised
 
 # Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
@@ -25,6 +26,11 @@ def default_optimizer(lm):
 
 class Fitting:
     """`OpenLlamaCausalLM`: what it is trained, evaluated and asked with."""
+
+    _variables_seen = None  # By the programs that Keras has compiled.
+    # What `compile` sets.
+    _own_loss = _chooses_rate = False
+    _step_options = None
 
     def fit(
         self,
@@ -75,25 +81,30 @@ class Fitting:
         lm.fit({"prompt": ["2 + 2 ="], "response": [" 4"]}, epochs=3)
         ```
         """
-        self._prepare_optimizer()
-        own = [LeftOutSteps()] if self._own_loss else []
+        self._prepare_to_train()
+        own_callbacks = [LeftOutSteps()] if self._own_loss else []
         x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
+        data = self._in_whole_batches(x, y, sample_weight, batch_size)
+        x, y, sample_weight = data
         if validation_data is not None:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
-            x_val, *targets, bytes_per_target = self._as_data(
-                *validation_data, *[None] * (3 - len(validation_data)), pack
-            )
+            x_val, *targets = (*validation_data, None, None)[:3]
+            packs = pack and self._is_text(x_val)
+            x_val, *targets, bytes_per_target = self._as_data(x_val, *targets, packs)
             if bytes_per_target and self._own_loss:
-                own.append(BitsPerByte(bytes_per_target))
+                own_callbacks.append(BitsPerByte(bytes_per_target))
+            size = kwargs.get("validation_batch_size") or batch_size
+            x_val, *targets = self._in_whole_batches(x_val, *targets, size)
             # A dataset or generator comes with its targets.
             whole = all(target is None for target in targets)
             validation_data = x_val if whole else (x_val, *targets)
         if type(x).__module__.startswith("grain"):
             kwargs.setdefault("shuffle", False)  # Keras cannot, and would warn.
         if not isinstance(callbacks, keras.callbacks.CallbackList):
+            given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             # First, so that others see what they say.
-            callbacks = [*own, *(callbacks or [])]
+            callbacks = [*own_callbacks, *filter(None, given)]
         return keras.Model.fit(
             self,
             x,
@@ -119,7 +130,9 @@ class Fitting:
 
         With `return_dict=True`, and for texts or pairs, bits per byte are among them.
         """
-        x, y, sample_weight, bytes_per_target = self._as_data(x, y, sample_weight, pack)
+        self._forget_stale_programs()
+        *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
+        x, y, sample_weight = self._in_whole_batches(*data, batch_size)
         results = keras.Model.evaluate(
             self,
             x,
@@ -135,14 +148,32 @@ class Fitting:
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
+        self._forget_stale_programs()
         x, *_ = self._as_data(x)
         return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
+    def train_on_batch(self, *args, **kwargs):
+        """See `keras.Model.train_on_batch`."""
+        self._prepare_to_train()
+        return super().train_on_batch(*args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        """See `keras.Model.test_on_batch`."""
+        self._forget_stale_programs()
+        return super().test_on_batch(*args, **kwargs)
+
+    def predict_on_batch(self, *args, **kwargs):
+        """See `keras.Model.predict_on_batch`."""
+        self._forget_stale_programs()
+        return super().predict_on_batch(*args, **kwargs)
+
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text goes through the preprocessor; arrays are taken as they are."""
-        if not self._is_text(x):
-            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return self.preprocessor(x, y=y, sample_weight=sample_weight)
+        if self._is_text(x):
+            return self.preprocessor(x, y=y, sample_weight=sample_weight)
+        if y is not None and not is_graph_tensor(y):
+            x, y, sample_weight = self._as_arrays(x, y, sample_weight)
+        return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def get_metrics_result(self):
         results = super().get_metrics_result()
@@ -150,10 +181,19 @@ class Fitting:
             results["perplexity"] = ops.exp(results["loss"])
         return results
 
-    def _prepare_optimizer(self):
+    # ----- Before anything is computed
+
+    def _forget_stale_programs(self):
+        """Keras's programs keep the variables that they saw; adapters change them."""
+        seen = [(id(v), v.trainable) for v in self.weights]
+        if seen != self._variables_seen:
+            self.train_function = self.test_function = self.predict_function = None
+            self._variables_seen = seen
+
+    def _prepare_to_train(self):
         """Last looks at what is about to be trained."""
-        if self._chooses_rate and not self.optimizer.built and adapted_layers(self):
-            self.optimizer.learning_rate = ADAPTERS_RATE  # They came after `compile`.
+        self._forget_stale_programs()
+        self._check_optimizer()
         dtypes = {variable.dtype for variable in self.trainable_variables}
         if dtypes - {"float32"}:
             warnings.warn(
@@ -164,6 +204,21 @@ class Fitting:
                 stacklevel=3,
             )
 
+    def _check_optimizer(self):
+        """Whether the optimizer knows the variables: adapters may have come or gone."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        if optimizer is None:
+            return  # Keras says that there is none.
+        known = {id(v) for v in optimizer._trainable_variables or ()}
+        stale = optimizer.built and known != {id(v) for v in self.trainable_variables}
+        if self._chooses_rate and (stale or not optimizer.built):
+            self.optimizer = default_optimizer(self)
+        elif stale:
+            raise ValueError(
+                "Other variables are to be trained than when the optimizer was built, "
+                "since adapters came or went. Call `compile` again."
+            )
+
     def _is_text(self, x):
         return self.preprocessor is not None and (
             prompts.is_text(x) or is_supervised(x)
@@ -171,6 +226,8 @@ class Fitting:
 
     def _as_data(self, x, y=None, sample_weight=None, pack=False):
         """What Keras takes: x, y, weights; and bytes of text for each target."""
+        if isinstance(x, (str, bytes)):
+            x = [x]
         if pack and (sample_weight is not None or not self._is_text(x)):
             raise ValueError(
                 "`pack` takes a list of texts, pairs or chats, and no `sample_weight`. "
@@ -180,11 +237,10 @@ class Fitting:
         if _is_batches(x):
             return self._mapped(x), y, sample_weight, None
         if not self._is_text(x):
+            _check_form(x)
             return *self._as_arrays(x, y, sample_weight), None
-        if isinstance(x, (str, bytes)):
-            x = [x]
         rows, _ = self.preprocessor.training_rows(x, y)
-        rows.tell()
+        rows.warn()
         if pack:
             ids, mask, y, weights = rows.packed()
             x = {"token_ids": ids, "padding_mask": mask}
@@ -194,12 +250,44 @@ class Fitting:
         whole = sample_weight is None and targets > 0
         return x, y, weights, rows.bytes / targets if whole else None
 
+    def _in_whole_batches(self, x, y, sample_weight, batch_size):
+        """Rows that weigh nothing behind the others, where batches have to be whole.
+
+        That is so on a mesh, and for micro-batches.
+        """
+        parts = self._parts_of_a_batch()
+        if not isinstance(x, dict) or y is None or parts == 1:
+            return x, y, sample_weight
+        rows, size = len(y), batch_size or 32  # Keras's default.
+        if size % parts:
+            raise ValueError(
+                f"`batch_size` is a multiple of {parts}, the devices that share a "
+                f"batch times `micro_batches`. Received: batch_size={size}"
+            )
+        more = -rows % (size if rows > size else parts)
+        if sample_weight is None:
+            sample_weight = np.ones(np.shape(y), "float32")
+        sample_weight = _longer(sample_weight, more)
+        sample_weight[rows:] = 0
+        x = {name: _longer(array, more) for name, array in x.items()}
+        return x, _longer(y, more), sample_weight
+
+    def _parts_of_a_batch(self):
+        """Parts of equal size that a batch has to be cut into: int."""
+        parts = self._step_options.micro_batches if self._step_options else 1
+        if keras.config.backend() == "jax":
+            distribution = keras.distribution.distribution()
+            parts *= getattr(distribution, "num_model_replicas", 1)
+        return parts
+
     def _as_arrays(self, x, y, sample_weight):
         """Arrays, checked: backends would clamp an id that is none."""
         if isinstance(x, dict) and "token_ids" in x:
             prompts.as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
         if y is not None:
             prompts.as_token_ids(y, self.backbone.vocabulary_size, "y")
+        if sample_weight is not None and (to_numpy(sample_weight) < 0).any():
+            raise ValueError("`sample_weight` holds weights below 0.")
         if y is not None and np.ndim(sample_weight) == 1:  # One per row.
             weights = ops.convert_to_numpy(sample_weight)
             sample_weight = np.broadcast_to(weights[:, None], np.shape(y))
@@ -208,9 +296,17 @@ class Fitting:
     def _mapped(self, batches):
         """Batches of text as batches of arrays. (Keras refuses targets beside them.)"""
 
+        told = []
+
         def preprocess(batch):
-            values = batch if isinstance(batch, tuple) else (batch,)
-            return self.preprocess_samples(*values)
+            batch = batch if isinstance(batch, tuple) else (batch,)
+            x, y, sample_weight = (*batch, None, None)[:3]
+            if not self._is_text(x):
+                return self.preprocess_samples(x, y, sample_weight)
+            rows, _ = self.preprocessor.training_rows(x, y)
+            if (rows.cut or rows.lost) and not told:
+                told.append(rows.warn())  # Of the first such batch alone.
+            return self.preprocessor.filled(rows, sample_weight)
 
         if prompts.is_tf_dataset(batches):
             return batches.map(self.preprocess_samples, num_parallel_calls=-1)
@@ -219,6 +315,23 @@ class Fitting:
         if inspect.isgenerator(batches):
             return (preprocess(batch) for batch in batches)
         return batches.map(preprocess)
+
+
+def _check_form(x):
+    """Raises a `ValueError` for what Keras would say something obscure about."""
+    if isinstance(x, (list, tuple)) or (isinstance(x, dict) and "token_ids" not in x):
+        raise ValueError(
+            '`x` is texts, pairs with the keys "prompt" and "response", or chats with '
+            '"messages", all of one kind (these need a preprocessor); a dict of '
+            '"token_ids" and "padding_mask"; or batches of any of these. Received: '
+            f"{x!r:.200}"
+        )
+
+
+def _longer(array, more):
+    """An array with its first row so many times more."""
+    array = ops.convert_to_numpy(array)
+    return np.concatenate([array, np.repeat(array[:1], more, axis=0)])
 
 
 def _is_batches(x):

@@ -143,7 +143,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         if any(map(is_graph_tensor, leaves)):
             return self._training_tensors(x, y, sample_weight, length)
         rows, batched = self.training_rows(x, y, length)
-        rows.tell()
+        rows.warn()
         return self.filled(rows, sample_weight, batched)
 
     def training_rows(self, x, y=None, sequence_length=None):
@@ -193,7 +193,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             texts = given[""] if "" in given else given
             rows, batched = self.training_rows(texts, responses, length)
             if not told:
-                told.append(rows.tell())
+                told.append(rows.warn())
             x, targets, weights = self.filled(rows, weight, batched)
             return *x.values(), targets, weights
 

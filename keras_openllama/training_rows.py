@@ -60,9 +60,11 @@ def exchanges_of(x, y=None, template=None):
 def _of_dict(x, template, name="x"):
     if set(x) == CHAT:
         messages = x["messages"]
-        batched = isinstance(messages, (list, tuple)) and not all(
-            isinstance(message, dict) for message in messages
-        )
+        if not isinstance(messages, (list, tuple)):
+            raise ValueError(
+                f"`{name}['messages']` is a list of messages. Received: {messages!r}"
+            )
+        batched = not all(isinstance(message, dict) for message in messages)
         chats = messages if batched else [messages]
         return [
             chat_exchanges(chat, template, f"{name}['messages']") for chat in chats
@@ -183,21 +185,31 @@ def tokenize(examples, tokenizer, length, add_start_token=True, add_end_token=Tr
     rows = TrainingRows([], [], length)
     for number, example in enumerate(examples):
         ids, learned = list(start), [False] * len(start)
-        for prompt, _ in example:
+        for prompt, response in example:
             prompt_ids, response_ids = next(pairs)
             if prompt and not response_ids:
                 raise ValueError(
                     f"Example {number} has a prompt without a response, or one that "
                     f"has no tokens: {prompt[-80:]!r}"
                 )
-            if prompt_ids[:1] == start:
-                prompt_ids = prompt_ids[1:]
+            room = length + 1 - len(ids) - len(prompt_ids)
+            part = response, prompt_ids, response_ids, room
+            rows.bytes += _kept_bytes(*part, tokenizer)
             ids += prompt_ids + response_ids + end
             learned += [False] * len(prompt_ids)
             learned += [bool(response_ids)] * len(response_ids + end)
         rows.add(ids, learned)
-    rows.bytes = sum(len(response.encode()) for _, response in exchanges)
     return rows
+
+
+def _kept_bytes(response, prompt_ids, response_ids, room, tokenizer):
+    """Bytes of a response that are in its first `room` tokens."""
+    if len(response_ids) <= room:
+        return len(response.encode())
+    if room <= 0:
+        return 0
+    kept = tokenizer.detokenize(prompt_ids + response_ids[:room])
+    return len(kept.encode()) - len(tokenizer.detokenize(prompt_ids).encode())
 
 
 def chat_prompt_ids(exchanges, tokenizer, add_start_token=True, add_end_token=True):
@@ -253,7 +265,7 @@ class TrainingRows:
         ids: list of lists of ints.
         learned: list of lists of bools, as long: whether a token is to be predicted.
         length: int, predictions a row makes at most: one token less than it has.
-        bytes: int, UTF-8 bytes of the text that is learned.
+        bytes: int, UTF-8 bytes of the text that is learned, of what is not cut.
         cut: int, examples that were too long and lost their end.
         lost: int, examples of which nothing is learned: empty texts, and those whose
             prompt fills the row.
@@ -288,7 +300,7 @@ class TrainingRows:
 
         Each token sees its own example only, and none predicts the next one's first.
         """
-        sizes = np.array([len(ids) - 1 for ids in self.ids])
+        sizes = np.array([max(0, len(ids) - 1) for ids in self.ids])
         bins = best_fit(sizes, self.length)
         shape = int(bins.max()) + 1, self.length
         ids, numbers, targets = (np.zeros(shape, "int32") for _ in range(3))
@@ -296,13 +308,14 @@ class TrainingRows:
         ends, counts = np.zeros((2, len(ids)), "int64")
         for example, (row, size) in enumerate(zip(bins, sizes, strict=True)):
             here = np.s_[row, ends[row] : ends[row] + size]
-            ids[here], targets[here] = self.ids[example][:-1], self.ids[example][1:]
+            tokens = self.ids[example]
+            ids[here], targets[here] = tokens[:size], tokens[1:]
             weights[here] = self.learned[example][1:]
             ends[row], counts[row] = ends[row] + size, counts[row] + 1
             numbers[here] = counts[row]
         return ids, numbers, targets, weights
 
-    def tell(self):
+    def warn(self):
         """Warns of what was cut, and of what teaches nothing, with numbers."""
         total = len(self.ids)
         if self.cut:

@@ -297,10 +297,13 @@ class FusedTraining:
 
 
 def as_batch(x, y, weights=None):
-    """What `fit` was given, in the form of `sums_of`."""
-    if weights is None:
-        weights = jnp.ones(y.shape, "float32")
-    weights = jnp.asarray(weights, "float32")
+    """What `fit` was given, in the form of `sums_of`; padding weighs nothing."""
     mask = jnp.asarray(x["padding_mask"], "int32")
+    real = (mask > 0).astype("float32")
+    if weights is None:
+        weights = real
+    else:
+        weights = jnp.asarray(weights, "float32")
+        weights = real * (weights[:, None] if weights.ndim == 1 else weights)
     x = {"token_ids": jnp.asarray(x["token_ids"], "int32"), "padding_mask": mask}
     return x, jnp.asarray(y, "int32"), weights

@@ -31,8 +31,12 @@ class WeightedTraining:
 
     def _forward(self, data, training):
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        real = ops.cast(ops.cast(x["padding_mask"], "bool"), "float32")
         if weights is None:
-            weights = ops.ones_like(y, "float32")
+            weights = real  # Padding weighs nothing.
+        else:
+            weights = ops.cast(weights, "float32")
+            weights = real * (weights[:, None] if len(weights.shape) == 1 else weights)
         logits = self(x, training=training)
         loss = self._compute_loss(
             x=x, y=y, y_pred=logits, sample_weight=weights, training=training

@@ -193,6 +193,71 @@ def test_merged_for_good_it_is_a_model_like_any_other(tmp_path):
     assert len(fit(lm)) == 2
 
 
+@pytest.mark.parametrize("ask", ["predict", "evaluate", "predict_on_batch"])
+def test_programs_that_were_compiled_before_see_the_adapters(ask):
+    lm = random_lm(SHAPE)
+    lm.compile()
+    x = {"token_ids": batch(SHAPE), "padding_mask": np.ones_like(batch(SHAPE))}
+
+    def found():
+        if ask == "evaluate":
+            return lm.evaluate(x, batch(SHAPE), verbose=0)[0]
+        options = {"verbose": 0} if ask == "predict" else {}
+        return ops.convert_to_numpy(getattr(lm, ask)(x, **options))
+
+    plain = found()
+    lm.backbone.enable_lora(3)
+    for weight in lm.trainable_variables:
+        weight.assign(0.3 * np.random.default_rng(0).standard_normal(weight.shape))
+    adapted = found()
+    assert np.abs(adapted - plain).max() > 1e-2
+    lm.backbone.merge_lora()
+    np.testing.assert_allclose(found(), adapted, atol=1e-3)
+    lm.backbone.unmerge_lora()
+    np.testing.assert_allclose(found(), adapted, atol=1e-5)
+
+
+def test_adapters_that_come_between_two_fits_are_all_that_is_trained():
+    lm = random_lm(SHAPE)
+    x = {"token_ids": batch(SHAPE), "padding_mask": np.ones_like(batch(SHAPE))}
+    lm.fit(x, batch(SHAPE), verbose=0)
+    lm.backbone.enable_lora(2)
+    before = values_of(lm)
+    lm.fit(x, batch(SHAPE), verbose=0)  # By an optimizer of its own choice.
+    after = values_of(lm)
+    assert all("lora" in path for path in after if (after[path] != before[path]).any())
+    lm.compile(optimizer=keras.optimizers.Adam())
+    lm.fit(x, batch(SHAPE), verbose=0)
+    lm.backbone.merge_lora()
+    before = values_of(lm)
+    with pytest.raises(ValueError, match="Call `compile` again"):
+        lm.fit(x, batch(SHAPE), verbose=0)
+    for path, value in values_of(lm).items():
+        np.testing.assert_array_equal(value, before[path])
+
+
+@pytest.mark.parametrize("change", ["train", "quantize"])
+def test_what_changed_since_is_not_unmerged(change):
+    lm = make_lm()
+    lm.backbone.merge_lora()
+    if change == "quantize":
+        lm.backbone.quantize("int8")
+    else:
+        fit(lm, steps=1)
+    before = logits_of(lm)
+    with pytest.raises(ValueError, match="trained or quantized since"):
+        lm.backbone.unmerge_lora()
+    np.testing.assert_array_equal(logits_of(lm), before)
+
+
+def test_saving_adapters_on_int8_whole_is_warned_of(tmp_path):
+    lm = random_lm(SHAPE)
+    lm.backbone.quantize("int8")
+    lm.backbone.enable_lora(2)
+    with pytest.warns(UserWarning, match="`save_adapters` keeps them"):
+        lm.save_weights(str(tmp_path / "lm.weights.h5"))
+
+
 # ----- In files
 
 
@@ -256,6 +321,25 @@ def test_those_of_peft_come_in(tmp_path):
     base.load_adapters(tmp_path / "adapters")
     assert np.abs(logits_of(base) - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.abs(logits_of(random_lm(SHAPE)) - expected).max() > 1
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("origin", "base"),
+    [
+        ("hf://user/repo", "user/repo"),
+        ("open_llama_3b_v3", "openlm-research/open_llama_3b_v2"),
+        ("open_llama_nano", None),
+        ("the directory tf_", None),
+        (None, None),
+    ],
+)
+def test_the_base_is_named_where_peft_can_load_it(origin, base, tmp_path):
+    lm = make_lm()
+    lm.loaded_from = origin
+    lm.save_adapters(tmp_path / "adapters")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base
 
 
 def test_an_export_is_merged(tmp_path):

@@ -189,6 +189,40 @@ def test_fit_takes_pairs_from_any_container(kind, expected_loss):
     assert history["loss"] == pytest.approx(expected_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("weights", [None, np.ones(4), np.ones((4, 32))])
+@pytest.mark.parametrize("container", ["arrays", "generator"])
+def test_padding_of_arrays_weighs_nothing(container, weights):
+    lm = make_lm()
+    x, y, _ = lm.preprocessor([p + r for p, r in PAIRS])
+    expected = lm.evaluate(x, y, sample_weight=x["padding_mask"] * 1.0, verbose=0)[0]
+    if container == "arrays":
+        found = lm.evaluate(x, y, sample_weight=weights, verbose=0)[0]
+    else:
+        batch = (x, y) if weights is None else (x, y, weights)
+        found = lm.evaluate((b for b in [batch]), verbose=0)[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_ids_of_a_generator_are_checked():
+    lm = make_lm()
+    x, y, weights = lm.preprocessor(AS_DICT)
+    with pytest.raises(ValueError, match="`y` must be from 0 to 511"):
+        lm.fit((b for b in [(x, y + 600, weights)]), verbose=0)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="for JAX")
+def test_rows_that_micro_batches_do_not_divide_are_filled_up():
+    plain, parted = make_lm(), make_lm()
+    parted.compile(optimizer=keras.optimizers.Adam(1e-2), micro_batches=2)
+    three = AS_LIST[:3]
+    options = dict(_options(), epochs=2, validation_data=three)
+    expected = plain.fit(three, **options).history
+    for name, values in parted.fit(three, **options).history.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        parted.fit(three, batch_size=3, verbose=0)
+
+
 def test_texts_come_from_generators_too():
     texts = [p + r for p, r in PAIRS]
     batches = (texts[i : i + 2] for i in (0, 2))
@@ -252,8 +286,8 @@ def test_a_chat_is_generated_from_as_it_was_learned():
     lm.fit([{"messages": CHAT}], epochs=40, verbose=0)
     for turn, reply in ((2, "Hi!"), (4, "Farewell!")):
         assert lm.generate({"messages": CHAT[:turn]}, max_new_tokens=12) == reply
-    replies = lm.generate([{"messages": CHAT[:4]}] * 2, max_new_tokens=12)
-    assert replies == ["Farewell!"] * 2
+    for two in ([{"messages": CHAT[:4]}] * 2, {"messages": [CHAT[:4]] * 2}):
+        assert lm.generate(two, max_new_tokens=12) == ["Farewell!"] * 2
 
 
 def test_the_template_is_saved_with_the_preprocessor(tmp_path):
@@ -272,6 +306,20 @@ def test_what_is_cut_is_told_once_with_counts():
     with pytest.warns(UserWarning, match=r"2 of 4 examples were cut.*12") as told:
         lm.fit(AS_DICT, verbose=0)
     assert sum("were cut to" in str(w.message) for w in told) == 1
+
+
+def test_bits_per_byte_are_those_of_what_is_kept():
+    text = "The sea was calm, and the captain looked at it for a long time."
+    lm = make_lm(length=64)
+    ids = lm.preprocessor.prompt_ids([text])[0][:11]
+    kept = lm.preprocessor.tokenizer.detokenize(ids)
+    losses = ops.convert_to_numpy(lm.score(kept, scoring_mode="loss"))
+    assert losses.shape == (1, 10), "the shorter text has other tokens"
+    lm.preprocessor.sequence_length = 10
+    with pytest.warns(UserWarning, match="cut"):
+        found = lm.evaluate([text], verbose=0, return_dict=True)
+    expected = losses.sum() / np.log(2) / len(kept.encode())
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_prompt_that_fills_the_row_teaches_nothing():
@@ -300,6 +348,10 @@ def test_empty_texts_teach_nothing_and_are_told():
         ([{"messages": CHAT[:2]}], "prompt without a response"),
         ([{"messages": [{"role": "judge", "content": "x"}]}], "judge"),
         ([{"messages": [{"role": "user"}]}], '"role" and "content"'),
+        ([{"messages": None}], "is a list of messages"),
+        ([], "all of one kind"),
+        ([{"prompt": "a", "response": "b"}, "c"], "all of one kind"),
+        ({"question": ["a"]}, "all of one kind"),
     ],
 )
 def test_malformed_pairs_and_chats_are_refused(x, message):
@@ -330,6 +382,19 @@ def test_ids_outside_the_vocabulary_are_refused(bad):
     x["token_ids"] = wrong
     with pytest.raises(ValueError, match="`token_ids` must be from 0 to 511"):
         lm.fit(x, y, sample_weight=weights, verbose=0)
+
+
+def test_packing_takes_validation_data_as_they_are():
+    lm = make_lm()
+    arrays = lm.preprocessor(AS_DICT)
+    history = lm.fit(AS_DICT, validation_data=arrays, pack=True, verbose=0).history
+    assert np.isfinite(history["val_loss"][0])
+
+
+def test_weights_below_zero_are_refused():
+    x, y, weights = make_lm().preprocessor(AS_DICT)
+    with pytest.raises(ValueError, match="below 0"):
+        make_lm().fit(x, y, sample_weight=-weights, verbose=0)
 
 
 def test_pack_is_for_lists():

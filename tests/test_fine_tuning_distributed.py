@@ -18,10 +18,10 @@ from keras_openllama.optimizers import AdamW
 
 shape = TinyShape("wide", 8, 4, 16, hidden_dim=64, intermediate_dim=96)
 pairs = {
-    "prompt": [f"What is {i}?" for i in range(16)],
+    "prompt": [f"What is {i}?" for i in range(19)],
     "response": [
         f" {i} is {'even' if i % 2 else 'odd'}." * (1 + i % 3)
-        for i in range(16)
+        for i in range(19)
     ],
 }
 

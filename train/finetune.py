@@ -5,7 +5,7 @@
     python train/finetune.py --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
         --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
         makes prompts and responses of other keys
-    python train/finetune.py --preset 3b_v2 --estimate
+    python train/finetune.py --estimate
         tells what memory each way takes, and ends
 
 Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
@@ -44,7 +44,6 @@ def parse_arguments(arguments):
     )
     parser.add_argument(
         "--preset",
-        required=True,
         help="what to start from: a preset such as 7b_v2 or nano, a directory, or "
         "hf://user/repo",
     )
@@ -175,6 +174,8 @@ def settings_of(parser, options):
     """`finetuning.Settings` from the flags, checked."""
     from keras_openllama.training.finetuning import Settings
 
+    if not options.preset:
+        parser.error("--preset: name what to start from.")
     if not options.data:
         parser.error("--data: name the files of your examples (JSON lines).")
     for path in [*options.data, *filter(None, [options.validation])]:
@@ -186,8 +187,9 @@ def settings_of(parser, options):
             parser.error(f"--{name.replace('_', '-')} is a whole number from 1 on.")
     if options.epochs <= 0 or not 0 <= options.validation_share < 1:
         parser.error("--epochs is above 0, and --validation-share from 0 to below 1.")
-    if options.lora_rank < 0 or (options.int8 and not options.lora_rank):
-        parser.error("--lora-rank is 0 or more, and --int8 needs adapters upon it.")
+    if options.learning_rate is not None and not options.learning_rate > 0:
+        parser.error("--learning-rate is above 0.")
+    check_adapters(parser, options)
     if options.batch_size % options.micro_batches:
         parser.error("--micro-batches divides --batch-size.")
     template = None
@@ -220,6 +222,25 @@ def settings_of(parser, options):
         rematerialize=options.rematerialize,
         seed=options.seed,
     )
+
+
+def check_adapters(parser, options):
+    """Refuses flags of adapters where there are none, and what cannot be."""
+    if options.lora_rank < 0:
+        parser.error("--lora-rank is 0 or more.")
+    for name in ("int8", "lora_alpha", "lora_targets"):
+        if getattr(options, name) and not options.lora_rank:
+            parser.error(f"--{name.replace('_', '-')} needs adapters: --lora-rank.")
+    if options.dtype == "bfloat16" and not options.lora_rank:
+        parser.error(
+            "--dtype bfloat16 would round small steps away: mixed_bfloat16 does not. "
+            "(Or train adapters: --lora-rank.)"
+        )
+    if options.int8 and options.export == "model":
+        parser.error("--export model: adapters cannot be merged into --int8.")
+    saves = options.micro_batches > 1 or options.rematerialize != "none"
+    if saves and os.environ["KERAS_BACKEND"] != "jax":
+        parser.error("--micro-batches and --rematerialize need the JAX backend.")
 
 
 def _unescaped(template):
@@ -268,9 +289,16 @@ def distribution_of(parser, options):
             parser.error(f"--mesh takes such as data=2,fsdp=4. Got: {options.mesh!r}")
         axes[axis] = int(size)
     try:
-        return OpenLlamaParallel(make_mesh(**axes))
+        distribution = OpenLlamaParallel(make_mesh(**axes))
     except ValueError as error:
         parser.error(f"--mesh: {error}")
+    parts = distribution.num_model_replicas * options.micro_batches
+    if options.batch_size % parts:
+        parser.error(
+            f"--batch-size is a multiple of {parts}, the devices that share a batch "
+            "times --micro-batches."
+        )
+    return distribution
 
 
 def main(arguments=None):
@@ -281,7 +309,11 @@ def main(arguments=None):
     if options.estimate:
         from keras_openllama.training import memory
 
-        print(memory.table_of_presets(options.batch_size, options.length))
+        print(
+            memory.table_of_presets(
+                options.batch_size, options.length, options.rematerialize
+            )
+        )
         return 0
     settings = settings_of(parser, options)
     name = Path(options.preset).name.removeprefix("open_llama_")
@@ -289,7 +321,7 @@ def main(arguments=None):
     exports = {"all": ("adapters", "model"), "none": ()}
     distribution = distribution_of(parser, options)
 
-    from keras_openllama.training import finetuning, stopping
+    from keras_openllama.training import finetuning, run_directory, stopping
 
     try:
         check_memory(settings, distribution)
@@ -311,7 +343,7 @@ def main(arguments=None):
     except OSError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return stopping.NOT_WRITTEN
-    except (RuntimeError, ValueError) as error:
+    except (run_directory.Busy, ValueError) as error:
         parser.error(str(error))
     if stopped:
         print(f"Stopped by {stopped}; all is saved. The same command goes on.")
@@ -322,7 +354,29 @@ def main(arguments=None):
 
 def check_memory(settings, distribution):
     """Prints what memory the run takes, and refuses what cannot fit."""
-    return
+    from keras_openllama import presets
+    from keras_openllama.training import memory
+
+    try:
+        config = presets.find_source(settings.preset).arguments
+    except OSError as error:
+        raise ValueError(f"{settings.preset} cannot be had: {error}") from error
+    parts = 1 if distribution is None else distribution.device_mesh.devices.size
+    estimate = memory.estimate(
+        config,
+        settings.dtype,
+        lora_rank=settings.lora_rank,
+        targets=settings.lora_targets or ("query", "value"),
+        batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
+        micro_batches=settings.micro_batches,
+        rematerialize=settings.rematerialize,
+        int8=settings.int8,
+        devices=parts,
+        backend=os.environ["KERAS_BACKEND"],
+    )
+    print(f"Memory that training takes, about:\n{estimate.table()}", flush=True)
+    memory.check(estimate, memory.available_memory())
 
 
 def _tell(output):

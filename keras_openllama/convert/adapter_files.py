@@ -4,7 +4,9 @@ Source: https://github.com/huggingface/peft.
 """
 
 import json
+import re
 
+from keras_openllama import presets
 from keras_openllama.adapters import adapted_layers
 from keras_openllama.convert import safetensors_files, weight_table
 from keras_openllama.convert.matching import listed
@@ -40,7 +42,7 @@ def save(lm, directory, force=False):
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lm.loaded_from,
+        "base_model_name_or_path": _base(lm.loaded_from),
         "r": layers[0].lora_rank,
         "lora_alpha": layers[0].lora_alpha,
         "lora_dropout": 0.0,
@@ -55,6 +57,14 @@ def save(lm, directory, force=False):
         with open(unfinished / WEIGHTS_FILE, "wb") as file:
             safetensors_files.write(file, specs, values)
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _base(origin):
+    """The repository that PEFT would load below adapters; `None` if there is none."""
+    known = presets.find(origin or "")
+    handle = known.handles["transformers"] if known else origin or ""
+    repository = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)", handle)
+    return repository and repository[1]
 
 
 def load(lm, files):

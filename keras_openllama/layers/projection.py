@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import keras
 from keras import ops
@@ -67,6 +68,15 @@ class Projection(keras.layers.EinsumDense):
 
     def _computed_in(self, adapter):
         return ops.cast(adapter, self.compute_dtype)
+
+    def save_own_variables(self, store):
+        if self.lora_enabled and self.quantization_mode is not None:
+            warnings.warn(
+                "Adapters are merged into int8 weights and rounded, since the model "
+                "is saved whole. `save_adapters` keeps them as they are.",
+                stacklevel=2,
+            )
+        super().save_own_variables(store)
 
     def enable_lora(
         self, rank, lora_alpha=None, a_initializer="zeros", b_initializer=None

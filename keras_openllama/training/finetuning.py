@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.fitting import ADAPTERS_RATE, RATE
 from keras_openllama.host_arrays import as_numpy
 from keras_openllama.optimizers import AdamW, WarmupCosine
 from keras_openllama.training import instructions, plots
@@ -175,7 +176,25 @@ class _Run:
         self._compile()
         self._questions = request.questions
         if self._questions is None:
-            self._questions = [prompt_of(e) for e in data.apart[:_QUESTIONS]]
+            self._questions = self._some_prompts(data.apart)
+
+    def _some_prompts(self, examples):
+        """Questions from examples: those that leave room for an answer."""
+        prompts = []
+        for example in examples:
+            prompt = prompt_of(example)
+            try:
+                if isinstance(prompt, str):
+                    (ids,) = self._lm.preprocessor.prompt_ids([prompt])
+                else:
+                    ids = self._lm.preprocessor.chat_ids(prompt["messages"])
+            except ValueError:
+                continue  # It has no prompt, as a chat that the assistant begins.
+            if len(ids) < self._settings.sequence_length:
+                prompts.append(prompt)
+            if len(prompts) == _QUESTIONS:
+                break
+        return prompts
 
     def train(self, stop):
         """See `run`."""
@@ -189,7 +208,7 @@ class _Run:
             if done < self.steps and self._train(done):
                 return stop.signal
         self._draw()
-        self._export()
+        self._export(again=done < self.steps)
         return None
 
     def _train(self, done):
@@ -256,21 +275,22 @@ class _Run:
         found = self._lm.evaluate(
             x, batch_size=self._settings.batch_size, verbose=0, return_dict=True
         )
-        names = ("loss", "perplexity", "bits_per_byte")
+        # There are no bits per byte where nothing of the responses was left.
+        names = [n for n in ("loss", "perplexity", "bits_per_byte") if n in found]
         record = {name: float(found[name]) for name in names}
         self._log.write(
             {"kind": "validation", "step": step, "tokens": self._tokens, **record}
         )
-        tqdm.write(
-            f"step {step}: held-out loss {record['loss']:.4f}, perplexity "
-            f"{record['perplexity']:.2f}, {record['bits_per_byte']:.3f} bits per byte"
-        )
+        shown = (f"{n.replace('_', ' ')} {record[n]:.4f}" for n in names)
+        tqdm.write(f"step {step}, held out: {', '.join(shown)}")
 
     def _ask(self, step, when):
         """Answers to the questions, on the screen and in samples.txt."""
         for number, question in enumerate(self._questions, 1):
             answer = self._lm.generate(
-                question, max_new_tokens=self._request.max_new_tokens
+                question,
+                max_new_tokens=self._request.max_new_tokens,
+                max_length=self._lm.backbone.context_length,
             )
             shown = question if isinstance(question, str) else question["messages"]
             text = answer if isinstance(question, str) else f"{shown}\n{answer}"
@@ -280,7 +300,7 @@ class _Run:
     def _arrays(self, examples):
         preprocessor = self._lm.preprocessor
         rows, _ = preprocessor.training_rows(examples)
-        rows.tell()
+        rows.warn()
         if not self._settings.pack:
             return preprocessor.filled(rows)
         ids, mask, y, weights = rows.packed()
@@ -288,7 +308,9 @@ class _Run:
 
     def _compile(self):
         settings = self._settings
-        rate = settings.learning_rate or (2e-4 if settings.lora_rank else 2e-5)
+        rate = settings.learning_rate
+        if rate is None:
+            rate = ADAPTERS_RATE if settings.lora_rank else RATE
         schedule = WarmupCosine.over_epochs(
             rate, self.steps, batch_size=1, warmup=settings.warmup
         )
@@ -352,12 +374,18 @@ class _Run:
         path = os.path.join(self._request.output, LOSS)
         plots.draw(runs, path, x="step", smooth=max(1, self.steps // 20))
 
-    def _export(self):
-        output, lm = self._request.output, self._lm
-        if ADAPTERS in self._request.export and self._settings.lora_rank:
-            lm.save_adapters(os.path.join(output, ADAPTERS), force=True)
-        if MODEL in self._request.export and not self._settings.int8:
-            lm.export_to_transformers(os.path.join(output, MODEL), force=True)
+    def _export(self, again):
+        """Writes what is asked for; what is there is replaced if `again`."""
+        settings, lm = self._settings, self._lm
+        # Adapters cannot be merged into int8.
+        write = {
+            ADAPTERS: settings.lora_rank and lm.save_adapters,
+            MODEL: not settings.int8 and lm.export_to_transformers,
+        }
+        for name in self._request.export:
+            path = os.path.join(self._request.output, name)
+            if write[name] and (again or not os.path.isdir(path)):
+                write[name](path, force=True)
 
 
 def build(settings):
@@ -369,7 +397,10 @@ def build(settings):
     Returns:
         `OpenLlamaCausalLM`.
     """
-    lm = OpenLlamaCausalLM.from_preset(settings.preset, dtype=settings.dtype)
+    try:
+        lm = OpenLlamaCausalLM.from_preset(settings.preset, dtype=settings.dtype)
+    except OSError as error:
+        raise ValueError(f"{settings.preset} cannot be had: {error}") from error
     lm.preprocessor.sequence_length = settings.sequence_length
     if settings.chat_template is not None:
         lm.preprocessor.chat_template = settings.chat_template

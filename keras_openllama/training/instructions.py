@@ -76,7 +76,7 @@ def _example(line, templates):
 
 
 def _filled(template, found):
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    names = _names(template)
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(
@@ -87,8 +87,22 @@ def _filled(template, found):
     return template.format(**{name: found[name] for name in names})
 
 
+def _names(template):
+    """The keys that a template asks for; `ValueError` for what is no template."""
+    found = [name for _, name, _, _ in string.Formatter().parse(template)]
+    names = [name for name in found if name is not None]
+    if not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f"the template {template!r} takes names in braces, such as {{question}}, "
+            "and {{ and }} for braces"
+        )
+    return names
+
+
 def _check_strings(values):
     for name, value in values.items():
+        if name == "messages" and not isinstance(value, list):
+            raise ValueError(f"its {name!r} is no list: {value!r:.60}")
         if name != "messages" and not isinstance(value, str):
             raise ValueError(f"its {name!r} is no string: {value!r:.60}")
 
@@ -105,8 +119,7 @@ def divide(examples, share, seed):
         Two lists, those to train on and those apart, both in their order.
     """
     count = round(share * len(examples))
-    if 0 < share and len(examples) > 1:
-        count = max(1, min(count, len(examples) - 1))
+    count = min(max(count, share > 0), len(examples) - 1)  # One is left to train on.
     chosen = set(
         np.random.default_rng(seed).permutation(len(examples))[:count].tolist()
     )

@@ -157,12 +157,16 @@ def _same(weights, others):
     )
 
 
+class Busy(RuntimeError):
+    """Another process has the directory of a run."""
+
+
 @contextlib.contextmanager
 def locked(directory):
     """Keeps a second process from the same run.
 
     Raises:
-        RuntimeError: if another process has it.
+        Busy: if another process has it.
     """
     if files.is_remote(directory):  # No lock is known there.
         yield
@@ -173,7 +177,7 @@ def locked(directory):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(
+            raise Busy(
                 f"Another process trains in {directory}. Wait for it, or name another "
                 "output directory."
             ) from error

@@ -188,6 +188,12 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
     [
         (("--data", "missing.jsonl"), "there is no file missing.jsonl"),
         (("--int8",), "--int8 needs adapters"),
+        (("--lora-targets", "key"), "--lora-targets needs adapters"),
+        (("--dtype", "bfloat16"), "mixed_bfloat16 does not"),
+        (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
+        (("--backend", "torch", "--micro-batches", 2), "need the JAX backend"),
+        (("--prompt", "Q: {}"), "names in braces"),
+        (("--learning-rate", 0), "--learning-rate is above 0"),
         (("--micro-batches", 3), "divides --batch-size"),
         (("--epochs", 0), "--epochs is above 0"),
         (("--length", 0), "--length is a whole number from 1 on"),
@@ -195,10 +201,20 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "it has no 'answer'"),
         (("--mesh", "fsdp=3"), "--mesh"),
+        (("--preset", "hf://nobody/nothing"), "cannot be had"),
+        # Before anything is downloaded.
+        (("--preset", "13b", "--batch-size", 512), "Training takes about"),
     ],
 )
 def test_what_cannot_be_is_refused(more, message, data, tmp_path, capsys):
     assert message in refused(capsys, *arguments(data, tmp_path / "run", *more))
+    assert not (tmp_path / "run" / "state.npz").exists()
+
+
+@pytest.mark.backend_free
+def test_the_estimate_needs_no_preset_and_no_data(capsys):
+    assert finetune().main(["--estimate", "--batch-size", "2"]) == 0
+    assert "open_llama_13b" in capsys.readouterr().out
 
 
 @pytest.mark.backend_free

@@ -66,6 +66,7 @@ def test_files_without_examples_or_of_several_kinds_are_refused(tmp_path):
 )
 def test_a_share_is_set_apart(share, apart):
     examples = list(range(20))
+    assert divide(["one"], share, seed=1) == (["one"], [])
     kept, other = divide(examples, share, seed=1)
     assert len(other) == apart and sorted(kept + other) == examples
     assert divide(examples, share, seed=1) == (kept, other)
