@@ -128,7 +128,8 @@ class Fitting:
     ):
         """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`.
 
-        With `return_dict=True`, and for texts or pairs, bits per byte are among them.
+        Without `return_dict=True` they are a list: loss, token accuracy, perplexity,
+        and for texts or pairs bits per byte.
         """
         self._forget_stale_programs()
         *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
@@ -139,12 +140,19 @@ class Fitting:
             y,
             batch_size=batch_size,
             sample_weight=sample_weight,
-            return_dict=return_dict,
+            return_dict=return_dict or self._own_loss,
             **kwargs,
         )
-        if return_dict and bytes_per_target and self._own_loss:
+        if not self._own_loss:
+            return results
+        if bytes_per_target:
             results["bits_per_byte"] = results["loss"] / np.log(2) / bytes_per_target
-        return results
+        if return_dict:
+            return results
+        # Where KerasHub has them, and what is more behind them.
+        more = ("perplexity", "bits_per_byte")
+        first = [value for name, value in results.items() if name not in more]
+        return [*first, *(results[name] for name in more if name in results)]
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""

@@ -43,3 +43,16 @@ def pytest_collection_finish():
 def same_random_numbers():
     """Each test draws the same numbers, whichever run before it."""
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """For JAX: half the time goes into programs that each run a few times."""
+    if keras.config.backend() != "jax":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

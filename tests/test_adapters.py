@@ -10,6 +10,8 @@ from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama.backbone import PROJECTIONS
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 SHAPE = SHAPES[2]  # Grouped heads: no matrix has the shape of another kind.
 
 

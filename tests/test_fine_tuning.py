@@ -9,6 +9,8 @@ from keras import ops
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 SHAPE = TinyShape("tiny", 4, 2, 12, hidden_dim=48, intermediate_dim=64, context=64)
 PAIRS = [
     ("Name a colour:", " red"),

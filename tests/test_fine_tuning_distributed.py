@@ -35,7 +35,7 @@ def train(kind, **options):
         keras.utils.set_random_seed(1)
         lm.backbone.enable_lora(4, ["query", "value", "output", "gate", "down"])
     lm.compile(optimizer=AdamW(3e-3), **options)
-    fit = dict(batch_size=16, epochs=4, verbose=0, pack=False)
+    fit = dict(batch_size=16, epochs=4, verbose=0, shuffle=False)
     history = lm.fit(pairs, validation_data=pairs, **fit).history
     return {name: history[name] for name in ("loss", "val_loss", "val_bits_per_byte")}
 

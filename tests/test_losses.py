@@ -13,15 +13,9 @@ from keras_openllama.losses import next_token_sums
 
 pytestmark = pytest.mark.backend_free  # It is JAX, whatever Keras runs on.
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 12, 16, 50
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    """Programs that each run once are not worth optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inputs(length=LENGTH, dtype="float32", scale=1.0):

@@ -20,16 +20,10 @@ from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW, WarmupCosine
 from keras_openllama.training_step import Options, gradients, update
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 SHAPE = dataclasses.replace(SHAPES[2], num_layers=1)
 ROWS, LENGTH = 4, 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    """Half the time goes into programs that each run a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -323,7 +317,9 @@ class Fitting:
             sample_weight = weights(sample_weight)
             options = dict(batch_size=ROWS, shuffle=False, verbose=0)
             history = self.lm.fit(x, y, sample_weight=sample_weight, **options).history
-            results.append([history[name][0] for name in sorted(history)])
+            results.append(
+                [history[n][0] for n in sorted(history) if n != "perplexity"]
+            )
         return np.array(results)
 
     def state(self):
@@ -370,23 +366,22 @@ def test_fit_averages_an_epoch_over_its_targets(ours):
     history = ours.lm.fit(x, y, shuffle=False, **options).history
     ours.lm.optimizer.learning_rate = rate
     options["batch_size"] = 2 * ROWS
-    loss, accuracy = ours.lm.evaluate(x, y, **options)
+    loss, accuracy, _ = ours.lm.evaluate(x, y, **options)
     assert history["loss"] == pytest.approx([loss], rel=1e-5)
     assert history["sparse_categorical_accuracy"] == pytest.approx([accuracy], rel=1e-5)
 
 
 def test_fit_tells_of_a_bad_step_and_leaves_it_out(ours):
     def spoil(weights):
-        nonlocal count
-        count += 1
-        weights[1, 1] = np.nan if count == 2 else weights[1, 1]
+        weights[1, 1] = np.nan
         return weights
 
-    count = 0
-    results = ours.run([0, 1, 2], spoil)
-    assert np.isnan(results[:, 0]).tolist() == [False, True, False]
+    ours.run([0])
     state = ours.state()
-    ours.run([0, 2])
+    x, y, weights = data(1)
+    options = dict(batch_size=ROWS, shuffle=False, verbose=0)
+    with pytest.raises(FloatingPointError, match="1 of the 1 steps"):
+        ours.lm.fit(x, y, sample_weight=spoil(weights), **options)
     assert_identical(state, ours.state())
 
 

@@ -358,7 +358,7 @@ def check_memory(settings, distribution):
     from keras_openllama.training import memory
 
     try:
-        config = presets.find_source(settings.preset).arguments
+        config = presets.find_source(settings.preset).arguments()
     except OSError as error:
         raise ValueError(f"{settings.preset} cannot be had: {error}") from error
     parts = 1 if distribution is None else distribution.device_mesh.devices.size

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -26,6 +27,12 @@ def finetune():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """Puts back what `--backend` sets."""
+    monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,281 @@
+"""How fast and how large fine-tuning is on a CPU, here and elsewhere.
+
+    python benchmarks/finetune.py speed
+    python benchmarks/finetune.py memory --rank 16 --length 256
+
+Every contender trains the same random LLaMA on the same random batch, AdamW, float32,
+in a process of its own. LoRA is on queries and values, which all of them choose by
+default. Ours and KerasHub's `LlamaCausalLM` run their own `fit` after their own
+`enable_lora` (KerasHub's adapters are larger: those of a matrix that is cut by heads);
+peft's adapters on transformers run PyTorch's usual loop.
+
+`speed` lets contenders train adapters by turns, a few steps each:
+
+    tokens/s   median of the rounds
+    ratio      to KerasHub on JAX, the median of the rounds' ratios
+
+`memory` trains adapters, and then everything, a few steps, in MiB:
+
+    imports    resident memory when all is imported
+    model      what building the model adds to that
+    training   what the peak of training, compilation included, adds to imports
+    estimate   what `keras_openllama.training.memory` says training would add
+
+The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import train  # benchmarks/train.py
+
+SPEED = ("ours/jax", "keras_hub/jax", "peft/torch")
+MEMORY = ("ours/jax", "ours/torch", "peft/torch")
+REFERENCE = "keras_hub/jax"
+# What a contender imports before it builds anything.
+MODULES = {
+    "ours": ("keras_openllama.causal_lm", "keras_openllama.optimizers"),
+    "keras_hub": ("keras_hub",),
+    "peft": ("torch", "transformers.models.llama.modeling_llama", "peft"),
+}
+
+
+# ----- The contenders: each returns a function that trains some steps, and the number
+# of parameters that it trains. A rank of 0 trains them all.
+
+
+def ours(options):
+    import keras
+
+    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+    from keras_openllama.optimizers import AdamW
+
+    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**train.keras_sizes(options)))
+    if options.rank:
+        lm.backbone.enable_lora(options.rank)
+    lm.compile(
+        optimizer=AdamW(1e-4), weighted_metrics=[], rematerialize=options.rematerialize
+    )
+    return train.fit_steps(keras, lm, *train.batches(options)), trained(lm)
+
+
+def keras_hub(options):
+    import keras
+    import keras_hub
+
+    backbone = keras_hub.models.LlamaBackbone(**train.keras_sizes(options))
+    lm = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    if options.rank:
+        backbone.enable_lora(options.rank)
+    optimizer = keras.optimizers.AdamW(1e-4, weight_decay=0.1, global_clipnorm=1.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    lm.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
+    return train.fit_steps(keras, lm, *train.batches(options)), trained(lm)
+
+
+def trained(lm):
+    return sum(math.prod(variable.shape) for variable in lm.trainable_variables)
+
+
+def peft(options):
+    import peft
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        max_position_embeddings=options.length,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    if options.rank:
+        targets = ["q_proj", "v_proj"]  # peft's own choice for LLaMA.
+        lora = peft.LoraConfig(
+            r=options.rank, lora_alpha=options.rank, target_modules=targets
+        )
+        model = peft.get_peft_model(model, lora)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.1)
+    x, y = (torch.from_numpy(a).long() for a in train.batches(options))
+
+    def run(steps):
+        for _ in range(steps):
+            logits = model(input_ids=x).logits.flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, y.flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run, sum(p.numel() for p in parameters)
+
+
+# ----- A contender's process
+
+
+def work(contender, options):
+    """A worker: measures as often as its standard input says."""
+    kind, backend = contender.split("/")
+    os.environ["KERAS_BACKEND"] = backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Compiled anew each time, since compilation takes memory, too.
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print is no answer.
+    for module in MODULES[kind]:
+        importlib.import_module(module)
+    imports = resident("VmRSS")
+    run, parameters = globals()[kind](options)
+    if options.what == "speed":
+        run(2)  # Compiles, and warms up.
+    print("ready", file=answer, flush=True)
+    for _ in sys.stdin:
+        measure = seconds if options.what == "speed" else peak
+        result = {"parameters": parameters, **measure(run, options.steps, imports)}
+        print(json.dumps(result), file=answer, flush=True)
+
+
+def seconds(run, steps, _):
+    start = time.perf_counter()
+    run(steps)
+    return {"seconds": time.perf_counter() - start}
+
+
+def peak(run, steps, imports):
+    """Bytes: of the imports, what is there beside them, and the most while it runs."""
+    model = resident("VmRSS") - imports
+    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    run(steps)
+    return {
+        "imports": imports,
+        "model": model,
+        "training": resident("VmHWM") - imports,
+    }
+
+
+def resident(name):
+    """Resident memory now (VmRSS) or at its peak (VmHWM), in bytes (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+
+
+class Worker(train.Worker):
+    """A contender's process, which runs this file; other flags overrule those given."""
+
+    def __init__(self, contender, *flags):
+        self.name = contender
+        command = [__file__, *sys.argv[1:], *flags, "--work", contender]
+        pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, *command], **pipes, stderr=subprocess.DEVNULL, text=True
+        )
+        if self._process.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"This did not start: python {' '.join(command)}")
+
+
+# ----- What is compared
+
+
+def compare_speed(options):
+    from tqdm import tqdm
+
+    workers = [Worker(name) for name in tqdm(options.contender, "start")]
+    rates, parameters = {worker.name: [] for worker in workers}, {}
+    tokens = options.steps * options.batch * options.length
+    for number in tqdm(range(options.rounds), "rounds"):
+        # In another order each time: whoever is first has the coolest machine.
+        for i in range(len(workers)):
+            worker = workers[(i + number) % len(workers)]
+            result = worker.measure()
+            rates[worker.name].append(tokens / result["seconds"])
+            parameters[worker.name] = result["parameters"]
+    for worker in workers:
+        worker.close()
+    print(f"{'':16}{'parameters':>13}{'tokens/s':>10}{'ratio':>8}")
+    for name, values in rates.items():
+        ratio = ""
+        if REFERENCE in rates:
+            pairs = zip(values, rates[REFERENCE], strict=True)
+            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+        rate = statistics.median(values)
+        print(f"{name:16}{parameters[name]:>13,}{rate:>10.0f}{ratio:>8}")
+
+
+def compare_memory(options):
+    columns = ("imports", "model", "training", "estimate")
+    print(f"{'':20}{'parameters':>13}" + "".join(f"{c:>10}" for c in columns))
+    for rank in (options.rank, 0):
+        for name in options.contender:
+            worker = Worker(name, "--rank", str(rank))
+            found = worker.measure()
+            worker.close()
+            if name.startswith("ours/"):
+                found["estimate"] = estimated(options, rank, name.split("/")[1])
+            cells = [f"{found[c] / 2**20:,.0f}" if c in found else "" for c in columns]
+            kind = "LoRA" if rank else "all"
+            row = f"{name:12}{kind:8}{found['parameters']:>13,}"
+            print(row + "".join(f"{cell:>10}" for cell in cells), flush=True)
+
+
+def estimated(options, rank, backend):
+    from keras_openllama.training import memory
+
+    return memory.estimate(
+        train.keras_sizes(options),
+        "float32",
+        lora_rank=rank or None,
+        batch_size=options.batch,
+        sequence_length=options.length,
+        rematerialize=options.rematerialize,
+        backend=backend,
+    ).total
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument(
+        "--contender", nargs="+", choices=sorted({*SPEED, *MEMORY, "keras_hub/torch"})
+    )
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--intermediate", type=int, default=1376)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument(
+        "--rematerialize", default="none", help="of ours, on JAX (default: none)"
+    )
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.contender = options.contender or (
+        SPEED if options.what == "speed" else MEMORY
+    )
+    if options.work:
+        work(options.work, options)
+    elif options.what == "speed":
+        compare_speed(options)
+    else:
+        compare_memory(options)
+
+
+if __name__ == "__main__":
+    main()
