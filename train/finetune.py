@@ -135,7 +135,8 @@ def parse_arguments(arguments):
         "--rematerialize",
         choices=POLICIES,
         default="none",
-        help="what is computed twice, to save memory (JAX; default: %(default)s)",
+        help="what is computed twice, to save memory (JAX, and not on a CPU, where it "
+        "saves next to nothing; default: %(default)s)",
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument(
@@ -311,7 +312,10 @@ def main(arguments=None):
 
         print(
             memory.table_of_presets(
-                options.batch_size, options.length, options.rematerialize
+                options.batch_size,
+                options.length,
+                options.rematerialize,
+                device="accelerator" if on_accelerator() else "cpu",
             )
         )
         return 0
@@ -374,6 +378,7 @@ def check_memory(settings, distribution):
         int8=settings.int8,
         devices=parts,
         backend=os.environ["KERAS_BACKEND"],
+        device="accelerator" if on_accelerator() else "cpu",
     )
     print(f"Memory that training takes, about:\n{estimate.table()}", flush=True)
     memory.check(estimate, memory.available_memory())
