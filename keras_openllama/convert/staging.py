@@ -122,9 +122,8 @@ def _check_directory(target, single_file, force):
         if not any(map(path.match, _OURS))
     ]
     if others or not any(_is_config(target / name) for name in _CONFIGS):
-        found = (
-            f"holds {others[0]!r}" if others else "holds no configuration of a model"
-        )
+        missing = f"holds no {_CONFIGS[0]} of a model"
+        found = f"holds {others[0]!r}" if others else missing
         raise FileExistsError(
             f"{target} is not replaced: it {found}, which no conversion writes. Remove "
             "it yourself, or choose another target."
