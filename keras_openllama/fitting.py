@@ -128,8 +128,8 @@ class Fitting:
     ):
         """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`.
 
-        Without `return_dict=True` they are a list: loss, token accuracy, perplexity,
-        and for texts or pairs bits per byte.
+        Without `return_dict=True` they are a list: loss, token accuracy, perplexity.
+        With it, and for texts or pairs, bits per byte are among them.
         """
         self._forget_stale_programs()
         *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
@@ -145,14 +145,12 @@ class Fitting:
         )
         if not self._own_loss:
             return results
+        if not return_dict:  # Where KerasHub has them, and perplexity behind them.
+            perplexity = results.pop("perplexity")
+            return [*results.values(), perplexity]
         if bytes_per_target:
             results["bits_per_byte"] = results["loss"] / np.log(2) / bytes_per_target
-        if return_dict:
-            return results
-        # Where KerasHub has them, and what is more behind them.
-        more = ("perplexity", "bits_per_byte")
-        first = [value for name, value in results.items() if name not in more]
-        return [*first, *(results[name] for name in more if name in results)]
+        return results
 
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
