@@ -31,7 +31,6 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,32 +53,13 @@ MODULES = {
 
 
 def ours(options):
-    import keras
-
-    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
-    from keras_openllama.optimizers import AdamW
-
-    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**train.keras_sizes(options)))
-    if options.rank:
-        lm.backbone.enable_lora(options.rank)
-    lm.compile(
-        optimizer=AdamW(1e-4), weighted_metrics=[], rematerialize=options.rematerialize
-    )
-    return train.fit_steps(keras, lm, *train.batches(options)), trained(lm)
+    lm = train.our_lm(options, options.rank, rematerialize=options.rematerialize)
+    return train.fit_steps(lm, *train.batches(options)), trained(lm)
 
 
 def keras_hub(options):
-    import keras
-    import keras_hub
-
-    backbone = keras_hub.models.LlamaBackbone(**train.keras_sizes(options))
-    lm = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
-    if options.rank:
-        backbone.enable_lora(options.rank)
-    optimizer = keras.optimizers.AdamW(1e-4, weight_decay=0.1, global_clipnorm=1.0)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    lm.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
-    return train.fit_steps(keras, lm, *train.batches(options)), trained(lm)
+    lm = train.lm_of_keras_hub(options, options.rank)
+    return train.fit_steps(lm, *train.batches(options)), trained(lm)
 
 
 def trained(lm):
@@ -88,38 +68,16 @@ def trained(lm):
 
 def peft(options):
     import peft
-    import torch
-    import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        max_position_embeddings=options.length,
-        use_cache=False,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    model = train.model_of_transformers(options)
     if options.rank:
         targets = ["q_proj", "v_proj"]  # peft's own choice for LLaMA.
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.rank, target_modules=targets
         )
         model = peft.get_peft_model(model, lora)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.1)
-    x, y = (torch.from_numpy(a).long() for a in train.batches(options))
-
-    def run(steps):
-        for _ in range(steps):
-            logits = model(input_ids=x).logits.flatten(0, 1)
-            torch.nn.functional.cross_entropy(logits, y.flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run, sum(p.numel() for p in parameters)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return train.steps_of_torch(model, options), count
 
 
 # ----- A contender's process
@@ -171,27 +129,15 @@ def resident(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
-class Worker(train.Worker):
-    """A contender's process, which runs this file; other flags overrule those given."""
-
-    def __init__(self, contender, *flags):
-        self.name = contender
-        command = [__file__, *sys.argv[1:], *flags, "--work", contender]
-        pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-        self._process = subprocess.Popen(
-            [sys.executable, *command], **pipes, stderr=subprocess.DEVNULL, text=True
-        )
-        if self._process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"This did not start: python {' '.join(command)}")
-
-
 # ----- What is compared
 
 
 def compare_speed(options):
     from tqdm import tqdm
 
-    workers = [Worker(name) for name in tqdm(options.contender, "start")]
+    workers = [
+        train.Worker(name, script=__file__) for name in tqdm(options.contender, "start")
+    ]
     rates, parameters = {worker.name: [] for worker in workers}, {}
     tokens = options.steps * options.batch * options.length
     for number in tqdm(range(options.rounds), "rounds"):
@@ -218,7 +164,7 @@ def compare_memory(options):
     print(f"{'':20}{'parameters':>13}" + "".join(f"{c:>10}" for c in columns))
     for rank in (options.rank, 0):
         for name in options.contender:
-            worker = Worker(name, "--rank", str(rank))
+            worker = train.Worker(name, "--rank", str(rank), script=__file__)
             found = worker.measure()
             worker.close()
             if name.startswith("ours/"):

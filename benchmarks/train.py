@@ -60,7 +60,9 @@ def keras_sizes(options):
     )
 
 
-def fit_steps(keras, lm, x, y):
+def fit_steps(lm, x, y):
+    import keras
+
     weights = np.ones(y.shape, "float32")
     mask = np.ones(x.shape, "int32")
 
@@ -74,27 +76,29 @@ def fit_steps(keras, lm, x, y):
     return run
 
 
-def ours(options):
-    import keras
-
+def our_lm(options, rank=0, **compiled):
+    """Our model; with adapters of some rank, and more settings of `compile`."""
     from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
     from keras_openllama.optimizers import AdamW
 
     lm = OpenLlamaCausalLM(OpenLlamaBackbone(**keras_sizes(options)))
-    lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[])
-    return fit_steps(keras, lm, *batches(options))
+    if rank:
+        lm.backbone.enable_lora(rank)
+    lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[], **compiled)
+    return lm
+
+
+def ours(options):
+    return fit_steps(our_lm(options), *batches(options))
 
 
 def pretrain(options):
     import jax
 
-    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
-    from keras_openllama.optimizers import AdamW
     from keras_openllama.training import state as states
     from keras_openllama.training_step import Options, as_batch
 
-    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**keras_sizes(options)))
-    lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[])
+    lm = our_lm(options)
     lm.optimizer.build(lm.trainable_variables)
     x, y = batches(options)
     batch = as_batch({"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y)
@@ -110,20 +114,26 @@ def pretrain(options):
     return run
 
 
-def keras_hub(options):
+def lm_of_keras_hub(options, rank=0):
+    """The same of KerasHub."""
     import keras
     import keras_hub
 
     backbone = keras_hub.models.LlamaBackbone(**keras_sizes(options))
     lm = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    if rank:
+        backbone.enable_lora(rank)
     optimizer = keras.optimizers.AdamW(1e-4, weight_decay=0.1, global_clipnorm=1.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     lm.compile(optimizer=optimizer, loss=loss, weighted_metrics=[])
-    return fit_steps(keras, lm, *batches(options))
+    return lm
 
 
-def transformers(options):
-    import torch
+def keras_hub(options):
+    return fit_steps(lm_of_keras_hub(options), *batches(options))
+
+
+def model_of_transformers(options):
     import transformers
 
     config = transformers.LlamaConfig(
@@ -135,15 +145,26 @@ def transformers(options):
         max_position_embeddings=options.length,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.1)
+    return transformers.LlamaForCausalLM(config)
+
+
+def transformers(options):
+    return steps_of_torch(model_of_transformers(options), options)
+
+
+def steps_of_torch(model, options):
+    """PyTorch's usual loop, over what is to be trained of a model."""
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.1)
     x, y = (torch.from_numpy(a).long() for a in batches(options))
 
     def run(steps):
         for _ in range(steps):
             logits = model(input_ids=x).logits.flatten(0, 1)
             torch.nn.functional.cross_entropy(logits, y.flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -194,22 +215,20 @@ def work(contender, options):
 
 
 class Worker:
-    """A contender's process."""
+    """A contender's process, which runs a script; flags overrule those given to it."""
 
-    def __init__(self, contender):
+    def __init__(self, contender, *flags, script=__file__):
         self.name = contender
+        command = [script, *sys.argv[1:], *flags, "--work", contender]
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--work", contender],
+            [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
         if self._process.stdout.readline().strip() != "ready":
-            raise RuntimeError(
-                f"{contender} did not start. See: python benchmarks/train.py --work "
-                f"{contender}"
-            )
+            raise RuntimeError(f"This did not start: python {' '.join(command)}")
 
     def measure(self):
         self._process.stdin.write("\n")

@@ -34,9 +34,15 @@ class Merged:
 
 def merged_kernel(layer):
     """The kernel with the adapters in it: float32 NumPy array."""
-    first, second = (as_numpy(v.value) for v in layer.adapters().values())
-    scale = layer.lora_alpha / layer.lora_rank
-    return as_numpy(layer._kernel.value).astype("float32") + scale * (first @ second)
+    own = layer.adapters(), layer.lora_rank, layer.lora_alpha
+    return _with_adapters(as_numpy(layer._kernel.value), own)
+
+
+def _with_adapters(kernel, adapters):
+    """The same of a kernel and adapters as `Projection.remove_adapters` gives them."""
+    variables, rank, alpha = adapters
+    first, second = (as_numpy(variable.value) for variable in variables.values())
+    return kernel.astype("float32") + alpha / rank * (first @ second)
 
 
 def merge(backbone, reversible):
@@ -67,13 +73,10 @@ def merge(backbone, reversible):
 
 def _check_unchanged(entry):
     """Raises a `ValueError` if a kernel is not what `merge` has made of it."""
-    layer, (variables, rank, alpha) = entry.layer, entry.removed
-    first, second = (as_numpy(v.value) for v in variables.values())
-    merged = entry.kernel.astype("float32") + alpha / rank * (first @ second)
-    if (
-        layer.quantization_mode is not None
-        or (as_numpy(layer._kernel.value) != merged.astype(layer._kernel.dtype)).any()
-    ):
+    layer = entry.layer
+    merged = _with_adapters(entry.kernel, entry.removed).astype(entry.kernel.dtype)
+    now = as_numpy(layer._kernel.value)
+    if layer.quantization_mode is not None or (now != merged).any():
         raise ValueError(
             f"{layer.path} was trained or quantized since adapters were merged into "
             "it, so they cannot be taken out again."

@@ -248,8 +248,7 @@ class Fitting:
         rows, _ = self.preprocessor.training_rows(x, y)
         rows.warn()
         if pack:
-            ids, mask, y, weights = rows.packed()
-            x = {"token_ids": ids, "padding_mask": mask}
+            x, y, weights = rows.packed()
         else:
             x, y, weights = self.preprocessor.filled(rows, sample_weight)
         targets = float(weights.sum())

@@ -7,11 +7,11 @@ the weights in memory.
 """
 
 import functools
-import re
 import warnings
-from pathlib import Path
 
 import torch
+
+from keras_openllama.free_memory import free_memory
 
 
 def pack_products(graph, packed):
@@ -25,7 +25,7 @@ def pack_products(graph, packed):
     products = [(node, weight) for node, weight in _products(graph) if _pays(weight)]
     missing = {id(w): w for _, w in products if id(w) not in packed}
     needed = sum(weight.nbytes for weight in missing.values())
-    if needed > _spare_memory():
+    if needed > (free_memory() or 0):
         _warn_of_memory(f"{needed / 1e9:.1f} GB")
         return
     for key, weight in missing.items():
@@ -62,21 +62,6 @@ def _pays(weight):
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def _spare_memory():
-    """Bytes that may be taken: what is free on Linux, within the container; else 0."""
-    free = re.search(r"MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"))
-    spare = int(free[1]) * 1024 if free else 0
-    limit, used = (_text(f"/sys/fs/cgroup/memory.{x}") for x in ("max", "current"))
-    if limit.strip().isdigit() and used.strip().isdigit():
-        spare = min(spare, int(limit) - int(used))
-    return spare
-
-
-def _text(path):
-    path = Path(path)
-    return path.read_text() if path.is_file() else ""
 
 
 @functools.cache

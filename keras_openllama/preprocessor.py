@@ -168,15 +168,15 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             sample_weight: as for a call.
             batched: bool, false for the arrays of one row.
         """
-        ids, mask, y, weights = rows.arrays()
+        x, y, weights = rows.filled()
         if sample_weight is not None:
             sample_weight = to_numpy(sample_weight)
             if not batched:
                 sample_weight = sample_weight[None]
             weights *= _as_token_weights(sample_weight, weights.shape)
-        if not batched:
-            ids, mask, y, weights = ids[0], mask[0], y[0], weights[0]
-        return {"token_ids": ids, "padding_mask": mask}, y, weights
+        if batched:
+            return x, y, weights
+        return {name: array[0] for name, array in x.items()}, y[0], weights[0]
 
     def _training_tensors(self, x, y, sample_weight, length):
         """The same as a step of a TensorFlow graph; warns of its first batch only."""

@@ -14,6 +14,7 @@ from keras_openllama.prompts import as_arrays
 from keras_openllama.text_arrays import as_texts
 
 PAIR = {"prompt", "response"}
+_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
 CHAT = {"messages"}
 
 
@@ -101,8 +102,7 @@ def check_template(template):
     if not isinstance(template, dict) or "assistant" not in template:
         raise ValueError(
             '`chat_template` is a dict of roles, "assistant" among them, such as '
-            '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}. '
-            f"Received: {template!r}"
+            f"{_TEMPLATE}. Received: {template!r}"
         )
     for role, text in template.items():
         if not isinstance(text, str) or text.count("{content}") != 1:
@@ -130,7 +130,7 @@ def chat_exchanges(messages, template, name="messages"):
     if template is None:
         raise ValueError(
             "Chats need a template: set `preprocessor.chat_template`, such as "
-            '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}.'
+            f"{_TEMPLATE}."
         )
     before, after = template["assistant"].split("{content}")
     exchanges, prompt = [], ""
@@ -289,11 +289,15 @@ class TrainingRows:
         self.ids.append(ids[:room])
         self.learned.append(learned[:room])
 
-    def arrays(self):
-        """Filled up: `(token_ids, padding_mask, targets, weights)`, NumPy arrays."""
+    def filled(self):
+        """A row for each example: `(x, y, weights)` of NumPy arrays, as `fit` has it.
+
+        `x` is a dict of int32 `"token_ids"` and a `"padding_mask"`.
+        """
         ids, mask = as_arrays(self.ids, self.length + 1).values()
         weights, _ = as_arrays(self.learned, self.length + 1).values()
-        return ids[:, :-1], mask[:, :-1], ids[:, 1:], weights[:, 1:].astype("float32")
+        x = {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}
+        return x, ids[:, 1:], weights[:, 1:].astype("float32")
 
     def packed(self):
         """The same, several examples in a row; the mask numbers them, 1, 2, …
@@ -313,7 +317,7 @@ class TrainingRows:
             weights[here] = self.learned[example][1:]
             ends[row], counts[row] = ends[row] + size, counts[row] + 1
             numbers[here] = counts[row]
-        return ids, numbers, targets, weights
+        return {"token_ids": ids, "padding_mask": numbers}, targets, weights
 
     def warn(self):
         """Warns of what was cut, and of what teaches nothing, with numbers."""

@@ -11,6 +11,7 @@ from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.fast_attention import attention_on
 from keras_openllama.lookup import look_up
 from keras_openllama.losses import next_token_sums
+from keras_openllama.target_weights import target_weights
 
 
 class Options(NamedTuple):
@@ -298,12 +299,6 @@ class FusedTraining:
 
 def as_batch(x, y, weights=None):
     """What `fit` was given, in the form of `sums_of`; padding weighs nothing."""
-    mask = jnp.asarray(x["padding_mask"], "int32")
-    real = (mask > 0).astype("float32")
-    if weights is None:
-        weights = real
-    else:
-        weights = jnp.asarray(weights, "float32")
-        weights = real * (weights[:, None] if weights.ndim == 1 else weights)
-    x = {"token_ids": jnp.asarray(x["token_ids"], "int32"), "padding_mask": mask}
+    weights = target_weights(x["padding_mask"], weights)
+    x = {name: jnp.asarray(x[name], "int32") for name in ("token_ids", "padding_mask")}
     return x, jnp.asarray(y, "int32"), weights

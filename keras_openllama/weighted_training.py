@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_openllama.target_weights import target_weights
+
 if keras.config.backend() == "tensorflow":
     import tensorflow as tf
 else:
@@ -31,12 +33,7 @@ class WeightedTraining:
 
     def _forward(self, data, training):
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
-        real = ops.cast(ops.cast(x["padding_mask"], "bool"), "float32")
-        if weights is None:
-            weights = real  # Padding weighs nothing.
-        else:
-            weights = ops.cast(weights, "float32")
-            weights = real * (weights[:, None] if len(weights.shape) == 1 else weights)
+        weights = target_weights(x["padding_mask"], weights)
         logits = self(x, training=training)
         loss = self._compute_loss(
             x=x, y=y, y_pred=logits, sample_weight=weights, training=training
@@ -44,8 +41,7 @@ class WeightedTraining:
         return loss, x, y, logits, weights
 
     def _measured(self, loss, x, y, logits, weights):
-        total = ops.sum(ops.cast(weights, "float32"))
-        self._loss_tracker.update_state(loss, sample_weight=total)
+        self._loss_tracker.update_state(loss, sample_weight=ops.sum(weights))
         return self.compute_metrics(x, y, logits, sample_weight=weights)
 
     def _step_of_torch(self, data):

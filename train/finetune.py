@@ -250,25 +250,27 @@ def _unescaped(template):
 
 
 def default_dtype(options):
-    if not on_accelerator():
+    if kind_of_device() == "cpu":
         return "float32"
     return "bfloat16" if options.lora_rank else "mixed_bfloat16"
 
 
-def on_accelerator():
-    """Whether the backend has a device beside the CPU."""
+def kind_of_device():
+    """What the backend computes on: `"cpu"` or `"accelerator"`."""
     backend = os.environ["KERAS_BACKEND"]
     if backend == "torch":
         import torch
 
-        return torch.cuda.is_available()
-    if backend == "tensorflow":
+        found = torch.cuda.is_available()
+    elif backend == "tensorflow":
         import tensorflow
 
-        return bool(tensorflow.config.list_physical_devices("GPU"))
-    import jax
+        found = tensorflow.config.list_physical_devices("GPU")
+    else:
+        import jax
 
-    return jax.default_backend() != "cpu"
+        found = jax.default_backend() != "cpu"
+    return "accelerator" if found else "cpu"
 
 
 def distribution_of(parser, options):
@@ -282,17 +284,13 @@ def distribution_of(parser, options):
     if jax.device_count() == 1 and not options.mesh:
         return None
     from keras_openllama.distribution import OpenLlamaParallel, make_mesh
+    from keras_openllama.training.checks import mesh_of
 
-    axes = {"data": 1, "fsdp": None, "model": 1}
-    for part in options.mesh.split(",") if options.mesh else ():
-        axis, _, size = part.partition("=")
-        if axis not in axes or not size.isdecimal() or int(size) < 1:
-            parser.error(f"--mesh takes such as data=2,fsdp=4. Got: {options.mesh!r}")
-        axes[axis] = int(size)
     try:
+        axes = mesh_of(options.mesh) if options.mesh else {}
         distribution = OpenLlamaParallel(make_mesh(**axes))
     except ValueError as error:
-        parser.error(f"--mesh: {error}")
+        parser.error(str(error))
     parts = distribution.num_model_replicas * options.micro_batches
     if options.batch_size % parts:
         parser.error(
@@ -315,7 +313,7 @@ def main(arguments=None):
                 options.batch_size,
                 options.length,
                 options.rematerialize,
-                device="accelerator" if on_accelerator() else "cpu",
+                kind_of_device(),
             )
         )
         return 0
@@ -378,7 +376,7 @@ def check_memory(settings, distribution):
         int8=settings.int8,
         devices=parts,
         backend=os.environ["KERAS_BACKEND"],
-        device="accelerator" if on_accelerator() else "cpu",
+        device=kind_of_device(),
     )
     print(f"Memory that training takes, about:\n{estimate.table()}", flush=True)
     memory.check(estimate, memory.available_memory())

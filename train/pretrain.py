@@ -39,6 +39,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras_openllama.training import recipe as recipes  # noqa: E402
+from keras_openllama.training.checks import AXES, mesh_of  # noqa: E402
 
 # Flags with a name of their own; every other setting goes by --set.
 _OWN = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
@@ -167,21 +168,6 @@ def overrides_of(parser, options):
     return values
 
 
-def mesh_of(parser, text):
-    """A mesh from such as `data=4,fsdp=64`."""
-    if text is None:
-        return None
-    mesh = {"data": 1, "fsdp": 1, "model": 1}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in mesh or not size.isdecimal() or int(size) < 1:
-            parser.error(
-                f"--mesh takes such as data=4,fsdp=64,model=1. Received: {text!r}"
-            )
-        mesh[axis] = int(size)
-    return mesh
-
-
 def profile_of(parser, text):
     """First and last step from such as `10:15`."""
     if text is None:
@@ -251,7 +237,10 @@ def main(arguments=None):
     parser, options = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    mesh = mesh_of(parser, options.mesh)
+    try:
+        mesh = options.mesh and {**dict.fromkeys(AXES, 1), **mesh_of(options.mesh)}
+    except ValueError as error:
+        parser.error(str(error))
     profile = profile_of(parser, options.profile)
     try:
         resolved = recipes.resolve(

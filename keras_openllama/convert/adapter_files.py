@@ -3,6 +3,7 @@
 Source: https://github.com/huggingface/peft.
 """
 
+import functools
 import json
 import re
 
@@ -147,6 +148,7 @@ def _read_config(files):
     return config
 
 
+@functools.cache
 def _modules():
     """Names of modules in transformers by those of projections here."""
     return {

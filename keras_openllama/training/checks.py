@@ -11,6 +11,23 @@ from keras_openllama import presets
 AXES = ("data", "fsdp", "model")
 
 
+def mesh_of(text):
+    """A mesh from such as `data=4,fsdp=64`: dict of the axes that are named.
+
+    Raises:
+        ValueError: for an axis that there is not, or a size below 1.
+    """
+    mesh = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--mesh takes such as data=4,fsdp=64,model=1. Received: {text!r}"
+            )
+        mesh[axis] = int(size)
+    return mesh
+
+
 def _refuse(name, value, requirement):
     raise ValueError(f"`{name}` must be {requirement}. Received: {name}={value!r}")
 

@@ -6,8 +6,8 @@ beside what was measured on a CPU; on accelerators nothing was measured.
 """
 
 import dataclasses
-import re
-from pathlib import Path
+
+from keras_openllama.free_memory import free_memory
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "mixed_bfloat16": 4}
@@ -21,9 +21,10 @@ _CGROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-# Measured with JAX on a CPU, 58 million parameters, by the slope over layers: XLA holds
-# 2.1 to 2.35 times as many numbers as a backward pass needs, and computes most of what
-# is to be computed again so early that rematerialisation saves next to nothing.
+# Measured with JAX on a CPU, 58 million parameters, by how `memory_analysis` of the
+# compiled step grows with layers: XLA holds 2.1 to 2.35 times as many numbers as a
+# backward pass needs, and computes most of what is to be computed again so early that
+# rematerialisation saves next to nothing.
 _HELD_ON_CPU = 2.25
 # Ours: what is held back for what is not counted.
 RESERVED_SHARE = 0.1
@@ -206,30 +207,7 @@ def available_memory():
 
         if torch.cuda.is_available():
             return torch.cuda.get_device_properties(0).total_memory
-    return _spare_memory()
-
-
-def _spare_memory():
-    """What is free on Linux, within the limits of a container."""
-    free = re.search(r"MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"))
-    if free is None:
-        return None
-    spare = int(free[1]) * 1024
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = (
-            _text(f"/sys/fs/cgroup/{name}").strip() for name in (limit, used)
-        )
-        if limit.isdigit() and used.isdigit():
-            spare = min(spare, int(limit) - int(used))
-    return spare
-
-
-def _text(path):
-    path = Path(path)
-    return path.read_text() if path.is_file() else ""
+    return free_memory()
 
 
 def check(estimate, available):
@@ -245,9 +223,9 @@ def check(estimate, available):
         f"Training takes about {estimate.total / GIB:.1f} GiB, and "
         f"{available / GIB:.1f} GiB are there, of which {RESERVED_SHARE:.0%} are held "
         f"back:\n{estimate.table()}\n"
-        "In this order: train adapters (--lora-rank 16), keep less (--rematerialize "
-        "full, --micro-batches, on JAX), shorter rows (--length), --dtype bfloat16 and "
-        "--int8 with adapters, a smaller preset."
+        "In this order: train adapters (--lora-rank 16), keep less (on JAX: "
+        "--micro-batches, and but for CPUs --rematerialize full), shorter rows "
+        "(--length), --dtype bfloat16 and --int8 with adapters, a smaller preset."
     )
 
 

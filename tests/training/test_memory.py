@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from keras_openllama import presets
-from keras_openllama.training import memory
 from keras_openllama.training.memory import check, estimate, table_of_presets
 
 pytestmark = pytest.mark.backend_free
@@ -122,20 +121,6 @@ def test_what_cannot_fit_is_refused_with_numbers_and_remedies():
     assert message.index("--lora-rank") < message.index("--int8")
     check(found, None)
     check(found, found.total * 2)
-
-
-def test_a_container_limits_what_there_is(monkeypatch):
-    files = {
-        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2048 kB\n",
-        "/sys/fs/cgroup/memory.max": "1048576\n",
-        "/sys/fs/cgroup/memory.current": "48576\n",
-    }
-    monkeypatch.setattr(memory, "_text", lambda path: files.get(str(path), ""))
-    assert memory._spare_memory() == 1_000_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert memory._spare_memory() == 2048 * 1024
-    files.clear()
-    assert memory._spare_memory() is None
 
 
 def test_the_table_has_every_preset():
