@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.fitting import ADAPTERS_RATE, RATE
-from keras_openllama.host_arrays import as_numpy
 from keras_openllama.optimizers import AdamW, WarmupCosine
-from keras_openllama.training import instructions, plots
+from keras_openllama.training import instructions, plots, state_file
 from keras_openllama.training.data import files
 from keras_openllama.training.run_directory import locked
 from keras_openllama.training.run_log import RunLog
@@ -31,6 +30,7 @@ RUN, STATE, LOSS = "run.json", "state.npz", "loss.png"
 ADAPTERS, MODEL = "adapters", "model"
 # Ours: steps in a row that may be left out, and questions that are asked.
 _MOST_SKIPPED, _QUESTIONS = 10, 4
+_ADVICE = "Take a lower --learning-rate, and another --output."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ class _Run:
 
     def _train(self, done):
         """Steps after `done`; returns whether a signal ended them."""
-        skipped = Skipped(_MOST_SKIPPED)
+        skipped = Skipped(_MOST_SKIPPED, _ADVICE)
         every = self._request.validate_every or max(1, self.steps // 10)
         bar = tqdm(
             initial=done,
@@ -292,19 +292,16 @@ class _Run:
                 max_new_tokens=self._request.max_new_tokens,
                 max_length=self._lm.backbone.context_length,
             )
-            shown = question if isinstance(question, str) else question["messages"]
-            text = answer if isinstance(question, str) else f"{shown}\n{answer}"
+            # A chat's answer comes without what was asked.
+            asked = "" if isinstance(question, str) else f"{question['messages']}\n"
+            text = asked + answer
             self._log.text(f"question {number}, {when}", step, text)
             tqdm.write(f"--- {when}, question {number}\n{text}")
 
     def _arrays(self, examples):
-        preprocessor = self._lm.preprocessor
-        rows, _ = preprocessor.training_rows(examples)
+        rows, _ = self._lm.preprocessor.training_rows(examples)
         rows.warn()
-        if not self._settings.pack:
-            return preprocessor.filled(rows)
-        ids, mask, y, weights = rows.packed()
-        return {"token_ids": ids, "padding_mask": mask}, y, weights
+        return rows.packed() if self._settings.pack else rows.filled()
 
     def _compile(self):
         settings = self._settings
@@ -337,32 +334,16 @@ class _Run:
     def _save(self, step):
         start = time.monotonic()
         self._log.sync()
-        arrays = {name: as_numpy(v.value) for name, v in self._variables().items()}
-        place = np.array([step, self._tokens], "int64")
-        with files.appearing(files.join(self._request.output, STATE)) as path:
-            with open(path, "wb") as file:
-                np.savez(file, place=place, **arrays)
+        state_file.save(self._state, self._variables(), (step, self._tokens))
         self._saving = time.monotonic() - start
 
     def _restore(self):
         """Takes the checkpoint, if there is one; returns its step."""
+        self._state = files.join(self._request.output, STATE)
         self._tokens, self._saving = 0, 0.0
-        path = files.join(self._request.output, STATE)
-        if not files.exists(path):
+        if not files.exists(self._state):
             return 0
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            step, self._tokens = (int(n) for n in arrays.pop("place"))
-        except Exception as error:  # NumPy and zipfile raise several kinds.
-            raise ValueError(
-                f"{path} is damaged: {error}. Remove it to begin anew."
-            ) from error
-        variables = self._variables()
-        if variables.keys() != arrays.keys():
-            raise ValueError(f"{path} is of another model. Name another directory.")
-        for name, variable in variables.items():
-            variable.assign(arrays[name])
+        step, self._tokens = state_file.restore(self._state, self._variables())
         if 0 < step < self.steps:
             print(f"Going on from step {step} of {self.steps}.", flush=True)
         return step
@@ -401,6 +382,11 @@ def build(settings):
         lm = OpenLlamaCausalLM.from_preset(settings.preset, dtype=settings.dtype)
     except OSError as error:
         raise ValueError(f"{settings.preset} cannot be had: {error}") from error
+    if settings.sequence_length > lm.backbone.context_length:
+        raise ValueError(
+            f"The context of {settings.preset} is {lm.backbone.context_length} tokens. "
+            f"Received: rows of {settings.sequence_length} tokens (--length)"
+        )
     lm.preprocessor.sequence_length = settings.sequence_length
     if settings.chat_template is not None:
         lm.preprocessor.chat_template = settings.chat_template

@@ -29,12 +29,11 @@ def read(paths, templates=None):
     """
     examples = []
     for path in paths:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
                 try:
-                    examples.append(_example(line, templates))
+                    if line.strip():
+                        examples.append(_example(line.decode(), templates))
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
     if not examples:
@@ -56,13 +55,8 @@ def _example(line, templates):
     if not isinstance(found, dict):
         raise ValueError(f"no JSON object: {line.strip()[:60]}")
     if templates is not None:
-        return dict(
-            zip(
-                ("prompt", "response"),
-                (_filled(t, found) for t in templates),
-                strict=True,
-            )
-        )
+        prompt, response = (_filled(template, found) for template in templates)
+        return {"prompt": prompt, "response": response}
     for keys in _KINDS:
         if keys <= set(found):
             chosen = {key: found[key] for key in sorted(keys)}
@@ -144,6 +138,7 @@ class Batches:
         self._arrays = x["token_ids"], x["padding_mask"], y, weights
         self._batch_size, self._seed = batch_size, seed
         self.rows = len(y)
+        self._epoch = None  # That `_permutation` is of.
 
     def steps(self, epochs):
         """Steps that go `epochs` times through the rows: int."""
@@ -160,7 +155,7 @@ class Batches:
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
     def _order(self, epoch):
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             random = np.random.default_rng([self._seed, epoch])
             self._epoch, self._permutation = epoch, random.permutation(self.rows)
         return self._permutation

@@ -12,6 +12,13 @@ DIVERGED = 70  # EX_SOFTWARE: too many steps in a row had to be skipped.
 NOT_WRITTEN = 74  # EX_IOERR: a checkpoint or a log could not be written.
 
 
+# Of pretraining.
+_ADVICE = (
+    "What they read is in skipped.jsonl. Try a lower learning_rate with "
+    "--accept-changes, or another seed in another output directory."
+)
+
+
 class DataNotRead(Exception):
     """A file of the data is damaged or gone, or its file system is."""
 
@@ -85,10 +92,12 @@ class Skipped:
 
     Args:
         most: int, how many in a row end the run.
+        advice: string, what to do then.
     """
 
-    def __init__(self, most):
-        self._most, self._in_a_row, self.total = most, 0, 0
+    def __init__(self, most, advice=_ADVICE):
+        self._most, self._advice = most, advice
+        self._in_a_row, self.total = 0, 0
 
     def note(self, step, kept, loss, grad_norm):
         """Takes note of a step.
@@ -102,7 +111,5 @@ class Skipped:
             raise Diverged(
                 f"The last {self._most} steps up to step {step} had a loss or gradient "
                 f"that is not finite, or a spike (loss {loss}, gradient norm "
-                f"{grad_norm}). None of them changed the model. What they read is in "
-                "skipped.jsonl. Try a lower learning_rate with --accept-changes, or "
-                "another seed in another output directory."
+                f"{grad_norm}). None of them changed the model. {self._advice}"
             )

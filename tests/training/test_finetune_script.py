@@ -208,6 +208,7 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "it has no 'answer'"),
         (("--mesh", "fsdp=3"), "--mesh"),
+        (("--length", 5000), "The context of nano is"),
         (("--preset", "hf://nobody/nothing"), "cannot be had"),
         # Before anything is downloaded.
         (("--preset", "13b", "--batch-size", 512), "Training takes about"),
@@ -228,7 +229,8 @@ def test_the_estimate_needs_no_preset_and_no_data(capsys):
 def test_a_rate_that_diverges_ends_the_run(data, tmp_path, capsys):
     more = ("--lora-rank", 2, "--epochs", 30, "--learning-rate", 3e38)
     assert finetune().main(arguments(data, tmp_path, *more)) == 70
-    assert "not finite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not finite" in error and "--learning-rate" in error
     assert any(record["skipped"] for record in run_log.read(tmp_path))
     state = np.load(tmp_path / "state.npz")
     assert all(np.isfinite(state[name]).all() for name in state.files)

@@ -53,6 +53,13 @@ def test_a_malformed_line_is_named(line, templates, message, tmp_path):
         read([path], templates)
 
 
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: 'utf-8'"):
+        read([path])
+
+
 def test_files_without_examples_or_of_several_kinds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no example in"):
         read([write(tmp_path / "empty.jsonl", "")])
