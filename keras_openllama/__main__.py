@@ -10,11 +10,11 @@ import os
 import sys
 
 from keras_openllama import __version__
-from keras_openllama.commands import convert, generate, presets
+from keras_openllama.commands import convert, generate, lm_eval, presets
 from keras_openllama.commands.process import PROGRAM, one_line
 
 DESCRIPTION = """\
-OpenLLaMA in Keras 3: let a model write, convert it, or see which models there are.
+OpenLLaMA in Keras 3: let a model write, convert or evaluate it, or see which there are.
 """
 
 EXAMPLES = f"""\
@@ -22,6 +22,7 @@ examples:
   {PROGRAM} generate "Once upon a time"
   {PROGRAM} generate "Q: What is the largest animal?" --preset open_llama_3b_v2
   {PROGRAM} convert my_finetuned_model my_model_hf --to transformers
+  {PROGRAM} lm-eval --model keras_openllama --model_args preset=nano --tasks piqa
   {PROGRAM} presets
 
 `{PROGRAM} COMMAND --help` explains a command.
@@ -74,7 +75,7 @@ def _parser():
         version=f"{PROGRAM} {__version__}",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, convert, presets):
+    for command in (generate, convert, lm_eval, presets):
         command.add(commands, parents=[common], **raw)
     return parser
 

@@ -188,6 +188,7 @@ class OpenLlamaBackbone(Backbone):
         attend=None,
         scan=False,
         embed=None,
+        mask=None,
     ):
         """What the model computes, with a look at each layer where wanted.
 
@@ -202,6 +203,9 @@ class OpenLlamaBackbone(Backbone):
             attend: callable of `layers.fast_attention.attention_on`, or `None`.
             scan: bool, whether the layers are a `layer_scan.scan_layers` (JAX).
             embed: callable of token ids, or `None` for the embedding layer.
+            mask: bool `(batch, 1, length, length)`, True where a token may look at
+                one that is not after it; `None` is `causal_mask`. A token's position is
+                the number of tokens it sees beside itself.
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
@@ -212,7 +216,8 @@ class OpenLlamaBackbone(Backbone):
         check_policy(rematerialize)
         # 0, 1, 2 … as a sum, because the length may not be known here.
         columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
-        mask = causal_mask(columns, padding_mask)
+        if mask is None:
+            mask = causal_mask(columns, padding_mask)
         # As many as there are tokens of the same document before.
         seen = ops.sum(ops.cast(mask[:, 0], "int32"), axis=-1)
         positions = ops.maximum(seen - 1, 0)

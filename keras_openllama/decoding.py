@@ -272,7 +272,7 @@ def choose_tokens(loop, prompts, limits, stop_token_ids, stride=None):
     seen = 0
     running = [limit > 0 for limit in limits]
     while any(running):
-        until = max(limits) if stride is None else seen + stride
+        until = min(max(limits), seen + (stride or max(limits)))
         state = loop.advance(
             state=state, rows=rows, stop_ids=stop_ids, until=np.int32(until)
         )

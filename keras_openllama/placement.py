@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+from keras_openllama.distribution import ROWS
+
 if keras.config.backend() == "jax":
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -35,9 +37,8 @@ def shardings(backbone):
         A pair of shardings, for the cache and for the rest; `None` twice where the
         weights are not distributed.
     """
-    kernel = backbone.transformer_layers[0].self_attention.key.variables[0]._value
-    layout = getattr(kernel, "sharding", None)
-    if keras.config.backend() != "jax" or not isinstance(layout, NamedSharding):
+    layout = _key_layout(backbone)
+    if layout is None:
         return None, None
     mesh, axis = layout.mesh, (*layout.spec, None)[0]
     names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
@@ -47,6 +48,35 @@ def shardings(backbone):
     return NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(
         mesh, PartitionSpec()
     )
+
+
+def row_sharding(backbone):
+    """How a distribution of the weights wants the rows of a batch.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Returns:
+        A pair: the sharding of arrays whose first axis is that of rows, `None` where
+        the weights are not distributed; and int, what their number is a multiple of.
+    """
+    layout = _key_layout(backbone)
+    if layout is None:
+        return None, 1
+    mesh = layout.mesh
+    # Ours, and what KerasHub's models name it.
+    axes = tuple(name for name in mesh.axis_names if name in (*ROWS, "batch"))
+    shards = math.prod(mesh.shape[name] for name in axes)
+    return NamedSharding(mesh, PartitionSpec(axes or None)), shards
+
+
+def _key_layout(backbone):
+    """The `NamedSharding` of the keys' projection; `None` where nothing has one."""
+    kernel = backbone.transformer_layers[0].self_attention.key.variables[0]._value
+    layout = getattr(kernel, "sharding", None)
+    if keras.config.backend() == "jax" and isinstance(layout, NamedSharding):
+        return layout
+    return None
 
 
 def keep(tensors, sharding):

@@ -8,7 +8,7 @@ import keras
 import pytest
 
 from keras_openllama import OpenLlamaCausalLM, OpenLlamaTokenizer
-from train.bits_per_byte import total_bits, windows, xz_bits_per_byte
+from keras_openllama.evaluation import perplexity
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
@@ -80,19 +80,19 @@ def test_parameters_are_as_stated_and_few(lm, preset):
 
 
 @pytest.mark.backend_free  # On the others `test_causal_lm.py` looks at int8.
-def test_int8_is_a_quarter_of_the_size_and_predicts_as_well(tokenizer):
+def test_int8_is_a_quarter_of_the_size_and_predicts_as_well():
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
-    ids = tokenizer(PLAIN_ENGLISH)[:256]
+    text = PLAIN_ENGLISH[:800]
 
     def measured():
         weights = [keras.ops.convert_to_numpy(weight) for weight in lm.weights]
         size = sum(weight.nbytes for weight in weights)
-        return total_bits(lm, ids, 1, context=256), size
+        return perplexity.evaluate(lm, {"text": text})[0]["nats"], size
 
-    bits, size = measured()
+    nats, size = measured()
     lm.quantize("int8")
-    quantized_bits, quantized_size = measured()
-    assert quantized_bits <= 1.02 * bits
+    quantized_nats, quantized_size = measured()
+    assert quantized_nats <= 1.02 * nats
     assert quantized_size <= 0.30 * size
     words = re.findall("[a-z]+", lm.generate("The captain", max_new_tokens=40).lower())
     assert sum(word in COMMON_WORDS for word in words) > len(words) / 3
@@ -157,18 +157,12 @@ def test_control_tokens_have_the_ids_of_llama(tokenizer):
     assert tokenizer.keeps_spaces
 
 
-def test_unseen_english_takes_fewer_bits_than_xz(lm, tokenizer):
-    data = PLAIN_ENGLISH.encode()
-    assert len(data) >= 1500
-    bits = total_bits(
-        lm,
-        tokenizer(PLAIN_ENGLISH),
-        tokenizer.start_token_id,
-        lm.backbone.max_sequence_length,
-    )
+def test_unseen_english_takes_fewer_bits_than_xz(lm):
+    [row] = perplexity.evaluate(lm, {"text": PLAIN_ENGLISH})
+    assert row["bytes"] >= 1500
     # A text so short leaves xz little to work with; the model must also be good.
-    assert bits / len(data) < xz_bits_per_byte(data)
-    assert bits / len(data) < 2.2
+    assert row["bits_per_byte"] < row["xz_bits_per_byte"]
+    assert row["bits_per_byte"] < 2.2
 
 
 def test_continuation_reads_as_words(lm):
@@ -184,16 +178,3 @@ def test_continuation_reads_as_words(lm):
     assert common / len(words) >= 0.5
     # Not one phrase over and over.
     assert len(set(words)) >= 8
-
-
-@pytest.mark.backend_free
-def test_windows_count_every_token_once():
-    for count in (1, 7, 8, 9, 12, 13, 100):
-        spans = windows(count, context=8)
-        counted = [i for _, first, last in spans for i in range(first, last + 1)]
-        assert counted == list(range(1, count + 1))
-        for start, first, last in spans:
-            assert 0 <= start < first
-            assert last <= start + 8
-            # Beyond the first window, at least half a context comes before.
-            assert start == 0 or first - start >= 4

@@ -10,7 +10,10 @@ belongs into the repository.
 Each source becomes two files of clean text: `train/SOURCE.jsonl`, a document (chapter
 or speech) a line, and `heldout/SOURCE.txt`, whole chapters or speeches that are never
 trained on. `manifest.json` lists what was held out and the sizes. The same packages
-always give the same files. `nano.yaml` says how to go on.
+always give the same files. `nano.yaml` says how to go on; a model is measured on the
+held-out text by
+
+    python train/evaluate.py --perplexity ~/.cache/keras_openllama/corpus/heldout
 
 Cleaning, the same for training and held-out text: markup, notes, headings and stage
 directions such as "(Applause.)" go; hard-wrapped lines and lines of verse are joined

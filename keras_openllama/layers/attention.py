@@ -57,8 +57,8 @@ def attend(query, key, value, mask):
 def attend_to_past(query, key, value, mask):
     """The same where a mask lets queries look at what comes before them only.
 
-    On JAX the queries go in blocks, each over the keys up to its end, which spares most
-    of what the mask hides; and a backward pass computes the weights again rather than
+    On PyTorch by its fused kernel. On JAX the queries go in blocks, each over the keys
+    up to its end, which spares most of what the mask hides; and a backward pass computes the weights again rather than
     keep them, which is faster, too (`benchmarks/README.md`).
 
     Args:
@@ -71,6 +71,8 @@ def attend_to_past(query, key, value, mask):
     Source: recomputed weights as in FlashAttention (arXiv:2205.14135).
     """
     length = query.shape[2]
+    if keras.config.backend() == "torch":
+        return _attend_fused(query, key, value, mask)
     if keras.config.backend() != "jax" or length is None:
         return attend(query, key, value, mask)
     block = max(BLOCK // 2, -(-length // QUERY_BLOCKS))
@@ -81,6 +83,16 @@ def attend_to_past(query, key, value, mask):
         rows = jax.checkpoint(functools.partial(_attend_rows, start, end))
         outputs.append(rows(query, key, value, mask))
     return ops.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_fused(query, key, value, mask):
+    """`attend` by PyTorch's fused kernel, which keeps no scores."""
+    # Finite, as in `attend`; float16 does not reach as far.
+    hidden = max(HIDDEN, torch.finfo(query.dtype).min)
+    bias = torch.where(mask, 0.0, hidden).to(query.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 def _attend_rows(start, end, query, key, value, mask):

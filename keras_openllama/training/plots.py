@@ -110,8 +110,9 @@ def loss_figure(runs, x="tokens", smooth=None):
     axes.set_xlim(left=0)
     axes.set_xlabel(label)
     axes.set_ylabel("training loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
     if smooth > 1:
         note = f"faint: each step; line: exponential average over {smooth:,} steps"
         axes.set_title(note, loc="right", fontsize=8, color="#6b7280")
@@ -243,4 +244,11 @@ def _add_legend(figure, runs):
         handles.append(Line2D([], [], **grey))
         labels.append("validation")
     columns = min(4, len(labels))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure.legend(
+        *(handles, labels),
+        title="Training loss",
+        title_fontproperties={"weight": "bold", "size": "large"},
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+    )

@@ -1,0 +1,121 @@
+"""Log-probabilities of the tokens of many sequences, whatever they share."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_openllama.compiled import compile_function, while_loop
+from keras_openllama.decoding import padded_rows
+from keras_openllama.evaluation import token_tries
+from keras_openllama.placement import put, row_sharding
+from keras_openllama.text_arrays import to_numpy
+
+# Ours: tokens of a row whose logits are in memory at once.
+CHUNK = 32
+DEFAULT_BATCH_SIZE = 8  # Ours: 4096 tokens at once, enough for full matrix products.
+
+
+class TokenScorer:
+    """Computes how likely a model holds the tokens of sequences.
+
+    What sequences have in common is computed once (see `token_tries`); logits exist for
+    the wanted tokens alone, a chunk at a time, and only two numbers of each leave the
+    device.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        batch_size: int, rows of 512 tokens that are computed at once.
+
+    Example:
+
+    ```python
+    scorer = TokenScorer(lm)
+    for batch in scorer.plan(sequences):
+        for index, (log_probs, greedy) in scorer.run(batch, wanted_from).items():
+            print(sequences[index], log_probs.sum())
+    ```
+    """
+
+    def __init__(self, lm, batch_size=DEFAULT_BATCH_SIZE):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                "`batch_size` is a whole number from 1 on. Received: "
+                f"batch_size={batch_size!r}"
+            )
+        self.lm = lm
+        self.batch_size = batch_size
+        scaling = lm.backbone.rope_scaling
+        # Dynamic scaling depends on a sequence's length, and sharing knows no length.
+        self.share = scaling is None or scaling["rope_type"] != "dynamic"
+        self._program = compile_function(self._score, lm)
+
+    def plan(self, sequences, indices=None):
+        """See `token_tries.batches`."""
+        return token_tries.batches(sequences, self.batch_size, self.share, indices)
+
+    def run(self, batch, wanted_from):
+        """Scores the sequences of a batch.
+
+        Args:
+            batch: one of `plan`.
+            wanted_from: list of int by sequence of the plan: from which of its tokens
+                on each is scored, 1 at least, since nothing comes before the first.
+
+        Returns:
+            Dict by number of the sequence of pairs: float32 log-probabilities (nats)
+            of its wanted tokens, each after all before it; and whether each is the
+            likeliest, bool.
+        """
+        wanted = [token_tries.wanted_columns(row, wanted_from) for row in batch.rows]
+        sharding, multiple = row_sharding(self.lm.backbone)
+        rows = len(batch.rows)
+        if keras.config.backend() != "torch":
+            rows = padded_rows(rows)
+        rows = -(-rows // multiple) * multiple
+        inputs = token_tries.arrays(batch, rows, wanted)
+        inputs = {name: put(x, sharding) for name, x in inputs.items()}
+        count = np.int32(max(map(len, wanted)))
+        log_probs, greedy = map(to_numpy, self._program(**inputs, count=count))
+        results = {}
+        for i, row in enumerate(batch.rows):
+            for index, columns in row.paths:
+                slots = np.searchsorted(wanted[i], columns[wanted_from[index] :])
+                results[index] = log_probs[i, slots], greedy[i, slots]
+        return results
+
+    def _score(self, token_ids, ends, parents, targets, count):
+        rows, columns = token_ids.shape
+        column = ops.arange(columns, dtype="int32")
+        query, key = column[None, :, None], column[None, None, :]
+        mask = ops.logical_and(key <= query, query < ends[:, None])[:, None]
+        # The last token of a path predicts nothing: it does not count as read.
+        read = ends > column[None] + 1
+        hidden = self.lm.backbone.hidden_states(token_ids, read, mask=mask)
+
+        def goes_on(state):
+            return state["done"] < count
+
+        def score_chunk(state):
+            done = state["done"]
+            part = [ops.slice(x, (0, done), (rows, CHUNK)) for x in (parents, targets)]
+            scores = self._score_chunk(hidden, *part)
+            return {
+                "done": done + CHUNK,
+                "log_probs": ops.slice_update(state["log_probs"], (0, done), scores[0]),
+                "greedy": ops.slice_update(state["greedy"], (0, done), scores[1]),
+            }
+
+        state = {
+            "done": ops.zeros((), "int32"),
+            "log_probs": ops.zeros((rows, columns), "float32"),
+            "greedy": ops.zeros((rows, columns), "bool"),
+        }
+        state = while_loop(self.lm, goes_on, score_chunk, state)
+        return state["log_probs"], state["greedy"]
+
+    def _score_chunk(self, hidden, parents, targets):
+        states = ops.take_along_axis(hidden, parents[..., None], axis=1)
+        logits = ops.cast(self.lm.lm_head(states), "float32")
+        chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        greedy = ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), targets)
+        return chosen - ops.logsumexp(logits, axis=-1), greedy

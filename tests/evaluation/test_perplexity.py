@@ -1,0 +1,290 @@
+"""Each token is counted once, and each protocol gives what it says."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from keras import ops
+from tiny_models import TinyShape, in_transformers, random_lm
+from token_data import prepare_sources, texts
+from tokenizer_models import trained_model
+
+from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.evaluation import perplexity
+from keras_openllama.evaluation.perplexity import (
+    evaluate,
+    llama_cpp_windows,
+    mean_bits_per_byte,
+    strided_windows,
+    table,
+)
+from keras_openllama.evaluation.texts import read
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+SHAPE = TinyShape("tiny", 2, 1, 16, hidden_dim=32, intermediate_dim=48, context=32)
+TEXT = "The  quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 4
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_lm(SHAPE, trained_model(keep_spaces=True))
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return OpenLlamaCausalLM.from_preset("open_llama_nano")
+
+
+def costs(lm, ids):
+    """Nats of each token after the first, from the logits of all of them at once."""
+    token_ids = np.zeros((1, SHAPE.context), "int32")  # Causality hides the filling.
+    token_ids[0, : len(ids) - 1] = ids[:-1]
+    mask = np.ones_like(token_ids, "bool")
+    logits = ops.convert_to_numpy(
+        lm.logits_function(token_ids=token_ids, padding_mask=mask)
+    )[0]
+    log_probs = logits - np.log(np.exp(logits.astype("float64")).sum(-1, keepdims=True))
+    return -log_probs[np.arange(len(ids) - 1), ids[1:]]
+
+
+# --- Strided ---
+
+
+def test_a_text_within_the_context_costs_what_score_says(nano):
+    text = "The captain looked at the sea and said nothing."
+    [row] = evaluate(nano, {"text": text}, **QUIET)
+    losses = ops.convert_to_numpy(nano.score(text, scoring_mode="loss"))
+    assert row["tokens"] == losses.size
+    assert row["nats"] == pytest.approx(losses.sum(), rel=1e-4)
+    assert row["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+    bits = losses.sum() / math.log(2)
+    assert row["bits_per_byte"] == pytest.approx(bits / len(text), rel=1e-4)
+
+
+@pytest.mark.parametrize("context, stride", [(32, None), (20, 20), (17, 3)])
+def test_a_long_text_costs_the_sum_over_its_windows(lm, context, stride):
+    ids = [1, *lm.preprocessor.tokenizer(TEXT)]
+    expected = 0.0
+    for start, first, last in strided_windows(len(ids) - 1, context, stride or 16):
+        expected += costs(lm, ids[start : last + 1])[first - start - 1 :].sum()
+    [row] = evaluate(lm, {"text": TEXT}, context=context, stride=stride, **QUIET)
+    assert row["tokens"] == len(ids) - 1 > 3 * 32
+    assert row["nats"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_strided_windows_count_each_token_once(stride):
+    for count in (1, 7, 8, 9, 12, 13, 100):
+        windows = strided_windows(count, 8, stride)
+        counted = [i for w in windows for i in range(w.first, w.last + 1)]
+        assert counted == list(range(1, count + 1))
+        for start, first, last in windows:
+            assert 0 <= start < first
+            assert last <= start + 8
+            assert start == 0 or first - start > 8 - stride
+
+
+def test_a_corpus_of_any_size_is_planned_in_parts(lm, monkeypatch):
+    [whole] = evaluate(lm, {"text": TEXT}, **QUIET)
+    monkeypatch.setattr(perplexity, "_PLANNED", 64)
+    [parts] = evaluate(lm, {"text": TEXT}, **QUIET)
+    assert parts["nats"] == pytest.approx(whole["nats"], rel=1e-5)
+    assert parts["tokens"] == whole["tokens"]
+
+
+# --- llama.cpp ---
+
+
+@pytest.mark.parametrize("context", [16, 9])
+def test_chunks_of_llama_cpp_against_logits_of_transformers(context, tmp_path):
+    theirs = in_transformers(SHAPE)
+    theirs.resize_token_embeddings(512, mean_resizing=False)
+    theirs.save_pretrained(tmp_path)
+    lm = OpenLlamaCausalLM.from_preset(str(tmp_path), preprocessor=None)
+    lm.preprocessor = random_lm(SHAPE, trained_model(keep_spaces=True)).preprocessor
+    # As `perplexity` in llama.cpp's tools/perplexity/perplexity.cpp computes it.
+    tokens = [1, *lm.preprocessor.tokenizer(TEXT.removesuffix("\n"))]
+    nats, count, expected = 0.0, 0, []
+    for i in range(len(tokens) // context):
+        chunk = torch.tensor([1, *tokens[i * context + 1 : (i + 1) * context]])
+        with torch.no_grad():
+            log_probs = theirs(chunk[None]).logits[0].double().log_softmax(-1)
+        for j in range(context // 2, context - 1):
+            nats, count = nats - log_probs[j, chunk[j + 1]].item(), count + 1
+        expected.append(math.exp(nats / count))
+    [row] = evaluate(lm, {"text": TEXT}, "llama.cpp", context=context, **QUIET)
+    assert row["tokens"] == count
+    assert row["cumulative"] == pytest.approx(expected, rel=1e-5)
+    assert row["perplexity"] == row["cumulative"][-1]
+    assert row["bits_per_byte"] is None
+    assert "–" in table([row])
+
+
+@pytest.mark.backend_free
+def test_chunks_share_nothing_and_drop_the_rest():
+    assert llama_cpp_windows(22, 8) == [(0, 5, 7), (8, 13, 15)]
+    assert llama_cpp_windows(23, 8)[-1] == (16, 21, 23)
+    assert llama_cpp_windows(17, 7) == [(0, 4, 6), (7, 11, 13)]
+
+
+@pytest.mark.backend_free
+def test_llama_cpp_asks_for_one_text_that_is_long_enough(lm):
+    with pytest.raises(ValueError, match="asks for 64, two chunks"):
+        evaluate(lm, {"text": "Short."}, "llama.cpp")
+    with pytest.raises(ValueError, match="'lines' has 2 documents"):
+        evaluate(lm, {"lines": [TEXT, TEXT]}, "llama.cpp")
+    with pytest.raises(ValueError, match="stride=8"):
+        evaluate(lm, {"text": TEXT}, "llama.cpp", stride=8)
+
+
+# --- Rows ---
+
+
+def test_documents_stand_behind_a_start_of_their_own(lm):
+    rows = evaluate(
+        lm, {"a": "One text.", "b": "Another.", "both": [TEXT, ""]}, **QUIET
+    )
+    a, b, both, total = rows
+    assert [row["name"] for row in rows] == ["a", "b", "both", "total"]
+    assert both["documents"] == 2
+    for key in ("bytes", "tokens", "nats", "documents"):
+        assert total[key] == pytest.approx(a[key] + b[key] + both[key])
+    together = evaluate(lm, {"x": ["One text.", "Another."]}, **QUIET)[0]
+    assert together["nats"] == pytest.approx(a["nats"] + b["nats"], rel=1e-5)
+    assert total["perplexity"] == pytest.approx(
+        math.exp(total["nats"] / total["tokens"])
+    )
+    mean = sum(row["bits_per_byte"] for row in rows[:-1]) / 3
+    assert mean_bits_per_byte(rows) == pytest.approx(mean)
+    assert json.loads(json.dumps(rows)) == rows
+    lines = table(rows).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == "a b both total mean".split()
+    assert f"{a['xz_bits_per_byte']:.3f}" in lines[1]
+
+
+@pytest.mark.filterwarnings("ignore:This tokenizer merges runs of spaces")
+def test_bits_per_byte_are_over_the_text_as_it_is_for_either_tokenizer(lm):
+    merging = random_lm(SHAPE, trained_model(keep_spaces=False))
+    text = "a  b   c    d " * 8
+    for model in (lm, merging):
+        [row] = evaluate(model, {"text": text}, **QUIET)
+        assert row["bytes"] == len(text)
+        bits = row["nats"] / math.log(2)
+        assert row["bits_per_byte"] == pytest.approx(bits / len(text))
+
+
+def test_weights_that_give_no_finite_probability_are_told():
+    lm = random_lm(SHAPE, trained_model(keep_spaces=True))
+    [kernel] = lm.lm_head.weights
+    kernel.assign(np.full(kernel.shape, np.nan))
+    with pytest.raises(ValueError, match="some tokens of 'text' no probability"):
+        evaluate(lm, {"text": "One text."}, **QUIET)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"protocol": "windows"}, "strided, llama.cpp. Received: protocol='windows'"),
+        ({"context": 33}, "`context` is from 1 to 32"),
+        ({"context": 2.5}, "`context` is a whole number"),
+        ({"stride": 33}, "`stride` is from 1 to 32"),
+        ({"context": 8, "stride": 9}, "`stride` is from 1 to 8"),
+        ({"context": 2, "protocol": "llama.cpp"}, "`context` is from 3 to 32"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"sources": {}}, "`sources` must hold at least one"),
+        ({"sources": {"empty": ""}}, "'empty' has no tokens"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(lm, **{"sources": {"text": TEXT}} | arguments)
+
+
+# --- Reading ---
+
+
+def test_a_prepared_data_set_costs_what_its_texts_do(tmp_path, lm):
+    options = {"validation_fraction": 0.2}
+    prepare_sources(tmp_path, {"web": 40, "code": 20}, **options)
+    sources = read([tmp_path / "data"], lm)
+    assert [*sources] == ["web", "code"]
+    sizes = sorted(size for _, size in sources["web"])
+    held_out = [
+        text
+        for text in texts("web", 40)
+        if any(
+            lm.preprocessor.tokenizer(text) == list(ids) for ids, _ in sources["web"]
+        )
+    ]
+    assert sorted(map(len, held_out)) == sizes
+    prepared, as_text = (
+        evaluate(lm, {"web": documents}, **QUIET)[0]
+        for documents in (sources["web"], held_out)
+    )
+    for key in ("documents", "bytes", "tokens"):
+        assert prepared[key] == as_text[key]
+    assert prepared["nats"] == pytest.approx(as_text["nats"], rel=1e-5)
+    assert prepared["xz_bits_per_byte"] is None
+
+
+@pytest.mark.backend_free
+def test_data_of_another_tokenizer_or_without_held_out_text_is_refused(tmp_path, lm):
+    prepare_sources(tmp_path, {"web": 10}, validation_fraction=0)
+    with pytest.raises(ValueError, match=r"data has no documents set aside"):
+        read([tmp_path / "data"], lm)
+    other = random_lm(SHAPE, trained_model(keep_spaces=False))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        read([tmp_path / "data"], other)
+    shutil.rmtree(tmp_path / "data")
+
+
+@pytest.mark.backend_free
+def test_files_and_directories_are_read(tmp_path, lm):
+    Path(tmp_path, "b.txt").write_text("Bé.\n", "utf-8")
+    Path(tmp_path, "a.txt").write_text("A.")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "One\\nline.", "id": 1}\n\n{"text": ""}\n')
+    assert read([tmp_path, lines], lm) == {
+        "a": ["A."],
+        "b": ["Bé.\n"],
+        "lines": ["One\nline.", ""],
+    }
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 \(byte 3\). Convert"),
+        ("a.txt", b" \n", "a.txt is empty"),
+        ("a.jsonl", b'{"text": "x"}\n{"content": "y"}\n', "a.jsonl, line 2 is no"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1 is no"),
+        ("a.jsonl", b'{"text": ""}\n', "a.jsonl has no text in any line"),
+        ("a.csv", b"x", r"a.csv ends in '.csv', and .txt and .jsonl are read"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(tmp_path, lm, name, content, message):
+    Path(tmp_path, name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read([tmp_path / name], lm)
+
+
+@pytest.mark.backend_free
+def test_paths_that_cannot_be_used_are_named(tmp_path, lm):
+    with pytest.raises(ValueError, match=r"has no .txt files, and is no prepared"):
+        read([tmp_path], lm)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        read([tmp_path / "absent"], lm)
+    for folder in ("x", "y"):
+        Path(tmp_path, folder).mkdir()
+        Path(tmp_path, folder, "same.txt").write_text("Text.")
+    with pytest.raises(ValueError, match="second source called 'same'"):
+        read([tmp_path / "x", tmp_path / "y"], lm)

@@ -1,0 +1,359 @@
+"""Evaluate a model: the published table, any task, perplexity, HumanEval.
+
+    python train/evaluate.py --preset 7b_v2 --suite openllama --output evaluations/7b_v2
+        the 21 published metrics, measured and published side by side
+    python train/evaluate.py --preset runs/3b_v3 --tasks hellaswag piqa --limit 500
+        some tasks of lm-evaluation-harness, here on a checkpoint of a run
+    python train/evaluate.py --preset nano --perplexity book.txt texts/ data/
+        perplexity and bits per byte of text files and prepared data sets
+    python train/evaluate.py --preset 7b_v2 --human-eval --run-generated-code
+        functions that the model writes, and how many pass their tests
+    python train/evaluate.py --compare evaluations/7b evaluations/7b_v2 --output both
+        tables and a picture of several
+
+The output directory holds results.json, table.md, table.png and table.svg, and in
+answers.sqlite what the model has answered: the same command again goes on where it was
+stopped, to the same results. What differs from the harness of 2023, and what that may
+shift, is in docs/evaluation.md.
+
+Exit codes: 0 all was measured; 69 the data of a task could not be had, and the others
+were measured; 75 a signal came (SIGTERM, Ctrl-C), and the same command goes on; 74
+something could not be read or written; 2 an argument is wrong.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+ANSWERS = "answers.sqlite"
+RESULTS = "results.json"
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model(parser.add_argument_group("the model"))
+    parser.add_argument(
+        "--output", metavar="DIR", help="default: evaluations/ and the model's name"
+    )
+    add_tasks(parser.add_argument_group("tasks of lm-evaluation-harness"))
+    add_perplexity(parser.add_argument_group("perplexity"))
+    add_human_eval(parser.add_argument_group("HumanEval"))
+    compare = parser.add_argument_group("comparison of what was measured")
+    compare.add_argument("--compare", nargs="+", metavar="DIR", help="their --output")
+    compare.add_argument(
+        "--beside",
+        nargs="+",
+        default=(),
+        metavar="COLUMN",
+        help='published columns to add, such as "LLaMA 7B"',
+    )
+    return parser, parser.parse_args(arguments)
+
+
+def add_model(group):
+    group.add_argument(
+        "--preset",
+        help="a preset such as 7b_v2 or nano, a directory, a training run or one of "
+        "its checkpoints, or hf://user/repo",
+    )
+    group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument("--adapters", metavar="DIR", help="LoRA adapters to put on it")
+    group.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16")
+    )
+    group.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="rows of 512 tokens that are computed at once (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="devices to spread the model over, such as fsdp=4 (JAX; default: one)",
+    )
+
+
+def add_tasks(group):
+    group.add_argument(
+        "--suite", choices=("openllama",), help="the 15 tasks of the published table"
+    )
+    group.add_argument("--tasks", nargs="+", default=(), metavar="NAME")
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        help="documents of tasks as NAME.jsonl, .json or .parquet, in the form of "
+        "their data sets; those that are not there come from the Hub",
+    )
+    group.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples in each prompt (default: what the task says, none in the suite)",
+    )
+    group.add_argument(
+        "--limit",
+        type=float,
+        metavar="N",
+        help="documents of each task at most, or below 1 the share of them",
+    )
+    group.add_argument(
+        "--as-in-2023",
+        action="store_true",
+        help="tokenize answers apart from questions, as for the published results",
+    )
+
+
+def add_perplexity(group):
+    group.add_argument(
+        "--perplexity",
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help='.txt, directories of .txt, .jsonl with "text", prepared data sets',
+    )
+    group.add_argument(
+        "--protocol",
+        choices=("strided", "llama.cpp"),
+        default="strided",
+        help="windows that overlap, or llama.cpp's chunks (default: %(default)s)",
+    )
+    group.add_argument("--context", type=int, metavar="N", help="tokens of a window")
+    group.add_argument("--stride", type=int, metavar="N", help="default: half of it")
+
+
+def add_human_eval(group):
+    group.add_argument("--human-eval", action="store_true")
+    group.add_argument(
+        "--run-generated-code",
+        action="store_true",
+        help="run what the model writes, on this machine: only inside a sandbox",
+    )
+    group.add_argument("--samples-per-problem", type=int, default=1, metavar="N")
+    group.add_argument(
+        "--temperature", type=float, metavar="X", help="default: the likeliest token"
+    )
+    group.add_argument("--problems", type=int, metavar="N", help="the first N only")
+
+
+def check(parser, options):
+    """Refuses what makes no sense, before anything is loaded."""
+    wanted = (options.suite, options.tasks, options.perplexity, options.human_eval)
+    if options.compare:
+        if any(wanted) or options.preset:
+            parser.error("--compare takes what was measured: give it alone.")
+        if not options.output:
+            parser.error("--output: name where the comparison goes.")
+        return
+    if not options.preset:
+        parser.error("--preset: name the model.")
+    if not any(wanted):
+        parser.error(
+            "say what to measure: --suite, --tasks, --perplexity, --human-eval"
+        )
+    if options.limit is not None and not options.limit > 0:
+        parser.error("--limit is above 0.")
+    if options.batch_size < 1:
+        parser.error("--batch-size is a whole number from 1 on.")
+    if options.limit and options.limit >= 1:
+        options.limit = int(options.limit)
+
+
+def load_model(options):
+    """The model of the flags, spread over a mesh if they name one."""
+    from keras_openllama import OpenLlamaCausalLM
+    from keras_openllama.distribution import OpenLlamaParallel, make_mesh
+    from keras_openllama.training.checks import mesh_of
+
+    def load():
+        return OpenLlamaCausalLM.from_preset(
+            options.preset, dtype=options.dtype, revision=options.revision
+        )
+
+    if options.mesh:
+        with OpenLlamaParallel(make_mesh(**mesh_of(options.mesh))).scope():
+            lm = load()
+    else:
+        lm = load()
+    if options.adapters:
+        lm.load_adapters(options.adapters)
+    return lm
+
+
+def name_of(options):
+    """What the run is called: the whole name of a preset, or that of a directory."""
+    from keras_openllama import presets
+
+    short = Path(options.preset).name
+    names = (short, "open_llama_" + short)
+    return next((name for name in names if name in presets.registry()), short)
+
+
+class Evaluation:
+    """What is measured, in an output directory; written after each part."""
+
+    def __init__(self, options):
+        self.options = options
+        self.directory = Path(options.output or f"evaluations/{name_of(options)}")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.begin = time.monotonic()
+
+    def run(self):
+        """Measures all that the flags ask for; returns names of skipped tasks."""
+        from keras_openllama.evaluation import suite
+        from keras_openllama.evaluation.harness import OpenLlamaLM
+
+        # It warns of each default that a task's configuration leaves to it.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        options = self.options
+        names = suite.task_names(options.suite, options.tasks)
+        tasks, skipped = suite.load(names, options.data)
+        for name, reason in skipped.items():
+            print(
+                f"evaluate: {name} is left out: {reason}", file=sys.stderr, flush=True
+            )
+        lm = load_model(options)
+        # Also where no task is asked for: it refuses the directory of another model.
+        model = OpenLlamaLM(
+            lm=lm,
+            batch_size=options.batch_size,
+            apart=options.as_in_2023,
+            answers=self.directory / ANSWERS,
+        )
+        self.results = self.before() | {"run": self.described(lm)}
+        if names:
+            metrics = suite.run(model, tasks, options.num_fewshot, options.limit)
+            self.write(metrics=metrics, skipped=skipped)
+        if options.perplexity:
+            self.write(perplexity=self.perplexity(lm))
+        if options.human_eval:
+            self.write(human_eval=self.human_eval(lm))
+        return skipped
+
+    def perplexity(self, lm):
+        from keras_openllama.evaluation import perplexity, texts
+
+        options = self.options
+        rows = perplexity.evaluate(
+            lm,
+            texts.read(options.perplexity, lm),
+            protocol=options.protocol,
+            context=options.context,
+            stride=options.stride,
+            batch_size=options.batch_size,
+        )
+        print(perplexity.table(rows), flush=True)
+        return rows
+
+    def human_eval(self, lm):
+        from keras_openllama.evaluation import human_eval
+
+        options = self.options
+        found = human_eval.evaluate(
+            lm,
+            samples_per_problem=options.samples_per_problem,
+            temperature=options.temperature,
+            limit=options.problems,
+            directory=self.directory,
+            run_code=options.run_generated_code,
+            batch_size=options.batch_size,
+        )
+        for key, value in found.items():
+            print(f"HumanEval, {key}: {value}")
+        return found
+
+    def before(self):
+        """Parts that an earlier command has measured of the same model."""
+        path = self.directory / RESULTS
+        empty = {"metrics": [], "skipped": {}, "perplexity": None, "human_eval": None}
+        return empty | (json.loads(path.read_text("utf-8")) if path.exists() else {})
+
+    def described(self, lm):
+        options = self.options
+        preset = options.preset
+        if options.adapters:
+            preset = f"{preset} with {options.adapters}"
+        packages = ("keras-openllama", "keras", "lm_eval")
+        return {
+            "name": name_of(options) + (" with adapters" if options.adapters else ""),
+            "preset": preset,
+            "revision": options.revision,
+            "weights": lm.loaded_from,
+            "parameters": lm.count_params(),
+            "dtype": options.dtype,
+            "backend": os.environ["KERAS_BACKEND"],
+            "batch_size": options.batch_size,
+            "limit": options.limit,
+            "num_fewshot": options.num_fewshot,
+            "as_in_2023": options.as_in_2023,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
+
+    def write(self, **parts):
+        """Puts new parts into the results, and draws them."""
+        from keras_openllama.evaluation import reports
+        from keras_openllama.training.data import files
+
+        self.results |= parts
+        self.results["run"]["seconds"] = round(time.monotonic() - self.begin, 1)
+        with files.appearing(self.directory / RESULTS) as unfinished:
+            Path(unfinished).write_text(json.dumps(self.results, indent=2) + "\n")
+        reports.write([self.results], self.directory, self.options.beside)
+        if parts.get("metrics"):
+            print(reports.table([self.results], self.options.beside), flush=True)
+
+
+def compare(options):
+    """Puts several evaluations side by side."""
+    from keras_openllama.evaluation import reports
+
+    runs = [reports.read(directory) for directory in options.compare]
+    paths = reports.write(runs, options.output, options.beside)
+    print(reports.table(runs, options.beside))
+    print(f"written: {', '.join(map(str, paths))}")
+
+
+def main(arguments=None):
+    parser, options = parse_arguments(arguments)
+    check(parser, options)
+    os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
+        "KERAS_BACKEND", "jax"
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if options.compare:
+            compare(options)
+            return 0
+        evaluation = Evaluation(options)
+        skipped = evaluation.run()
+    except KeyboardInterrupt:
+        print("\nStopped; what was answered is kept. The same command goes on.")
+        return os.EX_TEMPFAIL
+    except (ValueError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+    except OSError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return os.EX_IOERR
+    print(f"All of it is in {evaluation.directory}.")
+    return os.EX_UNAVAILABLE if skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
