@@ -135,8 +135,7 @@ def parse_arguments(arguments):
         "--rematerialize",
         choices=POLICIES,
         default="none",
-        help="what is computed twice, to save memory (JAX, and not on a CPU, where it "
-        "saves next to nothing; default: %(default)s)",
+        help="what is computed twice, to save memory (JAX; default: %(default)s)",
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument(

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.rotary_embedding import rotate
+from keras_openllama.rematerialization import computed_again
 
 if keras.config.backend() == "torch":
     import torch
@@ -80,7 +81,7 @@ def attend_to_past(query, key, value, mask):
     for start in range(0, length, block):
         end = min(start + block, length)
         # Cut within, so that the slices are not what is kept.
-        rows = jax.checkpoint(functools.partial(_attend_rows, start, end))
+        rows = computed_again(functools.partial(_attend_rows, start, end))
         outputs.append(rows(query, key, value, mask))
     return ops.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
 

@@ -1,8 +1,10 @@
 """What memory fine-tuning takes, before anything is loaded.
 
-Counted are tensors, by the code that makes them; programs, the interpreter and what an
-allocator leaves unused are not. `benchmarks/finetune.py memory` prints the estimate
-beside what was measured on a CPU; on accelerators nothing was measured.
+Counted are tensors, by the code that makes them, and on CPUs what XLA and the process
+add. All are taken to be there at once. `benchmarks/finetune.py memory` prints the
+estimate beside what was measured on a CPU: with JAX and float32, 58 million parameters,
+it was 7 % below to 16 % above, and up to 25 % above where rows were few. On
+accelerators nothing was measured.
 """
 
 import dataclasses
@@ -11,21 +13,20 @@ from keras_openllama.free_memory import free_memory
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "mixed_bfloat16": 4}
-_COMPUTED_BYTES = {"float32": 4, "bfloat16": 2, "mixed_bfloat16": 2}
-# Ours: rows of scores that attention on a CPU computes at once, and logits that the
-# loss does (`layers.attention`, `losses`). Three of the latter are there together: the
-# logits, their exponentials, and their gradient.
-_LOGITS_AT_ONCE, _LOGITS_TOGETHER = 16 << 20, 3
-# Limit and use of a container, in the two versions of Linux's control groups.
-_CGROUPS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-# Measured with JAX on a CPU, 58 million parameters, by how `memory_analysis` of the
-# compiled step grows with layers: XLA holds 2.1 to 2.35 times as many numbers as a
-# backward pass needs, and computes most of what is to be computed again so early that
-# rematerialisation saves next to nothing.
-_HELD_ON_CPU = 2.25
+# Ours: of what layers in bfloat16 keep, a part is float32 (norms, rotation, and on CPUs
+# what XLA computes in it). A number is so many bytes of memory that was measured.
+_KEPT_BYTES = {"float32": 4, "bfloat16": 3.2, "mixed_bfloat16": 3.2}
+# Logits that the loss on JAX computes at once, `losses.LOGITS_AT_ONCE`.
+_LOGITS_AT_ONCE = 16 << 20
+# Ours: float32 tensors of the logits' size that are there together.
+_LOGITS_TOGETHER = {"jax": 2, "tensorflow": 1, "torch": 4}
+# Ours: what imports, compilers, their programs and what allocators leave unused take on
+# a CPU, beside the imports themselves: bytes, and bytes for a layer.
+_PROCESS = {
+    "jax": (400 << 20, 10 << 20),
+    "tensorflow": (50 << 20, 1 << 20),
+    "torch": (50 << 20, 1 << 20),
+}
 # Ours: what is held back for what is not counted.
 RESERVED_SHARE = 0.1
 
@@ -76,9 +77,11 @@ def estimate(
         rematerialize: one of `rematerialization.POLICIES`.
         int8: bool, whether the backbone's matrices are quantized.
         devices: int, devices over which weights and rows are divided alike.
-        backend: `"jax"`, `"tensorflow"` or `"torch"`; the latter keep all logits, and
-            all weights of attention.
-        device: `"cpu"`, or anything else for an accelerator.
+        backend: `"jax"`, `"tensorflow"` or `"torch"`; the latter keep all logits.
+        device: `"cpu"`, or anything else for an accelerator. On a CPU the process
+            counts, too; and XLA copies AdamW's moments before it renews them, and
+            computes products of bfloat16 and int8 from float32 copies of the layers'
+            matrices, of all layers at once.
 
     Returns:
         `Estimate`.
@@ -91,32 +94,37 @@ def estimate(
     ```
     """
     sizes = _Sizes(config)
-    matrices, rest = sizes.matrices(), sizes.others()
-    weight_bytes = matrices * (1 if int8 else _BYTES[dtype]) + rest * _BYTES[dtype]
     adapters = sizes.adapters(lora_rank, targets) if lora_rank else 0
-    trained = adapters if lora_rank else matrices + rest
-    trained_bytes = 4 if lora_rank else _BYTES[dtype]
-    on_cpu = device == "cpu"
+    # Adapters are on every device where the mesh's layout does not name them.
+    trained = adapters if lora_rank else sizes.parameters() / devices
+    trained *= 4 if lora_rank else _BYTES[dtype]
     tokens = batch_size * sequence_length / micro_batches / devices
+    adapted, on_cpu = targets if lora_rank else None, device == "cpu"
+    if backend == "jax":
+        kept = sizes.kept(rematerialize, adapted, int8, on_cpu)
+    else:
+        kept = sizes.kept_by_operations(adapted, sequence_length)
     parts = {
-        "weights": weight_bytes / devices,
-        # Both are on every device where the mesh's layout does not name them.
+        "weights": sizes.weight_bytes(dtype, int8) / devices,
         "adapters": 4 * adapters,
-        "gradients": trained * trained_bytes / (1 if lora_rank else devices),
-        "moments of AdamW": 2 * trained * trained_bytes / (1 if lora_rank else devices),
-        "activations": tokens
-        * sizes.kept("none" if on_cpu else rematerialize, dtype)
-        * (_HELD_ON_CPU if on_cpu and backend == "jax" else 1),
-        "a layer at work": tokens * sizes.at_work(dtype, sequence_length, backend),
+        "gradients": trained,
+        "moments of AdamW": 2 * trained,
+        "activations": tokens * sizes.layers * kept * _KEPT_BYTES[dtype],
+        "a layer at work": 4 * tokens * sizes.at_work(sequence_length, backend),
         "logits": _logits(sizes, tokens, backend),
     }
-    if backend != "jax":
-        scores = 2 * sizes.heads * sequence_length * sizes.layers
-        parts["weights of attention"] = 4 * tokens * scores
     if dtype == "mixed_bfloat16":  # Cast where they are used.
-        parts["weights in bfloat16"] = 2 * (matrices + rest) / devices
-    if lora_rank is None and micro_batches > 1:
-        parts["sum of gradients"] = parts["gradients"]
+        parts["weights in bfloat16"] = 2 * sizes.parameters() / devices
+    if on_cpu and backend == "jax":
+        if dtype == "bfloat16" or int8:
+            parts["matrices in float32"] = 4 * sizes.matrices() / devices
+        if lora_rank is None:
+            parts["moments before the step"] = 2 * trained
+    elif lora_rank is None and micro_batches > 1:
+        parts["sum of gradients"] = trained
+    if on_cpu:
+        process, layer = _PROCESS[backend]
+        parts["the process"] = process + layer * sizes.layers
     return Estimate({name: int(size) for name, size in parts.items() if size})
 
 
@@ -124,7 +132,7 @@ def _logits(sizes, tokens, backend):
     count = tokens * sizes.vocabulary
     if backend == "jax":
         count = min(count, _LOGITS_AT_ONCE)
-    return 4 * _LOGITS_TOGETHER * count
+    return 4 * _LOGITS_TOGETHER[backend] * count
 
 
 class _Sizes:
@@ -153,39 +161,66 @@ class _Sizes:
         }
 
     def matrices(self):
-        """Parameters that `backbone.quantize` rounds: projections and embeddings."""
-        layer = sum(o * i for o, i in self.projections().values())
-        return self.layers * layer + self.vocabulary * self.hidden
+        """Parameters of all projections."""
+        return self.layers * sum(o * i for o, i in self.projections().values())
 
-    def others(self):
-        """Parameters of the head and of the norms."""
-        return (self.vocabulary + 2 * self.layers + 1) * self.hidden
+    def parameters(self):
+        """All of them: projections, norms, embeddings and the head."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.matrices() + norms + 2 * self.vocabulary * self.hidden
+
+    def weight_bytes(self, dtype, int8):
+        """Bytes; int8 are projections and embeddings, as `backbone.quantize` has it."""
+        rounded = self.matrices() + self.vocabulary * self.hidden if int8 else 0
+        return rounded + _BYTES[dtype] * (self.parameters() - rounded)
 
     def adapters(self, rank, targets):
         """Parameters of adapters."""
         return self.layers * rank * sum(sum(self.projections()[t]) for t in targets)
 
-    def kept(self, policy, dtype):
-        """Bytes that all layers keep for a token until the backward pass."""
-        attention = 2 * self.query + 2 * self.key
-        products = self.hidden + attention + 2 * self.wide
-        kept = {
-            "full": 0,
-            "projections": self.hidden + attention,
-            "products": products,
-            # And two norms' outputs, what is rotated, and what goes down.
-            "none": products + 2 * self.hidden + self.query + self.key + self.wide,
-        }
-        return self.layers * (self.hidden + kept[policy]) * _COMPUTED_BYTES[dtype]
+    def kept(self, policy, adapted, int8, on_cpu):
+        """Numbers that a layer keeps for each token until the backward pass, on JAX.
 
-    def at_work(self, dtype, length, backend):
-        """Bytes for a token of the layer that is computed: its tensors and gradients.
+        Args:
+            adapted: names of the projections that have adapters; `None` trains all.
+            policy, int8: as in `estimate`.
+            on_cpu: bool. XLA computes a part of what is computed again too early there.
 
-        Scores of attention are float32; JAX computes some rows of them at a time.
+        Ours: by `jax.ad_checkpoint.print_saved_residuals`, and by the buffers of XLA.
         """
-        scores = self.heads * length * (0.25 if backend == "jax" else 1)
-        tensors = 4 * self.hidden + 3 * self.query + 3 * self.key + 4 * self.wide
-        return 2 * (tensors * _COMPUTED_BYTES[dtype] + 4 * scores)
+        hidden, wide, heads = self.hidden, self.wide, self.query + 2 * self.key
+        everything = adapted is None
+        # What goes into a matrix that is trained is kept for its gradient.
+        trained = {*self.projections()} if everything else {*adapted}
+        heads += self.query if "output" in trained else 0
+        if policy == "full":
+            return hidden * (3 if on_cpu else 1)
+        if policy != "none":
+            states = hidden * (6 if on_cpu else 2)
+            return states + heads + (2 * wide if policy == "products" else 0)
+        kept = 6 * hidden + heads + 5 * wide
+        kept += 4 * hidden if everything else 0  # For the norms' scales.
+        kept += hidden if trained & {"gate", "up"} else 0
+        kept += wide if "down" in trained else 0
+        # Each matrix has its inputs rounded, a byte each.
+        return kept + (1.5 * hidden + wide / 4 if int8 else 0)
+
+    def kept_by_operations(self, adapted, length):
+        """The same on TensorFlow and PyTorch, where each operation keeps its own.
+
+        Ours: by the memory of processes. Weights of attention are among it.
+        """
+        return (
+            19 * self.hidden
+            + (4 if adapted is None else 3) * self.wide
+            + self.heads * length
+        )
+
+    def at_work(self, length, backend):
+        """Float32 numbers for a token of the layer that is computed just then."""
+        # JAX leaves out most of what causality hides.
+        scores = self.heads * length * (0.625 if backend == "jax" else 1)
+        return 4 * self.wide + 3 * scores
 
 
 # ----- What there is
@@ -224,8 +259,8 @@ def check(estimate, available):
         f"{available / GIB:.1f} GiB are there, of which {RESERVED_SHARE:.0%} are held "
         f"back:\n{estimate.table()}\n"
         "In this order: train adapters (--lora-rank 16), keep less (on JAX: "
-        "--micro-batches, and but for CPUs --rematerialize full), shorter rows "
-        "(--length), --dtype bfloat16 and --int8 with adapters, a smaller preset."
+        "--micro-batches, --rematerialize full), shorter rows (--length), --dtype "
+        "bfloat16 and --int8 with adapters, a smaller preset."
     )
 
 
