@@ -205,7 +205,8 @@ class OpenLlamaBackbone(Backbone):
             embed: callable of token ids, or `None` for the embedding layer.
             mask: bool `(batch, 1, length, length)`, True where a token may look at
                 one that is not after it; `None` is `causal_mask`. A token's position is
-                the number of tokens it sees beside itself.
+                the number of tokens it sees beside itself. Not with `attend`, which
+                may know no other mask.
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
@@ -214,6 +215,8 @@ class OpenLlamaBackbone(Backbone):
             ValueError: for a policy that is not known, or cannot be had here.
         """
         check_policy(rematerialize)
+        if mask is not None and attend is not None:
+            raise ValueError("`mask` and `attend` exclude each other. Received: both")
         # 0, 1, 2 … as a sum, because the length may not be known here.
         columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
         if mask is None:

@@ -29,14 +29,12 @@ import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 ANSWERS = "answers.sqlite"
-RESULTS = "results.json"
 
 
 def parse_arguments(arguments):
@@ -154,6 +152,8 @@ def add_human_eval(group):
 
 def check(parser, options):
     """Refuses what makes no sense, before anything is loaded."""
+    from keras_openllama.evaluation import published
+
     wanted = (options.suite, options.tasks, options.perplexity, options.human_eval)
     if options.compare:
         if any(wanted) or options.preset:
@@ -167,12 +167,27 @@ def check(parser, options):
         parser.error(
             "say what to measure: --suite, --tasks, --perplexity, --human-eval"
         )
+    known = published.load().columns
+    for column in options.beside:
+        if column not in known:
+            parser.error(f"--beside takes of {', '.join(known)}. Received: {column}")
+    check_numbers(parser, options)
+
+
+def check_numbers(parser, options):
+    """Refuses numbers that make no sense."""
     if options.limit is not None and not options.limit > 0:
         parser.error("--limit is above 0.")
-    if options.batch_size < 1:
-        parser.error("--batch-size is a whole number from 1 on.")
     if options.limit and options.limit >= 1:
         options.limit = int(options.limit)
+    for flag in ("batch_size", "samples_per_problem", "problems", "context", "stride"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} is a whole number from 1 on.")
+    if options.temperature is not None and options.temperature <= 0:
+        parser.error("--temperature is above 0; leave it out for the likeliest token.")
+    if options.samples_per_problem > 1 and options.temperature is None:
+        parser.error("--samples-per-problem: several samples need a --temperature.")
 
 
 def load_model(options):
@@ -196,63 +211,86 @@ def load_model(options):
     return lm
 
 
-def name_of(options):
+def name_of(preset):
     """What the run is called: the whole name of a preset, or that of a directory."""
     from keras_openllama import presets
 
-    short = Path(options.preset).name
-    names = (short, "open_llama_" + short)
-    return next((name for name in names if name in presets.registry()), short)
+    names = (preset, "open_llama_" + preset, Path(preset).resolve().name)
+    return next((name for name in names if name in presets.registry()), names[-1])
 
 
 class Evaluation:
-    """What is measured, in an output directory; written after each part."""
+    """What is measured, in an output directory; written after each part.
+
+    Raises:
+        ValueError, OSError, ImportError: for what cannot be evaluated.
+    """
 
     def __init__(self, options):
-        self.options = options
-        self.directory = Path(options.output or f"evaluations/{name_of(options)}")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.begin = time.monotonic()
-
-    def run(self):
-        """Measures all that the flags ask for; returns names of skipped tasks."""
-        from keras_openllama.evaluation import suite
+        from keras_openllama.evaluation import reports, suite, texts
         from keras_openllama.evaluation.harness import OpenLlamaLM
 
-        # It warns of each default that a task's configuration leaves to it.
+        # The harness warns of each default that a task's configuration leaves to it.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        options = self.options
+        self.options = options
+        name = name_of(options.preset) + ("-adapters" if options.adapters else "")
+        self.directory = Path(options.output or f"evaluations/{name}")
+        self.directory.mkdir(parents=True, exist_ok=True)
         names = suite.task_names(options.suite, options.tasks)
-        tasks, skipped = suite.load(names, options.data)
-        for name, reason in skipped.items():
+        self.tasks, self.skipped = suite.load(names, options.data)
+        for task, reason in self.skipped.items():
             print(
-                f"evaluate: {name} is left out: {reason}", file=sys.stderr, flush=True
+                f"evaluate: {task} is left out: {reason}", file=sys.stderr, flush=True
             )
         lm = load_model(options)
+        self.texts = texts.read(options.perplexity, lm)
         # Also where no task is asked for: it refuses the directory of another model.
-        model = OpenLlamaLM(
+        self.model = OpenLlamaLM(
             lm=lm,
             batch_size=options.batch_size,
             apart=options.as_in_2023,
             answers=self.directory / ANSWERS,
         )
-        self.results = self.before() | {"run": self.described(lm)}
-        if names:
-            metrics = suite.run(model, tasks, options.num_fewshot, options.limit)
-            self.write(metrics=metrics, skipped=skipped)
+        self.results = {
+            "metrics": [],
+            "skipped": {},
+            "perplexity": None,
+            "human_eval": None,
+        }
+        if (self.directory / reports.RESULTS).exists():
+            # Parts that an earlier command has measured of the same model.
+            self.results |= reports.read(self.directory)
+        self.results["run"] = self.described(name, lm)
+
+    def measure(self):
+        """Measures all that the flags ask for."""
+        from keras_openllama.evaluation import suite
+
+        options = self.options
+        if options.suite or options.tasks:
+            metrics = suite.run(
+                self.model, self.tasks, options.num_fewshot, options.limit
+            )
+            for row in metrics:
+                row["apart"] = options.as_in_2023
+            self.write(metrics=self.merged(metrics), skipped=self.skipped)
         if options.perplexity:
-            self.write(perplexity=self.perplexity(lm))
+            self.write(perplexity=self.perplexity(self.model.lm))
         if options.human_eval:
-            self.write(human_eval=self.human_eval(lm))
-        return skipped
+            self.write(human_eval=self.human_eval(self.model.lm))
+
+    def merged(self, metrics):
+        """New metrics, and those of tasks that were measured before and not now."""
+        new = {row["task"] for row in metrics}
+        return [r for r in self.results["metrics"] if r["task"] not in new] + metrics
 
     def perplexity(self, lm):
-        from keras_openllama.evaluation import perplexity, texts
+        from keras_openllama.evaluation import perplexity
 
         options = self.options
         rows = perplexity.evaluate(
             lm,
-            texts.read(options.perplexity, lm),
+            self.texts,
             protocol=options.protocol,
             context=options.context,
             stride=options.stride,
@@ -278,20 +316,14 @@ class Evaluation:
             print(f"HumanEval, {key}: {value}")
         return found
 
-    def before(self):
-        """Parts that an earlier command has measured of the same model."""
-        path = self.directory / RESULTS
-        empty = {"metrics": [], "skipped": {}, "perplexity": None, "human_eval": None}
-        return empty | (json.loads(path.read_text("utf-8")) if path.exists() else {})
-
-    def described(self, lm):
+    def described(self, name, lm):
         options = self.options
         preset = options.preset
         if options.adapters:
             preset = f"{preset} with {options.adapters}"
         packages = ("keras-openllama", "keras", "lm_eval")
         return {
-            "name": name_of(options) + (" with adapters" if options.adapters else ""),
+            "name": name,
             "preset": preset,
             "revision": options.revision,
             "weights": lm.loaded_from,
@@ -299,9 +331,6 @@ class Evaluation:
             "dtype": options.dtype,
             "backend": os.environ["KERAS_BACKEND"],
             "batch_size": options.batch_size,
-            "limit": options.limit,
-            "num_fewshot": options.num_fewshot,
-            "as_in_2023": options.as_in_2023,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
@@ -312,8 +341,7 @@ class Evaluation:
         from keras_openllama.training.data import files
 
         self.results |= parts
-        self.results["run"]["seconds"] = round(time.monotonic() - self.begin, 1)
-        with files.appearing(self.directory / RESULTS) as unfinished:
+        with files.appearing(self.directory / reports.RESULTS) as unfinished:
             Path(unfinished).write_text(json.dumps(self.results, indent=2) + "\n")
         reports.write([self.results], self.directory, self.options.beside)
         if parts.get("metrics"):
@@ -342,17 +370,26 @@ def main(arguments=None):
             compare(options)
             return 0
         evaluation = Evaluation(options)
-        skipped = evaluation.run()
+    except KeyboardInterrupt:
+        return os.EX_TEMPFAIL
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
+    except OSError as error:
+        return told(error)
+    try:
+        evaluation.measure()
     except KeyboardInterrupt:
         print("\nStopped; what was answered is kept. The same command goes on.")
         return os.EX_TEMPFAIL
-    except (ValueError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
     except OSError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return os.EX_IOERR
+        return told(error)
     print(f"All of it is in {evaluation.directory}.")
-    return os.EX_UNAVAILABLE if skipped else 0
+    return os.EX_UNAVAILABLE if evaluation.skipped else 0
+
+
+def told(error):
+    print(f"evaluate: {error}", file=sys.stderr)
+    return os.EX_IOERR
 
 
 if __name__ == "__main__":

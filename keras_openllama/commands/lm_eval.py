@@ -16,14 +16,14 @@ EXAMPLES = f"""\
 examples:
   {PROGRAM} lm-eval --model keras_openllama --model_args preset=3b_v2 --tasks hellaswag
   {PROGRAM} lm-eval --model keras_openllama \\
-      --model_args preset=runs/nano,dtype=float32,batch_size=16 --tasks piqa,arc_easy
+      --model_args preset=runs/nano,dtype=float32 --batch_size 16 --tasks piqa,arc_easy
   {PROGRAM} lm-eval ls tasks
 
 arguments of the model (--model_args):
   preset=…      a preset, a directory, a training run, or hf://user/repo
   dtype=…       float32 (default), bfloat16
-  batch_size=N  rows of 512 tokens computed at once (8)
   revision=…, max_length=N, max_gen_toks=N, add_bos=False, data=N, fsdp=N, model=N
+--batch_size N counts rows of 512 tokens, which requests share (8)
 
 The published table, with pictures and resumption: python train/evaluate.py --help
 """
@@ -60,12 +60,17 @@ def run(options):
         return 0
     choose_backend(None)
     import keras_openllama.evaluation  # noqa: F401, I001  (It registers the model.)
+    from keras_openllama.evaluation import squad_metrics
     from lm_eval.__main__ import cli_evaluate
 
-    before = sys.argv
-    sys.argv = ["lm-eval", *options.arguments]
+    words = list(options.arguments)
+    sized = any(word.startswith(("--batch_size", "-b")) for word in words)
+    if words[0] not in ("ls", "validate") and not sized:
+        words += ["--batch_size", "auto"]  # The harness's own default is 1.
+    before, sys.argv = sys.argv, ["lm-eval", *words]
     try:
-        cli_evaluate()
+        with squad_metrics.provided():
+            cli_evaluate()
     finally:
         sys.argv = before
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from keras import ops
 
+from keras_openllama import adapters
 from keras_openllama.text_arrays import to_numpy
 
 
@@ -25,7 +26,7 @@ class Answers:
 
     def __init__(self, path, identity):
         self._known = {}
-        self._file = None
+        self._path, self._file = path, None
         if path is None:
             return
         identity = json.dumps(identity, sort_keys=True)
@@ -51,13 +52,21 @@ class Answers:
 
         Args:
             answers: dict of what JSON holds, by `key_of` the request.
+
+        Raises:
+            OSError: if they cannot be written.
         """
         self._known.update(answers)
         if self._file is None:
             return
         rows = [(key, json.dumps(value)) for key, value in answers.items()]
-        with self._file:
-            self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+        try:
+            with self._file:
+                self._file.executemany(
+                    "INSERT OR REPLACE INTO answers VALUES (?, ?)", rows
+                )
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self._path} cannot be written: {error}") from error
 
     def _check(self, path, identity):
         with self._file:
@@ -91,7 +100,8 @@ def fingerprint(lm):
     Returns:
         A string.
     """
-    found = hashlib.sha256()
+    alphas = [layer.lora_alpha for layer in adapters.adapted_layers(lm.backbone)]
+    found = hashlib.sha256(str(alphas).encode())
     for variable in lm.weights:
         found.update(f"{variable.path} {variable.shape} {variable.dtype}".encode())
         values = to_numpy(ops.cast(variable.value[:1], "float32"))

@@ -5,7 +5,6 @@ from typing import NamedTuple
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from keras_openllama import generation
-from keras_openllama.evaluation.samplers import sampling
 
 TOKENS_BETWEEN_LOOKS = 16  # Ours: tokens between two looks for a stop string.
 
@@ -16,7 +15,7 @@ class Options(NamedTuple):
     Attributes:
         max_new_tokens: int.
         stop: tuple of strings that end the text, and are no part of it.
-        sampler: dict of arguments of `samplers.sampling`.
+        sampler: dict of arguments of `samplers.sampling`, to continue prompts within.
     """
 
     max_new_tokens: int
@@ -36,7 +35,13 @@ class Options(NamedTuple):
         """
         options = normalize_gen_kwargs(gen_kwargs, max_new_tokens)
         limit, stop = options.pop("max_gen_toks"), options.pop("until", None) or ()
-        options.pop("do_sample")  # Which normalising has put into the temperature.
+        if limit < 1:
+            raise ValueError(
+                f"A task asks for {limit} new tokens: `max_gen_toks` is 1 on."
+            )
+        # Normalising gives no temperature where there is none, and 0 without sampling.
+        if options.pop("do_sample") and not options.get("temperature"):
+            options["temperature"] = 1.0
         sampler = {
             name: options.pop(name)
             for name in ("temperature", "top_p", "top_k", "seed")
@@ -68,18 +73,17 @@ def continuations(lm, prompts, options):
     rows = [[] for _ in prompts]
     limits = [options.max_new_tokens] * len(prompts)
     stride = TOKENS_BETWEEN_LOOKS if options.stop else None
-    with sampling(lm, **options.sampler):
-        loop = lm.make_generate_function()
-        for new in generation.new_tokens(loop, prompts, limits, [end], stride):
-            for row, ids in zip(rows, new, strict=True):
-                row += ids
-            texts = [tokenizer.detokenize(_before(row, end)) for row in rows]
-            stopped = (
-                end in row or any(stop in text for stop in options.stop)
-                for row, text in zip(rows, texts, strict=True)
-            )
-            if all(stopped):
-                break
+    loop = lm.make_generate_function()
+    for new in generation.new_tokens(loop, prompts, limits, [end], stride):
+        for row, ids in zip(rows, new, strict=True):
+            row += ids
+        texts = [tokenizer.detokenize(_before(row, end)) for row in rows]
+        stopped = (
+            end in row or any(stop in text for stop in options.stop)
+            for row, text in zip(rows, texts, strict=True)
+        )
+        if all(stopped):
+            break
     stop = list(options.stop)
     return [postprocess_generated_text(text, stop, None) for text in texts]
 

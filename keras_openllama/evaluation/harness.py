@@ -1,15 +1,22 @@
 """The models as lm-evaluation-harness asks them."""
 
+import contextlib
 import logging
 
+import keras
 from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
 from tqdm import tqdm
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.evaluation.answers import Answers, fingerprint, key_of
 from keras_openllama.evaluation.continuations import Options, continuations
+from keras_openllama.evaluation.samplers import sampling
 from keras_openllama.evaluation.token_scores import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.evaluation.token_tries import shared_length
 
@@ -43,7 +50,8 @@ class OpenLlamaLM(TemplateLM):
             (JAX); see `keras_openllama.distribution.make_mesh`.
         answers: path of an SQLite file that keeps what is computed, to go on after an
             interruption with the same results, to the bit.
-        max_batch_size, device: of the harness's command line; not taken.
+        max_batch_size, device: of the harness's command line, which names them
+            unasked; of no use here. The backend chooses its devices.
 
     Raises:
         ValueError: for an argument that makes no sense, or without one model.
@@ -84,13 +92,6 @@ class OpenLlamaLM(TemplateLM):
                 "Name one model: model_args preset=…, or an `lm`. Received: "
                 f"preset={preset!r}, lm={lm!r}"
             )
-        if device is not None or max_batch_size is not None:
-            raise ValueError(
-                "`device` and `max_batch_size` are not taken: the backend chooses its "
-                "devices (JAX_PLATFORMS; data=, fsdp=, model= for a mesh), and memory "
-                f"goes by `batch_size`. Received: device={device!r}, "
-                f"max_batch_size={max_batch_size!r}"
-            )
         if lm is None:
             lm = _load(preset, dtype, revision, (data, fsdp, model))
         if lm.preprocessor is None:
@@ -113,6 +114,7 @@ class OpenLlamaLM(TemplateLM):
         return {
             "weights": fingerprint(lm),
             "dtype": lm.backbone.dtype_policy.name,
+            "backend": keras.config.backend(),
             "rope_scaling": lm.backbone.rope_scaling,
             "tokenizer": lm.preprocessor.tokenizer.fingerprint[:16],
         }
@@ -125,6 +127,17 @@ class OpenLlamaLM(TemplateLM):
             "model_dtype": lm.backbone.dtype_policy.name,
             "model_weights": lm.loaded_from,
         }
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string, additional_config=None):
+        """As the harness's command line makes a model; `arg_string` goes before."""
+        arguments = simple_parse_args_string(arg_string)
+        return cls.create_from_arg_obj(arguments, additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict, additional_config=None):
+        """The same from a dict."""
+        return cls(**{**(additional_config or {}), **arg_dict})
 
     # ----- Tokens
 
@@ -169,11 +182,13 @@ class OpenLlamaLM(TemplateLM):
             ids = self.tok_encode(continuation, add_special_tokens=False)
             return self.tok_encode(context), ids
         context_ids, ids = super()._encode_pair(context, continuation)
+        if not context_ids:  # Without `<s>`, of nothing but spaces.
+            context_ids = [self.prefix_token_id]
         if ids or not continuation:
             return context_ids, ids
         whole = self.tok_encode(context + continuation)
         shared = shared_length(context_ids, whole[:-1])
-        return whole[:shared], whole[shared:]
+        return whole[:shared] or [self.prefix_token_id], whole[shared:]
 
     # ----- Requests
 
@@ -187,11 +202,14 @@ class OpenLlamaLM(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Log-likelihoods of whole texts; see `lm_eval.api.model.LM`.
 
-        The first token is predicted from `<s>`, which is not one of the text's.
+        The first token is predicted from `<s>`, which is not one of the text's. (`hf`
+        puts another before those of a tokenizer that adds it, and scores it.)
         """
         windows, owners = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            if ids[:1] == [self.prefix_token_id]:
+                ids = ids[1:]
             parts = get_rolling_token_windows(
                 ids, self.prefix_token_id, self.max_length, context_len=1
             )
@@ -219,11 +237,10 @@ class OpenLlamaLM(TemplateLM):
         )
 
         def answer(batch):
+            found = self.scorer.run(batch, sequences, wanted_from)
             return {
                 names[i]: (float(log_probs.sum(dtype="float64")), bool(greedy.all()))
-                for i, (log_probs, greedy) in self.scorer.run(
-                    batch, wanted_from
-                ).items()
+                for i, (log_probs, greedy) in found.items()
             }
 
         def batches():
@@ -252,7 +269,8 @@ class OpenLlamaLM(TemplateLM):
             while options.sampler.get("temperature") and keys[-1] in asked:
                 keys[-1] = key_of(keys[-1])  # Another sample.
             asked[keys[-1]] = ids, options
-            groups.setdefault(key_of(options), {})[keys[-1]] = len(ids)
+            _, lengths = groups.setdefault(key_of(options), (options, {}))
+            lengths[keys[-1]] = len(ids)
 
         def answer(batch):
             prompts, (_, options) = [asked[key][0] for key in batch], asked[batch[0]]
@@ -260,13 +278,14 @@ class OpenLlamaLM(TemplateLM):
             return dict(zip(batch, texts, strict=True))
 
         def batches():
-            for lengths in groups.values():
+            for options, lengths in groups.values():
                 longest_first = sorted(lengths, key=lambda key: (-lengths[key], key))
-                for first in range(0, len(longest_first), self.batch_size):
-                    batch = longest_first[first : first + self.batch_size]
-                    batch = [key for key in batch if key not in self.answers]
-                    if batch:
-                        yield batch
+                with sampling(self.lm, **options.sampler):
+                    for first in range(0, len(longest_first), self.batch_size):
+                        batch = longest_first[first : first + self.batch_size]
+                        batch = [key for key in batch if key not in self.answers]
+                        if batch:
+                            yield batch
 
         pairs = [request.args for request in requests]
         self._ask("generate_until", pairs, keys, batches(), answer, disable_tqdm)
@@ -308,7 +327,7 @@ class OpenLlamaLM(TemplateLM):
                 f"A task asks for {options.max_new_tokens} new tokens, and the context "
                 f"is {self.max_length} tokens. Set its `max_gen_toks` lower."
             )
-        return self._cut(self.tok_encode(context), room)
+        return self._cut(self.tok_encode(context) or [self.prefix_token_id], room)
 
     def _cut(self, ids, length):
         """The last `length` ids, the first of which stays `<s>` if it was."""
@@ -325,24 +344,26 @@ class OpenLlamaLM(TemplateLM):
 
 
 def _load(preset, dtype, revision, mesh):
-    if mesh == (None, None, None):
-        return OpenLlamaCausalLM.from_preset(preset, dtype=dtype, revision=revision)
-    data, fsdp, model = mesh
-    mesh = make_mesh(data=data or 1, fsdp=fsdp, model=model or 1)
-    with OpenLlamaParallel(mesh).scope():
+    scope = contextlib.nullcontext()
+    if any(mesh):
+        data, fsdp, model = mesh
+        mesh = make_mesh(data=data or 1, fsdp=fsdp, model=model or 1)
+        scope = OpenLlamaParallel(mesh).scope()
+    with scope:
         return OpenLlamaCausalLM.from_preset(preset, dtype=dtype, revision=revision)
 
 
 def _batch_size(value):
     """A number also from what a command line gives, as in `batch_size=auto`."""
-    if value == "auto":
+    text = str(value)
+    if text.partition(":")[0] == "auto":
         return DEFAULT_BATCH_SIZE
-    try:
-        return int(value)
-    except ValueError:
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(
-            f'`batch_size` is a number or "auto". Received: batch_size={value!r}'
-        ) from None
+            '`batch_size` is a whole number from 1 on, or "auto". Received: '
+            f"batch_size={value!r}"
+        )
+    return int(text)
 
 
 def _checked_length(max_length, context_length):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from keras_openllama.evaluation.answers import fingerprint
 from keras_openllama.evaluation.samplers import sampling
 
 SAMPLES = "human_eval_samples.jsonl"
@@ -99,7 +100,7 @@ def evaluate(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SAMPLES
     settings = {
-        "weights": str(lm.loaded_from),
+        "weights": fingerprint(lm),
         "dtype": lm.backbone.dtype_policy.name,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,

@@ -238,7 +238,9 @@ def _nats(scorer, cuts, start_token_id, protocol, name, progress):
             sequences = [_sequence(*cut, start_token_id, protocol) for cut in part]
             wanted_from = [window.first - window.start for _, window in part]
             for batch in scorer.plan(sequences):
-                for i, (log_probs, _) in scorer.run(batch, wanted_from).items():
+                for i, (log_probs, _) in scorer.run(
+                    batch, sequences, wanted_from
+                ).items():
                     nats[begin + i] = -float(log_probs.sum(dtype="float64"))
                     done += len(log_probs)
                 bar.set_postfix_str(f"perplexity {_exp(sum(nats) / done):.4f}", False)

@@ -39,9 +39,16 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """What differs from 2023 in every metric of some columns: `columns`, `text`."""
+    """What differs from 2023 in every metric of some columns.
+
+    Attributes:
+        columns: tuple of strings.
+        together: bool, whether only where answers are tokenized with their questions.
+        text: string.
+    """
 
     columns: tuple
+    together: bool
     text: str
 
 
@@ -88,7 +95,9 @@ def load():
             print(metric.name, metric.values["7Bv2"])
     """
     data = json.loads(_SOURCE.read_text("utf-8"))
-    shifts = (Shift(tuple(row["columns"]), row["text"]) for row in data.pop("shifts"))
+    shifts = (
+        Shift(**{**row, "columns": tuple(row["columns"])}) for row in data.pop("shifts")
+    )
     metrics = (Metric(**row) for row in data.pop("metrics"))
     columns = tuple(data.pop("columns"))
     return Published(

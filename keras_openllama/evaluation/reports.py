@@ -91,7 +91,7 @@ def table(runs, columns=()):
         *_others(runs),
         _list("Runs", map(_description, runs, _names(runs))),
         _list("Not measured", _skipped(runs)),
-        _list("Since 2023", _since(notes, shown) if shown and suite else ()),
+        _list("Since 2023", _since(runs, notes, shown) if shown and suite else ()),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -291,20 +291,34 @@ def _description(results, name):
     sentences = [f"{name}: {', '.join(parts)}." if parts else f"{name}."]
     if _limit(results):
         sentences.append(f"**{_limit(results)}**: not comparable.")
-    if run.get("num_fewshot"):
-        shots = run["num_fewshot"]
-        sentences.append(f"**{shots} examples in each prompt**: published with none.")
+    shots = _tasks_by(results, "num_fewshot")
+    for number in sorted(filter(None, shots)):
+        sentences.append(
+            f"**{number} examples in each prompt** of {', '.join(shots[number])}; the "
+            "published results are without."
+        )
+    if True in _tasks_by(results, "apart"):
+        sentences.append("Answers tokenized apart from questions, as in 2023.")
     return " ".join(sentences + _versions(results))
+
+
+def _tasks_by(results, setting):
+    """Dict of the tasks by a setting that they were measured with."""
+    tasks = {}
+    for row in results["metrics"]:
+        tasks.setdefault(row.get(setting), {})[row["task"]] = None
+    return tasks
 
 
 def _limit(results):
     """Says how much of each task was used, if not all of it."""
-    limit = results["run"].get("limit")
-    if limit is None:
-        return None
-    if limit < 1:
-        return f"Only {100 * limit:g} % of the documents of each task"
-    return f"Only the first {limit:g} documents of each task"
+    limited = _tasks_by(results, "limit")
+    parts = []
+    for limit in sorted(filter(None, limited)):
+        tasks = "each task" if len(limited) == 1 else ", ".join(limited[limit])
+        share = f"{100 * limit:g} % of the" if limit < 1 else f"the first {limit:g}"
+        parts.append(f"Only {share} documents of {tasks}")
+    return "; ".join(parts) or None
 
 
 def _limits(runs):
@@ -334,9 +348,12 @@ def _skipped(runs):
             yield f"{name}, {task}: {reason}" if several else f"{task}: {reason}"
 
 
-def _since(notes, shown):
+def _since(runs, notes, shown):
     yield from (f"[{number}] {text}" for number, text in enumerate(notes, 1))
+    together = any(not row.get("apart") for run in runs for row in run["metrics"])
     for shift in published.load().shifts:
+        if shift.together and not together:
+            continue
         columns = [column for column in shown if column in shift.columns]
         if columns:
             yield f"{', '.join(columns)}: {shift.text}"

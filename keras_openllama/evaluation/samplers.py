@@ -2,7 +2,7 @@
 
 import contextlib
 
-from keras_openllama._keras_hub import get_sampler
+from keras_openllama._keras_hub import GreedySampler, get_sampler
 
 
 @contextlib.contextmanager
@@ -23,12 +23,16 @@ def sampling(lm, temperature=0.0, top_p=None, top_k=None, seed=None):
         raise ValueError(
             f"`temperature` is 0 or above. Received: temperature={temperature}"
         )
-    before = lm.sampler
-    _set(lm, _sampler(temperature, top_p, top_k, seed))
+    if temperature == 0 and type(lm.sampler) is GreedySampler:
+        yield  # With the programs that are compiled already.
+        return
+    before = lm.sampler, lm.generate_function
+    lm.sampler = _sampler(temperature, top_p, top_k, seed)
+    lm.generate_function = None  # It is made for a sampler.
     try:
         yield
     finally:
-        _set(lm, before)
+        lm.sampler, lm.generate_function = before
 
 
 def _sampler(temperature, top_p, top_k, seed):
@@ -42,8 +46,3 @@ def _sampler(temperature, top_p, top_k, seed):
     else:
         name = "random"
     return get_sampler({"class_name": name, "config": config})
-
-
-def _set(lm, sampler):
-    lm.sampler = sampler
-    lm.generate_function = None  # It is made for a sampler.

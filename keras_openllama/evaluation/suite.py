@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import lm_eval
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
 from keras_openllama.evaluation import published, squad_metrics
@@ -32,6 +33,8 @@ def task_names(suite=None, tasks=()):
     if suite not in (None, "openllama"):
         raise ValueError(f"There is one suite, openllama. Received: suite={suite!r}")
     names = [*(published.load().tasks if suite else ()), *tasks]
+    if not names:
+        return []
     known = _manager().task_index
     for name in names:
         if name not in known:
@@ -47,31 +50,35 @@ def load(names, data=None):
 
     Args:
         names: list of names of the harness's tasks, groups or tags.
-        data: path of a directory: a task is evaluated on `NAME.jsonl`, `.json` or
-            `.parquet` in it, documents in the form of the task's own data set, rather
-            than on what the Hugging Face Hub has. `None` is the Hub alone.
+        data: path of a directory: a task, if it is no group or tag, is evaluated on
+            `NAME.jsonl`, `.json` or `.parquet` in it, documents in the form of the
+            task's own data set, rather than on what the Hugging Face Hub has. `None` is
+            the Hub alone.
 
     Returns:
-        A pair: dict of `lm_eval.api.task.Task` by name, and dict of the reasons by name
-        of those whose data cannot be had.
+        A pair: what `lm_eval.evaluate` takes, and dict of the reasons by name of those
+        that cannot be had.
 
     Raises:
         FileNotFoundError: if `data` is no directory.
     """
     if data is not None and not Path(data).is_dir():
         raise FileNotFoundError(f"`data` is no directory: {data}")
-    tasks, skipped = {}, {}
+    loaded, skipped = {"tasks": {}, "groups": {}, "group_map": {}}, {}
     for name in names:
         file = local_file(name, data)
         try:
             with squad_metrics.provided():
-                tasks |= _load(name, file)
+                found = _load(name, file)
         # The data sets' library raises whatever its own code, the network or the file
         # system raises.
         except Exception as error:
             skipped[name] = _reason(name, file, error)
-            logger.debug("%s cannot be had", name, exc_info=True)
-    return tasks, skipped
+            logger.info("%s cannot be had", name, exc_info=True)
+        else:
+            for kind, entries in found.items():
+                loaded[kind] |= entries
+    return loaded, skipped
 
 
 @functools.cache
@@ -81,9 +88,9 @@ def _manager():
 
 
 def _load(name, file):
-    """The tasks of a name, with their data from a file if there is one."""
+    """What the harness loads by a name, with its data from a file if there is one."""
     if file is None:
-        return _manager().load([name])["tasks"]
+        return _manager().load([name])
     config = {
         "include": str(_manager().task_index[name].yaml_path),
         "task": name,
@@ -99,12 +106,12 @@ def _load(name, file):
         # JSON is YAML, too.
         Path(directory, "task.yaml").write_text(json.dumps(config), "utf-8")
         manager = TaskManager(include_path=directory, include_defaults=False)
-        return manager.load([name])["tasks"]
+        return manager.load([name])
 
 
 def local_file(name, data):
     """Path of a task's documents in a directory, or `None`."""
-    if data is None:
+    if data is None or name not in _manager().all_subtasks:
         return None
     paths = (Path(data, name + ending) for ending in ENDINGS)
     return next((path for path in paths if path.is_file()), None)
@@ -114,6 +121,8 @@ def _reason(name, file, error):
     said = " ".join(f"{type(error).__name__}: {error}".split())
     if file is not None:
         return f"{file} cannot be used ({said[:300]})"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed ({said[:300]})"
     return (
         f"its data cannot be had ({said[:300]}). With a network it is downloaded once; "
         f"or put its documents, one JSON object a line, into DIR/{name}.jsonl, and add "
@@ -121,43 +130,52 @@ def _reason(name, file, error):
     )
 
 
-def run(model, tasks, num_fewshot=None, limit=None):
+def run(model, loaded, num_fewshot=None, limit=None):
     """Evaluates a model.
 
     Args:
         model: `harness.OpenLlamaLM`, or another `lm_eval.api.model.LM`.
-        tasks: dict of `lm_eval.api.task.Task`, see `load`.
-        num_fewshot: int, examples in a prompt; `None` is each task's own number.
+        loaded: what `load` returns.
+        num_fewshot: int, examples in a prompt, of tasks that leave it open; `None` is
+            each task's own number.
         limit: int, documents of a task at most; or below 1, the share of them.
 
     Returns:
         List of dicts of `"task"`, `"metric"`, `"value"`, `"stderr"` (or `None`),
-        `"samples"` and `"version"`.
+        `"samples"` (`None` for a group), `"version"`, `"num_fewshot"` and `"limit"`.
     """
-    if not tasks:
+    if not loaded["tasks"]:
         return []
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=list(tasks.values()),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        log_samples=False,
-    )
-    rows = []
-    for task, values in found["results"].items():
-        for key, value in values.items():
-            metric, _, filtering = key.partition(",")
-            if not filtering or metric.endswith("_stderr"):
-                continue
-            error = values.get(f"{metric}_stderr,{filtering}")
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric if filtering == "none" else key,
-                    "value": float(value),
-                    "stderr": float(error) if isinstance(error, (int, float)) else None,
-                    "samples": found["n-samples"][task]["effective"],
-                    "version": found["versions"].get(task),
-                }
-            )
-    return rows
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0 and (num_fewshot is not None or own is None):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    found = lm_eval.evaluate(model, loaded, limit=limit, log_samples=False)
+    samples, shots = found["n-samples"], found["n-shot"]
+    return [
+        {
+            "task": task,
+            **values,
+            "samples": samples.get(task, {}).get("effective"),
+            "version": found["versions"].get(task),
+            "num_fewshot": shots.get(task, 0),
+            "limit": limit,
+        }
+        for task, results in (found["results"] | found.get("groups", {})).items()
+        for values in _metrics(results)
+    ]
+
+
+def _metrics(results):
+    """Metrics of a task, which the harness keys by `name,filter`."""
+    for key, value in results.items():
+        metric, _, filtering = key.partition(",")
+        if not filtering or metric.endswith("_stderr"):
+            continue
+        error = results.get(f"{metric}_stderr,{filtering}")
+        yield {
+            "metric": metric if filtering == "none" else key,
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, (int, float)) else None,
+        }

@@ -24,14 +24,19 @@ class TokenScorer:
 
     Args:
         lm: `OpenLlamaCausalLM`.
-        batch_size: int, rows of 512 tokens that are computed at once.
+        batch_size: int, rows of 512 tokens that are computed at once; compiled programs
+            come for 1, 4, 8, 16 and so on.
+
+    Raises:
+        ValueError: for a batch size that is none.
 
     Example:
 
     ```python
     scorer = TokenScorer(lm)
     for batch in scorer.plan(sequences):
-        for index, (log_probs, greedy) in scorer.run(batch, wanted_from).items():
+        found = scorer.run(batch, sequences, wanted_from)
+        for index, (log_probs, greedy) in found.items():
             print(sequences[index], log_probs.sum())
     ```
     """
@@ -53,62 +58,82 @@ class TokenScorer:
         """See `token_tries.batches`."""
         return token_tries.batches(sequences, self.batch_size, self.share, indices)
 
-    def run(self, batch, wanted_from):
+    def run(self, batch, sequences, wanted_from):
         """Scores the sequences of a batch.
 
         Args:
             batch: one of `plan`.
-            wanted_from: list of int by sequence of the plan: from which of its tokens
-                on each is scored, 1 at least, since nothing comes before the first.
+            sequences: list of lists of int, those of the plan.
+            wanted_from: list of int by sequence: from which of its tokens on each is
+                scored, 1 at least, since nothing comes before the first.
 
         Returns:
             Dict by number of the sequence of pairs: float32 log-probabilities (nats)
             of its wanted tokens, each after all before it; and whether each is the
             likeliest, bool.
+
+        Raises:
+            ValueError: if a first token is wanted.
         """
-        wanted = [token_tries.wanted_columns(row, wanted_from) for row in batch.rows]
+        if min(wanted_from[index] for index in batch.indices) < 1:
+            raise ValueError(
+                "Nothing comes before the first token of a sequence, so it has no "
+                "score. Received: a 0 in `wanted_from`"
+            )
+        targets = [
+            token_tries.Targets(row, sequences, wanted_from) for row in batch.rows
+        ]
+        log_probs, greedy = map(to_numpy, self._program(**self._inputs(batch, targets)))
+        return {
+            index: (log_probs[i, places], greedy[i, places])
+            for i, row in enumerate(targets)
+            for index, places in row.places().items()
+        }
+
+    def _inputs(self, batch, targets):
         sharding, multiple = row_sharding(self.lm.backbone)
         rows = len(batch.rows)
         if keras.config.backend() != "torch":
             rows = padded_rows(rows)
         rows = -(-rows // multiple) * multiple
-        inputs = token_tries.arrays(batch, rows, wanted)
+        inputs = token_tries.arrays(batch, rows)
+        count = max(map(len, targets))
+        # There may be more than columns, where many tokens follow one context.
+        slots = -(-max(1, count) // batch.columns) * batch.columns
+        inputs["parents"] = np.zeros((rows, slots), "int32")
+        inputs["targets"] = np.zeros((rows, slots), "int32")
+        for i, row in enumerate(targets):
+            inputs["parents"][i, : len(row)] = row.parents
+            inputs["targets"][i, : len(row)] = row.tokens
         inputs = {name: put(x, sharding) for name, x in inputs.items()}
-        count = np.int32(max(map(len, wanted)))
-        log_probs, greedy = map(to_numpy, self._program(**inputs, count=count))
-        results = {}
-        for i, row in enumerate(batch.rows):
-            for index, columns in row.paths:
-                slots = np.searchsorted(wanted[i], columns[wanted_from[index] :])
-                results[index] = log_probs[i, slots], greedy[i, slots]
-        return results
+        return inputs | {"count": np.int32(count)}
 
-    def _score(self, token_ids, ends, parents, targets, count):
-        rows, columns = token_ids.shape
-        column = ops.arange(columns, dtype="int32")
+    def _score(self, token_ids, ends, lengths, parents, targets, count):
+        column = ops.arange(token_ids.shape[1], dtype="int32")
         query, key = column[None, :, None], column[None, None, :]
         mask = ops.logical_and(key <= query, query < ends[:, None])[:, None]
-        # The last token of a path predicts nothing: it does not count as read.
-        read = ends > column[None] + 1
-        hidden = self.lm.backbone.hidden_states(token_ids, read, mask=mask)
+        hidden = self.lm.backbone.hidden_states(
+            token_ids, column[None] < lengths[:, None], mask=mask
+        )
 
         def goes_on(state):
             return state["done"] < count
 
         def score_chunk(state):
             done = state["done"]
-            part = [ops.slice(x, (0, done), (rows, CHUNK)) for x in (parents, targets)]
-            scores = self._score_chunk(hidden, *part)
+            shape = parents.shape[0], CHUNK
+            part = (ops.slice(x, (0, done), shape) for x in (parents, targets))
+            log_probs, greedy = self._score_chunk(hidden, *part)
             return {
                 "done": done + CHUNK,
-                "log_probs": ops.slice_update(state["log_probs"], (0, done), scores[0]),
-                "greedy": ops.slice_update(state["greedy"], (0, done), scores[1]),
+                "log_probs": ops.slice_update(state["log_probs"], (0, done), log_probs),
+                "greedy": ops.slice_update(state["greedy"], (0, done), greedy),
             }
 
         state = {
             "done": ops.zeros((), "int32"),
-            "log_probs": ops.zeros((rows, columns), "float32"),
-            "greedy": ops.zeros((rows, columns), "bool"),
+            "log_probs": ops.zeros(parents.shape, "float32"),
+            "greedy": ops.zeros(parents.shape, "bool"),
         }
         state = while_loop(self.lm, goes_on, score_chunk, state)
         return state["log_probs"], state["greedy"]

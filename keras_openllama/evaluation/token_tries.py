@@ -3,15 +3,15 @@
 The choices of a question share its text, and the questions of a task the examples
 before them. So sequences are paths in a trie, whose nodes stand in a row depth first:
 
-    sequences   The sky is blue     The sky is red     The sea
-    column      0    1    2   3     4    5
-    token       The  sky  is  blue  red  sea
-    parent      -    0    1   2     2    0
-    end         6    5    5   4     5    6
+    sequences   The sky is so blue, The sky is too blue, The sea is
+    column      0    1    2   3    4    5
+    token       The  sky  is  so   too  sea
+    end         6    5    5   4    5    6
 
-The nodes below the one in column `k` stand in columns `k + 1` to `end - 1`. So a token
-sees column `k`, at or before its own, if its column is less than `end`: which is its
-path, and nothing else. Its position is its depth.
+The last token of a sequence has no column, since nothing is predicted from it. The
+nodes below the one in column `k` stand in columns `k + 1` to `end - 1`. So a token sees
+column `k`, at or before its own, if its column is less than `end`: which is
+its path, and nothing else. Its position is its depth.
 """
 
 import itertools
@@ -22,10 +22,9 @@ import numpy as np
 # Ours: columns that a row has at least room for. Long enough that few are left over
 # at its end, and short enough that attention, which sees them all, is cheap.
 COLUMNS = 512
-# Ours: rows are longer than their longest sequence only up to here.
-LONG = 2048
-# Ours: rows of a batch are as long as a multiple of this.
-STEP = 128
+LONG = 2048  # Ours: rows have room for two sequences up to here.
+LENGTHS = 4  # Ours: rows of one capacity come in so many lengths, to compile little.
+STEP = 128  # Ours: rows beyond `LONG` are as long as a multiple of this.
 
 
 class Row(NamedTuple):
@@ -33,13 +32,12 @@ class Row(NamedTuple):
 
     Attributes:
         tokens: list of int, the nodes.
-        parents: list of int, column of the node before; -1 for the first of a path.
         ends: list of int, see the top of this file.
-        paths: list of `(index, columns)`: which sequence, and where its tokens are.
+        paths: list of `(index, columns)`: which sequence, and where its tokens are, but
+            for the last.
     """
 
     tokens: list
-    parents: list
     ends: list
     paths: list
 
@@ -76,24 +74,29 @@ def batches(sequences, batch_size, share=True, indices=None):
     """
     by_capacity = {}
     for index in range(len(sequences)) if indices is None else indices:
-        by_capacity.setdefault(capacity(len(sequences[index])), []).append(index)
+        columns = capacity(len(sequences[index]) - 1)
+        by_capacity.setdefault(columns, []).append(index)
     result = []
-    for columns, indices in sorted(by_capacity.items(), reverse=True):
-        rows = pack(sequences, indices, columns, share)
+    for columns, some in sorted(by_capacity.items(), reverse=True):
+        rows = pack(sequences, some, columns, share)
+        rows.sort(key=lambda row: len(row.tokens), reverse=True)
+        step = columns // LENGTHS if columns <= LONG else STEP
         at_once = max(1, batch_size * COLUMNS // columns)
         for first in range(0, len(rows), at_once):
             part = rows[first : first + at_once]
-            longest = max(len(row.tokens) for row in part)
-            result.append(Batch(part, -(-longest // STEP) * STEP))
+            longest = max(1, len(part[0].tokens))
+            result.append(Batch(part, -(-longest // step) * step))
     return result
 
 
 def capacity(length):
-    """Columns of the rows that take a sequence of this length: a power of two.
+    """Columns of the rows that take sequences of a length: a power of two up to `LONG`.
 
     There is room for two of them, up to `LONG` columns, so that the choices of a long
     question share its text.
     """
+    if length > LONG:
+        return -(-length // STEP) * STEP
     columns = max(COLUMNS, length, min(2 * length, LONG))
     return 1 << (columns - 1).bit_length()
 
@@ -104,7 +107,7 @@ def pack(sequences, indices, columns, share=True):
     Args:
         sequences: list of lists of int.
         indices: list of int, those of them to pack.
-        columns: int, tokens of a row at most; no sequence is longer.
+        columns: int, tokens of a row at most; no sequence without its last is longer.
         share: see `batches`.
 
     Returns:
@@ -113,14 +116,14 @@ def pack(sequences, indices, columns, share=True):
     rows, path, last = [], [], []
     # In order neighbours share the most.
     for index in sorted(indices, key=sequences.__getitem__):
-        sequence = sequences[index]
-        shared = shared_length(last, sequence)
+        read = sequences[index][:-1]
+        shared = shared_length(last, read)
         filled = len(rows[-1].tokens) if rows else columns
-        if not share or filled + len(sequence) - shared > columns:
-            rows.append(Row([], [], [], []))
-            path, shared = [], 0
-        path = _add(rows[-1], index, sequence, path[:shared])
-        last = sequence
+        if not rows or not share or filled + len(read) - shared > columns:
+            rows.append(Row([], [], []))
+            shared = 0
+        path = _add(rows[-1], index, read, path[:shared])
+        last = read
     return rows
 
 
@@ -130,53 +133,68 @@ def shared_length(first, second):
     return sum(itertools.takewhile(bool, alike))
 
 
-def _add(row, index, sequence, path):
+def _add(row, index, read, path):
     """Adds a sequence behind the columns of its beginning; returns all its columns."""
     first = len(row.tokens)
-    new = sequence[len(path) :]
+    new = read[len(path) :]
     columns = [*path, *range(first, first + len(new))]
     row.tokens.extend(new)
-    row.parents.extend([-1, *columns][len(path) : len(columns)])
     row.ends.extend([0] * len(new))
     for column in columns:
         row.ends[column] = len(row.tokens)
-    row.paths.append((index, np.array(columns, "int32")))
+    row.paths.append((index, np.array(columns, "int64")))
     return columns
 
 
-def arrays(batch, rows, wanted):
-    """A batch as arrays.
+def arrays(batch, rows):
+    """The tokens of a batch as arrays.
 
     Args:
         batch: `Batch`.
         rows: int, rows of the arrays, at least as many as the batch has.
-        wanted: list of int arrays by row of the batch: columns of tokens to score.
 
     Returns:
-        Dict of int32 arrays `(rows, columns)`: `"token_ids"` and `"ends"`, where
-        filling sees itself alone, and is not seen; and from the left `"targets"`, the wanted
-        tokens, and `"parents"`, the columns before them.
+        Dict of int32 arrays: `"token_ids"` and `"ends"` `(rows, columns)`, where
+        filling sees itself alone, and is not seen; and `"lengths"` `(rows,)`.
     """
-    shape = rows, batch.columns
-    names = "token_ids", "ends", "targets", "parents"
-    result = {name: np.zeros(shape, "int32") for name in names}
-    result["ends"] += np.arange(1, batch.columns + 1, dtype="int32")
-    for i, (row, columns) in enumerate(zip(batch.rows, wanted, strict=True)):
-        tokens, length = np.array(row.tokens), len(row.tokens)
-        result["token_ids"][i, :length] = tokens
-        result["ends"][i, :length] = row.ends
-        result["targets"][i, : len(columns)] = tokens[columns]
-        result["parents"][i, : len(columns)] = np.array(row.parents)[columns]
-    return result
+    ends = np.tile(np.arange(1, batch.columns + 1, dtype="int32"), (rows, 1))
+    token_ids, lengths = np.zeros_like(ends), np.zeros(rows, "int32")
+    for i, row in enumerate(batch.rows):
+        lengths[i] = len(row.tokens)
+        token_ids[i, : lengths[i]] = row.tokens
+        ends[i, : lengths[i]] = row.ends
+    return {"token_ids": token_ids, "ends": ends, "lengths": lengths}
 
 
-def wanted_columns(row, wanted_from):
-    """Columns of a row's tokens that any of its sequences wants, in order.
+class Targets:
+    """What is predicted in a row: tokens behind columns, each pair once.
 
     Args:
         row: `Row`.
+        sequences: list of lists of int.
         wanted_from: list of int by sequence: from which of its tokens on each is
-            wanted.
+            predicted, 1 at least.
+
+    Attributes:
+        parents: int array, columns that are predicted from.
+        tokens: int array, the tokens behind them.
     """
-    parts = [columns[wanted_from[index] :] for index, columns in row.paths]
-    return np.unique(np.concatenate(parts))
+
+    def __init__(self, row, sequences, wanted_from):
+        self._keys = {
+            index: columns[wanted_from[index] - 1 :] << 32
+            | np.array(sequences[index][wanted_from[index] :], "int64")
+            for index, columns in row.paths
+        }
+        self._pairs = np.unique(np.concatenate(list(self._keys.values())))
+        self.parents, self.tokens = self._pairs >> 32, self._pairs & 0xFFFFFFFF
+
+    def __len__(self):
+        return len(self._pairs)
+
+    def places(self):
+        """Dict by sequence of where its pairs are among them, in its order."""
+        return {
+            index: np.searchsorted(self._pairs, keys)
+            for index, keys in self._keys.items()
+        }

@@ -58,9 +58,10 @@ def attend(query, key, value, mask):
 def attend_to_past(query, key, value, mask):
     """The same where a mask lets queries look at what comes before them only.
 
-    On PyTorch by its fused kernel. On JAX the queries go in blocks, each over the keys
-    up to its end, which spares most of what the mask hides; and a backward pass computes the weights again rather than
-    keep them, which is faster, too (`benchmarks/README.md`).
+    On PyTorch this is its fused kernel. On JAX the queries go in blocks, each over the
+    keys up to its end, which spares most of what the mask hides; and a backward pass
+    computes the weights again rather than keep them, which is faster, too
+    (`benchmarks/README.md`).
 
     Args:
         query, key, value: see `attend`, of one length.

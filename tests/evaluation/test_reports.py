@@ -13,6 +13,8 @@ RECORD = [metric.name for metric in METRICS].index("record/em")
 
 def made_run(preset="open_llama_7b_v2", metrics=METRICS, name=None, **run):
     """A run that measured a hundredth more than was published of its column, or 7B."""
+    names = [name for name in ("limit", "num_fewshot", "apart") if name in run]
+    settings = {name: run.pop(name) for name in names}
     column = published.column_of(preset) or "7B"
     return {
         "run": {"name": name or preset, "preset": preset, "dtype": "float32", **run},
@@ -23,6 +25,7 @@ def made_run(preset="open_llama_7b_v2", metrics=METRICS, name=None, **run):
                 "value": metric.values[column] + 0.01,
                 "stderr": 0.005,
                 "version": metric.version,
+                **settings,
             }
             for metric in metrics
         ],
@@ -106,7 +109,8 @@ def test_only_other_tasks_have_no_average():
     [
         ({"limit": 100}, "Only the first 100 documents of each task"),
         ({"limit": 0.25}, "Only 25 % of the documents of each task"),
-        ({"num_fewshot": 5}, "5 examples in each prompt"),
+        ({"num_fewshot": 5}, "**5 examples in each prompt** of anli_r1, "),
+        ({"apart": True}, "tokenized apart from questions, as in 2023."),
         ({"versions": {"lm_eval": "0.4.13"}}, "dtype float32, lm_eval 0.4.13."),
     ],
 )
@@ -121,6 +125,18 @@ def test_the_table_says_what_was_skipped_and_why():
     assert "- 13b, record: its data" in table(
         [made_run(), {**run, "run": {"name": "13b"}}]
     )
+
+
+def test_only_some_tasks_may_be_limited():
+    run = made_run(metrics=METRICS[:2], limit=7)
+    run["metrics"] += made_run(metrics=METRICS[2:4])["metrics"]
+    assert f"Only the first 7 documents of {METRICS[0].task}, " in table([run])
+
+
+def test_what_only_holds_for_tokens_together_is_not_said_of_tokens_apart():
+    note = "each answer was tokenized apart from its question"
+    assert note in table([made_run()])
+    assert note not in table([made_run(apart=True)])
 
 
 def test_metrics_that_changed_since_2023_have_notes():

@@ -1,0 +1,62 @@
+"""`keras-openllama lm-eval` is the harness's command line, with our model in it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from local_tasks import write_tasks
+
+from keras_openllama.__main__ import main
+
+pytestmark = pytest.mark.backend_free
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "keras_openllama", "lm-eval", *map(str, words)],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_its_help_shows_how_to_name_the_model(words, capsys):
+    assert main(["lm-eval", *words]) == 0
+    assert (
+        "--model keras_openllama --model_args preset=3b_v2" in capsys.readouterr().out
+    )
+
+
+def test_a_task_of_ones_own_is_evaluated(tmp_path):
+    data = write_tasks(tmp_path, count=4)
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data / "boolq.jsonl")}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes"],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))  # JSON is YAML, too.
+    result = run(
+        *("--model", "keras_openllama", "--model_args", "preset=open_llama_nano"),
+        *("--tasks", "mine", "--include_path", tmp_path, "--limit", 3),
+        *("--output_path", tmp_path / "output"),
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("output/**/results_*.json")
+    found = json.loads(path.read_text())
+    assert found["n-samples"]["mine"]["effective"] == 3
+    assert found["config"]["model_num_parameters"] == 4_524_288
+    assert "|mine" in result.stdout.replace(" ", "")
+
+
+def test_what_the_harness_refuses_it_says_itself():
+    result = run("run", "--model")
+    assert result.returncode == 2
+    assert "expected one argument" in result.stderr

@@ -1,0 +1,56 @@
+"""Tasks are found by name, with data of the Hub or of a directory, or are left out."""
+
+import json
+
+import pytest
+from local_tasks import write_tasks
+
+from keras_openllama.evaluation import published, suite
+
+pytestmark = pytest.mark.backend_free
+
+
+def test_the_suite_has_the_tasks_of_the_published_table():
+    names = suite.task_names("openllama", ["hellaswag", "lambada_openai"])
+    assert len(published.load().tasks) == 15
+    assert names == [*published.load().tasks, "lambada_openai"]
+
+
+def test_a_task_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="no task 'helaswag'"):
+        suite.task_names(None, ["helaswag"])
+    with pytest.raises(ValueError, match="suite='llama'"):
+        suite.task_names("llama")
+
+
+def test_a_task_without_its_data_is_left_out_and_the_others_are_loaded(tmp_path):
+    data = write_tasks(tmp_path)
+    loaded, skipped = suite.load(["piqa", "arc_easy"], data)
+    assert list(loaded["tasks"]) == ["arc_easy"]
+    assert list(skipped) == ["piqa"]
+    assert "DIR/piqa.jsonl" in skipped["piqa"]
+
+
+def test_documents_of_a_directory_are_those_of_the_task(tmp_path):
+    loaded, _ = suite.load(["record"], write_tasks(tmp_path, count=3))
+    documents = list(loaded["tasks"]["record"].eval_docs)
+    assert [document["entities"] for document in documents] == [
+        ["Beta One", "Gamma", "The Alpha"]  # As the task itself sorts them.
+    ] * 3
+
+
+def test_documents_that_are_not_the_tasks_are_named_with_their_file(tmp_path):
+    path = tmp_path / "hellaswag.jsonl"
+    path.write_text(json.dumps({"question": "?"}) + "\n")
+    _, skipped = suite.load(["hellaswag"], tmp_path)
+    assert str(path) in skipped["hellaswag"]
+    assert "ctx_a" in skipped["hellaswag"]
+
+
+def test_a_directory_of_data_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        suite.load(["piqa"], tmp_path / "nowhere")
+
+
+def test_nothing_loaded_is_nothing_measured():
+    assert suite.run(None, {"tasks": {}}) == []
