@@ -166,7 +166,7 @@ def main(arguments=None):
         "--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS)
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=64, help="of a round")
+    parser.add_argument("--questions", type=int, default=32, help="of a round")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--hf-batch", type=int)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -280,7 +280,10 @@ class OpenLlamaLM(TemplateLM):
         def batches():
             for options, lengths in groups.values():
                 longest_first = sorted(lengths, key=lambda key: (-lengths[key], key))
-                with sampling(self.lm, **options.sampler):
+                sampler = dict(options.sampler)
+                if "seed" in sampler:  # Not to draw what is kept a second time.
+                    sampler["seed"] += sum(key in self.answers for key in lengths)
+                with sampling(self.lm, **sampler):
                     for first in range(0, len(longest_first), self.batch_size):
                         batch = longest_first[first : first + self.batch_size]
                         batch = [key for key in batch if key not in self.answers]
