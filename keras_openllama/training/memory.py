@@ -103,7 +103,7 @@ def estimate(
     if backend == "jax":
         kept = sizes.kept(rematerialize, adapted, int8, on_cpu)
     else:
-        kept = sizes.kept_by_operations(adapted, sequence_length)
+        kept = sizes.kept_by_operations(adapted, sequence_length, backend)
     parts = {
         "weights": sizes.weight_bytes(dtype, int8) / devices,
         "adapters": 4 * adapters,
@@ -205,22 +205,23 @@ class _Sizes:
         # Each matrix has its inputs rounded, a byte each.
         return kept + (1.5 * hidden + wide / 4 if int8 else 0)
 
-    def kept_by_operations(self, adapted, length):
+    def kept_by_operations(self, adapted, length, backend):
         """The same on TensorFlow and PyTorch, where each operation keeps its own.
 
-        Ours: by the memory of processes. Weights of attention are among it.
+        Ours: by the memory of processes. Weights of attention are among it, of which
+        PyTorch's fused kernel keeps a number a row.
         """
         return (
             19 * self.hidden
             + (4 if adapted is None else 3) * self.wide
-            + self.heads * length
+            + self.heads * (1 if backend == "torch" else length)
         )
 
     def at_work(self, length, backend):
         """Float32 numbers for a token of the layer that is computed just then."""
-        # JAX leaves out most of what causality hides.
-        scores = self.heads * length * (0.625 if backend == "jax" else 1)
-        return 4 * self.wide + 3 * scores
+        # JAX leaves out most of what causality hides, and PyTorch makes no scores.
+        share = {"jax": 0.625, "tensorflow": 1, "torch": 0}[backend]
+        return 4 * self.wide + 3 * self.heads * length * share
 
 
 # ----- What there is
