@@ -89,6 +89,8 @@ def table(runs, columns=()):
         f"# Evaluation of {', '.join(_names(runs))}",
         *([_markdown(heads, rows)] if rows else []),
         *_others(runs),
+        *_perplexity(runs),
+        *_human_eval(runs),
         _list("Runs", map(_description, runs, _names(runs))),
         _list("Not measured", _skipped(runs)),
         _list("Since 2023", _since(runs, notes, shown) if shown and suite else ()),
@@ -275,6 +277,44 @@ def _others(runs):
         ["/".join(key), *(_cell(_rows(run).get(key)) for run in runs)] for key in keys
     ]
     return ["Beside the published suite:", _markdown(heads, rows)]
+
+
+def _perplexity(runs):
+    """The table of texts; bits per byte compare models with different tokenizers."""
+    found = [{row["name"]: row for row in run.get("perplexity") or ()} for run in runs]
+    names = dict.fromkeys(name for rows in found for name in rows)
+    if not names:
+        return []
+    suffixes = [""] if len(runs) == 1 else [f", {name}" for name in _names(runs)]
+    columns = [("perplexity", "perplexity", 2), ("bits_per_byte", "bits/byte", 3)]
+    heads = [title + suffix for suffix in suffixes for _, title, _ in columns]
+    lines = [
+        [name]
+        + [
+            _rounded(rows.get(name, {}).get(key), digits)
+            for rows in found
+            for key, _, digits in columns
+        ]
+        for name in names
+    ]
+    return ["Perplexity:", _markdown(["source", *heads], lines)]
+
+
+def _human_eval(runs):
+    """The table of pass rates, of runs whose code was executed."""
+    found = [run.get("human_eval") or {} for run in runs]
+    rates = dict.fromkeys(
+        key for row in found for key in row if key.startswith("pass@")
+    )
+    if not rates:
+        return []
+    heads = ["HumanEval", *(["measured"] if len(runs) == 1 else _names(runs))]
+    lines = [[rate, *(_rounded(row.get(rate), 3) for row in found)] for rate in rates]
+    return [_markdown(heads, lines)]
+
+
+def _rounded(value, digits):
+    return _NONE if value is None else f"{value:.{digits}f}"
 
 
 def _keys_beside(runs):

@@ -127,6 +127,17 @@ def test_the_table_says_what_was_skipped_and_why():
     )
 
 
+def test_perplexity_and_pass_rates_are_in_the_table():
+    run = made_run(metrics=())
+    text = {"name": "novel", "perplexity": 8.125, "bits_per_byte": None}
+    run |= {"perplexity": [text], "human_eval": {"pass@1": 0.125, "problems": 164}}
+    assert rows(table([run]))["novel"] == ["8.12", "–"]
+    assert rows(table([run]))["pass@1"] == ["0.125"]
+    both = rows(table([run, made_run("13b", METRICS[:1])]))
+    assert both["novel"] == ["8.12", "–", "–", "–"]
+    assert both["pass@1"] == ["0.125", "–"]
+
+
 def test_only_some_tasks_may_be_limited():
     run = made_run(metrics=METRICS[:2], limit=7)
     run["metrics"] += made_run(metrics=METRICS[2:4])["metrics"]
