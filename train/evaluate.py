@@ -227,7 +227,7 @@ class Evaluation:
     """
 
     def __init__(self, options):
-        from keras_openllama.evaluation import reports, suite, texts
+        from keras_openllama.evaluation import measurements, suite, texts
         from keras_openllama.evaluation.harness import OpenLlamaLM
 
         # The harness warns of each default that a task's configuration leaves to it.
@@ -257,9 +257,9 @@ class Evaluation:
             "perplexity": None,
             "human_eval": None,
         }
-        if (self.directory / reports.RESULTS).exists():
+        if (self.directory / measurements.RESULTS).exists():
             # Parts that an earlier command has measured of the same model.
-            self.results |= reports.read(self.directory)
+            self.results |= measurements.read(self.directory)
         self.results["run"] = self.described(name, lm)
 
     def measure(self):
@@ -337,24 +337,24 @@ class Evaluation:
 
     def write(self, **parts):
         """Puts new parts into the results, and draws them."""
-        from keras_openllama.evaluation import reports
+        from keras_openllama.evaluation import measurements, reports, tables
         from keras_openllama.training.data import files
 
         self.results |= parts
-        with files.appearing(self.directory / reports.RESULTS) as unfinished:
+        with files.appearing(self.directory / measurements.RESULTS) as unfinished:
             Path(unfinished).write_text(json.dumps(self.results, indent=2) + "\n")
         reports.write([self.results], self.directory, self.options.beside)
         if parts.get("metrics"):
-            print(reports.table([self.results], self.options.beside), flush=True)
+            print(tables.table([self.results], self.options.beside), flush=True)
 
 
 def compare(options):
     """Puts several evaluations side by side."""
-    from keras_openllama.evaluation import reports
+    from keras_openllama.evaluation import measurements, reports, tables
 
-    runs = [reports.read(directory) for directory in options.compare]
+    runs = [measurements.read(directory) for directory in options.compare]
     paths = reports.write(runs, options.output, options.beside)
-    print(reports.table(runs, options.beside))
+    print(tables.table(runs, options.beside))
     print(f"written: {', '.join(map(str, paths))}")
 
 

@@ -2,8 +2,11 @@ import json
 
 import pytest
 
-from keras_openllama.evaluation import published, reports
-from keras_openllama.evaluation.reports import draw, read, table, write
+from keras_openllama.evaluation import published
+from keras_openllama.evaluation.measurements import read
+from keras_openllama.evaluation.pictures import draw, figure_of
+from keras_openllama.evaluation.reports import write
+from keras_openllama.evaluation.tables import table
 
 pytestmark = pytest.mark.backend_free
 
@@ -180,7 +183,7 @@ def bars(figure):
 
 
 def test_a_metric_is_a_bar_with_what_was_published_behind_it():
-    figure = reports._figure([made_run(metrics=METRICS[:2])])
+    figure = figure_of([made_run(metrics=METRICS[:2])])
     assert bars(figure) == pytest.approx([0.34, 0.35, 0.35, 0.36])
     [legend] = figure.legends
     said = [text.get_text() for text in legend.get_texts()]
@@ -189,21 +192,21 @@ def test_a_metric_is_a_bar_with_what_was_published_behind_it():
 
 
 def test_a_model_that_was_not_published_has_its_bars_alone():
-    figure = reports._figure([made_run("open_llama_nano", METRICS[:2], limit=100)])
+    figure = figure_of([made_run("open_llama_nano", METRICS[:2], limit=100)])
     assert len(bars(figure)) == 2
     assert len(figure.legends[0].get_texts()) == 2
     assert "first 100 documents" in figure.axes[0].get_title(loc="right")
 
 
 def test_the_picture_says_which_run_was_limited():
-    figure = reports._figure([made_run(), made_run("13b", limit=9)])
+    figure = figure_of([made_run(), made_run("13b", limit=9)])
     title = figure.axes[0].get_title(loc="right")
     assert title == "13b: Only the first 9 documents of each task"
 
 
 def test_several_runs_are_as_many_colours():
     runs = [made_run(), made_run("13b", METRICS[:3]), made_run("open_llama_nano")]
-    figure = reports._figure(runs)
+    figure = figure_of(runs)
     assert len(bars(figure)) == (21 + 21) + (21 + 3) + 21
     assert len({bar.get_facecolor()[:3] for bar in figure.axes[0].patches}) == 3
 
@@ -212,9 +215,7 @@ def test_more_than_one_is_no_bar():
     run = made_run(metrics=METRICS[:1])
     run["metrics"].append({"task": "lambada", "metric": "acc", "value": 0.7})
     run["metrics"].append({"task": "lambada", "metric": "perplexity", "value": 5.0})
-    labels = [
-        label.get_text() for label in reports._figure([run]).axes[0].get_yticklabels()
-    ]
+    labels = [label.get_text() for label in figure_of([run]).axes[0].get_yticklabels()]
     assert labels == ["anli_r1/acc", "lambada/acc"]
 
 
@@ -228,7 +229,7 @@ def test_nothing_of_a_picture_is_clipped(count, metrics):
         "d",
     ]
     runs = [made_run(name=name, metrics=metrics) for name in names[:count]]
-    figure = reports._figure(runs)
+    figure = figure_of(runs)
     figure.draw_without_rendering()
     page = figure.bbox
     parts = [figure._suptitle, *figure.legends, *figure.axes[0].get_yticklabels()]
