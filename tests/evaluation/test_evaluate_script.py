@@ -96,22 +96,13 @@ def test_what_cannot_be_had_is_told_and_the_rest_is_measured(tmp_path):
     assert both["perplexity"][0]["name"] == "text"
     assert "first 4 documents" in (output / "table.md").read_text()
 
+    both = [sys.executable, SCRIPT, "--compare", output, output]
     side = subprocess.run(
-        [
-            sys.executable,
-            SCRIPT,
-            "--compare",
-            output,
-            output,
-            "--output",
-            tmp_path / "c",
-        ],
-        capture_output=True,
-        text=True,
+        [*both, "--output", tmp_path / "c"], capture_output=True, text=True
     )
     assert side.returncode == 0, side.stderr
     assert "open_llama_nano (2)" in side.stdout
-    assert (tmp_path / "table.svg").exists()
+    assert (tmp_path / "c" / "table.svg").exists()
 
     other = run("--perplexity", text, "--dtype", "bfloat16", "--output", output)
     assert other.returncode == 2
