@@ -92,7 +92,16 @@ def add_tasks(group):
     group.add_argument(
         "--suite", choices=("openllama",), help="the 15 tasks of the published table"
     )
-    group.add_argument("--tasks", nargs="+", default=(), metavar="NAME")
+    group.add_argument(
+        "--tasks",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="tasks, groups or tags; `keras-openllama lm-eval ls tasks` lists them",
+    )
+    group.add_argument(
+        "--include-path", metavar="DIR", help="tasks of your own, the harness's YAML"
+    )
     group.add_argument(
         "--data",
         metavar="DIR",
@@ -236,8 +245,9 @@ class Evaluation:
         name = name_of(options.preset) + ("-adapters" if options.adapters else "")
         self.directory = Path(options.output or f"evaluations/{name}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        names = suite.task_names(options.suite, options.tasks)
-        self.tasks, self.skipped = suite.load(names, options.data)
+        include = options.include_path
+        names = suite.task_names(options.suite, options.tasks, include)
+        self.tasks, self.skipped = suite.load(names, options.data, include)
         for task, reason in self.skipped.items():
             print(
                 f"evaluate: {task} is left out: {reason}", file=sys.stderr, flush=True

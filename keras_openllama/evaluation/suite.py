@@ -17,12 +17,14 @@ ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 logger = logging.getLogger(__name__)
 
 
-def task_names(suite=None, tasks=()):
+def task_names(suite=None, tasks=(), include_path=None):
     """The tasks that a user asks for.
 
     Args:
         suite: `"openllama"`, the tasks of the published table, or `None`.
         tasks: list of names of the harness's tasks, groups or tags.
+        include_path: path of a directory with tasks of one's own, as the harness's
+            YAML files.
 
     Returns:
         List of names, each once.
@@ -35,7 +37,7 @@ def task_names(suite=None, tasks=()):
     names = [*(published.load().tasks if suite else ()), *tasks]
     if not names:
         return []
-    known = _manager().task_index
+    known = _manager(include_path).task_index
     for name in names:
         if name not in known:
             raise ValueError(
@@ -45,7 +47,7 @@ def task_names(suite=None, tasks=()):
     return list(dict.fromkeys(names))
 
 
-def load(names, data=None):
+def load(names, data=None, include_path=None):
     """Loads tasks with their data.
 
     Args:
@@ -54,6 +56,7 @@ def load(names, data=None):
             `NAME.jsonl`, `.json` or `.parquet` in it, documents in the form of the
             task's own data set, rather than on what the Hugging Face Hub has. `None` is
             the Hub alone.
+        include_path: see `task_names`.
 
     Returns:
         A pair: what `lm_eval.evaluate` takes, and dict of the reasons by name of those
@@ -64,12 +67,13 @@ def load(names, data=None):
     """
     if data is not None and not Path(data).is_dir():
         raise FileNotFoundError(f"`data` is no directory: {data}")
+    manager = _manager(include_path)
     loaded, skipped = {"tasks": {}, "groups": {}, "group_map": {}}, {}
     for name in names:
-        file = local_file(name, data)
+        file = local_file(name, data) if name in manager.all_subtasks else None
         try:
             with squad_metrics.provided():
-                found = _load(name, file)
+                found = _load(manager, name, file)
         # The data sets' library raises whatever its own code, the network or the file
         # system raises.
         except Exception as error:
@@ -82,17 +86,17 @@ def load(names, data=None):
 
 
 @functools.cache
-def _manager():
+def _manager(include_path):
     """The harness's tasks; it takes seconds to read their configurations."""
-    return TaskManager()
+    return TaskManager(include_path=include_path)
 
 
-def _load(name, file):
+def _load(manager, name, file):
     """What the harness loads by a name, with its data from a file if there is one."""
     if file is None:
-        return _manager().load([name])
+        return manager.load([name])
     config = {
-        "include": str(_manager().task_index[name].yaml_path),
+        "include": str(manager.task_index[name].yaml_path),
         "task": name,
         "dataset_path": ENDINGS[file.suffix],
         "dataset_name": None,
@@ -105,13 +109,13 @@ def _load(name, file):
     with tempfile.TemporaryDirectory() as directory:
         # JSON is YAML, too.
         Path(directory, "task.yaml").write_text(json.dumps(config), "utf-8")
-        manager = TaskManager(include_path=directory, include_defaults=False)
-        return manager.load([name])
+        overrides = TaskManager(include_path=directory, include_defaults=False)
+        return overrides.load([name])
 
 
 def local_file(name, data):
     """Path of a task's documents in a directory, or `None`."""
-    if data is None or name not in _manager().all_subtasks:
+    if data is None:
         return None
     paths = (Path(data, name + ending) for ending in ENDINGS)
     return next((path for path in paths if path.is_file()), None)

@@ -52,5 +52,25 @@ def test_a_directory_of_data_that_there_is_not_is_refused(tmp_path):
         suite.load(["piqa"], tmp_path / "nowhere")
 
 
+def test_tasks_of_ones_own_are_found(tmp_path):
+    config = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": "boolq.jsonl"}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{passage}}",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes"],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))  # JSON is YAML, too.
+    data = write_tasks(tmp_path / "data", count=3)
+    (data / "boolq.jsonl").rename(data / "mine.jsonl")
+    assert suite.task_names(None, ["mine"], tmp_path) == ["mine"]
+    loaded, skipped = suite.load(["mine"], data, tmp_path)
+    assert not skipped
+    assert len(loaded["tasks"]["mine"].eval_docs) == 3
+
+
 def test_nothing_loaded_is_nothing_measured():
     assert suite.run(None, {"tasks": {}}) == []
