@@ -18,14 +18,13 @@ The batch is of rows of 512 tokens here, which requests share, and of requests f
 """
 
 import argparse
-import json
-import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+import workers  # benchmarks/workers.py
 
 import train  # benchmarks/train.py
 
@@ -95,11 +94,7 @@ def hf(options):
 
 def work(contender, options):
     """A worker: answers new requests as often as its standard input says."""
-    kind, backend = contender.split("/")
-    os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no answer.
+    kind, answers = workers.begin(contender)
     model = globals()[kind](options)
     seed = 0
 
@@ -108,53 +103,38 @@ def work(contender, options):
         seed += 1  # Else they would be answered from memory.
         asked = requests(options.questions, seed)
         start = time.perf_counter()
-        answers = model.loglikelihood(asked, disable_tqdm=True)
+        found = model.loglikelihood(asked, disable_tqdm=True)
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "first": answers[0][0]}
+        return {"seconds": seconds, "total": sum(log_prob for log_prob, _ in found)}
 
     run()  # Compiles, and warms up.
-    print("ready", file=answer, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(run()), file=answer, flush=True)
+    workers.serve(answers, run)
 
 
 def compare(options):
-    from tqdm import tqdm
-
+    rates = {name: [] for name in options.contender}
     with tempfile.TemporaryDirectory() as directory:
-        options.model = str(Path(directory, "model"))
-        make_model(options, options.model)
-        flags = ("--model", options.model)
-        workers = [
-            train.Worker(name, *flags, script=__file__)
-            for name in tqdm(options.contender, "start")
-        ]
-        rates = {worker.name: [] for worker in workers}
-        for number in tqdm(range(options.rounds), "rounds"):
-            found = {}
-            # In another order each time: whoever is first has the coolest machine.
-            for i in range(len(workers)):
-                worker = workers[(i + number) % len(workers)]
-                found[worker.name] = worker.measure()
+        model = str(Path(directory, "model"))
+        make_model(options, model)
+        flags = ("--model", model)
+        rounds = workers.by_turns(
+            options.contender, options.rounds, *flags, script=__file__
+        )
+        for found in rounds:
+            check_agreement(found, options.dtype)
             for name, result in found.items():
                 rates[name].append(4 * options.questions / result["seconds"])
-            check_agreement(found, options.dtype)
-        for worker in workers:
-            worker.close()
     print(f"{'':14}{'requests/s':>12}{'ratio':>8}")
     for name, values in rates.items():
-        ratio = ""
-        if REFERENCE in rates:
-            pairs = zip(values, rates[REFERENCE], strict=True)
-            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+        ratio = workers.ratio(rates, name, REFERENCE)
         print(f"{name:14}{statistics.median(values):>12.1f}{ratio:>8}")
 
 
 def check_agreement(found, dtype):
     """Refuses a comparison of contenders that do not compute the same."""
-    first = [result["first"] for result in found.values()]
-    allowed = 1e-3 if dtype == "float32" else 1e-2 * abs(first[0])
-    if max(first) - min(first) > allowed:
+    totals = [result["total"] for result in found.values()]
+    allowed = (1e-6 if dtype == "float32" else 1e-2) * abs(totals[0])
+    if max(totals) - min(totals) > allowed:
         raise SystemExit(f"The contenders do not agree: {found}")
 
 
@@ -167,15 +147,9 @@ def main(arguments=None):
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--questions", type=int, default=32, help="of a round")
-    parser.add_argument("--batch", type=int, default=8)
+    workers.add_sizes(parser)
     parser.add_argument("--hf-batch", type=int)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--intermediate", type=int, default=1376)
-    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

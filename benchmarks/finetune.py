@@ -26,14 +26,14 @@ The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
 
 import argparse
 import importlib
-import json
 import math
 import os
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
+
+import workers  # benchmarks/workers.py
 
 import train  # benchmarks/train.py
 
@@ -85,24 +85,20 @@ def peft(options):
 
 def work(contender, options):
     """A worker: measures as often as its standard input says."""
-    kind, backend = contender.split("/")
-    os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kind, answers = workers.begin(contender)
     # Compiled anew each time, since compilation takes memory, too.
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no answer.
     for module in MODULES[kind]:
         importlib.import_module(module)
     imports = resident("VmRSS")
     run, parameters = globals()[kind](options)
     if options.what == "speed":
         run(2)  # Compiles, and warms up.
-    print("ready", file=answer, flush=True)
-    for _ in sys.stdin:
-        measure = seconds if options.what == "speed" else peak
-        result = {"parameters": parameters, **measure(run, options.steps, imports)}
-        print(json.dumps(result), file=answer, flush=True)
+    measure = seconds if options.what == "speed" else peak
+    workers.serve(
+        answers,
+        lambda: {"parameters": parameters, **measure(run, options.steps, imports)},
+    )
 
 
 def seconds(run, steps, _):
@@ -133,28 +129,16 @@ def resident(name):
 
 
 def compare_speed(options):
-    from tqdm import tqdm
-
-    workers = [
-        train.Worker(name, script=__file__) for name in tqdm(options.contender, "start")
-    ]
-    rates, parameters = {worker.name: [] for worker in workers}, {}
+    rates, parameters = {name: [] for name in options.contender}, {}
     tokens = options.steps * options.batch * options.length
-    for number in tqdm(range(options.rounds), "rounds"):
-        # In another order each time: whoever is first has the coolest machine.
-        for i in range(len(workers)):
-            worker = workers[(i + number) % len(workers)]
-            result = worker.measure()
-            rates[worker.name].append(tokens / result["seconds"])
-            parameters[worker.name] = result["parameters"]
-    for worker in workers:
-        worker.close()
+    rounds = workers.by_turns(options.contender, options.rounds, script=__file__)
+    for found in rounds:
+        for name, result in found.items():
+            rates[name].append(tokens / result["seconds"])
+            parameters[name] = result["parameters"]
     print(f"{'':16}{'parameters':>13}{'tokens/s':>10}{'ratio':>8}")
     for name, values in rates.items():
-        ratio = ""
-        if REFERENCE in rates:
-            pairs = zip(values, rates[REFERENCE], strict=True)
-            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+        ratio = workers.ratio(rates, name, REFERENCE)
         rate = statistics.median(values)
         print(f"{name:16}{parameters[name]:>13,}{rate:>10.0f}{ratio:>8}")
 
@@ -164,7 +148,7 @@ def compare_memory(options):
     print(f"{'':20}{'parameters':>13}" + "".join(f"{c:>10}" for c in columns))
     for rank in (options.rank, 0):
         for name in options.contender:
-            worker = train.Worker(name, "--rank", str(rank), script=__file__)
+            worker = workers.Worker(name, "--rank", str(rank), script=__file__)
             found = worker.measure()
             worker.close()
             if name.startswith("ours/"):
@@ -200,13 +184,7 @@ def main(arguments=None):
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--intermediate", type=int, default=1376)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    workers.add_sizes(parser)
     parser.add_argument(
         "--rematerialize", default="none", help="of ours, on JAX (default: none)"
     )

@@ -18,14 +18,11 @@ The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
+import workers  # benchmarks/workers.py
 
 CONTENDERS = (
     "ours/jax",
@@ -193,51 +190,19 @@ def peak(options):
 
 def work(contender, options):
     """A worker: trains as often as its standard input says."""
-    kind, backend = contender.split("/")
-    os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no answer.
+    kind, answers = workers.begin(contender)
     if kind == "peak":
-        run = None
-    else:
-        run = globals()[kind](options)
-        run(2)  # Compiles, and warms up.
-    print("ready", file=answer, flush=True)
-    for _ in sys.stdin:
+        workers.serve(answers, lambda: peak(options))
+        return
+    run = globals()[kind](options)
+    run(2)  # Compiles, and warms up.
+
+    def seconds():
         start = time.perf_counter()
-        if run is None:
-            result = peak(options)
-        else:
-            run(options.steps)
-            result = time.perf_counter() - start
-        print(json.dumps(result), file=answer, flush=True)
+        run(options.steps)
+        return time.perf_counter() - start
 
-
-class Worker:
-    """A contender's process, which runs a script; flags overrule those given to it."""
-
-    def __init__(self, contender, *flags, script=__file__):
-        self.name = contender
-        command = [script, *sys.argv[1:], *flags, "--work", contender]
-        self._process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        if self._process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"This did not start: python {' '.join(command)}")
-
-    def measure(self):
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
+    workers.serve(answers, seconds)
 
 
 def flops_per_token(options):
@@ -248,20 +213,15 @@ def flops_per_token(options):
 
 
 def compare(options):
-    from tqdm import tqdm
-
-    workers = [Worker(name) for name in tqdm(options.contender, "start")]
-    probe = Worker("peak/jax")
-    rates, peaks = {worker.name: [] for worker in workers}, []
+    probe = workers.Worker("peak/jax", script=__file__)
+    rates, peaks = {name: [] for name in options.contender}, []
     tokens = options.steps * options.batch * options.length
-    for number in tqdm(range(options.rounds), "rounds"):
+    rounds = workers.by_turns(options.contender, options.rounds, script=__file__)
+    for found in rounds:
         peaks.append(probe.measure())
-        # In another order each time: whoever is first has the coolest machine.
-        for i in range(len(workers)):
-            worker = workers[(i + number) % len(workers)]
-            rates[worker.name].append(tokens / worker.measure())
-    for worker in (*workers, probe):
-        worker.close()
+        for name, seconds in found.items():
+            rates[name].append(tokens / seconds)
+    probe.close()
     report(options, rates, max(peaks))
 
 
@@ -270,10 +230,7 @@ def report(options, rates, best):
     print(f"{'':22}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}")
     for name, values in rates.items():
         rate = statistics.median(values)
-        ratio = ""
-        if REFERENCE in rates:
-            pairs = zip(values, rates[REFERENCE], strict=True)
-            ratio = f"{statistics.median(a / b for a, b in pairs):.2f}"
+        ratio = workers.ratio(rates, name, REFERENCE)
         share = rate * flops_per_token(options) / best
         print(f"{name:22}{rate:>10.0f}{ratio:>8}{share:>9.0%}")
 
@@ -287,13 +244,7 @@ def main(arguments=None):
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of a round")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--intermediate", type=int, default=1376)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    workers.add_sizes(parser)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     work(options.work, options) if options.work else compare(options)
