@@ -31,6 +31,26 @@ def write_tasks(directory, count=12, seed=0):
     return directory
 
 
+def write_own_task(directory, documents):
+    """Writes `mine.yaml`, a task of one's own with questions like boolq's.
+
+    Args:
+        directory: path.
+        documents: path of its JSON lines.
+    """
+    config = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(documents)}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes"],
+    }
+    Path(directory, "mine.yaml").write_text(json.dumps(config))  # JSON is YAML, too.
+
+
 def words(generator, count):
     return " ".join(generator.choices(WORDS, k=count))
 

@@ -199,27 +199,6 @@ def check_numbers(parser, options):
         parser.error("--samples-per-problem: several samples need a --temperature.")
 
 
-def load_model(options):
-    """The model of the flags, spread over a mesh if they name one."""
-    from keras_openllama import OpenLlamaCausalLM
-    from keras_openllama.distribution import OpenLlamaParallel, make_mesh
-    from keras_openllama.training.checks import mesh_of
-
-    def load():
-        return OpenLlamaCausalLM.from_preset(
-            options.preset, dtype=options.dtype, revision=options.revision
-        )
-
-    if options.mesh:
-        with OpenLlamaParallel(make_mesh(**mesh_of(options.mesh))).scope():
-            lm = load()
-    else:
-        lm = load()
-    if options.adapters:
-        lm.load_adapters(options.adapters)
-    return lm
-
-
 def name_of(preset):
     """What the run is called: the whole name of a preset, or that of a directory."""
     from keras_openllama import presets
@@ -237,7 +216,8 @@ class Evaluation:
 
     def __init__(self, options):
         from keras_openllama.evaluation import measurements, suite, texts
-        from keras_openllama.evaluation.harness import OpenLlamaLM
+        from keras_openllama.evaluation.harness import OpenLlamaLM, load_model
+        from keras_openllama.training.checks import mesh_of
 
         # The harness warns of each default that a task's configuration leaves to it.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -252,7 +232,10 @@ class Evaluation:
             print(
                 f"evaluate: {task} is left out: {reason}", file=sys.stderr, flush=True
             )
-        lm = load_model(options)
+        mesh = mesh_of(options.mesh) if options.mesh else None
+        lm = load_model(options.preset, options.dtype, options.revision, mesh)
+        if options.adapters:
+            lm.load_adapters(options.adapters)
         self.texts = texts.read(options.perplexity, lm)
         # Also where no task is asked for: it refuses the directory of another model.
         self.model = OpenLlamaLM(
@@ -351,8 +334,8 @@ class Evaluation:
         from keras_openllama.training.data import files
 
         self.results |= parts
-        with files.appearing(self.directory / measurements.RESULTS) as unfinished:
-            Path(unfinished).write_text(json.dumps(self.results, indent=2) + "\n")
+        text = json.dumps(self.results, indent=2) + "\n"
+        files.write_bytes(self.directory / measurements.RESULTS, text.encode())
         reports.write([self.results], self.directory, self.options.beside)
         if parts.get("metrics"):
             print(tables.table([self.results], self.options.beside), flush=True)
@@ -370,7 +353,10 @@ def compare(options):
 
 def main(arguments=None):
     parser, options = parse_arguments(arguments)
-    check(parser, options)
+    try:
+        check(parser, options)
+    except ImportError as error:  # Of the extra `eval`.
+        parser.error(str(error))
     os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
         "KERAS_BACKEND", "jax"
     )

@@ -93,7 +93,9 @@ class OpenLlamaLM(TemplateLM):
                 f"preset={preset!r}, lm={lm!r}"
             )
         if lm is None:
-            lm = _load(preset, dtype, revision, (data, fsdp, model))
+            axes = {"data": data, "fsdp": fsdp, "model": model}
+            mesh = {axis: size for axis, size in axes.items() if size}
+            lm = load_model(preset, dtype, revision, mesh)
         if lm.preprocessor is None:
             raise ValueError(
                 "Tasks are text, and this model has no tokenizer: load it with its "
@@ -346,12 +348,20 @@ class OpenLlamaLM(TemplateLM):
         return ids[-length:]
 
 
-def _load(preset, dtype, revision, mesh):
+def load_model(preset, dtype=None, revision=None, mesh=None):
+    """Loads a model, spread over devices if asked to.
+
+    Args:
+        preset, dtype, revision: see `OpenLlamaCausalLM.from_preset`.
+        mesh: dict of sizes by axis, see `distribution.make_mesh`; `None` or empty is
+            whatever distribution is set.
+
+    Returns:
+        An `OpenLlamaCausalLM`.
+    """
     scope = contextlib.nullcontext()
-    if any(mesh):
-        data, fsdp, model = mesh
-        mesh = make_mesh(data=data or 1, fsdp=fsdp, model=model or 1)
-        scope = OpenLlamaParallel(mesh).scope()
+    if mesh:
+        scope = OpenLlamaParallel(make_mesh(**mesh)).scope()
     with scope:
         return OpenLlamaCausalLM.from_preset(preset, dtype=dtype, revision=revision)
 

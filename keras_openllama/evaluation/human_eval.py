@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from keras_openllama.evaluation.answers import fingerprint
 from keras_openllama.evaluation.samplers import sampling
+from keras_openllama.training.checks import whole
 
 SAMPLES = "human_eval_samples.jsonl"
 PROBLEMS = "human_eval_problems.jsonl"
@@ -239,10 +240,7 @@ def _check(lm, samples_per_problem, temperature, limit, batch_size):
     if limit is not None:
         counts["limit"] = limit
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(
-                f"`{name}` is a whole number from 1 on. Received: {name}={value!r}"
-            )
+        whole(1)(name, value)
     if temperature is not None and not temperature > 0:
         raise ValueError(
             "`temperature` is above 0, or None for the likeliest token always. "

@@ -22,9 +22,7 @@ def write(runs, directory, columns=()):
     text = tables.table(runs, columns)
     os.makedirs(directory, exist_ok=True)
     paths = [os.path.join(directory, "table.md")]
-    with files.appearing(paths[0]) as unfinished:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(text)
+    files.write_bytes(paths[0], text.encode())
     if pictures.drawn_metrics(runs):
         for ending in ("png", "svg"):
             paths.append(os.path.join(directory, f"table.{ending}"))

@@ -9,6 +9,7 @@ from keras_openllama.decoding import padded_rows
 from keras_openllama.evaluation import token_tries
 from keras_openllama.placement import put, row_sharding
 from keras_openllama.text_arrays import to_numpy
+from keras_openllama.training.checks import whole
 
 # Ours: tokens of a row whose logits are in memory at once.
 CHUNK = 32
@@ -42,13 +43,8 @@ class TokenScorer:
     """
 
     def __init__(self, lm, batch_size=DEFAULT_BATCH_SIZE):
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(
-                "`batch_size` is a whole number from 1 on. Received: "
-                f"batch_size={batch_size!r}"
-            )
         self.lm = lm
-        self.batch_size = batch_size
+        self.batch_size = whole(1)("batch_size", batch_size)
         scaling = lm.backbone.rope_scaling
         # Dynamic scaling depends on a sequence's length, and sharing knows no length.
         self.share = scaling is None or scaling["rope_type"] != "dynamic"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from local_tasks import write_tasks
+from local_tasks import write_own_task, write_tasks
 
 from keras_openllama.__main__ import main
 
@@ -32,17 +32,7 @@ def test_its_help_shows_how_to_name_the_model(words, capsys):
 
 def test_a_task_of_ones_own_is_evaluated(tmp_path):
     data = write_tasks(tmp_path, count=4)
-    task = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": str(data / "boolq.jsonl")}},
-        "validation_split": "validation",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
-        "doc_to_target": "label",
-        "doc_to_choice": ["no", "yes"],
-    }
-    (tmp_path / "mine.yaml").write_text(json.dumps(task))  # JSON is YAML, too.
+    write_own_task(tmp_path, data / "boolq.jsonl")
     result = run(
         *("--model", "keras_openllama", "--model_args", "preset=open_llama_nano"),
         *("--tasks", "mine", "--include_path", tmp_path, "--limit", 3),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from local_tasks import write_tasks
+from local_tasks import write_own_task, write_tasks
 
 from keras_openllama.evaluation import published, suite
 
@@ -53,17 +53,7 @@ def test_a_directory_of_data_that_there_is_not_is_refused(tmp_path):
 
 
 def test_tasks_of_ones_own_are_found(tmp_path):
-    config = {
-        "task": "mine",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": "boolq.jsonl"}},
-        "validation_split": "validation",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{passage}}",
-        "doc_to_target": "label",
-        "doc_to_choice": ["no", "yes"],
-    }
-    (tmp_path / "mine.yaml").write_text(json.dumps(config))  # JSON is YAML, too.
+    write_own_task(tmp_path, "boolq.jsonl")
     data = write_tasks(tmp_path / "data", count=3)
     (data / "boolq.jsonl").rename(data / "mine.jsonl")
     assert suite.task_names(None, ["mine"], tmp_path) == ["mine"]
