@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from keras_openllama import presets
-from keras_openllama.architecture import checked
-from keras_openllama.convert import to_transformers, weight_table
-from keras_openllama.convert.contents import Contents
-from keras_openllama.convert.formats import FORMATS
+from keras_openllama.checkpoints import transformers_export, weight_names
+from keras_openllama.checkpoints.contents import Contents
+from keras_openllama.checkpoints.formats import FORMATS
+from keras_openllama.config import checked
 
 GOAL_TIME, GOAL_MEMORY = 2.5, 2.5e9
 DTYPE = "float16"
@@ -75,7 +75,7 @@ def write_checkpoint(directory, layers):
     arguments = checked({**presets.find("open_llama_3b").config, "num_layers": layers})
     random = np.random.default_rng(0)
     pool = random.standard_normal(1 << 24, np.float32).astype(DTYPE)
-    sizes = weight_table.sizes(arguments)
+    sizes = weight_names.sizes(arguments)
 
     class Random:
         dtype = DTYPE
@@ -87,11 +87,11 @@ def write_checkpoint(directory, layers):
             return np.resize(pool, self.shape)
 
     tensors = {
-        row.path: Random(row.shape(sizes)) for row in weight_table.weights(layers)
+        row.path: Random(row.shape(sizes)) for row in weight_names.weights(layers)
     }
     directory.mkdir()
     contents = Contents(arguments, tensors)
-    for output in to_transformers.plan(contents, DTYPE, 2 << 30):
+    for output in transformers_export.plan(contents, DTYPE, 2 << 30):
         values = (tensors[path].array() for path in output.tensors)
         with open(directory / output.name, "wb") as file:
             output.write(file, values)

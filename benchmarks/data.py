@@ -29,10 +29,10 @@ import numpy as np
 import stand_in_mixture
 from tqdm import tqdm
 
-from keras_openllama.training.data import reading, shuffling, sources, tokenizing
-from keras_openllama.training.data.mixture import Interleaving, load
-from keras_openllama.training.data.rows import BestFit, Concatenated
-from keras_openllama.training.data.stream import TokenStream
+from keras_openllama.data import document_reader, shuffling, text_sources, tokenizing
+from keras_openllama.data.mixture import Interleaving, load
+from keras_openllama.data.sequence_index import BestFit, Concatenated
+from keras_openllama.data.token_stream import TokenStream
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core, as the others have.
 
@@ -72,25 +72,27 @@ def tokenize(rounds):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from keras_openllama.convert import fast_tokenizer
+    from keras_openllama.checkpoints import tokenizer_json
 
     proto = large_model()
     processor = tokenizing.processor_of(proto)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(fast_tokenizer.build(proto, starts=False))
+        tokenizer_object=Tokenizer.from_str(tokenizer_json.build(proto, starts=False))
     )
     with tempfile.TemporaryDirectory() as folder:
         texts = []
         for name, paths in specs().items():
             taken = 0
-            for unit in sources.units(name, paths):
-                for text in reading.documents(unit):
-                    if taken < TEXT_BYTES and not isinstance(text, reading.Skipped):
+            for unit in text_sources.units(name, paths):
+                for text in document_reader.documents(unit):
+                    if taken < TEXT_BYTES and not isinstance(
+                        text, document_reader.Skipped
+                    ):
                         texts.append(text)
                         taken += len(text)
         path = Path(folder, "text.jsonl")
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-        [unit] = sources.units("text", [str(path)])
+        [unit] = text_sources.units("text", [str(path)])
         size = sum(len(text.encode()) for text in texts) / 1e6
         settings = tokenizing.Settings(proto)
 
@@ -118,7 +120,7 @@ def tokenize(rounds):
 
 def prepared(folder):
     """The stand-in mixture, prepared with nano's tokenizer."""
-    from keras_openllama.training.data.preparation import prepare
+    from keras_openllama.data.preparation import prepare
 
     return prepare(specs(), "open_llama_nano", folder, "v2", report=lambda line: None)
 

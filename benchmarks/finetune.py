@@ -19,7 +19,7 @@ peft's adapters on transformers run PyTorch's usual loop.
     imports    resident memory when all is imported
     model      what building the model adds to that
     training   what the peak of training, compilation included, adds to imports
-    estimate   what `keras_openllama.training.memory` says training would add
+    estimate   what `keras_openllama.planning.finetune_memory` says training would add
 
 The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
 """
@@ -42,7 +42,7 @@ MEMORY = ("ours/jax", "ours/torch", "peft/torch")
 REFERENCE = "keras_hub/jax"
 # What a contender imports before it builds anything.
 MODULES = {
-    "ours": ("keras_openllama.causal_lm", "keras_openllama.optimizers"),
+    "ours": ("keras_openllama.models.causal_lm", "keras_openllama.optimizers"),
     "keras_hub": ("keras_hub",),
     "peft": ("torch", "transformers.models.llama.modeling_llama", "peft"),
 }
@@ -160,9 +160,9 @@ def compare_memory(options):
 
 
 def estimated(options, rank, backend):
-    from keras_openllama.training import memory
+    from keras_openllama.planning import finetune_memory
 
-    return memory.estimate(
+    return finetune_memory.estimate(
         train.keras_sizes(options),
         "float32",
         lora_rank=rank or None,

@@ -12,7 +12,7 @@ in, to run the data pipeline on. Models are not meant to learn from it.
 - books: Austen's novels and Moby-Dick
 - stackexchange: the FAQs of Perl, Debian and Python, one document per question
 
-Text comes from the Debian archive and from npm, by means of `train/fetch_corpus.py`.
+Text comes from the Debian archive and from npm, by means of `examples/fetch_corpus.py`.
 Nothing is installed, and none of the text belongs into the repository. The same
 packages and the same Python always give the same files.
 """
@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import fetch_corpus
 

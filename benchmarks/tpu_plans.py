@@ -21,8 +21,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from matplotlib.figure import Figure
 
-from keras_openllama.training import planning, recipe
-from keras_openllama.training.compiled_step import DoesNotFit
+from keras_openllama.planning import plan as planning
+from keras_openllama.planning.aot_compile import DoesNotFit
+from keras_openllama.runs import recipe
 
 # A v4-8 has 8 cores, which are 4 chips. One preset of each size: v1 and v2 are alike.
 SLICES = {

@@ -92,8 +92,8 @@ def ours(options):
 def pretrain(options):
     import jax
 
-    from keras_openllama.training import state as states
-    from keras_openllama.training_step import Options, as_batch
+    from keras_openllama.runs import train_state as states
+    from keras_openllama.training.train_step_jax import Options, as_batch
 
     lm = our_lm(options)
     lm.optimizer.build(lm.trainable_variables)

@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 # Public name -> module. Imported at first use, so that the command line can show its
 # help, and tools can read the version, without waiting for Keras.
 _MODULES = {
-    "OpenLlamaBackbone": "backbone",
-    "OpenLlamaTokenizer": "tokenizer",
-    "OpenLlamaCausalLMPreprocessor": "preprocessor",
-    "OpenLlamaCausalLM": "causal_lm",
+    "OpenLlamaBackbone": "models.backbone",
+    "OpenLlamaTokenizer": "models.tokenizer",
+    "OpenLlamaCausalLMPreprocessor": "models.causal_lm_preprocessor",
+    "OpenLlamaCausalLM": "models.causal_lm",
 }
 
 __all__ = ["__version__", *_MODULES]

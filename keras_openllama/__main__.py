@@ -10,8 +10,8 @@ import os
 import sys
 
 from keras_openllama import __version__
-from keras_openllama.commands import convert, generate, lm_eval, presets
-from keras_openllama.commands.process import PROGRAM, one_line
+from keras_openllama.cli import convert, generate, lm_eval, presets
+from keras_openllama.cli.process import PROGRAM, one_line
 
 DESCRIPTION = """\
 OpenLLaMA in Keras 3: let a model write, convert or evaluate it, or see which there are.

@@ -20,7 +20,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # Programs compiled by tests are no use to anyone: not into the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
-sys.path.insert(0, str(Path(__file__).parent))  # Helpers shared by several tests.
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # Shared helpers.
 
 import keras
 import pytest

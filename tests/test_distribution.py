@@ -38,7 +38,7 @@ import numpy as np
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW
-from keras_openllama.training_step import Options, gradients
+from keras_openllama.training.train_step_jax import Options, gradients
 
 jax.config.update("jax_disable_most_optimizations", True)  # Half the time.
 devices = keras.distribution.list_devices()

@@ -2,13 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
+from checkout import ROOT
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 MOST_LINES = 60  # Of an output: more of them is a log.

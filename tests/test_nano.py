@@ -2,15 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import keras
 import pytest
+from checkout import ROOT
 
 from keras_openllama import OpenLlamaCausalLM, OpenLlamaTokenizer
 from keras_openllama.evaluation import perplexity
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "presets"
 DIRECTORY = PRESETS / "open_llama_nano"
 MEGABYTE = 1_000_000

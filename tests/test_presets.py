@@ -1,462 +1,156 @@
-"""`from_preset`: every kind of preset, for every class, and what goes wrong."""
+"""presets/*.json say what was published, completely, and nothing else."""
 
-import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import keras
-import numpy as np
 import pytest
-from hub_server import HubServer
-from tiny_models import TinyShape, assert_close, batch, in_transformers
-from tokenizer_models import trained_model
+from checkout import ROOT
 
-from keras_openllama import (
-    OpenLlamaBackbone,
-    OpenLlamaCausalLM,
-    OpenLlamaCausalLMPreprocessor,
-    OpenLlamaTokenizer,
-    presets,
-)
+pytestmark = pytest.mark.backend_free
 
-ROOT = Path(__file__).parents[1]
-SHAPE = TinyShape("small", 4, 2, 16, vocabulary_size=512, context=48)
-SMALL = {
-    "vocabulary_size": SHAPE.vocabulary_size,
-    "num_layers": SHAPE.num_layers,
-    "num_query_heads": SHAPE.num_query_heads,
-    "num_key_value_heads": SHAPE.num_key_value_heads,
-    "head_dim": SHAPE.head_dim,
-    "hidden_dim": SHAPE.hidden_dim,
-    "intermediate_dim": SHAPE.intermediate_dim,
-    "max_sequence_length": SHAPE.context,
+PRESETS = ROOT / "presets"
+
+# From the published config.json files: layers, heads, head_dim, width, ff, parameters.
+SIZES = {
+    "3b": (26, 32, 100, 3200, 8640, 3_426_473_600),
+    "7b": (32, 32, 128, 4096, 11008, 6_738_415_616),
+    "13b": (40, 40, 128, 5120, 13824, 13_015_864_320),
 }
-HANDLE = "openlm-research/open_llama_3b_v2"
+# Preset: its size, its tokenizer, the repository that its weights are in.
+PUBLISHED = {
+    "open_llama_3b": ("3b", "v1", "open_llama_3b"),
+    "open_llama_7b": ("7b", "v1", "open_llama_7b"),
+    "open_llama_13b": ("13b", "v1", "open_llama_13b"),
+    "open_llama_3b_v2": ("3b", "v2", "open_llama_3b_v2"),
+    "open_llama_7b_v2": ("7b", "v2", "open_llama_7b_v2"),
+    "open_llama_3b_v3": ("3b", "v2", "open_llama_3b_v2"),
+}
+NAMES = [*PUBLISHED, "open_llama_nano"]
+
+KEYS = {
+    *("name", "description", "version", "parameters", "architecture", "tokenizer"),
+    *("weights", "notice", "license", "provenance", "recipe"),
+}
+ARCHITECTURE_KEYS = {
+    *("vocabulary_size", "num_layers", "num_query_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_dim", "intermediate_dim", "rope_max_wavelength"),
+    *("layer_norm_epsilon", "max_sequence_length", "initializer_std"),
+}
+TOKENIZER_KEYS = {
+    *("version", "file", "start_token_id", "end_token_id", "unk_token_id"),
+    "keeps_spaces",
+}
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    return in_transformers(SHAPE)
+def read(name):
+    return json.loads((PRESETS / f"{name}.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def directory(theirs, tmp_path_factory):
-    """A directory in transformers format: sharded safetensors and a tokenizer."""
-    path = tmp_path_factory.mktemp("transformers")
-    theirs.save_pretrained(path, max_shard_size="200KB")
-    (path / "tokenizer.model").write_bytes(trained_model(keep_spaces=True))
-    return path
-
-
-@pytest.fixture(scope="module")
-def inputs():
-    ids = batch(SHAPE)
-    return {"token_ids": ids, "padding_mask": np.ones_like(ids, bool)}
-
-
-# ----- The registry
-
-
-@pytest.mark.backend_free
-def test_the_registry_has_the_published_models():
-    assert {
-        "open_llama_3b",
-        "open_llama_7b",
-        "open_llama_13b",
-        "open_llama_3b_v2",
-        "open_llama_7b_v2",
-        "open_llama_3b_v3",
-    } <= set(presets.registry())
-    listed = OpenLlamaCausalLM.presets
-    assert set(listed) == set(presets.registry())
-    assert listed["open_llama_7b_v2"]["parameters"] == 6_738_415_616
-    assert listed["open_llama_7b_v2"]["description"]
-    handles = listed["open_llama_3b_v3"]["handles"]
-    assert handles["transformers"] == f"hf://{HANDLE}"
-
-
-@pytest.mark.backend_free
-def test_short_forms_drop_the_prefix():
-    assert presets.find("7b_v2") is presets.find("open_llama_7b_v2")
-    assert presets.find("3b_v9") is None
-
-
-@pytest.mark.backend_free
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("open_lama_7b_v2", "Did you mean 'open_llama_7b_v2'"),
-        ("13B", "Did you mean 'open_llama_13b'"),
-        ("someone/model", "is 'hf://someone/model'"),
-        ("/no/such/directory", "open_llama_3b_v2, .*Received: preset='/no/such/dir"),
-    ],
-)
-def test_an_unknown_preset_is_answered_with_the_list_and_the_nearest(name, message):
-    for cls in (OpenLlamaCausalLM, OpenLlamaBackbone, OpenLlamaTokenizer):
-        with pytest.raises(ValueError, match=message):
-            cls.from_preset(name)
-
-
-@pytest.mark.backend_free
-def test_arguments_that_make_no_sense_are_named(directory):
-    with pytest.raises(ValueError, match="preset=3"):
-        OpenLlamaCausalLM.from_preset(3)
-    with pytest.raises(ValueError, match="revision='main'"):
-        OpenLlamaCausalLM.from_preset(str(directory), revision="main")
-    with pytest.raises(ValueError, match="preprocessor='none'"):
-        OpenLlamaCausalLM.from_preset(str(directory), preprocessor="none")
-
-
-@pytest.mark.backend_free
-def test_the_registry_is_read_without_keras_or_a_network_library():
-    program = (
-        "import sys; from keras_openllama.presets import registry; registry()\n"
-        "print([m for m in ('keras', 'huggingface_hub') if m in sys.modules])"
+def parameters_of(architecture):
+    """Counts a LLaMA's weights: no biases, embeddings and head untied."""
+    width = architecture["hidden_dim"]
+    query = architecture["num_query_heads"] * architecture["head_dim"]
+    key_value = architecture["num_key_value_heads"] * architecture["head_dim"]
+    layer = (
+        2 * width * query  # query and output
+        + 2 * width * key_value
+        + 3 * width * architecture["intermediate_dim"]  # gate, up and down
+        + 2 * width  # the two norms
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.stdout == "[]\n", result.stderr
+    vocabulary = 2 * architecture["vocabulary_size"] * width
+    return vocabulary + architecture["num_layers"] * layer + width
 
 
-# ----- Directories in transformers format
+def test_there_is_one_file_for_each_preset():
+    assert sorted(path.stem for path in PRESETS.glob("*.json")) == sorted(NAMES)
 
 
-def test_the_task_is_loaded_with_its_tokenizer(theirs, directory, inputs):
-    import torch
-
-    lm = OpenLlamaCausalLM.from_preset(directory)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(inputs["token_ids"])).logits
-    assert_close(lm(inputs), expected)
-    assert lm.preprocessor.sequence_length == SHAPE.context
-    assert lm.preprocessor.tokenizer.keeps_spaces
-    text = lm.generate("a word", max_new_tokens=3)
-    assert text.startswith("a word")
-
-
-def test_each_class_is_loaded_on_its_own(directory):
-    backbone = OpenLlamaBackbone.from_preset(str(directory), dtype="bfloat16")
-    assert (backbone.num_key_value_heads, backbone.head_dim) == (2, 16)
-    assert backbone.token_embedding.embeddings.dtype == "bfloat16"
-    tokenizer = OpenLlamaTokenizer.from_preset(str(directory), add_bos=True)
-    assert tokenizer("a")[0] == tokenizer.start_token_id
-    preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(str(directory))
-    assert preprocessor.sequence_length == SHAPE.context
-    preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(
-        str(directory), sequence_length=7
-    )
-    assert preprocessor.sequence_length == 7
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_states_everything(name):
+    preset = read(name)
+    assert preset.keys() == KEYS
+    assert preset["name"] == name
+    assert preset["description"]
+    assert preset["architecture"].keys() == ARCHITECTURE_KEYS
+    assert preset["tokenizer"].keys() == TOKENIZER_KEYS
+    assert preset["license"] == "Apache-2.0"
+    assert preset["provenance"]
 
 
-def test_arguments_of_the_backbone_override_the_presets(directory):
-    scaling = {"rope_type": "linear", "factor": 2.0}
-    lm = OpenLlamaCausalLM.from_preset(
-        str(directory), rope_scaling=scaling, max_sequence_length=96
-    )
-    assert lm.backbone.rope_scaling == scaling
-    assert lm.preprocessor.sequence_length == 96
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stated_parameters_are_those_of_the_architecture(name):
+    preset = read(name)
+    assert parameters_of(preset["architecture"]) == preset["parameters"]
 
 
-@pytest.mark.backend_free
-def test_a_preprocessor_can_be_given_or_left_out(directory, tmp_path, theirs):
-    own = OpenLlamaCausalLMPreprocessor(
-        OpenLlamaTokenizer(trained_model(keep_spaces=False)), sequence_length=9
-    )
-    lm = OpenLlamaCausalLM.from_preset(str(directory), preprocessor=own)
-    assert lm.preprocessor is own
-    theirs.save_pretrained(tmp_path)
-    assert OpenLlamaCausalLM.from_preset(tmp_path, preprocessor=None).preprocessor is (
-        None
-    )
-    with pytest.raises(OSError, match=r"tokenizer\.model.*preprocessor=None"):
-        OpenLlamaCausalLM.from_preset(tmp_path)
-
-
-@pytest.mark.backend_free
-def test_a_tokenizer_with_more_pieces_than_embeddings_is_refused(directory, tmp_path):
-    for path in directory.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    larger = trained_model(keep_spaces=True, vocab_size=600)
-    (tmp_path / "tokenizer.model").write_bytes(larger)
-    with pytest.raises(ValueError, match="600 pieces and the model 512 embeddings"):
-        OpenLlamaCausalLM.from_preset(tmp_path)
-
-
-# ----- Directories in KerasHub format
-
-
-@pytest.fixture(scope="module")
-def saved(directory, tmp_path_factory):
-    path = tmp_path_factory.mktemp("keras_hub")
-    OpenLlamaCausalLM.from_preset(str(directory)).save_to_preset(str(path))
-    return path
-
-
-def test_what_was_saved_to_a_preset_comes_back(directory, saved, inputs):
-    before = OpenLlamaCausalLM.from_preset(str(directory))
-    after = OpenLlamaCausalLM.from_preset(str(saved))
-    np.testing.assert_array_equal(
-        keras.ops.convert_to_numpy(after(inputs)),
-        keras.ops.convert_to_numpy(before(inputs)),
-    )
-    assert after.preprocessor.sequence_length == SHAPE.context
-    backbone = OpenLlamaBackbone.from_preset(str(saved), dtype="bfloat16")
-    assert backbone.final_norm.weights[0].dtype == "bfloat16"
-    assert OpenLlamaTokenizer.from_preset(str(saved)).keeps_spaces
-    assert OpenLlamaCausalLMPreprocessor.from_preset(str(saved)).sequence_length == 48
-
-
-def test_saved_presets_take_overrides_dtype_and_no_preprocessor(saved, tmp_path):
-    lm = OpenLlamaCausalLM.from_preset(
-        str(saved), preprocessor=None, dtype="bfloat16", max_sequence_length=96
-    )
-    assert lm.preprocessor is None
-    assert lm.backbone.max_sequence_length == 96
-    assert {weight.dtype for weight in lm.weights} == {"bfloat16"}
-
-
-@pytest.mark.backend_free
-def test_a_damaged_saved_preset_is_named(saved, tmp_path):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in saved.glob("*.*"):
-        (copy / path.name).write_bytes(path.read_bytes())
-    weights = copy / "model.weights.h5"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(OSError, match=rf"{copy}, in KerasHub's format"):
-        OpenLlamaBackbone.from_preset(str(copy))
-    weights.unlink()
-    with pytest.raises(OSError, match=rf"{copy}.*model\.weights"):
-        OpenLlamaBackbone.from_preset(str(copy))
-    config = json.loads((copy / "config.json").read_text())
-    config["registered_name"] = "other>Backbone"
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"other>Backbone"):
-        OpenLlamaBackbone.from_preset(str(copy))
-
-
-# ----- The Hub
-
-SMALL_PRESET = """
-import dataclasses, sys
-from keras_openllama import presets
-known = presets.registry()
-small = {small!r}
-for name in ("open_llama_3b_v2", "open_llama_3b_v3"):
-    known[name] = dataclasses.replace(known[name], config=small)
-"""
-GENERATE = """
-from keras_openllama import OpenLlamaCausalLM
-lm = OpenLlamaCausalLM.from_preset({preset!r}, dtype={dtype!r})
-print(repr(lm.generate("a word", max_new_tokens=8)))
-"""
-
-
-@pytest.fixture(scope="module")
-def hub_files(theirs, directory):
-    """The files of a repository as the published ones are: sharded float16 `.bin`."""
-    import torch
-
-    state = {name: tensor.half() for name, tensor in theirs.state_dict().items()}
-    files, weight_map = {}, {}
-    names = sorted(state)
-    for number, part in enumerate((names[:7], names[7:]), 1):
-        file = f"pytorch_model-{number:05}-of-00002.bin"
-        path = directory.parent / file
-        torch.save({name: state[name] for name in part}, path)
-        files[file] = path.read_bytes()
-        weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    config = json.loads((directory / "config.json").read_text())
-    # Neither is in the published repositories.
-    del config["head_dim"], config["rope_parameters"]
-    return {
-        **files,
-        "pytorch_model.bin.index.json": json.dumps(index).encode(),
-        "config.json": json.dumps(config).encode(),
-        "tokenizer.model": (directory / "tokenizer.model").read_bytes(),
-        "README.md": b"read me",
-        "generation_config.json": b"{}",
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_sizes(name):
+    size, _, _ = PUBLISHED[name]
+    layers, heads, head_dim, width, intermediate, parameters = SIZES[size]
+    preset = read(name)
+    assert preset["parameters"] == parameters
+    assert preset["architecture"] == {
+        "vocabulary_size": 32000,
+        "num_layers": layers,
+        "num_query_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "hidden_dim": width,
+        "intermediate_dim": intermediate,
+        "rope_max_wavelength": 10000.0,
+        "layer_norm_epsilon": 1e-6,
+        "max_sequence_length": 2048,
+        "initializer_std": 0.02,
     }
 
 
-@pytest.fixture
-def hub(hub_files):
-    with HubServer().running() as server:
-        server.publish(HANDLE, hub_files)
-        yield server
-
-
-def run(hub, home, program, **variables):
-    """Runs a program in a new process whose Hub is the server."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
-        **variables,
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_tokenizers(name):
+    _, version, _ = PUBLISHED[name]
+    preset = read(name)
+    assert preset["version"] == version
+    assert preset["tokenizer"] == {
+        "version": version,
+        "file": "tokenizer.model",
+        "start_token_id": 1,
+        "end_token_id": 2,
+        "unk_token_id": 0,
+        "keeps_spaces": version == "v2",
     }
-    return subprocess.run(
-        [sys.executable, "-c", SMALL_PRESET.format(small=SMALL) + program],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
-def test_a_registered_preset_is_downloaded_once_and_then_works_offline(
-    hub, hub_files, directory, tmp_path
-):
-    program = GENERATE.format(preset="open_llama_3b_v3", dtype="float32")
-    hub.break_after = {"pytorch_model-00001-of-00002.bin": [50_000]}
-    first = run(hub, tmp_path, program)
-    assert first.returncode == 0, first.stderr
-    needed = {"tokenizer.model", *(n for n in hub_files if "pytorch_model" in n)}
-    assert set(hub.downloads()) == needed
-    assert first.stderr.count("one release") == 1  # the notice of 3b_v3
-    assert "pytorch_model-00001-of-00002.bin:" in first.stderr  # a progress bar
-
-    hub.requests.clear()
-    offline = run(hub, tmp_path, program, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
-    assert not hub.requests
-    assert offline.stdout == first.stdout
-    assert first.stdout.startswith("'a word")
-
-
-@pytest.fixture
-def in_process(hub, monkeypatch, tmp_path):
-    """This process takes the server for the Hub."""
-    from huggingface_hub import constants
-
-    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return hub
-
-
-def small_registry(monkeypatch, **changes):
-    """Lets `open_llama_3b_v2` have the architecture of the small repository."""
-    known = presets.registry()["open_llama_3b_v2"]
-    monkeypatch.setitem(
-        presets.registry(),
-        "open_llama_3b_v2",
-        dataclasses.replace(known, config=SMALL, **changes),
-    )
-
-
-@pytest.mark.backend_free
-def test_a_repository_is_loaded_by_its_handle(in_process, theirs, inputs):
-    import torch
-
-    lm = OpenLlamaCausalLM.from_preset(f"hf://{HANDLE}", dtype="float32")
-    assert lm.backbone.rope_max_wavelength == 10000.0
-    with torch.no_grad():
-        expected = theirs(torch.tensor(inputs["token_ids"])).logits.numpy()
-    got = keras.ops.convert_to_numpy(lm(inputs))
-    assert np.abs(got - expected).max() < 1e-2 * np.abs(expected).max()  # float16
-    assert "README.md" not in in_process.downloads()
-
-
-@pytest.mark.backend_free
-def test_only_what_is_asked_for_is_downloaded(in_process, monkeypatch):
-    small_registry(monkeypatch)
-    OpenLlamaTokenizer.from_preset("3b_v2")
-    assert in_process.downloads() == ["tokenizer.model"]
-    OpenLlamaCausalLM.from_preset("3b_v2", load_weights=False, preprocessor=None)
-    assert in_process.downloads() == ["tokenizer.model"]
-
-
-@pytest.mark.backend_free
-def test_one_weight_format_is_downloaded(in_process, directory, hub_files):
-    safetensors = {
-        path.name: path.read_bytes() for path in directory.glob("*safetensors*")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_weights_and_their_config(name):
+    _, _, repository = PUBLISHED[name]
+    preset = read(name)
+    handle = f"openlm-research/{repository}"
+    assert preset["weights"] == {
+        "transformers": f"hf://{handle}",
+        "easylm": f"hf://{handle}_easylm",
     }
-    in_process.publish(HANDLE, {**hub_files, **safetensors})
-    OpenLlamaBackbone.from_preset(f"hf://{HANDLE}")
-    assert set(in_process.downloads()) == {"config.json", *safetensors}
+    url = f"https://huggingface.co/{handle}/blob/main/config.json"
+    assert preset["provenance"]["config"] == url
 
 
-@pytest.mark.backend_free
-def test_a_revision_is_pinned(in_process, monkeypatch, hub_files):
-    small_registry(monkeypatch)
-    commit = in_process.publish(HANDLE, hub_files, branch="v1")
-    in_process.publish(HANDLE, {"README.md": b"taken down"})
-    with pytest.raises(OSError, match=r"No weights found.*README\.md"):
-        OpenLlamaBackbone.from_preset("open_llama_3b_v2")
-    for revision in ("v1", commit):
-        OpenLlamaBackbone.from_preset("open_llama_3b_v2", revision=revision)
-    with pytest.raises(ValueError, match="revision='v2'"):
-        OpenLlamaBackbone.from_preset("open_llama_3b_v2", revision="v2")
+@pytest.mark.parametrize("name", NAMES)
+def test_only_3b_v3_has_something_to_say_when_it_is_loaded(name):
+    notice = read(name)["notice"]
+    if name == "open_llama_3b_v3":
+        assert "open_llama_3b_v2" in notice
+    else:
+        assert notice is None
 
 
-@pytest.mark.backend_free
-def test_a_truncated_file_in_the_cache_is_named(in_process, tmp_path):
-    OpenLlamaBackbone.from_preset(f"hf://{HANDLE}")
-    name = "pytorch_model-00002-of-00002.bin"
-    shard = next((tmp_path / "cache").glob(f"**/snapshots/*/{name}")).resolve()
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{name}.*delete {shard}"):
-        OpenLlamaBackbone.from_preset(f"hf://{HANDLE}")
-    shard.unlink()
-    OpenLlamaBackbone.from_preset(f"hf://{HANDLE}")
+def test_the_embedded_weights_are_beside_their_preset():
+    weights = read("open_llama_nano")["weights"]["transformers"]
+    present = {path.name for path in (PRESETS / weights).iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.model"} <= present
 
 
-@pytest.mark.backend_free
-def test_the_other_versions_tokenizer_is_refused(in_process, monkeypatch, hub_files):
-    small_registry(monkeypatch)
-    v1 = trained_model(keep_spaces=False)
-    in_process.publish(HANDLE, {**hub_files, "tokenizer.model": v1})
-    with pytest.raises(ValueError, match=r"tokenizer\.model merges runs of spaces"):
-        OpenLlamaCausalLM.from_preset("open_llama_3b_v2")
-    OpenLlamaCausalLM.from_preset(f"hf://{HANDLE}")  # which promises no version
-
-
-@pytest.mark.backend_free
-def test_a_repository_in_keras_hub_format_is_loaded(in_process, saved, inputs):
-    files = {
-        str(path.relative_to(saved)): path.read_bytes()
-        for path in saved.rglob("*")
-        if path.is_file()
-    }
-    in_process.publish("someone/saved", {**files, "README.md": b""})
-    lm = OpenLlamaCausalLM.from_preset("hf://someone/saved")
-    local = OpenLlamaCausalLM.from_preset(str(saved))
-    np.testing.assert_array_equal(
-        keras.ops.convert_to_numpy(lm(inputs)),
-        keras.ops.convert_to_numpy(local(inputs)),
-    )
-    assert "README.md" not in in_process.downloads()
-
-
-@pytest.mark.backend_free
-def test_without_a_network_and_a_cache_the_file_and_its_address_are_named(
-    in_process, monkeypatch
-):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    url = f"{in_process.endpoint}/{HANDLE}/resolve/main"
-    with pytest.raises(OSError, match=rf"{url}/tokenizer\.model.*hf download"):
-        OpenLlamaCausalLM.from_preset("open_llama_3b_v2")
-    with pytest.raises(OSError, match=rf"{url}/pytorch_model.*hf download"):
-        OpenLlamaCausalLM.from_preset("open_llama_3b_v2", preprocessor=None)
-
-
-@pytest.mark.backend_free
-def test_the_notice_of_3b_v3_is_given_once(in_process):
-    presets._tell_once.cache_clear()
-    with pytest.warns(UserWarning, match="one release") as warnings:
-        for _ in range(2):
-            OpenLlamaTokenizer.from_preset("open_llama_3b_v3")
-    assert len([w for w in warnings if "one release" in str(w.message)]) == 1
-    assert warnings[0].filename == __file__
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_lists_the_preset_as_it_is(name):
+    readme = (PRESETS.parent / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
+    preset = read(name)
+    assert f"| {preset['parameters']:,} |" in row
+    if name in PUBLISHED:
+        assert f"| {preset['tokenizer']['version']} |" in row

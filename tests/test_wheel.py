@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 pytestmark = pytest.mark.backend_free
 
-ROOT = Path(__file__).resolve().parent.parent
 
 GENERATE = """
 import keras_openllama

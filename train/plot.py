@@ -1,69 +1,11 @@
-"""Draw the loss of pretraining runs, also while they are going on.
+"""The command `keras-openllama plot`, from a checkout: see `--help`."""
 
-    python train/plot.py runs/nano                             # into loss.png
-    python train/plot.py runs/3b_v2 runs/7b_v2 --output loss.svg
-    python train/plot.py runs/nano --x hours --smooth 50
-
-Each run is a directory that train/pretrain.py writes (its --output), with metrics.jsonl
-in it. A run is a colour: every step faint, the exponential average over --smooth steps
-as a line, and validation as points if it evaluated. The first steps may leave the
-picture at the top.
-
-The same numbers, and more of them, are in TensorBoard: tensorboard --logdir runs
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from keras_openllama.training import plots
-
-
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's directory; several in one axes"
-    )
-    parser.add_argument(
-        "--output",
-        default="loss.png",
-        metavar="FILE",
-        help="where the picture goes, .png or .svg (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--smooth",
-        type=int,
-        metavar="N",
-        help="steps that the line averages over; 1 draws each step as it is "
-        "(default: a hundredth of the longest run)",
-    )
-    parser.add_argument(
-        "--x",
-        choices=plots.X_AXES,
-        default=plots.X_AXES[0],
-        help="what the loss is drawn against; hours are those of waiting for data, "
-        "computing and saving checkpoints, without restarts (default: %(default)s)",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    options = parse_arguments(arguments)
-    try:
-        runs = plots.read_runs(options.runs)
-        plots.draw(runs, options.output, options.x, options.smooth)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot: {error}")
-    for run in runs:
-        last = run.records[-1]
-        tokens = f", {last['tokens']:,} tokens" if "tokens" in last else ""
-        print(f"{run.name}: step {last['step']:,}{tokens}, loss {last['loss']:.4f}")
-    print(f"drawn: {options.output}")
-
+from keras_openllama.cli.plot import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

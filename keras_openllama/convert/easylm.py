@@ -1,19 +1,11 @@
-"""Models in EasyLM's checkpoints, in and out.
+"""Models from and to checkpoints of EasyLM, which hold weights alone.
 
-The only module that knows of EasyLM's conventions: matrices lie as
-`(inputs, outputs)`, and in queries and keys the two numbers that a rotary angle turns
-stand side by side, where ours (and those of transformers) are half a head apart.
-
-Source: https://github.com/young-geng/EasyLM, `EasyLM/models/llama/llama_model.py` and
-`convert_easylm_to_hf.py`.
+Source: https://github.com/young-geng/EasyLM.
 """
 
-from keras_openllama.convert import msgpack_files, msgpack_writing, weight_table
-from keras_openllama.convert.arrays import contiguous
-from keras_openllama.convert.formats import EASYLM_CONTENTS
-from keras_openllama.convert.matching import match
-from keras_openllama.convert.outputs import Output
-from keras_openllama.convert.stored import Rearranged
+from keras_openllama.checkpoints import contents, writer
+from keras_openllama.loading.load import load_task
+from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 
 def load(path, preset, *, dtype=None, preprocessor="auto", **kwargs):
@@ -42,9 +34,8 @@ def load(path, preset, *, dtype=None, preprocessor="auto", **kwargs):
     lm = easylm.load("open_llama_3b_v2_easylm/params", "open_llama_3b_v2")
     ```
     """
-    from keras_openllama import OpenLlamaCausalLM, presets
 
-    return presets.load_task(
+    return load_task(
         OpenLlamaCausalLM,
         preset,
         easylm=path,
@@ -79,138 +70,6 @@ def save(lm, path, dtype="bfloat16", content="params", force=False):
     easylm.save(lm, "open_llama_3b_v2.msgpack")
     ```
     """
-    from keras_openllama.convert import contents, conversion
 
-    request = conversion.Request(
-        path, "easylm", dtype=dtype, content=content, force=force
-    )
-    conversion.write(contents.of_model(lm), request)
-
-
-def read_tensors(path, arguments, head=True):
-    """Describes the tensors of a checkpoint; none is read yet.
-
-    Args:
-        path: path of the file.
-        arguments: dict, arguments of `OpenLlamaBackbone`.
-        head: bool, whether the language-model head is wanted.
-
-    Returns:
-        Dict of `stored.StoredTensor`s by variable path, laid out as ours.
-
-    Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is damaged, or its tensors are not those of the network that
-            the arguments describe.
-    """
-    found = msgpack_files.read(path)
-    prefix = EASYLM_CONTENTS["trainstate_params"]
-    if not any(key[: len(prefix)] == prefix for key in found):
-        prefix = ()
-    # The rest of a train state belongs to its optimizer.
-    tensors = {
-        "/".join(key[len(prefix) :]): stored
-        for key, stored in found.items()
-        if key[: len(prefix)] == prefix
-    }
-    if not head:
-        tensors.pop(weight_table.HEAD.easylm, None)
-    rows = weight_table.weights(arguments["num_layers"], head)
-    sizes = weight_table.sizes(arguments)
-    matched = match(
-        tensors, {row.path: (row.easylm, _shape_of(row, sizes)) for row in rows}, path
-    )
-    head_dim = arguments["head_dim"]
-    return {row.path: _as_ours(row, matched[row.path], head_dim) for row in rows}
-
-
-def plan(contents, dtype, content):
-    """The one file of a checkpoint.
-
-    Args:
-        contents: `contents.Contents`.
-        dtype: string, of the weights to write.
-        content: one of `EASYLM_CONTENTS`.
-
-    Returns:
-        List of one `outputs.Output`.
-    """
-    rows = weight_table.weights(contents.arguments["num_layers"])
-    sizes = weight_table.sizes(contents.arguments)
-    head_dim = contents.arguments["head_dim"]
-    specs = {
-        (*EASYLM_CONTENTS[content], *row.easylm.split("/")): (
-            _shape_of(row, sizes),
-            dtype,
-        )
-        for row in rows
-    }
-    streaming = content != "flax_params"
-
-    def write(file, values):
-        arranged = (
-            _as_easylm(row, value, head_dim)
-            for row, value in zip(rows, values, strict=True)
-        )
-        msgpack_writing.write(file, specs, arranged, streaming)
-
-    size = msgpack_writing.size(specs, streaming)
-    return [Output("", size, write, tuple(row.path for row in rows))]
-
-
-def _shape_of(row, sizes):
-    """The shape of a weight in EasyLM.
-
-    Args:
-        row: `weight_table.Weight`.
-        sizes: `weight_table.sizes(arguments)`.
-    """
-    shape = row.shape(sizes)
-    return shape if row.easylm_layout == weight_table.SAME else shape[::-1]
-
-
-def _as_ours(row, stored, head_dim):
-    if row.easylm_layout == weight_table.SAME:
-        return stored
-    stored = stored.transposed()
-    if row.easylm_layout == weight_table.TURNED:
-        return stored
-    return Rearranged(stored, stored.shape, lambda array: halves_apart(array, head_dim))
-
-
-def _as_easylm(row, array, head_dim):
-    """A weight as it lies in EasyLM's checkpoints.
-
-    Args:
-        row: `weight_table.Weight`.
-        array: NumPy array, laid out as ours.
-        head_dim: int, size of a head.
-
-    Returns:
-        NumPy array; a matrix comes as a transposed view.
-    """
-    if row.easylm_layout == weight_table.ROTARY:
-        array = pairs_together(array, head_dim)
-    return array if row.easylm_layout == weight_table.SAME else array.T
-
-
-def halves_apart(kernel, head_dim):
-    """Rows of each head from pairs side by side to first halves, then second halves.
-
-    Args:
-        kernel: NumPy array `(heads * head_dim, inputs)`, as EasyLM orders the rows.
-        head_dim: int, even.
-
-    Returns:
-        NumPy array of the same shape, rows as ours.
-    """
-    outputs, inputs = kernel.shape
-    pairs = contiguous(kernel).reshape(-1, head_dim // 2, 2, inputs)
-    return pairs.swapaxes(1, 2).reshape(outputs, inputs)
-
-
-def pairs_together(kernel, head_dim):
-    """The inverse of `halves_apart`."""
-    outputs, inputs = kernel.shape
-    halves = contiguous(kernel).reshape(-1, 2, head_dim // 2, inputs)
-    return halves.swapaxes(1, 2).reshape(outputs, inputs)
+    request = writer.Request(path, "easylm", dtype=dtype, content=content, force=force)
+    writer.write(contents.of_model(lm), request)

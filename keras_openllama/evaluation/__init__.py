@@ -19,4 +19,6 @@ except ImportError as error:
 MODEL = "keras_openllama"
 
 # By name, so that neither Keras nor the model is imported before one is asked for.
-model_registry.register(MODEL, target="keras_openllama.evaluation.harness:OpenLlamaLM")
+model_registry.register(
+    MODEL, target="keras_openllama.evaluation.lm_eval_model:OpenLlamaLM"
+)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from keras_openllama.evaluation.answers import fingerprint
+from keras_openllama.evaluation.response_cache import fingerprint
 from keras_openllama.evaluation.samplers import sampling
-from keras_openllama.training.checks import whole
+from keras_openllama.utils.validation import whole
 
 SAMPLES = "human_eval_samples.jsonl"
 PROBLEMS = "human_eval_problems.jsonl"

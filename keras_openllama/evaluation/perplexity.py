@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from keras_openllama.evaluation.token_scores import DEFAULT_BATCH_SIZE, TokenScorer
+from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 
 PROTOCOLS = ("strided", "llama.cpp")
 LLAMA_CPP_CONTEXT = 512  # Of llama-perplexity, where no -c is given.

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from keras_openllama._keras_hub import GreedySampler, get_sampler
+from keras_openllama.backend.keras_hub import GreedySampler, get_sampler
 
 
 @contextlib.contextmanager

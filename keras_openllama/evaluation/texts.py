@@ -100,7 +100,7 @@ def _document(line, place):
 
 def _prepared(path, lm):
     try:
-        from keras_openllama.training.data.prepared import PreparedData
+        from keras_openllama.data.prepared_data import PreparedData
     except ImportError as error:
         raise ImportError(
             "Reading a prepared data set needs the extra `train`: pip install "

@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_openllama.layers.projection import Projection
+from keras_openllama.layers.remat import computed_again
 from keras_openllama.layers.rotary_embedding import rotate
-from keras_openllama.rematerialization import computed_again
 
 if keras.config.backend() == "torch":
     import torch

@@ -6,8 +6,8 @@ import keras
 
 from keras_openllama.layers.attention import CausalSelfAttention, attend_to_past
 from keras_openllama.layers.feed_forward import FeedForward
+from keras_openllama.layers.remat import rematerialized
 from keras_openllama.layers.rms_norm import RMSNorm
-from keras_openllama.rematerialization import rematerialized
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")

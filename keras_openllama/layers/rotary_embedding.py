@@ -13,42 +13,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_openllama.config import check_rope_scaling
+
 if keras.config.backend() == "jax":
     import jax
-
-SCALING_TYPES = ("linear", "dynamic")
-
-
-def check_rope_scaling(rope_scaling):
-    """Returns `rope_scaling` as a plain dict, or `None`.
-
-    Args:
-        rope_scaling: `None`, or a dict with `"rope_type"` (`"linear"` or
-            `"dynamic"`) and `"factor"`, a number of at least 1: by how much the
-            context is stretched.
-
-    Raises:
-        ValueError: for any other type, factor or key.
-    """
-    if rope_scaling is None:
-        return None
-    if not isinstance(rope_scaling, dict):
-        rope_scaling = {"rope_type": rope_scaling}  # Which is refused below.
-    unknown = set(rope_scaling) - {"rope_type", "factor"}
-    rope_type = rope_scaling.get("rope_type")
-    factor = rope_scaling.get("factor")
-    if unknown or rope_type not in SCALING_TYPES:
-        raise ValueError(
-            "`rope_scaling` takes `None` or a dict like "
-            '{"rope_type": "linear", "factor": 2.0}, with "rope_type" one of '
-            f"{SCALING_TYPES}. Received: rope_scaling={rope_scaling}"
-        )
-    if not isinstance(factor, (int, float)) or not factor >= 1:
-        raise ValueError(
-            '`rope_scaling["factor"]` must be a number of at least 1 (the context '
-            f"is stretched by it). Received: rope_scaling={rope_scaling}"
-        )
-    return {"rope_type": rope_type, "factor": float(factor)}
 
 
 def rotate(x, cos, sin):

@@ -1,1 +1,1 @@
-"""Training: the data. Needs the extra `train`."""
+"""What `fit` is: train steps, loss, callbacks."""

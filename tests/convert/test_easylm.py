@@ -10,9 +10,8 @@ from easylm_files import write_stream
 from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
-from keras_openllama.convert import easylm
-from keras_openllama.convert.conversion import convert
-from keras_openllama.convert.easylm import halves_apart, pairs_together
+from keras_openllama.checkpoints.easylm import halves_apart, pairs_together
+from keras_openllama.convert import convert, easylm
 
 SHAPE = SHAPES[2]  # With fewer heads for keys and values than for queries.
 CONTENTS = ("params", "trainstate_params", "flax_params")

@@ -62,8 +62,8 @@ def test_rotation_by_a_product_is_faster_on_a_tpu():
     """By its compiler's estimate, after the projection of 8,192 tokens of 7B."""
     import jax
 
-    from keras_openllama.training.compiled_step import devices_of
-    from keras_openllama.training.cost_model import price
+    from keras_openllama.planning.aot_compile import devices_of
+    from keras_openllama.planning.cost_model import price
 
     chip, devices = devices_of("v4:2x2x1")
     on_chip = jax.sharding.SingleDeviceSharding(devices[0])

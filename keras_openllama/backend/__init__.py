@@ -1,0 +1,1 @@
+"""What knows the internals of Keras, KerasHub and the three backends."""

@@ -1,0 +1,1 @@
+"""Weights in files: one module per format, which reads and writes it."""

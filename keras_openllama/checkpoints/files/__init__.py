@@ -1,0 +1,1 @@
+"""Container formats of tensors: safetensors, torch zip and pickle, msgpack."""

@@ -1,0 +1,391 @@
+"""Fine-tune a preset on JSON lines: adapters (LoRA) or all of its weights.
+
+    python train/finetune.py --preset nano --data pairs.jsonl --lora-rank 8
+        trains adapters on the responses of {"prompt": …, "response": …} lines
+    python train/finetune.py --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
+        --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
+        makes prompts and responses of other keys
+    python train/finetune.py --estimate
+        tells what memory each way takes, and ends
+
+Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
+{"text": …}. The loss is that of responses; texts are learned whole.
+
+The same command again goes on where the run stopped. The run's directory holds
+metrics.jsonl, validation.jsonl, loss.png, answers before and after in samples.txt,
+TensorBoard's events, and in the end adapters/ (for `lm.load_adapters` and PEFT) and
+model/ (merged, for transformers and for `keras-openllama generate --preset DIR/model`).
+
+Exit codes: 0 the run is complete; 75 a signal came (SIGTERM, Ctrl-C), all is saved and
+the same command goes on; 70 too many steps in a row had a loss or gradient that is not
+finite; 74 something could not be written; 2 an argument or an example is wrong, or does
+not fit the run that is there, or the memory.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+POLICIES = ("none", "products", "projections", "full")
+DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset",
+        help="what to start from: a preset such as 7b_v2 or nano, a directory, or "
+        "hf://user/repo",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="directory of the run (default: runs/PRESET-finetuned)",
+    )
+    data = parser.add_argument_group("examples")
+    data.add_argument(
+        "--data", nargs="+", default=(), metavar="FILE", help="JSON lines"
+    )
+    data.add_argument(
+        "--prompt", metavar="TEMPLATE", help='such as "Q: {question}\\nA:"'
+    )
+    data.add_argument("--response", metavar="TEMPLATE", help='such as " {answer}"')
+    data.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help='JSON by role, such as {"user": "USER: {content}\\n", "assistant": "BOT: '
+        '{content}"}',
+    )
+    data.add_argument("--validation", metavar="FILE", help="JSON lines to validate on")
+    data.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="of the examples, without --validation (default: %(default)s)",
+    )
+    data.add_argument(
+        "--length",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens of a row; what is longer is cut (default: %(default)s)",
+    )
+    data.add_argument(
+        "--pack", action="store_true", help="put several examples into a row"
+    )
+    what = parser.add_argument_group("what is trained")
+    what.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rank of adapters; 0, the default, trains all weights",
+    )
+    what.add_argument(
+        "--lora-alpha", type=float, metavar="X", help="their scale (default: the rank)"
+    )
+    what.add_argument(
+        "--lora-targets",
+        nargs="+",
+        choices=TARGETS,
+        metavar="NAME",
+        help=f"some of {', '.join(TARGETS)} (default: query value)",
+    )
+    what.add_argument(
+        "--int8", action="store_true", help="quantize the weights below the adapters"
+    )
+    what.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: float32 on CPUs; elsewhere bfloat16 with adapters, and "
+        "mixed_bfloat16 without",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--epochs", type=float, default=3.0, metavar="X")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows")
+    how.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="peak of a cosine (default: 2e-4 with adapters, else 2e-5)",
+    )
+    how.add_argument(
+        "--warmup", type=float, default=0.03, metavar="X", help="share of the steps"
+    )
+    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X")
+    how.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts of a batch that follow each other, to save memory (JAX)",
+    )
+    how.add_argument(
+        "--rematerialize",
+        choices=POLICIES,
+        default="none",
+        help="what is computed twice, to save memory (JAX; default: %(default)s)",
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N")
+    how.add_argument(
+        "--mesh",
+        metavar="AXIS=N,…",
+        help="such as data=2,fsdp=4 (JAX; default: all devices along fsdp)",
+    )
+    how.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+    seen = parser.add_argument_group("what is seen and kept")
+    seen.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    seen.add_argument(
+        "--validate-every", type=int, metavar="STEPS", help="default: ten times"
+    )
+    seen.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="asked before and after; again for more (default: held-out prompts)",
+    )
+    seen.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    seen.add_argument(
+        "--export",
+        choices=("all", "adapters", "model", "none"),
+        default="all",
+        help="what is written in the end (default: %(default)s)",
+    )
+    seen.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print what memory training takes, for every preset, and end",
+    )
+    return parser, parser.parse_args(arguments)
+
+
+def settings_of(parser, options):
+    """`finetuning.Settings` from the flags, checked."""
+    from keras_openllama.runs.finetuning import Settings
+
+    if not options.preset:
+        parser.error("--preset: name what to start from.")
+    if not options.data:
+        parser.error("--data: name the files of your examples (JSON lines).")
+    for path in [*options.data, *filter(None, [options.validation])]:
+        if not Path(path).is_file():
+            parser.error(f"--data, --validation: there is no file {path}")
+    positive = ("length", "batch_size", "micro_batches", "save_every", "validate_every")
+    for name in positive:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is a whole number from 1 on.")
+    if options.epochs <= 0 or not 0 <= options.validation_share < 1:
+        parser.error("--epochs is above 0, and --validation-share from 0 to below 1.")
+    if options.learning_rate is not None and not options.learning_rate > 0:
+        parser.error("--learning-rate is above 0.")
+    check_adapters(parser, options)
+    if options.batch_size % options.micro_batches:
+        parser.error("--micro-batches divides --batch-size.")
+    template = None
+    if options.chat_template:
+        try:
+            template = json.loads(Path(options.chat_template).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--chat-template: {error}")
+    return Settings(
+        preset=options.preset,
+        data=tuple(options.data),
+        prompt=_unescaped(options.prompt),
+        response=_unescaped(options.response),
+        chat_template=template,
+        validation=options.validation,
+        validation_share=options.validation_share,
+        sequence_length=options.length,
+        pack=options.pack,
+        lora_rank=options.lora_rank or None,
+        lora_alpha=options.lora_alpha,
+        lora_targets=options.lora_targets and tuple(options.lora_targets),
+        int8=options.int8,
+        dtype=options.dtype or default_dtype(options),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        micro_batches=options.micro_batches,
+        rematerialize=options.rematerialize,
+        seed=options.seed,
+    )
+
+
+def check_adapters(parser, options):
+    """Refuses flags of adapters where there are none, and what cannot be."""
+    if options.lora_rank < 0:
+        parser.error("--lora-rank is 0 or more.")
+    for name in ("int8", "lora_alpha", "lora_targets"):
+        if getattr(options, name) and not options.lora_rank:
+            parser.error(f"--{name.replace('_', '-')} needs adapters: --lora-rank.")
+    if options.dtype == "bfloat16" and not options.lora_rank:
+        parser.error(
+            "--dtype bfloat16 would round small steps away: mixed_bfloat16 does not. "
+            "(Or train adapters: --lora-rank.)"
+        )
+    if options.int8 and options.export == "model":
+        parser.error("--export model: adapters cannot be merged into --int8.")
+    saves = options.micro_batches > 1 or options.rematerialize != "none"
+    if saves and os.environ["KERAS_BACKEND"] != "jax":
+        parser.error("--micro-batches and --rematerialize need the JAX backend.")
+
+
+def _unescaped(template):
+    """A template in which a shell's \\n is a new line."""
+    return template and template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def default_dtype(options):
+    if kind_of_device() == "cpu":
+        return "float32"
+    return "bfloat16" if options.lora_rank else "mixed_bfloat16"
+
+
+def kind_of_device():
+    """What the backend computes on: `"cpu"` or `"accelerator"`."""
+    backend = os.environ["KERAS_BACKEND"]
+    if backend == "torch":
+        import torch
+
+        found = torch.cuda.is_available()
+    elif backend == "tensorflow":
+        import tensorflow
+
+        found = tensorflow.config.list_physical_devices("GPU")
+    else:
+        import jax
+
+        found = jax.default_backend() != "cpu"
+    return "accelerator" if found else "cpu"
+
+
+def distribution_of(parser, options):
+    """How the model is spread; `None` on one device."""
+    if os.environ["KERAS_BACKEND"] != "jax":
+        if options.mesh:
+            parser.error("--mesh needs the JAX backend.")
+        return None
+    import jax
+
+    if jax.device_count() == 1 and not options.mesh:
+        return None
+    from keras_openllama.distribution import OpenLlamaParallel, make_mesh
+    from keras_openllama.utils.validation import mesh_of
+
+    try:
+        axes = mesh_of(options.mesh) if options.mesh else {}
+        distribution = OpenLlamaParallel(make_mesh(**axes))
+    except ValueError as error:
+        parser.error(str(error))
+    parts = distribution.num_model_replicas * options.micro_batches
+    if options.batch_size % parts:
+        parser.error(
+            f"--batch-size is a multiple of {parts}, the devices that share a batch "
+            "times --micro-batches."
+        )
+    return distribution
+
+
+def main(arguments=None):
+    parser, options = parse_arguments(arguments)
+    os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
+        "KERAS_BACKEND", "jax"
+    )
+    if options.estimate:
+        from keras_openllama.planning import finetune_memory
+
+        print(
+            finetune_memory.table_of_presets(
+                options.batch_size,
+                options.length,
+                options.rematerialize,
+                kind_of_device(),
+            )
+        )
+        return 0
+    settings = settings_of(parser, options)
+    name = Path(options.preset).name.removeprefix("open_llama_")
+    output = options.output or f"runs/{name}-finetuned"
+    exports = {"all": ("adapters", "model"), "none": ()}
+    distribution = distribution_of(parser, options)
+
+    from keras_openllama.runs import finetuning, interruption, run_directory
+
+    try:
+        check_memory(settings, distribution)
+        stopped = finetuning.run(
+            finetuning.Request(
+                settings,
+                output,
+                distribution=distribution,
+                save_every=options.save_every,
+                validate_every=options.validate_every,
+                questions=options.question,
+                max_new_tokens=options.max_new_tokens,
+                export=exports.get(options.export, (options.export,)),
+            )
+        )
+    except interruption.Diverged as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return interruption.DIVERGED
+    except OSError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return interruption.NOT_WRITTEN
+    except (run_directory.Busy, ValueError) as error:
+        parser.error(str(error))
+    if stopped:
+        print(f"Stopped by {stopped}; all is saved. The same command goes on.")
+        return interruption.STOPPED
+    _tell(output)
+    return 0
+
+
+def check_memory(settings, distribution):
+    """Prints what memory the run takes, and refuses what cannot fit."""
+    from keras_openllama.loading.load import find_source
+    from keras_openllama.planning import finetune_memory
+
+    try:
+        config = find_source(settings.preset).arguments()
+    except OSError as error:
+        raise ValueError(f"{settings.preset} cannot be had: {error}") from error
+    parts = 1 if distribution is None else distribution.device_mesh.devices.size
+    estimate = finetune_memory.estimate(
+        config,
+        settings.dtype,
+        lora_rank=settings.lora_rank,
+        targets=settings.lora_targets or ("query", "value"),
+        batch_size=settings.batch_size,
+        sequence_length=settings.sequence_length,
+        micro_batches=settings.micro_batches,
+        rematerialize=settings.rematerialize,
+        int8=settings.int8,
+        devices=parts,
+        backend=os.environ["KERAS_BACKEND"],
+        device=kind_of_device(),
+    )
+    print(f"Memory that training takes, about:\n{estimate.table()}", flush=True)
+    finetune_memory.check(estimate, finetune_memory.available_memory())
+
+
+def _tell(output):
+    print(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
+    for name, hint in (
+        ("adapters", "lm.load_adapters({!r}), or peft.PeftModel.from_pretrained"),
+        ("model", 'keras-openllama generate "…" --preset {}, or transformers'),
+    ):
+        path = os.path.join(output, name)
+        if os.path.isdir(path):
+            print(f"{path}: {hint.format(path)}")

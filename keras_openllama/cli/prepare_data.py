@@ -1,0 +1,154 @@
+"""Prepare data to train on: tokenize sources of text into a directory.
+
+    python train/prepare_data.py --mixture v2 --tokenizer 3b_v2 --output data \\
+        --source refinedweb='refinedweb/*.parquet' \\
+        --source starcoder='starcoder/**/*.parquet' \\
+        --source wikipedia=redpajama/wikipedia --source arxiv=redpajama/arxiv
+
+PATHS is a file, a pattern in quotes, a directory, or tfds:NAME[/CONFIG][@SPLIT] for a
+data set of TensorFlow Datasets; --source may name the same source several times. Read
+are JSON lines (.jsonl, .json, plain or .gz or .zst), Parquet, and text: in a directory
+without any of these each file is a document. Paths may be remote (gs://bucket/...),
+the output too.
+
+Each document is tokenized once, between <s> and </s>. Damaged documents are skipped and
+counted; a damaged file is refused by name. A share of the documents, chosen by the hash
+of their text, is set aside for validation. What a run that was interrupted has finished
+is kept: run the same command again. Sources can be added by a later command.
+
+One machine uses all its cores. More than one: give any flags of an Apache Beam runner
+behind a double dash, such as
+
+    python train/prepare_data.py --source ... --output gs://bucket/data -- \\
+        --runner=DataflowRunner --project=PROJECT --region=REGION \\
+        --temp_location=gs://bucket/tmp --sdk_container_image=IMAGE_WITH_KERAS_OPENLLAMA
+
+Look at the result: python train/inspect_data.py data
+"""
+
+import argparse
+import logging
+import sys
+
+from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
+from keras_openllama.data.text_sources import UNIT_BYTES, parse
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --source NAME=PATHS ... --tokenizer PRESET|DIR --output DIR "
+        "[options] [-- BEAM FLAGS]",
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        metavar="NAME=PATHS",
+        help="a source and where its text is; may be given several times",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PRESET|DIR",
+        help="a preset such as open_llama_3b_v2 or open_llama_nano, a directory with "
+        "a tokenizer.model (train/train_tokenizer.py writes one), or such a file",
+    )
+    parser.add_argument("--output", required=True, help="directory to write")
+    parser.add_argument(
+        "--mixture",
+        metavar="v1|v2|FILE",
+        help="weights of the sources: a name, or a JSON file as in presets/mixtures "
+        "(default: by number of tokens)",
+    )
+    parser.add_argument(
+        "--text-field",
+        action="append",
+        default=[],
+        metavar="NAME=FIELD",
+        help="field of a source that holds the text (default: the mixture's, else "
+        "text or content)",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.001,
+        metavar="SHARE",
+        help="share of the documents that is set aside (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of damaged documents above which the source is refused (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=MAX_DOCUMENT_BYTES,
+        metavar="BYTES",
+        help="longer documents are skipped (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-bytes",
+        type=int,
+        default=UNIT_BYTES,
+        metavar="BYTES",
+        help="input that becomes one shard, where a file can be divided (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes on this machine (default: one for each core)",
+    )
+    own, dashes, beam_flags = _split_at_dashes(arguments)
+    options = parser.parse_args(own)
+    if dashes and not beam_flags:
+        parser.error("Nothing follows the double dash. Give flags of a Beam runner.")
+    options.beam_flags = beam_flags
+    return options
+
+
+def _split_at_dashes(arguments):
+    if "--" not in arguments:
+        return arguments, False, []
+    place = arguments.index("--")
+    return arguments[:place], True, arguments[place + 1 :]
+
+
+def main(arguments=None):
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TensorFlow Datasets' chatter.
+    try:
+        sources = parse(options.source)
+        fields = {
+            name: field
+            for name, fields in parse(options.text_field).items()
+            for field in fields
+        }
+        from keras_openllama.data.preparation import prepare
+
+        data = prepare(
+            sources,
+            options.tokenizer,
+            options.output,
+            mixture=options.mixture,
+            text_fields=fields,
+            workers=options.workers,
+            beam_flags=options.beam_flags,
+            unit_bytes=options.shard_bytes,
+            validation_fraction=options.validation_fraction,
+            max_skipped=options.max_skipped,
+            max_document_bytes=options.max_document_bytes,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"prepare_data: {error}")
+    tokens = sum(data.split(name, "train")["tokens"] for name in data.sources)
+    print(f"{tokens:,} tokens to train on are in {options.output}. Look at them with:")
+    print(f"    python train/inspect_data.py {options.output}")

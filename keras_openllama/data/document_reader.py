@@ -1,0 +1,322 @@
+"""Documents out of the files of a source, and what is wrong with some of them."""
+
+import io
+import json
+import zlib
+
+from keras_openllama.data.text_sources import SourceError, is_compressed, tfds_builder
+from keras_openllama.utils import files
+
+# Ours: a document above this is skipped; the longest books have some 10 MB.
+MAX_DOCUMENT_BYTES = 32 << 20
+# Where no field is named: RedPajama has `text`, RefinedWeb and StarCoder `content`.
+TEXT_FIELDS = ("text", "content")
+
+# Reasons to skip a document.
+EMPTY = "empty"
+NOT_JSON = "not JSON"
+NOT_OBJECT = "JSON, but not an object"
+NOT_UTF8 = "not UTF-8"
+NO_TEXT = "no text field"
+TOO_LONG = "too long"
+# An empty document is no damage: code has many empty files.
+FAULTS = (NOT_JSON, NOT_OBJECT, NOT_UTF8, NO_TEXT, TOO_LONG)
+
+_CHUNK = 1 << 20  # More than the other fields of a line have.
+_ESCAPED = 6  # Bytes of JSON, at most, for one of text: \u0001.
+_COMPRESSED_CHUNK = 1 << 17  # Grows by an unknown factor.
+
+
+class Skipped(str):
+    """In place of a document: the reason why it is not there."""
+
+    __slots__ = ()
+
+
+def documents(unit, text_field=None, limit=MAX_DOCUMENT_BYTES, progress=None):
+    """The documents of a unit, in order.
+
+    Args:
+        unit: `text_sources.Unit`.
+        text_field: string, or `None` for the first of `TEXT_FIELDS` that there is.
+        limit: int, bytes above which a document is skipped.
+        progress: called with the bytes of input that were read since the last call.
+
+    Yields:
+        str, or `Skipped` with a reason.
+
+    Raises:
+        SourceError: if a file is damaged or has no such field; it names the file.
+    """
+    fields = (text_field,) if text_field else TEXT_FIELDS
+    read = {
+        "jsonl": _jsonl,
+        "parquet": _parquet,
+        "text": _text_files,
+        "tfds": _tfds,
+    }[unit.format]
+    for document in read(unit, fields, limit, progress or (lambda count: None)):
+        if isinstance(document, Skipped) or document.strip():
+            yield document
+        else:
+            yield Skipped(EMPTY)
+
+
+def _decoded(data, limit):
+    if len(data) > limit:
+        return Skipped(TOO_LONG)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return Skipped(NOT_UTF8)
+
+
+# --- JSONL ---
+
+
+def _jsonl(unit, fields, limit, progress):
+    [path] = unit.paths
+    try:
+        with files.open_binary(path) as file:
+            for line in _lines(file, unit, _ESCAPED * limit + _CHUNK, progress):
+                if line is None:
+                    yield Skipped(TOO_LONG)
+                elif line.strip():
+                    yield _json_document(line, fields, limit)
+    except (OSError, zlib.error, _zstd_error()) as error:
+        raise SourceError(
+            f"Source {unit.source!r}: {path} cannot be read to its end: {error}. Fetch "
+            "it again, or leave it out."
+        ) from error
+
+
+def _json_document(line, fields, limit):
+    line = _decoded(line, len(line))
+    if isinstance(line, Skipped):
+        return line
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return Skipped(NOT_JSON)
+    if not isinstance(value, dict):
+        return Skipped(NOT_OBJECT)
+    for field in fields:
+        text = value.get(field)
+        if isinstance(text, str):
+            break
+    else:
+        return Skipped(NO_TEXT)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # Half of a surrogate pair, as an escape.
+        return Skipped(NOT_UTF8)
+    return Skipped(TOO_LONG) if size > limit else text
+
+
+def _lines(file, unit, limit, progress):
+    """Lines that begin in the unit's part of a file; `None` for one above the limit.
+
+    Escapes make a line longer than its text, so the limit is not the document's.
+    """
+    start, stop = unit.start, unit.stop
+    if is_compressed(unit.paths[0]):
+        lines = io.BufferedReader(_Decompressed(file, progress), _CHUNK)
+        progress = None
+    else:
+        lines = file
+    position = start
+    if start:
+        # The line that a part begins within belongs to the part before.
+        lines.seek(start - 1)
+        position = start - 1 + len(_skip_line(lines))
+    while stop is None or position < stop:
+        line = lines.readline(limit + 1)
+        if not line:
+            return
+        size = len(line)
+        if size > limit:
+            if not line.endswith(b"\n"):
+                size += len(_skip_line(lines))
+            line = None
+        position += size
+        if progress:
+            progress(size)
+        yield line
+
+
+class _Count:
+    """Stands for bytes that nobody keeps."""
+
+    def __init__(self, size):
+        self._size = size
+
+    def __len__(self):
+        return self._size
+
+
+def _skip_line(lines):
+    size = 0
+    while part := lines.readline(_CHUNK):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return _Count(size)
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a gzip or zstd file, which must end where it says it does."""
+
+    def __init__(self, file, progress):
+        self._file, self._progress = file, progress
+        self._input, self._output = b"", memoryview(b"")
+        self._decompressor, self._is_empty = None, True
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self._output:
+            if not self._input:
+                self._input = self._file.read(_COMPRESSED_CHUNK)
+                self._progress(len(self._input))
+            if not self._input:
+                if self._decompressor is not None or self._is_empty:
+                    raise OSError("it is cut short")
+                return 0
+            if self._decompressor is None:
+                if len(self._input) == 1:  # Two bytes tell what it is.
+                    more = self._file.read(_COMPRESSED_CHUNK)
+                    self._progress(len(more))
+                    self._input += more
+                self._decompressor, self._is_empty = self._new_decompressor(), False
+            self._output = memoryview(self._decompressor.decompress(self._input))
+            self._input = b""
+            if self._decompressor.eof:  # Another member may follow.
+                self._input = self._decompressor.unused_data
+                self._decompressor = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+    def _new_decompressor(self):
+        if self._input[:2] == b"\x1f\x8b":
+            return zlib.decompressobj(zlib.MAX_WBITS | 16)
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompressobj()
+
+
+def _zstd_error():
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+# --- Parquet ---
+
+
+def _parquet(unit, fields, limit, progress):
+    import pyarrow
+    import pyarrow.parquet
+
+    [path] = unit.paths
+    groups = range(unit.start, unit.stop)
+    try:
+        with files.open_binary(path) as file:
+            parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            field = _column(unit, parquet.schema_arrow, fields)
+            for group in groups:
+                for batch in parquet.iter_batches(
+                    batch_size=256, row_groups=[group], columns=[field]
+                ):
+                    for data in batch.column(0).cast(pyarrow.binary()).to_pylist():
+                        if data is None:
+                            yield Skipped(NO_TEXT)
+                        else:
+                            yield _decoded(data, limit)
+                progress(unit.num_bytes // len(groups))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceError(
+            f"Source {unit.source!r}: {path} cannot be read to its end: {error}. Fetch "
+            "it again, or leave it out."
+        ) from error
+
+
+def _column(unit, schema, fields):
+    import pyarrow
+
+    for field in fields:
+        if field in schema.names:
+            kind = schema.field(field).type
+            if pyarrow.types.is_dictionary(kind):
+                kind = kind.value_type
+            if any(
+                is_kind(kind)
+                for is_kind in (
+                    pyarrow.types.is_string,
+                    pyarrow.types.is_large_string,
+                    pyarrow.types.is_string_view,
+                    pyarrow.types.is_binary,
+                    pyarrow.types.is_large_binary,
+                )
+            ):
+                return field
+    raise SourceError(
+        f"Source {unit.source!r}: {unit.paths[0]} has no column of strings named "
+        f"{' or '.join(map(repr, fields))}. It has: {', '.join(schema.names)}. Name "
+        "the right one with --text-field."
+    )
+
+
+# --- Text files ---
+
+
+def _text_files(unit, fields, limit, progress):
+    for path in unit.paths:
+        try:
+            with files.open_binary(path) as file:
+                data = _read_at_most(file, limit + 1)
+        except OSError as error:
+            raise SourceError(
+                f"Source {unit.source!r}: {path} cannot be read: {error}."
+            ) from error
+        progress(len(data))
+        yield _decoded(data, limit)
+
+
+def _read_at_most(file, count):
+    """Up to so many bytes; `read(count)` itself would first clear as many."""
+    data = b""
+    while len(data) < count and (more := file.read(min(_CHUNK, count - len(data)))):
+        data += more
+    return data
+
+
+# --- TensorFlow Datasets ---
+
+
+def _tfds(unit, fields, limit, progress):
+    [spec] = unit.paths
+    builder, split = tfds_builder(spec)
+    names = list(builder.info.features)
+    field = next((field for field in fields if field in names), None)
+    if field is None:
+        raise SourceError(
+            f"Source {unit.source!r}: {spec} has no feature named "
+            f"{' or '.join(map(repr, fields))}. It has: {', '.join(names)}. Name the "
+            "right one with --text-field."
+        )
+    share = unit.num_bytes / max(1, unit.stop - unit.start)
+    try:
+        dataset = builder.as_dataset(split=f"{split}[{unit.start}:{unit.stop}]")
+        for example in dataset.as_numpy_iterator():
+            progress(share)
+            data = example[field]
+            is_text = isinstance(data, bytes)
+            yield _decoded(data, limit) if is_text else Skipped(NO_TEXT)
+    except Exception as error:  # TFDS and TensorFlow raise errors of many kinds.
+        raise SourceError(
+            f"Source {unit.source!r}: {spec} cannot be read to its end: {error}. "
+            "Prepare that data set again, or leave it out."
+        ) from error

@@ -1,0 +1,129 @@
+"""How many bytes of text a tokenizer's tokens stand for, beside other tokenizers."""
+
+import hashlib
+import importlib.util
+import io
+from pathlib import Path
+
+from keras_openllama import presets
+from keras_openllama.data.tokenizer_training import size_of
+from keras_openllama.text.sentencepiece_model import keeps_spaces, load_processor
+
+_ALL = "all sources"  # No source can be called so.
+
+
+def tokenizers_at_hand():
+    """Tokenizers to compare with that need no download: dict by name of their bytes."""
+    paths = {
+        "open_llama_nano": Path(presets.folder(), "open_llama_nano", "tokenizer.model")
+    }
+    package = importlib.util.find_spec("mistral_common")
+    if package is not None:
+        folder = Path(package.origin).parent
+        paths["mistral v1"] = folder / "data" / "tokenizer.model.v1"
+    return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
+
+
+def report(samples, tokenizers):
+    """Measures how many bytes of held-out text a token stands for.
+
+    Args:
+        samples: dict of `tokenizer_training.Sample` by source. Sources that hold
+            nothing out are left out.
+        tokenizers: dict by name of bytes of SentencePiece models.
+
+    Returns:
+        Dict with `"held_out"`, documents and bytes by source, and `"tokenizers"`, by
+        name a dict: `"pieces"`, `"keeps_spaces"`, `"sha256"`, `"bytes_per_token"` by
+        source, and `"overall"`, all bytes by all tokens (`None` if there are none).
+        `<s>` and `</s>` do not count.
+    """
+    held_out = {name: kept.held_out for name, kept in samples.items() if kept.held_out}
+    sizes = {name: size_of(texts) for name, texts in held_out.items()}
+    total = sum(size["bytes"] for size in sizes.values())
+    measured = {}
+    for tokenizer, proto in tokenizers.items():
+        processor = load_processor(proto, tokenizer)
+        tokens = {
+            name: _count_tokens(processor, texts) for name, texts in held_out.items()
+        }
+        measured[tokenizer] = {
+            "pieces": processor.vocab_size(),
+            "keeps_spaces": keeps_spaces(processor),
+            "sha256": hashlib.sha256(proto).hexdigest(),
+            "bytes_per_token": {
+                name: sizes[name]["bytes"] / count for name, count in tokens.items()
+            },
+            "overall": total / sum(tokens.values()) if tokens else None,
+        }
+    return {"held_out": sizes, "tokenizers": measured}
+
+
+def _count_tokens(processor, texts):
+    rows = processor.encode([data.decode() for data in texts], num_threads=-1)
+    return sum(map(len, rows))
+
+
+def table(report):
+    """What `report` returns as lines of text, in aligned columns."""
+    tokenizers, held_out = report["tokenizers"], report["held_out"]
+    columns = [_values(measured) for measured in tokenizers.values()]
+    rows = [
+        ["bytes per token", "held out", *(_marked(name, report) for name in tokenizers)]
+    ]
+    for group in _groups(report):
+        size = f"{held_out[group]['bytes'] / 1e6:.2f} MB" if group in held_out else ""
+        rows.append([group, size, *(f"{values[group]:.2f}" for values in columns)])
+    rows.append(["pieces", "", *(f"{t['pieces']:,}" for t in tokenizers.values())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = ""
+    for first, *others in rows:
+        cells = [cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True)]
+        text += "  ".join([first.ljust(widths[0]), *cells]) + "\n"
+    if not all(t["keeps_spaces"] for t in tokenizers.values()):
+        text += "* merges runs of spaces: its tokens do not give the whole text back.\n"
+    return text
+
+
+def _label(tokenizer, measured):
+    merges = "" if measured["keeps_spaces"] else ", merges spaces"
+    return f"{tokenizer} ({measured['pieces']:,} pieces{merges})"
+
+
+def _marked(tokenizer, report):
+    kept = report["tokenizers"][tokenizer]["keeps_spaces"]
+    return tokenizer if kept else f"{tokenizer} *"
+
+
+def _groups(report):
+    """The sources that hold something out, and all of them together."""
+    return [*report["held_out"], _ALL] if report["held_out"] else []
+
+
+def _values(measured):
+    """A tokenizer's bytes per token, by what `_groups` returns."""
+    return {**measured["bytes_per_token"], _ALL: measured["overall"]}
+
+
+def chart(report):
+    """What `report` returns as a bar chart: bytes of a PNG file."""
+    from matplotlib.figure import Figure
+
+    groups = _groups(report)
+    width = 0.8 / len(report["tokenizers"])
+    figure = Figure(figsize=(max(6, 1.6 * len(groups) + 1), 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, measured) in enumerate(report["tokenizers"].items()):
+        values = [_values(measured)[group] for group in groups]
+        places = [group + (number + 0.5) * width - 0.4 for group in range(len(groups))]
+        bars = axes.bar(places, values, 0.92 * width, label=_label(name, measured))
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("bytes per token, held-out text")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    return png.getvalue()

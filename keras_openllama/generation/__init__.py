@@ -1,0 +1,1 @@
+"""From prompts to new tokens: KV caches, samplers, beam search, stop strings."""

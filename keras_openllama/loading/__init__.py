@@ -1,0 +1,1 @@
+"""`from_preset`: finds the files of a model and loads its weights."""

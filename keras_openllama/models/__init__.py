@@ -1,0 +1,1 @@
+"""The four public classes: backbone, tokenizer, preprocessor and causal LM."""

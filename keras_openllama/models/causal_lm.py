@@ -1,0 +1,556 @@
+"""OpenLLaMA as a causal language model: training, scoring, generation."""
+
+import keras
+from keras import ops
+
+from keras_openllama import presets
+from keras_openllama.backend.jit import compile_function
+from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
+from keras_openllama.generation.generate import loop_for, new_tokens, steers_search
+from keras_openllama.generation.stop_strings import Continuation, as_stop_strings
+from keras_openllama.layers.projection import Projection
+from keras_openllama.layers.remat import check_policy
+from keras_openllama.loading.load import load_task
+from keras_openllama.models import scoring
+from keras_openllama.models.backbone import OpenLlamaBackbone
+from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.text import inputs as prompts
+from keras_openllama.text.examples import is_chat
+from keras_openllama.text.text_arrays import as_texts
+from keras_openllama.training.fit import Fitting, default_optimizer
+
+if keras.config.backend() == "jax":
+    from keras_openllama.training.train_step_jax import FusedTraining as Training
+    from keras_openllama.training.train_step_jax import Options
+else:
+    from keras_openllama.training.train_step_tf_torch import (
+        WeightedTraining as Training,
+    )
+
+# Ours: tokens between two looks for a stop string; at most so many are wasted.
+TOKENS_BETWEEN_STOP_CHECKS = 16
+
+
+@keras.saving.register_keras_serializable(package="keras_openllama")
+class OpenLlamaCausalLM(Fitting, Training, CausalLM):
+    """OpenLLaMA with its language-model head.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+        preprocessor: `OpenLlamaCausalLMPreprocessor`, or `None` to work on token ids.
+
+    Call arguments: those of the backbone.
+
+    Returns:
+        Logits `(batch, length, vocabulary_size)`.
+
+    Example:
+        lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+        lm.generate("It was a dark night, and", max_new_tokens=32)
+        lm.fit(["some text", "more text"])
+    """
+
+    backbone_cls = OpenLlamaBackbone
+    preprocessor_cls = OpenLlamaCausalLMPreprocessor
+    # What `from_preset` read the weights from; an export tells it.
+    loaded_from = None
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.lm_head = Projection(
+            backbone.vocabulary_size,
+            backbone.initializer_std,
+            dtype=backbone.dtype_policy,
+            name="lm_head",
+        )
+        backbone.add_head(self.lm_head)
+
+        # === Functional model ===
+        super().__init__(
+            inputs=backbone.input, outputs=self.lm_head(backbone.output), **kwargs
+        )
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset,
+        *,
+        dtype=None,
+        load_weights=True,
+        revision=None,
+        preprocessor="auto",
+        **kwargs,
+    ):
+        """Loads a model.
+
+        Weights are read tensor by tensor into the dtype asked for; memory holds one
+        tensor more than the model.
+
+        Args:
+            preset: a name of `OpenLlamaCausalLM.presets`; a directory in KerasHub's or
+                transformers' format (safetensors or `.bin`, one file or several), or
+                that of a pretraining run, or of one of its checkpoints; or
+                `"hf://user/repo"`.
+            dtype: dtype or dtype policy; `None` is Keras's global policy, float32
+                unless set.
+            load_weights: whether to load the weights, rather than initialise them.
+            revision: branch, tag or commit of a repository on the Hub.
+            preprocessor: `"auto"` loads it; `None` loads no tokenizer.
+            **kwargs: arguments of `OpenLlamaBackbone` to override, such as
+                `rope_scaling`.
+
+        Returns:
+            An `OpenLlamaCausalLM`.
+
+        Raises:
+            ValueError: for an unknown preset, or files that are not this model.
+            OSError: if a file cannot be had or read.
+
+        Example:
+            OpenLlamaCausalLM.from_preset("open_llama_7b_v2", dtype="bfloat16")
+        """
+        return load_task(
+            cls,
+            preset,
+            dtype=dtype,
+            load_weights=load_weights,
+            revision=revision,
+            preprocessor=preprocessor,
+            **kwargs,
+        )
+
+    @classproperty
+    def presets(cls):
+        """Names of the presets, each with description, parameters and handles."""
+        return presets.descriptions()
+
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="greedy",
+        micro_batches=1,
+        rematerialize="none",
+        z_loss=0.0,
+        **kwargs,
+    ):
+        """Configures training and generation.
+
+        With the loss and the metrics below a step whose loss or gradient is not finite
+        is left out: such a loss is shown, and no variable changes. On JAX training and
+        evaluation do not keep the logits. An optimizer that scales the loss, as for
+        float16, and on JAX a quantized head, take Keras's own step.
+
+        Args:
+            optimizer: see `keras.Model.compile`; `"auto"` is AdamW at 2e-5, and at
+                2e-4 for a model with adapters.
+            loss: see `keras.Model.compile`; `"auto"` is the cross-entropy of the next
+                token, in nats, averaged over positions by their weight, over all of an
+                epoch; perplexity comes with it.
+            weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
+            sampler: name or instance of a `keras_hub.samplers.Sampler`.
+            micro_batches: int, parts of a batch that training computes one after the
+                other, to save memory; one update for all. JAX only.
+            rematerialize: string, what training computes twice to save memory: see
+                `keras_openllama.layers.remat.POLICIES`. JAX only.
+            z_loss: float, weight of the squared log of the softmax's denominator in
+                the gradient (PaLM: 1e-4). JAX only.
+            **kwargs: further arguments of `keras.Model.compile`.
+
+        Raises:
+            ValueError: for a sampler that `generate` cannot run, or if what is for JAX
+                only is asked for elsewhere, or where Keras's own step is taken, as
+                with a loss or metrics of your own.
+        """
+        check_policy(rematerialize)
+        own_loss = loss == "auto" and not kwargs.get("metrics")
+        own_loss &= weighted_metrics == "auto" or not weighted_metrics
+        cross_entropy = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        )
+        sampler = get_sampler(sampler)
+        steers_search(sampler)  # Refuses one that cannot run.
+        self._chooses_rate = optimizer == "auto"
+        if self._chooses_rate:
+            optimizer = default_optimizer(self)
+        super().compile(
+            optimizer=optimizer,
+            loss=cross_entropy if loss == "auto" else loss,
+            weighted_metrics=weighted_metrics,
+            sampler=sampler,
+            **kwargs,
+        )
+        # Keras's own step scales a loss, and knows how to compute a quantized head.
+        self._own_loss = own_loss and not _scales_loss(self.optimizer)
+        if keras.config.backend() == "jax":
+            self._own_loss &= self.lm_head.quantization_mode is None
+        fused = self._own_loss and keras.config.backend() == "jax"
+        options = (micro_batches, rematerialize, z_loss)
+        if not fused and options != (1, "none", 0.0):
+            raise ValueError(
+                "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
+                'loss="auto", no metrics but weighted_metrics="auto" or [], a head '
+                "that is not quantized, and an optimizer that does not scale the loss "
+                f"(as for float16). Received: {options}, "
+                f"backend={keras.config.backend()!r}, loss={loss!r}, "
+                f"weighted_metrics={weighted_metrics!r}, optimizer={self.optimizer!r}"
+            )
+        self._fused = fused
+        self._step_options = Options(*options) if fused else None
+        self.logits_function = compile_function(self.logits, self)
+
+    # ----- Generation
+
+    def make_generate_function(self):
+        """The loop that chooses tokens; it compiles its programs at first use."""
+        # KerasHub sets it to None where the model or the sampler changes.
+        if self.generate_function is None:
+            self.generate_function = loop_for(self)
+        return self.generate_function
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        max_new_tokens=None,
+        stop_token_ids="auto",
+        stop=None,
+        strip_prompt=False,
+    ):
+        """Continues one or more prompts.
+
+        Each prompt of a batch is continued as it would be alone. Sizes are rounded up
+        inside, so that other lengths seldom compile anew.
+
+        Args:
+            inputs: a string, a list or array of strings, a `tf.data.Dataset` of
+                strings or of batches of them, or a dict of `"token_ids"` and
+                `"padding_mask"`, both `(batch, length)` with padding on the right. Or
+                a chat, `{"messages": [{"role": …, "content": …}, …]}`, or a list of
+                chats, by the preprocessor's `chat_template`.
+            max_length: int, tokens that a row may have in the end, prompt and BOS
+                included. Defaults to `preprocessor.sequence_length`, or for a dict to
+                its length.
+            max_new_tokens: int, tokens that may be added to each prompt. Where both
+                are given, the nearer limit counts.
+            stop_token_ids: list of ids that end a row; `"auto"` is the tokenizer's end
+                token, `None` is none.
+            stop: string or list of strings that end a row; they are cut off.
+            strip_prompt: whether to return the new text alone; for chats it always is.
+
+        Returns:
+            A string for a string or a chat, a list of strings for several; for a dict
+            of arrays a dict with the same keys, NumPy arrays.
+
+        Raises:
+            ValueError: if a prompt is empty, or longer than the limits; if ids or mask
+                are malformed; if the limits go beyond the model's context.
+
+        Example:
+            lm.generate(["Once upon", "The sea"], max_new_tokens=20, stop=".")
+        """
+        if prompts.is_tf_dataset(inputs):
+            options = (max_length, max_new_tokens, stop_token_ids, stop, strip_prompt)
+            texts = []
+            for batch in inputs.as_numpy_iterator():
+                batch = as_texts(batch)[0]  # Refuses what is no text.
+                texts += self.generate(batch, *options)
+            return texts
+        chats = self.preprocessor is not None and is_chat(inputs)
+        if self.preprocessor is None or (isinstance(inputs, dict) and not chats):
+            return self._generate_arrays(
+                inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
+            )
+        prompt_ids, texts, batched = self._prompts(inputs)
+        stops = as_stop_strings(stop)
+        rows = self._run(
+            prompt_ids,
+            (max_length, max_new_tokens),
+            stop_token_ids,
+            stops,
+            stride=TOKENS_BETWEEN_STOP_CHECKS if stops else None,
+        )
+        for continuations in rows:
+            if all(row.stopped for row in continuations):
+                break
+        for row in continuations:
+            row.flush()
+        results = [
+            row.text if strip_prompt else text + row.text
+            for text, row in zip(texts, continuations, strict=True)
+        ]
+        return results if batched else results[0]
+
+    def stream(
+        self,
+        inputs,
+        max_length=None,
+        max_new_tokens=None,
+        stop_token_ids="auto",
+        stop=None,
+    ):
+        """Continues one prompt and yields the new text while it arises.
+
+        The pieces join to what `generate(..., strip_prompt=True)` returns. None ends
+        within a character, and none shows a part of a stop string.
+
+        Args:
+            inputs: string.
+            max_length, max_new_tokens, stop_token_ids, stop: see `generate`.
+
+        Yields:
+            Strings, none empty.
+
+        Raises:
+            ValueError: as `generate`, before the first piece.
+
+        Example:
+            for piece in lm.stream("Once upon", max_new_tokens=64):
+                print(piece, end="", flush=True)
+        """
+        if self.preprocessor is None or not isinstance(inputs, str):
+            raise ValueError(
+                "`stream` takes one string, and needs a `preprocessor`. Received: "
+                f"inputs={inputs!r}, preprocessor={self.preprocessor}"
+            )
+        rows = self._run(
+            self.preprocessor.prompt_ids([inputs]),
+            (max_length, max_new_tokens),
+            stop_token_ids,
+            as_stop_strings(stop),
+            stride=1,
+        )
+        return self._pieces(rows)
+
+    def _pieces(self, rows):
+        shown = 0
+        for (row,) in rows:
+            if len(row.text) > shown:
+                yield row.text[shown:]
+                shown = len(row.text)
+            if row.stopped:
+                return
+        row.flush()
+        if len(row.text) > shown:
+            yield row.text[shown:]
+
+    def _prompts(self, inputs):
+        """Ids of texts or chats, the texts to put before what is new, and if a batch.
+
+        Nothing is put before the reply in a chat.
+        """
+        if is_chat(inputs):
+            if not isinstance(inputs, dict):
+                inputs = {"messages": [chat["messages"] for chat in inputs]}
+            batched = isinstance(inputs["messages"][0], (list, tuple))
+            chats = inputs["messages"] if batched else [inputs["messages"]]
+            rows = [self.preprocessor.chat_ids(messages) for messages in chats]
+            return rows, [""] * len(rows), batched
+        texts, batched = as_texts(inputs)
+        if not texts:
+            raise ValueError("`inputs` must hold at least one prompt. Received: []")
+        return self.preprocessor.prompt_ids(texts), texts, batched
+
+    def _run(self, rows, lengths, stop_token_ids, stops, stride):
+        """Checks the request at once; returns an iterator over growing texts."""
+        limits = self._limits(rows, *lengths, self.preprocessor.sequence_length)
+        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        tokenizer = self.preprocessor.tokenizer
+        continuations = [Continuation(tokenizer, row, stops) for row in rows]
+
+        def run():
+            for new in self._new_tokens(rows, limits, stop_token_ids, stride):
+                for continuation, ids in zip(continuations, new, strict=True):
+                    continuation.push(ids)
+                yield continuations
+
+        return run()
+
+    def _generate_arrays(
+        self, inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
+    ):
+        if stop is not None:
+            raise ValueError(
+                "`stop` finds strings in text, and here are token ids. Give "
+                f"`stop_token_ids` instead. Received: stop={stop!r}"
+            )
+        rows, width = prompts.rows_of(inputs, self.backbone.vocabulary_size)
+        limits = self._limits(rows, max_length, max_new_tokens, width)
+        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        (new,) = self._new_tokens(rows, limits, stop_token_ids, stride=None)
+        longest = max(len(r) + n for r, n in zip(rows, limits, strict=True))
+        if not strip_prompt:
+            new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
+        return prompts.as_arrays(new, max(width, longest))
+
+    def _new_tokens(self, rows, limits, stop_token_ids, stride):
+        loop = self.make_generate_function()
+        return new_tokens(loop, rows, limits, stop_token_ids, stride)
+
+    def _limits(self, rows, max_length, max_new_tokens, default_length):
+        return prompts.new_token_limits(
+            [len(row) for row in rows],
+            max_length,
+            max_new_tokens,
+            default_length,
+            self.backbone.context_length,
+        )
+
+    def _stop_token_ids(self, stop_token_ids):
+        if stop_token_ids is None:
+            return []
+        if isinstance(stop_token_ids, str):
+            if stop_token_ids != "auto" or self.preprocessor is None:
+                raise ValueError(
+                    "`stop_token_ids` must be a list of ids, None, or, with a "
+                    '`preprocessor`, "auto". Received: stop_token_ids='
+                    f"{stop_token_ids!r}, preprocessor={self.preprocessor}"
+                )
+            return [self.preprocessor.tokenizer.end_token_id]
+        return prompts.as_token_ids(
+            [list(stop_token_ids)], self.backbone.vocabulary_size, "stop_token_ids"
+        )[0].tolist()
+
+    # ----- Export
+
+    def export_to_transformers(
+        self, path, dtype=None, max_shard_size="5GB", tokenizer=True, force=False
+    ):
+        """Writes the model as a directory that transformers loads.
+
+        `AutoModelForCausalLM.from_pretrained(path)` and
+        `AutoTokenizer.from_pretrained(path)` need no other argument, and so does
+        `from_preset(path)` here. Weights are written tensor by tensor, LoRA adapters
+        merged. The directory takes its place when it is whole.
+
+        Args:
+            path: path of the directory.
+            dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` is the model's own.
+            max_shard_size: string such as `"5GB"`, or int, bytes that one file of
+                weights holds at most.
+            tokenizer: whether to write the tokenizer, if the model has one.
+            force: whether to replace a model's directory that exists.
+
+        Raises:
+            ValueError: for an unknown dtype or size; if a value is beyond the dtype's
+                range; if the model is quantised; if its tokenizer cannot be expressed
+                in `tokenizer.json`.
+            OSError: if the path exists already, or cannot be written.
+
+        Example:
+            lm.export_to_transformers("my_model_hf", dtype="bfloat16")
+        """
+        from keras_openllama.checkpoints import contents, writer
+
+        request = writer.Request(
+            path,
+            "transformers",
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            tokenizer=tokenizer,
+            force=force,
+        )
+        writer.write(contents.of_model(self), request)
+
+    # ----- Adapters
+
+    def save_adapters(self, path, force=False):
+        """Writes the LoRA adapters alone, as a directory that PEFT loads, too.
+
+        Args:
+            path: path of the directory.
+            force: whether to replace a directory of adapters that exists.
+
+        Raises:
+            ValueError: if the model has none.
+            OSError: if the path exists already, or cannot be written.
+
+        Example:
+
+        ```python
+        lm.save_adapters("my_adapters")
+        peft.PeftModel.from_pretrained(model_of_transformers, "my_adapters")
+        ```
+        """
+        from keras_openllama.checkpoints import peft
+
+        peft.save(self, path, force)
+
+    def load_adapters(self, path, revision=None):
+        """Takes LoRA adapters that were saved here or by PEFT.
+
+        A model without adapters gets those of the files, as by `enable_lora`.
+
+        Args:
+            path: path of the directory, or `"hf://user/repo"`.
+            revision: branch, tag or commit of a repository on the Hub.
+
+        Raises:
+            ValueError: if they are no LoRA adapters for this model. It is untouched
+                then.
+            OSError: if a file cannot be had or read.
+        """
+        from keras_openllama.checkpoints import peft
+        from keras_openllama.loading import hub
+
+        if str(path).startswith(hub.HUB_PREFIX):
+            files = hub.HubRepository(str(path), revision)
+        else:
+            files = hub.Directory(path)
+        peft.load(self, files)
+
+    # ----- Scoring
+
+    def score(
+        self,
+        inputs,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Logits or losses of given sequences, as in KerasHub.
+
+        Args:
+            inputs: int array of token ids `(batch, length)`; or with a preprocessor a
+                string or a list of strings.
+            padding_mask: bool `(batch, length)`; `None` is no padding.
+            scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of each target,
+                in nats.
+            layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
+                called with the embeddings (index -1) and with each layer's output.
+            target_ids: int `(batch, length)`, the right token after each position.
+                `"loss"` needs it for token ids; for text it is the text itself.
+
+        Returns:
+            Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0
+            on padding; float32 tensors of the backend. For text, `length` is one less
+            than the tokens of the longest: the last one has no successor.
+
+        Raises:
+            ValueError: for malformed ids, mask or targets, sequences longer than the
+                context, or an unknown mode.
+
+        Example:
+            lm.score("The sea", scoring_mode="loss")
+        """
+        return scoring.score(
+            self, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
+        )
+
+    def logits(self, token_ids, padding_mask, layer_intercept_fn=None):
+        """Logits in float32; see `OpenLlamaBackbone.hidden_states`."""
+        hidden = self.backbone.hidden_states(
+            token_ids, padding_mask, layer_intercept_fn
+        )
+        return ops.cast(self.lm_head(hidden), "float32")
+
+
+def _scales_loss(optimizer):
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or (
+        optimizer is not None and optimizer.loss_scale_factor is not None
+    )

@@ -1,0 +1,77 @@
+"""Logits and losses of given sequences."""
+
+import numpy as np
+from keras import ops
+
+from keras_openllama.text.inputs import as_padding_mask, as_token_ids, is_text
+from keras_openllama.text.text_arrays import as_texts
+
+MODES = ("logits", "loss")
+
+
+def score(model, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids):
+    """What `OpenLlamaCausalLM.score` returns; arguments and errors are said there."""
+    if scoring_mode not in MODES:
+        raise ValueError(
+            f"`scoring_mode` must be one of {MODES}. "
+            f"Received: scoring_mode={scoring_mode!r}"
+        )
+    if model.preprocessor is not None and is_text(inputs):
+        if padding_mask is not None or target_ids is not None:
+            raise ValueError(
+                "`padding_mask` and `target_ids` belong to token ids; for text they "
+                f"follow from it. Received: inputs={str(inputs)[:80]!r}"
+            )
+        inputs, padding_mask, target_ids = _shifted(model.preprocessor, inputs)
+    size, context = model.backbone.vocabulary_size, model.backbone.context_length
+    token_ids = as_token_ids(inputs, size)
+    if token_ids.shape[1] > context:
+        raise ValueError(
+            f"`inputs` has {token_ids.shape[1]} tokens, and the context of this model "
+            f"is {context} tokens. Shorten them, or load the model with `rope_scaling`."
+        )
+    padding_mask = as_padding_mask(padding_mask, token_ids.shape)
+    if scoring_mode == "loss":
+        target_ids = _targets(target_ids, token_ids.shape, size)
+    arrays = {"token_ids": token_ids, "padding_mask": padding_mask}
+    if layer_intercept_fn is None:
+        logits = model.logits_function(**arrays)
+    else:  # It is Python, and may look at values: no compiled program.
+        logits = model.logits(**arrays, layer_intercept_fn=layer_intercept_fn)
+    if scoring_mode == "logits":
+        return logits
+    losses = ops.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
+    return losses * ops.cast(padding_mask, "float32")
+
+
+def _targets(target_ids, shape, vocabulary_size):
+    if target_ids is None:
+        raise ValueError(
+            "`target_ids` is needed for scoring_mode='loss': the right token after "
+            "each position, an int array (batch, length). Received: None"
+        )
+    target_ids = as_token_ids(target_ids, vocabulary_size, "target_ids")
+    if target_ids.shape != shape:
+        raise ValueError(
+            f"`target_ids` must have the shape of the token ids, {shape}. "
+            f"Received: shape {target_ids.shape}"
+        )
+    return target_ids
+
+
+def _shifted(preprocessor, texts):
+    """Token ids, padding mask and targets of texts, in the length of the longest."""
+    texts, _ = as_texts(texts)
+    rows = preprocessor.prompt_ids(texts)
+    shape = len(rows), max(len(row) for row in rows) - 1
+    if shape[1] == 0:
+        raise ValueError(
+            "`inputs` has one token only, so there is nothing to predict. "
+            f"Received: inputs={texts!r}"
+        )
+    ids, targets = np.zeros(shape, "int32"), np.zeros(shape, "int32")
+    mask = np.zeros(shape, "bool")
+    for i, row in enumerate(rows):
+        n = len(row) - 1
+        ids[i, :n], targets[i, :n], mask[i, :n] = row[:-1], row[1:], True
+    return ids, mask, targets

@@ -1,0 +1,1 @@
+"""A training run on disk: recipe, trainer, checkpoints, metrics. Extra `train`."""

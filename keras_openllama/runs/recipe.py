@@ -1,0 +1,434 @@
+"""Recipes: how a preset is pretrained, and where each setting comes from.
+
+The settings of a preset are in its JSON file under `"recipe"`, each with its source. A
+YAML file and the command line change them, in this order. Reading them imports neither
+Keras nor a backend.
+"""
+
+import dataclasses
+import difflib
+import re
+import textwrap
+from pathlib import Path
+
+import yaml
+
+from keras_openllama import presets
+from keras_openllama.utils import validation
+
+COMMAND_LINE = "command line"
+DEFAULT = "default: ours"
+
+
+def _setting(check, default=dataclasses.MISSING):
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to pretrain, as settings that were checked.
+
+    Attributes:
+        mixture: string, a name of `presets/mixtures/` or the path of a JSON file;
+            `None` is the data's own.
+        sequence_length: int, tokens that a row reads and predicts.
+        batch_size: int, sequences of a step, over all chips.
+        steps: int, steps of the run, and where the cosine of the learning rate ends.
+        learning_rate: float, the peak, which the warm-up leads to.
+        final_learning_rate: float, what the cosine ends at.
+        warmup_steps: int, steps of the linear warm-up; below `steps`.
+        optimizer: string, `"adamw"` or `"muon"`, see `optimizers.muon`.
+        beta_1: float, AdamW's decay of the mean of gradients.
+        beta_2: float, AdamW's decay of the mean of their squares.
+        epsilon: float, AdamW's.
+        weight_decay: float, times the learning rate; with AdamW of every parameter,
+            with Muon of the matrices inside layers, and a tenth of it elsewhere.
+        clip_norm: float, global norm that gradients are scaled down to.
+        packing: string, `"concatenate"` or `"best_fit"` (`TokenStream`).
+        meshes: dict by number of chips, as a string, of dicts of ints: `"data"`,
+            `"fsdp"`, `"model"`.
+        planned: dict by number of chips, as a string, of dicts: `"rows"`, int, how many
+            rows of the batch a device takes at once, which makes `micro_batches`; and
+            `"rematerialize"`, string. See `Resolved.on`.
+        mask_documents: bool, whether tokens see their own document only.
+        z_loss: float, weight of the squared logarithm of the softmax's denominator.
+        precision: string, `"mixed_bfloat16"` or `"float32"`.
+        rematerialize: string, what is kept for the backward pass, one of
+            `remat.POLICIES`.
+        micro_batches: int, parts of a batch, one after the other; divides it.
+        milestone_every: int, steps between checkpoints that are kept; 0 is never.
+        save_every: int, steps between checkpoints to resume from.
+        keep_last: int, how many of those are kept.
+        validate_every: int, steps between validations; 0 is never.
+        validation_batches: int, batches of a validation.
+        sample_every: int, steps between texts that the model writes; 0 is never.
+        spike_threshold: float, a step is skipped whose loss is above so many times
+            its running mean; 0 is never.
+        max_skipped_steps: int, steps skipped in a row that end the run.
+        seed: int, of the initial weights and the order of the data.
+
+    Raises:
+        ValueError: if a setting is none of these, or does not fit the others.
+
+    Example:
+
+    ```python
+    recipe = from_preset("7b").replace(batch_size=1024)
+    recipe.tokens_per_step  # 2097152
+    recipe.mesh_for(256)  # {"data": 4, "fsdp": 64, "model": 1}
+    ```
+
+    Source: of every value of a preset, in its JSON file. The defaults are ours.
+    """
+
+    mixture: str | None = _setting(validation.mixture)
+    sequence_length: int = _setting(validation.whole(1))
+    batch_size: int = _setting(validation.whole(1))
+    steps: int = _setting(validation.whole(1))
+    learning_rate: float = _setting(validation.positive)
+    final_learning_rate: float = _setting(validation.positive)
+    warmup_steps: int = _setting(validation.whole(0))
+    beta_1: float = _setting(validation.fraction)
+    beta_2: float = _setting(validation.fraction)
+    epsilon: float = _setting(validation.positive)
+    weight_decay: float = _setting(validation.from_zero)
+    clip_norm: float = _setting(validation.positive)
+    packing: str = _setting(validation.one_of("concatenate", "best_fit"))
+    meshes: dict = dataclasses.field(metadata={"check": validation.meshes})
+    planned: dict = dataclasses.field(
+        default_factory=dict, metadata={"check": validation.planned}
+    )
+    optimizer: str = _setting(validation.one_of("adamw", "muon"), "adamw")
+    mask_documents: bool = _setting(validation.one_of(False, True), False)
+    z_loss: float = _setting(validation.from_zero, 0.0)
+    precision: str = _setting(
+        validation.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
+    )
+    rematerialize: str = _setting(validation.rematerialize, "none")
+    micro_batches: int = _setting(validation.whole(1), 1)
+    milestone_every: int = _setting(validation.whole(0), 2500)
+    save_every: int = _setting(validation.whole(1), 500)
+    keep_last: int = _setting(validation.whole(1), 2)
+    validate_every: int = _setting(validation.whole(0), 1000)
+    validation_batches: int = _setting(validation.whole(1), 8)
+    sample_every: int = _setting(validation.whole(0), 0)
+    spike_threshold: float = _setting(validation.threshold, 0.0)
+    max_skipped_steps: int = _setting(validation.whole(1), 10)
+    seed: int = _setting(validation.whole(0), 0)
+
+    def __post_init__(self):
+        for name in SETTINGS:
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                "`final_learning_rate` must not be above the peak. Give it along with "
+                f"`learning_rate`. Received: learning_rate={self.learning_rate}, "
+                f"final_learning_rate={self.final_learning_rate}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                "`warmup_steps` must be below `steps`. Give `warmup_steps` too. "
+                f"Received: steps={self.steps}, warmup_steps={self.warmup_steps}"
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                "`micro_batches` must divide `batch_size`. Change one of them. "
+                f"Received: batch_size={self.batch_size}, "
+                f"micro_batches={self.micro_batches}"
+            )
+
+    @property
+    def tokens_per_step(self):
+        """Tokens that a step trains on, over all chips."""
+        return self.batch_size * self.sequence_length
+
+    def replace(self, **changes):
+        """The same with other settings; nothing else changes with them.
+
+        Raises:
+            ValueError: for an unknown setting, or a value that does not fit.
+        """
+        _check_known(changes)
+        return dataclasses.replace(self, **changes)
+
+    def mesh_for(self, chips):
+        """How chips share the work.
+
+        Args:
+            chips: int, number of devices.
+
+        Returns:
+            Dict of ints: `"data"` groups that hold the model once each, `"fsdp"` chips
+            that share it and split the batch further, `"model"` chips that split each
+            matrix. It is the recipe's mesh for that number or else, which is ours,
+            FSDP over all chips; `Resolved.mesh_source` says which.
+        """
+        validation.whole(1)("chips", chips)
+        fsdp = {"data": 1, "fsdp": chips, "model": 1}
+        return dict(self.meshes.get(str(chips), fsdp))
+
+
+SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
+
+
+def _checked(name, value):
+    return SETTINGS[name].metadata["check"](name, value)
+
+
+def _check_known(names):
+    for name in names:
+        if name not in SETTINGS:
+            nearest = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
+            hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(
+                f"A recipe has no setting {name!r}. {hint}Its settings: "
+                f"{', '.join(SETTINGS)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A recipe, and where each of its settings comes from.
+
+    Attributes:
+        preset: string, full name of the preset that it began with.
+        recipe: `Recipe`.
+        sources: dict of strings by setting: the preset's source, the path of the YAML
+            file, `"command line"` or `"default: ours"`.
+    """
+
+    preset: str
+    recipe: Recipe
+    sources: dict
+
+    def on(self, chips, mesh=None):
+        """The recipe as so many chips run it.
+
+        What is planned for them gives `micro_batches` and `rematerialize`, where a file
+        or the command line do not; but not for another precision or length of rows than
+        it was planned with.
+
+        Args:
+            chips: int, number of devices.
+            mesh: dict of ints; the recipe's if `None`.
+
+        Returns:
+            `Resolved`.
+        """
+        recipe, published = self.recipe, _published(self.preset)
+        plan = recipe.planned.get(str(chips))
+        mesh = mesh or recipe.mesh_for(chips)
+        groups = mesh["data"] * mesh["fsdp"]
+        larger = any(  # More memory for each row than was planned.
+            getattr(recipe, name) != getattr(published.recipe, name)
+            for name in ("precision", "sequence_length")
+        )
+        if plan is None or larger or recipe.batch_size % groups:
+            return self
+        rows = recipe.batch_size // groups
+        # The fewest parts of a device's rows that are small enough.
+        parts = (n for n in range(1, rows + 1) if rows % n == 0)
+        planned = {
+            "micro_batches": next(n for n in parts if rows <= n * plan["rows"]),
+            "rematerialize": plan["rematerialize"],
+        }
+        changes = {
+            name: value
+            for name, value in planned.items()
+            if self.sources[name] == published.sources[name]
+        }
+        sources = dict.fromkeys(changes, self.sources["planned"])
+        return Resolved(
+            self.preset, recipe.replace(**changes), {**self.sources, **sources}
+        )
+
+    def mesh_source(self, chips):
+        """Where `recipe.mesh_for(chips)` comes from: string."""
+        if str(chips) in self.recipe.meshes:
+            return self.sources["meshes"]
+        return f"ours: the recipe has no mesh for {chips} chips, so FSDP over all"
+
+    def table(self):
+        """Text to print: setting, value and source, at most 100 columns wide.
+
+        Long values and sources are shortened there, and there only.
+        """
+        rows = [("setting", "value", "from")]
+        for name in SETTINGS:
+            value = _shown(name, getattr(self.recipe, name))
+            rows.append((name, value, _short_source(self.sources[name])))
+        left, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
+        right = 100 - left - middle - 4
+        return "\n".join(
+            f"{name:{left}}  {value:{middle}}  {_shortened(source, right)}".rstrip()
+            for name, value, source in rows
+        )
+
+    def to_json(self):
+        """A dict that JSON can hold: each setting's value and source."""
+        values = dataclasses.asdict(self.recipe)
+        return {
+            "preset": self.preset,
+            "recipe": {
+                name: {"value": values[name], "source": self.sources[name]}
+                for name in SETTINGS
+            },
+        }
+
+
+def from_preset(preset):
+    """The recipe of a preset, unchanged.
+
+    Args:
+        preset: string, name or short form, such as `"open_llama_7b"` or `"7b"`.
+
+    Returns:
+        `Recipe`.
+
+    Raises:
+        ValueError: if there is no such preset, or it has no recipe.
+
+    Example:
+
+    ```python
+    from_preset("13b").learning_rate  # 0.00015
+    ```
+    """
+    return resolve(preset).recipe
+
+
+def resolve(preset, *, file=None, overrides=None):
+    """The recipe of a run: the preset's, changed by a file and by the command line.
+
+    If `steps` is set below the warm-up, and `warmup_steps` is not set too, the warm-up
+    becomes a tenth of the steps; `sources` says so. Nothing else changes unasked.
+
+    Args:
+        preset: string, name or short form.
+        file: path of a YAML file, a mapping of settings to values; may be `None`.
+        overrides: dict by setting, what the command line gave; may be `None`. It goes
+            before the file.
+
+    Returns:
+        `Resolved`.
+
+    Raises:
+        ValueError: if the preset or a setting is unknown, or a value does not fit.
+        OSError: if the file cannot be read.
+
+    Example:
+
+    ```python
+    resolved = resolve("7b", file="mine.yaml", overrides={"steps": 20})
+    print(resolved.table())
+    resolved.recipe.warmup_steps  # 2
+    ```
+    """
+    published = _published(preset)
+    recipe = published.recipe
+    layers = [] if file is None else [(str(file), _read_yaml(file))]
+    layers.append((COMMAND_LINE, overrides or {}))
+    changes, sources = {}, dict(published.sources)
+    for source, values in layers:
+        changes |= _from_layer(source, values)
+        sources |= dict.fromkeys(values, source)
+    steps = changes.get("steps", recipe.steps)
+    if "warmup_steps" not in changes and recipe.warmup_steps >= steps:
+        # At least one step, unless there is no other.
+        changes["warmup_steps"] = min(max(1, steps // 10), steps - 1)
+        sources["warmup_steps"] = (
+            f"ours: shortened with steps, from {recipe.warmup_steps} to a tenth of them"
+        )
+    return Resolved(published.preset, recipe.replace(**changes), sources)
+
+
+def _from_layer(source, values):
+    """The values of a file or command line, checked one by one; errors name it."""
+    try:
+        _check_known(values)
+        return {name: _checked(name, value) for name, value in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _published(name):
+    preset = presets.find(name)
+    known = [other.name for other in presets.registry().values() if other.recipe]
+    if preset is None or not preset.recipe:
+        problem = "There is no preset" if preset is None else "No recipe is known for"
+        raise ValueError(
+            f"{problem} {name!r}. Presets with a recipe: {', '.join(known)}."
+        )
+    return _parsed(preset.name, preset.recipe, f"The recipe of {preset.name}")
+
+
+def _parsed(preset, settings, where):
+    """`Resolved` of settings with their sources; `where` begins errors."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} must be a dict. Received: {str(settings)[:200]!r}")
+    for name, entry in settings.items():
+        if not isinstance(entry, dict) or {*entry} != {"value", "source"}:
+            raise ValueError(
+                f"{where} must give 'value' and 'source' of each setting. Received: "
+                f"{name}={entry!r}"
+            )
+    missing = [
+        name
+        for name, field in SETTINGS.items()
+        if field.default is field.default_factory and name not in settings
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}. Add them.")
+    values = {name: entry["value"] for name, entry in settings.items()}
+    sources = {name: entry["source"] for name, entry in settings.items()}
+    recipe = Recipe(**_from_layer(where, values))
+    return Resolved(preset, recipe, {**dict.fromkeys(SETTINGS, DEFAULT), **sources})
+
+
+def _read_yaml(path):
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if values is None:  # Nothing but comments.
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} must map settings to values, such as 'steps: 1000'. Received: "
+            f"{str(values)[:200]!r}"
+        )
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:  # YAML would let the last one win.
+        raise ValueError(f"{path} sets {', '.join(twice)} twice. Remove one of them.")
+    return values
+
+
+# ----- The table
+
+
+def _shown(name, value):
+    if name in ("meshes", "planned") and value:
+        chips = [int(number) for number in value]
+        value = f"{'-'.join(map(str, sorted({min(chips), max(chips)})))} chips"
+    return _shortened("none" if value in (None, {}) else str(value), 24)
+
+
+def _short_source(source):
+    """Addresses on GitHub as `owner/repository/path` and `owner/repository#number`."""
+    source = re.sub(r"https://github\.com/(\S+?/\S+?)/issues/(\d+)", r"\1#\2", source)
+    return re.sub(
+        r"https://github\.com/([^/\s]+/[^/\s]+)(/blob/[^/\s]+)?", r"\1", source
+    )
+
+
+def _shortened(text, width):
+    """Prose loses its end, and what has no spaces, such as a path, its middle."""
+    if len(text) <= width:
+        return text
+    if " " in text[:width]:
+        return textwrap.shorten(text, width, placeholder=" …")
+    tail = width // 2
+    return f"{text[: width - tail - 1]}…{text[-tail:]}"

@@ -1,0 +1,186 @@
+"""The directory of a run: what the run is, and that one process at a time goes on."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+import keras_openllama
+from keras_openllama.checkpoints.training_run import RUN, RUN_FORMAT, TOKENIZER
+from keras_openllama.data import mixture as mixtures
+from keras_openllama.utils import files
+
+_LOCK = ".lock"
+# What decides which tokens a step sees: another value would repeat or leave out data.
+# And the optimizer, since another one has other moments.
+_FIXED = (
+    *("batch_size", "sequence_length", "seed", "packing", "mask_documents"),
+    "optimizer",
+)
+# What does not change the course of a run.
+_FREE = (
+    *("meshes", "planned", "micro_batches", "rematerialize"),
+    *("milestone_every", "save_every", "keep_last"),
+    *("validate_every", "validation_batches", "sample_every"),
+    "max_skipped_steps",
+    "mixture",  # Whose weights are compared, see `mixture_from`.
+)
+
+
+def versions():
+    """Versions of what a run depends on: dict of strings."""
+    names = ("jax", "jaxlib", "keras", "keras-hub", "orbax-checkpoint", "grain")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {
+        "keras_openllama": keras_openllama.__version__,
+        "python": platform.python_version(),
+        **found,
+    }
+
+
+def read(directory):
+    """What a run is: the dict that `write` wrote, or `None` where there is no run.
+
+    Raises:
+        ValueError: if the file is damaged, or of another format.
+    """
+    path = files.join(directory, RUN)
+    if not files.exists(path):
+        return None
+    try:
+        run = json.loads(files.read_bytes(path))
+        if run["format"] != RUN_FORMAT:
+            raise ValueError(f"its format is {run['format']}, not {RUN_FORMAT}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from error
+    return run
+
+
+def write(directory, run, tokenizer):
+    """Writes what a run is, and its tokenizer.
+
+    Args:
+        directory: string.
+        run: dict, as JSON: `preset`, `recipe`, `architecture`, `data`.
+        tokenizer: bytes of the SentencePiece model.
+    """
+    files.write_bytes(files.join(directory, TOKENIZER), tokenizer)
+    run = {"format": RUN_FORMAT, **run, "versions": versions()}
+    data = json.dumps(run, indent=1).encode()
+    files.write_bytes(files.join(directory, RUN), data)
+
+
+def check_unchanged(before, now, accept_changes=False):
+    """Whether a run may go on with other settings than it began with.
+
+    Args:
+        before, now: dicts, see `write`.
+        accept_changes: bool, whether settings may change that the course depends on.
+
+    Returns:
+        List of lines that say what changes.
+
+    Raises:
+        ValueError: if something changes that must not, or was not accepted.
+    """
+    changed = {
+        name: (before[name], now[name])
+        for name in ("preset", "architecture", "data")
+        if before[name] != now[name]
+    }
+    if changed:
+        raise ValueError(
+            "The run in this directory is another one: "
+            + "; ".join(f"{k} was {a} and is {b}" for k, (a, b) in changed.items())
+            + ". Name another output directory."
+        )
+    old = {name: entry["value"] for name, entry in before["recipe"].items()}
+    new = {name: entry["value"] for name, entry in now["recipe"].items()}
+    lines = {
+        name: f"{name} was {old.get(name)} and is {new[name]}"
+        for name in new
+        if old.get(name) != new[name]
+    }
+    fixed = [line for name, line in lines.items() if name in _FIXED]
+    if fixed:
+        raise ValueError(
+            f"The run in this directory began otherwise: {'; '.join(fixed)}. Tokens "
+            "would be repeated or left out, or moments would be of another kind. Name "
+            "another output directory."
+        )
+    course = [line for name, line in lines.items() if name not in _FREE]
+    if course and not accept_changes:
+        raise ValueError(
+            f"The run in this directory has other settings: {'; '.join(course)}. Give "
+            "the same ones, or --accept-changes to go on with these from here on."
+        )
+    return list(lines.values())
+
+
+def mixture_from(before, chosen, step, accept_changes=False):
+    """The mixture of a run that goes on: its own, changed where it was asked to.
+
+    Args:
+        before: dict, see `read`.
+        chosen: `mixture.Mixture` that is asked for now.
+        step: int, from where on other weights count.
+        accept_changes: bool.
+
+    Returns:
+        The mixture, and a list of lines that say what changes.
+
+    Raises:
+        ValueError: if the weights are others, and that was not accepted.
+    """
+    own = mixtures.from_json(before["mixture"])
+    weights = chosen.schedule[-1][1]
+    if _same(own.schedule[-1][1], weights):
+        return own, []
+    if not accept_changes:
+        raise ValueError(
+            f"The run in this directory mixes its sources by {own.schedule[-1][1]}, "
+            f"and {weights} is asked for. Give the same ones, or --accept-changes to "
+            "go on with these from here on."
+        )
+    line = f"the sources are mixed by {weights} from step {step} on"
+    return own.changed(step, weights), [line]
+
+
+def _same(weights, others):
+    # They are divided by their sum, and rounded, each time that they are read.
+    return weights.keys() == others.keys() and all(
+        math.isclose(weights[name], others[name], rel_tol=1e-9) for name in weights
+    )
+
+
+class Busy(RuntimeError):
+    """Another process has the directory of a run."""
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Keeps a second process from the same run.
+
+    Raises:
+        Busy: if another process has it.
+    """
+    if files.is_remote(directory):  # No lock is known there.
+        yield
+        return
+    files.make_directory(directory)
+    descriptor = os.open(Path(directory, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                f"Another process trains in {directory}. Wait for it, or name another "
+                "output directory."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""What a run tells of its steps while they are computed: log, bar, skipped steps."""
+
+import collections
+import hashlib
+import json
+import sys
+import time
+
+import jax
+from tqdm import tqdm
+
+from keras_openllama.runs import throughput
+from keras_openllama.runs.interruption import Skipped
+from keras_openllama.runs.metrics_log import RunLog
+
+# Ours: steps that are under way while the one before them is looked at.
+_STEPS_AHEAD = 1
+_TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 30.0  # Ours: between two looks of the bar.
+
+
+class Records:
+    """Looks at each step once it has been computed, while the next one is under way.
+
+    Use as a context manager around the steps. The first process writes and shows, the
+    others count skipped steps only.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        recipe: `recipe.Recipe`.
+        stream: `TokenStream` of the rows of all hosts.
+        output: string, the run's directory.
+        from_step: int, the step that the run goes on from.
+        began: float, see `throughput.Clock`.
+
+    Attributes:
+        clock: `throughput.Clock`.
+
+    Raises:
+        stopping.Diverged: when too many steps in a row had to be skipped.
+        OSError: if the log cannot be written.
+    """
+
+    def __init__(self, lm, recipe, stream, output, from_step, began=None):
+        self._recipe, self._stream = recipe, stream
+        self._output, self._step = output, from_step
+        self._pending = collections.deque()
+        self._skipped = Skipped(recipe.max_skipped_steps)
+        sizes = lm.backbone
+        self._flops = throughput.flops_per_token(
+            lm.count_params(),
+            *(sizes.num_layers, sizes.num_query_heads, sizes.head_dim),
+            recipe.sequence_length,
+        )
+        self._peak = throughput.peak_flops(jax.devices()[0].device_kind)
+        self.clock = throughput.Clock(began)
+        self._log = self._bar = None
+
+    def __enter__(self):
+        self._last = time.monotonic()
+        if jax.process_index() == 0:
+            self._log = RunLog(self._output, self._step)
+            terminal = sys.stderr.isatty()
+            self._bar = tqdm(
+                total=self._recipe.steps,
+                initial=self._step,
+                unit="step",
+                dynamic_ncols=terminal,
+                mininterval=_TERMINAL_SECONDS if terminal else _FILE_SECONDS,
+            )
+        return self
+
+    def __exit__(self, *_):
+        if self._log is not None:
+            self._bar.close()
+            self._log.close()
+
+    def add(self, step, measures):
+        """Takes what a step tells, which is still being computed.
+
+        Args:
+            step: int, steps done.
+            measures: `train_step_jax.Measures`.
+        """
+        self._pending.append((step, measures))
+        while len(self._pending) > _STEPS_AHEAD:
+            self._look_at(*self._pending.popleft())
+
+    def settle(self):
+        """Waits for all steps that are under way; the log is on the disk afterwards."""
+        while self._pending:
+            self._look_at(*self._pending.popleft())
+        if self._log is not None:
+            self._log.sync()
+
+    def validation(self, result):
+        """Writes what `Validation.measure` found after the last step."""
+        if self._log is None:
+            return
+        step, tokens = self._step, self._step * self._recipe.tokens_per_step
+        record = {"kind": "validation", "step": step, "tokens": tokens, **result}
+        if step != self._log.last_validation_step:
+            self._log.write(record)
+        self.say(
+            f"step {step}: validation loss {result['loss']:.4f}, perplexity "
+            f"{result['perplexity']:.2f}, bits per byte {result['bits_per_byte']:.4f}"
+        )
+
+    def text(self, tag, text):
+        """Writes a text that the model wrote after the last step."""
+        if self._log is not None:
+            self._log.text(tag, self._step, text)
+
+    def say(self, line):
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+
+    def _look_at(self, step, measures):
+        with self.clock.measure("compute"):
+            measures = jax.device_get(measures)
+        measures = {name: value.item() for name, value in measures._asdict().items()}
+        kept = measures.pop("kept")
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        self._step = step
+        if self._log is not None:
+            self._write(measures, kept, seconds)
+        self._skipped.note(step, kept, measures["loss"], measures["grad_norm"])
+
+    def _write(self, measures, kept, seconds):
+        tokens = self._recipe.tokens_per_step
+        record = {
+            "step": self._step,
+            **measures,
+            "tokens": self._step * tokens,
+            **throughput.rates(
+                *(tokens, seconds, jax.device_count(), self._flops, self._peak)
+            ),
+            **self.clock.step(kept),
+            "skipped": not kept,
+            "batch": self._batch_id(),
+        }
+        self._log.write(record)
+        if not kept:
+            keys = ("step", "loss", "grad_norm", "batch")
+            rows = self._stream.rows_of(self._step - 1)
+            self._log.skip({**{key: record[key] for key in keys}, "rows": rows})
+            self.say(
+                f"step {self._step} was left out: loss {record['loss']}, gradient norm "
+                f"{record['grad_norm']}. What it read is in skipped.jsonl."
+            )
+        shown = {
+            "loss": f"{record['loss']:.4f}",
+            "rate": f"{record['learning_rate']:.1e}",
+            "tokens/s": f"{record['tokens_per_second']:,.0f}",
+        }
+        if "mfu" in record:
+            shown["MFU"] = f"{record['mfu']:.1%}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def _batch_id(self):
+        """Which tokens the last step has read, in 16 digits."""
+        rows = json.dumps(self._stream.rows_of(self._step - 1)).encode()
+        return hashlib.sha256(rows).hexdigest()[:16]

@@ -1,0 +1,174 @@
+"""The state of a run: a model, its optimizer, and what watches over the loss."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from keras_openllama.optimizers import AdamW, WarmupCosine, muon
+from keras_openllama.runs import tpu_compiler_options
+from keras_openllama.training.chunked_loss import Sums
+from keras_openllama.training.train_step_jax import parted, sums_of, update
+
+# Ours: the running mean of the loss is over about so many steps, and is relied on after
+# as many.
+LOSS_MEMORY = 100
+
+
+class State(NamedTuple):
+    """Everything that a step reads and writes.
+
+    Attributes:
+        trainable, non_trainable, optimizer: lists of `jax.Array`, values of the
+            variables in the order that the model and the optimizer have them in.
+        guard: dict of float32 scalars: `"mean_loss"` and `"steps"`, how many made it.
+    """
+
+    trainable: list
+    non_trainable: list
+    optimizer: list
+    guard: dict
+
+
+def make_optimizer(recipe):
+    """The optimizer of a `recipe.Recipe`, with its schedule."""
+    schedule = WarmupCosine(
+        recipe.learning_rate,
+        recipe.final_learning_rate,
+        recipe.warmup_steps,
+        recipe.steps,
+    )
+    make = {"adamw": AdamW, "muon": muon}[recipe.optimizer]
+    return make(
+        schedule,
+        weight_decay=recipe.weight_decay,
+        beta_1=recipe.beta_1,
+        beta_2=recipe.beta_2,
+        epsilon=recipe.epsilon,
+        global_clipnorm=recipe.clip_norm,
+    )
+
+
+def state_of(lm, replicated=None):
+    """The state of a model that was just built and compiled.
+
+    Args:
+        lm: `OpenLlamaCausalLM`, its optimizer built.
+        replicated: sharding of what is no variable, or `None`.
+    """
+    guard = {name: jnp.zeros((), "float32") for name in ("mean_loss", "steps")}
+    return State(
+        [v.value for v in lm.trainable_variables],
+        [v.value for v in lm.non_trainable_variables],
+        [v.value for v in lm.optimizer.variables],
+        jax.device_put(guard, replicated),
+    )
+
+
+def named(lm, state):
+    """A state as a dict of dicts by variable path, which checkpoints hold."""
+    model = [*lm.trainable_variables, *lm.non_trainable_variables]
+    values = [*state.trainable, *state.non_trainable]
+    return {
+        "model": _by_path(model, values),
+        "optimizer": _by_path(lm.optimizer.variables, state.optimizer),
+        "guard": state.guard,
+    }
+
+
+def unnamed(lm, arrays):
+    """The state of what `named` returned."""
+    model, optimizer = arrays["model"], arrays["optimizer"]
+    return State(
+        [model[v.path] for v in lm.trainable_variables],
+        [model[v.path] for v in lm.non_trainable_variables],
+        [optimizer[v.path] for v in lm.optimizer.variables],
+        arrays["guard"],
+    )
+
+
+def _by_path(variables, values):
+    named = {v.path: value for v, value in zip(variables, values, strict=True)}
+    if len(named) != len(variables):
+        raise ValueError("Two variables of the model have the same path.")
+    return named
+
+
+def abstract(arrays):
+    """Shapes, dtypes and shardings of arrays, as a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), arrays
+    )
+
+
+def put_back(lm, state):
+    """Gives the model the values of a state, without a copy."""
+    variables = [*lm.trainable_variables, *lm.non_trainable_variables]
+    values = [*state.trainable, *state.non_trainable]
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None):
+    """Compiles the step of a run.
+
+    Args:
+        lm: `OpenLlamaCausalLM`, compiled.
+        state: `State`, or one of `jax.ShapeDtypeStruct`s; only shapes and shardings
+            count.
+        batch: a batch like those to come, see `train_step_jax.sums_of`.
+        options: `train_step_jax.Options`.
+        spike_threshold: float, a loss above so many times its running mean leaves a
+            step out; 0 is never.
+        replicated: sharding of the measures, or `None`.
+
+    Returns:
+        A compiled program `(state, batch) -> (Measures, state)`, which takes over the
+        memory of the state.
+    """
+
+    def step(state, batch):
+        guard = state.guard
+        mean = guard["mean_loss"]
+        limit = None
+        if spike_threshold:
+            known = guard["steps"] >= LOSS_MEMORY
+            limit = jnp.where(known, spike_threshold * mean, jnp.inf)
+        measures, (trainable, optimizer) = update(lm, state[:3], batch, options, limit)
+        steps = guard["steps"] + 1
+        # A plain mean at first, then an exponential one.
+        share = 1 / jnp.minimum(steps, LOSS_MEMORY)
+        after = {"mean_loss": mean + share * (measures.loss - mean), "steps": steps}
+        kept = measures.kept
+        guard = jax.tree.map(lambda a, b: jnp.where(kept, a, b), after, guard)
+        return measures, State(trainable, state.non_trainable, optimizer, guard)
+
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, shardings))
+    lowered = program.lower(state, batch)
+    device = next(iter(state.trainable[0].sharding.device_set))
+    return tpu_compiler_options.compiled(lowered, device)
+
+
+def compile_evaluation(lm, state, batch, options, replicated=None):
+    """Compiles an evaluation, by micro-batches as the step.
+
+    Args:
+        lm, state, batch, options, replicated: see `compile_step`.
+
+    Returns:
+        A compiled program `(state, batch) -> (losses.Sums, sum of the weights)`.
+    """
+
+    def evaluate(state, batch):
+        values = state.trainable, state.non_trainable
+
+        def add(total, part):
+            sums = sums_of(lm, values, part, options)
+            return jax.tree.map(jnp.add, total, sums), None
+
+        parts = jax.tree.map(lambda a: parted(a, options.micro_batches), batch)
+        total, _ = jax.lax.scan(add, Sums(*(jnp.zeros(()),) * 3), parts)
+        return total, jnp.sum(batch[2])
+
+    return jax.jit(evaluate, out_shardings=replicated).lower(state, batch).compile()

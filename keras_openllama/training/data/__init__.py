@@ -1,1 +1,0 @@
-"""From raw text to an exact, resumable stream of training batches."""

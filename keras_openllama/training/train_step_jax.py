@@ -1,0 +1,304 @@
+"""The training step on JAX: what `fit` compiles, and pretraining, and its plan."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.sharding import NamedSharding, PartitionSpec
+
+from keras_openllama.distribution import ROWS, OpenLlamaParallel
+from keras_openllama.layers.attention_kernels import attention_on
+from keras_openllama.layers.sharded_embedding import look_up
+from keras_openllama.training.chunked_loss import next_token_sums
+from keras_openllama.training.target_weights import target_weights
+
+
+class Options(NamedTuple):
+    """How a step is computed; none of it changes what is computed, but `z_loss`.
+
+    Attributes:
+        micro_batches: int, parts of the batch that follow each other, so that the
+            activations of one part are in memory. One update for all.
+        rematerialize: string, one of `remat.POLICIES`.
+        z_loss: float, weight of the squared log of the softmax's denominator.
+        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
+            one device.
+        loss_chunks: int, see `chunked_loss.next_token_sums`.
+        attend: callable of `layers.fast_attention.attention_on`, or `None` for what
+            every platform can compute.
+        scan: bool, whether the layers are a scan, which compiles sooner; one after the
+            other they are faster on CPUs.
+    """
+
+    micro_batches: int = 1
+    rematerialize: str = "none"
+    z_loss: float = 0.0
+    mesh: jax.sharding.Mesh | None = None
+    loss_chunks: int | None = None
+    attend: object = None
+    scan: bool = False
+
+
+class Measures(NamedTuple):
+    """What a step tells; float32 scalars, except as said.
+
+    Attributes:
+        loss: nats per target, the mean by weight, z-loss not included.
+        accuracy: share of the targets that have the largest logit.
+        targets: sum of the weights of the targets.
+        grad_norm: global norm of the gradient, before it is clipped.
+        param_norm: global norm of the variables before the step.
+        learning_rate: of this step.
+        kept: bool; False where the step was left out: a loss or gradient that is not
+            finite, or a spike, never reaches a variable.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    targets: jax.Array
+    grad_norm: jax.Array
+    param_norm: jax.Array
+    learning_rate: jax.Array
+    kept: jax.Array
+
+
+def placed(options, distribution=None):
+    """Options for the devices that a step will run on.
+
+    Args:
+        options: `Options`.
+        distribution: `OpenLlamaParallel`, or `None` for JAX's default device.
+
+    Returns:
+        `Options` with their mesh, the attention that they are fastest with, and on TPUs
+        a scan over the layers.
+    """
+    mesh, device = None, jax.devices()[0]
+    if distribution is not None:
+        mesh = distribution.device_mesh.backend_mesh
+        device = mesh.devices.flat[0]
+    return options._replace(
+        mesh=mesh, attend=attention_on(device, mesh), scan=device.platform == "tpu"
+    )
+
+
+def sums_of(lm, values, batch, options):
+    """The sums of `chunked_loss.next_token_sums` over a batch.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        values: pair of lists, values of its trainable and non-trainable variables.
+        batch: `(x, targets, weights)`: a dict of int `"token_ids"` and
+            `"padding_mask"`, int targets, float32 weights; all `(batch, length)`.
+        options: `Options`.
+
+    Returns:
+        `chunked_loss.Sums`.
+
+    Raises:
+        ValueError: if the head is quantized.
+    """
+    if lm.lm_head.quantization_mode is not None:
+        raise ValueError(
+            "The loss is computed from the head's kernel, and that is quantized: "
+            f"{lm.lm_head.quantization_mode!r}. Call `compile` after `quantize`."
+        )
+    x, targets, weights = batch
+    variables = [*lm.trainable_variables, *lm.non_trainable_variables]
+    mapping = zip(variables, [*values[0], *values[1]], strict=True)
+    with keras.StatelessScope(state_mapping=mapping):
+        hidden = lm.backbone.hidden_states(
+            x["token_ids"],
+            x["padding_mask"],
+            embed=_embed(lm.backbone, options.mesh),
+            layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
+            rematerialize=options.rematerialize,
+            attend=options.attend,
+            scan=options.scan,
+        )
+        kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
+        return next_token_sums(
+            *(hidden, kernel, targets, weights),
+            options.z_loss,
+            options.loss_chunks,
+            options.mesh,
+        )
+
+
+def _embed(backbone, mesh):
+    """What looks up embeddings on a mesh; `None` where the layer itself does."""
+    layer = backbone.token_embedding
+    if mesh is None or layer.quantization_mode is not None:
+        return None
+    return lambda token_ids: look_up(
+        jnp.asarray(layer.embeddings), token_ids, mesh, layer.compute_dtype
+    )
+
+
+def _sharded(states, mesh):
+    """Hidden states by rows, else XLA may hold those of all rows on every device."""
+    if mesh is None:
+        return states
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS, None, None))
+    return jax.lax.with_sharding_constraint(states, sharding)
+
+
+def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: B008
+    """Loss and gradient of a batch: the mean over its targets.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        trainable, non_trainable: lists, values of its variables.
+        batch: see `sums_of`.
+        options: `Options`.
+
+    Returns:
+        `chunked_loss.Sums` of the batch, the sum of its weights, and the gradients,
+        float32 or of the variables' dtype, of the mean loss.
+
+    Raises:
+        ValueError: if the micro-batches do not divide the rows.
+    """
+    rows = batch[1].shape[0]
+    if rows % options.micro_batches:
+        raise ValueError(
+            "`micro_batches` divides the rows of a batch. Received: "
+            f"micro_batches={options.micro_batches}, rows={rows}"
+        )
+    total = jnp.maximum(jnp.sum(batch[2]), 1e-9)  # No target at all: no gradient.
+
+    def loss(values, part):
+        sums = sums_of(lm, (values, non_trainable), part, options)
+        return sums.loss / total, sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if options.micro_batches == 1:
+        grads, sums = gradient(trainable, batch)
+        return sums, total, grads
+
+    def add(carry, part):
+        return jax.tree.map(jnp.add, carry, gradient(trainable, part)), None
+
+    parts = jax.tree.map(lambda a: parted(a, options.micro_batches), batch)
+    shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (grads, sums), _ = jax.lax.scan(add, start, parts)
+    return sums, total, grads
+
+
+def parted(array, parts):
+    """`(batch, …)` to `(parts, batch / parts, …)`, each with rows of every device."""
+    array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+    return jnp.moveaxis(array, 1, 0)
+
+
+def update(lm, state, batch, options=Options(), limit=None):  # noqa: B008
+    """One step of training.
+
+    Args:
+        lm: `OpenLlamaCausalLM`, compiled.
+        state: triple of lists: values of its trainable, its non-trainable and its
+            optimizer's variables.
+        batch: see `sums_of`.
+        options: `Options`.
+        limit: float scalar; a loss above it leaves the step out. `None` is no limit.
+
+    Returns:
+        `Measures`, and the new trainable and optimizer values.
+    """
+    trainable, non_trainable, optimizer = state
+    sums, total, grads = gradients(lm, trainable, non_trainable, batch, options)
+    loss, grad_norm = sums.loss / total, global_norm(grads)
+    kept = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if limit is not None:
+        kept &= loss <= limit
+    new = lm.optimizer.stateless_apply(optimizer, grads, trainable)
+    old = trainable, optimizer
+    new = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
+    with keras.StatelessScope(
+        state_mapping=zip(lm.optimizer.variables, optimizer, strict=True)
+    ):
+        learning_rate = jnp.asarray(lm.optimizer.learning_rate, "float32")
+    measures = Measures(
+        loss=loss,
+        accuracy=sums.correct / total,
+        targets=jnp.sum(batch[2]),
+        grad_norm=grad_norm,
+        param_norm=global_norm(trainable),
+        learning_rate=learning_rate,
+        kept=kept,
+    )
+    return measures, new
+
+
+def global_norm(tensors):
+    """The Euclidean norm of all tensors together, in float32."""
+    squares = [jnp.sum(jnp.square(t.astype("float32"))) for t in tensors]
+    return jnp.sqrt(sum(squares))
+
+
+class FusedTraining:
+    """`OpenLlamaCausalLM` on JAX: `fit` and `evaluate` take the step of this module.
+
+    They do so where the loss and the metrics are the model's own. With others, which
+    want all logits, the step is Keras's.
+    """
+
+    def train_step(self, state, data):
+        if not self._fused:
+            return super().train_step(state, data)
+        trainable, non_trainable, optimizer, metrics = state
+        batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        options = self._placed_options()
+        measures, (trainable, optimizer) = update(
+            self, (trainable, non_trainable, optimizer), batch, options
+        )
+        logs, metrics = self._measured(
+            metrics, measures.loss, measures.accuracy, measures.targets
+        )
+        return logs, (trainable, non_trainable, optimizer, metrics)
+
+    def test_step(self, state, data):
+        if not self._fused:
+            return super().test_step(state, data)
+        trainable, non_trainable, metrics = state
+        batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        # Nothing is kept for a backward pass, and the policy is for one.
+        options = self._placed_options()._replace(rematerialize="none")
+        sums = sums_of(self, (trainable, non_trainable), batch, options)
+        targets = jnp.sum(batch[2])
+        total = jnp.maximum(targets, 1e-9)
+        logs, metrics = self._measured(
+            metrics, sums.loss / total, sums.correct / total, targets
+        )
+        return logs, (trainable, non_trainable, metrics)
+
+    def _placed_options(self):
+        options, distribution = self._step_options, keras.distribution.distribution()
+        # Kernels cannot be divided by XLA, and only our layout says how to.
+        if distribution is None or isinstance(distribution, OpenLlamaParallel):
+            return placed(options, distribution)
+        return options
+
+    def _measured(self, metrics, loss, accuracy, targets):
+        """Adds a batch to the metrics: what they are now, and their variables."""
+        mapping = zip(self.metrics_variables, metrics, strict=True)
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self._loss_tracker.update_state(loss, sample_weight=targets)
+            for metric in self._compile_metrics.metrics:  # Accuracy, or none.
+                metric.total.assign_add(accuracy * targets)
+                metric.count.assign_add(targets)
+            logs = self.get_metrics_result()
+        variables = [
+            v.value if (new := scope.get_current_value(v)) is None else new
+            for v in self.metrics_variables
+        ]
+        return logs, variables
+
+
+def as_batch(x, y, weights=None):
+    """What `fit` was given, in the form of `sums_of`; padding weighs nothing."""
+    weights = target_weights(x["padding_mask"], weights)
+    x = {name: jnp.asarray(x[name], "int32") for name in ("token_ids", "padding_mask")}
+    return x, jnp.asarray(y, "int32"), weights

@@ -1,0 +1,210 @@
+"""tokenizer.json gives SentencePiece's ids and texts, or is refused."""
+
+import inspect
+import io
+import json
+import random
+import string
+from pydoc_data.topics import topics
+
+import pytest
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizer_models import large_model, trained_model
+
+from keras_openllama.checkpoints import tokenizer_json
+from keras_openllama.presets import folder
+
+pytestmark = pytest.mark.backend_free
+
+MODELS = {
+    "v1": lambda: trained_model(keep_spaces=False),
+    "v2": lambda: trained_model(keep_spaces=True),
+    "nano": lambda: (folder() / "open_llama_nano" / "tokenizer.model").read_bytes(),
+    "tied_scores": large_model,
+}
+SCRIPTS = {
+    "CJK": (0x4E00, 0x9FFF),
+    "kana": (0x3040, 0x30FF),
+    "hangul": (0xAC00, 0xD7A3),
+    "arabic": (0x0600, 0x06FF),
+    "devanagari": (0x0900, 0x097F),
+    "combining": (0x0300, 0x036F),
+    "emoji": (0x1F300, 0x1F64F),
+    "control": (0x00, 0x1F),
+    "punctuation": (0x2000, 0x206F),
+    "latin": (0xA0, 0x24F),
+}
+
+
+def texts():
+    """More than 20,000 different texts of every kind."""
+    chance = random.Random(0)
+    found = set()
+    # Prose and code as they stand, whole and in lines, indentation included.
+    for text in [*topics.values(), *map(inspect.getsource, (json, random, string))]:
+        found.update(text.splitlines(keepends=True))
+        found.update(text.split("\n\n"))
+    for length in range(1, 201):  # Runs of white space, alone, around and within.
+        run = " " * length
+        found.update((run, run + "x", "x" + run, f"x{run}y", f"\n{run}def f():\n"))
+        found.update(
+            ("\n" * length, "\t" * length, f"a{' ' * length}\n{' ' * length}b")
+        )
+    words = [word for text in topics.values() for word in text.split()]
+    white = [
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "    ",
+        "\u00a0",
+        "\u3000",
+        "▁",
+        " ▁",
+    ]
+    for _ in range(4000):
+        row = [chance.choice(words) + chance.choice(white) for _ in range(12)]
+        found.add("".join(row))
+        found.add(chance.choice(white) + "".join(row[:3]) + chance.choice(white))
+    for first, last in SCRIPTS.values():
+        for _ in range(400):
+            length = chance.randint(1, 20)
+            letters = [chr(chance.randint(first, last)) for _ in range(length)]
+            found.add("".join(letters))
+            found.add("a" + " b".join(letters))
+    for _ in range(2000):  # Digits, and whatever can be encoded.
+        found.add(str(chance.randrange(10 ** chance.randint(1, 40))))
+        points = (chance.randrange(0x110000) for _ in range(chance.randint(1, 30)))
+        found.add("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
+        found.add(chance.randbytes(chance.randint(1, 40)).decode("utf-8", "ignore"))
+    for letters in ("a", "ab", "xyz", "é", "日", string.ascii_letters):
+        found.update((letters * 2000)[:length] for length in (50, 257, 1000, 2000))
+    found.update(
+        ["", "<s>", "</s>", "<unk>", "<0x0A>", "a<s>b", "e\u0301", "🙂\u200d🙂"]
+    )
+    assert len(found) > 20_000
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def all_texts():
+    return texts()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_and_texts_are_those_of_sentencepiece(name, all_texts):
+    proto = MODELS[name]()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build(proto))
+    fast.encode_special_tokens = True  # "<s>" in a text is text for SentencePiece.
+    expected = processor.encode(all_texts)
+    encoded = fast.encode_batch_fast(all_texts, add_special_tokens=False)
+    wrong = [
+        text
+        for text, ours, ids in zip(all_texts, encoded, expected, strict=True)
+        if ours.ids != ids
+    ]
+    assert not wrong, f"{len(wrong)} texts, {wrong[:3]}"
+    back = fast.decode_batch(expected)
+    wrong = [
+        (text, ours, theirs)
+        for text, ours, theirs in zip(
+            all_texts, back, processor.decode(expected), strict=True
+        )
+        if ours != theirs
+    ]
+    assert not wrong, f"{len(wrong)} texts, {wrong[:3]}"
+
+
+def test_start_stands_before_each_text():
+    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build(MODELS["v2"]()))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=MODELS["v2"]())
+    assert fast.encode("the sea").ids == [1, *processor.encode("the sea")]
+    assert fast.decode(fast.encode("  the sea").ids) == "  the sea"
+
+
+def altered(change, keep_spaces=True):
+    model = sentencepiece_model_pb2.ModelProto.FromString(trained_model(keep_spaces))
+    change(model)
+    return model.SerializeToString()
+
+
+def trained(**options):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(topics.values()).splitlines()[:500]),
+        model_writer=model,
+        vocab_size=400,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: trained(model_type="unigram", hard_vocab_limit=False), "no BPE model"),
+        (lambda: trained(model_type="bpe"), "'nmt_nfkc', rewrites characters"),
+        (
+            lambda: trained(model_type="bpe", normalization_rule_name="identity"),
+            "does not fall back to bytes",
+        ),
+        (
+            lambda: trained(
+                model_type="bpe",
+                normalization_rule_name="identity",
+                byte_fallback=True,
+                user_defined_symbols=["<sep>"],
+            ),
+            "user-defined",
+        ),
+        (
+            lambda: altered(
+                lambda m: setattr(m.trainer_spec, "treat_whitespace_as_suffix", True)
+            ),
+            "spaces behind words",
+        ),
+        (
+            lambda: altered(
+                lambda m: setattr(m.normalizer_spec, "escape_whitespaces", False)
+            ),
+            "does not escape spaces",
+        ),
+    ],
+)
+def test_what_the_library_cannot_express_is_refused(make, reason):
+    with pytest.raises(ValueError, match=f"{reason}.*--no-tokenizer"):
+        tokenizer_json.build(make())
+
+
+def test_scores_that_no_order_of_merges_can_follow_are_refused():
+    # Equal scores for all: SentencePiece joins from the left, whatever the pieces.
+    def flatten(model):
+        for piece in model.pieces:
+            piece.score = 0.0
+
+    with pytest.raises(ValueError, match=r"would become \[.*and is \["):
+        tokenizer_json.build(altered(flatten))
+
+
+def test_a_model_without_dummy_prefix_is_expressed(all_texts):
+    proto = trained(
+        model_type="bpe",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+    )
+    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build(proto))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    fast.encode_special_tokens = True
+    for text in all_texts[::20]:
+        ids = processor.encode(text)
+        assert fast.encode(text, add_special_tokens=False).ids == ids
+        assert fast.decode(ids) == processor.decode(ids)

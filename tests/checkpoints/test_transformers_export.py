@@ -1,0 +1,298 @@
+"""The exported directory: all that transformers, llama.cpp and people look for."""
+
+import json
+import os
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+import sentencepiece
+import transformers
+from fake_devices import run_on_eight_devices
+from tiny_models import TinyShape, random_lm
+from tokenizer_models import trained_model
+
+from keras_openllama import (
+    OpenLlamaCausalLM,
+    OpenLlamaCausalLMPreprocessor,
+    OpenLlamaTokenizer,
+    presets,
+)
+from keras_openllama.checkpoints import model_card
+from keras_openllama.checkpoints.contents import Contents
+from keras_openllama.convert import convert
+from keras_openllama.loading.load import origin
+
+pytestmark = pytest.mark.backend_free
+
+SHAPE = TinyShape("grouped", 6, 2, 20, hidden_dim=60, num_layers=3, context=64)
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["v2", "v1"])
+def exported(request, tmp_path_factory):
+    """An export of a random model: whether it keeps spaces, and its directory."""
+    out = tmp_path_factory.mktemp("export") / "out"
+    random_lm(SHAPE, trained_model(request.param)).export_to_transformers(out)
+    return request.param, out
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_every_file_is_there(exported):
+    keep_spaces, out = exported
+    assert set(os.listdir(out)) == FILES
+    assert (out / "tokenizer.model").read_bytes() == trained_model(keep_spaces)
+
+
+def test_config_states_every_size(exported):
+    config = read(exported[1] / "config.json")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_theta"] == 10000.0
+    assert config["num_key_value_heads"] == 2
+    assert config["head_dim"] == 20
+    assert config["rms_norm_eps"] == 1e-6
+    assert config["max_position_embeddings"] == 64
+    assert config["dtype"] == "float32"
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    generation = read(exported[1] / "generation_config.json")
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def test_weights_are_what_safetensors_reads(exported):
+    lm = OpenLlamaCausalLM.from_preset(str(exported[1]))
+    tensors = safetensors.numpy.load_file(exported[1] / "model.safetensors")
+    norm = np.asarray(lm.backbone.final_norm.scale.value)
+    assert np.array_equal(tensors["model.norm.weight"], norm)
+    with safetensors.safe_open(exported[1] / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_ids_of_auto_tokenizer_are_those_of_sentencepiece(exported):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1])
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(exported[1] / "tokenizer.model")
+    )
+    texts = ["The  import\n\n    statement", " a ", "\t", "日本 é\u0301 🙂", "  x" * 9]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [1, *processor.encode(text)]
+        back = tokenizer.decode(ids, skip_special_tokens=True)
+        assert back == processor.decode(ids)
+    assert tokenizer("a</s>", split_special_tokens=True)["input_ids"][-1] != 2
+    assert tokenizer.model_max_length == 64
+
+
+def test_llama_tokenizer_is_as_the_model_card_says(exported):
+    keep_spaces, out = exported
+    card = (out / "README.md").read_text()
+    assert "**Not `LlamaTokenizer`**" in card
+    right = transformers.AutoTokenizer.from_pretrained(out)
+    theirs = transformers.LlamaTokenizer.from_pretrained(out)
+    plain = ["The import statement", "def f():\n  return", "日本 🙂\n\n"]
+    wrong = " begins with a space" if keep_spaces else "a run  of spaces"
+    assert ("begins\nwith a space" in card) == keep_spaces
+    assert ("merges runs\nof spaces" in card) != keep_spaces
+    assert right(wrong)["input_ids"] != theirs(wrong)["input_ids"]
+    if keep_spaces:
+        assert right(plain)["input_ids"] == theirs(plain)["input_ids"]
+    else:
+        assert right(plain[0])["input_ids"] == theirs(plain[0])["input_ids"]
+
+
+def test_a_model_without_preprocessor_has_no_tokenizer_files(tmp_path):
+    lm = random_lm(SHAPE)
+    lm.export_to_transformers(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*token*"))
+    assert "no tokenizer" in (tmp_path / "out" / "README.md").read_text()
+    lm = random_lm(SHAPE, trained_model(True))
+    lm.export_to_transformers(tmp_path / "out", tokenizer=False, force=True)
+    assert not list((tmp_path / "out").glob("*token*"))
+
+
+# The model card
+
+
+@pytest.mark.parametrize("name", presets.registry())
+def test_the_card_of_a_preset_tells_licence_and_sources(name):
+    preset = presets.find(name)
+    contents = Contents(dict(preset.config), {}, origin=name)
+    card = model_card.model_card(contents, "float16", preset.version == "v1")
+    _, header, _ = card.split("---\n", 2)
+    assert "license: apache-2.0" in header
+    if name != "open_llama_nano":
+        link = preset.handles["transformers"].removeprefix("hf://")
+        assert f"base_model: {link}" in header
+        assert f"https://huggingface.co/{link}" in card
+    assert "RedPajama" in card or name == "open_llama_nano"
+    assert preset.notice is None or preset.notice in card
+    assert ("no multiple of 256" in card) == (preset.config["hidden_dim"] == 3200)
+    assert "None" not in card and "{" not in card.split("```")[-1]
+
+
+@pytest.mark.parametrize("name", ["3b_v2", "open_llama_3b_v2"])
+def test_a_directory_named_as_a_preset_is_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_lm(SHAPE, trained_model(True)).export_to_transformers(name)
+    lm = OpenLlamaCausalLM.from_preset(f"./{name}")
+    lm.export_to_transformers("out")
+    assert "license:" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "source, options, expected",
+    [
+        ("3b_v2", {}, "open_llama_3b_v2"),
+        ("hf://openlm-research/open_llama_3b_v2", {}, "open_llama_3b_v2"),
+        (
+            "open_llama_7b",
+            {"revision": "main"},
+            "hf://openlm-research/open_llama_7b at main",
+        ),
+        ("hf://me/mine", {}, "hf://me/mine"),
+        ("3b_v2", {"is_file": True}, "the file 3b_v2"),
+        ("/home/me/model", {}, "the directory model"),
+    ],
+)
+def test_only_published_weights_have_the_name_of_a_preset(source, options, expected):
+    assert origin(source, **options) == expected
+
+
+def test_the_settings_of_the_preprocessor_go_along(tmp_path):
+    lm = random_lm(SHAPE, trained_model(True))
+    lm.preprocessor.add_start_token = False
+    lm.preprocessor.sequence_length = 31
+    lm.export_to_transformers(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("the sea")["input_ids"] == lm.preprocessor.tokenizer("the sea")
+    lm.save_to_preset(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", "keras", dtype="bfloat16")
+    again = OpenLlamaCausalLM.from_preset(str(tmp_path / "b")).preprocessor
+    assert again.add_start_token is False
+    assert again.sequence_length == 31
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tokenizer = OpenLlamaTokenizer(trained_model(True))
+    backbone = random_lm(SHAPE).backbone  # Of 199 embeddings.
+    lm = OpenLlamaCausalLM(backbone, OpenLlamaCausalLMPreprocessor(tokenizer))
+    with pytest.raises(ValueError, match="512 pieces and the model 199"):
+        lm.export_to_transformers(tmp_path / "out")
+
+
+def test_tokens_that_were_added_are_not_lost_in_silence(tmp_path):
+    lm = random_lm(SHAPE, trained_model(True))
+    lm.export_to_transformers(tmp_path / "a")
+    (tmp_path / "a" / "added_tokens.json").write_text('{"<|im_start|>": 512}')
+    with pytest.raises(ValueError, match=r"<\|im_start\|>.*--no-tokenizer"):
+        convert(tmp_path / "a", tmp_path / "b", "transformers")
+    convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
+
+
+def test_what_was_trained_from_scratch_has_no_origin(tmp_path):
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano", load_weights=False)
+    lm.export_to_transformers(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "not known here" in card and "license:" not in card
+
+
+def test_without_a_tokenizer_the_source_tells_the_end(tmp_path):
+    lm = random_lm(SHAPE)
+    lm.export_to_transformers(tmp_path / "a")
+    config = read(tmp_path / "a" / "config.json")
+    config.update(bos_token_id=7, eos_token_id=8)
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
+    generation = read(tmp_path / "b" / "generation_config.json")
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (7, 8)
+
+
+def test_the_card_of_an_unknown_model_makes_no_claims(tmp_path):
+    lm = random_lm(SHAPE, trained_model(True))
+    lm.export_to_transformers(tmp_path / "secret_folder")
+    card = (tmp_path / "secret_folder" / "README.md").read_text()
+    assert "license:" not in card and "not known here" in card
+    lm = OpenLlamaCausalLM.from_preset(str(tmp_path / "secret_folder"))
+    lm.export_to_transformers(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "loaded from the directory secret_folder." in card and str(tmp_path) not in card
+    )
+
+
+# llama.cpp
+
+
+def test_llama_cpp_knows_every_tensor_and_token(exported):
+    _, out = exported
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE.num_layers)
+    tensors = safetensors.numpy.load_file(out / "model.safetensors")
+    found = {names.get_name(tensor, (".weight",)) for tensor in tensors}
+    blocks = (
+        "attn_norm attn_q attn_k attn_v attn_output ffn_norm ffn_gate ffn_up ffn_down"
+    )
+    assert found == {
+        "token_embd.weight",
+        "output_norm.weight",
+        "output.weight",
+        *(f"blk.{i}.{b}.weight" for i in range(3) for b in blocks.split()),
+    }
+    # Of these shapes its converter makes heads, by num_attention_heads and
+    # num_key_value_heads of the configuration.
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].shape == (6 * 20, 60)
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (2 * 20, 60)
+    special = gguf.SpecialVocab(out, n_vocab=512)
+    assert special.special_token_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 0}
+    assert special.add_special_token["bos"] is True
+    assert special.add_special_token["eos"] is False
+    vocabulary = gguf.SentencePieceVocab(out)
+    assert vocabulary.vocab_size == 512
+    assert vocabulary.fname_tokenizer == out / "tokenizer.model"
+
+
+# Sharded models
+
+SHARDED = """
+import sys
+import keras
+from keras_openllama import OpenLlamaCausalLM
+
+devices = keras.distribution.list_devices()
+assert len(devices) == 8
+mesh = keras.distribution.DeviceMesh((2, 4), ("data", "model"), devices)
+rules = keras.distribution.LayoutMap(mesh)
+rules[".*(query|key|value|gate|up|lm_head)/kernel"] = ("model", "data")
+rules[".*(output|down)/kernel"] = ("data", "model")
+rules["token_embedding/embeddings"] = ("model", None)
+distribution = keras.distribution.ModelParallel(layout_map=rules, batch_dim_name="data")
+with distribution.scope():
+    lm = OpenLlamaCausalLM.from_preset(sys.argv[1])
+    assert not lm.lm_head.kernel.value.sharding.is_fully_replicated
+    lm.export_to_transformers(sys.argv[2], max_shard_size="100KB")
+"""
+
+
+def test_a_model_on_eight_devices_is_exported_bit_by_bit(tmp_path):
+    shape = TinyShape("sharded", 4, 4, 16)
+    random_lm(shape, trained_model(True)).export_to_transformers(tmp_path / "a")
+    run_on_eight_devices(SHARDED, tmp_path / "a", tmp_path / "b")
+    whole = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
+    shards = list((tmp_path / "b").glob("*.safetensors"))
+    assert len(shards) > 2
+    parts = {}
+    for shard in shards:
+        parts.update(safetensors.numpy.load_file(shard))
+    assert parts.keys() == whole.keys()
+    assert all(np.array_equal(parts[name], array) for name, array in whole.items())

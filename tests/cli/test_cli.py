@@ -1,0 +1,379 @@
+"""The command line teaches, streams, answers fast, and fails in one clear line."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import keras
+import pytest
+
+import keras_openllama
+from keras_openllama.__main__ import main
+from keras_openllama.cli.generate import sampler_config
+
+PROMPT = "The old man looked at the sea, and"
+HEAVY = ("jax", "keras", "keras_hub", "tensorflow", "torch", "transformers")
+
+
+@pytest.fixture(autouse=True)
+def same_backend(monkeypatch):
+    """The commands run in this process, where the backend is chosen already."""
+    monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
+
+
+@pytest.fixture
+def fake_model(monkeypatch):
+    """Puts a model in the way that records how it is used and writes three pieces."""
+
+    class FakeModel:
+        preset = None
+        arguments = None
+
+        @classmethod
+        def from_preset(cls, preset, **arguments):
+            cls.preset = preset, arguments
+            return cls()
+
+        def compile(self, sampler):
+            type(self).sampler = sampler
+
+        def before_each_piece(self):
+            pass
+
+        def stream(self, prompt, **arguments):
+            type(self).arguments = prompt, arguments
+            for piece in (" one", " two", " three"):
+                self.before_each_piece()
+                yield piece
+
+    monkeypatch.setattr(keras_openllama, "OpenLlamaCausalLM", FakeModel)
+    return FakeModel
+
+
+# Help and errors
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("command", [[], ["generate"], ["convert"]])
+def test_help_teaches_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "\n  " in text and f"keras-openllama {(command or ['generate'])[0]} " in text
+
+
+@pytest.mark.backend_free
+def test_help_and_presets_import_neither_keras_nor_a_backend():
+    script = (
+        "import sys\n"
+        "from keras_openllama.__main__ import main\n"
+        "main(['presets'])\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    out = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert out.splitlines()[-1] == "imported: []"
+
+
+@pytest.mark.backend_free
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("keras-openllama 0.")
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "option", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--top-p", "1.5"]]
+)
+def test_a_number_out_of_range_is_named(option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", "x", *option])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert option[0] in error
+    assert repr(option[1]) in error
+
+
+@pytest.mark.backend_free
+def test_an_unknown_preset_is_one_line_that_names_the_nearest(capsys):
+    assert main(["generate", "x", "--preset", "open_llama_7b_v3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("keras-openllama: error: ")
+    assert captured.err.count("\n") == 1
+    assert "open_llama_7b_v2" in captured.err
+
+
+@pytest.mark.backend_free
+def test_traceback_shows_where_an_error_comes_from():
+    with pytest.raises(ValueError, match="open_llama_7b_v3"):
+        main(["generate", "x", "--preset", "open_llama_7b_v3", "--traceback"])
+
+
+@pytest.mark.backend_free
+def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["generate", "x", "--backend", "torch"]) == 2
+    assert "pip install 'keras-openllama[torch]'" in capsys.readouterr().err
+
+
+@pytest.mark.backend_free
+def test_a_backend_cannot_change_once_keras_is_imported(capsys):
+    other = "torch" if keras.config.backend() == "jax" else "jax"
+    assert main(["generate", "x", "--backend", other]) == 2
+    assert f"--backend {other} comes too late" in capsys.readouterr().err
+
+
+@pytest.mark.backend_free
+def test_an_empty_prompt_is_refused(capsys):
+    assert main(["generate", ""]) == 2
+    assert "keras-openllama: error: " in capsys.readouterr().err
+
+
+# generate
+
+
+def test_generate_prints_the_prompt_and_what_the_embedded_model_writes(capsys):
+    from keras_openllama import OpenLlamaCausalLM
+
+    assert main(["generate", PROMPT, "--max-new-tokens", "8"]) == 0
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+    expected = lm.generate(PROMPT, max_new_tokens=8)
+    assert expected.startswith(PROMPT) and len(expected) > len(PROMPT)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.backend_free
+def test_a_seed_makes_the_same_choices_again(capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        main(["generate", PROMPT, "--max-new-tokens", "8", "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_new_process_reads_standard_input_and_is_quiet_on_stderr():
+    command = [sys.executable, "-m", "keras_openllama", "generate", "-"]
+    result = subprocess.run(
+        [*command, "--strip-prompt", "--max-new-tokens", "4"],
+        input=PROMPT + "\n",
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.strip()
+    assert PROMPT not in result.stdout
+
+
+@pytest.mark.backend_free
+def test_each_piece_is_on_the_terminal_before_the_next_is_made(fake_model, capsys):
+    seen = []
+    fake_model.before_each_piece = lambda _: seen.append(capsys.readouterr().out)
+    assert main(["generate", "zero"]) == 0
+    assert seen == ["zero", " one", " two"]
+    assert capsys.readouterr().out == " three\n"
+
+
+@pytest.mark.backend_free
+def test_options_reach_the_model(fake_model):
+    model = ["--preset", "some/directory", "--dtype", "bfloat16", "--revision", "abc"]
+    text = ["--max-new-tokens", "7", "--stop", "x", "--stop", "y"]
+    main(["generate", "zero", *model, *text])
+    directory, loading = fake_model.preset
+    assert directory == "some/directory"
+    assert loading == {"dtype": "bfloat16", "revision": "abc"}
+    prompt, writing = fake_model.arguments
+    assert prompt == "zero"
+    assert writing == {"max_new_tokens": 7, "stop": ["x", "y"]}
+
+
+@pytest.mark.backend_free
+def test_only_the_new_line_that_ends_standard_input_is_dropped(fake_model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Q: why?\n\nA:\n\n"))
+    main(["generate", "-"])
+    assert fake_model.arguments[0] == "Q: why?\n\nA:\n"
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("flag", ["--strip-prompt", "--no-prompt"])
+def test_the_prompt_can_be_left_out(flag, fake_model, capsys):
+    main(["generate", "zero", flag])
+    assert capsys.readouterr().out == " one two three\n"
+
+
+@pytest.mark.backend_free
+def test_a_warning_of_the_model_is_one_line(fake_model, capsys):
+    fake_model.before_each_piece = lambda _: warnings.warn("a\nwarning", stacklevel=1)
+    main(["generate", "zero"])
+    assert set(capsys.readouterr().err.splitlines()) == {"keras-openllama: a warning"}
+
+
+# Sampling options
+
+
+def sampler_of(**given):
+    options = {"sampler": None, "temperature": None, "top_k": None, "top_p": None}
+    return sampler_config(SimpleNamespace(**(options | {"seed": None} | given)))
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("given", "name", "config"),
+    [
+        ({}, "greedy", {}),
+        ({"temperature": 0.5}, "random", {"temperature": 0.5}),
+        ({"seed": 3}, "random", {"seed": 3}),
+        ({"top_k": 7}, "top_k", {"k": 7}),
+        ({"top_p": 0.8}, "top_p", {"p": 0.8}),
+        ({"top_p": 0.8, "top_k": 7}, "top_p", {"p": 0.8, "k": 7}),
+        ({"sampler": "top_k"}, "top_k", {"k": 40}),
+        ({"sampler": "top_p", "seed": 1}, "top_p", {"p": 0.9, "seed": 1}),
+    ],
+)
+def test_sampling_options_imply_their_sampler(given, name, config):
+    from keras_openllama.backend.keras_hub import get_sampler
+
+    result = sampler_of(**given)
+    assert result == {"class_name": name, "config": config}
+    sampler = get_sampler(result)
+    assert all(getattr(sampler, key) == value for key, value in config.items())
+
+
+@pytest.mark.backend_free
+def test_an_option_that_the_sampler_ignores_is_refused():
+    with pytest.raises(ValueError, match=r"--top-k 7 .*'greedy'"):
+        sampler_of(sampler="greedy", top_k=7)
+
+
+# presets
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def add(repository, files):
+        """Lays files out as the Hub's client does: links to blobs."""
+        root = tmp_path / f"models--openlm-research--{repository}"
+        (root / "blobs").mkdir(parents=True)
+        (root / "snapshots" / "abc").mkdir(parents=True)
+        for name, content in files.items():
+            (root / "blobs" / name).write_text(content)
+            (root / "snapshots" / "abc" / name).symlink_to(root / "blobs" / name)
+
+    return add
+
+
+def listed(capsys):
+    assert main(["presets", "--json"]) == 0
+    return {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+@pytest.mark.backend_free
+def test_the_table_lists_every_preset_with_its_size(cache, capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1:]}
+    assert len(rows) == 7
+    assert " 3.43B " in rows["open_llama_3b"]
+    assert "6.85 GB" in rows["open_llama_3b"]
+    assert "hf://openlm-research/open_llama_3b_v2" in rows["open_llama_3b_v3"]
+    assert rows["open_llama_13b"].endswith("no")
+    assert rows["open_llama_nano"].endswith("embedded")
+
+
+@pytest.mark.backend_free
+def test_the_list_tells_what_is_in_the_cache(cache, capsys):
+    index = json.dumps({"weight_map": {"a": "a.bin", "b": "b.bin"}})
+    sharded = {"tokenizer.model": "t", "pytorch_model.bin.index.json": index}
+    cache("open_llama_3b", {"tokenizer.model": "t", "pytorch_model.bin": "weights"})
+    cache("open_llama_7b", {**sharded, "a.bin": "a"})
+    cache("open_llama_7b_v2", {**sharded, "a.bin": "a", "b.bin": "b"})
+    cache("open_llama_3b_v2", {"model.safetensors": "no tokenizer beside it"})
+
+    rows = listed(capsys)
+    assert rows["open_llama_3b"]["cached"] == "yes"
+    assert rows["open_llama_3b"]["cached_bytes"] == len("tweights")
+    assert rows["open_llama_7b"]["cached"] == "partly"
+    assert rows["open_llama_7b_v2"]["cached"] == "yes"
+    assert rows["open_llama_3b_v2"]["cached"] == "partly"
+    assert rows["open_llama_3b_v3"]["cached"] == "partly"
+    assert (
+        rows["open_llama_13b"] | {"cached": "no", "cached_bytes": 0}
+        == (rows["open_llama_13b"])
+    )
+    assert rows["open_llama_nano"]["cached"] == "embedded"
+
+
+# convert
+
+
+@pytest.mark.backend_free
+def test_convert_tells_what_it_would_write_and_then_writes_it(tmp_path, capsys):
+    target = tmp_path / "out"
+    arguments = ["convert", "open_llama_nano", str(target), "--to", "transformers"]
+    assert main([*arguments, "--dry-run"]) == 0
+    listed = dict(
+        reversed(line.split()) for line in capsys.readouterr().out.splitlines()[:-1]
+    )
+    assert not target.exists()
+    assert main(arguments) == 0
+    assert "Wrote" in capsys.readouterr().out
+    written = {path.name: path.stat().st_size for path in target.iterdir()}
+    assert written == {n: int(size.replace(",", "")) for n, size in listed.items()}
+
+
+@pytest.mark.backend_free
+def test_convert_goes_from_easylm_to_keras_by_a_preset(tmp_path, capsys):
+    file, out = str(tmp_path / "nano.msgpack"), str(tmp_path / "nano")
+    assert main(["convert", "nano", file, "--to", "easylm"]) == 0
+    assert main(["convert", file, out, "--to", "keras", "--preset", "nano"]) == 0
+    assert main(["generate", PROMPT, "--preset", out, "--max-new-tokens", "4"]) == 0
+    ours = capsys.readouterr().out.splitlines()[2]
+    assert main(["generate", PROMPT, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.splitlines() == [ours]
+
+
+@pytest.mark.backend_free
+def test_convert_fails_in_one_line_that_tells_the_remedy(tmp_path, capsys):
+    target = tmp_path / "out.msgpack"
+    target.write_text("precious")
+    arguments = ["convert", "open_llama_nano", str(target), "--to", "easylm"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("keras-openllama: error: ") and error.count("\n") == 1
+    assert str(target) in error and "--force" in error
+    assert target.read_text() == "precious"
+    assert main([*arguments, "--force"]) == 0
+    with pytest.raises(SystemExit):
+        main([*arguments, "--dtype", "float8"])
+    assert "float8" in capsys.readouterr().err
+
+
+@pytest.mark.backend_free
+def test_convert_imports_neither_tensorflow_nor_torch(tmp_path):
+    script = (
+        "import sys\n"
+        "from keras_openllama.__main__ import main\n"
+        "for to in ('transformers', 'easylm', 'keras'):\n"
+        "    main(['convert', 'nano', f'{sys.argv[1]}/{to}', '--to', to])\n"
+        "keras_format = f'{sys.argv[1]}/keras'\n"
+        "main(['convert', keras_format, f'{sys.argv[1]}/back', '--to', 'easylm'])\n"
+        "main(['generate', 'The', '--preset', keras_format, '--max-new-tokens', '1'])\n"
+        "print([name for name in ('tensorflow', 'torch') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    out = subprocess.check_output(command, text=True)
+    assert out.splitlines()[-1] == "[]"

@@ -1,0 +1,237 @@
+"""`train/finetune.py` as a user runs it: what it leaves, goes on with, and refuses."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from checkout import ROOT
+from keras import ops
+
+from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.runs import metrics_log
+
+SCRIPT = ROOT / "train" / "finetune.py"
+OPPOSITES = [("hot", "cold"), ("up", "down"), ("big", "small"), ("day", "night")]
+OPPOSITES += [("good", "bad"), ("rich", "poor"), ("old", "young"), ("high", "low")]
+
+
+def finetune():
+    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """Puts back what `--backend` sets."""
+    monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "opposites.jsonl"
+    lines = [
+        {"prompt": template.format(a), "response": f" {b}."}
+        for a, b in OPPOSITES
+        for template in ("The opposite of {} is", "Not {} but")
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def arguments(data, output, *more):
+    short = ["--length", "24", "--batch-size", "4", "--max-new-tokens", "4"]
+    return [
+        *("--preset", "nano", "--data", str(data), "--output", str(output)),
+        *("--learning-rate", "5e-3", *short, *map(str, more)),
+    ]
+
+
+def logits_of(lm):
+    ids = np.array([[1, 5, 9, 20]])
+    lm.preprocessor = None
+    return ops.convert_to_numpy(lm.score(ids))
+
+
+# ----- What it leaves
+
+
+def test_adapters_are_trained_and_exported_alone_and_merged(data, tmp_path, capsys):
+    output = tmp_path / "run"
+    more = ("--lora-rank", 4, "--epochs", 6, "--validation-share", 0.2)
+    assert finetune().main(arguments(data, output, *more)) == 0
+    losses = [record["loss"] for record in metrics_log.read(output)]
+    assert np.mean(losses[-4:]) < 0.5 * losses[0]
+    before, *_, after = metrics_log.read_validation(output)
+    assert after["bits_per_byte"] < 0.8 * before["bits_per_byte"]
+    samples = (output / "samples.txt").read_text()
+    assert "question 1, before" in samples and "question 1, after" in samples
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    merged = OpenLlamaCausalLM.from_preset(str(output / "model"))
+    adapted = OpenLlamaCausalLM.from_preset("open_llama_nano")
+    plain = logits_of(OpenLlamaCausalLM.from_preset("open_llama_nano"))
+    adapted.load_adapters(output / "adapters")
+    found = logits_of(adapted)
+    np.testing.assert_allclose(logits_of(merged), found, atol=1e-3)
+    assert np.abs(found - plain).max() > 0.1
+    assert str(output / "model") in capsys.readouterr().out
+    # Again: there is nothing left to do.
+    assert finetune().main(arguments(data, output, *more)) == 0
+    assert len(metrics_log.read(output)) == len(losses)
+
+
+def test_all_weights_are_trained_packed(data, tmp_path):
+    more = ("--epochs", 3, "--pack", "--learning-rate", 1e-3, "--export", "model")
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    assert not (tmp_path / "adapters").exists()
+    first, *_, last = metrics_log.read_validation(tmp_path)
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.backend_free
+def test_an_int8_base_exports_adapters_alone(data, tmp_path):
+    more = ("--lora-rank", 2, "--int8", "--epochs", 2)
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    assert (tmp_path / "adapters").is_dir() and not (tmp_path / "model").exists()
+
+
+# ----- Stopped, and gone on
+
+
+def start(data, output, *more):
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments(data, output, *more)],
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def steps_of(output):
+    path = Path(output, "metrics.jsonl")
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+LONG = ("--lora-rank", 4, "--epochs", 40, "--save-every", 5, "--export", "none")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The directory of a run that nothing stopped."""
+    directory = tmp_path_factory.mktemp("whole")
+    process = start(data, directory, *LONG)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return directory
+
+
+@pytest.mark.backend_free
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_gone_on_it_is_the_run_that_was_not(end, data, whole, tmp_path):
+    stopped = start(data, tmp_path / "stopped", *LONG)
+    deadline = time.monotonic() + 200
+    while steps_of(tmp_path / "stopped") < 12 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stopped.send_signal(end)
+    code = stopped.wait(120)
+    assert code == (75 if end == signal.SIGTERM else -signal.SIGKILL)
+    assert 12 <= steps_of(tmp_path / "stopped") < steps_of(whole), "it was over"
+    again = start(data, tmp_path / "stopped", *LONG)
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and "Going on from step" in output
+    for read in (metrics_log.read, metrics_log.read_validation):
+        expected, found = read(whole), read(tmp_path / "stopped")
+        assert [(r["step"], r["loss"]) for r in found] == [
+            (r["step"], r["loss"]) for r in expected
+        ]
+    expected, found = (np.load(d / "state.npz") for d in (whole, tmp_path / "stopped"))
+    for name in expected.files:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+# ----- What it refuses
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        finetune().main(list(arguments))
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.backend_free
+def test_a_run_is_not_gone_on_with_by_other_settings(data, tmp_path, capsys):
+    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    changed = arguments(data, tmp_path, "--lora-rank", 3, *more[2:])
+    assert "lora_rank was 2 and is 3" in refused(capsys, *changed)
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("cold", "warm"))
+    assert "examples was" in refused(capsys, *arguments(other, tmp_path, *more))
+
+
+@pytest.mark.backend_free
+def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
+    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    state = tmp_path / "state.npz"
+    state.write_bytes(state.read_bytes()[:-100])
+    assert "state.npz is damaged" in refused(capsys, *arguments(data, tmp_path, *more))
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data", "missing.jsonl"), "there is no file missing.jsonl"),
+        (("--int8",), "--int8 needs adapters"),
+        (("--lora-targets", "key"), "--lora-targets needs adapters"),
+        (("--dtype", "bfloat16"), "mixed_bfloat16 does not"),
+        (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
+        (("--backend", "torch", "--micro-batches", 2), "need the JAX backend"),
+        (("--prompt", "Q: {}"), "names in braces"),
+        (("--learning-rate", 0), "--learning-rate is above 0"),
+        (("--micro-batches", 3), "divides --batch-size"),
+        (("--epochs", 0), "--epochs is above 0"),
+        (("--length", 0), "--length is a whole number from 1 on"),
+        (("--preset", "nanno"), "Did you mean"),
+        (("--lora-targets", "querry"), "querry"),
+        (("--response", " {answer}"), "it has no 'answer'"),
+        (("--mesh", "fsdp=3"), "--mesh"),
+        (("--length", 5000), "The context of nano is"),
+        (("--preset", "hf://nobody/nothing"), "cannot be had"),
+        # Before anything is downloaded.
+        (("--preset", "13b", "--batch-size", 512), "Training takes about"),
+    ],
+)
+def test_what_cannot_be_is_refused(more, message, data, tmp_path, capsys):
+    assert message in refused(capsys, *arguments(data, tmp_path / "run", *more))
+    assert not (tmp_path / "run" / "state.npz").exists()
+
+
+@pytest.mark.backend_free
+def test_the_estimate_needs_no_preset_and_no_data(capsys):
+    assert finetune().main(["--estimate", "--batch-size", "2"]) == 0
+    assert "open_llama_13b" in capsys.readouterr().out
+
+
+@pytest.mark.backend_free
+def test_a_rate_that_diverges_ends_the_run(data, tmp_path, capsys):
+    more = ("--lora-rank", 2, "--epochs", 30, "--learning-rate", 3e38)
+    assert finetune().main(arguments(data, tmp_path, *more)) == 70
+    error = capsys.readouterr().err
+    assert "not finite" in error and "--learning-rate" in error
+    assert any(record["skipped"] for record in metrics_log.read(tmp_path))
+    state = np.load(tmp_path / "state.npz")
+    assert all(np.isfinite(state[name]).all() for name in state.files)

@@ -1,0 +1,296 @@
+"""A source is the same list of parts each time, and they are all of it, once."""
+
+import json
+import os
+
+import pytest
+import real_text
+
+from keras_openllama.data import document_reader, text_sources
+from keras_openllama.data.text_sources import SourceError
+
+pytestmark = pytest.mark.backend_free
+
+
+def write_tree(directory, names, content="x"):
+    """Files with their own name as text, or with some content."""
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return directory
+
+
+def found(directory, spec):
+    """What a spec finds, relative to a directory."""
+    paths = text_sources.find_files("web", str(spec))
+    return [os.path.relpath(path, directory) for path in paths]
+
+
+def documents(units):
+    return [text for unit in units for text in document_reader.documents(unit)]
+
+
+def identities(units):
+    return [unit.identity for unit in units]
+
+
+# --- What is said on the command line ---
+
+
+def test_paths_are_sorted_by_source_in_the_order_that_they_are_given():
+    given = ["web=a*.parquet", "code=x/y", "web=tfds:c4@train", "code=k=v.jsonl"]
+    expected = {"web": ["a*.parquet", "tfds:c4@train"], "code": ["x/y", "k=v.jsonl"]}
+    assert text_sources.parse(given) == expected
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["web", "web=", "=a.jsonl", "Web=a", "1web=a", "a-b=c", "a b=c", "../x=c"],
+)
+def test_a_source_of_another_form_is_refused(argument):
+    with pytest.raises(SourceError, match="NAME=PATHS") as error:
+        text_sources.parse(["code=a.jsonl", argument])
+    assert f"Received: {argument!r}" in str(error.value)
+
+
+# --- Files ---
+
+
+def test_a_file_is_itself(tmp_path):
+    write_tree(tmp_path, ["a.jsonl", "b.jsonl"])
+    assert found(tmp_path, tmp_path / "a.jsonl") == ["a.jsonl"]
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_file_if_there_is_one(tmp_path):
+    write_tree(tmp_path, ["wiki[1].jsonl", "wiki1.jsonl"])
+    assert found(tmp_path, tmp_path / "wiki[1].jsonl") == ["wiki[1].jsonl"]
+
+
+def test_a_pattern_finds_files_in_order_at_any_depth(tmp_path):
+    write_tree(tmp_path, ["b.jsonl", "a.jsonl", "c/d/e.jsonl", "c.txt"])
+    assert found(tmp_path, tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert found(tmp_path, tmp_path / "**/*.jsonl") == [
+        "a.jsonl",
+        "b.jsonl",
+        "c/d/e.jsonl",
+    ]
+
+
+def test_in_a_directory_with_data_files_nothing_else_is_read(tmp_path):
+    data = ["a.jsonl", "b.JSON.GZ", "c/d.ndjson.zst", "c/e.parquet", "f.jsonl.zstd"]
+    write_tree(tmp_path, [*data, "README.md", "c/x.py", "a.jsonl.part", ".git/y.json"])
+    assert found(tmp_path, tmp_path) == sorted(data)
+
+
+def test_in_a_directory_without_data_files_each_file_is_read(tmp_path):
+    text = ["a.py", "b/c.py", "b/d"]
+    write_tree(tmp_path, [*text, ".hidden", ".git/config", "b/.x.py"])
+    assert found(tmp_path, tmp_path) == text
+    [unit] = text_sources.units("code", [str(tmp_path)])
+    assert unit.format == "text"
+    assert unit.label == f"{tmp_path}/a.py and 2 more files"
+
+
+def test_a_pattern_may_match_directories(tmp_path):
+    write_tree(tmp_path, ["shard1/a.jsonl", "shard2/b.jsonl", "shard2/README"])
+    expected = ["shard1/a.jsonl", "shard2/b.jsonl"]
+    assert found(tmp_path, tmp_path / "shard*") == expected
+
+
+def test_a_pattern_that_matches_a_directory_and_what_is_in_it_reads_that_once(tmp_path):
+    write_tree(tmp_path, ["tree/a.jsonl", "tree/sub/b.jsonl"])
+    assert found(tmp_path, tmp_path / "tree/**") == ["tree/a.jsonl", "tree/sub/b.jsonl"]
+
+
+def test_remote_files_are_found_as_local_ones_are():
+    import tensorflow as tf
+
+    root = "ram://find"
+    for name in ("a.jsonl", "b.jsonl", "c/d.jsonl", ".git/e.jsonl", "README"):
+        path = f"{root}/{name}"
+        tf.io.gfile.makedirs(os.path.dirname(path))
+        with tf.io.gfile.GFile(path, "w") as file:
+            file.write(name)
+    top = [f"{root}/a.jsonl", f"{root}/b.jsonl"]
+    assert text_sources.find_files("web", f"{root}/a.jsonl") == top[:1]
+    assert text_sources.find_files("web", f"{root}/*.jsonl") == top
+    assert text_sources.find_files("web", root) == [*top, f"{root}/c/d.jsonl"]
+    [unit] = text_sources.units("web", [f"{root}/a.jsonl"])
+    assert unit.num_bytes == len("a.jsonl")
+    with pytest.raises(SourceError, match="'ram://find/x' matches no file"):
+        text_sources.units("web", [f"{root}/x"])
+
+
+@pytest.mark.parametrize("spec", ["nowhere.jsonl", "*.parquet", "empty"])
+def test_what_matches_nothing_is_refused_by_its_name(spec, tmp_path):
+    write_tree(tmp_path, ["a.jsonl", "empty/.hidden"])
+    path = str(tmp_path / spec)
+    with pytest.raises(SourceError, match="matches no file") as error:
+        text_sources.units("web", [str(tmp_path / "a.jsonl"), path])
+    assert "'web'" in str(error.value) and repr(path) in str(error.value)
+
+
+def test_a_link_to_nowhere_is_refused_by_its_name(tmp_path):
+    write_tree(tmp_path, ["a.jsonl"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(SourceError, match=r"'web': .*b\.jsonl cannot be read"):
+        text_sources.units("web", [str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet" * 100])
+def test_what_is_no_parquet_file_is_refused_by_its_name(content, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(SourceError, match=r"'web': .*a\.parquet is not a readable"):
+        text_sources.units("web", [str(tmp_path)])
+
+
+# --- Units ---
+
+
+@pytest.fixture
+def everything(tmp_path):
+    """A source of every format, as specs, and how many documents it has."""
+    write_tree(tmp_path / "text", [f"{i:02}.txt" for i in range(10)], "word " * 20)
+    specs = [
+        real_text.write_jsonl(tmp_path / "a.jsonl", ["json lines"] * 50),
+        real_text.write_parquet(tmp_path / "b.parquet", ["parquet"] * 50, group=5),
+        str(tmp_path / "text"),
+        "tfds:" + real_text.write_tfds(tmp_path / "tfds", {"train": ["tfds"] * 50}),
+    ]
+    return specs, {"json lines": 50, "parquet": 50, "word " * 20: 10, "tfds": 50}
+
+
+@pytest.mark.parametrize("unit_bytes", [200, 500, 1000, 1 << 20])
+def test_the_parts_are_all_of_it_once(unit_bytes, everything):
+    specs, expected = everything
+    units = text_sources.units("web", specs, unit_bytes)
+    texts = documents(units)
+    assert {text: texts.count(text) for text in set(texts)} == expected
+    assert [unit.number for unit in units] == list(range(len(units)))
+    assert (len(units) == 4) == (unit_bytes == 1 << 20)
+
+
+def test_the_same_files_give_the_same_list(everything):
+    specs, _ = everything
+    assert text_sources.units("web", specs, 500) == text_sources.units(
+        "web", specs, 500
+    )
+    different = identities(text_sources.units("web", specs, 200))
+    assert len({*different}) == len(different) > 20
+
+
+def test_the_bytes_of_a_file_are_divided_without_gap_or_overlap(tmp_path):
+    path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 999)
+    size = os.path.getsize(path)
+    units = text_sources.units("web", [path], 1000)
+    assert len(units) == round(size / 1000)
+    assert [unit.start for unit in units] == [0, *(unit.stop for unit in units[:-1])]
+    assert units[-1].stop == size == sum(unit.num_bytes for unit in units)
+    assert all(900 < unit.num_bytes < 1100 for unit in units)
+    assert units[1].label == f"{path} (bytes {units[1].start} to {units[1].stop})"
+
+
+def test_compressed_files_are_not_divided(tmp_path):
+    for name in ("a.jsonl.gz", "b.json.zst", "c.ndjson.zstd"):
+        (tmp_path / name).write_bytes(bytes(1000))
+    units = text_sources.units("web", [str(tmp_path)], 10)
+    assert [(unit.start, unit.stop) for unit in units] == [(0, None)] * 3
+    assert units[0].label == f"{tmp_path}/a.jsonl.gz"
+
+
+def test_row_groups_and_text_files_are_gathered_until_they_are_large_enough(tmp_path):
+    path = real_text.write_parquet(tmp_path / "a.parquet", ["x"] * 70, group=10)
+    size = text_sources.units("web", [path], 1)[0].num_bytes
+    parts = [(u.start, u.stop) for u in text_sources.units("web", [path], 2 * size)]
+    assert parts == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    write_tree(tmp_path / "text", "abcde", "12345")
+    units = text_sources.units("code", [str(tmp_path / "text")], 10)
+    assert [len(unit.paths) for unit in units] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.parquet", "text/03.txt"])
+def test_what_changes_in_a_file_changes_its_parts_alone(name, everything, tmp_path):
+    specs, _ = everything
+    before = text_sources.units("web", specs, 1000)
+    path = tmp_path / name
+    stat = path.stat()
+    # Of the same size, as an edit may be; and the time alone tells.
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    after = text_sources.units("web", specs, 1000)
+    changed = {
+        unit.number
+        for unit, other in zip(before, after, strict=True)
+        if unit.identity != other.identity
+    }
+    assert changed == {unit.number for unit in before if str(path) in unit.paths}
+    assert changed
+
+
+def test_a_file_that_grows_is_another(tmp_path):
+    path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 9)
+    time = os.stat(path).st_mtime_ns
+    before = text_sources.units("web", [path])
+    with open(path, "a") as file:
+        file.write(json.dumps({"text": "more"}))
+    os.utime(path, ns=(time, time))
+    assert identities(before) != identities(text_sources.units("web", [path]))
+
+
+def test_other_units_of_the_same_file_are_other_work(tmp_path):
+    path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 99)
+    first = identities(text_sources.units("web", [path], 500))
+    second = identities(text_sources.units("web", [path], 400))
+    assert not {*first} & {*second}
+
+
+# --- TensorFlow Datasets ---
+
+
+@pytest.fixture(scope="module")
+def tfds_directory(tmp_path_factory):
+    splits = {"train": [f"chapter {i}" for i in range(20)], "test": ["a", "b", "c"]}
+    return real_text.write_tfds(tmp_path_factory.mktemp("tfds"), splits)
+
+
+def test_the_split_of_a_data_set_is_train_unless_another_is_named(tfds_directory):
+    train = documents(text_sources.units("web", [f"tfds:{tfds_directory}"]))
+    assert sorted(train) == sorted(f"chapter {i}" for i in range(20))
+    assert train == documents(
+        text_sources.units("web", [f"tfds:{tfds_directory}@train"])
+    )
+    test = documents(text_sources.units("web", [f"tfds:{tfds_directory}@test"]))
+    assert sorted(test) == ["a", "b", "c"]
+
+
+def test_a_split_is_divided_by_its_examples(tfds_directory):
+    units = text_sources.units("web", [f"tfds:{tfds_directory}"], 200)
+    assert len(units) > 2
+    assert [unit.start for unit in units] == [0, *(unit.stop for unit in units[:-1])]
+    assert units[-1].stop == 20
+    assert units[0].label == f"tfds:{tfds_directory}@train (examples 0 to 5)"
+
+
+def test_a_few_large_examples_are_never_divided_into_none(tfds_directory):
+    units = text_sources.units("web", [f"tfds:{tfds_directory}@test"], 10)
+    assert sorted(documents(units)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("split, count", [("train[:10]", 10), ("train+test", 23)])
+def test_a_slice_or_sum_of_splits_is_read_or_refused_at_once(
+    split, count, tfds_directory
+):
+    try:
+        units = text_sources.units("web", [f"tfds:{tfds_directory}@{split}"])
+    except SourceError as error:
+        assert split in str(error)
+    else:
+        assert len(documents(units)) == count
+
+
+@pytest.mark.parametrize("spec", ["no_such_data_set", "{directory}@holdout"])
+def test_a_data_set_or_split_that_is_not_there_is_refused_by_name(spec, tfds_directory):
+    spec = "tfds:" + spec.format(directory=tfds_directory)
+    with pytest.raises(SourceError, match="TensorFlow Datasets cannot give") as error:
+        text_sources.units("web", [spec])
+    assert "'web'" in str(error.value) and repr(spec) in str(error.value)

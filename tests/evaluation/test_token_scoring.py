@@ -1,0 +1,118 @@
+"""What a sequence costs does not depend on what it shares a row with."""
+
+import numpy as np
+import pytest
+import torch
+from keras import ops
+from tiny_models import SHAPES, as_ours, in_transformers
+
+from keras_openllama.evaluation.token_scoring import TokenScorer
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+CHOSEN = [shape for shape in SHAPES if "100" in shape.name or "grouped" in shape.name]
+
+
+def questions(shape, count=5, seed=0):
+    """Sequences with four endings each, and where the endings begin."""
+    generator = np.random.default_rng(seed)
+
+    def tokens(least, most):
+        length = generator.integers(least, most)
+        return generator.integers(3, shape.vocabulary_size, length).tolist()
+
+    sequences, wanted_from = [], []
+    for _ in range(count):
+        context = [1, *tokens(1, 30)]
+        sequences += [context + tokens(1, 12) for _ in range(4)]
+        wanted_from += [len(context)] * 4
+    return sequences, wanted_from
+
+
+def scores(scorer, sequences, wanted_from):
+    found = {}
+    for batch in scorer.plan(sequences):
+        found |= scorer.run(batch, sequences, wanted_from)
+    return [found[index] for index in range(len(sequences))]
+
+
+def expected(model, sequence, first):
+    """The same from transformers' logits of the sequence alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([sequence[:-1]])).logits[0, first - 1 :]
+    targets = torch.tensor(sequence[first:])
+    chosen = logits.log_softmax(-1)[range(len(targets)), targets]
+    return chosen.numpy(), (logits.argmax(-1) == targets).numpy()
+
+
+@pytest.mark.parametrize("shape", CHOSEN, ids=str)
+def test_scores_are_those_of_transformers_for_each_sequence_alone(shape, tmp_path):
+    model = in_transformers(shape)
+    scorer = TokenScorer(as_ours(model, tmp_path), batch_size=2)
+    sequences, wanted_from = questions(shape)
+    # As long as can be, beginning with no token of the others, and likely ones.
+    sequences.append(np.arange(3, 3 + shape.vocabulary_size - 3).tolist())
+    wanted_from.append(1)
+    prompt = torch.tensor([[1, 5, 9]])
+    greedy = model.generate(
+        prompt, max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    sequences.append(greedy[0].tolist())
+    wanted_from.append(3)
+    found = scores(scorer, sequences, wanted_from)
+    for (log_probs, flags), *asked in zip(found, sequences, wanted_from, strict=True):
+        wanted_log_probs, wanted_flags = expected(model, *asked)
+        np.testing.assert_allclose(log_probs, wanted_log_probs, atol=1e-4)
+        assert flags.tolist() == wanted_flags.tolist()
+    assert found[-1][1].all()  # Else the test would not see a likeliest token.
+
+
+def test_the_last_token_may_be_just_beyond_the_context(tmp_path):
+    shape = SHAPES[0]
+    model = in_transformers(shape)
+    sequence = np.random.default_rng(0).integers(3, 199, shape.context + 1).tolist()
+    ((log_probs, _),) = scores(TokenScorer(as_ours(model, tmp_path)), [sequence], [1])
+    np.testing.assert_allclose(log_probs, expected(model, sequence, 1)[0], atol=2e-4)
+
+
+def test_dynamic_rope_scaling_knows_the_length_of_each_sequence(tmp_path):
+    shape = SHAPES[0]
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = in_transformers(shape)
+    lm = as_ours(model, tmp_path, rope_scaling=scaling, max_sequence_length=16)
+    sequences, wanted_from = questions(shape, count=2)
+    together = scores(TokenScorer(lm), sequences, wanted_from)
+    for sequence, first, (log_probs, _) in zip(
+        sequences, wanted_from, together, strict=True
+    ):
+        ids = np.array([sequence[:-1]], "int32")
+        losses = lm.score(
+            ids, scoring_mode="loss", target_ids=np.array([sequence[1:]], "int32")
+        )
+        losses = ops.convert_to_numpy(losses)
+        np.testing.assert_allclose(log_probs, -losses[0, first - 1 :], atol=1e-4)
+
+
+def test_more_tokens_may_follow_a_context_than_a_row_has_columns(tmp_path):
+    shape = SHAPES[0]
+    model = in_transformers(shape)
+    sequences = [[1, 5, token] for token in range(3, 199)]
+    sequences += [[1, 5, 9, token] for token in range(3, 199)]
+    wanted_from = [len(sequence) - 1 for sequence in sequences]
+    found = scores(TokenScorer(as_ours(model, tmp_path)), sequences, wanted_from)
+    for (log_probs, _), *asked in zip(found, sequences, wanted_from, strict=True):
+        expected_log_probs, _ = expected(model, *asked)
+        np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-4)
+
+
+def test_a_first_token_has_no_score(tmp_path):
+    scorer = TokenScorer(as_ours(in_transformers(SHAPES[0]), tmp_path))
+    with pytest.raises(ValueError, match="first token"):
+        scores(scorer, [[1, 5]], [0])
+
+
+@pytest.mark.parametrize("batch_size", [0, 2.5, "8"])
+def test_a_batch_size_that_is_none_is_refused(batch_size, tmp_path):
+    lm = as_ours(in_transformers(SHAPES[0]), tmp_path)
+    with pytest.raises(ValueError, match=f"batch_size={batch_size!r}"):
+        TokenScorer(lm, batch_size)

@@ -1,0 +1,482 @@
+"""Generation: rows, limits, stops, samplers, streaming, and what it refuses."""
+
+import time
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from tokenizer_models import trained_model
+
+from keras_openllama import (
+    OpenLlamaBackbone,
+    OpenLlamaCausalLM,
+    OpenLlamaCausalLMPreprocessor,
+    OpenLlamaTokenizer,
+)
+from keras_openllama.generation.stop_strings import Continuation
+from keras_openllama.generation.token_loop import TokenLoop, padded_columns, padded_rows
+
+STEPS_BETWEEN_LOOKS = 8  # On PyTorch, which then runs a few steps too many.
+PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm()
+
+
+def make_lm(context=128, **options):
+    """A random model whose next token is a clear choice, with a real tokenizer."""
+    keras.utils.set_random_seed(0)
+    tokenizer = OpenLlamaTokenizer(trained_model(keep_spaces=True))
+    backbone = OpenLlamaBackbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=48,
+        intermediate_dim=64,
+        initializer_std=0.2,
+        max_sequence_length=context,
+        **options,
+    )
+    preprocessor = OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length=context)
+    return OpenLlamaCausalLM(backbone, preprocessor)
+
+
+def arrays(lm, prompts=PROMPTS):
+    rows = lm.preprocessor.prompt_ids(prompts)
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), "int32")
+    for row, prompt in zip(ids, rows, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([[len(row)] for row in rows])
+    return {"token_ids": ids, "padding_mask": np.arange(width) < lengths}
+
+
+def greedy_without_cache(lm, prompt, steps):
+    """The plainest greedy decoding: the whole sequence again for each token."""
+    ids = lm.preprocessor.prompt_ids([prompt])[0]
+    for _ in range(steps):
+        padded = np.zeros((1, 64), "int32")
+        padded[0, : len(ids)] = ids
+        logits = keras.ops.convert_to_numpy(lm.score(padded))
+        ids.append(int(logits[0, len(ids) - 1].argmax()))
+    return ids
+
+
+def test_generation_is_greedy_without_cache(lm):
+    outputs = lm.generate(arrays(lm), max_new_tokens=12, stop_token_ids=None)
+    for i, prompt in enumerate(PROMPTS):
+        expected = greedy_without_cache(lm, prompt, 12)
+        assert outputs["token_ids"][i, : len(expected)].tolist() == expected
+        assert outputs["padding_mask"][i].sum() == len(expected)
+
+
+def test_each_row_gets_what_it_gets_alone(lm):
+    together = lm.generate(PROMPTS, max_new_tokens=30)
+    assert together == [lm.generate(p, max_new_tokens=30) for p in PROMPTS]
+    assert len(set(together)) == len(PROMPTS)
+
+
+def test_max_length_counts_the_prompt_and_its_bos(lm):
+    rows = lm.preprocessor.prompt_ids(PROMPTS)
+    outputs = lm.generate(arrays(lm), max_length=25, stop_token_ids=None)
+    assert outputs["padding_mask"].sum(axis=1).tolist() == [25] * 3
+    outputs = lm.generate(
+        arrays(lm), max_length=25, max_new_tokens=9, stop_token_ids=None
+    )
+    assert outputs["padding_mask"].sum(axis=1).tolist() == [
+        min(25, len(row) + 9) for row in rows
+    ]
+
+
+def test_a_full_row_comes_back_as_it_is(lm):
+    x = arrays(lm, PROMPTS[:1])
+    outputs = lm.generate(x, max_length=x["token_ids"].shape[1], stop_token_ids=None)
+    np.testing.assert_array_equal(outputs["token_ids"], x["token_ids"])
+
+
+def test_without_limits_the_sequence_length_is_the_limit(lm):
+    lm.preprocessor.sequence_length = 20
+    try:
+        text = lm.generate("The", stop_token_ids=None)
+    finally:
+        lm.preprocessor.sequence_length = 128
+    n = len(lm.preprocessor.prompt_ids(["The"])[0])
+    assert text == lm.generate("The", max_new_tokens=20 - n, stop_token_ids=None)
+
+
+def test_a_stop_id_ends_its_row_only(lm):
+    x = arrays(lm)
+    free = lm.generate(x, max_new_tokens=20, stop_token_ids=None)
+    lengths = x["padding_mask"].sum(axis=1)
+    new = [
+        row[n : n + 20].tolist()
+        for row, n in zip(free["token_ids"], lengths, strict=True)
+    ]
+    stop = new[0][7]
+    outputs = lm.generate(x, max_new_tokens=20, stop_token_ids=[stop, 3])
+    for i, n in enumerate(lengths):
+        ends = [k for k, t in enumerate(new[i]) if t in (stop, 3)]
+        kept = new[i][: ends[0] + 1] if ends else new[i]
+        assert outputs["token_ids"][i, n : n + len(kept)].tolist() == kept
+        assert outputs["padding_mask"][i].sum() == n + len(kept)
+        assert not outputs["token_ids"][i, n + len(kept) :].any()
+
+
+def test_a_stop_string_is_cut_off(lm):
+    for prompt in PROMPTS:
+        free = lm.generate(prompt, max_new_tokens=40, strip_prompt=True)
+        stop = free[20:23]
+        cut = lm.generate(prompt, max_new_tokens=40, strip_prompt=True, stop=stop)
+        assert cut == free[: free.index(stop)]
+    both = lm.generate(PROMPTS, max_new_tokens=40, stop=[stop, "\0"])
+    assert both[2] == PROMPTS[2] + cut
+
+
+def test_the_stop_string_that_ends_first_counts_however_tokens_come():
+    class Letters:  # Each id is a letter.
+        def stream_decoder(self, prefix_ids):
+            return self
+
+        def push(self, token_id):
+            return "abcdef"[token_id]
+
+        def flush(self):
+            return ""
+
+    texts = set()
+    for stride in (1, 2, 4):
+        row = Continuation(Letters(), [], ("abcd", "c"))
+        for start in range(0, 4, stride):
+            row.push(range(start, start + stride))
+        row.flush()
+        texts.add(row.text)
+    assert texts == {"ab"}
+
+
+def test_a_tf_dataset_is_a_list_of_prompts(lm):
+    tf = pytest.importorskip("tensorflow")
+    expected = lm.generate(PROMPTS, max_new_tokens=5)
+    dataset = tf.data.Dataset.from_tensor_slices(PROMPTS)
+    assert lm.generate(dataset, max_new_tokens=5) == expected
+    assert lm.generate(dataset.batch(2), max_new_tokens=5) == expected
+    with pytest.raises(ValueError, match="inputs"):
+        lm.generate(tf.data.Dataset.from_tensors(IDS), max_new_tokens=5)
+
+
+def test_strip_prompt_returns_the_new_text(lm):
+    whole = lm.generate(PROMPTS, max_new_tokens=10)
+    new = lm.generate(PROMPTS, max_new_tokens=10, strip_prompt=True)
+    assert whole == [p + n for p, n in zip(PROMPTS, new, strict=True)]
+    x = arrays(lm)
+    stripped = lm.generate(x, max_new_tokens=10, stop_token_ids=None, strip_prompt=True)
+    assert stripped["padding_mask"].sum(axis=1).tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize("stop", [None, "e", ["th", "zz"]])
+def test_stream_gives_the_text_of_generate_in_pieces(lm, stop):
+    options = dict(max_new_tokens=40, stop=stop)
+    for prompt in PROMPTS:
+        pieces = list(lm.stream(prompt, **options))
+        assert "".join(pieces) == lm.generate(prompt, strip_prompt=True, **options)
+        assert all(pieces)
+        if stop is None:
+            assert len(pieces) > 10
+
+
+def test_stream_refuses_before_the_first_piece(lm):
+    with pytest.raises(ValueError, match="empty prompt"):
+        lm.stream("")
+    with pytest.raises(ValueError, match="one string"):
+        lm.stream(["a"])
+
+
+@pytest.mark.parametrize(
+    "sampler", ["greedy", "random", "top_k", "top_p", "beam", "contrastive"]
+)
+def test_every_sampler_of_keras_hub_runs(sampler):
+    lm = make_lm()
+    lm.compile(sampler=sampler)
+    outputs = lm.generate(arrays(lm), max_new_tokens=6, stop_token_ids=None)
+    lengths = arrays(lm)["padding_mask"].sum(axis=1)
+    assert (outputs["padding_mask"].sum(axis=1) == lengths + 6).all()
+    assert outputs["token_ids"].max() < lm.backbone.vocabulary_size
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        keras_hub.samplers.TopKSampler(k=1),
+        keras_hub.samplers.TopPSampler(p=1e-6),
+        keras_hub.samplers.RandomSampler(temperature=1e-4),
+        keras_hub.samplers.BeamSampler(num_beams=1),
+        keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.6),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_samplers_without_choice_are_greedy(lm, sampler):
+    expected = lm.generate(PROMPTS, max_new_tokens=12)
+    try:
+        lm.compile(sampler=sampler)
+        assert lm.generate(PROMPTS, max_new_tokens=12) == expected
+    finally:
+        lm.compile(sampler="greedy")
+
+
+def test_more_beams_find_likelier_texts(lm):
+    options = dict(max_new_tokens=8, stop_token_ids=None)
+    greedy = [lm.generate(arrays(lm, [p]), **options) for p in PROMPTS]
+    try:
+        lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=8))
+        beam = [lm.generate(arrays(lm, [p]), **options) for p in PROMPTS]
+    finally:
+        lm.compile(sampler="greedy")
+
+    def loss(outputs):
+        losses = 0.0
+        for ids in (x["token_ids"] for x in outputs):
+            scores = lm.score(ids[:, :-1], scoring_mode="loss", target_ids=ids[:, 1:])
+            losses += keras.ops.convert_to_numpy(scores)[0, -8:].sum()
+        return losses
+
+    assert loss(beam) < loss(greedy) - 0.01
+
+
+def test_all_of_the_probability_is_plain_sampling():
+    lm, texts = make_lm(), []
+    for sampler in (
+        keras_hub.samplers.TopPSampler(p=1.0, seed=3),
+        keras_hub.samplers.RandomSampler(seed=3),
+        keras_hub.samplers.TopPSampler(p=0.5, seed=3),
+    ):
+        lm.compile(sampler=sampler)
+        texts.append(lm.generate(PROMPTS, max_new_tokens=20))
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("sampler", ["beam", "contrastive"])
+def test_search_is_repeatable(sampler):
+    texts = set()
+    for _ in "ab":
+        lm = make_lm()
+        lm.compile(sampler=sampler)
+        texts.add(lm.generate("The", max_new_tokens=20))
+        texts.add(lm.generate("The", max_new_tokens=20))
+    assert len(texts) == 1
+
+
+def test_a_seed_makes_sampling_repeatable():
+    lm = make_lm()
+    texts = []
+    for seed in (1, 1, 2):
+        lm.compile(sampler=keras_hub.samplers.TopKSampler(k=20, seed=seed))
+        texts.append(
+            [lm.generate("The", max_new_tokens=20, strip_prompt=True) for _ in "ab"]
+        )
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0][0] != texts[0][1]
+
+
+def test_samplers_that_cannot_run_are_refused(lm):
+    with pytest.raises(ValueError, match="draft model"):
+        lm.compile(sampler="speculative")
+    with pytest.raises(ValueError, match="return_all_beams"):
+        lm.compile(sampler=keras_hub.samplers.BeamSampler(return_all_beams=True))
+    with pytest.raises(ValueError, match="sampler"):
+        lm.compile(sampler=print)
+    lm.compile()
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_a_stretched_context_is_fixed_by_the_final_length(rope_type):
+    lm = make_lm(context=16, rope_scaling={"rope_type": rope_type, "factor": 4.0})
+    x = arrays(lm, PROMPTS[:2])
+    n = x["padding_mask"].sum(axis=1)
+    outputs = lm.generate(x, max_length=40, stop_token_ids=None)
+    # A row of the final length is what each token was chosen in.
+    logits = keras.ops.convert_to_numpy(lm.score(outputs["token_ids"]))
+    for i in range(2):
+        chosen = outputs["token_ids"][i, n[i] : 40]
+        np.testing.assert_array_equal(logits[i, n[i] - 1 : 39].argmax(-1), chosen)
+
+
+def test_sizes_of_programs_are_few():
+    assert [padded_columns(n) for n in (2, 256, 257, 1900)] == [256, 256, 512, 2048]
+    assert [padded_rows(n) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, 16]
+
+
+def short_generations(lm, batches, lengths, limits):
+    """Prompts of all these sizes, each continued by one token: all ids are stops."""
+    every_id = list(range(lm.backbone.vocabulary_size))
+    for batch in batches:
+        for length in lengths:
+            ids = np.full((batch, length), 5, "int32")
+            for limit in limits:
+                lm.generate(
+                    {"token_ids": ids, "padding_mask": np.ones_like(ids)},
+                    max_new_tokens=limit,
+                    stop_token_ids=every_id,
+                )
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="is about XLA")
+def test_all_lengths_share_twelve_programs(caplog, monkeypatch):
+    lm = make_lm(context=2048)
+    traced = []
+    advance = TokenLoop._advance
+    monkeypatch.setattr(
+        TokenLoop,
+        "_advance",
+        lambda self, **k: (
+            traced.append(k["state"]["tokens"].shape) or advance(self, **k)
+        ),
+    )
+    monkeypatch.setattr(lm, "generate_function", None)
+
+    def run():
+        short_generations(
+            lm, range(1, 9), (1, 2, 33, 255, 256, 300), (1, 90, 211, 212, 724, 1748)
+        )
+
+    if keras.config.backend() == "jax":
+        import jax
+
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            run()
+        messages = [r.message for r in caplog.records]
+        assert sum("Compiling" in m for m in messages) == 12
+    else:
+        run()
+    assert len(traced) == len(set(traced)) == 12
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="is about PyTorch")
+def test_a_traced_step_serves_all_lengths():
+    lm = make_lm(context=2048)
+    loop = lm.make_generate_function()
+    short_generations(lm, range(1, 9), (1, 2, 300), (1, 1748))
+    assert len(loop._graphs) == 8
+    for prompt in PROMPTS:  # Traced with one column of the cache, used with many.
+        ids = lm.preprocessor.prompt_ids([prompt])[0]
+        text = lm.generate(arrays(lm, [prompt]), max_new_tokens=9, stop_token_ids=None)
+        expected = greedy_without_cache(lm, prompt, 9)
+        assert text["token_ids"][0, : len(ids) + 9].tolist() == expected
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 256, 257, 290, 545])
+def test_long_prompts_go_in_by_chunks(length):
+    lm = make_lm(context=1024)
+    ids = np.random.default_rng(length).integers(3, 500, (2, length)).astype("int32")
+    mask = np.arange(length) < np.array([[length], [length - 30]])
+    out = lm.generate(
+        {"token_ids": ids, "padding_mask": mask}, max_new_tokens=3, stop_token_ids=None
+    )
+    for row, n in zip(out["token_ids"], mask.sum(axis=1), strict=True):
+        logits = keras.ops.convert_to_numpy(lm.score(row[None, : n + 3]))[0]
+        assert row[n : n + 3].tolist() == logits[n - 1 : n + 2].argmax(-1).tolist()
+
+
+def test_generation_ends_when_all_rows_have_ended(lm, monkeypatch):
+    x = arrays(lm)
+    free = lm.generate(x, max_new_tokens=6, stop_token_ids=None)
+    lengths = x["padding_mask"].sum(axis=1)
+    rows = zip(free["token_ids"], lengths, strict=True)
+    stops = [int(row[n + 4]) for row, n in rows]
+    steps = []
+    advance = lm.make_generate_function().advance
+
+    def counted(**arguments):
+        state = advance(**arguments)
+        steps.append(int(state["step"]))
+        return state
+
+    monkeypatch.setattr(lm.make_generate_function(), "advance", counted)
+    lm.generate(x, max_new_tokens=100, stop_token_ids=stops)
+    assert len(steps) == 1
+    assert steps[0] <= 5 + STEPS_BETWEEN_LOOKS
+
+
+def test_the_first_piece_comes_right_after_the_prefill(lm, monkeypatch):
+    """The work done until each piece: one call, one step."""
+    loop = lm.make_generate_function()
+    advance, asked = loop.advance, []
+    monkeypatch.setattr(
+        loop, "advance", lambda **k: asked.append(int(k["until"])) or advance(**k)
+    )
+    seen = [(piece, list(asked)) for piece in lm.stream("The", max_new_tokens=40)]
+    calls = [len(until) for _, until in seen]
+    # A piece may need several tokens, where one ends within a character.
+    assert calls[0] <= 4
+    assert calls == sorted(set(calls))
+    assert asked == list(range(1, len(asked) + 1))
+
+
+def test_pieces_come_in_even_gaps(lm):
+    list(lm.stream("The", max_new_tokens=100))  # Compiles.
+    moments = [time.perf_counter()]
+    for _ in lm.stream("The", max_new_tokens=100):
+        moments.append(time.perf_counter())
+    whole = moments[-1] - moments[0]
+    # Were they made together and then handed out, one gap would be nearly all.
+    assert max(np.diff(moments)) < whole / 3
+
+
+def test_a_stream_can_be_abandoned(lm):
+    expected = lm.generate("The", max_new_tokens=30, strip_prompt=True)
+    for pieces in (0, 1, 5):
+        stream = lm.stream("The", max_new_tokens=100)
+        for _ in range(pieces):
+            next(stream)
+        stream.close()
+        assert lm.generate("The", max_new_tokens=30, strip_prompt=True) == expected
+    one, other = (lm.stream("The", max_new_tokens=30) for _ in "ab")
+    both = [a + b for a, b in zip(one, other, strict=True)]
+    assert "".join(x[: len(x) // 2] for x in both) == expected
+
+
+IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ("", {}, "empty prompt"),
+        (["a", ""], {}, r"inputs\[1\]"),
+        ([], {}, "inputs"),
+        (7, {}, "7"),
+        ("a b c d e f g h", dict(max_length=4), "max_length=4"),
+        ("The " * 200, dict(max_new_tokens=4), "context of this model is 128"),
+        ("The", dict(max_new_tokens=500), "max_new_tokens`=500"),
+        ("The", dict(max_length=129), "max_length`=129"),
+        ("The", dict(max_new_tokens=0), "max_new_tokens=0"),
+        ("The", dict(max_length=2.5), "max_length=2.5"),
+        ("The", dict(stop=""), "stop=''"),
+        ("The", dict(stop=[3]), "stop"),
+        ("The", dict(stop_token_ids=[512]), "stop_token_ids"),
+        ("The", dict(stop_token_ids="eos"), "stop_token_ids='eos'"),
+        (IDS, dict(stop="x"), "stop_token_ids"),
+        ({"ids": [[1]]}, {}, r"\['ids'\]"),
+        ({**IDS, "token_ids": np.array([1, 2])}, {}, r"shape \(2,\)"),
+        ({**IDS, "token_ids": np.array([[1, 5, 512]])}, {}, "512"),
+        ({**IDS, "token_ids": np.array([[1, 5, -1]])}, {}, "-1"),
+        ({**IDS, "token_ids": np.array([[1.0, 5.0, 2.0]])}, {}, "float"),
+        ({**IDS, "padding_mask": np.ones((1, 2))}, {}, r"shape \(1, 2\)"),
+        ({**IDS, "padding_mask": np.zeros((1, 3))}, {}, r"rows \[0\]"),
+        ({**IDS, "padding_mask": np.array([[0, 1, 1]])}, {}, "on the right"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(lm, inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(inputs, **{"stop_token_ids": "auto", **options})
+
+
+def test_without_preprocessor_stop_ids_must_be_given(lm):
+    bare = OpenLlamaCausalLM(lm.backbone)
+    with pytest.raises(ValueError, match="preprocessor"):
+        bare.generate(IDS)
+    with pytest.raises(ValueError, match="token_ids"):
+        bare.generate("text", stop_token_ids=None)

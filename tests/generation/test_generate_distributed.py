@@ -1,0 +1,85 @@
+"""Generation over a mesh of devices gives what one device gives."""
+
+import pytest
+from fake_devices import run_on_eight_devices
+from tiny_models import TinyShape, as_ours, in_transformers
+
+pytestmark = pytest.mark.backend_free  # ModelParallel exists on JAX only.
+
+SHAPES = (
+    TinyShape("multi_head", 8, 8, 16, hidden_dim=64, vocabulary_size=160),
+    # Fewer key/value heads than devices, and a head_dim that is no power of two.
+    TinyShape("grouped_head_dim_100", 8, 2, 100, hidden_dim=64, vocabulary_size=160),
+)
+PROGRAM = """
+import logging, sys
+import jax
+import keras
+import numpy as np
+from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.generation.token_loop import choose_tokens
+
+random = np.random.default_rng(0)
+ids = random.integers(3, 160, (3, 40)).astype("int32")
+mask = np.arange(40) < np.array([[40], [1], [33]])
+compiled = []
+
+
+class Compilations(logging.Handler):
+    def emit(self, record):
+        if record.getMessage().startswith("Compiling jit(_advance)"):
+            compiled.append(record)
+
+
+logging.getLogger("jax").addHandler(Compilations())
+jax.config.update("jax_log_compiles", True)
+
+
+def tokens():
+    lm = OpenLlamaCausalLM.from_preset(sys.argv[1], preprocessor=None)
+    compiled.clear()
+    outputs = lm.generate(
+        {"token_ids": ids, "padding_mask": mask}, max_new_tokens=20, stop_token_ids=None
+    )
+    # As `stream` does it, a few steps a call.
+    rows = [row[m].tolist() for row, m in zip(ids, mask)]
+    steps = choose_tokens(lm.make_generate_function(), rows, [20] * 3, [], stride=7)
+    pieces = [sum(row, []) for row in zip(*steps)]
+    for row, prompt, piece in zip(outputs["token_ids"], rows, pieces):
+        assert row[len(prompt) :][:20].tolist() == piece
+    assert len(compiled) == 1, len(compiled)
+    return outputs["token_ids"], lm
+
+
+expected, _ = tokens()
+devices = keras.distribution.list_devices()
+assert len(devices) == 8
+column = ".*(query|key|value|gate|up|lm_head)/kernel"
+row = ".*(output|down)/kernel"
+embeddings = "token_embedding/embeddings"
+layouts = {
+    "tensor-parallel": ((1, 8), ("model", None), (None, "model")),
+    "fully sharded": ((8, 1), ("data", None), ("data", None)),
+    "both": ((2, 4), ("model", "data"), ("data", "model")),
+}
+for name, (shape, columns, rows) in layouts.items():
+    mesh = keras.distribution.DeviceMesh(shape, ("data", "model"), devices)
+    rules = keras.distribution.LayoutMap(mesh)
+    rules[column], rules[row], rules[embeddings] = columns, rows, rows
+    distribution = keras.distribution.ModelParallel(
+        layout_map=rules, batch_dim_name="data"
+    )
+    with distribution.scope():
+        outputs, lm = tokens()
+        kernel = lm.backbone.transformer_layers[0].self_attention.query.kernel.value
+        assert not kernel.sharding.is_fully_replicated
+    np.testing.assert_array_equal(outputs, expected, name)
+    print(name, "agrees")
+"""
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_layout_gives_the_tokens_of_one_device(tmp_path, shape):
+    as_ours(in_transformers(shape), tmp_path)
+    printed = run_on_eight_devices(PROGRAM, tmp_path)
+    assert printed.count("agrees") == 3

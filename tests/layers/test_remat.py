@@ -1,0 +1,179 @@
+"""What is computed twice: less is kept, and nothing else changes."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import SHAPES, batch, random_lm
+
+from keras_openllama.layers.remat import POLICIES, check_policy, computed_again
+
+ON_JAX = keras.config.backend() == "jax"
+if ON_JAX:
+    import jax
+
+on_jax = pytest.mark.skipif(not ON_JAX, reason="Needs JAX.")
+# Wider within than the states are, so that what is kept can be told apart.
+SHAPE = dataclasses.replace(SHAPES[2], intermediate_dim=128)
+BATCH, LENGTH = 2, 64
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_lm(SHAPE)
+
+
+def loss_of(lm, policy, scan=False):
+    """A function of the weights that ends in a number, and the weights."""
+    ids = batch(SHAPE, BATCH, LENGTH)
+    states = np.random.default_rng(0).normal(size=(BATCH, LENGTH, SHAPE.hidden_dim))
+
+    def loss(values):
+        mapping = zip(lm.backbone.trainable_variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            hidden = lm.backbone.hidden_states(
+                ids, np.ones_like(ids), rematerialize=policy, scan=scan
+            )
+        return jax.numpy.sum(hidden * states)
+
+    return loss, [v.value for v in lm.backbone.trainable_variables]
+
+
+def kept(lm, policy):
+    """Shapes of what the forward pass leaves for the backward pass, but weights."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        jax.ad_checkpoint.print_saved_residuals(*loss_of(lm, policy))
+    found = re.findall(r"^\w+\[([\d,]+)\]", printed.getvalue(), re.MULTILINE)
+    shapes = [tuple(map(int, shape.split(","))) for shape in found]
+    return [shape for shape in shapes if len(shape) > 2]
+
+
+def compiled(lm, policy, scan=False):
+    """The gradient as XLA's program."""
+    loss, values = loss_of(lm, policy, scan)
+    return jax.jit(jax.grad(loss)).lower(values).compile()
+
+
+@pytest.fixture(scope="module")
+def programs(lm):
+    return {policy: compiled(lm, policy) for policy in POLICIES}
+
+
+@on_jax
+@pytest.mark.parametrize("policy", ["products", "projections", "full"])
+def test_gradients_are_the_same(lm, programs, policy):
+    _, values = loss_of(lm, policy)
+    pairs = zip(programs[policy](values), programs["none"](values), strict=True)
+    for ours, theirs in pairs:
+        difference = np.linalg.norm(ours - theirs)
+        assert difference <= 1e-6 * np.linalg.norm(theirs)
+
+
+@on_jax
+def test_each_policy_keeps_less_than_the_one_before(lm):
+    sizes = [sum(map(np.prod, kept(lm, policy))) for policy in POLICIES]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(POLICIES)
+
+
+@on_jax
+def test_more_is_computed(programs):
+    # XLA does not find out that something is there twice.
+    operations = {
+        p: program.cost_analysis()["flops"] for p, program in programs.items()
+    }
+    tokens, layers = BATCH * LENGTH, SHAPE.num_layers
+    gate_and_up = 2 * 2 * tokens * SHAPE.hidden_dim * SHAPE.intermediate_dim * layers
+    # What is not a product counts, too, but little.
+    assert operations["products"] < operations["none"] + gate_and_up / 4
+    assert operations["projections"] > operations["none"] + gate_and_up
+    assert operations["full"] > 1.1 * operations["projections"]
+
+
+@on_jax
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_program_takes_less_memory_the_less_is_kept(scan):
+    # XLA computes nothing again before it is needed.
+    deep = random_lm(dataclasses.replace(SHAPE, num_layers=8))
+    sizes = [
+        compiled(deep, policy, scan).memory_analysis().temp_size_in_bytes
+        for policy in POLICIES
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 2
+
+
+@on_jax
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_finite_stays_finite(dtype):
+    x = jax.numpy.linspace(-1, 1, 8, dtype=dtype)
+    largest = jax.numpy.full_like(x, jax.numpy.finfo(dtype).max)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(block):
+        return jax.vjp(block, x)[1](largest)[0]
+
+    found = gradient(computed_again(jax.numpy.sin))
+    assert np.isfinite(found).all()
+    assert (found == gradient(jax.numpy.sin)).all()
+
+
+@on_jax
+@pytest.mark.parametrize("policy", POLICIES)
+def test_attention_weights_are_never_kept(lm, policy):
+    # Squares of the length, but the mask, which is there once for all.
+    squares = [shape for shape in kept(lm, policy) if shape[-2:] == (LENGTH, LENGTH)]
+    assert squares == [(BATCH, 1, LENGTH, LENGTH)]
+
+
+@on_jax
+def test_what_is_kept_is_what_the_policy_names(lm):
+    head_dim = SHAPE.head_dim
+    queries = (BATCH, SHAPE.num_query_heads, LENGTH, head_dim)
+    keys = (BATCH, SHAPE.num_key_value_heads, LENGTH, head_dim)
+    states = (BATCH, LENGTH, SHAPE.hidden_dim)
+    wide = (BATCH, LENGTH, SHAPE.intermediate_dim)
+    layers = SHAPE.num_layers
+    found = {
+        policy: collections.Counter(kept(lm, policy))
+        for policy in ("products", "projections", "full")
+    }
+    for policy in ("products", "projections"):
+        assert found[policy][queries] == 2 * layers  # Query, attention.
+        assert found[policy][keys] == 2 * layers  # Key, value.
+        assert found[policy][states] - found["full"][states] == layers
+    assert found["products"][wide] == 2 * layers  # Gate and up.
+    assert found["projections"][wide] == 0
+    assert found["full"][queries] == found["full"][keys] == 0
+
+
+@pytest.mark.parametrize("policy", ["half", "", None, "Full"])
+def test_an_unknown_policy_is_refused_with_those_there_are(lm, policy):
+    message = f"none, products, projections, full. Received: {policy!r}"
+    with pytest.raises(ValueError, match=message):
+        check_policy(policy)
+    with pytest.raises(ValueError, match=message):
+        lm.compile(rematerialize=policy)
+    ids = batch(SHAPE, 1, 4)
+    with pytest.raises(ValueError, match=message):
+        lm.backbone.hidden_states(ids, np.ones_like(ids), rematerialize=policy)
+
+
+@pytest.mark.skipif(ON_JAX, reason="JAX can.")
+@pytest.mark.parametrize("policy", ["products", "projections", "full"])
+def test_other_backends_refuse(lm, policy):
+    check_policy("none")
+    ids = batch(SHAPE, 1, 4)
+    for refused in (
+        lambda: check_policy(policy),
+        lambda: lm.compile(rematerialize=policy),
+        lambda: lm.backbone.hidden_states(ids, np.ones_like(ids), rematerialize=policy),
+    ):
+        with pytest.raises(ValueError, match=f"{policy}.*needs the JAX backend"):
+            refused()

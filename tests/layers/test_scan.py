@@ -1,0 +1,42 @@
+"""Layers as a scan are the same layers, in the same order; on JAX."""
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import SHAPES, batch, random_lm
+
+if keras.config.backend() != "jax":
+    pytest.skip("The scan is JAX's.", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+
+from keras_openllama.training.train_step_jax import Options, gradients
+
+THREE_LAYERS = SHAPES[3]  # Grouped heads of 100, too.
+
+
+def loss_and_gradients(lm, ids, **options):
+    x = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, 1:])}
+    weights = jnp.ones(ids[:, 1:].shape, "float32")
+
+    def run(trainable, non_trainable):
+        sums, total, grads = gradients(
+            *(lm, trainable, non_trainable, (x, ids[:, 1:], weights)),
+            Options(**options),
+        )
+        return sums.loss / total, grads
+
+    variables = lm.trainable_variables, lm.non_trainable_variables
+    return jax.jit(run)(*([v.value for v in group] for group in variables))
+
+
+@pytest.mark.parametrize("rematerialize", ["none", "products", "projections", "full"])
+def test_loss_and_gradients_are_those_of_one_layer_after_the_other(rematerialize):
+    lm, ids = random_lm(THREE_LAYERS), batch(THREE_LAYERS, 2, 13)
+    assert lm.backbone.num_layers == 3
+    expected_loss, expected = loss_and_gradients(lm, ids)
+    loss, grads = loss_and_gradients(lm, ids, scan=True, rematerialize=rematerialize)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
+    for variable, x, y in zip(lm.trainable_variables, grads, expected, strict=True):
+        assert jnp.linalg.norm(x - y) < 1e-5 * jnp.linalg.norm(y), variable.path

@@ -1,0 +1,143 @@
+"""Models are built without weights, and filled with each weight once."""
+
+import gc
+import resource
+
+import keras
+import numpy as np
+import pytest
+from keras.src.backend.common import global_state
+
+from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets
+from keras_openllama.loading.uninitialized import fill, finish, without_weights
+
+SIZES = {
+    "vocabulary_size": 50,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "hidden_dim": 16,
+    "intermediate_dim": 24,
+    "num_key_value_heads": 2,
+}
+FULL_SIZES = {  # facts about the published models
+    "open_llama_3b": 3_426_473_600,
+    "open_llama_7b": 6_738_415_616,
+    "open_llama_13b": 13_015_864_320,
+    "open_llama_3b_v2": 3_426_473_600,
+    "open_llama_7b_v2": 6_738_415_616,
+    "open_llama_3b_v3": 3_426_473_600,
+}
+
+
+def numbers_for(variable):
+    values = np.arange(np.prod(variable.shape)).reshape(variable.shape) / 1000
+    return keras.ops.convert_to_tensor(values, variable.dtype)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_full_size_presets_have_their_published_number_of_parameters(name):
+    preset = presets.registry()[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with without_weights():
+        backbone = OpenLlamaBackbone(**preset.config)
+        model = OpenLlamaCausalLM(backbone, compile=False)
+    assert model.count_params() == FULL_SIZES[name] == preset.parameters
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < 500e6  # The smallest of the models has 13.7 GB.
+
+
+def test_a_filled_model_holds_the_values_and_computes_with_them():
+    with without_weights() as variables:
+        model = OpenLlamaBackbone(**SIZES)
+    assert all(variable._value is None for variable in model.weights)
+    for variable in model.weights:
+        fill(variable, numbers_for(variable))
+    finish(model, variables)
+
+    usual = OpenLlamaBackbone(**SIZES)
+    for variable in usual.weights:
+        variable.assign(numbers_for(variable))
+    inputs = {"token_ids": [[1, 2, 3]], "padding_mask": [[True, True, True]]}
+    inputs = {name: np.array(value) for name, value in inputs.items()}
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(model(inputs)),
+        keras.ops.convert_to_numpy(usual(inputs)),
+    )
+
+
+def test_a_filled_model_trains_like_any_other():
+    with without_weights() as variables:
+        model = OpenLlamaCausalLM(OpenLlamaBackbone(**SIZES), compile=False)
+    for variable in model.weights:
+        fill(variable, numbers_for(variable))
+    finish(model, variables)
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    x = {"token_ids": np.ones((2, 5), "int32"), "padding_mask": np.ones((2, 5), bool)}
+    before = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
+    keras.Model.fit(model, x, np.ones((2, 5), "int32"), verbose=0)
+    after = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
+
+
+def test_torch_finds_the_parameters_of_a_filled_model():
+    if keras.config.backend() != "torch":
+        pytest.skip("Only PyTorch has parameters beside variables.")
+    with without_weights() as variables:
+        model = OpenLlamaBackbone(**SIZES)
+    for variable in model.weights:
+        fill(variable, numbers_for(variable))
+    finish(model, variables)
+    own = {id(variable.value) for variable in model.weights}
+    assert {id(parameter) for parameter in model.parameters()} == own
+    usual = OpenLlamaBackbone(**SIZES)
+    for filled, built in zip(model.layers, usual.layers, strict=True):
+        names = [name for name, _ in filled.named_parameters()]
+        assert names == [name for name, _ in built.named_parameters()]
+
+
+def test_keras_forgets_the_model_and_initialises_nothing_later():
+    before = list(global_state.get_global_attribute("uninitialized_variables") or [])
+    with without_weights():
+        OpenLlamaBackbone(**SIZES)
+    with pytest.raises(RuntimeError, match="on purpose"), without_weights():
+        OpenLlamaBackbone(**SIZES)
+        raise RuntimeError("on purpose")
+    after = list(global_state.get_global_attribute("uninitialized_variables") or [])
+    assert after == before
+    gc.collect()
+    usual = OpenLlamaBackbone(**SIZES)  # and building goes on as usual
+    assert all(variable._value is not None for variable in usual.weights)
+
+
+def test_a_weight_is_filled_once_and_none_is_forgotten():
+    with without_weights() as variables:
+        model = OpenLlamaBackbone(**SIZES)
+    first, *others = model.weights
+    with pytest.raises(ValueError, match=r"Received a value of shape \(3,\)"):
+        fill(first, keras.ops.zeros((3,)))
+    fill(first, numbers_for(first))
+    with pytest.raises(ValueError, match="already"):
+        fill(first, numbers_for(first))
+    with pytest.raises(RuntimeError, match=others[0].path):
+        finish(model, variables)
+
+
+def test_states_that_are_no_weights_are_initialised():
+    with without_weights() as variables:
+        inputs = keras.Input((4,))
+        outputs = keras.layers.Dense(2, use_bias=False)(
+            keras.layers.Dropout(0.5, seed=1)(inputs)
+        )
+        model = keras.Model(inputs, outputs)
+    for variable in model.weights:
+        fill(variable, numbers_for(variable))
+    finish(model, variables)
+    assert all(variable._value is not None for variable in model.variables)
+    model(np.ones((1, 4)), training=True)
+
+
+def test_a_model_cannot_be_loaded_in_a_stateless_scope():
+    with keras.StatelessScope(), pytest.raises(RuntimeError, match="StatelessScope"):
+        with without_weights():
+            pass

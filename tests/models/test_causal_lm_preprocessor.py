@@ -1,0 +1,346 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_openllama.backend.keras_hub import CausalLMPreprocessor
+from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.models.tokenizer import OpenLlamaTokenizer
+from tests.support.tokenizer_models import trained_model
+
+TOKENIZER = OpenLlamaTokenizer(trained_model(keep_spaces=True))
+TEXT = "some text"
+IDS = TOKENIZER(TEXT)
+LONG = "a long text " * 20
+DTYPES = ["int32", "bool", "int32", "float32"]
+backend_free = pytest.mark.backend_free
+
+
+def make(tokenizer=TOKENIZER, sequence_length=12, **options):
+    return OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length, **options)
+
+
+def filled_up(ids, length=12):
+    return [*ids, *[0] * (length - len(ids))]
+
+
+# --- Training ---
+
+
+@backend_free
+def test_a_text_becomes_inputs_and_targets_one_step_ahead():
+    x, y, sample_weight = make()([TEXT])
+    ids = [1, *IDS, 2]
+    assert x["token_ids"].tolist() == [filled_up(ids)]
+    assert x["padding_mask"].tolist() == [filled_up([True] * len(ids))]
+    assert y.tolist() == [filled_up(ids[1:])]
+    assert sample_weight.tolist() == [filled_up([1.0] * (len(ids) - 1))]
+
+
+@backend_free
+def test_arrays_are_numpy_of_fixed_shape_and_dtype():
+    for inputs, shape in ((TEXT, (12,)), ([TEXT, LONG, ""], (3, 12)), ([], (0, 12))):
+        x, y, sample_weight = make()(inputs)
+        arrays = [x["token_ids"], x["padding_mask"], y, sample_weight]
+        assert all(type(array) is np.ndarray for array in arrays)
+        assert [array.shape for array in arrays] == [shape] * 4
+        assert [array.dtype for array in arrays] == [
+            "int32",
+            "bool",
+            "int32",
+            "float32",
+        ]
+
+
+@backend_free
+def test_a_single_text_gives_the_row_that_it_has_in_a_batch():
+    single, batch = make()(TEXT), make()([TEXT])
+    keras.tree.map_structure(
+        lambda alone, row: np.testing.assert_array_equal(alone, row[0]), single, batch
+    )
+
+
+@backend_free
+def test_a_long_text_loses_its_end_and_keeps_its_start():
+    ids = [1, *TOKENIZER(LONG)]
+    x, y, sample_weight = make()([LONG])
+    assert x["token_ids"].tolist() == [ids[:12]]
+    assert y.tolist() == [ids[1:13]]
+    assert x["padding_mask"].all() and sample_weight.all()
+    assert 2 not in y  # The text does not end there.
+
+
+@backend_free
+def test_a_text_that_just_fits_has_its_end_token_as_last_target():
+    x, y, sample_weight = make(sequence_length=len(IDS) + 1)([TEXT])
+    assert x["token_ids"].tolist() == [[1, *IDS]]
+    assert y.tolist() == [[*IDS, 2]]
+    assert sample_weight.all()
+
+
+@backend_free
+@pytest.mark.parametrize("add_start_token", [False, True])
+@pytest.mark.parametrize("add_end_token", [False, True])
+@pytest.mark.parametrize("of_tokenizer", [False, True])
+def test_start_and_end_are_as_asked_and_never_doubled(
+    add_start_token, add_end_token, of_tokenizer
+):
+    tokenizer = OpenLlamaTokenizer(
+        TOKENIZER.proto, add_bos=of_tokenizer, add_eos=of_tokenizer
+    )
+    preprocessor = make(
+        tokenizer, add_start_token=add_start_token, add_end_token=add_end_token
+    )
+    start, end = [1] * add_start_token, [2] * add_end_token
+    x, _, _ = preprocessor([TEXT])
+    assert x["token_ids"].tolist() == [filled_up([*start, *IDS, *end])]
+    assert preprocessor.prompt_ids([TEXT]) == [[*start, *IDS]]
+    prompt = preprocessor.generate_preprocess([TEXT])
+    assert prompt["token_ids"].tolist() == [filled_up([*start, *IDS])]
+
+
+@backend_free
+def test_control_strings_in_texts_are_text():
+    preprocessor = make(sequence_length=40)
+    text = "a</s> <s>b"
+    x, _, _ = preprocessor([text])
+    assert x["token_ids"].tolist() == [filled_up([1, *TOKENIZER(text), 2], 40)]
+    assert preprocessor.prompt_ids([text]) == [[1, *TOKENIZER(text)]]
+
+
+@backend_free
+def test_sequence_length_can_be_set_and_overridden():
+    preprocessor = make()
+    preprocessor.sequence_length = 5
+    assert preprocessor.sequence_length == 5
+    assert preprocessor([TEXT])[1].shape == (1, 5)
+    assert preprocessor([TEXT], sequence_length=7)[1].shape == (1, 7)
+    assert preprocessor.generate_preprocess(["a"])["token_ids"].shape == (1, 5)
+    prompt = preprocessor.generate_preprocess(["a"], sequence_length=9)
+    assert prompt["padding_mask"].shape == (1, 9)
+
+
+@backend_free
+def test_default_sequence_length_is_the_models_context():
+    assert OpenLlamaCausalLMPreprocessor(TOKENIZER).sequence_length == 2048
+
+
+@backend_free
+def test_sample_weights_multiply_the_mask():
+    texts = [TEXT, LONG]
+    mask = make()(texts)[2]
+    per_text = np.array([0.5, 2.0])
+    weights = make()(texts, sample_weight=per_text)[2]
+    np.testing.assert_array_equal(weights, mask * [[0.5], [2.0]])
+    per_target = np.arange(24.0).reshape(2, 12)
+    weights = make()(texts, sample_weight=per_target)[2]
+    np.testing.assert_array_equal(weights, mask * per_target)
+    assert weights.dtype == "float32"
+
+
+@backend_free
+def test_sample_weights_of_a_batch_as_large_as_its_rows_are_long():
+    texts, per_text = [TEXT] * 12, np.arange(12.0)
+    mask = make()(texts)[2]
+    weights = make()(texts, sample_weight=per_text)[2]
+    np.testing.assert_array_equal(weights, mask * per_text[:, None])
+
+
+@backend_free
+def test_sample_weight_of_a_single_text():
+    mask = make()(TEXT)[2]
+    weights = make()(TEXT, sample_weight=0.5)[2]
+    np.testing.assert_array_equal(weights, mask * 0.5)
+    weights = make()(TEXT, sample_weight=np.arange(12.0))[2]
+    np.testing.assert_array_equal(weights, mask * np.arange(12))
+
+
+@backend_free
+@pytest.mark.parametrize(
+    "texts",
+    [
+        (TEXT.encode(), LONG.encode()),
+        np.array([TEXT, LONG]),
+        np.array([TEXT.encode(), LONG], dtype=object),
+    ],
+    ids=["bytes", "array", "objects"],
+)
+def test_every_kind_of_batch_gives_the_same(texts):
+    # A tuple stands for (x, y) in Keras, hence the keyword.
+    got, expected = make()(x=texts), make()([TEXT, LONG])
+    keras.tree.map_structure(np.testing.assert_array_equal, got, expected)
+    assert make().prompt_ids(texts) == make().prompt_ids([TEXT, LONG])
+
+
+# --- Generation ---
+
+
+@backend_free
+def test_prompts_begin_with_the_start_token_and_do_not_end():
+    assert make().prompt_ids([TEXT, "a"]) == [[1, *IDS], [1, *TOKENIZER("a")]]
+    assert make().prompt_ids(TEXT) == [[1, *IDS]]
+
+
+@backend_free
+def test_a_parsed_start_token_is_not_doubled():
+    prompts = make().prompt_ids(["<s>" + TEXT, TEXT, "<s>"], parse_special=True)
+    assert prompts == [[1, *IDS], [1, *IDS], [1]]
+
+
+@backend_free
+def test_generate_preprocess_and_postprocess_are_inverses():
+    for prompts in (TEXT, [TEXT, "  a\n", "🦙"]):
+        arrays = make().generate_preprocess(prompts)
+        assert arrays["token_ids"].dtype == "int32"
+        assert arrays["padding_mask"].dtype == "bool"
+        assert make().generate_postprocess(arrays) == prompts
+
+
+def test_generate_postprocess_takes_tensors_and_reads_what_the_mask_shows():
+    ids = [[1, *IDS, 2, 300], [1, 2, *IDS, 301]]
+    mask = [[1] * (len(IDS) + 2) + [0], [1] * (len(IDS) + 2) + [0]]
+    rows = {
+        "token_ids": keras.ops.convert_to_tensor(ids, "int32"),
+        "padding_mask": keras.ops.convert_to_tensor(mask, "bool"),
+    }
+    assert make().generate_postprocess(rows) == [TEXT, TEXT]
+    row = {name: tensor[0] for name, tensor in rows.items()}
+    assert make().generate_postprocess(row) == TEXT
+
+
+# --- Bad input ---
+
+
+@backend_free
+def test_an_empty_prompt_is_refused():
+    v1 = OpenLlamaTokenizer(trained_model(keep_spaces=False))
+    v1._warned_of_lost_spaces = True
+    for add_start_token in (True, False):
+        for prompts, tokenizer in (("", TOKENIZER), ("   ", v1)):
+            preprocessor = make(tokenizer, add_start_token=add_start_token)
+            with pytest.raises(ValueError, match=r"`inputs\[0\]` is an empty prompt"):
+                preprocessor.prompt_ids(prompts)
+    with pytest.raises(ValueError, match=r"`inputs\[1\]` is an empty prompt"):
+        make().generate_preprocess(["a", ""])
+
+
+@backend_free
+def test_a_prompt_longer_than_the_rows_is_refused():
+    count = len(TOKENIZER(LONG)) + 1
+    with pytest.raises(ValueError, match=rf"\[1\]` is a prompt of {count} .* 12"):
+        make().generate_preprocess(["a", LONG])
+
+
+@backend_free
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "12", None, True])
+def test_a_sequence_length_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match="`sequence_length`"):
+        make(sequence_length=bad)
+    preprocessor = make()
+    with pytest.raises(ValueError, match="`sequence_length`"):
+        preprocessor.sequence_length = bad
+    if bad is not None:
+        with pytest.raises(ValueError, match="`sequence_length`"):
+            preprocessor([TEXT], sequence_length=bad)
+
+
+@backend_free
+def test_targets_of_ones_own_are_refused():
+    with pytest.raises(ValueError, match=r"x\['response'\]\[0\]` must be a string"):
+        make()([TEXT], y=[[1, 2]])
+
+
+@backend_free
+@pytest.mark.parametrize("shape", [(3,), (1, 12), (2, 11), (2, 1, 1), ()])
+def test_sample_weights_of_the_wrong_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="`sample_weight` must hold"):
+        make()([TEXT, TEXT], sample_weight=np.ones(shape))
+
+
+@backend_free
+def test_inputs_that_are_no_text_are_named():
+    with pytest.raises(ValueError, match=r"`x\[1\]` must be a string.*7"):
+        make()([TEXT, 7])
+    with pytest.raises(ValueError, match=r"`inputs\[1\]` must be a string.*7"):
+        make().prompt_ids([TEXT, 7])
+
+
+@backend_free
+def test_rows_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 3\) and \(1, 2\)"):
+        make().generate_postprocess(
+            {"token_ids": np.ones((1, 3), int), "padding_mask": np.ones((1, 2), bool)}
+        )
+
+
+# --- Inside TensorFlow's graphs ---
+
+
+def equal(tensors, arrays):
+    keras.tree.map_structure(
+        lambda tensor, array: np.testing.assert_array_equal(tensor.numpy(), array),
+        tensors,
+        arrays,
+    )
+
+
+@pytest.fixture
+def tensorflow():
+    return pytest.importorskip("tensorflow")
+
+
+def test_in_a_dataset_shapes_are_known_and_values_the_same(tensorflow):
+    texts = [TEXT, LONG, "🦙"]
+    dataset = tensorflow.data.Dataset.from_tensor_slices(texts)
+    batches = dataset.batch(3, drop_remainder=True).map(make())
+    x, y, sample_weight = batches.element_spec
+    specs = [x["token_ids"], x["padding_mask"], y, sample_weight]
+    assert [spec.shape.as_list() for spec in specs] == [[3, 12]] * 4
+    assert [spec.dtype.name for spec in specs] == DTYPES
+    [batch] = batches
+    equal(batch, make()(texts))
+
+    rows = dataset.map(make())
+    assert rows.element_spec[1].shape.as_list() == [12]
+    for row, text in zip(rows, texts, strict=True):
+        equal(row, make()(text))
+
+    some = dataset.batch(2).map(lambda texts: make()(texts, sequence_length=5))
+    assert some.element_spec[1].shape.as_list() == [None, 5]
+
+
+@backend_free
+def test_in_a_dataset_sample_weights_multiply_the_mask(tensorflow):
+    texts, weights = [TEXT, LONG], np.array([0.5, 2.0], "float32")
+    dataset = tensorflow.data.Dataset.from_tensor_slices((texts, weights)).batch(2)
+    [batch] = dataset.map(lambda text, weight: make()(text, sample_weight=weight))
+    equal(batch, make()(texts, sample_weight=weights))
+
+
+@backend_free
+def test_in_a_dataset_prompts_are_filled_up(tensorflow):
+    dataset = tensorflow.data.Dataset.from_tensor_slices([TEXT, "a"]).batch(2)
+    prompts = dataset.map(make().generate_preprocess)
+    assert prompts.element_spec["token_ids"].shape.as_list() == [None, 12]
+    [rows] = prompts
+    equal(rows, make().generate_preprocess([TEXT, "a"]))
+
+
+@backend_free
+def test_eager_string_tensors_are_taken(tensorflow):
+    got = make()(tensorflow.constant([TEXT, LONG]))
+    keras.tree.map_structure(np.testing.assert_array_equal, got, make()([TEXT, LONG]))
+    assert make()(tensorflow.constant(TEXT))[1].shape == (12,)
+
+
+@backend_free
+def test_a_matrix_of_strings_in_a_dataset_is_refused(tensorflow):
+    dataset = tensorflow.data.Dataset.from_tensor_slices([[[TEXT]]])
+    with pytest.raises(ValueError, match="no dimension or one"):
+        dataset.map(make())
+
+
+@backend_free
+def test_the_class_is_one_of_kerashubs():
+    assert issubclass(OpenLlamaCausalLMPreprocessor, CausalLMPreprocessor)
+    assert OpenLlamaCausalLMPreprocessor.tokenizer_cls is OpenLlamaTokenizer
+    assert OpenLlamaCausalLMPreprocessor.backbone_cls is OpenLlamaTokenizer.backbone_cls

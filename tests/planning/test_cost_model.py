@@ -1,0 +1,286 @@
+"""Prices of programs whose cost can be worked out by hand."""
+
+import pytest
+
+from keras_openllama.planning.cost_model import CHIPS, Prices, kernel_flops, price
+from keras_openllama.planning.hlo import Program
+
+pytestmark = pytest.mark.backend_free
+
+V4 = CHIPS["v4"]
+# Without hops a collective is its bytes by 100 GB/s: a ring of two links.
+PRICES = Prices(hop_seconds=0)
+MILLISECOND = 1_050_000  # Cycles.
+
+
+def fusion(name, cycles, calls="fused", operands="%x"):
+    return (
+        f"%{name} = bf16[8,128]{{1,0:T(8,128)(2,1)}} fusion({operands}), kind=kLoop, "
+        f'calls=%{calls}, backend_config={{"estimated_cycles":"{cycles}"}}'
+    )
+
+
+# 100 MB of bfloat16 on each of four chips, gathered: 75 MB come in over the links.
+GATHER = (
+    "all-gather(%part), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, "
+    "use_global_device_ids=true"
+)
+GATHERED = "bf16[50000000]{0:T(1024)(128)(2,1)}"
+SECONDS = 0.75 * 100e6 / 100e9  # 0.75 ms
+
+
+def program(*lines, computations=()):
+    """Text of a program with these lines in its entry computation."""
+    before = [
+        "HloModule jit_step, is_scheduled=true",
+        "%fused (p: bf16[8,128]) -> bf16[8,128] {",
+        "  ROOT %n = bf16[8,128]{1,0} negate(%p)",
+        "}",
+        "%product (p: bf16[8,128]) -> bf16[8,128] {",
+        "  ROOT %c = bf16[8,128]{1,0} convolution(%p, %p), dim_labels=bf_io->bf",
+        "}",
+        *computations,
+        "ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {",
+        "  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)",
+        "  %part = bf16[12500000]{0} parameter(1)",
+    ]
+    return "\n".join([*before, *(f"  {line}" for line in lines), "}"])
+
+
+def cost(*lines, computations=(), prices=PRICES):
+    return price(program(*lines, computations=computations), V4, prices)
+
+
+def test_fusions_cost_their_cycles_and_those_with_a_product_are_told_apart():
+    found = cost(
+        fusion("a", 2 * MILLISECOND),
+        fusion("b", 3 * MILLISECOND, calls="product"),
+        "%copy = bf16[8,128]{1,0} copy-start(%a)",
+    )
+    assert found.other_seconds == pytest.approx(2e-3)
+    assert found.matmul_seconds == pytest.approx(3e-3)
+    assert found.step_seconds == found.compute_seconds == pytest.approx(5e-3)
+
+
+def test_a_loop_costs_its_body_as_often_as_it_runs():
+    computations = [
+        "%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {",
+        "  " + fusion("in_body", MILLISECOND),
+        f"  %g = {GATHERED} {GATHER}",
+        "}",
+        "%condition (p: (s32[], bf16[8,128])) -> pred[] {",
+        "  %bound = s32[]{:T(128)} constant(7)",
+        "  ROOT %less = pred[]{:T(512)} compare(%i, %bound), direction=LT",
+        "}",
+    ]
+    loop = (
+        "%loop = (s32[], bf16[8,128]{1,0}) while(%x), condition=%condition, body=%body"
+    )
+    found = cost(loop, computations=computations)
+    assert found.compute_seconds == pytest.approx(7e-3)
+    assert found.exposed_seconds == pytest.approx(7 * SECONDS)
+    known = 'backend_config={"known_trip_count":{"n":"5"}}'
+    found = cost(f"{loop}, {known}", computations=computations)
+    assert found.compute_seconds == pytest.approx(5e-3)
+
+
+def test_a_branch_costs_what_the_dearest_does():
+    computations = [
+        *("%cheap (p: bf16[8,128]) -> bf16[8,128] {", "  " + fusion("c", 1), "}"),
+        "%dear (p: bf16[8,128]) -> bf16[8,128] {",
+        "  " + fusion("d", 4 * MILLISECOND),
+        "}",
+    ]
+    choice = "%choice = bf16[8,128]{1,0} conditional(%i, %x, %x), "
+    for named in (
+        "branch_computations={%cheap, %dear}",
+        "true_computation=%dear, false_computation=%cheap",
+    ):
+        found = cost(choice + named, computations=computations)
+        assert found.step_seconds == pytest.approx(4e-3)
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds"),
+    [
+        (f"%c = {GATHERED} {GATHER}", SECONDS),
+        # To reduce and give all of it is to reduce-scatter and to gather.
+        (
+            f"%c = {GATHERED} all-reduce(%y), replica_groups={{{{0,1,2,3}}}}",
+            2 * SECONDS,
+        ),
+        (
+            f"%c = {GATHERED} all-reduce(%y), replica_groups=[64,4]<=[256]",
+            2 * SECONDS,
+        ),
+        (
+            f"%c = {GATHERED} all-gather(%part), replica_groups=mesh['a'=64,'b'=4] "
+            "{'b'}, dimensions={0}",
+            SECONDS,
+        ),
+        (
+            f"%c = {GATHERED} all-gather(%part), replica_groups=mesh['a'=64,'b'=4], "
+            "device_ids=([4,64]T(1,0)) {'b'}, dimensions={0}",
+            SECONDS,
+        ),
+        # One link, one way.
+        (
+            f"%c = {GATHERED} collective-permute(%y), source_target_pairs={{{{0,1}}}}",
+            100e6 / 50e9,
+        ),
+    ],
+)
+def test_a_collective_alone_costs_its_bytes_by_the_links(line, seconds):
+    found = cost(line)
+    [(_, spent)] = found.collective_seconds.items()
+    assert spent == found.exposed_seconds == pytest.approx(seconds)
+
+
+def test_a_reduction_that_is_cut_costs_half():
+    computations = [
+        "%all-reduce-scatter (p: bf16[50000000]) -> bf16[12500000] {",
+        f"  %r = {GATHERED} all-reduce(%p), replica_groups={{{{0,1,2,3}}}}",
+        "  ROOT %s = bf16[12500000]{0} dynamic-slice(%r, %i)",
+        "}",
+    ]
+    line = "%f = bf16[12500000]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter"
+    assert cost(line, computations=computations).exposed_seconds == pytest.approx(
+        SECONDS
+    )
+
+
+def test_each_hop_of_a_ring_costs_time():
+    found = cost(f"%c = {GATHERED} {GATHER}", prices=Prices(hop_seconds=1e-3))
+    assert found.exposed_seconds == pytest.approx(SECONDS + 3e-3)
+
+
+def test_an_all_reduce_over_a_torus_goes_round_its_axes():
+    rings = "StrategyND{colors:3 phases:3 cores:{8 4 8},{4 8 8},{8 8 4}"
+    groups = f"replica_groups=[1,256]<=[256], to_apply=%add, {rings}"
+    found = cost(
+        f"%c = f32[2] all-reduce(%x), {groups}", prices=Prices(hop_seconds=1e-3)
+    )
+    # There and back: 7, 3 and 7 steps. The bytes are next to nothing.
+    assert found.exposed_seconds == pytest.approx(34e-3, rel=1e-5)
+
+
+def test_bytes_of_an_all_to_all_go_a_quarter_of_the_ring():
+    groups = "replica_groups=[1,16]<=[16]"
+    found = cost(f"%c = {GATHERED} all-to-all(%x), {groups}")
+    # 100 MB of each of 16 chips, each byte over 4 links, of which there are 32.
+    assert found.exposed_seconds == pytest.approx(16 * 100e6 * 4 / 32 / 50e9)
+
+
+def test_what_a_reduction_scatters_counts_before_it_is_reduced():
+    groups = "replica_groups=[1,4]<=[4], to_apply=%add"
+    found = cost(f"%c = bf16[12500000] reduce-scatter(%elsewhere), {groups}")
+    assert found.exposed_seconds == pytest.approx(SECONDS)
+
+
+# What starts a collective, and waits for it, as the compiler writes them: as operations
+# of their own, and as fusions.
+PAIRS = {
+    "operations": (
+        f"%all-gather-start = (bf16[12500000], {GATHERED}) "
+        + GATHER.replace("all-gather(", "all-gather-start("),
+        f"%all-gather-done = {GATHERED} all-gather-done(%all-gather-start)",
+    ),
+    "fusions": (
+        f"%async-collective-start.1 = (bf16[12500000], {GATHERED}) fusion(%part), "
+        "kind=kCustom, calls=%start",
+        f"%async-collective-done.1 = {GATHERED} fusion(%carried), kind=kCustom, "
+        "calls=%done",
+    ),
+}
+STARTED = [
+    "%start (p: bf16[12500000]) -> (bf16[12500000], bf16[50000000]) {",
+    "  %part = bf16[12500000]{0} parameter(0)",
+    f"  %g = {GATHERED} {GATHER}",
+    f"  ROOT %s = (bf16[12500000]{{0}}, {GATHERED}) custom-call(%g), "
+    'custom_call_target="AsyncCollectiveStart"',
+    "}",
+    "%done (p: bf16[50000000]) -> bf16[50000000] {",
+    f"  %g = {GATHERED} {GATHER}",
+    f'  ROOT %d = {GATHERED} custom-call(%g), custom_call_target="AsyncCollectiveDone"',
+    "}",
+    # A product that drives the collective along.
+    "%async_collective_fusion (p: bf16[8,128]) -> bf16[8,128] {",
+    f"  %g = {GATHERED} {GATHER}",
+    "  ROOT %c = bf16[8,128]{1,0} convolution(%p, %p), dim_labels=bf_io->bf",
+    "}",
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("milliseconds", [0, 0.5, 2])
+def test_a_collective_is_hidden_by_what_is_computed_meanwhile(pair, milliseconds):
+    start, done = pair
+    between = fusion(
+        "f", round(milliseconds * MILLISECOND), calls="async_collective_fusion"
+    )
+    found = cost(start, between, done, computations=STARTED)
+    assert found.collective_seconds == {"all-gather": pytest.approx(SECONDS)}
+    exposed = max(0, SECONDS - milliseconds * 1e-3)
+    assert found.exposed_seconds == pytest.approx(exposed, abs=1e-9)
+    assert found.matmul_seconds == pytest.approx(milliseconds * 1e-3)
+
+
+def test_two_at_a_time_share_the_links():
+    start, done = PAIRS["operations"]
+    second = [line.replace("-start", "-start.2") for line in (start, done)]
+    second[0] = second[0].replace("all-gather-start.2(", "all-gather-start(", 1)
+    second[1] = second[1].replace("%all-gather-done ", "%all-gather-done.2 ")
+    work = fusion("f", MILLISECOND)  # 1 ms, and both take 1.5.
+    found = cost(start, second[0], work, done, second[1])
+    assert found.exposed_seconds == pytest.approx(2 * SECONDS - 1e-3)
+
+
+# ----- Kernels
+
+FORWARD = (
+    "%splash_mha_fwd_segmented_residuals.2 = (f32[8,512,128]{2,1,0}, "
+    "bf16[8,32,2048,128]{3,2,1,0:T(8,128)(2,1)S(3)}) custom-call(%x, %x), "
+    'custom_call_target="tpu_custom_call", '
+    "operand_layout_constraints={s8[1,4,4]{2,1,0}, bf16[8,32,2048,128]{3,2,1,0}, "
+    "bf16[8,32,2048,128]{3,2,1,0}}, metadata={}"
+)
+
+
+def test_an_attention_kernel_costs_the_products_that_causality_leaves():
+    square = 2 * 8 * 32 * 2048 * 2048 * 128 / 2
+    found = cost(FORWARD)
+    assert found.kernel_seconds == pytest.approx(2 * square / (0.4 * 275e12))
+    backward = FORWARD.replace("mha_fwd", "mha_dkv")
+    assert cost(backward).kernel_seconds == pytest.approx(5 * square / (0.4 * 275e12))
+
+
+def test_a_kernel_on_one_row_may_have_no_axis_for_it():
+    one = FORWARD.replace("bf16[8,32,2048,128]{3,2,1,0}", "bf16[32,2048,128]{2,1,0}")
+    assert cost(one).kernel_seconds == pytest.approx(cost(FORWARD).kernel_seconds / 8)
+
+
+def test_what_has_no_price_is_refused():
+    with pytest.raises(ValueError, match=r"my_kernel has no price. Known are: splash"):
+        cost(FORWARD.replace("splash_mha_fwd_segmented_residuals.2", "my_kernel"))
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Program("HloModule x")
+    unknown = f"%c = {GATHERED} all-gather(%part), replica_groups=?, dimensions={{0}}"
+    with pytest.raises(ValueError, match="How many chips share c"):
+        cost(unknown)
+    with pytest.raises(ValueError, match="What started all-gather-done"):
+        cost(PAIRS["operations"][1])
+
+
+def test_other_calls_cost_nothing():
+    line = FORWARD.replace("tpu_custom_call", "ConcatBitcast")
+    assert cost(line).step_seconds == 0
+
+
+def test_the_flops_are_of_the_heads_and_not_of_the_mask():
+    [kernel] = [i for i in Program(program(FORWARD)).entry if "splash" in i.name]
+    assert kernel_flops(kernel) == 2 * 8 * 32 * 2048 * 2048 * 128
+
+
+def test_the_clock_of_v4_is_its_peak_by_its_units():
+    units = 2 * 4 * 128 * 128 * 2  # Cores, units, and two FLOPs for each element.
+    assert V4.clock == pytest.approx(V4.peak_flops / units, rel=2e-3)

@@ -1,0 +1,256 @@
+"""What validation tells is what one finds document by document."""
+
+import collections
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import TinyShape, random_lm
+from token_data import prepare_sources
+
+from keras_openllama.data import mixture as mixtures
+from keras_openllama.runs import recipe, train_state
+from keras_openllama.runs.validation import Validation
+from keras_openllama.training.chunked_loss import Sums
+from keras_openllama.training.train_step_jax import Options
+
+pytestmark = pytest.mark.backend_free
+
+COUNTS = {"web": 60, "code": 60, "books": 4}
+WEIGHTS = {"web": 0.5, "code": 0.3, "books": 0.2}
+# All documents of `web` fit into a row of so many, most of `code` do not.
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    return prepare_sources(directory, COUNTS, WEIGHTS, validation_fraction=0.5)
+
+
+def validation(data, weights=WEIGHTS, put=lambda batch: batch, **settings):
+    settings = {
+        "sequence_length": LENGTH,
+        "batch_size": 1,
+        "validation_batches": 1000,
+        "packing": "best_fit",
+        "mask_documents": True,
+    } | settings
+    chosen = recipe.resolve("nano", overrides=settings).recipe
+    return Validation(data, chosen, mixtures.from_weights(weights), put)
+
+
+class Counting:
+    """An evaluation that notes the batches; a target costs its own number of nats."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, batch):
+        _, targets, weights = batch
+        self.batches.append(batch)
+        loss = float((targets * weights).sum())
+        return Sums(loss, 0.0, 0.0), weights.sum()
+
+
+def documents(data, source):
+    found = data.documents(source, "validation")
+    return [ids.astype("int64") for ids, _ in found.read(range(len(found)))]
+
+
+def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
+    shape = TinyShape("small", 4, 2, 8, hidden_dim=32, num_layers=1)
+    size = data.manifest["tokenizer"]["vocabulary_size"]
+    lm = random_lm(TinyShape(**{**vars(shape), "vocabulary_size": size}))
+    run = train_state.State(
+        [v.value for v in lm.trainable_variables],
+        [v.value for v in lm.non_trainable_variables],
+        *([], {}),
+    )
+
+    def evaluate(batch):
+        return train_state.compile_evaluation(lm, run, batch, Options())(run, batch)
+
+    found = validation(data, {"web": 1.0}).measure(evaluate)
+    # One document after the other, from all logits.
+    logits_of = jax.jit(lambda ids, mask: lm.logits(ids, mask))
+    nats = targets = 0
+    web = documents(data, "web")
+    for ids in web:
+        padded = np.zeros((1, LENGTH + 1), "int32")
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(logits_of(padded, np.ones_like(padded))[0], "float64")
+        losses = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+        count = len(ids) - 1
+        nats, targets = nats + losses[range(count), ids[1:]].sum(), targets + count
+    assert len(web) > 20 and max(map(len, web)) <= LENGTH + 1
+    assert found["loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-4)
+
+
+def plain_loss(found):
+    """The mean number of the tokens that are predicted."""
+    targets = np.concatenate([ids[1:] for ids in found])
+    return targets.mean()
+
+
+@pytest.mark.parametrize("source", COUNTS)
+def test_all_that_a_small_source_has_is_read_once(source, data):
+    counting = Counting()
+    found = validation(data, {source: 1.0}).measure(counting)
+    seen = collections.Counter()
+    for _, targets, weights in counting.batches:
+        seen.update(targets[weights > 0].tolist())
+    expected = collections.Counter()
+    for ids in documents(data, source):
+        expected.update(ids[1:].tolist())
+    assert seen == expected
+    assert found["loss"] == pytest.approx(plain_loss(documents(data, source)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batches", [1, 7])
+def test_no_more_batches_are_read_than_asked_for(batches, batch_size, data):
+    counting = Counting()
+    settings = dict(validation_batches=batches, batch_size=batch_size)
+    validation(data, {"code": 1.0}, **settings).measure(counting)
+    assert len(counting.batches) == batches
+
+
+@pytest.mark.parametrize(
+    ("packing", "batch_size"),
+    [
+        ("best_fit", 1),
+        ("best_fit", 4),
+        ("concatenate", 1),
+        ("concatenate", 4),
+    ],
+)
+def test_no_more_batches_are_read_than_there_are(packing, batch_size, data):
+    for length in range(24, 80):
+        counting = Counting()
+        settings = dict(batch_size=batch_size, sequence_length=length, packing=packing)
+        ours = validation(data, {"code": 1.0}, **settings)
+        ours.measure(counting)
+        rows = ours._streams["code"]._rows[0].epoch_rows
+        assert len(counting.batches) == math.ceil(rows / batch_size), rows
+
+
+def test_it_reads_the_same_each_time(data):
+    ours = validation(data, validation_batches=3)
+    first, second = Counting(), Counting()
+    assert ours.measure(first) == ours.measure(second)
+    for one, other in zip(first.batches, second.batches, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    again = Counting()
+    assert validation(data, validation_batches=3).measure(again) == ours.measure(second)
+
+
+def test_batches_go_to_the_devices_on_the_way(data):
+    counting, put = Counting(), []
+    validation(data, put=lambda batch: put.append(batch) or batch).measure(counting)
+    assert len(put) == len(counting.batches) > 0
+
+
+def test_nothing_of_the_training_documents_is_read(data):
+    counting = Counting()
+    validation(data, {"web": 1.0}).measure(counting)
+    train = data.documents("web", "train")
+    known = {tuple(ids.tolist()) for ids, _ in train.read(range(len(train)))}
+    start = data.manifest["tokenizer"]["start_token_id"]
+    for x, _, _ in counting.batches:
+        ids, segments = x["token_ids"][0], x["padding_mask"][0]
+        for number in range(1, segments.max() + 1):
+            document = ids[segments == number]
+            assert document[0] == start
+            assert tuple(document.tolist()) not in known
+    assert known
+
+
+# --- The numbers ---
+
+
+def test_means_are_by_the_weights_of_the_sources(data):
+    found = validation(data).measure(Counting())
+    assert {*found["sources"]} == {*COUNTS}
+    losses = {name: plain_loss(documents(data, name)) for name in COUNTS}
+    for name, loss in losses.items():
+        assert found["sources"][name]["loss"] == pytest.approx(loss)
+    for key in ("loss", "bits_per_byte"):
+        expected = sum(WEIGHTS[n] * s[key] for n, s in found["sources"].items())
+        assert found[key] == pytest.approx(expected)
+    assert len({round(loss, 3) for loss in losses.values()}) == 3
+
+
+def test_the_perplexity_is_that_of_the_mean_loss(data):
+    found = validation(data, {"web": 1.0}).measure(
+        lambda batch: (Sums(2.5 * batch[2].sum(), 0, 0), batch[2].sum())
+    )
+    assert found["loss"] == 2.5
+    assert found["perplexity"] == math.exp(2.5)
+
+
+@pytest.mark.parametrize("loss", [701.0, 1e5, math.inf, math.nan])
+def test_a_model_that_has_diverged_is_no_error(loss, data):
+    found = validation(data, {"web": 1.0}).measure(
+        lambda batch: (Sums(loss * batch[2].sum(), 0, 0), batch[2].sum())
+    )
+    expected = math.nan if math.isnan(loss) else math.inf
+    assert found["perplexity"] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("source", COUNTS)
+def test_bits_per_byte_are_the_bits_of_all_tokens_by_their_bytes(source, data):
+    # Documents follow each other, so that every token is predicted: the loss is that
+    # of a token.
+    ours = validation(data, {source: 1.0}, packing="concatenate", mask_documents=False)
+    found = ours.measure(
+        lambda batch: (Sums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
+    )
+    split = data.documents(source, "validation")
+    documents = split.read(range(len(split)))
+    nats = 3.0 * sum(len(ids) for ids, _ in documents)
+    size = sum(num_bytes for _, num_bytes in documents)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
+
+
+@pytest.mark.parametrize("source", COUNTS)
+def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
+    found = validation(data, {source: 1.0}).measure(
+        lambda batch: (Sums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
+    )
+    split = data.documents(source, "validation")
+    documents = split.read(range(len(split)))
+    nats = 3.0 * sum(len(ids) - 1 for ids, _ in documents)
+    size = sum(num_bytes for _, num_bytes in documents)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
+
+
+def test_the_last_weights_of_a_schedule_count(data):
+    counting = Counting()
+    chosen = recipe.resolve("nano", overrides={"sequence_length": LENGTH}).recipe
+    mixture = mixtures.from_weights(WEIGHTS).changed(9, {"web": 1, "code": 3})
+    ours = Validation(data, chosen, mixture, lambda batch: batch)
+    found = ours.measure(counting)
+    assert ours.sources == ["web", "code"] == [*found["sources"]]
+    losses = [found["sources"][name]["loss"] for name in ours.sources]
+    assert found["loss"] == pytest.approx(0.25 * losses[0] + 0.75 * losses[1])
+
+
+# --- Sources without documents ---
+
+
+def test_sources_without_documents_set_aside_are_left_out(tmp_path):
+    data = prepare_sources(tmp_path, {"web": 60, "books": 1}, validation_fraction=0.3)
+    assert data.split("books", "validation")["documents"] == 0
+    weights = {"web": 0.2, "books": 0.3, "code": 0.5}  # `code` is not there at all.
+    ours = validation(data, weights)
+    assert ours.sources == ["web"]
+    found = ours.measure(Counting())
+    assert found["loss"] == found["sources"]["web"]["loss"]
+
+
+def test_without_any_document_set_aside_there_is_no_source(tmp_path):
+    data = prepare_sources(tmp_path, {"web": 9}, validation_fraction=0)
+    assert validation(data, {"web": 1.0}).sources == []

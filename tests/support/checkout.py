@@ -1,0 +1,5 @@
+"""Where the checkout is, for tests that run its files."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]

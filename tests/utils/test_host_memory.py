@@ -1,0 +1,30 @@
+"""Free memory: what Linux says, within what a container may have."""
+
+import sys
+
+import pytest
+
+from keras_openllama.utils import host_memory as module
+from keras_openllama.utils.host_memory import free_memory
+
+pytestmark = pytest.mark.backend_free
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says it")
+def test_it_is_no_more_than_the_machine_has():
+    total = int(module._text("/proc/meminfo").split()[1]) * 1024
+    assert 0 < free_memory() <= total
+
+
+def test_a_container_limits_what_there_is(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2048 kB\n",
+        "/sys/fs/cgroup/memory.max": "1048576\n",
+        "/sys/fs/cgroup/memory.current": "48576\n",
+    }
+    monkeypatch.setattr(module, "_text", lambda path: files.get(str(path), ""))
+    assert free_memory() == 1_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert free_memory() == 2048 * 1024
+    files.clear()
+    assert free_memory() is None
