@@ -36,6 +36,7 @@ import keras
 import numpy as np
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+from keras_openllama.backend.keras_private import adam_moments
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW
 from keras_openllama.training.train_step_jax import Options, gradients
@@ -128,8 +129,8 @@ for mesh in json.loads(sys.argv[1]):
             v.path: v.value.addressable_shards[0].data.size / v.value.size
             for v in lm.trainable_variables
         })
-        for slots in lm.optimizer._momentums, lm.optimizer._velocities:
-            for slot, v in zip(slots, lm.trainable_variables, strict=True):
+        for v in lm.trainable_variables:
+            for slot in adam_moments(lm.optimizer, v)[:2]:
                 same = slot.value.sharding.is_equivalent_to(v.value.sharding, v.ndim)
                 results["slots"].append([slot.path, same])
         if mesh == [2, 4, 1]:
