@@ -12,6 +12,8 @@ import re
 import keras
 import numpy as np
 
+from keras_openllama.backend.keras_private import variable_layout
+
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # The axes that share the rows of a batch.
 LANES = 128  # The width of a TPU's vector registers.
@@ -137,8 +139,9 @@ class OpenLlamaParallel(keras.distribution.ModelParallel):
                 "A model is distributed on the JAX backend only (KERAS_BACKEND=jax). "
                 f"Received: backend={keras.config.backend()!r}"
             )
+        self._layouts = layout_map(device_mesh)
         super().__init__(
-            layout_map=layout_map(device_mesh),
+            layout_map=self._layouts,
             batch_dim_name="data",
             auto_shard_dataset=False,
         )
@@ -160,13 +163,15 @@ class OpenLlamaParallel(keras.distribution.ModelParallel):
 
     def get_variable_layout(self, variable):
         is_matrix = re.search(r"(kernel|embeddings)$", variable.path) is not None
-        unknown = variable._layout is None and self._layout_map[variable.path] is None
+        unknown = (
+            variable_layout(variable) is None and self._layouts[variable.path] is None
+        )
         if is_matrix and unknown:
             raise ValueError(
                 f"No rule of the layout covers the matrix {variable.path}: it would "
                 "be on every device. OpenLlamaParallel is for OpenLLaMA models."
             )
-        if variable._layout is None and self._divides_outputs(variable):
+        if variable_layout(variable) is None and self._divides_outputs(variable):
             return _JointLayout(("model", "fsdp"), 2, self.device_mesh)
         return super().get_variable_layout(variable)
 

@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+from keras_openllama.backend.keras_private import adam_moments
+
 if keras.config.backend() == "tensorflow":
     import tensorflow
 
@@ -63,8 +65,7 @@ class AdamW(keras.optimizers.AdamW):
         return super().apply(grads, trainable_variables)
 
     def update_step(self, gradient, variable, learning_rate):
-        index = self._get_variable_index(variable)
-        first, second = self._momentums[index], self._velocities[index]
+        first, second, largest = adam_moments(self, variable)
         gradient = ops.cast(gradient, variable.dtype)
         step = ops.cast(self.iterations + 1, variable.dtype)
         # 1 - beta ** step, without the loss of digits that a power has in float32.
@@ -73,7 +74,6 @@ class AdamW(keras.optimizers.AdamW):
         self.assign_add(first, (gradient - first) * (1 - self.beta_1))
         self.assign_add(second, (ops.square(gradient) - second) * (1 - self.beta_2))
         if self.amsgrad:
-            largest = self._velocity_hats[index]
             self.assign(largest, ops.maximum(largest, second))
             second = largest
         scale = ops.cast(learning_rate, variable.dtype) / first_bias

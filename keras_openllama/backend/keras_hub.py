@@ -1,4 +1,4 @@
-"""The one door to KerasHub: its base classes, and every private name we lean on.
+"""The only import of KerasHub: its base classes, and the names that it does not export.
 
 `import keras_hub` imports TensorFlow whenever it is installed, and keras-hub's wheel
 always brings it: 6 to 9 seconds and about 1 GB that users of JAX and PyTorch have no
@@ -13,6 +13,8 @@ import sys
 
 import keras
 
+from keras_openllama.backend.keras_private import preserve_tensorflow_availability
+
 _TENSORFLOW_MODULES = ("tensorflow", "tensorflow_text")
 
 
@@ -26,17 +28,15 @@ def without_tensorflow():
         yield
         return
     # Keras remembers whether there is one, and must not remember this.
-    lazy = keras.src.utils.module_utils.tensorflow
-    known = lazy._available
-    # `None` in `sys.modules` is Python's own way of saying "not importable".
-    for name in _TENSORFLOW_MODULES:
-        sys.modules[name] = None
-    try:
-        yield
-    finally:
-        lazy._available = known
+    with preserve_tensorflow_availability():
+        # `None` in `sys.modules` is Python's own way of saying "not importable".
         for name in _TENSORFLOW_MODULES:
-            del sys.modules[name]
+            sys.modules[name] = None
+        try:
+            yield
+        finally:
+            for name in _TENSORFLOW_MODULES:
+                del sys.modules[name]
 
 
 with without_tensorflow():
@@ -69,6 +69,21 @@ def save_configurations(task, directory):
             task.preprocessor.save_to_preset(directory)
 
 
+def lora_rank(backbone):
+    """The rank that `enable_lora` was given: `Backbone._lora_rank` of KerasHub."""
+    return backbone._lora_rank
+
+
+def resolve_dtype(loader, dtype):
+    """The dtype policy of a preset's backbone: `PresetLoader._resolve_dtype`.
+
+    Args:
+        loader: `KerasPresetLoader`.
+        dtype: what the user passed, or `None`.
+    """
+    return loader._resolve_dtype(loader.config, {"dtype": dtype})
+
+
 Backbone = keras_hub.models.Backbone
 CausalLM = keras_hub.models.CausalLM
 CausalLMPreprocessor = keras_hub.models.CausalLMPreprocessor
@@ -89,6 +104,8 @@ __all__ = [
     "TopPSampler",
     "classproperty",
     "get_sampler",
+    "lora_rank",
+    "resolve_dtype",
     "save_configurations",
     "without_tensorflow",
 ]

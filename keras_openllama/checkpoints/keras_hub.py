@@ -14,6 +14,7 @@ from pathlib import Path
 import h5py
 import keras
 
+from keras_openllama.backend import keras_private
 from keras_openllama.checkpoints import array_io, weight_names
 from keras_openllama.checkpoints.matching import match
 from keras_openllama.checkpoints.outputs import Output, small_file
@@ -65,7 +66,7 @@ def backbone_arguments(config, path="config.json"):
 # ----- Names
 
 
-class _Names(keras.src.saving.saving_lib.H5IOStore):
+class _Names(keras_private.H5IOStore):
     """Takes the place of Keras's file, and notes where each variable would go."""
 
     def __init__(self):
@@ -88,8 +89,7 @@ class _Names(keras.src.saving.saving_lib.H5IOStore):
 def _names(saved, skipped=()):
     """Where Keras would put the variables of a model, see `_Names`."""
     names = _Names()
-    visited = {id(layer) for layer in skipped}
-    keras.src.saving.saving_lib._save_state(saved, names, None, "", visited)
+    keras_private.save_state(saved, names, skipped)
     return names
 
 
@@ -108,7 +108,7 @@ def _backbone_names(task):
 
 
 def _task_names(task):
-    return _names(task, task.backbone._flatten_layers())
+    return _names(task, keras_private.flatten_layers(task.backbone))
 
 
 # ----- Reading

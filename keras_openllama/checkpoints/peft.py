@@ -9,6 +9,7 @@ import re
 
 from keras_openllama import presets
 from keras_openllama.backend.arrays import as_numpy
+from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
 from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.files import safetensors
 from keras_openllama.checkpoints.matching import listed
@@ -80,7 +81,7 @@ def load(lm, files):
     stored = safetensors.read(files.file(WEIGHTS_FILE))
     named = {
         _name(layer, factor): (layer, factor)
-        for layer in lm.backbone._flatten_layers()
+        for layer in flatten_layers(lm.backbone)
         if layer.name in _modules()
         for factor in _FACTORS
     }
@@ -170,5 +171,5 @@ def _name(layer, factor):
 
 
 def _shape(layer, factor, rank):
-    outputs, inputs = layer._kernel.shape
+    outputs, inputs = kernel_variable(layer).shape
     return (outputs, rank) if factor == "lora_kernel_a" else (rank, inputs)

@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_openllama.backend.keras_private import stored_value
 from keras_openllama.distribution import ROWS
 
 if keras.config.backend() == "jax":
@@ -72,7 +73,8 @@ def row_sharding(backbone):
 
 def _key_layout(backbone):
     """The `NamedSharding` of the keys' projection; `None` where nothing has one."""
-    kernel = backbone.transformer_layers[0].self_attention.key.variables[0]._value
+    key = backbone.transformer_layers[0].self_attention.key
+    kernel = stored_value(key.variables[0])
     layout = getattr(kernel, "sharding", None)
     if keras.config.backend() == "jax" and isinstance(layout, NamedSharding):
         return layout

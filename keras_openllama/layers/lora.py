@@ -6,13 +6,14 @@ import keras
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
+from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
 
 
 def adapted_layers(model):
     """The projections of a model that have adapters, in its order."""
     return [
         layer
-        for layer in model._flatten_layers()
+        for layer in flatten_layers(model)
         if getattr(layer, "lora_enabled", False)
     ]
 
@@ -35,7 +36,7 @@ class Merged:
 def merged_kernel(layer):
     """The kernel with the adapters in it: float32 NumPy array."""
     own = layer.adapters(), layer.lora_rank, layer.lora_alpha
-    return _with_adapters(as_numpy(layer._kernel.value), own)
+    return _with_adapters(as_numpy(kernel_variable(layer).value), own)
 
 
 def _with_adapters(kernel, adapters):
@@ -64,10 +65,11 @@ def merge(backbone, reversible):
     merged = []
     for layer in layers:
         # A copy: on a CPU the array may be the variable's own memory.
-        kernel = np.array(as_numpy(layer._kernel.value)) if reversible else None
-        layer._kernel.assign(merged_kernel(layer).astype(layer._kernel.dtype))
-        merged.append(Merged(layer, kernel, layer.remove_adapters()))
-        layer._kernel.trainable = True  # `enable_lora` froze it by itself.
+        kernel = kernel_variable(layer)
+        before = np.array(as_numpy(kernel.value)) if reversible else None
+        kernel.assign(merged_kernel(layer).astype(kernel.dtype))
+        merged.append(Merged(layer, before, layer.remove_adapters()))
+        kernel.trainable = True  # `enable_lora` froze it by itself.
     return tuple(merged) if reversible else ()
 
 
@@ -75,7 +77,7 @@ def _check_unchanged(entry):
     """Raises a `ValueError` if a kernel is not what `merge` has made of it."""
     layer = entry.layer
     merged = _with_adapters(entry.kernel, entry.removed).astype(entry.kernel.dtype)
-    now = as_numpy(layer._kernel.value)
+    now = as_numpy(kernel_variable(layer).value)
     if layer.quantization_mode is not None or (now != merged).any():
         raise ValueError(
             f"{layer.path} was trained or quantized since adapters were merged into "
@@ -87,10 +89,11 @@ def unmerge(backbone, merged):
     """See `OpenLlamaBackbone.unmerge_lora`."""
     for entry in merged:
         _check_unchanged(entry)
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in flatten_layers(backbone, include_self=False):
         layer.trainable = False
     for entry in merged:
         entry.layer.trainable = True
-        entry.layer._kernel.assign(entry.kernel)
-        entry.layer._kernel.trainable = False
+        kernel = kernel_variable(entry.layer)
+        kernel.assign(entry.kernel)
+        kernel.trainable = False
         entry.layer.put_adapters(entry.removed)

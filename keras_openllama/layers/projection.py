@@ -7,6 +7,12 @@ import warnings
 import keras
 from keras import ops
 
+from keras_openllama.backend.keras_private import (
+    kernel_variable,
+    track_variables,
+    untrack_variables,
+)
+
 if keras.config.backend() == "jax":
     import jax
 
@@ -47,7 +53,7 @@ class Projection(keras.layers.EinsumDense):
         )
 
     def call(self, inputs, training=None):
-        return self._adapted(inputs, multiply(inputs, self._kernel))
+        return self._adapted(inputs, multiply(inputs, kernel_variable(self)))
 
     def quantized_call(self, inputs, training=None):
         # Keras's own would take the adapters for those of a kernel (inputs, outputs).
@@ -99,7 +105,7 @@ class Projection(keras.layers.EinsumDense):
         Source: LoRA (arXiv:2106.09685), section 4.1; https://github.com/huggingface/peft.
         """
         if b_initializer is None:
-            limit = self._kernel.shape[-1] ** -0.5
+            limit = kernel_variable(self).shape[-1] ** -0.5
             b_initializer = keras.initializers.RandomUniform(-limit, limit)
         super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
 
@@ -111,18 +117,14 @@ class Projection(keras.layers.EinsumDense):
     def remove_adapters(self):
         """Takes the adapters off the layer, and returns what `put_adapters` takes."""
         removed = (self.adapters(), self.lora_rank, self.lora_alpha)
-        for variable in removed[0].values():
-            self._untrack_variable(variable)
+        untrack_variables(self, removed[0].values())
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
         return removed
 
     def put_adapters(self, removed):
         """Puts adapters on again that were taken off."""
         variables, self.lora_rank, self.lora_alpha = removed
-        self._tracker.unlock()
-        for variable in variables.values():
-            self._track_variable(variable)
-        self._tracker.lock()
+        track_variables(self, variables.values())
         self.lora_enabled = True
 
     def quantize(self, mode=None, type_check=True, config=None):

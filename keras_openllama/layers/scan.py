@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import NamedSharding, PartitionSpec
 
+from keras_openllama.backend.keras_private import variable_layout
+
 
 def scan_layers(layers, through, x):
     """Takes hidden states through layers, of which only the first is compiled.
@@ -53,7 +55,7 @@ def _stacked(variables):
     scan counts as computed there, and the scan would keep a second copy of it.
     """
     stacked = jnp.stack([jnp.asarray(v.value) for v in variables])
-    layout = variables[0]._layout
+    layout = variable_layout(variables[0])
     if layout is None:
         return stacked
     sharding = getattr(layout, "backend_layout", layout)  # Either may be there.

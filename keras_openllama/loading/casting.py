@@ -10,6 +10,7 @@ import functools
 import keras
 import numpy as np
 
+from keras_openllama.backend.keras_private import torch_device, torch_dtype
 from keras_openllama.checkpoints.array_io import check_range, contiguous
 from keras_openllama.checkpoints.tensors import numpy_dtype
 from keras_openllama.loading.uninitialized import layout_of
@@ -106,13 +107,12 @@ def _tensorflow(variable, array, dtype):
 
 def _torch(variable, array, dtype):
     import torch
-    from keras.src.backend.torch.core import get_device, to_torch_dtype
 
     bits = array.view(np.int16) if array.dtype == numpy_dtype("bfloat16") else array
     # `torch.from_numpy` would warn that the array may not be written to.
     source = torch.from_dlpack(bits)
     if bits is not array:
         source = source.view(torch.bfloat16)
-    dtype = to_torch_dtype(dtype)
-    value = torch.empty(source.shape, dtype=dtype, device=get_device())
+    dtype = torch_dtype(dtype)
+    value = torch.empty(source.shape, dtype=dtype, device=torch_device())
     return value.copy_(source)

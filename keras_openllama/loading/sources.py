@@ -286,11 +286,13 @@ class KerasHub(_Source):
         return keras_hub.read_tensors(self._repository, arguments, head)
 
     def backbone(self, cls, load_weights, dtype, overrides):
+        from keras_openllama.backend.keras_hub import resolve_dtype
+
         with self._loader(load_weights, overrides) as loader:
             own = loader.check_backbone_class()
             if not issubclass(own, cls):
                 raise ValueError(f"it holds a {own.__name__}, not a {cls.__name__}")
-            dtype = loader._resolve_dtype(loader.config, {"dtype": dtype})
+            dtype = resolve_dtype(loader, dtype)
             return loader.load_backbone(own, load_weights, dtype=dtype)
 
     def tokenizer(self, cls, kwargs):

@@ -8,10 +8,8 @@ numbers for the large ones. Here variables stay empty until their value comes.
 import contextlib
 
 import keras
-from keras.src.backend.common import global_state
-from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-_PENDING = "uninitialized_variables"  # Keras's list of what it has yet to initialise.
+from keras_openllama.backend import keras_private
 
 
 @contextlib.contextmanager
@@ -33,18 +31,11 @@ def without_weights():
     backbone.count_params()
     ```
     """
-    if in_stateless_scope():
+    if keras_private.in_stateless_scope():
         raise RuntimeError("A model cannot be loaded inside a keras.StatelessScope.")
-    pending = global_state.get_global_attribute(_PENDING) or []
-    made = []
-    global_state.set_global_attribute(_PENDING, [])
-    try:
+    with keras_private.collect_uninitialized_variables() as made:
         with keras.StatelessScope(initialize_variables=False):
             yield made
-        made.extend(global_state.get_global_attribute(_PENDING))
-    finally:
-        # Keras must not initialise them later, nor keep an abandoned model alive.
-        global_state.set_global_attribute(_PENDING, pending)
 
 
 def layout_of(variable):
@@ -56,7 +47,8 @@ def layout_of(variable):
     distribution = keras.distribution.distribution()
     if distribution is None or keras.config.backend() != "jax":
         return None
-    layout = variable._layout or distribution.get_variable_layout(variable)
+    layout = keras_private.variable_layout(variable)
+    layout = layout or distribution.get_variable_layout(variable)
     return getattr(layout, "backend_layout", layout)
 
 
@@ -71,7 +63,7 @@ def fill(variable, value):
     Raises:
         ValueError: if the variable has a value already, or the shapes differ.
     """
-    if variable._value is not None:
+    if keras_private.stored_value(variable) is not None:
         raise ValueError(f"{variable.path} has its value already.")
     if tuple(value.shape) != tuple(variable.shape):
         raise ValueError(
@@ -82,8 +74,7 @@ def fill(variable, value):
         import torch
 
         value = torch.nn.Parameter(value, requires_grad=variable.trainable)
-    variable._initialize(value)
-    variable._initializer = None
+    keras_private.initialize_with(variable, value)
 
 
 def finish(model, variables):
@@ -96,15 +87,14 @@ def finish(model, variables):
     Raises:
         RuntimeError: if a weight of the model has been given no value.
     """
-    empty = [variable for variable in variables if variable._value is None]
+    empty = [v for v in variables if keras_private.stored_value(v) is None]
     weights = {id(weight) for weight in model.weights}
     forgotten = [variable.path for variable in empty if id(variable) in weights]
     if forgotten:
         raise RuntimeError(f"Weights that were given no value: {', '.join(forgotten)}")
     for variable in empty:  # States of random generators.
-        variable._deferred_initialize()
+        keras_private.initialize_deferred(variable)
     if keras.config.backend() == "torch":
         # Layers register their variables as torch parameters when they are built,
         # except in a stateless scope.
-        for layer in model._flatten_layers():
-            layer._track_variables()
+        keras_private.register_torch_parameters(model)

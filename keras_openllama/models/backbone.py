@@ -7,7 +7,12 @@ import keras
 from keras import ops
 
 from keras_openllama import presets
-from keras_openllama.backend.keras_hub import Backbone, classproperty
+from keras_openllama.backend.keras_hub import Backbone, classproperty, lora_rank
+from keras_openllama.backend.keras_private import (
+    disable_autocast,
+    embeddings_variable,
+    flatten_layers,
+)
 from keras_openllama.config import ARGUMENTS, checked
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
@@ -145,7 +150,7 @@ class OpenLlamaBackbone(Backbone):
         )
         # Under a mixed policy gradients of a token's rows would add up in bfloat16. (A
         # layer's own `autocast=False` counts only where another layer calls it.)
-        self.token_embedding._embeddings._autocast = False
+        disable_autocast(embeddings_variable(self.token_embedding))
 
         # === Config ===
         for name, value in sizes.items():
@@ -293,7 +298,7 @@ class OpenLlamaBackbone(Backbone):
             raise ValueError(f"`alpha` is a positive number. Received: alpha={alpha!r}")
         if lora.adapted_layers(self) or self._merged:
             raise ValueError(
-                f"This model has adapters (rank {self._lora_rank}). They can be added "
+                f"This model has adapters (rank {lora_rank(self)}). They can be added "
                 "once: load the model again for others, or put them into its weights "
                 "for good with `merge_lora(reversible=False)`."
             )
@@ -317,7 +322,7 @@ class OpenLlamaBackbone(Backbone):
         """
         merged = lora.merge(self, reversible)
         # Each by itself: on TensorFlow Keras does not pass it down.
-        for layer in (*self._flatten_layers(), *self._heads):
+        for layer in (*flatten_layers(self), *self._heads):
             layer.trainable = True
         self._merged = merged
 
@@ -377,7 +382,7 @@ class OpenLlamaBackbone(Backbone):
         """The dtype policy, by layer where some are quantized, heads among them."""
         quantized = {
             layer.path: layer.dtype_policy
-            for layer in [*self._flatten_layers(), *self._heads]
+            for layer in [*flatten_layers(self), *self._heads]
             if layer.quantization_mode is not None
         }
         is_map = isinstance(self.dtype_policy, keras.dtype_policies.DTypePolicyMap)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from jax.experimental import topologies
 
+from keras_openllama.backend.keras_private import set_variable_layout, variable_layout
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -177,14 +178,15 @@ def _abstract_lm(config, recipe, distribution):
         lm.compile(optimizer=optimizer, weighted_metrics=[])
         for variable in lm.variables:
             # Else the optimizer's moments would be on every chip.
-            variable._layout = distribution.get_variable_layout(variable)
+            set_variable_layout(variable, distribution.get_variable_layout(variable))
         optimizer.build(lm.trainable_variables)
     return lm
 
 
 def _abstract_state(lm, distribution, everywhere):
     def struct(variable):
-        layout = variable._layout or distribution.get_variable_layout(variable)
+        layout = variable_layout(variable)
+        layout = layout or distribution.get_variable_layout(variable)
         return jax.ShapeDtypeStruct(
             variable.shape, variable.dtype, sharding=layout.backend_layout
         )

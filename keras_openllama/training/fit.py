@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_openllama.backend.keras_private import optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
 from keras_openllama.text import inputs
@@ -215,7 +216,7 @@ class Fitting:
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if optimizer is None:
             return  # Keras says that there is none.
-        known = {id(v) for v in optimizer._trainable_variables or ()}
+        known = {id(v) for v in optimized_variables(optimizer)}
         stale = optimizer.built and known != {id(v) for v in self.trainable_variables}
         if self._chooses_rate and (stale or not optimizer.built):
             self.optimizer = default_optimizer(self)

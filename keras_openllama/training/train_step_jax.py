@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import NamedSharding, PartitionSpec
 
+from keras_openllama.backend.keras_private import compiled_metrics, loss_tracker
 from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.attention_kernels import attention_on
 from keras_openllama.layers.sharded_embedding import look_up
@@ -285,8 +286,8 @@ class FusedTraining:
         """Adds a batch to the metrics: what they are now, and their variables."""
         mapping = zip(self.metrics_variables, metrics, strict=True)
         with keras.StatelessScope(state_mapping=mapping) as scope:
-            self._loss_tracker.update_state(loss, sample_weight=targets)
-            for metric in self._compile_metrics.metrics:  # Accuracy, or none.
+            loss_tracker(self).update_state(loss, sample_weight=targets)
+            for metric in compiled_metrics(self):  # Accuracy, or none.
                 metric.total.assign_add(accuracy * targets)
                 metric.count.assign_add(targets)
             logs = self.get_metrics_result()

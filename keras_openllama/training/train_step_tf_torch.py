@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_openllama.backend.keras_private import loss_tracker
 from keras_openllama.training.target_weights import target_weights
 
 if keras.config.backend() == "tensorflow":
@@ -35,13 +36,11 @@ class WeightedTraining:
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         weights = target_weights(x["padding_mask"], weights)
         logits = self(x, training=training)
-        loss = self._compute_loss(
-            x=x, y=y, y_pred=logits, sample_weight=weights, training=training
-        )
+        loss = self.compute_loss(x, y, logits, weights, training=training)
         return loss, x, y, logits, weights
 
     def _measured(self, loss, x, y, logits, weights):
-        self._loss_tracker.update_state(loss, sample_weight=ops.sum(weights))
+        loss_tracker(self).update_state(loss, sample_weight=ops.sum(weights))
         return self.compute_metrics(x, y, logits, sample_weight=weights)
 
     def _step_of_torch(self, data):

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 from tiny_models import SHAPES, batch, random_lm
 
+from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
 from keras_openllama.models.backbone import PROJECTIONS
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -56,10 +57,10 @@ def test_adapters_add_their_scaled_product_to_the_kernels():
     lm = make_lm()
     plain = random_lm(SHAPE)
     kernels = {w.path: w for w in plain.weights}
-    for layer in lm._flatten_layers():
+    for layer in flatten_layers(lm):
         if getattr(layer, "lora_enabled", False):
             a, b = (ops.convert_to_numpy(v) for v in layer.adapters().values())
-            kernel = kernels[layer._kernel.path]
+            kernel = kernels[kernel_variable(layer).path]
             kernel.assign(ops.convert_to_numpy(kernel) + 6 / 3 * a @ b)
     np.testing.assert_allclose(logits_of(lm), logits_of(plain), atol=2e-4)
     assert np.abs(logits_of(lm) - logits_of(random_lm(SHAPE))).max() > 1
@@ -140,8 +141,8 @@ def test_over_an_int8_base_it_learns(first):
     after = values_of(lm)
     for path, value in base.items():
         np.testing.assert_array_equal(after[path], value, err_msg=path)
-    kernel = lm.backbone.transformer_layers[0].self_attention.query._kernel
-    assert kernel.dtype == "int8"
+    query = lm.backbone.transformer_layers[0].self_attention.query
+    assert kernel_variable(query).dtype == "int8"
 
 
 # ----- Merged

@@ -6,9 +6,12 @@ import resource
 import keras
 import numpy as np
 import pytest
-from keras.src.backend.common import global_state
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets
+from keras_openllama.backend.keras_private import (
+    stored_value,
+    uninitialized_variables,
+)
 from keras_openllama.loading.uninitialized import fill, finish, without_weights
 
 SIZES = {
@@ -50,7 +53,7 @@ def test_full_size_presets_have_their_published_number_of_parameters(name):
 def test_a_filled_model_holds_the_values_and_computes_with_them():
     with without_weights() as variables:
         model = OpenLlamaBackbone(**SIZES)
-    assert all(variable._value is None for variable in model.weights)
+    assert all(stored_value(variable) is None for variable in model.weights)
     for variable in model.weights:
         fill(variable, numbers_for(variable))
     finish(model, variables)
@@ -97,17 +100,17 @@ def test_torch_finds_the_parameters_of_a_filled_model():
 
 
 def test_keras_forgets_the_model_and_initialises_nothing_later():
-    before = list(global_state.get_global_attribute("uninitialized_variables") or [])
+    before = uninitialized_variables()
     with without_weights():
         OpenLlamaBackbone(**SIZES)
     with pytest.raises(RuntimeError, match="on purpose"), without_weights():
         OpenLlamaBackbone(**SIZES)
         raise RuntimeError("on purpose")
-    after = list(global_state.get_global_attribute("uninitialized_variables") or [])
+    after = uninitialized_variables()
     assert after == before
     gc.collect()
     usual = OpenLlamaBackbone(**SIZES)  # and building goes on as usual
-    assert all(variable._value is not None for variable in usual.weights)
+    assert all(stored_value(variable) is not None for variable in usual.weights)
 
 
 def test_a_weight_is_filled_once_and_none_is_forgotten():
@@ -133,7 +136,7 @@ def test_states_that_are_no_weights_are_initialised():
     for variable in model.weights:
         fill(variable, numbers_for(variable))
     finish(model, variables)
-    assert all(variable._value is not None for variable in model.variables)
+    assert all(stored_value(variable) is not None for variable in model.variables)
     model(np.ones((1, 4)), training=True)
 
 
