@@ -1,4 +1,4 @@
-"""Each unexported name of Keras that the package uses still does what it is used for."""
+"""Each name of Keras that is used though not exported still does what is expected."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Names that Keras and KerasHub do not export are used in two modules of `backend` only."""
+"""Names that Keras and KerasHub do not export are used in two modules only."""
 
 import ast
 from pathlib import Path
