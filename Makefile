@@ -35,9 +35,10 @@ test-all: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## The same, with the slo
 	@$(BIN)/python tests/run_backends.py --slow $(PYTEST)
 
 .PHONY: lint
-lint: $(VENV)/.all-installed  ## Check style and formatting
+lint: $(VENV)/.all-installed  ## Check style, formatting and the order of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
 
 .PHONY: format
 format: $(VENV)/.all-installed  ## Put style and formatting right

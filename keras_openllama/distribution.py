@@ -163,13 +163,15 @@ class OpenLlamaParallel(keras.distribution.ModelParallel):
 
     def get_variable_layout(self, variable):
         is_matrix = re.search(r"(kernel|embeddings)$", variable.path) is not None
-        chosen = variable_layout(variable) is not None
-        if is_matrix and not chosen and self._layouts[variable.path] is None:
+        unknown = (
+            variable_layout(variable) is None and self._layouts[variable.path] is None
+        )
+        if is_matrix and unknown:
             raise ValueError(
                 f"No rule of the layout covers the matrix {variable.path}: it would "
                 "be on every device. OpenLlamaParallel is for OpenLLaMA models."
             )
-        if not chosen and self._divides_outputs(variable):
+        if variable_layout(variable) is None and self._divides_outputs(variable):
             return _JointLayout(("model", "fsdp"), 2, self.device_mesh)
         return super().get_variable_layout(variable)
 

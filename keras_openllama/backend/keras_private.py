@@ -1,8 +1,8 @@
 """The only use of names that Keras does not export.
 
 Each function says which name of Keras it stands on, and `tests/backend` has a test for
-each, so that after an upgrade of Keras the failing test says what has changed.
-KerasHub's unexported names are in `backend.keras_hub`.
+each, so that after an upgrade of Keras the failing test says what has changed. The
+unexported names of KerasHub are in `backend.keras_hub`.
 """
 
 import contextlib
@@ -39,6 +39,8 @@ __all__ = [
     "untrack_variables",
     "variable_layout",
 ]
+
+_UNINITIALIZED = "uninitialized_variables"
 
 
 # ----- Layers
@@ -142,31 +144,32 @@ def initialize_deferred(variable):
     variable._deferred_initialize()
 
 
-_UNINITIALIZED = "uninitialized_variables"
-
-
 def uninitialized_variables():
-    """The variables that Keras has yet to initialize: list, see below."""
-    return global_state.get_global_attribute(_UNINITIALIZED) or []
+    """The variables that Keras is to initialize later, after a stateless scope.
+
+    Stands on the global attribute `uninitialized_variables` of
+    `keras.src.backend.common.global_state`.
+    """
+    return list(global_state.get_global_attribute(_UNINITIALIZED) or [])
 
 
 @contextlib.contextmanager
 def collect_uninitialized_variables():
     """Collects variables that are made in a block but not initialized.
 
-    Keras lists what it has yet to initialize in the global attribute
-    `uninitialized_variables` of `keras.src.backend.common.global_state`. The list is
-    restored after the block, also where the block fails: Keras neither initializes
-    these variables later nor keeps an abandoned model alive.
+    Keras's list of them, see `uninitialized_variables`, is restored after the block,
+    also where the block fails: Keras neither initializes these variables later nor
+    keeps an abandoned model alive.
 
     Yields:
         A list that has, after the block, the variables that were made in it.
     """
-    pending, made = uninitialized_variables(), []
+    pending = global_state.get_global_attribute(_UNINITIALIZED) or []
+    made = []
     global_state.set_global_attribute(_UNINITIALIZED, [])
     try:
         yield made
-        made.extend(uninitialized_variables())
+        made.extend(global_state.get_global_attribute(_UNINITIALIZED))
     finally:
         global_state.set_global_attribute(_UNINITIALIZED, pending)
 
@@ -226,7 +229,7 @@ def save_state(saveable, store, skipped=()):
 
 
 def torch_device():
-    """Where Keras puts tensors of PyTorch: string, `torch.core.get_device`."""
+    """The device that Keras puts tensors of PyTorch on: `torch.core.get_device`."""
     from keras.src.backend.torch.core import get_device
 
     return get_device()
@@ -243,8 +246,8 @@ def torch_dtype(dtype):
 def preserve_tensorflow_availability():
     """Makes Keras forget whether TensorFlow could be imported inside the block.
 
-    Stands on `keras.src.utils.module_utils.tensorflow._available`, where Keras
-    remembers it after the first attempt.
+    Stands on `keras.src.utils.module_utils.tensorflow._available`, which keeps the
+    answer of the first attempt.
     """
     known = module_utils.tensorflow._available
     try:

@@ -100,13 +100,13 @@ def test_torch_finds_the_parameters_of_a_filled_model():
 
 
 def test_keras_forgets_the_model_and_initialises_nothing_later():
-    before = list(uninitialized_variables())
+    before = uninitialized_variables()
     with without_weights():
         OpenLlamaBackbone(**SIZES)
     with pytest.raises(RuntimeError, match="on purpose"), without_weights():
         OpenLlamaBackbone(**SIZES)
         raise RuntimeError("on purpose")
-    after = list(uninitialized_variables())
+    after = uninitialized_variables()
     assert after == before
     gc.collect()
     usual = OpenLlamaBackbone(**SIZES)  # and building goes on as usual
