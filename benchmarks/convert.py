@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_openllama import presets
-from keras_openllama.checkpoints import transformers_export, weight_names
+from keras_openllama.checkpoints import transformers, weight_names
 from keras_openllama.checkpoints.contents import Contents
 from keras_openllama.checkpoints.formats import FORMATS
 from keras_openllama.config import checked
@@ -91,7 +91,7 @@ def write_checkpoint(directory, layers):
     }
     directory.mkdir()
     contents = Contents(arguments, tensors)
-    for output in transformers_export.plan(contents, DTYPE, 2 << 30):
+    for output in transformers.plan(contents, DTYPE, 2 << 30):
         values = (tensors[path].array() for path in output.tensors)
         with open(directory / output.name, "wb") as file:
             output.write(file, values)

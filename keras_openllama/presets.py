@@ -101,6 +101,11 @@ def registry():
     return presets
 
 
+def mixture_names():
+    """Names of the data mixtures in the folder of presets, in order."""
+    return sorted(path.stem for path in folder().glob("mixtures/*.json"))
+
+
 def descriptions():
     """What `OpenLlamaCausalLM.presets` shows.
 

@@ -22,9 +22,8 @@ class Contents:
 
     Attributes:
         arguments: dict, as `config.checked` returns.
-        tensors: dict by variable path of `tensors.StoredTensor`s, `LiveTensor`s or
-            whatever else has their `name`, `dtype`, `nbytes`, `array`, `touch` and
-            `drop`; in the order of `weight_names.weights`.
+        tensors: dict of `tensors.ReadableTensor`s by variable path, in the order of
+            `weight_names.weights`.
         tokenizer: bytes of the SentencePiece model, or `None`.
         origin: string, what the weights were loaded from, see `loading.load.origin`;
             `None` for those that were made here.
@@ -66,7 +65,7 @@ class Contents:
 
 
 class LiveTensor:
-    """A weight of a model in memory.
+    """A weight of a model in memory, a `tensors.ReadableTensor`.
 
     Args:
         variable: `keras.Variable`.

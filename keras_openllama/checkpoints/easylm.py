@@ -14,7 +14,7 @@ from keras_openllama.checkpoints.files import msgpack, msgpack_writer
 from keras_openllama.checkpoints.formats import EASYLM_CONTENTS
 from keras_openllama.checkpoints.matching import match
 from keras_openllama.checkpoints.outputs import Output
-from keras_openllama.checkpoints.tensors import Rearranged
+from keras_openllama.checkpoints.tensors import RearrangedTensor
 
 
 def read_tensors(path, arguments, head=True):
@@ -105,7 +105,9 @@ def _as_ours(row, stored, head_dim):
     stored = stored.transposed()
     if row.easylm_layout == weight_names.TURNED:
         return stored
-    return Rearranged(stored, stored.shape, lambda array: halves_apart(array, head_dim))
+    return RearrangedTensor(
+        stored, stored.shape, lambda array: halves_apart(array, head_dim)
+    )
 
 
 def _as_easylm(row, array, head_dim):

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import h5py
-import keras
 
 from keras_openllama.backend import keras_private
 from keras_openllama.checkpoints import array_io, weight_names
@@ -21,12 +20,12 @@ from keras_openllama.checkpoints.outputs import Output, small_file
 from keras_openllama.checkpoints.shards import check_file_names, read_weight_map
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
-    StoredTensor,
+    MappedTensor,
     contiguous_strides,
     numpy_dtype,
 )
-from keras_openllama.loading.uninitialized import without_weights
 
+REGISTERED_NAME = "keras_openllama>OpenLlamaBackbone"  # Keras's, of the backbone.
 TOKENIZER = "assets/tokenizer/vocabulary.spm"
 # KerasHub's files: the weights of the backbone, in one file or (their index) in
 # several, and those that the task adds.
@@ -44,13 +43,9 @@ def backbone_arguments(config, path="config.json"):
     Raises:
         ValueError: if it is another model's.
     """
-    from keras_openllama.models.backbone import OpenLlamaBackbone
-
-    name = keras.saving.get_registered_name(OpenLlamaBackbone)
-    if config.get("registered_name") != name:
-        raise ValueError(
-            f"{path} is of a {config.get('registered_name')!r}, not of {name!r}."
-        )
+    found = config.get("registered_name")
+    if found != REGISTERED_NAME:
+        raise ValueError(f"{path} is of a {found!r}, not of {REGISTERED_NAME!r}.")
     settings = config.get("config")
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has no 'config' with the model's settings.")
@@ -93,16 +88,6 @@ def _names(saved, skipped=()):
     return names
 
 
-def _empty_task(arguments, dtype, preprocessor=None):
-    """A task whose variables have no values."""
-    from keras_openllama.models.backbone import OpenLlamaBackbone
-    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-
-    with without_weights():
-        backbone = OpenLlamaBackbone(**arguments, dtype=dtype)
-        return OpenLlamaCausalLM(backbone, preprocessor, compile=False)
-
-
 def _backbone_names(task):
     return _names(task.backbone)
 
@@ -114,12 +99,14 @@ def _task_names(task):
 # ----- Reading
 
 
-def read_tensors(repository, arguments, head=True):
+def read_tensors(repository, arguments, build_task, head=True):
     """Describes the tensors of a directory; none is read yet.
 
     Args:
-        repository: `hub.Directory` or `hub.HubRepository`.
+        repository: `repository.Repository`.
         arguments: dict, arguments of `OpenLlamaBackbone`.
+        build_task: function `(arguments, dtype)` that returns an `OpenLlamaCausalLM`
+            whose variables have no values.
         head: bool, whether the language-model head is wanted.
 
     Returns:
@@ -130,7 +117,7 @@ def read_tensors(repository, arguments, head=True):
         ValueError: if a file is damaged, or its tensors are not those of the network
             that the arguments describe.
     """
-    task = _empty_task(arguments, "float32")
+    task = build_task(arguments, "float32")
     found, expected = {}, {}
     parts = [(_backbone_files(repository), _backbone_names(task))]
     if head:
@@ -187,7 +174,7 @@ def _read_file(path):
         if offset is not None and offset + item.nbytes > mapped.size:
             raise ValueError(f"{name} reaches beyond the end of the file")
         strides = contiguous_strides(item.shape)
-        tensors[name] = StoredTensor(
+        tensors[name] = MappedTensor(
             name, dtype, item.shape, strides, offset or 0, mapped
         )
 
@@ -205,39 +192,27 @@ def _read_file(path):
 # ----- Writing
 
 
-def plan(contents, dtype):
+def plan(contents, dtype, build_task):
     """The files of a directory.
 
     Args:
         contents: `contents.Contents`.
         dtype: string, of the weights to write.
+        build_task: function `(arguments, dtype, tokenizer, preprocessing)` that returns
+            an `OpenLlamaCausalLM` whose variables have no values; the last two are
+            those of `contents`.
 
     Returns:
         List of `outputs.Output`.
     """
-    task = _empty_task(contents.arguments, dtype, _preprocessor(contents))
+    task = build_task(
+        contents.arguments, dtype, contents.tokenizer, contents.preprocessing
+    )
     weights = {_BACKBONE: _backbone_names(task), _TASK: _task_names(task)}
     return [
         *(small_file(name, data) for name, data in _small_files(task).items()),
         *(_weights(name, names, dtype) for name, names in weights.items()),
     ]
-
-
-def _preprocessor(contents):
-    from keras_openllama.models.causal_lm_preprocessor import (
-        OpenLlamaCausalLMPreprocessor,
-    )
-    from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-
-    if contents.tokenizer is None:
-        return None
-    return OpenLlamaCausalLMPreprocessor(
-        OpenLlamaTokenizer(contents.tokenizer),
-        **{
-            "sequence_length": contents.arguments["max_sequence_length"],
-            **contents.preprocessing,
-        },
-    )
 
 
 def _small_files(task):

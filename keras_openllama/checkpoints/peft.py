@@ -13,7 +13,9 @@ from keras_openllama.backend.keras_private import flatten_layers, kernel_variabl
 from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.files import safetensors
 from keras_openllama.checkpoints.matching import listed
+from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.layers.lora import adapted_layers
+from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.staging import staged
 
 CONFIG_FILE = "adapter_config.json"
@@ -56,7 +58,7 @@ def save(lm, directory, force=False):
     }
     specs = {name: (tuple(v.shape), "float32") for name, v in variables.items()}
     values = (as_numpy(variable.value) for variable in variables.values())
-    with staged(directory, force=force) as unfinished:
+    with staged(directory, force=force, foreign_content=foreign_content) as unfinished:
         with open(unfinished / WEIGHTS_FILE, "wb") as file:
             safetensors.write(file, specs, values)
         (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -75,7 +77,7 @@ def load(lm, files):
 
     Args:
         lm: `OpenLlamaCausalLM`.
-        files: `hub.Directory` or `hub.HubRepository`.
+        files: `repository.Repository`.
     """
     config = _read_config(files)
     stored = safetensors.read(files.file(WEIGHTS_FILE))
@@ -129,12 +131,8 @@ def _enable(backbone, rank, alpha, targets):
 
 def _read_config(files):
     path = files.file(CONFIG_FILE)
-    with open(path, encoding="utf-8") as file:
-        try:
-            config = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    config = read_json_object(path)
+    if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} is not the configuration of LoRA adapters.")
     rank = config.get("r")
     if not isinstance(rank, int) or rank < 1:

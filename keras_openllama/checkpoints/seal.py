@@ -1,6 +1,6 @@
 """The marker of a checkpoint: what is known of it, and what its files have to be.
 
-It is written last, by `training.checkpoints`, and read there and in `training_runs`.
+It is written last, by `runs.checkpoint_manager`, and read there and in `training_run`.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ def open_checkpoint(repository):
     """Describes all tensors of a checkpoint; none is read yet.
 
     Args:
-        repository: `hub.Directory` or `hub.HubRepository`.
+        repository: `repository.Repository`.
 
     Returns:
         Dict of `StoredTensor` by name, in the order of the files.

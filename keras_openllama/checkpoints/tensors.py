@@ -1,11 +1,12 @@
 """Tensors that lie in a file: described first, mapped on demand, never copied here."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import math
 import mmap
 import os
-import queue
-import threading
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,44 @@ import numpy as np
 _PAGE = mmap.PAGESIZE
 _READ_AHEAD_BYTES = 8 << 20
 _TENSORS_AHEAD = 4
-_MOST_AXES = 32  # Ours: no weight has more than three; each takes time to multiply.
+_MOST_AXES = 32  # Heuristic: no weight has more than three.
+
+
+class ReadableTensor(Protocol):
+    """A tensor that can be read one at a time: what every writer of weights takes.
+
+    Attributes:
+        name: string, what it is called where it is.
+        dtype: string, name of its dtype.
+        nbytes: int, bytes that reading it takes.
+    """
+
+    name: str
+    dtype: str
+    nbytes: int
+
+    def array(self) -> np.ndarray:
+        """The tensor as a NumPy array. Not to be written to: it may lie on a file."""
+
+    def touch(self) -> None:
+        """Reads it into memory, where that can be done ahead; called from a thread."""
+
+    def drop(self) -> None:
+        """Gives back the memory that `touch` and `array` took."""
+
+
+class StoredTensor(ReadableTensor, Protocol):
+    """A tensor in a file: what every reader of weights returns.
+
+    Attributes:
+        shape: tuple of ints.
+        offset: int, its place in the file, for sorting.
+        file: the file or checkpoint that holds it, which has a `path`.
+    """
+
+    shape: tuple
+    offset: int
+    file: object
 
 
 class MappedFile:
@@ -71,8 +109,8 @@ class MappedFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a weight file; nothing is read before `array()` is used.
+class MappedTensor:
+    """A `StoredTensor` in one piece; nothing is read before `array()` is used.
 
     Attributes:
         name: the tensor's name in the file.
@@ -124,11 +162,11 @@ class StoredTensor:
         self.file.drop(self.offset, self.nbytes)
 
 
-class Rearranged:
+class RearrangedTensor:
     """A stored tensor whose elements are put in another order when it is read.
 
     Args:
-        stored: `StoredTensor` or `Joined`.
+        stored: `MappedTensor` or `JoinedTensor`.
         shape: tuple of ints, the shape that results.
         rearrange: function from its array to one of that shape.
     """
@@ -150,13 +188,13 @@ class Rearranged:
         return self._rearrange(self._array())
 
 
-class Joined:
+class JoinedTensor:
     """A tensor that lies in several pieces in a file.
 
     Args:
         name: string, its name.
         shape: tuple of ints.
-        parts: list of 1-D `StoredTensor`s, its elements in order.
+        parts: list of 1-D `MappedTensor`s, its elements in order.
     """
 
     def __init__(self, name, shape, parts):
@@ -169,7 +207,7 @@ class Joined:
         self._parts = parts
 
     def transposed(self):
-        return Rearranged(self, self.shape[::-1], np.transpose)
+        return RearrangedTensor(self, self.shape[::-1], np.transpose)
 
     def array(self):
         """The tensor in one piece, a copy."""
@@ -197,12 +235,12 @@ class ReadAhead:
     order given, as their bytes have come into memory.
 
     Args:
-        tensors: list of `StoredTensor`s, or whatever has their `touch`.
+        tensors: list of `ReadableTensor`s.
 
     Example:
 
     ```python
-    with ReadAhead(torch_files.read(path).values()) as ahead:
+    with ReadAhead(torch_zip.read(path).values()) as ahead:
         for stored in ahead:
             use(stored.array())
             stored.drop()
@@ -210,40 +248,29 @@ class ReadAhead:
     """
 
     def __init__(self, tensors):
-        self._tensors = list(tensors)
-        self._stopped = threading.Event()
-        self._room = threading.Semaphore(_TENSORS_AHEAD)
-        self._read = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._waiting = iter(list(tensors))
+        self._reading = collections.deque()
 
     def __enter__(self):
-        self._thread.start()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        for _ in range(_TENSORS_AHEAD):
+            self._read_next()
         return self
 
     def __exit__(self, *_):
-        self._stopped.set()
-        self._room.release()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
     def __iter__(self):
-        for _ in self._tensors:
-            tensor = self._read.get()
-            if isinstance(tensor, BaseException):
-                raise tensor
+        while self._reading:
+            tensor, read = self._reading.popleft()
+            read.result()
             yield tensor
-            self._room.release()
+            self._read_next()
 
-    def _run(self):
-        for tensor in self._tensors:
-            self._room.acquire()
-            if self._stopped.is_set():
-                return
-            try:
-                tensor.touch()
-            except BaseException as error:  # The reader waits, and must not for ever.
-                self._read.put(error)
-                return
-            self._read.put(tensor)
+    def _read_next(self):
+        for tensor in self._waiting:
+            self._reading.append((tensor, self._pool.submit(tensor.touch)))
+            return
 
 
 def numpy_dtype(name):

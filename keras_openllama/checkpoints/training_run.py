@@ -5,7 +5,7 @@
     runs/nano/checkpoints/300/arrays/           what Orbax wrote, read by TensorStore
     runs/nano/checkpoints/300/checkpoint.json   written last: SHA-256 of each file
 
-`training.checkpoints` and `training.run_directory` write them, and take the names from
+`runs.checkpoint_manager` and `runs.run_directory` write them, and take the names from
 here.
 
 Source: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
@@ -13,7 +13,6 @@ Source: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_form
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.matching import FLOATS, match
 from keras_openllama.checkpoints.seal import MARKER, check_file, parse_marker
 from keras_openllama.checkpoints.tensors import dense_bytes
-from keras_openllama.checkpoints.transformers import read_config
+from keras_openllama.utils.files import read_json_object, sha256
 from keras_openllama.utils.progress import progress
 
 RUN, RUN_FORMAT = "run.json", 1
@@ -45,34 +44,47 @@ def is_run(path):
     return path.parent.name == DIRECTORY and (path.parents[1] / RUN).is_file()
 
 
-class Run:
-    """A run on the disk, which may be going on.
+class TrainingRun:
+    """A run on the disk, which may be going on; see `open`.
 
     Args:
-        path: path of its directory, or of the checkpoint in it that is wanted.
-
-    Raises:
-        OSError: if there is no `run.json`.
+        path: `pathlib.Path` of its directory.
+        chosen: `pathlib.Path` of the checkpoint that is wanted; `None` is the newest.
 
     Example:
 
     ```python
-    run = Run("runs/nano")
+    run = TrainingRun.open("runs/nano")
     checkpoint = run.checkpoint()
     tensors = checkpoint.read_tensors(checked(run.architecture()))
     ```
     """
 
-    def __init__(self, path):
+    def __init__(self, path, chosen=None):
+        self.path = path
+        self._chosen = chosen
+
+    @classmethod
+    def open(cls, path):
+        """Opens a run, or one of its checkpoints.
+
+        Args:
+            path: path of the run's directory, or of the checkpoint that is wanted.
+
+        Raises:
+            FileNotFoundError: if there is no `run.json`.
+        """
         path = Path(path).resolve()
-        self._chosen = None if (path / RUN).is_file() else path
-        self.path = path.parent.parent if self._chosen else path
-        if not (self.path / RUN).is_file():
+        if (path / RUN).is_file():
+            return cls(path)
+        run = path.parent.parent
+        if not (run / RUN).is_file():
             raise FileNotFoundError(
-                f"{RUN}, which says what the model is, is missing from {self.path}. "
+                f"{RUN}, which says what the model is, is missing from {run}. "
                 f"The checkpoint {path} belongs into its run, as "
                 f"RUN/{DIRECTORY}/{path.name}."
             )
+        return cls(run, chosen=path)
 
     def architecture(self):
         """Arguments of `OpenLlamaBackbone`.
@@ -82,7 +94,7 @@ class Run:
             ValueError: if it is damaged, of another format, or no run's.
         """
         path = self.path / RUN
-        run = read_config(path)
+        run = read_json_object(path)
         if run.get("format") != RUN_FORMAT:
             raise ValueError(
                 f"{path} has format {run.get('format')!r}, and this version reads "
@@ -186,7 +198,7 @@ def _whole(path):
 
     def check(name):
         file, expected = path / name, marker["files"][name]
-        check_file(file, expected, file.stat().st_size, lambda: _sha256(file))
+        check_file(file, expected, file.stat().st_size, lambda: sha256(file))
         return expected["bytes"]
 
     total = sum(expected["bytes"] for expected in marker["files"].values())
@@ -197,11 +209,6 @@ def _whole(path):
         for size in pool.map(check, sorted(marker["files"])):
             bar.update(size)
     return Checkpoint(path, marker["step"])
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----- Arrays

@@ -8,13 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
-from keras_openllama.checkpoints import easylm, keras_hub, transformers_export
+from keras_openllama.checkpoints import easylm, keras_hub, transformers
 from keras_openllama.checkpoints.formats import (
     DTYPES,
     EASYLM_CONTENTS,
     FORMATS,
     MAX_SHARD_SIZE,
 )
+from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.checkpoints.tensors import ReadAhead
 from keras_openllama.utils.background_writer import open_in_background
 from keras_openllama.utils.progress import progress
@@ -26,8 +27,10 @@ _TOO_LARGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be written, and where; checked as far as it can be without a model.
+class WriteRequest:
+    """What is to be written, and where.
+
+    Values are checked when it is made, the target by `check_target`.
 
     Attributes:
         target: path of the directory to write; for EasyLM, of the file.
@@ -42,7 +45,6 @@ class Request:
     Raises:
         ValueError: for an unknown format, dtype, size or content, or an option that
             the format has no use for.
-        OSError: if the target exists, or is no place to write to.
     """
 
     target: Path
@@ -75,7 +77,10 @@ class Request:
                 )
         _ = self.max_shard_bytes  # Raises for what is no size.
         object.__setattr__(self, "target", Path(self.target))
-        check_target(self.target, self.single_file, self.force)
+
+    def check_target(self):
+        """Raises an `OSError` if the target exists, or is no place to write to."""
+        check_target(self.target, self.single_file, self.force, foreign_content)
 
     @property
     def single_file(self):
@@ -87,13 +92,14 @@ class Request:
         return as_bytes(MAX_SHARD_SIZE if size is None else size)
 
 
-def write(contents, request, dry_run=False):
+def write_model(contents, request, dry_run=False, build_task=None):
     """Writes a model. The target takes its place when it is whole.
 
     Args:
         contents: `contents.Contents`.
-        request: `Request`.
+        request: `WriteRequest`.
         dry_run: bool, whether to only tell what would be written.
+        build_task: function that Keras's format needs, see `keras_hub.plan`.
 
     Returns:
         List of `outputs.Output`.
@@ -102,16 +108,17 @@ def write(contents, request, dry_run=False):
         ValueError: if a value is beyond the range of the dtype, if tensors are of
             several dtypes and none is asked for, or if the tokenizer cannot be
             expressed.
-        OSError: if the target holds the source, or cannot be written.
+        OSError: if the target exists, holds the source, or cannot be written.
     """
+    request.check_target()
     _check_source_stays(contents.paths, request.target)
-    plan = _plan(contents, request)
+    plan = _plan(contents, request, build_task)
     if not dry_run:
         _write(plan, contents, request)
     return plan
 
 
-def _plan(contents, request):
+def _plan(contents, request, build_task):
     dtype = request.dtype or contents.dtype()
     if dtype not in DTYPES:
         raise ValueError(
@@ -121,10 +128,10 @@ def _plan(contents, request):
     if not request.tokenizer:
         contents = dataclasses.replace(contents, tokenizer=None)
     if request.to == "transformers":
-        return transformers_export.plan(contents, dtype, request.max_shard_bytes)
+        return transformers.plan(contents, dtype, request.max_shard_bytes)
     if request.to == "easylm":
         return easylm.plan(contents, dtype, request.content or "params")
-    return keras_hub.plan(contents, dtype)
+    return keras_hub.plan(contents, dtype, build_task)
 
 
 def as_bytes(size):
@@ -162,7 +169,9 @@ def _write(plan, contents, request):
     work = f"Writing {request.target.name}"
     with (
         _said_plainly(request.target, total),
-        staged(request.target, request.single_file, request.force) as path,
+        staged(
+            request.target, request.single_file, request.force, foreign_content
+        ) as path,
         ReadAhead(order) as ahead,
         progress(work, sum(tensor.nbytes for tensor in order)) as bar,
     ):

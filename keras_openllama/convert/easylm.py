@@ -4,11 +4,12 @@ Source: https://github.com/young-geng/EasyLM.
 """
 
 from keras_openllama.checkpoints import contents, writer
-from keras_openllama.loading.load import load_task
+from keras_openllama.loading.load import find_source, load_task_from, origin
+from keras_openllama.loading.sources import EasyLMSource
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 
-def load(path, preset, *, dtype=None, preprocessor="auto", **kwargs):
+def load(path, preset, *, dtype=None, preprocessor="auto", revision=None, **kwargs):
     """Loads a model from a checkpoint of EasyLM, tensor by tensor.
 
     Args:
@@ -18,6 +19,7 @@ def load(path, preset, *, dtype=None, preprocessor="auto", **kwargs):
             architecture and tokenizer. A name of `OpenLlamaCausalLM.presets`, a
             directory or `"hf://user/repo"`; no weights are read from there.
         dtype: dtype or dtype policy; `None` is Keras's global policy.
+        revision: branch, tag or commit of a repository on the Hub.
         preprocessor: `"auto"` loads the preset's; `None` loads no tokenizer.
         **kwargs: arguments of `OpenLlamaBackbone` in place of the preset's.
 
@@ -34,11 +36,10 @@ def load(path, preset, *, dtype=None, preprocessor="auto", **kwargs):
     lm = easylm.load("open_llama_3b_v2_easylm/params", "open_llama_3b_v2")
     ```
     """
-
-    return load_task(
+    return load_task_from(
         OpenLlamaCausalLM,
-        preset,
-        easylm=path,
+        EasyLMSource(path, find_source(preset, revision)),
+        origin(path, is_file=True),
         dtype=dtype,
         preprocessor=preprocessor,
         **kwargs,
@@ -70,6 +71,7 @@ def save(lm, path, dtype="bfloat16", content="params", force=False):
     easylm.save(lm, "open_llama_3b_v2.msgpack")
     ```
     """
-
-    request = writer.Request(path, "easylm", dtype=dtype, content=content, force=force)
-    writer.write(contents.of_model(lm), request)
+    request = writer.WriteRequest(
+        path, "easylm", dtype=dtype, content=content, force=force
+    )
+    writer.write_model(contents.of_model(lm), request)

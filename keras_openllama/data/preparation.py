@@ -1,10 +1,8 @@
 """Preparing a data set: sources in, tokenized shards and a manifest out."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 
 from tqdm import tqdm
 
@@ -28,7 +26,7 @@ from keras_openllama.data.text_sources import SourceError, units
 from keras_openllama.data.tokenizing import Settings, processor_of
 from keras_openllama.loading.load import find_source
 from keras_openllama.text.sentencepiece_model import keeps_spaces
-from keras_openllama.utils import files
+from keras_openllama.utils import files, locks
 
 _BY_TOKENS = "by tokens"  # Name of the mixture where none was chosen.
 
@@ -153,17 +151,12 @@ def _locked(output):
     if files.is_remote(output):
         yield
         return
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    busy = OSError(
+        f"Another process is preparing data in {output}. Wait for it, or choose "
+        "another directory."
+    )
+    with locks.locked(output, busy):
         yield
-    except BlockingIOError as error:
-        raise OSError(
-            f"Another process is preparing data in {output}. Wait for it, or choose "
-            "another directory."
-        ) from error
-    finally:
-        os.close(descriptor)
 
 
 def _put_tokenizer(output, proto):

@@ -19,7 +19,7 @@ class Weights:
     Example:
 
     ```python
-    tensors = transformers.read_tensors(hub.Directory(path), arguments)
+    tensors = transformers.read_tensors(Directory(path), arguments)
     with Weights(tensors) as weights:
         with without_weights() as variables:
             model = OpenLlamaCausalLM(OpenLlamaBackbone(**arguments))

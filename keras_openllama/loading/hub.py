@@ -1,57 +1,39 @@
-"""Where the files of a model come from: a directory, or the Hugging Face Hub.
+"""Models on the Hugging Face Hub, behind the interface of `repository.Repository`.
 
-Both kinds answer the same two questions, `file(name)` and `optional(name)`, so that
-loading does not care which one it reads. Downloads, the cache, resuming and progress
+Downloads, the cache, resuming and progress
 bars are `huggingface_hub`'s; `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` hold.
 """
 
 import re
 from pathlib import Path
 
+from keras_openllama.checkpoints.repository import Directory
+
 HUB_PREFIX = "hf://"
 _API_TIMEOUT = 10.0  # seconds, as huggingface_hub waits for a file's metadata
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class Directory:
-    """The files of a model in a directory.
+def open_repository(path, revision=None):
+    """The files of a directory, or of a repository on the Hub.
 
     Args:
-        path: path of the directory.
+        path: path of a directory, or string `"hf://user/repo"`.
+        revision: string, branch, tag or commit of the repository.
+
+    Returns:
+        `Directory` or `HubRepository`. Nothing is looked at yet.
     """
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def __str__(self):
-        return f"the directory {self.path}"
-
-    def optional(self, name):
-        """Path of a file, or `None` where there is none of this name."""
-        path = self.path / name
-        return path if path.is_file() else None
-
-    def file(self, name):
-        """Path of a file.
-
-        Raises:
-            FileNotFoundError: if the directory has none of this name.
-        """
-        path = self.optional(name)
-        if path is None:
-            raise FileNotFoundError(f"{name} is missing from {self}.")
-        return path
-
-    def glob(self, pattern):
-        """Names of the files that match a pattern such as `"assets/**/*"`."""
-        paths = sorted(self.path.glob(pattern))
-        return [str(path.relative_to(self.path)) for path in paths if path.is_file()]
+    if str(path).startswith(HUB_PREFIX):
+        return HubRepository(str(path), revision)
+    return Directory(path)
 
 
 class HubRepository:
     """The files of a model repository on the Hugging Face Hub, fetched as needed.
 
-    The revision is resolved once, and every file is taken from that commit. What is in
+    The revision is resolved at the first use, once, and every file is taken from that
+    commit. What is in
     the cache is used without asking again; without a network, or with
     `HF_HUB_OFFLINE=1`, the cache alone is used.
 
@@ -59,9 +41,8 @@ class HubRepository:
         handle: string, `hf://user/repo`.
         revision: string, a branch, tag or commit. Defaults to the main branch.
 
-    Raises:
-        ValueError: if the handle is malformed, or the repository has no such revision.
-        OSError: if the repository does not exist or may not be read.
+    Every method raises `ValueError` if the handle is malformed or the repository has no
+    such revision, and `OSError` if it does not exist or may not be read.
 
     Example:
 
@@ -72,10 +53,21 @@ class HubRepository:
     """
 
     def __init__(self, handle, revision=None):
+        self.name = handle.removeprefix(HUB_PREFIX)
+        self._revision = revision or "main"
+        # The commit, once known; without a network the cache knows the revision.
+        self._pin = self._revision
+        self._resolved = False
+        self._names = None
+        self._unreachable = None
+
+    def _resolve(self):
+        """Finds the commit that every file is taken from, once."""
+        if self._resolved:
+            return
         # Takes half a second to import; a directory has no use for it.
         from huggingface_hub import constants, utils
 
-        self.name = handle.removeprefix(HUB_PREFIX)
         try:
             utils.validate_repo_id(self.name)
             valid = "/" in self.name
@@ -84,17 +76,14 @@ class HubRepository:
         if not valid:
             raise ValueError(
                 "`preset` names a repository on the Hugging Face Hub like "
-                f"'hf://openlm-research/open_llama_3b'. Received: preset={handle!r}"
+                "'hf://openlm-research/open_llama_3b'. Received: "
+                f"preset='{HUB_PREFIX}{self.name}'"
             )
-        self._revision = revision or constants.DEFAULT_REVISION
-        # The commit, once known; without a network the cache knows the revision.
-        self._pin = self._revision
-        self._names = None
-        self._unreachable = None
         if constants.HF_HUB_OFFLINE:
             self._unreachable = "HF_HUB_OFFLINE is set"
         elif not _COMMIT.fullmatch(self._revision):
             self._ask()
+        self._resolved = True
 
     def __str__(self):
         revision = "" if self._revision == "main" else f" at {self._revision}"
@@ -105,6 +94,7 @@ class HubRepository:
 
         Without a network, `None` also where the cache has none.
         """
+        self._resolve()
         cached = self._cached(name)
         if cached or self._unreachable:
             return cached
@@ -120,6 +110,7 @@ class HubRepository:
             OSError: if it is not in the cache and cannot be fetched. The message says
                 from where it would come, and how to fetch it by hand.
         """
+        self._resolve()
         cached = self._cached(name)
         if cached:
             return cached
@@ -135,6 +126,7 @@ class HubRepository:
 
     def glob(self, pattern):
         """Names of the files that match a pattern such as `"assets/**/*"`."""
+        self._resolve()
         if self._names is None and not self._unreachable:
             self._ask()
         if self._names is None:

@@ -6,8 +6,12 @@ import warnings
 from pathlib import Path
 
 from keras_openllama import presets
-from keras_openllama.checkpoints.training_run import is_run
-from keras_openllama.loading import hub, sources, training_run_source
+from keras_openllama.checkpoints.training_run import TrainingRun, is_run
+from keras_openllama.loading import hub, sources
+from keras_openllama.loading.keras_hub_source import KerasHubSource
+from keras_openllama.utils.files import read_json_object
+
+_CONFIG = "config.json"
 
 
 def load_backbone(
@@ -29,9 +33,10 @@ def load_backbone(
         An instance of `cls`.
 
     Raises:
-        ValueError: for an unknown preset, or files that are not this model.
+        ValueError: for an unknown preset or argument, or files that are not this model.
         OSError: if a file cannot be had or read.
     """
+    _check_names(cls, kwargs, arguments_of(cls))
     return find_source(preset, revision).backbone(cls, load_weights, dtype, kwargs)
 
 
@@ -52,40 +57,66 @@ def load_preprocessor(cls, preset, *, revision=None, **kwargs):
     return find_source(preset, revision).preprocessor(cls, kwargs)
 
 
-def load_task(
-    cls,
-    preset,
-    *,
-    load_weights=True,
-    dtype=None,
-    revision=None,
-    preprocessor="auto",
-    easylm=None,
-    **kwargs,
-):
+def load_task(cls, preset, *, revision=None, **options):
     """`from_preset` of the task.
 
     Args:
-        easylm: path of a file of EasyLM that has the weights, in place of the preset's.
+        **options: see `load_task_from`.
+
+    Further arguments, returns and errors as `load_backbone`.
+    """
+    source = find_source(preset, revision)
+    return load_task_from(cls, source, origin(preset, revision), **options)
+
+
+def load_task_from(
+    cls, source, origin, *, load_weights=True, dtype=None, preprocessor="auto", **kwargs
+):
+    """Loads a task from a source.
+
+    Args:
+        cls: the class to make.
+        source: `sources.ModelSource`.
+        origin: string, what to call the weights by, see `origin`.
+        load_weights, dtype: see `load_backbone`.
         preprocessor: `"auto"` loads it, with the model's context as its
             `sequence_length`; `None` looks for no tokenizer; or a preprocessor.
         **kwargs: arguments of the backbone, in place of the preset's, and of `cls`.
 
-    Further arguments, returns and errors as `load_backbone`.
+    Returns and errors as `load_backbone`.
     """
     if isinstance(preprocessor, str) and preprocessor != "auto":
         raise ValueError(
             "`preprocessor` takes 'auto', None, or a preprocessor. Received: "
             f"preprocessor={preprocessor!r}"
         )
-    own = inspect.signature(cls.backbone_cls).parameters
-    overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
-    source = find_source(preset, revision, easylm)
+    of_backbone = arguments_of(cls.backbone_cls)
+    _check_names(cls, kwargs, {*of_backbone, *arguments_of(cls), *_OF_TASK})
+    overrides = {n: kwargs.pop(n) for n in list(kwargs) if n in of_backbone}
     task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
     if load_weights:
-        name = origin(easylm or preset, revision, easylm is not None)
-        task.loaded_from = source.origin or name
+        task.loaded_from = source.origin or origin
     return task
+
+
+_OF_TASK = ("compile", "name", "trainable")  # What Keras's own classes take.
+
+
+def arguments_of(cls):
+    """Names of the arguments of a class's constructor."""
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds]
+
+
+def _check_names(cls, kwargs, known):
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        raise ValueError(
+            f"`{cls.__name__}.from_preset` has no argument "
+            f"{', '.join(map(repr, unknown))}. Beside its own it takes those of the "
+            f"backbone: {', '.join(sorted(known))}."
+        )
 
 
 def origin(source, revision=None, is_file=False):
@@ -116,24 +147,21 @@ def origin(source, revision=None, is_file=False):
     return f"the directory {Path(name).resolve().name}"
 
 
-def find_source(preset, revision=None, easylm=None):
-    """What a preset's name stands for, one of `sources` or `run_source`.
+def find_source(preset, revision=None, build_task=None):
+    """What a preset's name stands for.
 
     Args:
         preset, revision: see `load_backbone`.
-        easylm: path of a file of EasyLM that has the weights, in place of the preset's.
+        build_task: see `keras_hub_source.KerasHubSource`; only conversions need it.
+
+    Returns:
+        `sources.ModelSource`.
 
     Raises:
         ValueError: for an unknown preset.
         OSError: if it is a directory or repository without `config.json`, or a
             checkpoint of a training run without the run.
     """
-    source = _find_source(preset, revision)
-    return source if easylm is None else sources.EasyLM(easylm, source)
-
-
-def _find_source(preset, revision):
-
     if not isinstance(preset, (str, Path)):
         raise ValueError(
             "`preset` takes a name, a path, or 'hf://user/repo'. Received: "
@@ -142,28 +170,39 @@ def _find_source(preset, revision):
     name = str(preset)
     known = presets.find(name)
     handle = known.weights["transformers"] if known else name
-    if handle.startswith(hub.HUB_PREFIX):
-        repository = functools.partial(hub.HubRepository, handle, revision)
-    elif revision is not None:
+    on_hub = handle.startswith(hub.HUB_PREFIX)
+    if revision is not None and not on_hub:
         raise ValueError(
             "`revision` is for repositories on the Hugging Face Hub, and "
             f"preset={name!r} is none. Received: revision={revision!r}"
         )
-    elif known:
-        repository = functools.partial(hub.Directory, presets.folder() / handle)
-    elif Path(name).is_dir():
-        repository = functools.partial(hub.Directory, name)
-        if repository().optional("config.json") is None and is_run(name):
-            return training_run_source.TrainingRun(name)
-    else:
-        raise presets.unknown(name)
     if known:
-        _tell_once(known.name)
-        return sources.Registered(known, repository)
-    return sources.open_source(repository())
+        _warn_once(known.name)
+        path = handle if on_hub else presets.folder() / handle
+        return sources.RegistrySource(known, hub.open_repository(path, revision))
+    if not on_hub and not Path(name).is_dir():
+        raise presets.unknown(name)
+    repository = hub.open_repository(name, revision)
+    if not on_hub and repository.optional(_CONFIG) is None and is_run(name):
+        return sources.TrainingRunSource(TrainingRun.open(name))
+    return _source_of(repository, build_task)
+
+
+def _source_of(repository, build_task):
+    """The source for the format that a directory or repository is in."""
+    path = repository.file(_CONFIG)
+    config = read_json_object(path)
+    if "registered_name" in config:
+        return KerasHubSource(repository, build_task)
+    if "model_type" in config:
+        return sources.TransformersSource(repository, config, path)
+    raise ValueError(
+        f"{path} is neither KerasHub's, which has a 'registered_name', nor that of "
+        f"transformers, which has a 'model_type'. It has: {', '.join(config)}."
+    )
 
 
 @functools.cache
-def _tell_once(name):
+def _warn_once(name):
     if presets.registry()[name].notice:
         warnings.warn(presets.registry()[name].notice, stacklevel=6)

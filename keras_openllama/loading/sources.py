@@ -1,17 +1,14 @@
 """The kinds of things that a model is loaded from, behind one interface.
 
-Each has `backbone`, `tokenizer`, `preprocessor` and `task`, which `presets` calls; and
-`arguments`, `tokenizer_file`, `control_ids` and `read_tensors`, of which a conversion
-makes its `Contents`.
+That of KerasHub's format is in `keras_hub_source`.
 """
 
-import contextlib
+from pathlib import Path
+from typing import Protocol
 
 import keras
 
-from keras_openllama.checkpoints import easylm, keras_hub, transformers
-from keras_openllama.checkpoints.contents import PREPROCESSING, Contents
-from keras_openllama.checkpoints.matching import listed
+from keras_openllama.checkpoints import easylm, transformers
 from keras_openllama.config import checked
 from keras_openllama.loading.filling import Weights
 from keras_openllama.loading.uninitialized import without_weights
@@ -20,38 +17,60 @@ from keras_openllama.text.sentencepiece_model import (
     keeps_spaces,
     load_processor,
 )
+from keras_openllama.utils.files import read_json_object
 
-_CONFIG = "config.json"
 _TOKENIZER = "tokenizer.model"
 
 
-def open_source(repository):
-    """Finds out in which format a directory or repository is.
+class ModelSource(Protocol):
+    """What `from_preset` and conversions load models from.
 
-    Args:
-        repository: `hub.Directory` or `hub.HubRepository`.
+    `from_preset` calls `backbone`, `tokenizer`, `preprocessor` and `task`; a conversion
+    calls the others. Each raises `OSError` if a file is missing or cannot be read, and
+    `ValueError` if one is damaged or not this model's.
 
-    Returns:
-        A `Transformers` or a `KerasHub` source.
-
-    Raises:
-        OSError: if there is no `config.json`.
-        ValueError: if it is of neither format.
+    Attributes:
+        origin: string, what the weights are called where the source knows more than
+            `load.origin`, or `None`.
     """
-    path = repository.file(_CONFIG)
-    config = transformers.read_config(path)
-    if "registered_name" in config:
-        return KerasHub(repository)
-    if "model_type" in config:
-        return Transformers(repository, config, path)
-    raise ValueError(
-        f"{path} is neither KerasHub's, which has a 'registered_name', nor that of "
-        f"transformers, which has a 'model_type'. It has: {', '.join(config)}."
-    )
+
+    origin: str | None
+
+    def backbone(self, cls, load_weights: bool, dtype, overrides: dict):
+        """Loads a backbone of class `cls`; `overrides` are arguments of it."""
+
+    def tokenizer(self, cls, kwargs: dict):
+        """Loads a tokenizer of class `cls`; `kwargs` are arguments of it."""
+
+    def preprocessor(self, cls, kwargs: dict):
+        """Loads a preprocessor of class `cls`; `kwargs` are arguments of it."""
+
+    def task(
+        self, cls, load_weights: bool, dtype, preprocessor, overrides: dict, kwargs
+    ):
+        """Loads a task; `overrides` are arguments of its backbone, `kwargs` its own."""
+
+    def arguments(self) -> dict:
+        """Arguments of `OpenLlamaBackbone`, not yet checked by `config.checked`."""
+
+    def tokenizer_file(self) -> Path:
+        """Path of the SentencePiece model."""
+
+    def control_ids(self) -> tuple:
+        """Ids of the tokens of start and end, of a model without tokenizer."""
+
+    def preprocessing(self) -> dict:
+        """Settings of the preprocessor, see `contents.PREPROCESSING`."""
+
+    def added_tokens(self, pieces: int) -> list:
+        """Tokens that the model has beyond the `pieces` of SentencePiece."""
+
+    def read_tensors(self, arguments: dict, head: bool = True) -> dict:
+        """Describes the weights: dict of `tensors.StoredTensor`s by variable path."""
 
 
-class _Source:
-    """What a conversion asks of a source, where there is nothing special to tell."""
+class SourceDefaults:
+    """What most sources answer to a conversion; see `ModelSource`."""
 
     origin = None  # Of the weights, where it knows more than `load.origin`.
 
@@ -68,7 +87,7 @@ class _Source:
         return []
 
 
-class Streamed(_Source):
+class StreamedSource(SourceDefaults):
     """A source that is read tensor by tensor into a model that was built empty."""
 
     def backbone(self, cls, load_weights, dtype, overrides):
@@ -144,11 +163,11 @@ def _policy(dtype):
     return policy
 
 
-class Transformers(Streamed):
+class TransformersSource(StreamedSource):
     """A directory or repository in the format of transformers.
 
     Args:
-        repository: `hub.Directory` or `hub.HubRepository`.
+        repository: `repository.Repository`.
         config: dict, its `config.json`.
         path: path of it.
     """
@@ -175,7 +194,7 @@ class Transformers(Streamed):
         ids = {}
         for name in ("added_tokens.json", "tokenizer_config.json"):
             path = self._repository.optional(name)
-            found = transformers.read_config(path) if path else {}
+            found = read_json_object(path) if path else {}
             decoder = found.get("added_tokens_decoder", {})
             ids.update({entry["content"]: int(i) for i, entry in decoder.items()})
             if name == "added_tokens.json":
@@ -187,24 +206,23 @@ class Transformers(Streamed):
         return transformers.read_tensors(self._repository, arguments, head, tied)
 
 
-class Registered(Streamed):
+class RegistrySource(StreamedSource):
     """A preset of the registry, which knows its architecture without any file.
 
     Args:
         preset: `presets.Preset`.
-        open_repository: function without arguments that opens its repository.
+        repository: `repository.Repository` with its files.
     """
 
-    def __init__(self, preset, open_repository):
+    def __init__(self, preset, repository):
         self._preset = preset
-        self._open = open_repository
-        self._opened = None
+        self._repository = repository
 
     def arguments(self):
         return dict(self._preset.config)
 
     def tokenizer_file(self):
-        path = self._repository().file(_TOKENIZER)
+        path = self._repository.file(_TOKENIZER)
         found = keeps_spaces(load_processor(path.read_bytes(), str(path)))
         expected = self._preset.tokenizer["keeps_spaces"]
         if found != expected:
@@ -218,15 +236,10 @@ class Registered(Streamed):
         return path
 
     def read_tensors(self, arguments, head=True):
-        return transformers.read_tensors(self._repository(), arguments, head)
-
-    def _repository(self):
-        if self._opened is None:
-            self._opened = self._open()
-        return self._opened
+        return transformers.read_tensors(self._repository, arguments, head)
 
 
-class EasyLM(Streamed):
+class EasyLMSource(StreamedSource):
     """A file of EasyLM, which holds weights alone.
 
     Args:
@@ -260,146 +273,25 @@ class EasyLM(Streamed):
         return easylm.read_tensors(self._path, arguments, head)
 
 
-class KerasHub(_Source):
-    """A directory or repository that `save_to_preset` wrote; KerasHub loads it.
+class TrainingRunSource(StreamedSource):
+    """A pretraining run, or one of its checkpoints.
 
     Args:
-        repository: `hub.Directory` or `hub.HubRepository`.
+        run: `training_run.TrainingRun`.
     """
 
-    def __init__(self, repository):
-        self._repository = repository
+    def __init__(self, run):
+        self._run = run
 
     def arguments(self):
-        path = self._repository.file(_CONFIG)
-        return keras_hub.backbone_arguments(transformers.read_config(path), path)
+        return self._run.architecture()
 
     def tokenizer_file(self):
-        return self._repository.file(keras_hub.TOKENIZER)
-
-    def preprocessing(self):
-        path = self._repository.optional("preprocessor.json")
-        settings = transformers.read_config(path).get("config", {}) if path else {}
-        return {name: settings[name] for name in PREPROCESSING if name in settings}
+        return self._run.tokenizer_file()
 
     def read_tensors(self, arguments, head=True):
-        return keras_hub.read_tensors(self._repository, arguments, head)
-
-    def backbone(self, cls, load_weights, dtype, overrides):
-        from keras_openllama.backend.keras_hub import resolve_dtype
-
-        with self._loader(load_weights, overrides) as loader:
-            own = loader.check_backbone_class()
-            if not issubclass(own, cls):
-                raise ValueError(f"it holds a {own.__name__}, not a {cls.__name__}")
-            dtype = resolve_dtype(loader, dtype)
-            return loader.load_backbone(own, load_weights, dtype=dtype)
-
-    def tokenizer(self, cls, kwargs):
-        with self._loader() as loader:
-            return loader.load_tokenizer(cls, **kwargs)
-
-    def preprocessor(self, cls, kwargs):
-        with self._loader() as loader:
-            return loader.load_preprocessor(cls, **kwargs)
-
-    def task(self, cls, load_weights, dtype, preprocessor, overrides, kwargs):
-        if preprocessor is None or not isinstance(preprocessor, str):
-            kwargs["preprocessor"] = preprocessor
-        # The state of an optimizer that a new one has no use for would be warned of.
-        compile_it = kwargs.pop("compile", True)
-        with self._loader(load_weights, overrides) as loader:
-            own = loader.check_backbone_class()
-            if not issubclass(own, cls.backbone_cls):
-                raise ValueError(f"it holds a {own.__name__}, not a {cls.__name__}")
-            task = loader.load_task(
-                cls,
-                load_weights,
-                load_task_weights=load_weights,
-                dtype=dtype,
-                compile=False,
-                **kwargs,
-            )
-        if compile_it:
-            task.compile()
-        return task
-
-    @contextlib.contextmanager
-    def _loader(self, load_weights=False, overrides=()):
-        """Fetches the files, and yields KerasHub's loader for their directory."""
-        from keras_openllama.backend.keras_hub import (
-            KerasPresetLoader,
-            without_tensorflow,
-        )
-
-        class Loader(KerasPresetLoader):
-            def get_backbone_kwargs(self, **kwargs):
-                arguments, kwargs = super().get_backbone_kwargs(**kwargs)
-                return {**arguments, **dict(overrides)}, kwargs
-
-        patterns = ["*.json", "assets/**/*", *(["*.weights.h5"] * load_weights)]
-        for pattern in patterns:
-            for name in self._repository.glob(pattern):
-                self._repository.file(name)
-        config = self._repository.file(_CONFIG)
-        try:
-            with without_tensorflow():
-                yield Loader(str(config.parent), transformers.read_config(config))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            # What KerasHub and h5py raise seldom says which file it is about.
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(
-                f"{config.parent}, in KerasHub's format, cannot be loaded: {error}"
-            ) from error
-
-
-def contents_of(source, tokenizer=True, origin=None, paths=()):
-    """What the model of a source consists of. No tensor is read yet.
-
-    Args:
-        source: one of the classes above.
-        tokenizer: bool, whether its tokenizer is wanted.
-        origin: string, see `load.origin`.
-        paths: list of further paths that are read.
-
-    Returns:
-        `Contents`.
-
-    Raises:
-        OSError: if a file is missing or cannot be read.
-        ValueError: if a file is damaged, or its tensors are not those of the network.
-    """
-    arguments = checked(source.arguments())
-    proto = _proto(source, arguments) if tokenizer else None
-    tensors = source.read_tensors(arguments)
-    return Contents(
-        arguments,
-        tensors,
-        tokenizer=proto,
-        origin=source.origin or origin,
-        control_ids=source.control_ids(),
-        preprocessing=source.preprocessing(),
-        paths=(*paths, *sorted({tensor.file.path for tensor in tensors.values()})),
-    )
-
-
-def _proto(source, arguments):
-    try:
-        path = source.tokenizer_file()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error} To convert the weights alone, leave the tokenizer out "
-            "(tokenizer=False, or --no-tokenizer)."
-        ) from error
-    proto = path.read_bytes()
-    pieces = load_processor(proto, str(path)).vocab_size()
-    check_vocabulary(pieces, arguments["vocabulary_size"])
-    added = source.added_tokens(pieces)
-    if added:
-        raise ValueError(
-            f"Beside {path}, which has {pieces} pieces, the model has tokens that were "
-            f"added to it: {listed(added)}. SentencePiece has no place for them. To "
-            "convert the weights alone, leave the tokenizer out (tokenizer=False, or "
-            "--no-tokenizer)."
-        )
-    return proto
+        checkpoint = self._run.checkpoint()
+        tensors = checkpoint.read_tensors(arguments, head)
+        name = self._run.path.name
+        self.origin = f"the training run {name} at step {checkpoint.step}"
+        return tensors

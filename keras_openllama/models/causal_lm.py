@@ -446,7 +446,7 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         """
         from keras_openllama.checkpoints import contents, writer
 
-        request = writer.Request(
+        request = writer.WriteRequest(
             path,
             "transformers",
             dtype=dtype,
@@ -454,7 +454,7 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
             tokenizer=tokenizer,
             force=force,
         )
-        writer.write(contents.of_model(self), request)
+        writer.write_model(contents.of_model(self), request)
 
     # ----- Adapters
 
@@ -495,13 +495,9 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
             OSError: if a file cannot be had or read.
         """
         from keras_openllama.checkpoints import peft
-        from keras_openllama.loading import hub
+        from keras_openllama.loading.hub import open_repository
 
-        if str(path).startswith(hub.HUB_PREFIX):
-            files = hub.HubRepository(str(path), revision)
-        else:
-            files = hub.Directory(path)
-        peft.load(self, files)
+        peft.load(self, open_repository(path, revision))
 
     # ----- Scoring
 

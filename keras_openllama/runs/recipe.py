@@ -81,7 +81,7 @@ class Recipe:
     Source: of every value of a preset, in its JSON file. The defaults are ours.
     """
 
-    mixture: str | None = _setting(validation.mixture)
+    mixture: str | None = _setting(validation.name_or_json_path(presets.mixture_names))
     sequence_length: int = _setting(validation.whole(1))
     batch_size: int = _setting(validation.whole(1))
     steps: int = _setting(validation.whole(1))

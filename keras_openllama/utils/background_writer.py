@@ -1,21 +1,21 @@
-"""Files that a thread writes to, so that the next part is made ready meanwhile."""
+"""Files that a thread writes to, so that the next part is prepared meanwhile."""
 
+import collections
+import concurrent.futures
 import contextlib
 import os
-import queue
-import threading
 
-_PARTS_AHEAD = 4  # Ours: parts have some MB each.
+_PARTS_AHEAD = 4  # Heuristic: parts have some MB each.
 
 
 @contextlib.contextmanager
 def open_in_background(path):
-    """Opens a file for writing; yields what has its `write`, `seek` and `truncate`.
+    """Opens a file for writing; yields an object with `write`, `seek` and `truncate`.
 
     At the end the file is on the disk.
 
-    What is written must not change afterwards. An error of the thread is raised by the
-    call after it, or at the end.
+    What is written must not change afterwards. An error of the thread is raised by a
+    later call, or at the end.
 
     Args:
         path: path of the file.
@@ -31,12 +31,10 @@ def open_in_background(path):
     ```
     """
     with open(path, "wb") as file:
-        writer = _Writer(file)
-        try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            writer = _Writer(file, pool)
             yield writer
-        finally:
-            writer.finish()
-        writer.check()
+            writer.wait(parts_left=0)
         # Here, where a progress bar still shows that something goes on.
         file.flush()
         os.fsync(file.fileno())
@@ -45,41 +43,27 @@ def open_in_background(path):
 class _Writer:
     """Hands calls to a thread, a few at a time."""
 
-    def __init__(self, file):
-        self._calls = queue.Queue(_PARTS_AHEAD)
-        self._error = None
-        self._thread = threading.Thread(target=self._run, args=(file,), daemon=True)
-        self._thread.start()
+    def __init__(self, file, pool):
+        self._file = file
+        self._pool = pool
+        self._pending = collections.deque()
 
     def write(self, data):
-        self._call("write", data)
+        self._call(self._file.write, data)
 
     def seek(self, position):
-        self._call("seek", position)
+        self._call(self._file.seek, position)
 
     def truncate(self, size):
-        self._call("truncate", size)
+        self._call(self._file.truncate, size)
 
-    def check(self):
-        """Raises the error of the thread, if there was one."""
-        if self._error is not None:
-            raise self._error
+    def wait(self, parts_left):
+        """Waits until at most so many calls are pending; raises an error of theirs."""
+        while self._pending and (
+            len(self._pending) > parts_left or self._pending[0].done()
+        ):
+            self._pending.popleft().result()
 
-    def finish(self):
-        """Waits until all is written, or has failed."""
-        self._calls.put(None)
-        self._thread.join()
-
-    def _call(self, *call):
-        self.check()
-        self._calls.put(call)
-
-    def _run(self, file):
-        while (call := self._calls.get()) is not None:
-            if self._error is not None:
-                continue  # What is left is taken, or the caller would wait for ever.
-            try:
-                name, argument = call
-                getattr(file, name)(argument)
-            except BaseException as error:
-                self._error = error
+    def _call(self, method, argument):
+        self.wait(parts_left=_PARTS_AHEAD)
+        self._pending.append(self._pool.submit(method, argument))

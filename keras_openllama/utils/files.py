@@ -8,6 +8,7 @@ import functools
 import glob as local_glob
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -116,15 +117,42 @@ def appearing(path):
     unfinished += f".unfinished-{os.getpid()}"
     try:
         yield unfinished
-        descriptor = os.open(unfinished, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_to_disk(unfinished)
         os.replace(unfinished, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(unfinished)
+
+
+def sync_to_disk(path):
+    """Returns once a file or directory of this machine is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_object(path):
+    """Reads a JSON file of this machine that holds an object.
+
+    Args:
+        path: `pathlib.Path`.
+
+    Returns:
+        Dict.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not valid JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return data
 
 
 def exists(path):

@@ -6,43 +6,20 @@ writes to the same target on the same machine.
 """
 
 import contextlib
-import errno
-import fcntl
-import json
 import os
 import shutil
 import socket
 import tempfile
 from pathlib import Path
 
+from keras_openllama.utils.files import sync_to_disk
+from keras_openllama.utils.locks import try_lock
+
 _REPLACED = "replaced"  # The old directory, for the moment before the new one is there.
-_CONFIGS = ("config.json", "adapter_config.json")
-_ASSETS = "assets"
-# What a directory may hold that is replaced: the names that conversions write.
-_OURS = (
-    *_CONFIGS,
-    "adapter_model.safetensors",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "README.md",
-    "metadata.json",
-    "task.json",
-    "preprocessor.json",
-    "model*.weights.h5",
-    "model.weights.json",
-    "task.weights.h5",
-    _ASSETS,
-    "assets/tokenizer",
-)
 
 
 @contextlib.contextmanager
-def staged(target, single_file=False, force=False):
+def staged(target, single_file=False, force=False, foreign_content=None):
     """Yields a path to write to, which becomes `target` when the block ends well.
 
     Args:
@@ -50,6 +27,9 @@ def staged(target, single_file=False, force=False):
         single_file: bool, whether it is a file; the path yielded is then one that does
             not exist yet, and else an empty directory.
         force: bool, whether to replace what is there.
+        foreign_content: function of the path of a directory that would be replaced. It
+            returns what speaks against that, such as `"holds 'thesis.tex'"`, or `None`.
+            Without it no directory is replaced unless it is empty.
 
     Raises:
         OSError: if the target exists and `force` is not set, or cannot be written.
@@ -64,7 +44,7 @@ def staged(target, single_file=False, force=False):
     target = Path(os.path.realpath(target))
     with _parents(target):
         _remove_abandoned(target)
-        check_target(target, single_file, force)
+        check_target(target, single_file, force, foreign_content)
         staging, lock = _make_staging(target)
         try:
             unfinished = staging / target.name
@@ -72,7 +52,8 @@ def staged(target, single_file=False, force=False):
                 unfinished.mkdir()
             yield unfinished
             _sync(unfinished)
-            check_target(target, single_file, force)  # It may have come meanwhile.
+            # It may have come meanwhile.
+            check_target(target, single_file, force, foreign_content)
             if target.is_dir():
                 os.rename(target, staging / _REPLACED)
             os.replace(unfinished, target)
@@ -81,11 +62,11 @@ def staged(target, single_file=False, force=False):
             os.close(lock)
 
 
-def check_target(target, single_file=False, force=False):
+def check_target(target, single_file=False, force=False, foreign_content=None):
     """Raises an `OSError` if `staged` would refuse the target."""
     target = Path(os.path.realpath(target))
     if target.is_dir():
-        _check_directory(target, single_file, force)
+        _check_directory(target, single_file, force, foreign_content)
     elif target.exists():
         if not target.is_file():
             raise OSError(f"{target} is neither a file nor a directory to replace.")
@@ -98,7 +79,7 @@ def check_target(target, single_file=False, force=False):
             )
 
 
-def _check_directory(target, single_file, force):
+def _check_directory(target, single_file, force, foreign_content):
     if single_file:
         raise IsADirectoryError(
             f"{target} is a directory, and a file is written: name a file in it."
@@ -109,21 +90,12 @@ def _check_directory(target, single_file, force):
             f"{target} is {what}, in whose place no other directory can be put: name a "
             "directory in it."
         )
-    paths = sorted(target.iterdir())
-    if not paths:
+    if not any(target.iterdir()):
         return
-    if not force:
+    if not force or foreign_content is None:
         raise _exists(target)
-    if (target / _ASSETS).is_dir():
-        paths += (target / _ASSETS).iterdir()
-    others = [
-        str(path.relative_to(target))
-        for path in paths
-        if not any(map(path.match, _OURS))
-    ]
-    if others or not any(_is_config(target / name) for name in _CONFIGS):
-        missing = f"holds no {_CONFIGS[0]} of a model"
-        found = f"holds {others[0]!r}" if others else missing
+    found = foreign_content(target)
+    if found:
         raise FileExistsError(
             f"{target} is not replaced: it {found}, which no conversion writes. Remove "
             "it yourself, or choose another target."
@@ -134,16 +106,6 @@ def _exists(target):
     return FileExistsError(
         f"{target} exists. Choose another target, or replace it with force=True "
         "(--force)."
-    )
-
-
-def _is_config(path):
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and bool(
-        {"model_type", "registered_name", "peft_type"} & {*config}
     )
 
 
@@ -175,21 +137,9 @@ def _make_staging(target):
             lock = os.open(staging, os.O_RDONLY)
         except FileNotFoundError:
             continue
-        if _locked(lock) is not False and staging.exists():
+        if try_lock(lock) is not False and staging.exists():
             return staging, lock
         os.close(lock)
-
-
-def _locked(descriptor):
-    """Takes a lock that ends with the process: `False` if another has it.
-
-    `None` where the file system has no locks.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
-    return True
 
 
 def _remove_abandoned(target):
@@ -198,7 +148,7 @@ def _remove_abandoned(target):
             continue
         with contextlib.suppress(OSError):  # Gone meanwhile.
             lock = os.open(path, os.O_RDONLY)
-            if _locked(lock):
+            if try_lock(lock):
                 _remove(path, target)
             os.close(lock)
 
@@ -213,8 +163,4 @@ def _remove(staging, target):
 def _sync(path):
     """Has the system put a file, or a directory's files, on the disk."""
     for name in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_to_disk(name)

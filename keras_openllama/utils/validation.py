@@ -4,9 +4,6 @@ A check takes a setting's name and value, and returns the value or raises `Value
 """
 
 import math
-from pathlib import Path
-
-from keras_openllama import presets
 
 AXES = ("data", "fsdp", "model")
 
@@ -64,14 +61,22 @@ def one_of(*choices):
     return check
 
 
-def mixture(name, value):
-    # Not by `data.mixture`, which imports NumPy.
-    known = [path.stem for path in Path(presets.folder(), "mixtures").glob("*.json")]
-    is_path = isinstance(value, str) and value.endswith(".json")
-    if not (value is None or value in known or is_path):
-        names = ", ".join(map(repr, sorted(known)))
-        _refuse(name, value, f"one of {names}, the path of a JSON file, or null")
-    return value
+def name_or_json_path(names):
+    """A check for one of some names, the path of a JSON file, or `None`.
+
+    Args:
+        names: function without arguments that returns the names that are known.
+    """
+
+    def check(name, value):
+        known = names()
+        is_path = isinstance(value, str) and value.endswith(".json")
+        if not (value is None or value in known or is_path):
+            listed = ", ".join(map(repr, known))
+            _refuse(name, value, f"one of {listed}, the path of a JSON file, or null")
+        return value
+
+    return check
 
 
 def meshes(name, value):

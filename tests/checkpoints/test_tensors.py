@@ -8,8 +8,8 @@ import pytest
 
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
+    MappedTensor,
     ReadAhead,
-    StoredTensor,
     contiguous_strides,
     extent,
     in_file_order,
@@ -25,7 +25,7 @@ def tensors(tmp_path):
     path.write_bytes(np.arange(9 * 1000, dtype="float32").tobytes())
     file = MappedFile(path)
     return [
-        StoredTensor(str(i), "float32", (10, 100), (100, 1), 4000 * i, file)
+        MappedTensor(str(i), "float32", (10, 100), (100, 1), 4000 * i, file)
         for i in (3, 1, 4, 0, 5, 8, 2, 6, 7)
     ]
 
@@ -52,7 +52,7 @@ def test_leaving_early_ends_the_thread(tensors):
 
 def test_reading_stays_a_few_tensors_ahead(tensors, monkeypatch):
     touched = []
-    monkeypatch.setattr(StoredTensor, "touch", lambda self: touched.append(self.name))
+    monkeypatch.setattr(MappedTensor, "touch", lambda self: touched.append(self.name))
     with ReadAhead(tensors) as ahead:
         time.sleep(0.2)
         assert touched == ["3", "1", "4", "0"]
@@ -64,7 +64,7 @@ def test_an_error_of_the_thread_reaches_the_reader(tensors, monkeypatch):
         if self.name == "2":
             raise OSError("the disk is gone")
 
-    monkeypatch.setattr(StoredTensor, "touch", fail)
+    monkeypatch.setattr(MappedTensor, "touch", fail)
     with ReadAhead(tensors) as ahead, pytest.raises(OSError, match="disk is gone"):
         list(ahead)
 

@@ -27,7 +27,7 @@ from keras_openllama import (
 from keras_openllama.__main__ import main
 from keras_openllama.checkpoints import training_run
 from keras_openllama.checkpoints.seal import MARKER
-from keras_openllama.checkpoints.training_run import Run
+from keras_openllama.checkpoints.training_run import TrainingRun
 from keras_openllama.convert import convert, easylm
 
 SHAPE = SHAPES[2]  # With fewer heads for keys and values than for queries.
@@ -251,14 +251,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
             # As a checkpoint that is being written: nothing is wrong with the run.
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                assert Run(run).checkpoint().step == 100
+                assert TrainingRun.open(run).checkpoint().step == 100
         else:
             with pytest.warns(UserWarning, match="step 200 .*damaged.*100") as caught:
-                assert Run(run).checkpoint().step == 100
+                assert TrainingRun.open(run).checkpoint().step == 100
             assert str(newest / name) in str(caught[0].message)
         shutil.rmtree(newest)
         shutil.copytree(kept, newest)
-    assert Run(run).checkpoint().step == 200
+    assert TrainingRun.open(run).checkpoint().step == 200
 
 
 def test_a_model_comes_from_the_checkpoint_before_a_damaged_one(run, runs):
@@ -275,7 +275,7 @@ def test_nothing_is_taken_where_every_checkpoint_is_damaged(run):
     for step in STEPS:
         flip(checkpoint(run, step) / MARKER)
     with pytest.raises(ValueError, match=r"None .*whole: Step 200: .* Step 90: "):
-        Run(run).checkpoint()
+        TrainingRun.open(run).checkpoint()
 
 
 @pytest.mark.backend_free
@@ -363,13 +363,15 @@ def test_the_newest_is_taken_where_one_is_removed_while_it_is_checked(run, monke
     monkeypatch.setattr(training_run, "check_file", removed_meanwhile)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Run(run).checkpoint().step == 200
+        assert TrainingRun.open(run).checkpoint().step == 200
 
 
 @pytest.mark.backend_free
 def test_a_checkpoint_that_is_removed_while_it_is_read_gives_no_zeros(run):
-    checkpoint = Run(run).checkpoint()
-    tensors = list(checkpoint.read_tensors(Run(run).architecture()).values())
+    checkpoint = TrainingRun.open(run).checkpoint()
+    tensors = list(
+        checkpoint.read_tensors(TrainingRun.open(run).architecture()).values()
+    )
     assert tensors[0].array().any()
     path = Path(checkpoint.path)
     # As the run does it: the marker first, then the rest, in whichever order.

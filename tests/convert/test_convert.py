@@ -481,15 +481,15 @@ def test_an_interrupted_conversion_leaves_no_target(to, kind, models, tmp_path):
     program = (
         "import sys, time\n"
         "from keras_openllama.__main__ import main\n"
-        "from keras_openllama.convert import conversion\n"
+        "from keras_openllama.checkpoints import writer\n"
         "calls = iter(range(25))\n"
-        "real = conversion._Values.__next__\n"
+        "real = writer._Values.__next__\n"
         "def stop(self):\n"
         "    if next(calls, None) is None:\n"
         "        print('stopped', flush=True)\n"
         "        time.sleep(600)\n"
         "    return real(self)\n"
-        "conversion._Values.__next__ = stop\n"
+        "writer._Values.__next__ = stop\n"
         "sys.exit(main(['convert', *sys.argv[1:3], '--to', sys.argv[3]]))\n"
     )
     source = models["transformers", "float32"]

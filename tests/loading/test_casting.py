@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_openllama.checkpoints.tensors import MappedFile, StoredTensor, numpy_dtype
+from keras_openllama.checkpoints.tensors import MappedFile, MappedTensor, numpy_dtype
 from keras_openllama.loading import casting
 from keras_openllama.loading.uninitialized import fill, without_weights
 
@@ -21,7 +21,7 @@ def on_file(tmp_path, array, lead=0):
     path = tmp_path / "numbers"
     path.write_bytes(bytes(lead) + array.tobytes())
     strides = tuple(s // array.itemsize for s in array.strides)
-    stored = StoredTensor(
+    stored = MappedTensor(
         "x", array.dtype.name, array.shape, strides, lead, MappedFile(path)
     )
     return stored, path

@@ -11,7 +11,8 @@ from checkout import ROOT
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from keras_openllama.loading.hub import Directory, HubRepository
+from keras_openllama.checkpoints.repository import Directory
+from keras_openllama.loading.hub import HubRepository
 
 pytestmark = pytest.mark.backend_free
 
@@ -172,7 +173,7 @@ def test_without_a_network_an_error_comes_soon_and_names_the_revision(
 
 def test_a_repository_that_does_not_exist_is_named(hub):
     with pytest.raises(OSError, match=r"nobody/nothing.*hf auth login"):
-        HubRepository("hf://nobody/nothing")
+        HubRepository("hf://nobody/nothing").file("config.json")
 
 
 def test_a_gated_repository_says_how_to_get_in(hub):
@@ -184,7 +185,7 @@ def test_a_gated_repository_says_how_to_get_in(hub):
 @pytest.mark.parametrize("handle", ["hf://", "hf://one", "hf://a/b/c", "hf://a/../b"])
 def test_a_malformed_handle_is_a_value_error(hub, handle):
     with pytest.raises(ValueError, match="hf://openlm-research/open_llama_3b"):
-        HubRepository(handle)
+        HubRepository(handle).optional("config.json")
 
 
 # ----- Interrupted

@@ -1,5 +1,6 @@
 """A target appears when it is whole, or not at all."""
 
+import functools
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import sys
 
 import pytest
 
+from keras_openllama.checkpoints.model_files import foreign_content
+from keras_openllama.utils import staging
 from keras_openllama.utils.staging import check_target, staged
 
 pytestmark = pytest.mark.backend_free
@@ -60,11 +63,14 @@ def test_what_exists_is_refused_unless_forced(tmp_path):
     with pytest.raises(FileExistsError, match=f"{target} exists.*--force"):
         with staged(target):
             pass
-    with pytest.raises(ValueError), staged(target, force=True) as path:
+    options = {"force": True, "foreign_content": foreign_content}
+    with pytest.raises(FileExistsError, match=f"{target} exists"):
+        check_target(target, force=True)  # Nobody says what may be replaced.
+    with pytest.raises(ValueError), staged(target, **options) as path:
         write(path)
         raise ValueError
     assert read(target) == "old"
-    with staged(target, force=True) as path:
+    with staged(target, **options) as path:
         write(path)
     assert read(target) == "new"
     assert names(tmp_path) == ["out"]
@@ -87,6 +93,9 @@ def test_an_empty_directory_is_nothing_to_lose(tmp_path):
 
 
 def test_only_a_models_directory_is_replaced(tmp_path):
+    check_target = functools.partial(
+        staging.check_target, foreign_content=foreign_content
+    )
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"holds 'thesis\.tex'"):

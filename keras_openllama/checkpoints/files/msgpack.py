@@ -19,9 +19,9 @@ import math
 import struct
 
 from keras_openllama.checkpoints.tensors import (
-    Joined,
+    JoinedTensor,
     MappedFile,
-    StoredTensor,
+    MappedTensor,
     contiguous_strides,
     is_shape,
 )
@@ -63,7 +63,7 @@ def read(path):
     Example:
 
     ```python
-    tensors = msgpack_files.read("streaming_params")
+    tensors = msgpack.read("streaming_params")
     tensors["transformer", "wte", "embedding"].array()
     ```
     """
@@ -155,7 +155,7 @@ class _Array:
 
     def stored(self, name, file):
         strides = contiguous_strides(self.shape)
-        return StoredTensor(name, self.dtype, self.shape, strides, self.start, file)
+        return MappedTensor(name, self.dtype, self.shape, strides, self.start, file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Chunked:
             raise ValueError(
                 f"{name} has {found:,} elements in its chunks for shape {self.shape}"
             )
-        return Joined(name, self.shape, parts)
+        return JoinedTensor(name, self.shape, parts)
 
 
 def _joined(node):

@@ -1,7 +1,7 @@
 """EasyLM's and Flax's msgpack files, written piece by piece.
 
 What stands around the arrays is made first; their elements are written as they come,
-so that none is in memory longer than it takes. See `msgpack_files` for the formats.
+so that none is in memory longer than it takes. See `msgpack` for the formats.
 """
 
 import itertools

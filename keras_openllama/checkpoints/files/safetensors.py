@@ -12,7 +12,7 @@ import json
 from keras_openllama.checkpoints import array_io
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
-    StoredTensor,
+    MappedTensor,
     contiguous_strides,
     dense_bytes,
     is_shape,
@@ -52,7 +52,7 @@ def read(path):
     Example:
 
     ```python
-    tensors = safetensors_files.read("model.safetensors")
+    tensors = safetensors.read("model.safetensors")
     tensors["model.norm.weight"].array()
     ```
     """
@@ -85,7 +85,7 @@ def _read(file):
         if begin != position:
             raise ValueError(f"{name} begins at {begin:,} where {position:,} is due")
         position = end
-        tensors[name] = StoredTensor(
+        tensors[name] = MappedTensor(
             name, dtype, shape, contiguous_strides(shape), data_start + begin, file
         )
     if data_start + position != file.size:

@@ -12,7 +12,7 @@ import zipfile
 from keras_openllama.checkpoints.files import torch_pickle
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
-    StoredTensor,
+    MappedTensor,
     extent,
     numpy_dtype,
 )
@@ -43,7 +43,7 @@ def read(path):
     Example:
 
     ```python
-    tensors = torch_files.read("pytorch_model.bin")
+    tensors = torch_zip.read("pytorch_model.bin")
     tensors["model.norm.weight"].array()
     ```
     """
@@ -177,7 +177,7 @@ def _stored(file, name, tensor, start, length):
             f"element {tensor.offset}, reaches beyond its storage of "
             f"{storage.count:,} elements"
         )
-    return StoredTensor(
+    return MappedTensor(
         name=name,
         dtype=storage.dtype,
         shape=tensor.shape,

@@ -104,9 +104,9 @@ def test_reading_describes_without_touching_and_arrays_are_not_copies(tmp_path):
 def test_torch_is_not_imported_to_read_its_files(tmp_path):
     path = saved(tmp_path, {"x": torch.ones(3)})
     program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from keras_openllama.convert import torch_files\n"
-        f"print(torch_files.read({str(path)!r})['x'].array().sum())"
+        "import sys; sys.modules['torch'] = sys.modules['keras'] = None\n"
+        "from keras_openllama.checkpoints.files import torch_zip\n"
+        f"print(torch_zip.read({str(path)!r})['x'].array().sum())"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,0 +1,57 @@
+"""Which directories a conversion may replace: those that hold a model alone."""
+
+import json
+
+_CONFIGS = ("config.json", "adapter_config.json")
+_ASSETS = "assets"
+# Names of the files that conversions and `save_adapters` write.
+_NAMES = (
+    *_CONFIGS,
+    "adapter_model.safetensors",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "README.md",
+    "metadata.json",
+    "task.json",
+    "preprocessor.json",
+    "model*.weights.h5",
+    "model.weights.json",
+    "task.weights.h5",
+    _ASSETS,
+    "assets/tokenizer",
+)
+
+
+def foreign_content(directory):
+    """What a directory holds that no conversion writes; see `staging.staged`.
+
+    Args:
+        directory: `pathlib.Path`.
+
+    Returns:
+        String such as `"holds 'thesis.tex'"`, or `None` for a model's directory.
+    """
+    paths = sorted(directory.iterdir())
+    if (directory / _ASSETS).is_dir():
+        paths += (directory / _ASSETS).iterdir()
+    for path in paths:
+        if not any(map(path.match, _NAMES)):
+            return f"holds {str(path.relative_to(directory))!r}"
+    if not any(_is_config(directory / name) for name in _CONFIGS):
+        return f"holds no {_CONFIGS[0]} of a model"
+    return None
+
+
+def _is_config(path):
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(
+        {"model_type", "registered_name", "peft_type"} & {*config}
+    )
