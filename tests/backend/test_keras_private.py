@@ -61,8 +61,9 @@ def test_variables_of_a_built_layer_are_untracked_and_tracked():
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Only PyTorch has parameters.")
 def test_register_torch_parameters_makes_variables_parameters():
-    with keras.StatelessScope(initialize_variables=False):
-        model = dense_model()
+    with keras_private.collect_uninitialized_variables():
+        with keras.StatelessScope(initialize_variables=False):
+            model = dense_model()
     for weight in model.weights:
         keras_private.initialize_deferred(weight)
     keras_private.register_torch_parameters(model)
