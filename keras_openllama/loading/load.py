@@ -205,4 +205,4 @@ def _source_of(repository, build_task):
 @functools.cache
 def _warn_once(name):
     if presets.registry()[name].notice:
-        warnings.warn(presets.registry()[name].notice, stacklevel=6)
+        warnings.warn(presets.registry()[name].notice, stacklevel=5)

@@ -93,6 +93,7 @@ def test_all_files_are_of_the_commit_that_was_first_seen(hub):
 
 def test_a_branch_that_moves_between_listing_and_first_file_does_not_mix(hub):
     repository = small()
+    assert "tokenizer.model" in repository.glob("*")
     hub.publish(REPOSITORY, {**FILES, "tokenizer.model": b"other pieces"})
     assert repository.file("tokenizer.model").read_bytes() == b"pieces"
 
@@ -113,7 +114,7 @@ def test_a_cached_commit_needs_no_request_at_all(hub):
 
 def test_an_unknown_revision_is_named(hub):
     with pytest.raises(ValueError, match="revision='v9'"):
-        small("v9")
+        small("v9").file("config.json")
 
 
 # ----- Without a network

@@ -21,6 +21,7 @@ from keras_openllama import (
     OpenLlamaTokenizer,
     presets,
 )
+from keras_openllama.loading import load
 
 SHAPE = TinyShape("small", 4, 2, 16, vocabulary_size=512, context=48)
 SMALL = {
@@ -453,7 +454,7 @@ def test_without_a_network_and_a_cache_the_file_and_its_address_are_named(
 
 @pytest.mark.backend_free
 def test_the_notice_of_3b_v3_is_given_once(in_process):
-    presets._tell_once.cache_clear()
+    load._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="one release") as warnings:
         for _ in range(2):
             OpenLlamaTokenizer.from_preset("open_llama_3b_v3")
