@@ -6,6 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP_LOG := $(VENV)/pip.log
 EXTRAS := torch,train,eval,test
 # The first interpreter that runs and is new enough. Set PYTHON to choose another.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
@@ -14,6 +15,13 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 PROMPT ?= The captain looked at the sea and said,
 # More arguments for pytest: make test PYTEST="-x -k tokenizer"
 PYTEST ?=
+
+# $(call stage,TEXT,COMMANDS): one line, and pip's output only if a command fails.
+define stage
+printf '%s ... ' "$(1)"; start=$$SECONDS; \
+	if { $(2); } > $(PIP_LOG) 2>&1; then echo "done in $$((SECONDS - start)) s"; \
+	else echo "failed. The end of $(PIP_LOG):"; tail -n 40 $(PIP_LOG) >&2; exit 1; fi
+endef
 
 .PHONY: help
 help:  ## Show this list
@@ -25,6 +33,8 @@ help:  ## Show this list
 demo: $(VENV)/.base-installed  ## Install, and let open_llama_nano write (PROMPT="...")
 	@$(BIN)/keras-openllama generate "$(PROMPT)" --preset open_llama_nano \
 		--max-new-tokens 100 --top-p 0.8 --temperature 0.7 --seed 3
+	@echo
+	@echo 'Next: $(BIN)/keras-openllama generate "Once upon a time" --preset open_llama_nano'
 
 .PHONY: test
 test: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Install every extra; run the tests on the three backends
@@ -82,20 +92,21 @@ $(BIN)/pip:
 # The build backend is installed first, with the pinned versions, so that the package
 # itself is built without a second environment of unpinned ones.
 $(VENV)/.base-installed: pyproject.toml constraints.txt | $(BIN)/pip
-	@echo "Installing keras_openllama into $(VENV); the first time takes minutes"
-	@$(PIP) pip hatchling editables
-	@$(PIP) --no-build-isolation -e .
+	@$(call stage,Installing keras_openllama into $(VENV) (a few minutes the first time),\
+		$(PIP) pip hatchling editables && $(PIP) --no-build-isolation -e .)
 	@touch $@
 
 $(VENV)/.all-installed: $(VENV)/.base-installed
-	@echo "Installing the extras $(EXTRAS)"
-	@$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
+	@$(call stage,Installing the extras (a few minutes the first time),\
+		$(PIP) --no-build-isolation -e ".[$(EXTRAS)]")
 	@touch $@
 
 # The TPU compiler (the extra `plan`), for tests alone: where JAX finds it without a TPU it
 # says so at each start. Elsewhere than on Linux on x86-64 there is none.
 $(VENV)/tpu-compiler: pyproject.toml | $(BIN)/pip
 	@rm -rf $@ && mkdir -p $@
-	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(PIP) --no-deps --target $@ \
-		"$$(sed -n 's/^plan = \["\([^;]*\);.*/\1/p' pyproject.toml)"
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || { \
+		tpu=$$(sed -n 's/^plan = \["\([^;]*\);.*/\1/p' pyproject.toml); \
+		$(call stage,Installing the TPU compiler,\
+		$(PIP) --no-deps --target $@ "$$tpu"); }
 	@touch $@

@@ -2,37 +2,103 @@
 
     python tests/run_backends.py [--slow] [--backends jax,torch] [pytest arguments]
 
-Two parts run at a time, as most tests keep one core busy. The first one is shown as it
-goes, the others when they have ended.
+The tests are divided into parts, of which two run at a time, as most tests keep one
+core busy. A part is a process, so its memory is freed when it ends: TensorFlow keeps
+each program that it has compiled. A line tells of each part that has ended; the output
+is shown of those that failed.
 
-JAX, the default backend, runs everything, in three parts. TensorFlow and PyTorch leave
-out the tests marked `backend_free`, whose answer cannot depend on the backend. A part
-that runs no test at all counts as failed, unless pytest arguments narrowed the choice.
+JAX, the default backend, runs everything. TensorFlow and PyTorch leave out the tests
+marked `backend_free`, whose answer cannot depend on the backend. A part that runs no
+test at all counts as failed, unless pytest arguments narrowed the choice: then there is
+one part for each backend.
+
+Most of the time of the tests on JAX is compilation. All parts share one directory of
+compiled programs. Without `--slow`, LLVM does not optimize what JAX compiles, except in
+the parts of `OPTIMIZED`, where numbers to the last bit or costs of programs are tested.
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "tensorflow", "torch")
-# What takes longest is divided, so that both cores are busy to the end.
-_APART = ("tests/training", "tests/convert", "tests/parity")
-PARTS = {
-    "jax": {
-        "jax": [f"--ignore={directory}" for directory in _APART],
-        "jax, training": ["tests/training"],
-        "jax, convert and parity": ["tests/convert", "tests/parity"],
-    }
+# The directories of each part. One more part for each backend has everything else.
+DIRECTORIES = {
+    "jax": (
+        ("cli",),
+        ("training", "layers", "models"),
+        ("evaluation",),
+        ("parity", "generation", "runs", "planning"),
+        ("convert", "checkpoints", "data", "loading", "text"),
+    ),
+    "tensorflow": (("layers", "models"), ("training", "generation")),
+    "torch": (),
 }
+OPTIMIZED = ("parity", "generation", "runs", "planning")
+# What takes longest begins first, so that both cores are busy to the end.
+FIRST = (
+    "jax: cli",
+    "jax: other",
+    "tensorflow: layers, models",
+    "jax: training, layers",
+)
 AT_A_TIME = 2
+SLOWEST_SHOWN = 15
 NO_TESTS_COLLECTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Tests that run in one process of pytest."""
+
+    backend: str
+    name: str
+    arguments: tuple[str, ...]
+    optimized: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a part; `tests` has a `(seconds, name)` for each test."""
+
+    exit_code: int
+    counts: dict[str, int]
+    tests: list[tuple[float, str]]
+    seconds: float
+    output: bytes
+
+
+def parts_of(backend, pytest_arguments=(), slow=False):
+    """Returns the parts of one backend, which have each test file once.
+
+    Args:
+        backend: string.
+        pytest_arguments: sequence of strings. If there are any, they choose the tests.
+        slow: bool, whether all programs are fully optimized.
+    """
+    if pytest_arguments:
+        return [Part(backend, backend, tuple(pytest_arguments))]
+    parts = [
+        Part(
+            backend,
+            f"{backend}: {', '.join(directories)}",
+            tuple(f"tests/{directory}" for directory in directories),
+            slow or set(directories) <= set(OPTIMIZED),
+        )
+        for directories in DIRECTORIES[backend]
+    ]
+    named = [argument for part in parts for argument in part.arguments]
+    others = tuple(f"--ignore={directory}" for directory in named)
+    name = f"{backend}: other" if named else backend
+    return [*parts, Part(backend, name, others, slow)]
 
 
 def marker_expression(backend, slow):
@@ -47,41 +113,56 @@ def marker_expression(backend, slow):
     return " and ".join(f"not {marker}" for marker in left_out)
 
 
-def run(backend, slow, pytest_arguments, shown):
-    """Runs pytest on one backend.
+def run(part, slow, cache):
+    """Runs pytest on one part.
 
     Args:
-        backend: string.
+        part: `Part`.
         slow: bool, whether to run the slow tests.
-        pytest_arguments: list of strings.
-        shown: bool, whether its output is shown as it goes.
+        cache: path of a directory for programs compiled by JAX.
 
     Returns:
-        Its exit code, its counts by outcome, its seconds, and the output that was not
-        shown.
+        A `Result`.
     """
     start = time.monotonic()
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": part.backend,
+        "TESTS_COMPILATION_CACHE": str(cache),
+        # Two processes with a thread for each core would wait for each other.
+        "OMP_NUM_THREADS": "1",
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "TF_NUM_INTEROP_THREADS": "1",
+    }
+    if not part.optimized:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.xml")
         result = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest"),
-                *("-m", marker_expression(backend, slow)),
+                *(sys.executable, "-m", "pytest", "-q"),
+                *("-m", marker_expression(part.backend, slow)),
                 f"--junitxml={report}",
-                *pytest_arguments,
+                *part.arguments,
             ],
             cwd=ROOT,
-            env={**os.environ, "KERAS_BACKEND": backend},
-            stdout=None if shown else subprocess.PIPE,
-            stderr=None if shown else subprocess.STDOUT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        seconds = time.monotonic() - start
-        return result.returncode, counts_of(report), seconds, result.stdout or b""
+        counts, tests = read_report(report)
+    seconds = time.monotonic() - start
+    return Result(result.returncode, counts, tests, seconds, result.stdout)
 
 
-def counts_of(report):
-    """Reads `{"passed", "failed", "skipped"}` from pytest's JUnit file."""
+def read_report(report):
+    """Reads pytest's JUnit file.
+
+    Returns:
+        `{"passed", "failed", "skipped"}`, and `(seconds, name)` of each test.
+    """
     counts = {"passed": 0, "failed": 0, "skipped": 0}
+    tests = []
     if report.exists():  # A pytest that died early writes none.
         for suite in ElementTree.parse(report).iter("testsuite"):
             failed = int(suite.get("failures")) + int(suite.get("errors"))
@@ -89,7 +170,24 @@ def counts_of(report):
             counts["failed"] += failed
             counts["skipped"] += skipped
             counts["passed"] += int(suite.get("tests")) - failed - skipped
-    return counts
+            for case in suite.iter("testcase"):
+                name = f"{case.get('classname').replace('.', '/')}::{case.get('name')}"
+                tests.append((float(case.get("time")), name))
+    return counts, tests
+
+
+def summary(part, result, narrowed):
+    """Returns whether a part is good, and a line on it."""
+    counts = result.counts
+    good = result.exit_code == 0 and counts["passed"] > 0
+    if result.exit_code == NO_TESTS_COLLECTED and narrowed:
+        good = True
+    line = (
+        f"{part.name:<48}{counts['passed']:>6} passed{counts['failed']:>6} failed"
+        f"{counts['skipped']:>6} skipped{result.seconds:>8.0f} s"
+    )
+    code = result.exit_code
+    return good, line if good else f"{line}   FAILED (pytest's exit code is {code})"
 
 
 def main(arguments=None):
@@ -105,39 +203,35 @@ def main(arguments=None):
         if backend not in BACKENDS:
             parser.error(f"--backends: {backend!r} is not one of {BACKENDS}.")
     parts = [
-        (backend, name, [*pytest_arguments, *chosen])
+        part
         for backend in backends
-        for name, chosen in ({} if pytest_arguments else PARTS.get(backend, {})).items()
-        or [(backend, [])]
+        for part in parts_of(backend, pytest_arguments, options.slow)
     ]
-    lines = []
+    parts.sort(key=lambda part: not part.name.startswith(FIRST))
     total = {"passed": 0, "failed": 0, "skipped": 0}
+    tests = []
     all_good = True
-    print(f"=== Tests on {', '.join(backends)}; the first is shown", flush=True)
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        runs = [
-            pool.submit(run, backend, options.slow, arguments, number == 0)
-            for number, (backend, _, arguments) in enumerate(parts)
-        ]
-        for (_, name, _), future in zip(parts, runs, strict=True):
-            code, counts, seconds, output = future.result()
-            if output:
-                print(f"\n=== Tests on {name}", flush=True)
-                sys.stdout.buffer.write(output)
-            good = code == 0 and counts["passed"] > 0
-            if code == NO_TESTS_COLLECTED and pytest_arguments:
-                good = True
+    print(f"Tests on {', '.join(backends)}: {len(parts)} parts", flush=True)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+        ThreadPoolExecutor(AT_A_TIME) as pool,
+    ):
+        runs = {pool.submit(run, part, options.slow, cache): part for part in parts}
+        for future in as_completed(runs):
+            part, result = runs[future], future.result()
+            good, line = summary(part, result, narrowed=bool(pytest_arguments))
+            if not good:
+                sys.stdout.buffer.write(result.output)
+            print(line, flush=True)
             all_good &= good
-            for outcome, count in counts.items():
+            tests += [(seconds, part.backend, name) for seconds, name in result.tests]
+            for outcome, count in result.counts.items():
                 total[outcome] += count
-            lines.append(
-                f"{name:<32}{counts['passed']:>6} passed{counts['failed']:>6} failed"
-                f"{counts['skipped']:>6} skipped{seconds:>8.0f} s"
-                + ("" if good else f"   FAILED (pytest's exit code is {code})")
-            )
 
-    print("\n" + "\n".join(lines) + "\n")
-    print(", ".join(f"{count} {outcome}" for outcome, count in total.items()))
+    print(f"\nThe {SLOWEST_SHOWN} slowest tests:")
+    for seconds, backend, name in sorted(tests, reverse=True)[:SLOWEST_SHOWN]:
+        print(f"{seconds:>8.1f} s  {backend:<11} {name}")
+    print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in total.items()))
     return 0 if all_good and total["passed"] else 1
 
 

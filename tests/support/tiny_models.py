@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import torch
 import transformers
+from seeding import set_random_seed
 
 from keras_openllama import (
     OpenLlamaBackbone,
@@ -111,7 +112,7 @@ def random_lm(shape, proto=None, seed=0, **options):
         **options: arguments of `OpenLlamaBackbone`.
     """
     tokenizer = proto and OpenLlamaTokenizer(proto)
-    keras.utils.set_random_seed(seed)
+    set_random_seed(seed)
     backbone = OpenLlamaBackbone(
         tokenizer.vocabulary_size() if proto else shape.vocabulary_size,
         shape.num_layers,
