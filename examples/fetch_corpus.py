@@ -13,7 +13,7 @@ trained on. `manifest.json` lists what was held out and the sizes. The same pack
 always give the same files. `nano.yaml` says how to go on; a model is measured on the
 held-out text by
 
-    python train/evaluate.py --perplexity ~/.cache/keras_openllama/corpus/heldout
+    keras-openllama evaluate --perplexity ~/.cache/keras_openllama/corpus/heldout
 
 Cleaning, the same for training and held-out text: markup, notes, headings and stage
 directions such as "(Applause.)" go; hard-wrapped lines and lines of verse are joined

@@ -8,4 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from keras_openllama.cli.plot import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python train/plot.py"))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from keras_openllama.cli.pretrain import main, use_large_pages
+from keras_openllama.cli.pretrain import main
 
 if __name__ == "__main__":
-    use_large_pages()
-    sys.exit(main())
+    sys.exit(main(prog="python train/pretrain.py"))

@@ -12,9 +12,9 @@ from keras_openllama.checkpoints.formats import (
     FORMATS,
     MAX_SHARD_SIZE,
 )
+from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.presets import BYTES, scaled
 from keras_openllama.cli.process import (
-    PROGRAM,
     choose_backend,
     quiet_tensorflow,
     show_warning,
@@ -32,33 +32,26 @@ architecture and tokenizer --preset tells. Formats:
   keras          a directory, as `save_to_preset` writes it
 """
 
-EXAMPLES = f"""\
+EXAMPLES = """\
 examples:
   A model that you fine-tuned in Keras, for transformers, vLLM or llama.cpp:
-    {PROGRAM} convert my_finetuned_model my_model_hf --to transformers
+    %(prog)s my_finetuned_model my_model_hf --to transformers
 
   What that would write, and how many bytes:
-    {PROGRAM} convert my_finetuned_model my_model_hf --to transformers --dry-run
+    %(prog)s my_finetuned_model my_model_hf --to transformers --dry-run
 
   A published model for EasyLM, which then loads params::3b_v2.msgpack:
-    {PROGRAM} convert open_llama_3b_v2 3b_v2.msgpack --to easylm --dtype bfloat16
+    %(prog)s open_llama_3b_v2 3b_v2.msgpack --to easylm --dtype bfloat16
 
   A checkpoint of EasyLM's training, whole train state or parameters alone:
-    {PROGRAM} convert streaming_train_state 3b_v2_hf --to transformers \\
+    %(prog)s streaming_train_state 3b_v2_hf --to transformers \\
         --preset open_llama_3b_v2
 """
 
 
-def add(commands, **options):
-    """Adds the command to argparse's subparsers; `options` are of `add_parser`."""
-    parser = commands.add_parser(
-        "convert",
-        help="write a model in the format of transformers, EasyLM or Keras",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        **options,
-    )
-    parser.set_defaults(command=run)
+def parse_arguments(arguments, prog):
+    """The options of the command line."""
+    parser = CommandParser(prog, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("source", metavar="SOURCE", help="the model to convert")
     parser.add_argument("target", metavar="DEST", help="where to write it")
     parser.add_argument(
@@ -104,6 +97,7 @@ def add(commands, **options):
         help="print the files and their sizes, and write nothing (SOURCE is downloaded "
         "all the same)",
     )
+    return parser.parse_args(arguments)
 
 
 @contextlib.contextmanager
@@ -119,8 +113,10 @@ def _ended_by_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
-def run(options):
+@command("convert")
+def main(arguments, prog):
     """Runs the command; returns the exit code."""
+    options = parse_arguments(arguments, prog)
     choose_backend(None)
     with _ended_by_sigterm(), warnings.catch_warnings():
         warnings.showwarning = show_warning
@@ -147,4 +143,3 @@ def run(options):
     verb = "Would write" if options.dry_run else "Wrote"
     count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
     print(f"{verb} {options.target}: {count}, {total}")
-    return 0

@@ -1,14 +1,34 @@
-"""Evaluate a model: the published table, any task, perplexity, HumanEval.
+"""`keras-openllama evaluate`: tasks, perplexity, HumanEval, and comparisons."""
 
-    python train/evaluate.py --preset 7b_v2 --suite openllama --output evaluations/7b_v2
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.process import (
+    add_backend,
+    choose_backend,
+    one_line,
+    quiet_tensorflow,
+)
+
+DESCRIPTION = """\
+Evaluate a model: the published table, any task, perplexity, HumanEval.
+
+    %(prog)s --preset 7b_v2 --suite openllama --output evaluations/7b_v2
         the 21 published metrics, measured and published side by side
-    python train/evaluate.py --preset runs/3b_v3 --tasks hellaswag piqa --limit 500
+    %(prog)s --preset runs/3b_v3 --tasks hellaswag piqa --limit 500
         some tasks of lm-evaluation-harness, here on a checkpoint of a run
-    python train/evaluate.py --preset nano --perplexity book.txt texts/ data/
+    %(prog)s --preset nano --perplexity book.txt texts/ data/
         perplexity and bits per byte of text files and prepared data sets
-    python train/evaluate.py --preset 7b_v2 --human-eval --run-generated-code
+    %(prog)s --preset 7b_v2 --human-eval --run-generated-code
         functions that the model writes, and how many pass their tests
-    python train/evaluate.py --compare evaluations/7b evaluations/7b_v2 --output both
+    %(prog)s --compare evaluations/7b evaluations/7b_v2 --output both
         tables and a picture of several
 
 The output directory holds results.json, table.md, table.png and table.svg, and in
@@ -21,27 +41,12 @@ were measured; 75 a signal came (SIGTERM, Ctrl-C), and the same command goes on;
 something could not be read or written; 2 an argument is wrong.
 """
 
-import argparse
-import datetime
-import importlib.metadata
-import json
-import logging
-import os
-import signal
-import sys
-from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 ANSWERS = "answers.sqlite"
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_arguments(arguments, prog):
+    """The parser, and the options of the command line."""
+    parser = CommandParser(prog, description=DESCRIPTION)
     add_model(parser.add_argument_group("the model"))
     parser.add_argument(
         "--output", metavar="DIR", help="default: evaluations/ and the model's name"
@@ -72,7 +77,7 @@ def add_model(group):
     group.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16")
     )
-    group.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
+    add_backend(group)
     group.add_argument(
         "--batch-size",
         type=int,
@@ -351,38 +356,37 @@ def compare(options):
     print(f"written: {', '.join(map(str, paths))}")
 
 
-def main(arguments=None):
-    parser, options = parse_arguments(arguments)
-    try:
-        check(parser, options)
-    except ImportError as error:  # Of the extra `eval`.
-        parser.error(str(error))
-    os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
-        "KERAS_BACKEND", "jax"
-    )
+@command("evaluate", extra="eval")
+def main(arguments, prog):
+    """Runs the command; returns the exit code."""
+    parser, options = parse_arguments(arguments, prog)
+    check(parser, options)
+    choose_backend(options.backend)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if options.compare:
             compare(options)
             return 0
+        with quiet_tensorflow():
+            import keras  # noqa: F401
         evaluation = Evaluation(options)
     except KeyboardInterrupt:
         return os.EX_TEMPFAIL
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        parser.error(" ".join(str(error).split()))
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        return told(error)
+        return _failed(error, prog)
     try:
         evaluation.measure()
     except KeyboardInterrupt:
         print("\nStopped; what was answered is kept. The same command goes on.")
         return os.EX_TEMPFAIL
     except OSError as error:
-        return told(error)
+        return _failed(error, prog)
     print(f"All of it is in {evaluation.directory}.")
     return os.EX_UNAVAILABLE if evaluation.skipped else 0
 
 
-def told(error):
-    print(f"evaluate: {error}", file=sys.stderr)
+def _failed(error, prog):
+    print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
     return os.EX_IOERR

@@ -1,11 +1,11 @@
 """Fine-tune a preset on JSON lines: adapters (LoRA) or all of its weights.
 
-    python train/finetune.py --preset nano --data pairs.jsonl --lora-rank 8
+    %(prog)s --preset nano --data pairs.jsonl --lora-rank 8
         trains adapters on the responses of {"prompt": …, "response": …} lines
-    python train/finetune.py --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
+    %(prog)s --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
         --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
         makes prompts and responses of other keys
-    python train/finetune.py --estimate
+    %(prog)s --estimate
         tells what memory each way takes, and ends
 
 Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
@@ -22,11 +22,12 @@ finite; 74 something could not be written; 2 an argument or an example is wrong,
 not fit the run that is there, or the memory.
 """
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
+
+from keras_openllama.cli.command import CommandParser, command
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -35,11 +36,10 @@ POLICIES = ("none", "products", "projections", "full")
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        prog="finetune.py",
+def parse_arguments(arguments, prog):
+    parser = CommandParser(
+        prog,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--preset",
@@ -298,8 +298,9 @@ def distribution_of(parser, options):
     return distribution
 
 
-def main(arguments=None):
-    parser, options = parse_arguments(arguments)
+@command("finetune", extra="train")
+def main(arguments, prog):
+    parser, options = parse_arguments(arguments, prog)
     os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
         "KERAS_BACKEND", "jax"
     )

@@ -5,9 +5,9 @@ import math
 import sys
 import warnings
 
+from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.process import (
-    BACKENDS,
-    PROGRAM,
+    add_backend,
     choose_backend,
     quiet_tensorflow,
     show_warning,
@@ -32,39 +32,32 @@ downloaded from the Hugging Face Hub when it is used for the first time, into th
 cache that `presets` reports.
 """
 
-EXAMPLES = f"""\
+EXAMPLES = """\
 examples:
   The same text every time, from the embedded model:
-    {PROGRAM} generate "The old man looked at the sea, and"
+    %(prog)s "The old man looked at the sea, and"
 
   Other words each time, or the same ones again with --seed:
-    {PROGRAM} generate "It was a dark night" --top-p 0.9 --temperature 0.8 --seed 1
+    %(prog)s "It was a dark night" --top-p 0.9 --temperature 0.8 --seed 1
 
   A question to a published model, ended by the first new line, without the prompt:
-    {PROGRAM} generate $'Q: What is the largest animal?\\nA:' \\
+    %(prog)s $'Q: What is the largest animal?\\nA:' \\
         --preset open_llama_3b_v2 --stop $'\\n' --strip-prompt
 
   A prompt from a file, on PyTorch in half the memory:
-    {PROGRAM} generate - --preset open_llama_7b_v2 --backend torch \\
+    %(prog)s - --preset open_llama_7b_v2 --backend torch \\
         --dtype bfloat16 < prompt.txt
 
   Your own model, from a directory, a pretraining run, or the Hub:
-    {PROGRAM} generate "Dear Sir," --preset ./my_finetuned_model
-    {PROGRAM} generate "Dear Sir," --preset runs/nano
-    {PROGRAM} generate "Dear Sir," --preset hf://user/repo --revision main
+    %(prog)s "Dear Sir," --preset ./my_finetuned_model
+    %(prog)s "Dear Sir," --preset runs/nano
+    %(prog)s "Dear Sir," --preset hf://user/repo --revision main
 """
 
 
-def add(commands, **options):
-    """Adds the command to argparse's subparsers; `options` are of `add_parser`."""
-    parser = commands.add_parser(
-        "generate",
-        help="continue a prompt",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        **options,
-    )
-    parser.set_defaults(command=run)
+def parse_arguments(arguments, prog):
+    """The options of the command line."""
+    parser = CommandParser(prog, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument(
         "prompt", metavar="PROMPT", help="the text to continue; - reads standard input"
     )
@@ -77,11 +70,7 @@ def add(commands, **options):
     model.add_argument(
         "--revision", help="the branch, tag or commit to download from the Hub"
     )
-    model.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="what Keras computes with (KERAS_BACKEND, or else jax)",
-    )
+    add_backend(model)
     model.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -138,10 +127,13 @@ def add(commands, **options):
     sampling.add_argument(
         "--seed", type=int, metavar="N", help="makes the same choices again"
     )
+    return parser.parse_args(arguments)
 
 
-def run(options):
+@command("generate")
+def main(arguments, prog):
     """Runs the command; returns the exit code."""
+    options = parse_arguments(arguments, prog)
     sampler = sampler_config(options)
     prompt = options.prompt
     if prompt == "-":
@@ -151,7 +143,6 @@ def run(options):
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         _write(prompt, sampler, options)
-    return 0
 
 
 def _write(prompt, sampler, options):

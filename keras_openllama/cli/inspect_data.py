@@ -1,31 +1,29 @@
-"""Look into data that train/prepare_data.py has prepared.
+"""`keras-openllama inspect-data`: what a prepared data set holds."""
 
-    python train/inspect_data.py data                 # the manifest, and a picture
-    python train/inspect_data.py data --step 1000     # what a batch of a run would be
-    python train/inspect_data.py data --verify        # compare every checksum
+import logging
+from pathlib import Path
+
+from keras_openllama.cli.command import CommandParser, command
+
+DESCRIPTION = """\
+Look into data that `prepare-data` has prepared.
+
+    %(prog)s data                 # the manifest, and a picture
+    %(prog)s data --step 1000     # what a batch of a run would be
+    %(prog)s data --verify        # compare every checksum
 
 Prints what each source holds and what was skipped, decodes a batch with the borders of
 its documents, and draws the mixture, wanted and realised, beside the lengths of the
 documents, into data.png (--picture).
 """
 
-import argparse
-import logging
-import sys
-from pathlib import Path
-
-from tqdm import tqdm
-
-from keras_openllama.data import mixture as mixtures
-from keras_openllama.data.prepared_data import PreparedData
-from keras_openllama.data.token_stream import PACKINGS, TokenStream
+PACKINGS = ("concatenate", "best_fit")  # Of `data.token_stream`, which imports Grain.
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", help="what prepare_data.py wrote")
+def parse_arguments(arguments, prog):
+    """The options of the command line."""
+    parser = CommandParser(prog, description=DESCRIPTION)
+    parser.add_argument("directory", help="what `prepare-data` wrote")
     parser.add_argument(
         "--step",
         type=int,
@@ -83,22 +81,20 @@ def parse_arguments(arguments):
 
 
 def verify(data):
+    """Reads every file, and compares its checksum."""
+    from keras_openllama.utils.progress import progress
+
     total = sum(size for _, size, _ in data.files())
-    bar = tqdm(
-        desc="Verifying",
-        total=total,
-        unit="B",
-        unit_scale=True,
-        delay=1.0,
-        disable=None,
-    )
-    with bar:
+    with progress("Verifying", total) as bar:
         data.verify(bar.update)
     print(f"\nall {sum(1 for _ in data.files())} files are as they were prepared")
 
 
-def look(data, options):
+def show(data, options):
+    """Prints batches and the shares of sources, and draws the picture."""
     from keras_openllama.data import inspection
+    from keras_openllama.data import mixture as mixtures
+    from keras_openllama.data.token_stream import TokenStream
     from keras_openllama.text.sentencepiece_model import load_processor
 
     stream = TokenStream(
@@ -127,17 +123,17 @@ def look(data, options):
     print(f"\ndrawn: {picture}")
 
 
-def main(arguments=None):
-    options = parse_arguments(arguments)
+@command("inspect-data", extra="train")
+def main(arguments, prog):
+    """Runs the command; returns the exit code."""
+    options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
-    try:
-        data = PreparedData(options.directory)
-        from keras_openllama.data.inspection import table
+    from keras_openllama.data.inspection import table
+    from keras_openllama.data.prepared_data import PreparedData
 
-        print(table(data))
-        if options.verify:
-            verify(data)
-        else:
-            look(data, options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"inspect_data: {error}")
+    data = PreparedData(options.directory)
+    print(table(data))
+    if options.verify:
+        verify(data)
+    else:
+        show(data, options)

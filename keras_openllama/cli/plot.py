@@ -1,27 +1,28 @@
-"""Draw the loss of pretraining runs, also while they are going on.
+"""`keras-openllama plot`: the loss of runs as a picture."""
 
-    python train/plot.py runs/nano                             # into loss.png
-    python train/plot.py runs/3b_v2 runs/7b_v2 --output loss.svg
-    python train/plot.py runs/nano --x hours --smooth 50
+from keras_openllama.cli.command import CommandParser, command
 
-Each run is a directory that train/pretrain.py writes (its --output), with metrics.jsonl
-in it. A run is a colour: every step faint, the exponential average over --smooth steps
-as a line, and validation as points if it evaluated. The first steps may leave the
-picture at the top.
+DESCRIPTION = """\
+Draw the loss of pretraining runs, also while they are going on.
+
+    %(prog)s runs/nano                             # into loss.png
+    %(prog)s runs/3b_v2 runs/7b_v2 --output loss.svg
+    %(prog)s runs/nano --x hours --smooth 50
+
+Each run is a directory that `pretrain` or `finetune` writes (its --output), with
+metrics.jsonl in it. A run is a colour: every step faint, the exponential average over
+--smooth steps as a line, and validation as points if it evaluated. The first steps may
+leave the picture at the top.
 
 The same numbers, and more of them, are in TensorBoard: tensorboard --logdir runs
 """
 
-import argparse
-import sys
-
-from keras_openllama.runs import loss_plot
+X_AXES = ("tokens", "step", "hours")  # Of `runs.loss_plot`, which imports Matplotlib.
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(arguments, prog):
+    """The options of the command line."""
+    parser = CommandParser(prog, description=DESCRIPTION)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's directory; several in one axes"
     )
@@ -40,21 +41,22 @@ def parse_arguments(arguments):
     )
     parser.add_argument(
         "--x",
-        choices=loss_plot.X_AXES,
-        default=loss_plot.X_AXES[0],
+        choices=X_AXES,
+        default=X_AXES[0],
         help="what the loss is drawn against; hours are those of waiting for data, "
         "computing and saving checkpoints, without restarts (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
 
-def main(arguments=None):
-    options = parse_arguments(arguments)
-    try:
-        runs = loss_plot.read_runs(options.runs)
-        loss_plot.draw(runs, options.output, options.x, options.smooth)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot: {error}")
+@command("plot", extra="train")
+def main(arguments, prog):
+    """Runs the command; returns the exit code."""
+    options = parse_arguments(arguments, prog)
+    from keras_openllama.runs import loss_plot
+
+    runs = loss_plot.read_runs(options.runs)
+    loss_plot.draw(runs, options.output, options.x, options.smooth)
     for run in runs:
         last = run.records[-1]
         tokens = f", {last['tokens']:,} tokens" if "tokens" in last else ""

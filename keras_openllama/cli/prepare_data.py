@@ -1,6 +1,16 @@
-"""Prepare data to train on: tokenize sources of text into a directory.
+"""`keras-openllama prepare-data`: tokenizes text into a data set to train on."""
 
-    python train/prepare_data.py --mixture v2 --tokenizer 3b_v2 --output data \\
+import logging
+
+from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.process import PROGRAM
+from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
+from keras_openllama.data.text_sources import UNIT_BYTES, parse
+
+DESCRIPTION = f"""\
+Prepare data to train on: tokenize sources of text into a directory.
+
+    %(prog)s --mixture v2 --tokenizer 3b_v2 --output data \\
         --source refinedweb='refinedweb/*.parquet' \\
         --source starcoder='starcoder/**/*.parquet' \\
         --source wikipedia=redpajama/wikipedia --source arxiv=redpajama/arxiv
@@ -19,25 +29,19 @@ is kept: run the same command again. Sources can be added by a later command.
 One machine uses all its cores. More than one: give any flags of an Apache Beam runner
 behind a double dash, such as
 
-    python train/prepare_data.py --source ... --output gs://bucket/data -- \\
+    %(prog)s --source ... --output gs://bucket/data -- \\
         --runner=DataflowRunner --project=PROJECT --region=REGION \\
         --temp_location=gs://bucket/tmp --sdk_container_image=IMAGE_WITH_KERAS_OPENLLAMA
 
-Look at the result: python train/inspect_data.py data
+Look at the result: {PROGRAM} inspect-data data
 """
 
-import argparse
-import logging
-import sys
 
-from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
-from keras_openllama.data.text_sources import UNIT_BYTES, parse
-
-
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse_arguments(arguments, prog):
+    """The options of the command line, with `beam_flags`."""
+    parser = CommandParser(
+        prog,
+        description=DESCRIPTION,
         usage="%(prog)s --source NAME=PATHS ... --tokenizer PRESET|DIR --output DIR "
         "[options] [-- BEAM FLAGS]",
     )
@@ -53,7 +57,7 @@ def parse_arguments(arguments):
         required=True,
         metavar="PRESET|DIR",
         help="a preset such as open_llama_3b_v2 or open_llama_nano, a directory with "
-        "a tokenizer.model (train/train_tokenizer.py writes one), or such a file",
+        "a tokenizer.model (`train-tokenizer` writes one), or such a file",
     )
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument(
@@ -121,19 +125,21 @@ def _split_at_dashes(arguments):
     return arguments[:place], True, arguments[place + 1 :]
 
 
-def main(arguments=None):
-    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+@command("prepare-data", extra="train")
+def main(arguments, prog):
+    """Runs the command; returns the exit code."""
+    options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # TensorFlow Datasets' chatter.
-    try:
-        sources = parse(options.source)
-        fields = {
-            name: field
-            for name, fields in parse(options.text_field).items()
-            for field in fields
-        }
-        from keras_openllama.data.preparation import prepare
+    sources = parse(options.source)
+    fields = {
+        name: field
+        for name, fields in parse(options.text_field).items()
+        for field in fields
+    }
+    from keras_openllama.data.preparation import prepare
 
+    try:
         data = prepare(
             sources,
             options.tokenizer,
@@ -147,8 +153,8 @@ def main(arguments=None):
             max_skipped=options.max_skipped,
             max_document_bytes=options.max_document_bytes,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"prepare_data: {error}")
+    except RuntimeError as error:  # Of Beam: a runner that there is not, or failed.
+        raise ValueError(str(error)) from error
     tokens = sum(data.split(name, "train")["tokens"] for name in data.sources)
     print(f"{tokens:,} tokens to train on are in {options.output}. Look at them with:")
-    print(f"    python train/inspect_data.py {options.output}")
+    print(f"    {PROGRAM} inspect-data {options.output}")

@@ -6,6 +6,7 @@ It answers at once, so nothing here imports Keras.
 import json
 from pathlib import Path
 
+from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.presets import registry
 
 _COUNTS = ("", "K", "M", "B")
@@ -22,23 +23,14 @@ of them is in the local cache of the Hugging Face Hub (HF_HOME or HF_HUB_CACHE m
 """
 
 
-def add(commands, **options):
-    """Adds the command to argparse's subparsers; `options` are of `add_parser`."""
-    parser = commands.add_parser(
-        "presets",
-        help="list the models and what is in the local cache",
-        description=DESCRIPTION,
-        **options,
-    )
-    parser.set_defaults(command=run)
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-
-
-def run(options):
+@command("presets")
+def main(arguments, prog):
     """Runs the command; returns the exit code."""
+    parser = CommandParser(prog, description=DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    options = parser.parse_args(arguments)
     rows = preset_rows()
     print(json.dumps(rows, indent=2) if options.json else as_table(rows))
-    return 0
 
 
 def preset_rows():

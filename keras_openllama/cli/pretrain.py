@@ -1,14 +1,14 @@
 """Pretrain a preset by its recipe, on whatever devices JAX has.
 
-    python train/pretrain.py --preset nano
+    %(prog)s --preset nano
         trains the small model in minutes, on text that every machine has
-    python train/pretrain.py --preset 3b_v3 --data DIR --output DIR
+    %(prog)s --preset 3b_v3 --data DIR --output DIR
         the published recipe; the same command on each host of a pod
-    python train/pretrain.py --preset 7b_v2 --plan --topology v4:4x8x8
+    %(prog)s --preset 7b_v2 --plan --topology v4:4x8x8
         compiles the step for TPUs that need not be there, and tells its memory and time
 
 The same command again goes on where the run stopped, to the same bits on the same
-devices. DIR of --data is what train/prepare_data.py wrote. The run's directory holds
+devices. DIR of --data is what `prepare-data` wrote. The run's directory holds
 metrics.jsonl, validation.jsonl, samples.txt, loss.png, TensorBoard's events
 (`tensorboard --logdir DIR`) and checkpoints, which `keras-openllama generate --preset
 DIR` and `keras-openllama convert DIR …` take as they are.
@@ -37,6 +37,7 @@ from pathlib import Path  # noqa: E402
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from keras_openllama.cli.command import CommandParser, command  # noqa: E402
 from keras_openllama.runs import recipe as recipes  # noqa: E402
 from keras_openllama.utils.validation import AXES, mesh_of  # noqa: E402
 
@@ -44,11 +45,10 @@ from keras_openllama.utils.validation import AXES, mesh_of  # noqa: E402
 _OWN = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        prog="pretrain.py",
+def parse_arguments(arguments, prog):
+    parser = CommandParser(
+        prog,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -215,7 +215,7 @@ def data_of(options, resolved, output):
     if resolved.preset != "open_llama_nano":
         raise ValueError(
             f"{resolved.preset} needs data. Prepare it first, and give its directory "
-            "with --data:\n    python train/prepare_data.py --mixture "
+            "with --data:\n    keras-openllama prepare-data --mixture "
             f"{resolved.recipe.mixture} --tokenizer {resolved.preset} --output DIR "
             "--source NAME=PATHS …"
         )
@@ -232,8 +232,9 @@ def data_of(options, resolved, output):
     return PreparedData(place)
 
 
-def main(arguments=None):
-    parser, options = parse_arguments(arguments)
+@command("pretrain", extra="train", large_pages=True)
+def main(arguments, prog):
+    parser, options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -360,14 +361,3 @@ def _tell(output, stopped):
         f'    keras-openllama generate "The captain looked at" --preset {output}\n'
         f"    keras-openllama convert {output} {output}_hf --to transformers"
     )
-
-
-def use_large_pages():
-    """Starts this process again with an allocator that asks Linux for pages of 2 MB.
-
-    A step on a CPU is 1.2 times as fast by it. glibc reads its settings only where a
-    process begins.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

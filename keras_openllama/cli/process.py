@@ -1,4 +1,4 @@
-"""What the commands do to their process: backend, noise on stderr, warnings."""
+"""What the commands do to their process: backend, memory pages, noise on stderr."""
 
 import contextlib
 import importlib.util
@@ -13,8 +13,24 @@ BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
 _TENSORFLOW_REPORT = re.compile(rb"WARNING: All log messages before absl|I\d{4} ")
 
 
+def add_backend(group):
+    """Adds the flag `--backend`, for `choose_backend`, to a parser or its group."""
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="what Keras computes with (KERAS_BACKEND, or else jax)",
+    )
+
+
 def choose_backend(name):
-    """Sets Keras's backend, before anything has imported Keras."""
+    """Sets Keras's backend, before anything has imported Keras.
+
+    Args:
+        name: string, or `None` for that of KERAS_BACKEND, or else JAX.
+
+    Raises:
+        ValueError: if the backend is not installed, or Keras is imported with another.
+    """
     name = name or os.environ.get("KERAS_BACKEND") or "jax"
     if name in BACKENDS and importlib.util.find_spec(BACKENDS[name]) is None:
         extra = "[torch]" if name == "torch" else ""
@@ -54,6 +70,22 @@ def quiet_tensorflow():
             for line in caught:
                 if not _TENSORFLOW_REPORT.match(line):
                     os.write(2, line)
+
+
+def use_large_pages(arguments):
+    """Restarts the process with an allocator that asks Linux for pages of 2 MB.
+
+    A training step on a CPU is 1.2 times as fast with them. glibc reads its settings
+    only when a process starts.
+
+    Args:
+        arguments: list of strings. Unless the process was started with them (but by a
+            test or a notebook, which calls the command), nothing is done.
+    """
+    own = arguments and sys.orig_argv[-len(arguments) :] == arguments
+    if own and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def one_line(message):

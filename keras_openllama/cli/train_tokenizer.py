@@ -1,10 +1,25 @@
-"""Train a tokenizer: SentencePiece BPE with byte fallback, laid out as OpenLLaMA's.
+"""`keras-openllama train-tokenizer`: a SentencePiece tokenizer like OpenLLaMA's."""
 
-    python train/train_tokenizer.py --output tokenizers/mine --mixture v2 \\
+import argparse
+import contextlib
+import json
+import re
+import signal
+
+import keras_openllama
+from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.process import PROGRAM
+from keras_openllama.data import document_reader, text_sources
+from keras_openllama.utils import files
+
+DESCRIPTION = """\
+Train a tokenizer: SentencePiece BPE with byte fallback, laid out as OpenLLaMA's.
+
+    %(prog)s --output tokenizers/mine --mixture v2 \\
         --input refinedweb='refinedweb/*.parquet' \\
         --input starcoder='starcoder/**/*.parquet' wikipedia=redpajama/wikipedia
 
-SOURCE is NAME=PATHS as in prepare_data.py, or PATHS alone, which is then the source
+SOURCE is NAME=PATHS as in `prepare-data`, or PATHS alone, which is then the source
 `text`. PATHS is a file, a pattern in quotes, a directory, or tfds:NAME[/CONFIG][@SPLIT]
 for a data set of TensorFlow Datasets. Read are JSON lines (.jsonl, .json, plain or .gz
 or .zst), Parquet, and text: in a directory without any of these each file is a
@@ -22,21 +37,7 @@ Training on 1 GB takes about five minutes on two cores, and 8 GB of memory. DIR 
 tokenizer.model, tokenizer.vocab (the pieces, a line each), report.json and report.png.
 """
 
-import argparse
-import contextlib
-import json
-import re
-import signal
-import sys
-
-import keras_openllama
-from keras_openllama.cli.process import one_line
-from keras_openllama.data import document_reader, text_sources
-from keras_openllama.data import mixture as mixtures
-from keras_openllama.data import tokenizer_report as reporting
-from keras_openllama.data import tokenizer_training as training
-from keras_openllama.utils import files
-
+STYLES = ("v1", "v2")  # Of `data.tokenizer_training`, which imports SentencePiece.
 MODEL_FILE = "tokenizer.model"
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -52,10 +53,11 @@ def number_of_bytes(text):
     return number
 
 
-def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse_arguments(arguments, prog):
+    """The options of the command line."""
+    parser = CommandParser(
+        prog,
+        description=DESCRIPTION,
         usage="%(prog)s --input SOURCE ... --output DIR [options]",
     )
     parser.add_argument(
@@ -76,7 +78,7 @@ def parse_arguments(arguments):
     )
     parser.add_argument(
         "--style",
-        choices=list(training.STYLES),
+        choices=STYLES,
         default="v2",
         help="whether runs of spaces are merged or kept (default: %(default)s)",
     )
@@ -153,6 +155,8 @@ def plan(options):
         )
     weights = None
     if options.mixture:
+        from keras_openllama.data import mixture as mixtures
+
         mixture = mixtures.load(options.mixture).restricted_to(specs)
         weights = mixture.weights_at(0)
         fields = {
@@ -165,15 +169,13 @@ def plan(options):
 
 def read_sample(options):
     """Reads all sources, and says what was kept: dict of `Sample` by source."""
-    from tqdm import tqdm
+    from keras_openllama.data import tokenizer_training as training
+    from keras_openllama.utils.progress import progress
 
     weights, fields, units = plan(options)
     total = sum(unit.num_bytes for parts in units.values() for unit in parts)
     print(f"Reading {total / 1e6:,.1f} MB: {', '.join(units)}", flush=True)
-    # The bar shows itself after a second, and only on a terminal.
-    with tqdm(
-        desc="Reading", total=total, unit="B", unit_scale=True, disable=None, delay=1
-    ) as bar:
+    with progress("Reading", total) as bar:
         documents = {
             name: (
                 document
@@ -224,6 +226,9 @@ def interruptible():
 
 def train(options):
     """Reads, trains, reports, and writes the directory."""
+    from keras_openllama.data import tokenizer_report as reporting
+    from keras_openllama.data import tokenizer_training as training
+
     training.check_vocabulary_size(options.vocab_size)
     make_room(options.output, options.force)
     samples = read_sample(options)
@@ -260,15 +265,12 @@ def train(options):
         files.write_bytes(files.join(options.output, name), data)
 
 
-def main(arguments=None):
-    options = parse_arguments(arguments)
-    try:
-        train(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_tokenizer: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+@command("train-tokenizer", extra="train")
+def main(arguments, prog):
+    """Runs the command; returns the exit code."""
+    options = parse_arguments(arguments, prog)
+    train(options)
     path = files.join(options.output, MODEL_FILE)
     print(f"{options.output} has the tokenizer and the report. Use it:")
-    print(f"    python train/prepare_data.py --tokenizer {options.output} ...")
+    print(f"    {PROGRAM} prepare-data --tokenizer {options.output} ...")
     print(f'    OpenLlamaTokenizer("{path}")')

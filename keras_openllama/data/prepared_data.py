@@ -34,7 +34,7 @@ def read_manifest(directory):
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{directory} has no {MANIFEST_FILE}: it is no prepared data set, or one "
-            "whose preparation has not ended. Run train/prepare_data.py again."
+            "whose preparation has not ended. Run prepare-data again."
         ) from error
     except ValueError as error:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The rows that the documents of a source make, by number.
+"""The sequences that the documents of a source make (rows of a batch), by number.
 
 A row of `length` predictions holds `length + 1` tokens: what is read, and what is to be
 predicted, one token ahead. Rows are numbered through all epochs.

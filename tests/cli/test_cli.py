@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import keras
 import pytest
 
-import keras_openllama
-from keras_openllama.__main__ import main
+from keras_openllama.__main__ import COMMANDS, main
+from keras_openllama.cli.command import command
 from keras_openllama.cli.generate import sampler_config
 
 PROMPT = "The old man looked at the sea, and"
@@ -50,7 +50,7 @@ def fake_model(monkeypatch):
                 self.before_each_piece()
                 yield piece
 
-    monkeypatch.setattr(keras_openllama, "OpenLlamaCausalLM", FakeModel)
+    monkeypatch.setattr(causal_lm, "OpenLlamaCausalLM", FakeModel)
     return FakeModel
 
 
@@ -69,17 +69,40 @@ def test_help_teaches_with_examples(command, capsys):
 
 
 @pytest.mark.backend_free
-def test_help_and_presets_import_neither_keras_nor_a_backend():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_imports_neither_keras_nor_a_backend(command):
     script = (
         "import sys\n"
         "from keras_openllama.__main__ import main\n"
-        "main(['presets'])\n"
-        "try: main(['generate', '--help'])\n"
+        "try: main([sys.argv[1], '--help'])\n"
         "except SystemExit: pass\n"
         f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
     )
-    out = subprocess.check_output([sys.executable, "-c", script], text=True)
+    asked = [sys.executable, "-c", script, command]
+    out = subprocess.check_output(asked, text=True)
+    assert f"usage: keras-openllama {command} " in out
     assert out.splitlines()[-1] == "imported: []"
+
+
+@pytest.mark.backend_free
+def test_an_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["prepare_data"])
+    assert exit.value.code == 2
+    assert "Did you mean prepare-data?" in capsys.readouterr().err
+
+
+@pytest.mark.backend_free
+def test_a_missing_extra_is_named_in_a_line(capsys):
+    @command("plot", extra="train")
+    def fails(arguments, prog):
+        raise ModuleNotFoundError("No module named 'orbax'", name="orbax")
+
+    assert fails([]) == 2
+    assert capsys.readouterr().err == (
+        "keras-openllama plot: error: orbax is not installed: "
+        "pip install 'keras-openllama[train]' brings it.\n"
+    )
 
 
 @pytest.mark.backend_free
@@ -107,7 +130,7 @@ def test_an_unknown_preset_is_one_line_that_names_the_nearest(capsys):
     assert main(["generate", "x", "--preset", "open_llama_7b_v3"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("keras-openllama: error: ")
+    assert captured.err.startswith("keras-openllama generate: error: ")
     assert captured.err.count("\n") == 1
     assert "open_llama_7b_v2" in captured.err
 
@@ -135,7 +158,7 @@ def test_a_backend_cannot_change_once_keras_is_imported(capsys):
 @pytest.mark.backend_free
 def test_an_empty_prompt_is_refused(capsys):
     assert main(["generate", ""]) == 2
-    assert "keras-openllama: error: " in capsys.readouterr().err
+    assert "keras-openllama generate: error: " in capsys.readouterr().err
 
 
 # generate
@@ -353,7 +376,9 @@ def test_convert_fails_in_one_line_that_tells_the_remedy(tmp_path, capsys):
     arguments = ["convert", "open_llama_nano", str(target), "--to", "easylm"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("keras-openllama: error: ") and error.count("\n") == 1
+    assert (
+        error.startswith("keras-openllama convert: error: ") and error.count("\n") == 1
+    )
     assert str(target) in error and "--force" in error
     assert target.read_text() == "precious"
     assert main([*arguments, "--force"]) == 0

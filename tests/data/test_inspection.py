@@ -1,20 +1,18 @@
 """A look inside prepared data: the table, batches in words, the picture, the script."""
 
 import re
-import runpy
 
 import numpy as np
 import pytest
-from checkout import ROOT
 from token_data import prepare_sources
 
-from keras_openllama.data import inspection
+from keras_openllama.cli.inspect_data import PACKINGS, main
+from keras_openllama.data import inspection, token_stream
 from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.text.sentencepiece_model import load_processor
 
 pytestmark = pytest.mark.backend_free
 
-SCRIPT = ROOT / "train" / "inspect_data.py"
 WEIGHTS = {"web": 3, "code": 1, "books": 6}
 
 
@@ -22,11 +20,6 @@ WEIGHTS = {"web": 3, "code": 1, "books": 6}
 def data(tmp_path_factory):
     directory = tmp_path_factory.mktemp("inspection")
     return prepare_sources(directory, {"web": 300, "code": 40}, WEIGHTS)
-
-
-@pytest.fixture(scope="module")
-def main():
-    return runpy.run_path(str(SCRIPT))["main"]
 
 
 def test_the_table_says_what_there_is_and_what_is_missing(data):
@@ -70,7 +63,7 @@ def test_documents_are_counted_by_length(data):
     assert counts[0] == (lengths < 10).sum()
 
 
-def test_the_script_prints_and_draws(data, main, tmp_path, capsys):
+def test_the_script_prints_and_draws(data, tmp_path, capsys):
     picture = tmp_path / "look.png"
     main(
         [
@@ -85,8 +78,13 @@ def test_the_script_prints_and_draws(data, main, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
 
 
-def test_the_script_verifies_and_refuses(data, main, tmp_path, capsys):
-    main([data.directory, "--verify"])
+def test_the_script_verifies_and_refuses(data, tmp_path, capsys):
+    assert main([data.directory, "--verify"]) == 0
     assert "files are as they were prepared" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"inspect_data: .* has no manifest\.json"):
-        main([str(tmp_path)])
+    assert main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert re.match(r"keras-openllama inspect-data: error: .* has no manifest", said)
+
+
+def test_the_flag_packing_takes_all_packings():
+    assert PACKINGS == token_stream.PACKINGS

@@ -486,9 +486,11 @@ def test_a_process_that_fails_shows_no_traceback(tmp_path):
     script = [sys.executable, ROOT / "train" / "train_tokenizer.py"]
     command = [*script, "--input", "nothing", "--output", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     [line] = result.stderr.splitlines()
-    assert line.startswith("train_tokenizer: Source 'text': 'nothing' matches no file")
+    assert line.startswith(
+        "python train/train_tokenizer.py: error: Source 'text': 'nothing' matches no file"
+    )
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
@@ -521,5 +523,5 @@ def test_help_teaches(capsys):
         main(["--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert "python train/train_tokenizer.py --output" in said
+    assert "keras-openllama train-tokenizer --output" in said
     assert "unfit for code" in said and "--sample-bytes" in said

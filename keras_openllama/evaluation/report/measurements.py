@@ -1,4 +1,4 @@
-"""What runs of train/evaluate.py measured, and how."""
+"""What `keras-openllama evaluate` measured, and how."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def read(directory):
         ValueError: if the file holds something else.
 
     Example:
-        print(reports.table([reports.read("evaluations/7b_v2")]))
+        print(tables.table([measurements.read("evaluations/7b_v2")]))
     """
     path = os.path.join(directory, RESULTS)
     try:
@@ -32,8 +32,7 @@ def read(directory):
             results = json.load(file)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"{directory} has no {RESULTS}; give a directory that train/evaluate.py "
-            "wrote"
+            f"{directory} has no {RESULTS}; give a directory that `evaluate` wrote"
         ) from None
     except ValueError as error:
         raise ValueError(_malformed(path, f"is no JSON ({error})")) from None
@@ -44,7 +43,7 @@ def read(directory):
 
 
 def _malformed(path, fault):
-    return f"{path} {fault}; run train/evaluate.py again to write it anew"
+    return f"{path} {fault}; run `evaluate` again to write it anew"
 
 
 def _fault(results):

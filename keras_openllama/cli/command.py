@@ -1,0 +1,87 @@
+"""What all commands share: their parser, their exit codes, and errors in one line.
+
+A command is a module with `main(arguments=None, prog="keras-openllama NAME")`, which
+returns the exit code. At its top it imports nothing that takes long, so that `--help`
+answers at once.
+"""
+
+import argparse
+import functools
+import os
+import sys
+
+from keras_openllama.cli.process import PROGRAM, one_line, use_large_pages
+
+_TRACEBACK = "--traceback"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that keeps the lines of its texts, and takes `--traceback`.
+
+    In the description and the epilog `%(prog)s` is the command as the user typed it,
+    and so a percent sign is written twice.
+    """
+
+    def __init__(self, prog, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, **options)
+        self.add_argument(
+            _TRACEBACK,
+            action="store_true",
+            default=False,
+            help="show where an error comes from, for a bug report",
+        )
+
+
+def command(name, extra=None, large_pages=False):
+    """Decorates the `main` of a command, so that every command ends the same way.
+
+    The function takes a list of arguments and `prog`, and returns the exit code or
+    `None`. An error that the user can correct (`ValueError`, `OSError`, `ImportError`)
+    becomes one line on stderr and exit code 2; Ctrl-C is 130; a reader that has closed
+    the pipe (`| head`) is no error.
+
+    Args:
+        name: string, the command after `keras-openllama`.
+        extra: string, the extra of the package that brings what the command imports.
+        large_pages: bool, whether the process is restarted with large memory pages.
+
+    Returns:
+        A decorator. The function that it returns takes `arguments=None`, those of the
+        process, and `prog="keras-openllama NAME"`.
+    """
+
+    def decorate(run):
+        @functools.wraps(run)
+        def main(arguments=None, prog=f"{PROGRAM} {name}"):
+            arguments = sys.argv[1:] if arguments is None else list(arguments)
+            if large_pages:
+                use_large_pages(arguments)
+            try:
+                return run(arguments, prog) or 0
+            except BrokenPipeError:
+                # Python would complain about the same pipe again when it flushes at
+                # exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                return 130
+            except (ValueError, OSError, ImportError) as error:
+                if _TRACEBACK in arguments:
+                    raise
+                print(f"{prog}: error: {_message(error, extra)}", file=sys.stderr)
+                return 2
+
+        return main
+
+    return decorate
+
+
+def _message(error, extra):
+    """The error in one line; for a package that is not installed, what installs it."""
+    missing = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and str(error).startswith("No module"):
+        wanted = f"{PROGRAM}[{extra}]" if extra else PROGRAM
+        return f"{missing} is not installed: pip install '{wanted}' brings it."
+    return one_line(error)
