@@ -1,4 +1,10 @@
-"""Values of variables as NumPy arrays, gathered from whatever devices have them."""
+"""Arrays and tensors of any backend as NumPy arrays.
+
+TensorFlow is never imported for it: only who has imported it can hold one of its
+tensors.
+"""
+
+import sys
 
 import keras
 import ml_dtypes
@@ -45,3 +51,29 @@ def _from_torch(value):
         return value.numpy()
     # PyTorch cannot give it to NumPy.
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def loaded_tensorflow():
+    """Returns the `tensorflow` module if the process has imported it, else `None`."""
+    return sys.modules.get("tensorflow")
+
+
+def is_graph_tensor(value):
+    """Whether `value` is a TensorFlow tensor without a value, as in `Dataset.map`."""
+    tensorflow = loaded_tensorflow()
+    return tensorflow is not None and tensorflow.is_symbolic_tensor(value)
+
+
+def to_numpy(value):
+    """Returns an array-like or a tensor of any backend as a NumPy array.
+
+    Args:
+        value: array, list of numbers, or tensor of JAX, TensorFlow or PyTorch, on
+            whatever device.
+
+    Returns:
+        A NumPy array of the same shape and dtype.
+    """
+    if hasattr(value, "detach"):  # PyTorch converts neither gradients nor GPU memory.
+        value = value.detach().cpu()
+    return np.asarray(value)

@@ -5,7 +5,7 @@ import string
 
 import numpy as np
 
-from keras_openllama.text.examples import CHAT, PAIR
+from keras_openllama.text.inputs import CHAT, PAIR
 
 _KINDS = (PAIR, CHAT, {"text"})
 

@@ -5,8 +5,10 @@ from typing import NamedTuple
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from keras_openllama.generation import generate
-
-TOKENS_BETWEEN_LOOKS = 16  # Ours: tokens between two looks for a stop string.
+from keras_openllama.generation.stop_strings import (
+    TOKENS_BETWEEN_STOP_CHECKS,
+    run_until_stopped,
+)
 
 
 class Options(NamedTuple):
@@ -69,24 +71,31 @@ def continuations(lm, prompts, options):
         alone read, so without the space that begins a text.
     """
     tokenizer = lm.preprocessor.tokenizer
-    end = tokenizer.end_token_id
-    rows = [[] for _ in prompts]
+    rows = [_TaskText(tokenizer, options.stop) for _ in prompts]
     limits = [options.max_new_tokens] * len(prompts)
-    stride = TOKENS_BETWEEN_LOOKS if options.stop else None
-    loop = lm.make_generate_function()
-    for new in generate.new_tokens(loop, prompts, limits, [end], stride):
-        for row, ids in zip(rows, new, strict=True):
-            row += ids
-        texts = [tokenizer.detokenize(_before(row, end)) for row in rows]
-        stopped = (
-            end in row or any(stop in text for stop in options.stop)
-            for row, text in zip(rows, texts, strict=True)
-        )
-        if all(stopped):
-            break
+    stride = TOKENS_BETWEEN_STOP_CHECKS if options.stop else None
+    loop, end = lm.make_generate_function(), [tokenizer.end_token_id]
+    new = generate.new_tokens(loop, prompts, limits, end, stride)
+    for _ in run_until_stopped(rows, new):
+        pass
     stop = list(options.stop)
-    return [postprocess_generated_text(text, stop, None) for text in texts]
+    return [postprocess_generated_text(row.text, stop, None) for row in rows]
 
 
-def _before(row, end):
-    return row[: row.index(end)] if end in row else row
+class _TaskText:
+    """The text of new tokens alone, as the harness reads them: all decoded at once."""
+
+    def __init__(self, tokenizer, stops):
+        self._tokenizer, self._stops = tokenizer, stops
+        self._ids, self.text, self.stopped = [], "", False
+
+    def push(self, ids):
+        end = self._tokenizer.end_token_id
+        self._ids += ids
+        ended = end in self._ids
+        before = self._ids[: self._ids.index(end)] if ended else self._ids
+        self.text = self._tokenizer.detokenize(before)
+        self.stopped = ended or any(stop in self.text for stop in self._stops)
+
+    def flush(self):
+        """Nothing is held back: `text` is always that of all tokens."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from keras import ops
 
+from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.layers import lora
-from keras_openllama.text.text_arrays import to_numpy
 
 
 class Answers:

@@ -4,11 +4,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.evaluation import prefix_tries
 from keras_openllama.generation.sharding import put, row_sharding
 from keras_openllama.generation.token_loop import padded_rows
-from keras_openllama.text.text_arrays import to_numpy
 from keras_openllama.utils.validation import whole
 
 # Ours: tokens of a row whose logits are in memory at once.

@@ -3,12 +3,12 @@
 import numpy as np
 from keras import ops, tree
 
+from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import Sampler, SpeculativeSampler
 from keras_openllama.generation.sharding import put, shardings
 from keras_openllama.generation.token_loop import feed, lay_out, new_cache, until_stop
-from keras_openllama.layers.attention import heads_first
-from keras_openllama.text.text_arrays import to_numpy
+from keras_openllama.layers.cached_attention import heads_first
 
 PROMPT_STEP = 32  # Ours: prompts are padded to a multiple, so that fewer compile anew.
 

@@ -1,12 +1,151 @@
-"""From prompts to new tokens, whichever loop the sampler needs."""
+"""The walk from what a user passes to `generate` or `stream` to new text or ids."""
+
+import dataclasses
 
 import keras
 
 from keras_openllama.generation.beam_search import SearchLoop, steers_search
+from keras_openllama.generation.limits import new_token_limits, stop_ids
+from keras_openllama.generation.stop_strings import (
+    TOKENS_BETWEEN_STOP_CHECKS,
+    Continuation,
+    as_stop_strings,
+    run_until_stopped,
+)
 from keras_openllama.generation.token_loop import TokenLoop, choose_tokens
+from keras_openllama.text.inputs import (
+    Batches,
+    Chats,
+    TokenArrays,
+    as_arrays,
+    normalize_prompts,
+)
 
 if keras.config.backend() == "torch":
     from keras_openllama.generation.token_loop_torch import TorchTokenLoop as TokenLoop
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where generation ends; see `OpenLlamaCausalLM.generate`."""
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    stop_token_ids: object = "auto"
+    stop: object = None
+
+    def of(self, model, rows, default_length):
+        """The tokens to add to each prompt at most, and the ids that end one.
+
+        Raises:
+            ValueError: for limits that are malformed or beyond the context.
+        """
+        tokenizer = getattr(model.preprocessor, "tokenizer", None)
+        limits = new_token_limits(
+            [len(row) for row in rows],
+            self.max_length,
+            self.max_new_tokens,
+            default_length,
+            model.backbone.context_length,
+        )
+        size = model.backbone.vocabulary_size
+        return limits, stop_ids(self.stop_token_ids, tokenizer, size)
+
+
+def generate(model, inputs, limits, strip_prompt=False):
+    """What `OpenLlamaCausalLM.generate` returns.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+        inputs, strip_prompt: see there.
+        limits: `Limits`.
+    """
+    has_preprocessor = model.preprocessor is not None
+    size = model.backbone.vocabulary_size
+    prompts = normalize_prompts(inputs, size, has_preprocessor)
+    if isinstance(prompts, TokenArrays):
+        return _generate_arrays(model, prompts, limits, strip_prompt)
+    if isinstance(prompts, Batches):
+        results = []
+        for batch in prompts.batches:
+            if not has_preprocessor:
+                batch = normalize_prompts(batch.texts, size, False)  # Raises.
+            results += _generate_texts(model, batch, limits, strip_prompt)
+        return results
+    results = _generate_texts(model, prompts, limits, strip_prompt)
+    return results if prompts.batched else results[0]
+
+
+def _generate_texts(model, prompts, limits, strip_prompt):
+    """New text for each of `Texts` or `Chats`; nothing stands before a chat's reply."""
+    preprocessor = model.preprocessor
+    if isinstance(prompts, Chats):
+        rows = [preprocessor.chat_ids(messages) for messages in prompts.chats]
+        texts = [""] * len(rows)
+    else:
+        rows, texts = preprocessor.prompt_ids(prompts.texts), prompts.texts
+    stops = as_stop_strings(limits.stop)
+    stride = TOKENS_BETWEEN_STOP_CHECKS if stops else None
+    continuations, steps = _start(model, rows, limits, stops, stride)
+    for _ in steps:
+        pass
+    return [
+        row.text if strip_prompt else text + row.text
+        for text, row in zip(texts, continuations, strict=True)
+    ]
+
+
+def stream(model, text, limits):
+    """What `OpenLlamaCausalLM.stream` returns; checks the request at once.
+
+    Args:
+        model: `OpenLlamaCausalLM` with a preprocessor.
+        text: string.
+        limits: `Limits`.
+    """
+    rows = model.preprocessor.prompt_ids([text])
+    stops = as_stop_strings(limits.stop)
+    (row,), steps = _start(model, rows, limits, stops, stride=1)
+
+    def pieces():
+        shown = 0
+        for _ in steps:
+            if len(row.text) > shown:
+                yield row.text[shown:]
+                shown = len(row.text)
+
+    return pieces()
+
+
+def _start(model, rows, limits, stops, stride):
+    """The continuations of prompts, and an iterator that lets them grow."""
+    length = model.preprocessor.sequence_length
+    numbers, end_ids = limits.of(model, rows, length)
+    tokenizer = model.preprocessor.tokenizer
+    continuations = [Continuation(tokenizer, row, stops) for row in rows]
+    # The program is made when the first token is asked for.
+    new = _new_tokens(model, rows, numbers, end_ids, stride)
+    return continuations, run_until_stopped(continuations, new)
+
+
+def _generate_arrays(model, prompts, limits, strip_prompt):
+    if limits.stop is not None:
+        raise ValueError(
+            "`stop` finds strings in text, and here are token ids. Give "
+            f"`stop_token_ids` instead. Received: stop={limits.stop!r}"
+        )
+    rows, width = prompts.rows, prompts.width
+    numbers, end_ids = limits.of(model, rows, width)
+    (new,) = _new_tokens(model, rows, numbers, end_ids, None)
+    longest = max(len(r) + n for r, n in zip(rows, numbers, strict=True))
+    if not strip_prompt:
+        new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
+    return as_arrays(new, max(width, longest))
+
+
+def _new_tokens(model, rows, limits, stop_token_ids, stride):
+    loop = model.make_generate_function()
+    yield from new_tokens(loop, rows, limits, stop_token_ids, stride)
 
 
 def loop_for(model):

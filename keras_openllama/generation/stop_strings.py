@@ -1,4 +1,28 @@
-"""The text of one row while its tokens arrive."""
+"""The text of sequences while their tokens arrive, up to a stop string."""
+
+# Heuristic: tokens between two checks for a stop string; at most so many are wasted.
+TOKENS_BETWEEN_STOP_CHECKS = 16
+
+
+def run_until_stopped(rows, new_tokens):
+    """Feeds new tokens to sequences until all have met a stop string, or none come.
+
+    Args:
+        rows: list of `Continuation`, or of others with its `push`, `flush`, `stopped`.
+        new_tokens: iterator that `generate.new_tokens` returns.
+
+    Yields:
+        `None`, whenever the sequences have grown, and at their end.
+    """
+    for new in new_tokens:
+        for row, ids in zip(rows, new, strict=True):
+            row.push(ids)
+        yield
+        if all(row.stopped for row in rows):
+            break
+    for row in rows:
+        row.flush()
+    yield
 
 
 def as_stop_strings(stop):

@@ -9,7 +9,7 @@ slice, whatever the lengths, and a row computes exactly what it computes alone; 
 rotary positions are its own.
 
 The cache is a tuple with one pair of tensors per layer, each `(num_key_value_heads *
-batch, columns, head_dim)`, updated in place; `layers/attention.py` says why.
+batch, columns, head_dim)`, updated in place; `layers/cached_attention.py` says why.
 
 With XLA, prefill and decoding are one program for each number of rows and columns, and
 both numbers come in few sizes: a prompt of any length takes as many chunks as it needs.
@@ -22,12 +22,12 @@ import ml_dtypes
 import numpy as np
 from keras import ops, tree
 
+from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
 from keras_openllama.generation.sharding import keep, put, shardings
-from keras_openllama.layers.attention import HIDDEN
+from keras_openllama.layers.cached_attention import HIDDEN
 from keras_openllama.text.inputs import PAD_TOKEN_ID, as_arrays
-from keras_openllama.text.text_arrays import to_numpy
 
 # Ours: tokens of a prefill chunk. The large one is near the peak rate of matrix
 # products; the small one costs about two steps of decoding on a CPU.
@@ -84,7 +84,7 @@ def place(rows, column, shape, cache_shape):
         cache_shape: shape of the keys in the cache.
 
     Returns:
-        int `(batch, length)`, and the `bias` of `layers.attention.attend_cached`.
+        int `(batch, length)`, and the `bias` of `cached_attention.attend_cached`.
     """
     prefix, start = rows["prefix_lengths"][:, None], rows["start"]
     fed = (column + ops.arange(shape[1], dtype="int32"))[None]

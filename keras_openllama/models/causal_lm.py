@@ -6,17 +6,15 @@ from keras import ops
 from keras_openllama import presets
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
-from keras_openllama.generation.generate import loop_for, new_tokens, steers_search
-from keras_openllama.generation.stop_strings import Continuation, as_stop_strings
+from keras_openllama.generation import generate as generation
+from keras_openllama.generation.beam_search import steers_search
+from keras_openllama.generation.generate import Limits
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
 from keras_openllama.loading.load import load_task
 from keras_openllama.models import scoring
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
-from keras_openllama.text import inputs as prompts
-from keras_openllama.text.examples import is_chat
-from keras_openllama.text.text_arrays import as_texts
 from keras_openllama.training.fit import Fitting, default_optimizer
 
 if keras.config.backend() == "jax":
@@ -26,9 +24,6 @@ else:
     from keras_openllama.training.train_step_tf_torch import (
         WeightedTraining as Training,
     )
-
-# Ours: tokens between two looks for a stop string; at most so many are wasted.
-TOKENS_BETWEEN_STOP_CHECKS = 16
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -209,7 +204,7 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         """The loop that chooses tokens; it compiles its programs at first use."""
         # KerasHub sets it to None where the model or the sampler changes.
         if self.generate_function is None:
-            self.generate_function = loop_for(self)
+            self.generate_function = generation.loop_for(self)
         return self.generate_function
 
     def generate(
@@ -253,37 +248,8 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
         Example:
             lm.generate(["Once upon", "The sea"], max_new_tokens=20, stop=".")
         """
-        if prompts.is_tf_dataset(inputs):
-            options = (max_length, max_new_tokens, stop_token_ids, stop, strip_prompt)
-            texts = []
-            for batch in inputs.as_numpy_iterator():
-                batch = as_texts(batch)[0]  # Refuses what is no text.
-                texts += self.generate(batch, *options)
-            return texts
-        chats = self.preprocessor is not None and is_chat(inputs)
-        if self.preprocessor is None or (isinstance(inputs, dict) and not chats):
-            return self._generate_arrays(
-                inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
-            )
-        prompt_ids, texts, batched = self._prompts(inputs)
-        stops = as_stop_strings(stop)
-        rows = self._run(
-            prompt_ids,
-            (max_length, max_new_tokens),
-            stop_token_ids,
-            stops,
-            stride=TOKENS_BETWEEN_STOP_CHECKS if stops else None,
-        )
-        for continuations in rows:
-            if all(row.stopped for row in continuations):
-                break
-        for row in continuations:
-            row.flush()
-        results = [
-            row.text if strip_prompt else text + row.text
-            for text, row in zip(texts, continuations, strict=True)
-        ]
-        return results if batched else results[0]
+        limits = Limits(max_length, max_new_tokens, stop_token_ids, stop)
+        return generation.generate(self, inputs, limits, strip_prompt)
 
     def stream(
         self,
@@ -317,103 +283,8 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
                 "`stream` takes one string, and needs a `preprocessor`. Received: "
                 f"inputs={inputs!r}, preprocessor={self.preprocessor}"
             )
-        rows = self._run(
-            self.preprocessor.prompt_ids([inputs]),
-            (max_length, max_new_tokens),
-            stop_token_ids,
-            as_stop_strings(stop),
-            stride=1,
-        )
-        return self._pieces(rows)
-
-    def _pieces(self, rows):
-        shown = 0
-        for (row,) in rows:
-            if len(row.text) > shown:
-                yield row.text[shown:]
-                shown = len(row.text)
-            if row.stopped:
-                return
-        row.flush()
-        if len(row.text) > shown:
-            yield row.text[shown:]
-
-    def _prompts(self, inputs):
-        """Ids of texts or chats, the texts to put before what is new, and if a batch.
-
-        Nothing is put before the reply in a chat.
-        """
-        if is_chat(inputs):
-            if not isinstance(inputs, dict):
-                inputs = {"messages": [chat["messages"] for chat in inputs]}
-            batched = isinstance(inputs["messages"][0], (list, tuple))
-            chats = inputs["messages"] if batched else [inputs["messages"]]
-            rows = [self.preprocessor.chat_ids(messages) for messages in chats]
-            return rows, [""] * len(rows), batched
-        texts, batched = as_texts(inputs)
-        if not texts:
-            raise ValueError("`inputs` must hold at least one prompt. Received: []")
-        return self.preprocessor.prompt_ids(texts), texts, batched
-
-    def _run(self, rows, lengths, stop_token_ids, stops, stride):
-        """Checks the request at once; returns an iterator over growing texts."""
-        limits = self._limits(rows, *lengths, self.preprocessor.sequence_length)
-        stop_token_ids = self._stop_token_ids(stop_token_ids)
-        tokenizer = self.preprocessor.tokenizer
-        continuations = [Continuation(tokenizer, row, stops) for row in rows]
-
-        def run():
-            for new in self._new_tokens(rows, limits, stop_token_ids, stride):
-                for continuation, ids in zip(continuations, new, strict=True):
-                    continuation.push(ids)
-                yield continuations
-
-        return run()
-
-    def _generate_arrays(
-        self, inputs, max_length, max_new_tokens, stop_token_ids, stop, strip_prompt
-    ):
-        if stop is not None:
-            raise ValueError(
-                "`stop` finds strings in text, and here are token ids. Give "
-                f"`stop_token_ids` instead. Received: stop={stop!r}"
-            )
-        rows, width = prompts.rows_of(inputs, self.backbone.vocabulary_size)
-        limits = self._limits(rows, max_length, max_new_tokens, width)
-        stop_token_ids = self._stop_token_ids(stop_token_ids)
-        (new,) = self._new_tokens(rows, limits, stop_token_ids, stride=None)
-        longest = max(len(r) + n for r, n in zip(rows, limits, strict=True))
-        if not strip_prompt:
-            new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
-        return prompts.as_arrays(new, max(width, longest))
-
-    def _new_tokens(self, rows, limits, stop_token_ids, stride):
-        loop = self.make_generate_function()
-        return new_tokens(loop, rows, limits, stop_token_ids, stride)
-
-    def _limits(self, rows, max_length, max_new_tokens, default_length):
-        return prompts.new_token_limits(
-            [len(row) for row in rows],
-            max_length,
-            max_new_tokens,
-            default_length,
-            self.backbone.context_length,
-        )
-
-    def _stop_token_ids(self, stop_token_ids):
-        if stop_token_ids is None:
-            return []
-        if isinstance(stop_token_ids, str):
-            if stop_token_ids != "auto" or self.preprocessor is None:
-                raise ValueError(
-                    "`stop_token_ids` must be a list of ids, None, or, with a "
-                    '`preprocessor`, "auto". Received: stop_token_ids='
-                    f"{stop_token_ids!r}, preprocessor={self.preprocessor}"
-                )
-            return [self.preprocessor.tokenizer.end_token_id]
-        return prompts.as_token_ids(
-            [list(stop_token_ids)], self.backbone.vocabulary_size, "stop_token_ids"
-        )[0].tolist()
+        limits = Limits(max_length, max_new_tokens, stop_token_ids, stop)
+        return generation.stream(self, inputs, limits)
 
     # ----- Export
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow, to_numpy
 from keras_openllama.backend.keras_hub import CausalLMPreprocessor
 from keras_openllama.loading.load import load_preprocessor
 from keras_openllama.models.backbone import OpenLlamaBackbone
@@ -14,13 +15,7 @@ from keras_openllama.text.examples import (
     exchanges_of,
     tokenize,
 )
-from keras_openllama.text.inputs import as_arrays
-from keras_openllama.text.text_arrays import (
-    as_texts,
-    is_graph_tensor,
-    loaded_tensorflow,
-    to_numpy,
-)
+from keras_openllama.text.inputs import as_arrays, as_texts
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")

@@ -3,8 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_openllama.text.inputs import as_padding_mask, as_token_ids, is_text
-from keras_openllama.text.text_arrays import as_texts
+from keras_openllama.text.inputs import as_padding_mask, as_texts, as_token_ids, is_text
 
 MODES = ("logits", "loss")
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow
 from keras_openllama.backend.keras_hub import Tokenizer
 from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
+from keras_openllama.text.inputs import as_id_rows, as_texts
 from keras_openllama.text.sentencepiece_model import (
     from_base64,
     keeps_spaces,
@@ -20,12 +22,6 @@ from keras_openllama.text.sentencepiece_model import (
     without_first_space,
 )
 from keras_openllama.text.stream_decoder import StreamDecoder
-from keras_openllama.text.text_arrays import (
-    as_id_rows,
-    as_texts,
-    is_graph_tensor,
-    loaded_tensorflow,
-)
 
 VOCABULARY_FILE = "vocabulary.spm"  # KerasHub's name for it in its directories.
 

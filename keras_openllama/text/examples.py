@@ -9,24 +9,16 @@ import warnings
 
 import numpy as np
 
-from keras_openllama.text.inputs import as_arrays
-from keras_openllama.text.text_arrays import as_texts
+from keras_openllama.text.inputs import (
+    CHAT,
+    PAIR,
+    as_arrays,
+    as_texts,
+    is_supervised,
+)
 from keras_openllama.utils.bin_packing import best_fit
 
-PAIR = {"prompt", "response"}
 _TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
-CHAT = {"messages"}
-
-
-def is_supervised(x):
-    """Whether `x` is pairs or chats: a dict of texts, or a list of such dicts."""
-    if isinstance(x, dict):
-        return bool(set(x) & (PAIR | CHAT))
-    return isinstance(x, (list, tuple)) and bool(x) and all(map(_is_dict, x))
-
-
-def _is_dict(x):
-    return isinstance(x, dict) and "token_ids" not in x
 
 
 # ----- Exchanges
@@ -235,11 +227,6 @@ def chat_prompt_ids(exchanges, tokenizer, add_start_token=True, add_end_token=Tr
     for prompt_ids, response_ids in _pairs_of_ids(exchanges, tokenizer):
         ids += prompt_ids + response_ids + (end if response_ids else [])
     return ids
-
-
-def is_chat(x):
-    """Whether `x` is a chat, or a list of chats."""
-    return is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT
 
 
 def _pairs_of_ids(exchanges, tokenizer):

@@ -7,12 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_openllama.backend.arrays import is_graph_tensor, to_numpy
 from keras_openllama.backend.keras_private import optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
 from keras_openllama.text import inputs
-from keras_openllama.text.examples import is_supervised
-from keras_openllama.text.text_arrays import is_graph_tensor, to_numpy
 from keras_openllama.training.callbacks import BitsPerByte, LeftOutSteps
 
 # Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
@@ -227,7 +226,9 @@ class Fitting:
             )
 
     def _is_text(self, x):
-        return self.preprocessor is not None and (inputs.is_text(x) or is_supervised(x))
+        return self.preprocessor is not None and (
+            inputs.is_text(x) or inputs.is_supervised(x)
+        )
 
     def _as_data(self, x, y=None, sample_weight=None, pack=False):
         """What Keras takes: x, y, weights; and bytes of text for each target."""
@@ -239,7 +240,7 @@ class Fitting:
                 f"Received: x of type {type(x).__name__}, "
                 f"sample_weight={sample_weight!r:.80}"
             )
-        if _is_batches(x):
+        if inputs.is_batches(x):
             return self._mapped(x), y, sample_weight, None
         if not self._is_text(x):
             _check_form(x)
@@ -336,15 +337,6 @@ def _longer(array, more):
     """An array with its first row so many times more."""
     array = ops.convert_to_numpy(array)
     return np.concatenate([array, np.repeat(array[:1], more, axis=0)])
-
-
-def _is_batches(x):
-    return (
-        inputs.is_tf_dataset(x)
-        or isinstance(x, keras.utils.PyDataset)
-        or inspect.isgenerator(x)
-        or (type(x).__module__.startswith("grain") and hasattr(x, "map"))
-    )
 
 
 class _MappedPyDataset(keras.utils.PyDataset):

@@ -14,6 +14,7 @@ import pytest
 from keras_openllama.__main__ import COMMANDS, main
 from keras_openllama.cli.command import command
 from keras_openllama.cli.generate import sampler_config
+from keras_openllama.models import causal_lm
 
 PROMPT = "The old man looked at the sea, and"
 HEAVY = ("jax", "keras", "keras_hub", "tensorflow", "torch", "transformers")

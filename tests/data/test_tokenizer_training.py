@@ -489,7 +489,8 @@ def test_a_process_that_fails_shows_no_traceback(tmp_path):
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
     assert line.startswith(
-        "python train/train_tokenizer.py: error: Source 'text': 'nothing' matches no file"
+        "python train/train_tokenizer.py: error: "
+        "Source 'text': 'nothing' matches no file"
     )
 
 

@@ -18,7 +18,7 @@ def test_perplexity_is_imported_without_the_harness():
         "class Hidden:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name.split('.')[0] == 'lm_eval':\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "            raise ModuleNotFoundError(f'No module named {name}', name=name)\n"
         "sys.meta_path.insert(0, Hidden())\n"
         "from keras_openllama.evaluation import perplexity\n"
         "print(callable(perplexity.evaluate))"

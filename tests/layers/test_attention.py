@@ -6,13 +6,12 @@ import pytest
 from keras import ops
 
 from keras_openllama.layers import CausalSelfAttention, RotaryEmbedding
-from keras_openllama.layers.attention import (
+from keras_openllama.layers.attention import attend, causal_mask
+from keras_openllama.layers.cached_attention import (
     BLOCK,
     HIDDEN,
-    attend,
     attend_by_blocks,
     attend_cached,
-    causal_mask,
     write,
 )
 
