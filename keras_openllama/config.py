@@ -1,7 +1,24 @@
-"""The sizes that make a network what it is, checked in one place."""
+"""Sizes of a network, checked in one place, and names that all parts share.
+
+Keras is not imported, so that a command's `--help` answers at once.
+"""
 
 import math
 
+# Axes of a mesh of devices, see `distribution.make_mesh`.
+MESH_AXES = ("data", "fsdp", "model")
+# Projections of a layer, which LoRA can adapt.
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+# Heuristic: logits that the loss on JAX holds at once, on each device; 4 bytes each.
+LOGITS_AT_ONCE = 16 << 20
+# Policies of rematerialization, from the one that saves most activations to the one
+# that saves least: what a layer saves for the backward pass, beside its input.
+REMATERIALIZATION = {
+    "none": "whatever the backward pass needs",
+    "products": "query, key, value, attention, the states after it, gate and up",
+    "projections": "query, key, value, attention and the states after it",
+    "full": "nothing",
+}
 SCALING_TYPES = ("linear", "dynamic")
 _DEFAULTS = {
     "num_key_value_heads": None,

@@ -13,8 +13,8 @@ import keras
 import numpy as np
 
 from keras_openllama.backend.keras_private import variable_layout
+from keras_openllama.config import MESH_AXES, checked
 
-AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # The axes that share the rows of a batch.
 LANES = 128  # The width of a TPU's vector registers.
 
@@ -65,7 +65,7 @@ def make_mesh(data=1, fsdp=None, model=1, devices=None):
             f"The sizes of a mesh multiply to the number of devices, {count}. "
             f"Received: data={data}, fsdp={fsdp}, model={model}"
         )
-    return keras.distribution.DeviceMesh(shape, AXES, np.array(devices))
+    return keras.distribution.DeviceMesh(shape, MESH_AXES, np.array(devices))
 
 
 def layout_map(device_mesh, model_axis="model", data_axis="fsdp"):
@@ -203,14 +203,14 @@ def check_mesh(sizes, architecture, batch_size, micro_batches=1):
     problems = _problems(sizes, architecture, batch_size // micro_batches)
     if not problems:
         return
-    count = math.prod(sizes[axis] for axis in AXES)
+    count = math.prod(sizes[axis] for axis in MESH_AXES)
     fitting = [
         ", ".join(f"{axis}={size}" for axis, size in candidate.items())
         for candidate in _meshes(count)
         if not _problems(candidate, architecture, batch_size // micro_batches)
     ]
     raise ValueError(
-        f"The mesh {', '.join(f'{a}={sizes[a]}' for a in AXES)} does not fit: "
+        f"The mesh {', '.join(f'{a}={sizes[a]}' for a in MESH_AXES)} does not fit: "
         f"{'; '.join(problems)}. "
         + (
             f"Of {count} devices these do: {' | '.join(fitting)}."
@@ -240,8 +240,10 @@ def check_hosts(mesh):
 
 def _problems(sizes, architecture, rows):
     parts = sizes["data"] * sizes["fsdp"]
-    heads = architecture["num_query_heads"]
-    key_value_heads = architecture.get("num_key_value_heads") or heads
+    architecture = checked(architecture)
+    heads, key_value_heads = (
+        architecture[name] for name in ("num_query_heads", "num_key_value_heads")
+    )
     rules = [
         ("fsdp", sizes["fsdp"], "hidden_dim", architecture["hidden_dim"]),
         ("model", sizes["model"], "num_query_heads", heads),

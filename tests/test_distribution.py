@@ -10,8 +10,8 @@ from fake_devices import run_on_eight_devices
 from tiny_models import SHAPES, random_lm
 
 from keras_openllama import OpenLlamaBackbone, presets
+from keras_openllama.config import MESH_AXES
 from keras_openllama.distribution import (
-    AXES,
     OpenLlamaParallel,
     check_mesh,
     layout_map,
@@ -226,7 +226,7 @@ def test_outputs_are_divided_where_that_is_faster(width):
         assert tuple(specs[name]) == ("fsdp", "model")
 
 
-def one_device(axes=AXES):
+def one_device(axes=MESH_AXES):
     return keras.distribution.DeviceMesh((1,) * len(axes), axes, ["cpu:0"])
 
 

@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_and_the_presets(wheel):
     }
     assert "keras_openllama/_presets/open_llama_nano/model.safetensors" in expected
     assert expected <= names
-    assert "keras_openllama/evaluation/published.json" in names
+    assert "keras_openllama/evaluation/report/published.json" in names
     assert {name.split("/")[0] for name in names} == {
         "keras_openllama",
         next(name.split("/")[0] for name in names if ".dist-info/" in name),

@@ -88,7 +88,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 `PATH` is this directory, or its repository on the Hub. In Keras:
 
 ```python
-from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+from keras_openllama import OpenLlamaCausalLM
 
 lm = OpenLlamaCausalLM.from_preset("PATH")
 ```

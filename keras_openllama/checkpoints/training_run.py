@@ -95,6 +95,12 @@ class TrainingRun:
         """
         path = self.path / RUN
         run = read_json_object(path)
+        if run.get("weights") == "adapters" or "lora_rank" in run:
+            raise ValueError(
+                f"{self.path} is a fine-tuning run whose checkpoints do not hold a "
+                f"whole model. Load what it exported: {self.path}/model, or "
+                f"{self.path}/adapters with `lm.load_adapters`."
+            )
         if run.get("format") != RUN_FORMAT:
             raise ValueError(
                 f"{path} has format {run.get('format')!r}, and this version reads "

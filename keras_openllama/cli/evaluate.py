@@ -222,7 +222,7 @@ class Evaluation:
         from keras_openllama.evaluation import tasks, texts
         from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM, load_model
         from keras_openllama.evaluation.report import measurements
-        from keras_openllama.utils.validation import mesh_of
+        from keras_openllama.runs.device_settings import mesh_of
 
         # The harness warns of each default that a task's configuration leaves to it.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -11,28 +11,36 @@
 Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
 {"text": …}. The loss is that of responses; texts are learned whole.
 
-The same command again goes on where the run stopped. The run's directory holds
+Running the same command again resumes the run. The run's directory holds
 metrics.jsonl, validation.jsonl, loss.png, answers before and after in samples.txt,
 TensorBoard's events, and in the end adapters/ (for `lm.load_adapters` and PEFT) and
 model/ (merged, for transformers and for `keras-openllama generate --preset DIR/model`).
 
 Exit codes: 0 the run is complete; 75 a signal came (SIGTERM, Ctrl-C), all is saved and
-the same command goes on; 70 too many steps in a row had a loss or gradient that is not
-finite; 74 something could not be written; 2 an argument or an example is wrong, or does
-not fit the run that is there, or the memory.
+the same command resumes it; 70 too many steps in a row had a loss or gradient that is
+not finite; 74 something could not be written; 2 an argument or an example is wrong, or
+does not fit the run that is there, or the memory; 1 anything else.
 """
 
+import contextlib
 import json
+import math
 import os
-import sys
 from pathlib import Path
 
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.process import START
+from keras_openllama.cli.training_options import (
+    add_run_options,
+    checking_arguments,
+    exit_code,
+    join_hosts,
+    parse_mesh,
+    parse_profile,
+    tell,
+)
+from keras_openllama.config import PROJECTIONS, REMATERIALIZATION
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
-POLICIES = ("none", "products", "projections", "full")
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
 
 
@@ -97,9 +105,9 @@ def parse_arguments(arguments, prog):
     what.add_argument(
         "--lora-targets",
         nargs="+",
-        choices=TARGETS,
+        choices=PROJECTIONS,
         metavar="NAME",
-        help=f"some of {', '.join(TARGETS)} (default: query value)",
+        help=f"some of {', '.join(PROJECTIONS)} (default: query value)",
     )
     what.add_argument(
         "--int8", action="store_true", help="quantize the weights below the adapters"
@@ -132,16 +140,11 @@ def parse_arguments(arguments, prog):
     )
     how.add_argument(
         "--rematerialize",
-        choices=POLICIES,
+        choices=tuple(REMATERIALIZATION),
         default="none",
         help="what is computed twice, to save memory (JAX; default: %(default)s)",
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
-    how.add_argument(
-        "--mesh",
-        metavar="AXIS=N,…",
-        help="such as data=2,fsdp=4 (JAX; default: all devices along fsdp)",
-    )
     how.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
     seen = parser.add_argument_group("what is seen and kept")
     seen.add_argument("--save-every", type=int, default=100, metavar="STEPS")
@@ -166,12 +169,13 @@ def parse_arguments(arguments, prog):
         action="store_true",
         help="print what memory training takes, for every preset, and end",
     )
+    add_run_options(parser)
     return parser, parser.parse_args(arguments)
 
 
-def settings_of(parser, options):
-    """`finetuning.Settings` from the flags, checked."""
-    from keras_openllama.runs.finetuning import Settings
+def config_of(parser, options):
+    """`finetuning.FinetuneConfig` from the flags, checked."""
+    from keras_openllama.runs.finetuning import FinetuneConfig
 
     if not options.preset:
         parser.error("--preset: name what to start from.")
@@ -197,7 +201,7 @@ def settings_of(parser, options):
             template = json.loads(Path(options.chat_template).read_text("utf-8"))
         except (OSError, ValueError) as error:
             parser.error(f"--chat-template: {error}")
-    return Settings(
+    return FinetuneConfig(
         preset=options.preset,
         data=tuple(options.data),
         prompt=_unescaped(options.prompt),
@@ -220,6 +224,8 @@ def settings_of(parser, options):
         micro_batches=options.micro_batches,
         rematerialize=options.rematerialize,
         seed=options.seed,
+        save_every=options.save_every,
+        validate_every=options.validate_every,
     )
 
 
@@ -271,33 +277,6 @@ def kind_of_device():
     return "accelerator" if found else "cpu"
 
 
-def distribution_of(parser, options):
-    """How the model is spread; `None` on one device."""
-    if os.environ["KERAS_BACKEND"] != "jax":
-        if options.mesh:
-            parser.error("--mesh needs the JAX backend.")
-        return None
-    import jax
-
-    if jax.device_count() == 1 and not options.mesh:
-        return None
-    from keras_openllama.distribution import OpenLlamaParallel, make_mesh
-    from keras_openllama.utils.validation import mesh_of
-
-    try:
-        axes = mesh_of(options.mesh) if options.mesh else {}
-        distribution = OpenLlamaParallel(make_mesh(**axes))
-    except ValueError as error:
-        parser.error(str(error))
-    parts = distribution.num_model_replicas * options.micro_batches
-    if options.batch_size % parts:
-        parser.error(
-            f"--batch-size is a multiple of {parts}, the devices that share a batch "
-            "times --micro-batches."
-        )
-    return distribution
-
-
 @command("finetune", extra="train")
 def main(arguments, prog):
     parser, options = parse_arguments(arguments, prog)
@@ -316,77 +295,94 @@ def main(arguments, prog):
             )
         )
         return 0
-    settings = settings_of(parser, options)
-    name = Path(options.preset).name.removeprefix("open_llama_")
+    mesh = parse_mesh(parser, options.mesh)
+    profile = parse_profile(parser, options.profile)
+    if os.environ["KERAS_BACKEND"] == "jax":
+        join_hosts(parser, options)
+    else:
+        # JAX writes the checkpoints only: the accelerator's memory is the backend's.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    config = config_of(parser, options)
+    if mesh and os.environ["KERAS_BACKEND"] != "jax":
+        parser.error("--mesh needs the JAX backend.")
+    return exit_code("finetune", options, lambda: run(config, options, mesh, profile))
+
+
+def run(config, options, mesh, profile):
+    """Trains and exports; returns the signal that stopped it, or `None`."""
+    from keras_openllama.runs import finetuning
+    from keras_openllama.runs.trainer import RunOptions
+
+    name = Path(config.preset).name.removeprefix("open_llama_")
     output = options.output or f"runs/{name}-finetuned"
-    exports = {"all": ("adapters", "model"), "none": ()}
-    distribution = distribution_of(parser, options)
-
-    from keras_openllama.runs import finetuning, interruption, run_directory
-
-    try:
-        check_memory(settings, distribution)
-        stopped = finetuning.run(
-            finetuning.Request(
-                settings,
-                output,
-                distribution=distribution,
-                save_every=options.save_every,
-                validate_every=options.validate_every,
-                questions=options.question,
-                max_new_tokens=options.max_new_tokens,
-                export=exports.get(options.export, (options.export,)),
+    exports = {"all": (finetuning.ADAPTERS, finetuning.MODEL), "none": ()}
+    run_options = RunOptions(
+        output,
+        mesh=mesh,
+        accept_changes=options.accept_changes,
+        profile=profile,
+        began=START,
+    )
+    with contextlib.ExitStack() as stack:
+        with checking_arguments():
+            check_memory(config, mesh)
+            trainer = stack.enter_context(
+                finetuning.open_run(
+                    config, run_options, options.question, options.max_new_tokens
+                )
             )
-        )
-    except interruption.Diverged as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return interruption.DIVERGED
-    except OSError as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return interruption.NOT_WRITTEN
-    except (run_directory.Busy, ValueError) as error:
-        parser.error(str(error))
-    if stopped:
-        print(f"Stopped by {stopped}; all is saved. The same command goes on.")
-        return interruption.STOPPED
-    _tell(output)
-    return 0
+        was_complete = trainer.complete
+        stopped = trainer.train()
+        if not stopped:
+            names = exports.get(options.export, (options.export,))
+            finetuning.export(trainer, config, names, again=not was_complete)
+    tell(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
+    if not stopped:
+        _tell_exports(output)
+    return stopped
 
 
-def check_memory(settings, distribution):
+def check_memory(config, mesh):
     """Prints what memory the run takes, and refuses what cannot fit."""
     from keras_openllama.loading.load import find_source
     from keras_openllama.planning import finetune_memory
 
     try:
-        config = find_source(settings.preset).arguments()
+        architecture = find_source(config.preset).arguments()
     except OSError as error:
-        raise ValueError(f"{settings.preset} cannot be had: {error}") from error
-    parts = 1 if distribution is None else distribution.device_mesh.devices.size
+        raise ValueError(f"{config.preset} is unavailable: {error}") from error
     estimate = finetune_memory.estimate(
-        config,
-        settings.dtype,
-        lora_rank=settings.lora_rank,
-        targets=settings.lora_targets or ("query", "value"),
-        batch_size=settings.batch_size,
-        sequence_length=settings.sequence_length,
-        micro_batches=settings.micro_batches,
-        rematerialize=settings.rematerialize,
-        int8=settings.int8,
-        devices=parts,
+        architecture,
+        config.dtype,
+        lora_rank=config.lora_rank,
+        targets=config.lora_targets or ("query", "value"),
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        micro_batches=config.micro_batches,
+        rematerialize=config.rematerialize,
+        int8=config.int8,
+        devices=number_of_devices(mesh),
         backend=os.environ["KERAS_BACKEND"],
         device=kind_of_device(),
     )
-    print(f"Memory that training takes, about:\n{estimate.table()}", flush=True)
+    tell(f"Memory that training takes, about:\n{estimate.table()}")
     finetune_memory.check(estimate, finetune_memory.available_memory())
 
 
-def _tell(output):
-    print(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
+def number_of_devices(mesh):
+    """Devices that share the model."""
+    if os.environ["KERAS_BACKEND"] != "jax":
+        return 1
+    import jax
+
+    return math.prod(mesh.values()) if mesh else jax.device_count()
+
+
+def _tell_exports(output):
     for name, hint in (
         ("adapters", "lm.load_adapters({!r}), or peft.PeftModel.from_pretrained"),
         ("model", 'keras-openllama generate "…" --preset {}, or transformers'),
     ):
         path = os.path.join(output, name)
         if os.path.isdir(path):
-            print(f"{path}: {hint.format(path)}")
+            tell(f"{path}: {hint.format(path)}")

@@ -7,39 +7,38 @@
     %(prog)s --preset 7b_v2 --plan --topology v4:4x8x8
         compiles the step for TPUs that need not be there, and tells its memory and time
 
-The same command again goes on where the run stopped, to the same bits on the same
-devices. DIR of --data is what `prepare-data` wrote. The run's directory holds
-metrics.jsonl, validation.jsonl, samples.txt, loss.png, TensorBoard's events
-(`tensorboard --logdir DIR`) and checkpoints, which `keras-openllama generate --preset
-DIR` and `keras-openllama convert DIR …` take as they are.
+Running the same command again resumes the run, bit-exactly on the same devices. DIR of
+--data is what `prepare-data` wrote. The run's directory holds metrics.jsonl,
+validation.jsonl, samples.txt, loss.png, TensorBoard's events (`tensorboard --logdir
+DIR`) and checkpoints, which `keras-openllama generate --preset DIR` and
+`keras-openllama convert DIR …` take as they are.
 
 Exit codes: 0 the run is complete; 75 a signal came (SIGTERM; on one host Ctrl-C, too),
-all is saved and the same command goes on; 70 too many steps in a row had a loss or
+all is saved and the same command resumes it; 70 too many steps in a row had a loss or
 gradient that is not finite; 74 a checkpoint or the log could not be written; 2 an
 argument is wrong, or does not fit the run that is there; 1 anything else, such as data
 that cannot be read.
 """
 
-import time
+import argparse
+import contextlib
+import logging
+import math
+import os
+from pathlib import Path
 
-BEGAN = time.monotonic()
-
-import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import logging  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-import traceback  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-from keras_openllama.cli.command import CommandParser, command  # noqa: E402
-from keras_openllama.runs import recipe as recipes  # noqa: E402
-from keras_openllama.utils.validation import AXES, mesh_of  # noqa: E402
+from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.process import START
+from keras_openllama.cli.training_options import (
+    add_run_options,
+    checking_arguments,
+    exit_code,
+    join_hosts,
+    parse_mesh,
+    parse_profile,
+    tell,
+)
+from keras_openllama.runs import recipe as recipes
 
 # Flags with a name of their own; every other setting goes by --set.
 _OWN = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
@@ -98,24 +97,6 @@ def parse_arguments(arguments, prog):
         default=False,
         help="print the recipe and end; with --mesh, as so many chips run it",
     )
-    parser.add_argument(
-        "--mesh",
-        default=None,
-        metavar="AXIS=N,…",
-        help="such as data=4,fsdp=64 (axes: data, fsdp, model; default: the recipe's)",
-    )
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        default=False,
-        help="go on with a run by other settings than it began with",
-    )
-    parser.add_argument(
-        "--profile",
-        default=None,
-        metavar="A:B",
-        help="record steps A to B with JAX's profiler, below the run's directory",
-    )
     plan = parser.add_argument_group(
         "plan", "compile and price only, with no TPU, no data and next to no memory"
     )
@@ -136,21 +117,7 @@ def parse_arguments(arguments, prog):
     plan.add_argument(
         "--json", default=None, metavar="FILE", help="write the plan there, too"
     )
-    hosts = parser.add_argument_group(
-        "hosts",
-        "JAX finds those of a TPU pod, of srun, of mpirun, and with jax[k8s] of a "
-        "Kubernetes job by itself; elsewhere give all three, on each host",
-    )
-    hosts.add_argument("--coordinator", default=None, metavar="HOST:PORT")
-    hosts.add_argument("--num-processes", type=int, default=None, metavar="N")
-    hosts.add_argument("--process-id", type=int, default=None, metavar="I")
-    hosts.add_argument(
-        "--host-timeout",
-        type=int,
-        default=60,
-        metavar="SECONDS",
-        help="a host that is silent for so long ends the others (default: %(default)s)",
-    )
+    add_run_options(parser)
     return parser, parser.parse_args(arguments)
 
 
@@ -165,42 +132,6 @@ def overrides_of(parser, options):
             parser.error(f"--set takes NAME=VALUE. Received: {text!r}")
         values[name.replace("-", "_")] = yaml.safe_load(value)
     return values
-
-
-def profile_of(parser, text):
-    """First and last step from such as `10:15`."""
-    if text is None:
-        return None
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-        parser.error(f"--profile takes such as 10:15. Received: {text!r}")
-    return int(first), int(last)
-
-
-def join_hosts(options):
-    """Joins the hosts of a run before anything touches a device."""
-    import jax
-
-    named = options.coordinator, options.num_processes, options.process_id
-    try:
-        jax.distributed.initialize(
-            *named, heartbeat_timeout_seconds=options.host_timeout
-        )
-    except (RuntimeError, ValueError) as error:
-        # What JAX says where it finds no other hosts, or was used before.
-        alone = "coordinator_address should be defined", "must be called before any JAX"
-        if any(value is not None for value in named) or not any(
-            text in str(error) for text in alone
-        ):
-            raise RuntimeError(
-                "The hosts could not be joined. --coordinator, --num-processes and "
-                f"--process-id go together. {error}"
-            ) from error
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise RuntimeError(
-            f"JAX sees {jax.process_count()} processes, and has not joined them. Give "
-            "--coordinator, --num-processes and --process-id."
-        )
 
 
 def data_of(options, resolved, output):
@@ -237,11 +168,8 @@ def main(arguments, prog):
     parser, options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        mesh = options.mesh and {**dict.fromkeys(AXES, 1), **mesh_of(options.mesh)}
-    except ValueError as error:
-        parser.error(str(error))
-    profile = profile_of(parser, options.profile)
+    mesh = parse_mesh(parser, options.mesh)
+    profile = parse_profile(parser, options.profile)
     try:
         resolved = recipes.resolve(
             options.preset, file=options.config, overrides=overrides_of(parser, options)
@@ -255,14 +183,10 @@ def main(arguments, prog):
     if options.plan:
         return plan_run(parser, options, resolved, mesh)
     output = options.output or f"runs/{resolved.preset.removeprefix('open_llama_')}"
-    try:
-        join_hosts(options)
-    except (RuntimeError, ValueError) as error:
-        parser.error(str(error))
-    try:
-        return run(options, resolved, output, mesh, profile)
-    except Exception as error:
-        return _fail(error, options)
+    join_hosts(parser, options)
+    return exit_code(
+        "pretrain", options, lambda: run(options, resolved, output, mesh, profile)
+    )
 
 
 def plan_run(parser, options, resolved, mesh):
@@ -285,79 +209,30 @@ def plan_run(parser, options, resolved, mesh):
 
 
 def run(options, resolved, output, mesh, profile):
-    """Trains, and returns the exit code."""
+    """Trains; returns the signal that stopped it, or `None`."""
     import jax
 
-    from keras_openllama.runs import interruption
-    from keras_openllama.runs.pretraining import Request, begun
+    from keras_openllama.runs.pretraining import open_run
+    from keras_openllama.runs.trainer import RunOptions
 
-    with contextlib.ExitStack() as stack:
-        try:
-            data = data_of(options, resolved, output)
-            if jax.process_index() == 0:
-                there = resolved.on(jax.device_count(), mesh)
-                print(there.table(), flush=True)
-            request = Request(
-                resolved,
-                data,
-                output,
-                mesh=mesh,
-                accept_changes=options.accept_changes,
-                profile=profile,
-                began=BEGAN,
-            )
-            trained = stack.enter_context(begun(request))
-        except jax.errors.JaxRuntimeError:  # Which is a RuntimeError, too.
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise WrongArgument(str(error)) from error
-        stopped = trained.train()
-    if jax.process_index() == 0:
-        _tell(output, stopped)
-    return interruption.STOPPED if stopped else 0
-
-
-class WrongArgument(Exception):
-    """What was asked for does not fit, or fits not what is there."""
-
-
-def _fail(error, options):
-    """Says what has ended a run; returns the exit code."""
-    import jax
-
-    from keras_openllama.runs import interruption
-    from keras_openllama.runs.checkpoint_manager import CheckpointError
-
-    codes = {
-        WrongArgument: 2,
-        CheckpointError: interruption.NOT_WRITTEN,
-        OSError: interruption.NOT_WRITTEN,
-        interruption.Diverged: interruption.DIVERGED,
-        interruption.DataNotRead: 1,
-    }
-    code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
-    if code is None:  # Nothing that was foreseen: out of memory, another host gone, …
-        traceback.print_exception(error)
-        code = 1
-    print(f"pretrain: {error}", file=sys.stderr, flush=True)
-    if code != 2 and error.__context__ is not error.__cause__:
-        print(f"pretrain: before that: {error.__context__}", file=sys.stderr)
-    if jax.process_count() > 1:
-        # If it is this host's trouble alone, JAX would wait for the others to end, and
-        # they for this one.
-        timer = threading.Timer(options.host_timeout, os._exit, [code])
-        timer.daemon = True
-        timer.start()
-    return code
-
-
-def _tell(output, stopped):
-    print(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
-    if stopped:
-        print(f"Stopped by {stopped}; all is saved. The same command goes on.")
-        return
-    print(
-        "Generate from it, and export it:\n"
-        f'    keras-openllama generate "The captain looked at" --preset {output}\n'
-        f"    keras-openllama convert {output} {output}_hf --to transformers"
+    run_options = RunOptions(
+        output,
+        mesh=mesh,
+        accept_changes=options.accept_changes,
+        profile=profile,
+        began=START,
     )
+    with contextlib.ExitStack() as stack:
+        with checking_arguments():
+            data = data_of(options, resolved, output)
+            tell(resolved.on(jax.device_count(), mesh).table())
+            trainer = stack.enter_context(open_run(resolved, data, run_options))
+        stopped = trainer.train()
+    tell(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
+    if not stopped:
+        tell(
+            "Generate from it, and export it:\n"
+            f'    keras-openllama generate "The captain looked at" --preset {output}\n'
+            f"    keras-openllama convert {output} {output}_hf --to transformers"
+        )
+    return stopped

@@ -6,8 +6,11 @@ import os
 import re
 import sys
 import tempfile
+import time
 
 PROGRAM = "keras-openllama"
+# When the process began, in seconds of `time.monotonic`; before Keras is imported.
+START = time.monotonic()
 # The module that each backend's package is imported as.
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
 _TENSORFLOW_REPORT = re.compile(rb"WARNING: All log messages before absl|I\d{4} ")

@@ -1,7 +1,10 @@
 """What `train/finetune.py` reads: JSON lines of texts, pairs or chats."""
 
+import itertools
 import json
+import math
 import string
+from pathlib import Path
 
 import numpy as np
 
@@ -27,24 +30,34 @@ def read(paths, templates=None):
         ValueError: if a line is no such object, or files hold several kinds. The
             message names file and line.
     """
-    examples = []
+    return [example for _, example in read_sources(paths, templates)]
+
+
+def read_sources(paths, templates=None):
+    """As `read`, with the source of each example: its file's name, without ending.
+
+    Returns:
+        List of `(source, example)`.
+    """
+    found = []
     for path in paths:
+        source = Path(path).stem
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     if line.strip():
-                        examples.append(_example(line.decode(), templates))
+                        found.append((source, _example(line.decode(), templates)))
                 except ValueError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
-    if not examples:
+    if not found:
         raise ValueError(f"There is no example in {', '.join(map(str, paths))}.")
-    kinds = {frozenset(e) if isinstance(e, dict) else "text" for e in examples}
+    kinds = {frozenset(e) if isinstance(e, dict) else "text" for _, e in found}
     if len(kinds) > 1:
         raise ValueError(
             "The files hold examples of several kinds (pairs, chats, texts). Give "
             "those of one."
         )
-    return examples
+    return found
 
 
 def _example(line, templates):
@@ -121,41 +134,146 @@ def divide(examples, share, seed):
     return kept, [e for i, e in enumerate(examples) if i in chosen]
 
 
-class Batches:
+class InstructionData:
     """The batch of each step, a function of the seed and the step alone.
 
-    Each epoch goes through all rows once, in an order of its own; the last batch of an
-    epoch is filled up from the next one's order.
+    Each epoch goes through all sequences once, in an order of its own; the last batch
+    of an epoch is filled up from the next one's order. It is `runs.trainer.TrainData`.
 
     Args:
-        arrays: `(x, y, weights)`, NumPy arrays of rows, as the preprocessor makes them.
-        batch_size: int.
+        arrays: `(x, y, weights)`, NumPy arrays of sequences, from the preprocessor.
+        batch_size: int, over all hosts.
         seed: int.
+        validation: dict by source of pairs: arrays as above, and the bytes of their
+            text; empty for none.
+        hosts, host: ints, how many processes share a batch, and which one this is.
+
+    Attributes:
+        rows: int, number of sequences.
+        validation: `InstructionValidation`.
     """
 
-    def __init__(self, arrays, batch_size, seed):
+    def __init__(self, arrays, batch_size, seed, validation=None, hosts=1, host=0):
         x, y, weights = arrays
-        self._arrays = x["token_ids"], x["padding_mask"], y, weights
+        self._arrays = _as_arrays(x, y, weights)
         self._batch_size, self._seed = batch_size, seed
+        self._share = _share(batch_size, hosts, host)
         self.rows = len(y)
         self._epoch = None  # That `_permutation` is of.
+        self._counts = np.count_nonzero(x["padding_mask"], axis=1)
+        self.validation = InstructionValidation(
+            validation or {}, batch_size, self._share
+        )
 
     def steps(self, epochs):
-        """Steps that go `epochs` times through the rows: int."""
+        """Steps that go `epochs` times through the sequences: int."""
         return max(1, -(-round(epochs * self.rows) // self._batch_size))
 
-    def at(self, step):
-        """The batch of a step, counted from 1: `(x, y, weights)`."""
-        first = (step - 1) * self._batch_size
+    def batches(self, from_step):
+        """This host's part of each batch, from a step on, counted from 0; endless."""
+        return map(self.batch, itertools.count(from_step))
+
+    def batch(self, step):
+        """This host's part of a step's batch: `(x, y, weights)`."""
+        return _batch(self._arrays, self.rows_of(step)[self._share])
+
+    def rows_of(self, step):
+        """Numbers of the sequences that all hosts read in a step: list of ints."""
+        first = step * self._batch_size
         places = range(first, first + self._batch_size)
-        chosen = [
-            self._order(place // self.rows)[place % self.rows] for place in places
+        return [
+            int(self._order(place // self.rows)[place % self.rows]) for place in places
         ]
-        token_ids, padding_mask, y, weights = (a[chosen] for a in self._arrays)
-        return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
+
+    def tokens(self, steps):
+        """Tokens that the first steps read, padding left out: int."""
+        epochs, rest = divmod(steps * self._batch_size, self.rows)
+        part = self._counts[self._order(epochs)[:rest]].sum() if rest else 0
+        return int(epochs * self._counts.sum() + part)
 
     def _order(self, epoch):
         if self._epoch != epoch:
             random = np.random.default_rng([self._seed, epoch])
             self._epoch, self._permutation = epoch, random.permutation(self.rows)
         return self._permutation
+
+
+class InstructionValidation:
+    """Loss, perplexity and bits per byte of examples that were set aside, by source.
+
+    Args:
+        sources: dict by source of pairs, see `InstructionData`.
+        batch_size: int, over all hosts.
+        share: slice, this host's part of a batch.
+
+    Attributes:
+        sources: names of the sources that have anything to predict.
+    """
+
+    def __init__(self, sources, batch_size, share):
+        self._batch_size, self._share = batch_size, share
+        self._sources = {
+            name: (_as_arrays(*arrays), size)
+            for name, (arrays, size) in sources.items()
+            if arrays[2].any()
+        }
+        self.sources = list(self._sources)
+
+    def measure(self, evaluate):
+        """Evaluates.
+
+        Args:
+            evaluate: function from a batch to `chunked_loss.Sums` and the sum of
+                weights.
+
+        Returns:
+            Dict: `loss` (nats per token), `perplexity` and `bits_per_byte` of all
+            examples together, and `sources`, the same of each.
+        """
+        sums = {
+            name: (*self._sums(arrays, evaluate), size)
+            for name, (arrays, size) in self._sources.items()
+        }
+        total = [sum(column) for column in zip(*sums.values(), strict=True)]
+        sources = {name: _rates(*values) for name, values in sums.items()}
+        return {**_rates(*total), "sources": sources}
+
+    def _sums(self, arrays, evaluate):
+        """Nats and targets of a source; the last batch is filled with zero weight."""
+        rows = len(arrays[-1])
+        nats = targets = 0.0
+        for first in range(0, rows, self._batch_size):
+            places = np.arange(first, first + self._batch_size)[self._share]
+            x, y, weights = _batch(arrays, np.minimum(places, rows - 1))
+            weights[places >= rows] = 0
+            sums, weight = evaluate((x, y, weights))
+            nats, targets = nats + float(sums.loss), targets + float(weight)
+        return nats, targets
+
+
+def _rates(nats, targets, size):
+    loss = nats / targets
+    perplexity = math.inf if loss > 700 else math.exp(loss)  # Beyond, `exp` overflows.
+    bits = {"bits_per_byte": nats / math.log(2) / size} if size else {}
+    return {"loss": loss, "perplexity": perplexity, **bits}
+
+
+def _as_arrays(x, y, weights):
+    ids, mask = (np.asarray(x[k], "int32") for k in ("token_ids", "padding_mask"))
+    return ids, mask, np.asarray(y, "int32"), np.asarray(weights, "float32")
+
+
+def _batch(arrays, rows):
+    token_ids, padding_mask, y, weights = (array[rows] for array in arrays)
+    return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
+
+
+def _share(batch_size, hosts, host):
+    """A host's part of a batch: slice."""
+    if batch_size % hosts:
+        raise ValueError(
+            "The hosts must share a batch evenly. Change --batch-size. Received: "
+            f"batch_size={batch_size}, hosts={hosts}"
+        )
+    rows = batch_size // hosts
+    return slice(host * rows, (host + 1) * rows)

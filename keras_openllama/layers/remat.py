@@ -4,24 +4,18 @@ import functools
 
 import keras
 
+from keras_openllama.config import REMATERIALIZATION
+
 if keras.config.backend() == "jax":
     import jax
-
-# From the one that keeps most to the one that keeps least. Beside its input a layer
-# keeps for the backward pass:
-POLICIES = {
-    "none": "whatever the backward pass needs",
-    "products": "query, key, value, attention, the states after it, gate and up",
-    "projections": "query, key, value, attention and the states after it",
-    "full": "nothing",
-}
 
 
 def check_policy(policy):
     """Raises a `ValueError` for what is no policy, or cannot be had here."""
-    if policy not in POLICIES:
+    if policy not in REMATERIALIZATION:
         raise ValueError(
-            f"`rematerialize` takes one of {', '.join(POLICIES)}. Received: {policy!r}"
+            f"`rematerialize` takes one of {', '.join(REMATERIALIZATION)}. Received: "
+            f"{policy!r}"
         )
     if policy != "none" and keras.config.backend() != "jax":
         raise ValueError(
@@ -34,7 +28,7 @@ def rematerialized(policy, block, *policies, in_scan=False):
     """A block of a layer that keeps its inputs only, under some policies.
 
     Args:
-        policy: string, one of `POLICIES`.
+        policy: string, one of `REMATERIALIZATION`.
         block: callable of tensors.
         policies: strings, those under which the block is computed again.
         in_scan: bool, whether it runs in a `scan.scan_layers`, which computes a

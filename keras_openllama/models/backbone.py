@@ -13,7 +13,7 @@ from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
 )
-from keras_openllama.config import ARGUMENTS, checked
+from keras_openllama.config import ARGUMENTS, PROJECTIONS, checked
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.attention import causal_mask
@@ -22,8 +22,6 @@ from keras_openllama.loading.load import load_backbone
 
 if keras.config.backend() == "jax":
     from keras_openllama.layers.scan import scan_layers, with_values
-
-PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -205,7 +203,7 @@ class OpenLlamaBackbone(Backbone):
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
-            rematerialize: string, one of `remat.POLICIES`.
+            rematerialize: string, one of `config.REMATERIALIZATION`.
             attend: callable of `layers.fast_attention.attention_on`, or `None`.
             scan: bool, whether the layers are a `scan.scan_layers` (JAX).
             embed: callable of token ids, or `None` for the embedding layer.

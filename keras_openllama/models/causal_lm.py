@@ -151,7 +151,7 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
             micro_batches: int, parts of a batch that training computes one after the
                 other, to save memory; one update for all. JAX only.
             rematerialize: string, what training computes twice to save memory: see
-                `keras_openllama.layers.remat.POLICIES`. JAX only.
+                `keras_openllama.config.REMATERIALIZATION`. JAX only.
             z_loss: float, weight of the squared log of the softmax's denominator in
                 the gradient (PaLM: 1e-4). JAX only.
             **kwargs: further arguments of `keras.Model.compile`.

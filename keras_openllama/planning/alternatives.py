@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
+from keras_openllama.config import REMATERIALIZATION, checked
 from keras_openllama.distribution import check_mesh
-from keras_openllama.layers.remat import POLICIES
 from keras_openllama.planning.aot_compile import DoesNotFit
 
 TRIES = 3  # Ours: so many choices are compiled to find one that fits.
@@ -16,7 +16,7 @@ class Choice:
 
     Attributes:
         mesh: dict of `"data"`, `"fsdp"`, `"model"`.
-        rematerialize: string, one of `remat.POLICIES`.
+        rematerialize: string, one of `config.REMATERIALIZATION`.
         micro_batches: int.
     """
 
@@ -46,7 +46,7 @@ def neighbours(choice, config, recipe):
     Returns:
         List of `Choice`, those that divide what they have to.
     """
-    policies, mesh = list(POLICIES), choice.mesh
+    policies, mesh = list(REMATERIALIZATION), choice.mesh
     position = policies.index(choice.rematerialize)
     changes = [
         {"micro_batches": 2 * choice.micro_batches},
@@ -78,9 +78,9 @@ def kept_bytes(choice, config, recipe):
     Args:
         choice, config, recipe: see `neighbours`.
     """
+    config = checked(config)
     hidden, heads = config["hidden_dim"], config["num_query_heads"]
-    key_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    key_heads, head_dim = config["num_key_value_heads"], config["head_dim"]
     wide = 2 * config["intermediate_dim"]
     numbers = {
         "full": hidden,
@@ -107,7 +107,7 @@ def nearest_that_fits(choice, config, recipe, attempt, error):
     Returns:
         String; also where none is found.
     """
-    policies = list(POLICIES)
+    policies = list(REMATERIALIZATION)
     after = policies[policies.index(choice.rematerialize) :]
     candidates = [
         dataclasses.replace(choice, rematerialize=p, micro_batches=n)

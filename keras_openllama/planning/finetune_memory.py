@@ -9,6 +9,7 @@ accelerators nothing was measured.
 
 import dataclasses
 
+from keras_openllama.config import LOGITS_AT_ONCE, checked
 from keras_openllama.utils.host_memory import free_memory
 
 GIB = 2**30
@@ -16,8 +17,6 @@ _BYTES = {"float32": 4, "bfloat16": 2, "mixed_bfloat16": 4}
 # Ours: of what layers in bfloat16 keep, a part is float32 (norms, rotation, and on CPUs
 # what XLA computes in it). A number is so many bytes of memory that was measured.
 _KEPT_BYTES = {"float32": 4, "bfloat16": 3.2, "mixed_bfloat16": 3.2}
-# Logits that the loss on JAX computes at once, `chunked_loss.LOGITS_AT_ONCE`.
-_LOGITS_AT_ONCE = 16 << 20
 # Ours: float32 tensors of the logits' size that are there together.
 _LOGITS_TOGETHER = {"jax": 2, "tensorflow": 1, "torch": 4}
 # Ours: what imports, compilers, their programs and what allocators leave unused take on
@@ -74,7 +73,7 @@ def estimate(
         lora_rank: int, rank of adapters; `None` trains all weights.
         targets: names of the projections that have adapters.
         batch_size, sequence_length, micro_batches: ints.
-        rematerialize: one of `remat.POLICIES`.
+        rematerialize: one of `config.REMATERIALIZATION`.
         int8: bool, whether the backbone's matrices are quantized.
         devices: int, devices over which weights and rows are divided alike.
         backend: `"jax"`, `"tensorflow"` or `"torch"`; the latter keep all logits.
@@ -131,7 +130,7 @@ def estimate(
 def _logits(sizes, tokens, backend):
     count = tokens * sizes.vocabulary
     if backend == "jax":
-        count = min(count, _LOGITS_AT_ONCE)
+        count = min(count, LOGITS_AT_ONCE)
     return 4 * _LOGITS_TOGETHER[backend] * count
 
 
@@ -139,12 +138,12 @@ class _Sizes:
     """Sizes of a network, and what its layers keep for each token."""
 
     def __init__(self, config):
-        heads = config["num_query_heads"]
-        head_dim = config.get("head_dim") or config["hidden_dim"] // heads
+        config = checked(config)
+        heads, head_dim = config["num_query_heads"], config["head_dim"]
         self.layers, self.hidden = config["num_layers"], config["hidden_dim"]
         self.heads, self.wide = heads, config["intermediate_dim"]
         self.query = heads * head_dim
-        self.key = (config.get("num_key_value_heads") or heads) * head_dim
+        self.key = config["num_key_value_heads"] * head_dim
         self.vocabulary = config["vocabulary_size"]
 
     def projections(self):
@@ -279,7 +278,7 @@ def table_of_presets(batch_size, sequence_length, rematerialize="none", device="
 
     Args:
         batch_size, sequence_length: ints.
-        rematerialize: one of `remat.POLICIES`.
+        rematerialize: one of `config.REMATERIALIZATION`.
         device: see `estimate`.
     """
     from keras_openllama import presets

@@ -1,42 +1,49 @@
-"""A fine-tuning run, from its examples to its exports; what `train/finetune.py` runs.
+"""Fine-tuning: a preset and examples, for `trainer.Trainer`; and what it exports.
 
-The run's directory holds what `run_log` writes, `run.json` (what the run is),
-`state.npz` (the newest checkpoint), `loss.png`, and in the end `adapters/` (in PEFT's
-format) and `model/` (in transformers').
+Beside what every run writes, the directory holds in the end `adapters/` (in PEFT's
+format) and `model/` (merged, in transformers').
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import random
-import time
 
+import jax
 import keras
-import numpy as np
-from tqdm import tqdm
 
+from keras_openllama.backend import jit
+from keras_openllama.config import checked
 from keras_openllama.data import instructions
+from keras_openllama.distribution import check_mesh
+from keras_openllama.loading.load import find_source
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-from keras_openllama.optimizers import AdamW, WarmupCosine
-from keras_openllama.runs import loss_plot, state_file
-from keras_openllama.runs.interruption import Skipped, StopRequest
-from keras_openllama.runs.metrics_log import RunLog
-from keras_openllama.runs.run_directory import locked
+from keras_openllama.runs import run_directory, train_state
+from keras_openllama.runs.jax_train_state import (
+    JaxTrainState,
+    distribution_for,
+    scope_of,
+)
+from keras_openllama.runs.keras_train_state import KerasTrainState
+from keras_openllama.runs.train_config import TrainConfig
+from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
 from keras_openllama.training.fit import ADAPTERS_RATE, RATE
-from keras_openllama.utils import files
 
-RUN, STATE, LOSS = "run.json", "state.npz", "loss.png"
 ADAPTERS, MODEL = "adapters", "model"
-# Ours: steps in a row that may be left out, and questions that are asked.
-_MOST_SKIPPED, _QUESTIONS = 10, 4
-_ADVICE = "Take a lower --learning-rate, and another --output."
+_QUESTIONS = 4  # Heuristic: prompts of examples that the model answers.
+_FINAL_RATE = 0.1  # The last learning rate, as a share of the peak, as in LLaMA.
+# Files may move; what is in them is compared.
+_FILES = ("data", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides the course of a run; the fields are the flags of `finetune.py`."""
+class FinetuneConfig:
+    """What is trained on what; the fields are flags of `finetune.py`.
+
+    `train_config` is the `TrainConfig` of the steps that it takes.
+    """
 
     preset: str
     data: tuple
@@ -60,347 +67,243 @@ class Settings:
     micro_batches: int = 1
     rematerialize: str = "none"
     seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A run that is asked for.
-
-    Attributes:
-        settings: `Settings`.
-        output: string, the run's directory.
-        distribution: `OpenLlamaParallel`, or `None`.
-        save_every, validate_every: ints, steps; `None` validates ten times.
-        questions: list of strings to ask before and after; `None` takes some of the
-            examples that were set apart.
-        max_new_tokens: int, of answers.
-        export: tuple of strings, some of `ADAPTERS` and `MODEL`.
-    """
-
-    settings: Settings
-    output: str
-    distribution: object = None
     save_every: int = 100
     validate_every: int | None = None
-    questions: list | None = None
-    max_new_tokens: int = 48
-    export: tuple = (ADAPTERS, MODEL)
+
+    def train_config(self, steps):
+        """`TrainConfig` of a run of so many steps."""
+        rate = self.learning_rate
+        if rate is None:
+            rate = ADAPTERS_RATE if self.lora_rank else RATE
+        return TrainConfig(
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            steps=steps,
+            learning_rate=rate,
+            final_learning_rate=_FINAL_RATE * rate,
+            warmup_steps=min(round(self.warmup * steps), steps - 1),
+            beta_1=0.9,
+            beta_2=0.95,
+            epsilon=1e-8,
+            clip_norm=1.0,
+            weight_decay=self.weight_decay,
+            micro_batches=self.micro_batches,
+            rematerialize=self.rematerialize,
+            seed=self.seed,
+            save_every=self.save_every,
+            milestone_every=0,
+            # Ten times, unless said.
+            validate_every=self.validate_every or max(1, steps // 10),
+        )
+
+    def to_json(self):
+        """The settings in the form of a recipe in `run.json`."""
+        values = dataclasses.asdict(self)
+        settings = {
+            name: {"value": value, "source": "command line"}
+            for name, value in values.items()
+            if name not in ("preset", *_FILES)
+        }
+        return json.loads(json.dumps({"preset": self.preset, "recipe": settings}))
 
 
-def run(request):
-    """Trains, or goes on where the run in the directory stopped.
+@contextlib.contextmanager
+def open_run(config, options, questions=None, max_new_tokens=48):
+    """Starts a fine-tuning run, or resumes the one in the directory.
 
     Args:
-        request: `Request`.
+        config: `FinetuneConfig`.
+        options: `trainer.RunOptions`.
+        questions: list of strings that the model answers before and after; `None`
+            takes some of the examples that were set aside.
+        max_new_tokens: int, of answers.
 
-    Returns:
-        String, the signal that stopped the run; `None` if it is complete.
+    Yields:
+        `trainer.Trainer`.
 
     Raises:
-        ValueError: if settings, examples or what is in the directory do not fit.
-        stopping.Diverged: if too many steps in a row had a loss that is not finite.
-        OSError: if something cannot be read or written.
+        ValueError: if settings, examples or the run in the directory do not fit.
+        run_directory.Busy: if another process has the run.
+        checkpoint_manager.CheckpointError: if no checkpoint can be read.
+        OSError: if a file cannot be read.
     """
-    data = _data(request.settings)
-    with locked(request.output):
-        _check_run(request, data)
-        with StopRequest() as stop:
-            return _Run(request, data).train(stop)
-
-
-# ----- Examples
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    train: list
-    apart: list
-    fingerprint: str
-
-
-def _data(settings):
-    templates = None
-    if settings.prompt is not None or settings.response is not None:
-        templates = (settings.prompt or "{prompt}", settings.response or "{response}")
-    examples = instructions.read(settings.data, templates)
-    if settings.validation is None:
-        train, apart = instructions.divide(
-            examples, settings.validation_share, settings.seed
-        )
-    else:
-        train, apart = examples, instructions.read([settings.validation], templates)
-    text = json.dumps([train, apart], ensure_ascii=False).encode("utf-8", "replace")
-    return _Data(train, apart, hashlib.sha256(text).hexdigest()[:16])
-
-
-def _check_run(request, data):
-    """Writes what the run is, or compares it with what is there."""
-    now = {**dataclasses.asdict(request.settings), "examples": data.fingerprint}
-    now.pop("data"), now.pop("validation")  # Files may move; examples may not change.
-    now = json.loads(json.dumps(now))
-    path = files.join(request.output, RUN)
-    if not files.exists(path):
-        files.write_bytes(path, json.dumps(now, indent=1).encode())
-        return
-    before = json.loads(files.read_bytes(path))
-    changed = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"The run in {request.output} is another one: {'; '.join(changed)}. Give "
-            "the same settings to go on with it, or name another directory."
-        )
-
-
-# ----- The run
-
-
-class _Run:
-    def __init__(self, request, data):
-        self._request, self._settings = request, request.settings
-        # Keras draws the seeds of initializers from it. (Its own function for all seeds
-        # imports TensorFlow.)
-        random.seed(self._settings.seed)
-        if request.distribution is None:
-            self._lm = build(self._settings)
+    on_jax = keras.config.backend() == "jax"
+    try:
+        architecture = checked(find_source(config.preset).arguments())
+    except OSError as error:
+        raise ValueError(f"{config.preset} is unavailable: {error}") from error
+    examples, validation = read_examples(config)
+    distribution = None
+    if on_jax:
+        jit.use_compilation_cache()
+        mesh = options.mesh or {"data": 1, "fsdp": jax.device_count(), "model": 1}
+        check_mesh(mesh, architecture, config.batch_size, config.micro_batches)
+        distribution = distribution_for(mesh)
+    elif options.mesh:
+        raise ValueError("A mesh needs the JAX backend. Leave --mesh out.")
+    with exclusive(options.output):
+        now = {
+            **config.to_json(),
+            "kind": run_directory.FINETUNING,
+            "architecture": json.loads(json.dumps(architecture)),
+            "weights": "adapters" if config.lora_rank else "all",
+            "data": {"examples": _fingerprint(examples, validation)},
+        }
+        before = run_directory.read(options.output)
+        changes = []
+        if before is not None:
+            changes = run_directory.check_unchanged(before, now, options.accept_changes)
+            for line in changes:
+                options.say(f"Changed: {line}.")
+        # Keras draws the seeds of initializers from it. (Its own function for all
+        # seeds imports TensorFlow.)
+        random.seed(config.seed)
+        with scope_of(distribution):
+            lm = build(config)
+        data = _data(lm, config, examples, validation)
+        train = config.train_config(data.steps(config.epochs))
+        with scope_of(distribution):
+            compile_model(lm, train)
+        if before is None or changes:
+            tokenizer = lm.preprocessor.tokenizer
+            run_directory.write_once(options.output, now, tokenizer.proto)
+        whole = not config.lora_rank
+        if on_jax:
+            state = JaxTrainState(lm, train, distribution, save_frozen=whole)
         else:
-            with request.distribution.scope():
-                self._lm = build(self._settings)
-        self._batches = instructions.Batches(
-            self._arrays(data.train), self._settings.batch_size, self._settings.seed
-        )
-        self._apart = data.apart
-        self.steps = self._batches.steps(self._settings.epochs)
-        self._compile()
-        self._questions = request.questions
-        if self._questions is None:
-            self._questions = self._some_prompts(data.apart)
-
-    def _some_prompts(self, examples):
-        """Questions from examples: those that leave room for an answer."""
-        prompts = []
-        for example in examples:
-            prompt = prompt_of(example)
-            try:
-                if isinstance(prompt, str):
-                    (ids,) = self._lm.preprocessor.prompt_ids([prompt])
-                else:
-                    ids = self._lm.preprocessor.chat_ids(prompt["messages"])
-            except ValueError:
-                continue  # It has no prompt, as a chat that the assistant begins.
-            if len(ids) < self._settings.sequence_length:
-                prompts.append(prompt)
-            if len(prompts) == _QUESTIONS:
-                break
-        return prompts
-
-    def train(self, stop):
-        """See `run`."""
-        done = self._restore()
-        with RunLog(self._request.output, from_step=done) as log:
-            self._log, self._stop = log, stop
-            if done == 0:
-                self._validate(0)
-                self._ask(0, "before")
-                self._save(0)
-            if done < self.steps and self._train(done):
-                return stop.signal
-        self._draw()
-        self._export(again=done < self.steps)
-        return None
-
-    def _train(self, done):
-        """Steps after `done`; returns whether a signal ended them."""
-        skipped = Skipped(_MOST_SKIPPED, _ADVICE)
-        every = self._request.validate_every or max(1, self.steps // 10)
-        bar = tqdm(
-            initial=done,
-            total=self.steps,
-            unit="step",
-            desc="Fine-tuning",
-            mininterval=1,
-        )
-        with bar:
-            for step in range(done + 1, self.steps + 1):
-                record = self._step(step)
-                self._log.write(record)
-                finite = not record["skipped"]
-                bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-                bar.update()
-                skipped.note(step, finite, record["loss"], math.nan)
-                last = step == self.steps
-                if last or step % every == 0:
-                    self._validate(step)
-                if last:
-                    self._ask(step, "after")
-                stopped = self._stop.at(step)
-                if last or stopped or step % self._request.save_every == 0:
-                    self._save(step)
-                    self._draw()
-                if stopped and not last:
-                    return True
-        return False
-
-    def _step(self, step):
-        start = time.monotonic()
-        x, y, weights = self._batches.at(step)
-        loaded = time.monotonic()
-        rate = float(keras.ops.convert_to_numpy(self._lm.optimizer.learning_rate))
-        before = int(self._lm.optimizer.iterations)
-        self._lm.reset_metrics()
-        logs = self._lm.train_on_batch(x, y, sample_weight=weights, return_dict=True)
-        seconds = time.monotonic() - loaded
-        tokens = int(np.count_nonzero(x["padding_mask"]))
-        self._tokens += tokens
-        return {
-            "step": step,
-            "loss": float(logs["loss"]),
-            "accuracy": float(logs.get("sparse_categorical_accuracy", math.nan)),
-            "targets": float(weights.sum()),
-            "learning_rate": rate,
-            "tokens": self._tokens,
-            "tokens_per_second": tokens / seconds,
-            "data_seconds": loaded - start,
-            "compute_seconds": seconds,
-            "checkpoint_seconds": self._saving,
-            "skipped": int(self._lm.optimizer.iterations) == before,
-        }
-
-    def _validate(self, step):
-        if not self._apart:
-            return
-        x = self._apart
-        found = self._lm.evaluate(
-            x, batch_size=self._settings.batch_size, verbose=0, return_dict=True
-        )
-        # There are no bits per byte where nothing of the responses was left.
-        names = [n for n in ("loss", "perplexity", "bits_per_byte") if n in found]
-        record = {name: float(found[name]) for name in names}
-        self._log.write(
-            {"kind": "validation", "step": step, "tokens": self._tokens, **record}
-        )
-        shown = (f"{n.replace('_', ' ')} {record[n]:.4f}" for n in names)
-        tqdm.write(f"step {step}, held out: {', '.join(shown)}")
-
-    def _ask(self, step, when):
-        """Answers to the questions, on the screen and in samples.txt."""
-        for number, question in enumerate(self._questions, 1):
-            answer = self._lm.generate(
-                question,
-                max_new_tokens=self._request.max_new_tokens,
-                max_length=self._lm.backbone.context_length,
-            )
-            # A chat's answer comes without what was asked.
-            asked = "" if isinstance(question, str) else f"{question['messages']}\n"
-            text = asked + answer
-            self._log.text(f"question {number}, {when}", step, text)
-            tqdm.write(f"--- {when}, question {number}\n{text}")
-
-    def _arrays(self, examples):
-        rows, _ = self._lm.preprocessor.training_rows(examples)
-        rows.warn()
-        return rows.packed() if self._settings.pack else rows.filled()
-
-    def _compile(self):
-        settings = self._settings
-        rate = settings.learning_rate
-        if rate is None:
-            rate = ADAPTERS_RATE if settings.lora_rank else RATE
-        schedule = WarmupCosine.over_epochs(
-            rate, self.steps, batch_size=1, warmup=settings.warmup
-        )
-        options = {}
-        if keras.config.backend() == "jax":
-            options = dict(
-                micro_batches=settings.micro_batches,
-                rematerialize=settings.rematerialize,
-            )
-        self._lm.compile(
-            optimizer=AdamW(schedule, weight_decay=settings.weight_decay), **options
-        )
-        self._lm.optimizer.build(self._lm.trainable_variables)
-
-    # --- Checkpoints
-
-    def _variables(self):
-        """What training changes, by name."""
-        named = {f"model/{v.path}": v for v in self._lm.trainable_variables}
-        for number, variable in enumerate(self._lm.optimizer.variables):
-            named[f"optimizer/{number}"] = variable
-        return named
-
-    def _save(self, step):
-        start = time.monotonic()
-        self._log.sync()
-        state_file.save(self._state, self._variables(), (step, self._tokens))
-        self._saving = time.monotonic() - start
-
-    def _restore(self):
-        """Takes the checkpoint, if there is one; returns its step."""
-        self._state = files.join(self._request.output, STATE)
-        self._tokens, self._saving = 0, 0.0
-        if not files.exists(self._state):
-            return 0
-        step, self._tokens = state_file.restore(self._state, self._variables())
-        if 0 < step < self.steps:
-            print(f"Going on from step {step} of {self.steps}.", flush=True)
-        return step
-
-    # --- What is left in the end
-
-    def _draw(self):
-        runs = loss_plot.read_runs([self._request.output])
-        path = os.path.join(self._request.output, LOSS)
-        loss_plot.draw(runs, path, x="step", smooth=max(1, self.steps // 20))
-
-    def _export(self, again):
-        """Writes what is asked for; what is there is replaced if `again`."""
-        settings, lm = self._settings, self._lm
-        # Adapters cannot be merged into int8.
-        write = {
-            ADAPTERS: settings.lora_rank and lm.save_adapters,
-            MODEL: not settings.int8 and lm.export_to_transformers,
-        }
-        for name in self._request.export:
-            path = os.path.join(self._request.output, name)
-            if write[name] and (again or not os.path.isdir(path)):
-                write[name](path, force=True)
+            state = KerasTrainState(lm, save_frozen=whole)
+        if questions is None:
+            questions = _prompts(lm, config, [e for _, e in validation])
+        prompts = {f"question {i}": text for i, text in enumerate(questions, 1)}
+        sampling = Sampling(prompts, max_new_tokens, lm.backbone.context_length, True)
+        yield Trainer(train, state, data, options, {"run": config.to_json()}, sampling)
 
 
-def build(settings):
-    """The model of a run, with adapters where they are asked for.
+def export(trainer, config, names, again):
+    """Writes the trained model, on the first process.
 
     Args:
-        settings: `Settings`.
+        trainer: `trainer.Trainer` whose run is complete.
+        config: `FinetuneConfig`.
+        names: tuple of strings, some of `ADAPTERS` and `MODEL`.
+        again: bool, whether what is there is replaced.
+    """
+    if names and jax.process_count() > 1:
+        trainer.options.say(
+            "The weights are spread over several hosts, so nothing is exported. Run "
+            "the same command on one host: it exports the complete run."
+        )
+        return
+    trainer.state.update_model()
+    lm = trainer.state.lm
+    # Adapters cannot be merged into int8.
+    write = {
+        ADAPTERS: config.lora_rank and lm.save_adapters,
+        MODEL: not config.int8 and lm.export_to_transformers,
+    }
+    for name in names:
+        path = os.path.join(trainer.options.output, name)
+        if write[name] and (again or not os.path.isdir(path)):
+            write[name](path, force=True)
+
+
+# ----- Model
+
+
+def build(config):
+    """The model of a run, with adapters if the config has them.
+
+    Args:
+        config: `FinetuneConfig`.
 
     Returns:
         `OpenLlamaCausalLM`.
     """
     try:
-        lm = OpenLlamaCausalLM.from_preset(settings.preset, dtype=settings.dtype)
+        lm = OpenLlamaCausalLM.from_preset(config.preset, dtype=config.dtype)
     except OSError as error:
-        raise ValueError(f"{settings.preset} cannot be had: {error}") from error
-    if settings.sequence_length > lm.backbone.context_length:
+        raise ValueError(f"{config.preset} is unavailable: {error}") from error
+    if config.sequence_length > lm.backbone.context_length:
         raise ValueError(
-            f"The context of {settings.preset} is {lm.backbone.context_length} tokens. "
-            f"Received: rows of {settings.sequence_length} tokens (--length)"
+            f"The context of {config.preset} is {lm.backbone.context_length} tokens. "
+            f"Received: sequences of {config.sequence_length} tokens (--length)"
         )
-    lm.preprocessor.sequence_length = settings.sequence_length
-    if settings.chat_template is not None:
-        lm.preprocessor.chat_template = settings.chat_template
-    if settings.int8:
+    lm.preprocessor.sequence_length = config.sequence_length
+    if config.chat_template is not None:
+        lm.preprocessor.chat_template = config.chat_template
+    if config.int8:
         lm.backbone.quantize("int8")
-    if settings.lora_rank:
-        targets = settings.lora_targets and list(settings.lora_targets)
-        lm.backbone.enable_lora(settings.lora_rank, targets, settings.lora_alpha)
+    if config.lora_rank:
+        targets = config.lora_targets and list(config.lora_targets)
+        lm.backbone.enable_lora(config.lora_rank, targets, config.lora_alpha)
     return lm
 
 
+def compile_model(lm, config):
+    """Gives a model the optimizer of a `TrainConfig`, built."""
+    # JAX's step counts the accuracy itself.
+    metrics = [] if keras.config.backend() == "jax" else "auto"
+    lm.compile(optimizer=train_state.make_optimizer(config), weighted_metrics=metrics)
+    lm.optimizer.build(lm.trainable_variables)
+
+
+# ----- Examples
+
+
+def read_examples(config):
+    """Examples to train on and to validate on: two lists of `(source, example)`."""
+    templates = None
+    if config.prompt is not None or config.response is not None:
+        templates = (config.prompt or "{prompt}", config.response or "{response}")
+    examples = instructions.read_sources(config.data, templates)
+    if config.validation is None:
+        return instructions.divide(examples, config.validation_share, config.seed)
+    return examples, instructions.read_sources([config.validation], templates)
+
+
+def _fingerprint(*parts):
+    text = json.dumps([[e for _, e in part] for part in parts], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _data(lm, config, examples, validation):
+    def arrays(examples, pack):
+        rows, _ = lm.preprocessor.training_rows(examples)
+        rows.warn()
+        return rows.packed() if pack else rows.filled(), rows.bytes
+
+    by_source = {}
+    for source, example in validation:
+        by_source.setdefault(source, []).append(example)
+    hosts = jax.process_count(), jax.process_index()
+    train, _ = arrays([e for _, e in examples], config.pack)
+    apart = {source: arrays(some, False) for source, some in by_source.items()}
+    return instructions.InstructionData(
+        *(train, config.batch_size, config.seed, apart), *hosts
+    )
+
+
+def _prompts(lm, config, examples):
+    """Prompts of examples that leave room for an answer."""
+    prompts = []
+    for example in examples:
+        prompt = prompt_of(example)
+        try:
+            if isinstance(prompt, str):
+                (ids,) = lm.preprocessor.prompt_ids([prompt])
+            else:
+                ids = lm.preprocessor.chat_ids(prompt["messages"])
+        except ValueError:
+            continue  # It has no prompt, as a chat that the assistant begins.
+        if len(ids) < config.sequence_length:
+            prompts.append(prompt)
+        if len(prompts) == _QUESTIONS:
+            break
+    return prompts
+
+
 def prompt_of(example):
-    """What to ask about an example: a string, or a chat without its last replies."""
+    """The prompt of an example: a string, or a chat without its last replies."""
     if isinstance(example, str):
         return example[:60]
     if "prompt" in example:

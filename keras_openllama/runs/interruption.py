@@ -6,16 +6,16 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-# What `train/pretrain.py` exits with, beside 0 and Python's own. From sysexits.h.
+# Exit codes of both commands, beside 0 and Python's own. From sysexits.h.
 STOPPED = 75  # EX_TEMPFAIL: a signal came, all is saved; the same command goes on.
 DIVERGED = 70  # EX_SOFTWARE: too many steps in a row had to be skipped.
 NOT_WRITTEN = 74  # EX_IOERR: a checkpoint or a log could not be written.
 
 
-# Of pretraining.
 _ADVICE = (
-    "What they read is in skipped.jsonl. Try a lower learning_rate with "
-    "--accept-changes, or another seed in another output directory."
+    "What they read is in skipped.jsonl. Try a lower learning rate (--set "
+    "learning_rate=…, or --learning-rate of finetune) with --accept-changes, or "
+    "another seed in another output directory."
 )
 
 
@@ -92,11 +92,10 @@ class Skipped:
 
     Args:
         most: int, how many in a row end the run.
-        advice: string, what to do then.
     """
 
-    def __init__(self, most, advice=_ADVICE):
-        self._most, self._advice = most, advice
+    def __init__(self, most):
+        self._most = most
         self._in_a_row, self.total = 0, 0
 
     def note(self, step, kept, loss, grad_norm):
@@ -111,5 +110,5 @@ class Skipped:
             raise Diverged(
                 f"The last {self._most} steps up to step {step} had a loss or gradient "
                 f"that is not finite, or a spike (loss {loss}, gradient norm "
-                f"{grad_norm}). None of them changed the model. {self._advice}"
+                f"{grad_norm}). None of them changed the model. {_ADVICE}"
             )

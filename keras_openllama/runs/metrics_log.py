@@ -231,6 +231,14 @@ def read_validation(directory):
     return [record for _, record in _read_lines(path)]
 
 
+def has_sample(directory, step):
+    """Whether `samples.txt` has a text of a step: bool."""
+    path = files.join(directory, SAMPLES)
+    if not os.path.exists(path):
+        return False
+    return any(found == step for found, _ in _entries(path))
+
+
 def _read_lines(path):
     """Yields each line of a file, as bytes, and the record in it."""
     with open(path, "rb") as file:

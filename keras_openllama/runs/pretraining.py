@@ -1,43 +1,33 @@
-"""A pretraining run, from its first step to its last, across kills and restarts."""
+"""Pretraining: a new model and a stream of prepared tokens, for `trainer.Trainer`."""
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
-import math
-import time
 
 import jax
 import keras
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_openllama import presets
 from keras_openllama.backend import jit
 from keras_openllama.backend.keras_hub import without_tensorflow
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.data.token_stream import TokenStream
-from keras_openllama.distribution import (
-    OpenLlamaParallel,
-    check_hosts,
-    check_mesh,
-    make_mesh,
-)
+from keras_openllama.distribution import check_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-from keras_openllama.runs import loss_plot, run_directory, train_state
+from keras_openllama.runs import run_directory, train_state
 from keras_openllama.runs.checkpoint_manager import Checkpoints
-from keras_openllama.runs.interruption import StopRequest, reading_data
-from keras_openllama.runs.step_reporter import Records
+from keras_openllama.runs.jax_train_state import (
+    JaxTrainState,
+    distribution_for,
+    scope_of,
+)
+from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
 from keras_openllama.runs.validation import Validation
-from keras_openllama.training.train_step_jax import Options, placed
-from keras_openllama.utils import files
 
-_PICTURE = "loss.png"
-_SAMPLE_TOKENS = 48  # Ours.
 # What data and model must have in common.
 _OF_TOKENIZER = (
     *("vocabulary_size", "start_token_id", "end_token_id"),
@@ -50,67 +40,39 @@ PROMPTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a run is asked to be.
-
-    Attributes:
-        resolved: `recipe.Resolved`.
-        data: `prepared_data.PreparedData`.
-        output: string, the run's directory; all processes see it.
-        mesh: dict of `"data"`, `"fsdp"`, `"model"`; the recipe's if `None`.
-        accept_changes: bool, whether a run may go on with other settings.
-        profile: pair of ints, first and last step that JAX's profiler records.
-        began: float, `time.monotonic()` when the process began.
-        report: called with lines of text, on the first process.
-    """
-
-    resolved: object
-    data: object
-    output: str
-    mesh: dict | None = None
-    accept_changes: bool = False
-    profile: tuple | None = None
-    began: float | None = None
-    report: object = print
-
-
-def pretrain(request):
-    """`begun`, then `train`: see there."""
-    with begun(request) as run:
-        return run.train()
+def pretrain(resolved, data, options):
+    """Trains as `open_run(...)` yields it; see there."""
+    with open_run(resolved, data, options) as trainer:
+        return trainer.train()
 
 
 @contextlib.contextmanager
-def begun(request):
-    """A run, begun or gone on with, that `train` takes to its end.
+def open_run(resolved, data, options):
+    """Starts a pretraining run, or resumes the one in the directory.
 
-    It trains until the recipe's last step, or until a signal asks to stop.
-
-    A run that is there already goes on from its newest whole checkpoint: on the same
-    devices to the same bits as if it had never stopped.
+    A run is resumed from its newest whole checkpoint: on the same devices bit-exactly
+    as if it had never stopped.
 
     Args:
-        request: `Request`.
+        resolved: `recipe.Resolved`.
+        data: `prepared_data.PreparedData`.
+        options: `trainer.RunOptions`.
 
     Yields:
-        An object whose `train()` returns `None` if the run is complete, or the name of
-        the signal that stopped it.
+        `trainer.Trainer`.
 
     Raises:
-        ValueError: if the settings do not fit the devices, the data, or the run that
-            is there.
+        ValueError: if the settings do not fit the devices, the data, or the run in
+            the directory.
         RuntimeError: if the backend is not JAX, or another process has the run.
-        checkpoints.CheckpointError: if a checkpoint cannot be written, or none read.
-        stopping.Diverged: by `train`, if too many steps in a row had to be skipped.
-        stopping.DataNotRead: by `train`, if a file of the data is damaged or gone.
-        OSError: if the log cannot be written.
+        checkpoint_manager.CheckpointError: if no checkpoint can be read.
 
     Example:
 
     ```python
-    with begun(Request(resolve("nano"), PreparedData("data"), "runs/nano")) as run:
-        run.train()
+    options = RunOptions("runs/nano")
+    with open_run(resolve("nano"), PreparedData("data"), options) as trainer:
+        trainer.train()
     ```
     """
     if keras.config.backend() != "jax":
@@ -118,291 +80,132 @@ def begun(request):
             "Pretraining needs the JAX backend (KERAS_BACKEND=jax). Received: "
             f"backend={keras.config.backend()!r}"
         )
-    if files.is_remote(request.output):
-        raise ValueError(
-            "`output` is a directory on this machine, or on a file system that all "
-            "hosts have mounted (NFS, gcsfuse): logs are appended to. Received: "
-            f"output={request.output!r}"
-        )
     jit.use_compilation_cache()
-    resolved = request.resolved.on(jax.device_count(), request.mesh)
-    request = dataclasses.replace(request, resolved=resolved)
+    resolved = resolved.on(jax.device_count(), options.mesh)
     recipe, preset = resolved.recipe, presets.find(resolved.preset)
-    mesh = request.mesh or recipe.mesh_for(jax.device_count())
-    check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
-    _check_tokenizer(request.data, preset)
-    alone = contextlib.nullcontext()
-    if jax.process_index() == 0:
-        alone = run_directory.locked(request.output)
-    with alone:
-        yield _Run(request, preset, mesh)
-
-
-class _Run:
-    """The parts of a run, put together."""
-
-    def __init__(self, request, preset, mesh):
-        self.request, self.recipe = request, request.resolved.recipe
-        self.say = request.report if jax.process_index() == 0 else lambda *_: None
-        self.mesh, self.distribution, self.profiling = mesh, None, False
-        # One device of many is refused, as any mesh that leaves out some.
-        if max(math.prod(mesh.values()), jax.device_count()) > 1:
-            device_mesh = make_mesh(**mesh)
-            check_hosts(device_mesh.backend_mesh)
-            self.distribution = OpenLlamaParallel(device_mesh)
-        self._say_devices()
-        self.checkpoints = Checkpoints(
-            request.output, self.recipe.keep_last, self.recipe.milestone_every
-        )
-        self.mixture = self._agree_on_run(preset)
-        self.lm = self._build(preset)
-        self.state = train_state.state_of(self.lm, self._sharding(0))
-        self.step = self._restore()
-
-    # ----- Setting up
-
-    def _say_devices(self):
-        sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        source = "command line"
-        if self.request.mesh is None:
-            source = self.request.resolved.mesh_source(jax.device_count())
-        self.say(
-            f"{jax.device_count()} x {jax.devices()[0].device_kind} in "
-            f"{jax.process_count()} process(es): {sizes} ({source})"
+    mesh = options.mesh or recipe.mesh_for(jax.device_count())
+    with exclusive(options.output):
+        check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
+        _check_tokenizer(data, preset)
+        distribution = distribution_for(mesh)
+        _report_devices(resolved, mesh, options)
+        mixture = _agree_on_run(resolved, preset, data, options)
+        lm = _build(preset, recipe, data, distribution)
+        yield Trainer(
+            recipe,
+            JaxTrainState(lm, recipe, distribution),
+            TokenData(data, recipe, mixture),
+            options,
+            {
+                "data": {"mixture": mixture.to_json()},
+                "run": resolved.to_json(),
+                "mesh": mesh,
+            },
+            Sampling({prompt.splitlines()[0]: prompt for prompt in PROMPTS}),
         )
 
-    def _agree_on_run(self, preset):
-        """Compares with the run that is there, or begins one; returns the mixture."""
-        request = self.request
-        before = run_directory.read(request.output)
-        name = self.recipe.mixture
-        mixture = mixtures.load(name) if name else request.data.mixture
-        now = {
-            **request.resolved.to_json(),
-            "architecture": dict(preset.config),
-            "data": _identity(request.data),
-        }
-        if before is not None:
-            changes = run_directory.check_unchanged(before, now, request.accept_changes)
-            steps = self.checkpoints.steps() or [0]
-            mixture, changed = run_directory.mixture_from(
-                before, mixture, steps[-1], request.accept_changes
-            )
-            for line in (*changes, *changed):
-                self.say(f"Changed: {line}.")
-        now["mixture"] = mixture.to_json()
-        if jax.process_index() == 0 and (before is None or changes or changed):
-            run_directory.write(request.output, now, request.data.proto())
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("run")
-        return mixture
 
-    def _build(self, preset):
-        recipe = self.recipe
-        with without_tensorflow():  # Whose seed Keras would set, too.
-            keras.utils.set_random_seed(recipe.seed)
-        with self._scope():
-            lm = OpenLlamaCausalLM(
-                OpenLlamaBackbone(**preset.config, dtype=recipe.precision),
-                OpenLlamaCausalLMPreprocessor(
-                    OpenLlamaTokenizer(self.request.data.proto()),
-                    sequence_length=recipe.sequence_length,
-                ),
-                compile=False,
-            )
-            optimizer = train_state.make_optimizer(recipe)
-            lm.compile(optimizer=optimizer, weighted_metrics=[])
-            optimizer.build(lm.trainable_variables)
-        return lm
+def _report_devices(resolved, mesh, options):
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+    source = "command line"
+    if options.mesh is None:
+        source = resolved.mesh_source(jax.device_count())
+    options.say(
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} in "
+        f"{jax.process_count()} process(es): {sizes} ({source})"
+    )
 
-    def _restore(self):
-        """Takes the state of the newest checkpoint; returns its step."""
-        like = train_state.abstract(train_state.named(self.lm, self.state))
 
-        def make_room(marker):
-            jax.tree.map(lambda array: array.delete(), self.state)
-            return like
+def _agree_on_run(resolved, preset, data, options):
+    """Compares with the run in the directory, or starts one; returns the mixture."""
+    before = run_directory.read(options.output)
+    name = resolved.recipe.mixture
+    mixture = mixtures.load(name) if name else data.mixture
+    now = {
+        **resolved.to_json(),
+        "architecture": dict(preset.config),
+        "data": _identity(data),
+    }
+    changes = []
+    if before is not None:
+        changes = run_directory.check_unchanged(before, now, options.accept_changes)
+        steps = Checkpoints(options.output).steps() or [0]
+        mixture, changed = run_directory.mixture_from(
+            before, mixture, steps[-1], options.accept_changes
+        )
+        changes += changed
+        for line in changes:
+            options.say(f"Changed: {line}.")
+    now["mixture"] = mixture.to_json()
+    if before is None or changes:
+        run_directory.write_once(options.output, now, data.proto())
+    return mixture
 
-        found = self.checkpoints.restore_latest(make_room)
-        if found is None:
-            return 0
-        marker, arrays = found
-        self.state = train_state.unnamed(self.lm, arrays)
-        self.say(f"Going on from the checkpoint of step {marker['step']}.")
-        return marker["step"]
 
-    # ----- Devices
-
-    def _scope(self):
-        alone = contextlib.nullcontext()
-        return self.distribution.scope() if self.distribution else alone
-
-    def _sharding(self, rank):
-        """Of an array whose first axis is the batch; with rank 0, a copy everywhere."""
-        if self.distribution is None:
-            return None
-        if rank:
-            return self.distribution.batch_sharding(rank)
-        mesh = self.distribution.device_mesh.backend_mesh
-        return NamedSharding(mesh, PartitionSpec())
-
-    def _put(self, batch):
-        """This process's rows as a part of the global batch."""
-        if self.distribution is None:
-            return jax.device_put(batch)
-        return jax.tree.map(
-            lambda a: jax.make_array_from_process_local_data(
-                self._sharding(a.ndim),
-                np.ascontiguousarray(a),
-                (len(a) * jax.process_count(), *a.shape[1:]),
+def _build(preset, recipe, data, distribution):
+    with without_tensorflow():  # Whose seed Keras would set, too.
+        keras.utils.set_random_seed(recipe.seed)
+    with scope_of(distribution):
+        lm = OpenLlamaCausalLM(
+            OpenLlamaBackbone(**preset.config, dtype=recipe.precision),
+            OpenLlamaCausalLMPreprocessor(
+                OpenLlamaTokenizer(data.proto()),
+                sequence_length=recipe.sequence_length,
             ),
-            batch,
+            compile=False,
         )
+        optimizer = train_state.make_optimizer(recipe)
+        lm.compile(optimizer=optimizer, weighted_metrics=[])
+        optimizer.build(lm.trainable_variables)
+    return lm
 
-    def _options(self):
-        recipe = self.recipe
-        options = Options(recipe.micro_batches, recipe.rematerialize, recipe.z_loss)
-        return placed(options, self.distribution)
 
-    # ----- Training
+class TokenData:
+    """`trainer.TrainData` of prepared tokens.
 
-    def train(self):
-        if self.step >= self.recipe.steps:
-            self.say(f"The run in {self.request.output} is complete.")
-            return None
-        stream = self._stream()
-        self.batches = iter(stream.dataset(from_step=self.step))
-        batch = self._next_batch()
-        self.validation = Validation(
-            self.request.data, self.recipe, self.mixture, self._put
-        )
-        if not self.validation.sources and self.recipe.validate_every:
-            self.say("The data set no documents aside: there is no validation.")
-            self.recipe = self.recipe.replace(validate_every=0)
-        self._compile(self._put(batch))
-        self.records = Records(
-            self.lm,
-            self.recipe,
-            stream if jax.process_count() == 1 else self._stream(hosts=1, host=0),
-            self.request.output,
-            self.step,
-            self.request.began,
-        )
-        try:
-            with self.records, StopRequest() as stop:
-                while not self._take_step(batch, stop):
-                    with self.records.clock.measure("data"):
-                        batch = self._next_batch()
-                self.checkpoints.wait()
-        finally:
-            self._end_profile()
-            self.checkpoints.close()
-        self._draw()
-        return stop.signal if self.step < self.recipe.steps else None
+    Args:
+        data: `prepared_data.PreparedData`.
+        recipe: `recipe.Recipe`.
+        mixture: `mixture.Mixture`.
+    """
 
-    def _next_batch(self):
-        with reading_data():
-            return next(self.batches)
-
-    def _take_step(self, batch, stop):
-        """One step and what is due after it; returns whether it was the last."""
-        recipe, records = self.recipe, self.records
-        self._begin_profile()
-        batch = self._put(batch)
-        with records.clock.measure("compute"):
-            measures, self.state = self.program(self.state, batch)
-        self.step += 1
-        records.add(self.step, measures)
-        if self.request.profile and self.step == self.request.profile[1]:
-            jax.block_until_ready(self.state)
-            self._end_profile()
-        stopped, complete = stop.at(self.step), self.step == recipe.steps
-        if stopped:  # There may be seconds left before a kill.
-            self._save()
-            self.checkpoints.wait()
-        due = complete and recipe.validate_every > 0
-        if due or _due(recipe.validate_every, self.step):
-            records.settle()
-            self._validate()
-        if _due(recipe.sample_every, self.step):
-            records.settle()
-            self._sample()
-        intervals = recipe.save_every, recipe.milestone_every
-        due = complete or any(_due(every, self.step) for every in intervals)
-        if due and not stopped:
-            self._save()
-        self.checkpoints.check()
-        return stopped or complete
+    def __init__(self, data, recipe, mixture):
+        self._data, self._recipe, self._mixture = data, recipe, mixture
 
     def _stream(self, **hosts):
-        recipe = self.recipe
+        recipe = self._recipe
         return TokenStream(
-            self.request.data,
+            self._data,
             recipe.sequence_length,
             recipe.batch_size,
             seed=recipe.seed,
-            mixture=self.mixture,
+            mixture=self._mixture,
             packing=recipe.packing,
             mask_documents=recipe.mask_documents,
             **hosts,
         )
 
-    def _compile(self, batch):
-        self.say("Compiling the training step …")
-        start, everywhere = time.monotonic(), self._sharding(0)
-        self.program = train_state.compile_step(
-            *(self.lm, self.state, batch, self._options()),
-            self.recipe.spike_threshold,
-            everywhere,
-        )
-        if self.recipe.validate_every:  # What does not fit is to fail now.
-            self.evaluate = train_state.compile_evaluation(
-                self.lm, self.state, batch, self._options(), everywhere
-            )
-        self.say(f"Compiled in {time.monotonic() - start:.1f} s.")
+    @functools.cached_property
+    def _own(self):
+        return self._stream()
 
-    def _validate(self):
-        found = self.validation.measure(lambda batch: self.evaluate(self.state, batch))
-        self.records.validation(found)
-        self._draw()
+    @functools.cached_property
+    def _of_all_hosts(self):
+        alone = jax.process_count() == 1
+        return self._own if alone else self._stream(hosts=1, host=0)
 
-    def _sample(self):
-        train_state.put_back(self.lm, self.state)
-        with self._scope():
-            texts = self.lm.generate(list(PROMPTS), max_new_tokens=_SAMPLE_TOKENS)
-        for prompt, text in zip(PROMPTS, texts, strict=True):
-            self.records.text(prompt.splitlines()[0], text)
+    @functools.cached_property
+    def validation(self):
+        return Validation(self._data, self._recipe, self._mixture, lambda batch: batch)
 
-    def _save(self):
-        self.records.settle()
-        info = {
-            "tokens": self.step * self.recipe.tokens_per_step,
-            "data": {"next_step": self.step, "mixture": self.mixture.to_json()},
-            "run": self.request.resolved.to_json(),
-            "mesh": self.mesh,
-            "versions": run_directory.versions(),
-        }
-        with self.records.clock.measure("checkpoint"):
-            self.checkpoints.save(
-                self.step, train_state.named(self.lm, self.state), info
-            )
+    def batches(self, from_step):
+        return self._own.dataset(from_step=from_step)
 
-    def _begin_profile(self):
-        """Starts JAX's profiler before the next step, if that is to be recorded."""
-        first, last = self.request.profile or (0, 0)
-        if not self.profiling and first <= self.step + 1 <= last:
-            jax.profiler.start_trace(files.join(self.request.output, "profile"))
-            self.profiling = True
+    def rows_of(self, step):
+        return self._of_all_hosts.rows_of(step)
 
-    def _end_profile(self):
-        if self.profiling:
-            self.profiling = False
-            jax.profiler.stop_trace()
-
-    def _draw(self):
-        if jax.process_index() == 0:
-            output = self.request.output
-            loss_plot.draw(loss_plot.read_runs([output]), files.join(output, _PICTURE))
+    def tokens(self, steps):
+        return steps * self._recipe.tokens_per_step
 
 
 def _check_tokenizer(data, preset):
@@ -424,7 +227,3 @@ def _identity(data):
     """What must not change about the data of a run."""
     manifest = json.dumps(data.manifest, sort_keys=True).encode()
     return {"manifest_sha256": hashlib.sha256(manifest).hexdigest()}
-
-
-def _due(every, step):
-    return every > 0 and step % every == 0

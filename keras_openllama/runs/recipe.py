@@ -14,58 +14,30 @@ from pathlib import Path
 import yaml
 
 from keras_openllama import presets
+from keras_openllama.runs import device_settings
+from keras_openllama.runs.train_config import TrainConfig, setting
 from keras_openllama.utils import validation
 
 COMMAND_LINE = "command line"
 DEFAULT = "default: ours"
 
 
-def _setting(check, default=dataclasses.MISSING):
-    return dataclasses.field(default=default, metadata={"check": check})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(TrainConfig):
+    """How to pretrain: the settings of training, of the data and of the devices.
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to pretrain, as settings that were checked.
-
-    Attributes:
+    Attributes (beside those of `TrainConfig`):
         mixture: string, a name of `presets/mixtures/` or the path of a JSON file;
             `None` is the data's own.
-        sequence_length: int, tokens that a row reads and predicts.
-        batch_size: int, sequences of a step, over all chips.
-        steps: int, steps of the run, and where the cosine of the learning rate ends.
-        learning_rate: float, the peak, which the warm-up leads to.
-        final_learning_rate: float, what the cosine ends at.
-        warmup_steps: int, steps of the linear warm-up; below `steps`.
-        optimizer: string, `"adamw"` or `"muon"`, see `optimizers.muon`.
-        beta_1: float, AdamW's decay of the mean of gradients.
-        beta_2: float, AdamW's decay of the mean of their squares.
-        epsilon: float, AdamW's.
-        weight_decay: float, times the learning rate; with AdamW of every parameter,
-            with Muon of the matrices inside layers, and a tenth of it elsewhere.
-        clip_norm: float, global norm that gradients are scaled down to.
         packing: string, `"concatenate"` or `"best_fit"` (`TokenStream`).
+        mask_documents: bool, whether tokens see their own document only.
         meshes: dict by number of chips, as a string, of dicts of ints: `"data"`,
             `"fsdp"`, `"model"`.
         planned: dict by number of chips, as a string, of dicts: `"rows"`, int, how many
-            rows of the batch a device takes at once, which makes `micro_batches`; and
-            `"rematerialize"`, string. See `Resolved.on`.
-        mask_documents: bool, whether tokens see their own document only.
-        z_loss: float, weight of the squared logarithm of the softmax's denominator.
+            sequences of the batch a device takes at once, which makes `micro_batches`;
+            and `"rematerialize"`, string. See `Resolved.on`.
         precision: string, `"mixed_bfloat16"` or `"float32"`.
-        rematerialize: string, what is kept for the backward pass, one of
-            `remat.POLICIES`.
-        micro_batches: int, parts of a batch, one after the other; divides it.
-        milestone_every: int, steps between checkpoints that are kept; 0 is never.
-        save_every: int, steps between checkpoints to resume from.
-        keep_last: int, how many of those are kept.
-        validate_every: int, steps between validations; 0 is never.
         validation_batches: int, batches of a validation.
-        sample_every: int, steps between texts that the model writes; 0 is never.
-        spike_threshold: float, a step is skipped whose loss is above so many times
-            its running mean; 0 is never.
-        max_skipped_steps: int, steps skipped in a row that end the run.
-        seed: int, of the initial weights and the order of the data.
 
     Raises:
         ValueError: if a setting is none of these, or does not fit the others.
@@ -78,69 +50,20 @@ class Recipe:
     recipe.mesh_for(256)  # {"data": 4, "fsdp": 64, "model": 1}
     ```
 
-    Source: of every value of a preset, in its JSON file. The defaults are ours.
+    Source: of every value of a preset, in its JSON file. The defaults are heuristics.
     """
 
-    mixture: str | None = _setting(validation.name_or_json_path(presets.mixture_names))
-    sequence_length: int = _setting(validation.whole(1))
-    batch_size: int = _setting(validation.whole(1))
-    steps: int = _setting(validation.whole(1))
-    learning_rate: float = _setting(validation.positive)
-    final_learning_rate: float = _setting(validation.positive)
-    warmup_steps: int = _setting(validation.whole(0))
-    beta_1: float = _setting(validation.fraction)
-    beta_2: float = _setting(validation.fraction)
-    epsilon: float = _setting(validation.positive)
-    weight_decay: float = _setting(validation.from_zero)
-    clip_norm: float = _setting(validation.positive)
-    packing: str = _setting(validation.one_of("concatenate", "best_fit"))
-    meshes: dict = dataclasses.field(metadata={"check": validation.meshes})
+    mixture: str | None = setting(validation.name_or_json_path(presets.mixture_names))
+    packing: str = setting(validation.one_of("concatenate", "best_fit"))
+    mask_documents: bool = setting(validation.one_of(False, True), False)
+    meshes: dict = dataclasses.field(metadata={"check": device_settings.meshes})
     planned: dict = dataclasses.field(
-        default_factory=dict, metadata={"check": validation.planned}
+        default_factory=dict, metadata={"check": device_settings.planned}
     )
-    optimizer: str = _setting(validation.one_of("adamw", "muon"), "adamw")
-    mask_documents: bool = _setting(validation.one_of(False, True), False)
-    z_loss: float = _setting(validation.from_zero, 0.0)
-    precision: str = _setting(
+    precision: str = setting(
         validation.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
     )
-    rematerialize: str = _setting(validation.rematerialize, "none")
-    micro_batches: int = _setting(validation.whole(1), 1)
-    milestone_every: int = _setting(validation.whole(0), 2500)
-    save_every: int = _setting(validation.whole(1), 500)
-    keep_last: int = _setting(validation.whole(1), 2)
-    validate_every: int = _setting(validation.whole(0), 1000)
-    validation_batches: int = _setting(validation.whole(1), 8)
-    sample_every: int = _setting(validation.whole(0), 0)
-    spike_threshold: float = _setting(validation.threshold, 0.0)
-    max_skipped_steps: int = _setting(validation.whole(1), 10)
-    seed: int = _setting(validation.whole(0), 0)
-
-    def __post_init__(self):
-        for name in SETTINGS:
-            object.__setattr__(self, name, _checked(name, getattr(self, name)))
-        if self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                "`final_learning_rate` must not be above the peak. Give it along with "
-                f"`learning_rate`. Received: learning_rate={self.learning_rate}, "
-                f"final_learning_rate={self.final_learning_rate}"
-            )
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                "`warmup_steps` must be below `steps`. Give `warmup_steps` too. "
-                f"Received: steps={self.steps}, warmup_steps={self.warmup_steps}"
-            )
-        if self.batch_size % self.micro_batches:
-            raise ValueError(
-                "`micro_batches` must divide `batch_size`. Change one of them. "
-                f"Received: batch_size={self.batch_size}, "
-                f"micro_batches={self.micro_batches}"
-            )
-
-    @property
-    def tokens_per_step(self):
-        """Tokens that a step trains on, over all chips."""
-        return self.batch_size * self.sequence_length
+    validation_batches: int = setting(validation.whole(1), 8)
 
     def replace(self, **changes):
         """The same with other settings; nothing else changes with them.

@@ -9,10 +9,15 @@ import os
 import platform
 from pathlib import Path
 
+import jax
+from jax.experimental import multihost_utils
+
 import keras_openllama
 from keras_openllama.checkpoints.training_run import RUN, RUN_FORMAT, TOKENIZER
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.utils import files
+
+PRETRAINING, FINETUNING = "pretraining", "finetuning"
 
 _LOCK = ".lock"
 # What decides which tokens a step sees: another value would repeat or leave out data.
@@ -20,6 +25,8 @@ _LOCK = ".lock"
 _FIXED = (
     *("batch_size", "sequence_length", "seed", "packing", "mask_documents"),
     "optimizer",
+    # Of fine-tuning: its sequences, and the kinds and shapes of what is trained.
+    *("pack", "chat_template", "lora_rank", "lora_targets", "int8"),
 )
 # What does not change the course of a run.
 _FREE = (
@@ -53,11 +60,25 @@ def read(directory):
         return None
     try:
         run = json.loads(files.read_bytes(path))
+        if "format" not in run and "lora_rank" in run:
+            raise _OldRun
         if run["format"] != RUN_FORMAT:
             raise ValueError(f"its format is {run['format']}, not {RUN_FORMAT}")
+    except _OldRun:
+        raise ValueError(
+            f"{directory} holds a fine-tuning run of keras_openllama 0.1, which this "
+            "version cannot resume. If that run was complete, load its results: "
+            f"{directory}/adapters (`lm.load_adapters`) or {directory}/model "
+            "(`from_preset`). Else start again in another output directory, or finish "
+            "it with keras_openllama 0.1."
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}.") from error
     return run
+
+
+class _OldRun(Exception):
+    """A fine-tuning run whose checkpoint is `state.npz`."""
 
 
 def write(directory, run, tokenizer):
@@ -74,6 +95,14 @@ def write(directory, run, tokenizer):
     files.write_bytes(files.join(directory, RUN), data)
 
 
+def write_once(directory, run, tokenizer):
+    """`write` on the first process; the others wait until it is done."""
+    if jax.process_index() == 0:
+        write(directory, run, tokenizer)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run")
+
+
 def check_unchanged(before, now, accept_changes=False):
     """Whether a run may go on with other settings than it began with.
 
@@ -87,9 +116,10 @@ def check_unchanged(before, now, accept_changes=False):
     Raises:
         ValueError: if something changes that must not, or was not accepted.
     """
+    before, now = ({"kind": PRETRAINING, **run} for run in (before, now))
     changed = {
         name: (before[name], now[name])
-        for name in ("preset", "architecture", "data")
+        for name in ("kind", "preset", "architecture", "data")
         if before[name] != now[name]
     }
     if changed:

@@ -1,4 +1,4 @@
-"""What a run tells of its steps while they are computed: log, bar, skipped steps."""
+"""Reports the steps of a run while they are computed: log, bar, skipped steps."""
 
 import collections
 import hashlib
@@ -18,7 +18,7 @@ _STEPS_AHEAD = 1
 _TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 30.0  # Ours: between two looks of the bar.
 
 
-class Records:
+class StepReporter:
     """Looks at each step once it has been computed, while the next one is under way.
 
     Use as a context manager around the steps. The first process writes and shows, the
@@ -26,10 +26,10 @@ class Records:
 
     Args:
         lm: `OpenLlamaCausalLM`.
-        recipe: `recipe.Recipe`.
-        stream: `TokenStream` of the rows of all hosts.
+        config: `TrainConfig`.
+        data: `trainer.TrainData`.
         output: string, the run's directory.
-        from_step: int, the step that the run goes on from.
+        from_step: int, the step that the run continues from.
         began: float, see `throughput.Clock`.
 
     Attributes:
@@ -40,16 +40,16 @@ class Records:
         OSError: if the log cannot be written.
     """
 
-    def __init__(self, lm, recipe, stream, output, from_step, began=None):
-        self._recipe, self._stream = recipe, stream
+    def __init__(self, lm, config, data, output, from_step, began=None):
+        self._config, self._data = config, data
         self._output, self._step = output, from_step
         self._pending = collections.deque()
-        self._skipped = Skipped(recipe.max_skipped_steps)
+        self._skipped = Skipped(config.max_skipped_steps)
         sizes = lm.backbone
         self._flops = throughput.flops_per_token(
             lm.count_params(),
             *(sizes.num_layers, sizes.num_query_heads, sizes.head_dim),
-            recipe.sequence_length,
+            config.sequence_length,
         )
         self._peak = throughput.peak_flops(jax.devices()[0].device_kind)
         self.clock = throughput.Clock(began)
@@ -61,7 +61,7 @@ class Records:
             self._log = RunLog(self._output, self._step)
             terminal = sys.stderr.isatty()
             self._bar = tqdm(
-                total=self._recipe.steps,
+                total=self._config.steps,
                 initial=self._step,
                 unit="step",
                 dynamic_ncols=terminal,
@@ -96,29 +96,39 @@ class Records:
         """Writes what `Validation.measure` found after the last step."""
         if self._log is None:
             return
-        step, tokens = self._step, self._step * self._recipe.tokens_per_step
+        step, tokens = self._step, self._data.tokens(self._step)
         record = {"kind": "validation", "step": step, "tokens": tokens, **result}
         if step != self._log.last_validation_step:
             self._log.write(record)
+        bits = result.get("bits_per_byte")
         self.say(
             f"step {step}: validation loss {result['loss']:.4f}, perplexity "
-            f"{result['perplexity']:.2f}, bits per byte {result['bits_per_byte']:.4f}"
+            f"{result['perplexity']:.2f}"
+            + ("" if bits is None else f", bits per byte {bits:.4f}")
         )
 
-    def text(self, tag, text):
-        """Writes a text that the model wrote after the last step."""
+    def text(self, tag, text, show=False):
+        """Writes a text that the model wrote after the last step; prints it, too."""
         if self._log is not None:
             self._log.text(tag, self._step, text)
+        if show:
+            self.say(f"--- {tag}\n{text}")
 
     def say(self, line):
         """Prints a line above the bar."""
         if self._bar is not None:
+            # A text of the model may have what the terminal cannot show.
+            encoding = sys.stderr.encoding or "utf-8"
+            line = line.encode(encoding, "backslashreplace").decode(encoding)
             self._bar.write(line, file=sys.stderr)
 
     def _look_at(self, step, measures):
         with self.clock.measure("compute"):
             measures = jax.device_get(measures)
-        measures = {name: value.item() for name, value in measures._asdict().items()}
+        measures = {
+            name: None if value is None else value.item()
+            for name, value in measures._asdict().items()
+        }
         kept = measures.pop("kept")
         now = time.monotonic()
         seconds, self._last = now - self._last, now
@@ -128,11 +138,12 @@ class Records:
         self._skipped.note(step, kept, measures["loss"], measures["grad_norm"])
 
     def _write(self, measures, kept, seconds):
-        tokens = self._recipe.tokens_per_step
+        total = self._data.tokens(self._step)
+        tokens = total - self._data.tokens(self._step - 1)
         record = {
             "step": self._step,
             **measures,
-            "tokens": self._step * tokens,
+            "tokens": total,
             **throughput.rates(
                 *(tokens, seconds, jax.device_count(), self._flops, self._peak)
             ),
@@ -143,10 +154,10 @@ class Records:
         self._log.write(record)
         if not kept:
             keys = ("step", "loss", "grad_norm", "batch")
-            rows = self._stream.rows_of(self._step - 1)
+            rows = self._data.rows_of(self._step - 1)
             self._log.skip({**{key: record[key] for key in keys}, "rows": rows})
             self.say(
-                f"step {self._step} was left out: loss {record['loss']}, gradient norm "
+                f"step {self._step} was skipped: loss {record['loss']}, gradient norm "
                 f"{record['grad_norm']}. What it read is in skipped.jsonl."
             )
         shown = {
@@ -161,5 +172,5 @@ class Records:
 
     def _batch_id(self):
         """Which tokens the last step has read, in 16 digits."""
-        rows = json.dumps(self._stream.rows_of(self._step - 1)).encode()
+        rows = json.dumps(self._data.rows_of(self._step - 1)).encode()
         return hashlib.sha256(rows).hexdigest()[:16]

@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 
 def make_optimizer(recipe):
-    """The optimizer of a `recipe.Recipe`, with its schedule."""
+    """The optimizer of a `TrainConfig`, with its schedule."""
     schedule = WarmupCosine(
         recipe.learning_rate,
         recipe.final_learning_rate,
@@ -65,10 +65,18 @@ def state_of(lm, replicated=None):
     )
 
 
-def named(lm, state):
-    """A state as a dict of dicts by variable path, which checkpoints hold."""
-    model = [*lm.trainable_variables, *lm.non_trainable_variables]
-    values = [*state.trainable, *state.non_trainable]
+def named(lm, state, frozen=True):
+    """A state as a dict of dicts by variable path, which checkpoints hold.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+        state: `State`.
+        frozen: bool, whether the variables that are not trained are in it.
+    """
+    model, values = [*lm.trainable_variables], [*state.trainable]
+    if frozen:
+        model += lm.non_trainable_variables
+        values += state.non_trainable
     return {
         "model": _by_path(model, values),
         "optimizer": _by_path(lm.optimizer.variables, state.optimizer),
@@ -76,12 +84,12 @@ def named(lm, state):
     }
 
 
-def unnamed(lm, arrays):
-    """The state of what `named` returned."""
+def unnamed(lm, arrays, frozen=None):
+    """The state of what `named` returned; `frozen` are the values that it lacks."""
     model, optimizer = arrays["model"], arrays["optimizer"]
     return State(
         [model[v.path] for v in lm.trainable_variables],
-        [model[v.path] for v in lm.non_trainable_variables],
+        frozen or [model[v.path] for v in lm.non_trainable_variables],
         [optimizer[v.path] for v in lm.optimizer.variables],
         arrays["guard"],
     )

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from keras_openllama.config import LOGITS_AT_ONCE
 from keras_openllama.distribution import ROWS
-
-# Ours: logits that are in memory at once, per device; 4 bytes each.
-LOGITS_AT_ONCE = 16 << 20
 
 
 class Sums(NamedTuple):

@@ -21,7 +21,7 @@ class Options(NamedTuple):
     Attributes:
         micro_batches: int, parts of the batch that follow each other, so that the
             activations of one part are in memory. One update for all.
-        rematerialize: string, one of `remat.POLICIES`.
+        rematerialize: string, one of `config.REMATERIALIZATION`.
         z_loss: float, weight of the squared log of the softmax's denominator.
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
             one device.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from keras import ops
+from pretraining_runs import checkpoints, digests
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.runs import metrics_log
+from keras_openllama.runs.step_reporter import StepReporter
 
 SCRIPT = ROOT / "train" / "finetune.py"
+RUNS_0_1 = ROOT / "tests" / "fixtures" / "finetuning_runs_0_1"
 OPPOSITES = [("hot", "cold"), ("up", "down"), ("big", "small"), ("day", "night")]
 OPPOSITES += [("good", "bad"), ("rich", "poor"), ("old", "young"), ("high", "low")]
 
@@ -149,24 +153,27 @@ def test_stopped_and_gone_on_it_is_the_run_that_was_not(end, data, whole, tmp_pa
     assert 12 <= steps_of(tmp_path / "stopped") < steps_of(whole), "it was over"
     again = start(data, tmp_path / "stopped", *LONG)
     output = again.communicate(timeout=300)[0]
-    assert again.returncode == 0 and "Going on from step" in output
+    assert again.returncode == 0 and "Resuming from the checkpoint of step" in output
     for read in (metrics_log.read, metrics_log.read_validation):
         expected, found = read(whole), read(tmp_path / "stopped")
         assert [(r["step"], r["loss"]) for r in found] == [
             (r["step"], r["loss"]) for r in expected
         ]
-    expected, found = (np.load(d / "state.npz") for d in (whole, tmp_path / "stopped"))
-    for name in expected.files:
-        np.testing.assert_array_equal(found[name], expected[name])
+    (*_, last), _ = checkpoints(whole)
+    assert digests(tmp_path / "stopped", last) == digests(whole, last)
+    samples = [(d / "samples.txt").read_text() for d in (whole, tmp_path / "stopped")]
+    assert samples[0] == samples[1] and "question 1, after" in samples[0]
 
 
 # ----- What it refuses
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as error:
-        finetune().main(list(arguments))
-    assert error.value.code == 2
+    try:
+        code = finetune().main(list(arguments))
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
     return capsys.readouterr().err
 
 
@@ -178,16 +185,25 @@ def test_a_run_is_not_gone_on_with_by_other_settings(data, tmp_path, capsys):
     assert "lora_rank was 2 and is 3" in refused(capsys, *changed)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("cold", "warm"))
-    assert "examples was" in refused(capsys, *arguments(other, tmp_path, *more))
+    assert "data was {'examples'" in refused(capsys, *arguments(other, tmp_path, *more))
 
 
 @pytest.mark.backend_free
-def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
-    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    data, tmp_path, caplog, capsys
+):
+    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none", "--save-every", 1)
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    state = tmp_path / "state.npz"
-    state.write_bytes(state.read_bytes()[:-100])
-    assert "state.npz is damaged" in refused(capsys, *arguments(data, tmp_path, *more))
+    expected = metrics_log.read(tmp_path)
+    before, last = checkpoints(tmp_path)[1]
+    newest = tmp_path / "checkpoints" / str(last)
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    assert f"checkpoint of step {last} is damaged" in caplog.text
+    assert f"Resuming from the checkpoint of step {before}" in capsys.readouterr().out
+    found = metrics_log.read(tmp_path)
+    assert [r["loss"] for r in found] == [r["loss"] for r in expected]
 
 
 @pytest.mark.backend_free
@@ -208,16 +224,16 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, capsys):
         (("--preset", "nanno"), "Did you mean"),
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "it has no 'answer'"),
-        (("--mesh", "fsdp=3"), "--mesh"),
+        (("--mesh", "fsdp=3"), "fsdp = 3 does not divide"),
         (("--length", 5000), "The context of nano is"),
-        (("--preset", "hf://nobody/nothing"), "cannot be had"),
+        (("--preset", "hf://nobody/nothing"), "is unavailable"),
         # Before anything is downloaded.
         (("--preset", "13b", "--batch-size", 512), "Training takes about"),
     ],
 )
 def test_what_cannot_be_is_refused(more, message, data, tmp_path, capsys):
     assert message in refused(capsys, *arguments(data, tmp_path / "run", *more))
-    assert not (tmp_path / "run" / "state.npz").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.backend_free
@@ -233,5 +249,75 @@ def test_a_rate_that_diverges_ends_the_run(data, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "not finite" in error and "--learning-rate" in error
     assert any(record["skipped"] for record in metrics_log.read(tmp_path))
-    state = np.load(tmp_path / "state.npz")
-    assert all(np.isfinite(state[name]).all() for name in state.files)
+    assert not checkpoints(tmp_path)[1]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
+    data, tmp_path, monkeypatch
+):
+    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
+    with monkeypatch.context() as patch:
+        # After the validation and the samples before the first step.
+        patch.setattr(StepReporter, "add", lambda *_: 1 / 0)
+        assert finetune().main(arguments(data, tmp_path, *more)) == 1
+    assert len(metrics_log.read_validation(tmp_path)) == 1
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    assert (tmp_path / "samples.txt").read_text().count("question 1, before") == 1
+
+
+def test_samples_that_fail_at_the_end_do_not_lose_the_run(data, tmp_path, monkeypatch):
+    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
+    text = StepReporter.text
+
+    def broken(self, tag, *rest, **options):
+        if "after" in tag:
+            raise UnicodeError("the terminal has no such character")
+        text(self, tag, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepReporter, "text", broken)
+        assert finetune().main(arguments(data, tmp_path, *more)) == 1
+    losses = [r["loss"] for r in metrics_log.read(tmp_path)]
+    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    assert [r["loss"] for r in metrics_log.read(tmp_path)] == losses
+    assert "question 1, after" in (tmp_path / "samples.txt").read_text()
+
+
+def test_validation_is_by_file(data, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("opposite", "contrary"))
+    output = tmp_path / "run"
+    more = ("--epochs", 0.5, "--validation-share", 0.5, "--export", "none")
+    asked = arguments(data, output, *more)
+    asked.insert(asked.index(str(data)), str(other))
+    assert finetune().main(asked) == 0
+    last = metrics_log.read_validation(output)[-1]
+    assert {*last["sources"]} == {"opposites", "other"}
+    losses = [source["loss"] for source in last["sources"].values()]
+    assert min(losses) <= last["loss"] <= max(losses)
+
+
+def test_from_preset_loads_a_run_of_all_weights_and_explains_one_of_adapters(
+    data, tmp_path
+):
+    more = ("--epochs", 0.5)
+    assert finetune().main(arguments(data, tmp_path / "all", *more)) == 0
+    found = logits_of(OpenLlamaCausalLM.from_preset(str(tmp_path / "all")))
+    expected = OpenLlamaCausalLM.from_preset(str(tmp_path / "all" / "model"))
+    np.testing.assert_allclose(found, logits_of(expected), atol=1e-5)
+    more = (*more, "--lora-rank", 2, "--export", "none")
+    assert finetune().main(arguments(data, tmp_path / "lora", *more)) == 0
+    with pytest.raises(ValueError, match=r"fine-tuning run .*lora/model"):
+        OpenLlamaCausalLM.from_preset(str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "all"])
+def test_a_run_of_the_version_before_is_refused_and_loads_what_it_exported(
+    kind, data, tmp_path, capsys
+):
+    run = shutil.copytree(RUNS_0_1 / kind, tmp_path / "run")
+    assert "fine-tuning run of keras_openllama 0.1" in refused(
+        capsys, *arguments(data, run, "--lora-rank", 2)
+    )
+    with pytest.raises(ValueError, match=r"fine-tuning run .*run/model"):
+        OpenLlamaCausalLM.from_preset(str(run))

@@ -346,7 +346,7 @@ def test_signals_stop_a_run_that_has_its_directory_to_itself(
         assert last <= known + 2
         assert checkpoints(tmp_path)[1][-1] == last
     assert main(*ALONE, "--output", tmp_path) == 0
-    assert f"Going on from the checkpoint of step {last}." in capfd.readouterr().out
+    assert f"Resuming from the checkpoint of step {last}." in capfd.readouterr().out
     assert course(tmp_path) == course(undisturbed())
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_openllama.data.instructions import Batches, divide, read
+from keras_openllama.data.instructions import InstructionData, divide, read
 
 pytestmark = pytest.mark.backend_free
 
@@ -82,11 +82,11 @@ def test_a_share_is_set_apart(share, apart):
 def batches(rows, batch_size=4, seed=0):
     column = np.arange(rows)[:, None]
     x = {"token_ids": column, "padding_mask": column}
-    return Batches((x, column, column), batch_size, seed)
+    return InstructionData((x, column, column), batch_size, seed)
 
 
 def seen(batches, steps):
-    return [batches.at(step)[1][:, 0].tolist() for step in steps]
+    return [batches.batch(step - 1)[1][:, 0].tolist() for step in steps]
 
 
 def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():

@@ -9,7 +9,7 @@ from keras import ops
 from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
-from keras_openllama.models.backbone import PROJECTIONS
+from keras_openllama.config import PROJECTIONS
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

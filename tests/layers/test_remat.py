@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_models import SHAPES, batch, random_lm
 
-from keras_openllama.layers.remat import POLICIES, check_policy, computed_again
+from keras_openllama.config import REMATERIALIZATION
+from keras_openllama.layers.remat import check_policy, computed_again
 
 ON_JAX = keras.config.backend() == "jax"
 if ON_JAX:
@@ -63,7 +64,7 @@ def compiled(lm, policy, scan=False):
 
 @pytest.fixture(scope="module")
 def programs(lm):
-    return {policy: compiled(lm, policy) for policy in POLICIES}
+    return {policy: compiled(lm, policy) for policy in REMATERIALIZATION}
 
 
 @on_jax
@@ -78,8 +79,10 @@ def test_gradients_are_the_same(lm, programs, policy):
 
 @on_jax
 def test_each_policy_keeps_less_than_the_one_before(lm):
-    sizes = [sum(map(np.prod, kept(lm, policy))) for policy in POLICIES]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(POLICIES)
+    sizes = [sum(map(np.prod, kept(lm, policy))) for policy in REMATERIALIZATION]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(
+        REMATERIALIZATION
+    )
 
 
 @on_jax
@@ -103,7 +106,7 @@ def test_the_program_takes_less_memory_the_less_is_kept(scan):
     deep = random_lm(dataclasses.replace(SHAPE, num_layers=8))
     sizes = [
         compiled(deep, policy, scan).memory_analysis().temp_size_in_bytes
-        for policy in POLICIES
+        for policy in REMATERIALIZATION
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0] / 2
@@ -125,7 +128,7 @@ def test_what_is_finite_stays_finite(dtype):
 
 
 @on_jax
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", REMATERIALIZATION)
 def test_attention_weights_are_never_kept(lm, policy):
     # Squares of the length, but the mask, which is there once for all.
     squares = [shape for shape in kept(lm, policy) if shape[-2:] == (LENGTH, LENGTH)]

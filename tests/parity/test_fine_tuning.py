@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import SHAPES, as_ours, batch, in_transformers
 
-from keras_openllama.models.backbone import PROJECTIONS
+from keras_openllama.config import PROJECTIONS
 from keras_openllama.optimizers import AdamW
 
 peft = pytest.importorskip("peft")

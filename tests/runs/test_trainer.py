@@ -1,6 +1,5 @@
 """A run within this process: stopped, resumed, poisoned, damaged, changed."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -33,8 +32,9 @@ from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.distribution import check_hosts
 from keras_openllama.runs import interruption, recipe, run_directory, train_state
 from keras_openllama.runs.interruption import DataNotRead
-from keras_openllama.runs.pretraining import PROMPTS, Request, pretrain
-from keras_openllama.runs.step_reporter import Records
+from keras_openllama.runs.pretraining import PROMPTS, pretrain
+from keras_openllama.runs.step_reporter import StepReporter
+from keras_openllama.runs.trainer import RunOptions
 from keras_openllama.training import train_step_jax
 
 pytestmark = pytest.mark.backend_free
@@ -80,8 +80,10 @@ def run(data):
     def run(output, request=None, **settings):
         resolved = recipe.resolve(NANO, overrides={**SETTINGS, **settings})
         lines = []
-        asked = Request(resolved, data, str(output), report=lines.append)
-        return pretrain(dataclasses.replace(asked, **(request or {}))), lines
+        chosen = {"data": data, **(request or {})}
+        tokens = chosen.pop("data")
+        options = RunOptions(str(output), report=lines.append, **chosen)
+        return pretrain(resolved, tokens, options), lines
 
     return run
 
@@ -222,7 +224,7 @@ def test_another_seed_is_another_model_and_another_order(whole, run, tmp_path):
 def test_a_signal_stops_after_its_step_and_the_run_goes_on(
     run, whole, tmp_path, monkeypatch, number
 ):
-    add = Records.add
+    add = StepReporter.add
 
     def signalled(self, step, measures):
         add(self, step, measures)
@@ -235,7 +237,7 @@ def test_a_signal_stops_after_its_step_and_the_run_goes_on(
     before = signal.signal(number, without)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Records, "add", signalled)
+            patch.setattr(StepReporter, "add", signalled)
             assert run(tmp_path)[0] == number.name
         assert signal.getsignal(number) is without
     finally:
@@ -244,7 +246,7 @@ def test_a_signal_stops_after_its_step_and_the_run_goes_on(
     assert checkpoints(tmp_path) == ([3, 5], [3, 5])
     stopped, lines = run(tmp_path)
     assert stopped is None
-    assert "Going on from the checkpoint of step 5." in lines
+    assert "Resuming from the checkpoint of step 5." in lines
     assert course(tmp_path) == course(whole)
 
 
@@ -273,7 +275,7 @@ def test_a_run_cut_short_in_a_save_ends_as_one_that_was_not(run, whole, cut_shor
     with open(cut_short / "metrics.jsonl", "a") as log:
         log.write('{"step": 13, "los')
     _, lines = run(cut_short)
-    assert "Going on from the checkpoint of step 9." in lines
+    assert "Resuming from the checkpoint of step 9." in lines
     assert course(cut_short) == course(whole)
     assert not torn.exists()
 
@@ -291,7 +293,7 @@ def test_a_run_with_muon_goes_on_to_the_same_end(run, tmp_path):
     run(tmp_path / "whole", **settings)
     again = rewound(tmp_path / "whole", tmp_path / "again")
     _, lines = run(again, **settings)
-    assert "Going on from the checkpoint of step 4." in lines
+    assert "Resuming from the checkpoint of step 4." in lines
     assert course(again) == course(tmp_path / "whole")
 
 
@@ -324,7 +326,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     [said] = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert "step 12" in said
     assert largest.name in said
-    assert "Going on from the checkpoint of step 9." in lines
+    assert "Resuming from the checkpoint of step 9." in lines
     assert course(output) == course(whole)
     assert (output / "checkpoints" / "12.damaged").is_dir()
 
