@@ -12,6 +12,7 @@ from tiny_models import TinyShape, assert_close, batch, in_transformers
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.checkpoints.transformers import backbone_arguments
+from keras_openllama.config import checked
 
 SHAPE = TinyShape("grouped", 6, 2, 20, hidden_dim=60, num_layers=3, context=64)
 FORMATS = ("safetensors", "sharded safetensors", "bin", "sharded bin")
@@ -295,13 +296,13 @@ OPENLLAMA_3B = {  # as published: neither rope_theta nor num_key_value_heads
 def test_what_the_published_config_leaves_out_is_filled_in():
     from keras_openllama import presets
 
-    arguments = backbone_arguments(OPENLLAMA_3B)
+    arguments = checked(backbone_arguments(OPENLLAMA_3B))
     assert arguments["rope_max_wavelength"] == 10000.0
     assert arguments["num_key_value_heads"] == 32
-    assert arguments["head_dim"] is None  # and so hidden_dim / num_query_heads
+    assert arguments["head_dim"] == 100
     assert arguments["rope_scaling"] is None
     preset = presets.registry()["open_llama_3b"].config
-    assert {**arguments, "head_dim": 100} == {**preset, "rope_scaling": None}
+    assert arguments == {**preset, "rope_scaling": None}
 
 
 @pytest.mark.backend_free
@@ -372,7 +373,7 @@ def test_a_config_that_is_no_json_or_of_no_known_format_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="must hold a JSON object"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "resnet"}')
     with pytest.raises(ValueError, match="neither KerasHub's"):
