@@ -7,7 +7,7 @@ import jax
 from jax.experimental import multihost_utils
 
 # Exit codes of both commands, beside 0 and Python's own. From sysexits.h.
-STOPPED = 75  # EX_TEMPFAIL: a signal came, all is saved; the same command goes on.
+STOPPED = 75  # EX_TEMPFAIL: a signal came, all is saved; the same command resumes it.
 DIVERGED = 70  # EX_SOFTWARE: too many steps in a row had to be skipped.
 NOT_WRITTEN = 74  # EX_IOERR: a checkpoint or a log could not be written.
 

@@ -28,9 +28,12 @@ import logging
 import math
 import os
 import re
-import sys
-import time
 
+from keras_openllama.runs.tensorboard_events import (
+    TensorBoardEvents,
+    naming_file,
+    scalars_of,
+)
 from keras_openllama.utils import files
 
 METRICS = "metrics.jsonl"
@@ -39,9 +42,6 @@ SKIPPED = "skipped.jsonl"
 SAMPLES = "samples.txt"
 TENSORBOARD = "tensorboard"
 
-# Ours: how long TensorBoard may lag behind, and a full disk go unnoticed by its file.
-_TENSORBOARD_SECONDS = 30.0
-
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _INDENT = b"    "
 
@@ -49,7 +49,7 @@ _INDENT = b"    "
 class RunLog:
     """Writes a run's directory; after a resume it is as if nothing had happened.
 
-    Everything after the step that the run goes on from is dropped, and so is a last
+    Everything after the step that the run resumes from is dropped, and so is a last
     line that a kill has torn. Within a step, write everything, `sync`, and save the
     checkpoint last: then no checkpoint knows of a step that the log does not.
 
@@ -58,7 +58,7 @@ class RunLog:
 
     Args:
         directory: path on this machine; made if it is not there.
-        from_step: int, the step whose checkpoint the run goes on from; 0 for a new run.
+        from_step: int, the step whose checkpoint the run resumes from; 0 for a new run.
 
     Attributes:
         last_step: int or None, the last step in `metrics.jsonl`.
@@ -96,7 +96,7 @@ class RunLog:
         _keep(samples, from_step, _entries)
         if from_step > 0 and self.last_step != from_step:
             logging.getLogger(__name__).warning(
-                "%s ends at step %s, but the run goes on from step %d: what is between "
+                "%s ends at step %s, but the run resumes from step %d: what is between "
                 "is missing, and stays so",
                 *(metrics, self.last_step or 0, from_step),
             )
@@ -107,7 +107,7 @@ class RunLog:
         self._skipped = self._open.enter_context(_Appended(skipped))
         self._samples = self._open.enter_context(_Appended(samples))
         self._events = self._open.enter_context(
-            _TensorBoard(files.join(directory, TENSORBOARD), from_step)
+            TensorBoardEvents(files.join(directory, TENSORBOARD), from_step)
         )
 
     def write(self, record):
@@ -146,7 +146,7 @@ class RunLog:
             self.last_step = record["step"]
         else:
             self.last_validation_step = record["step"]
-        self._events.scalars(record["step"], _scalars(record, training))
+        self._events.scalars(record["step"], scalars_of(record, training))
 
     def skip(self, record):
         """Appends what a step that was left out has read to `skipped.jsonl`.
@@ -300,12 +300,12 @@ class _Appended:
 
     def append(self, data):
         rest = memoryview(data)
-        with _naming(self._path):
+        with naming_file(self._path):
             while rest:  # A disk that is nearly full takes a part first.
                 rest = rest[self._file.write(rest) :]
 
     def sync(self):
-        with _naming(self._path):
+        with naming_file(self._path):
             os.fsync(self._file.fileno())
 
     def __enter__(self):
@@ -313,110 +313,6 @@ class _Appended:
 
     def __exit__(self, *_):
         self._file.close()
-
-
-class _TensorBoard:
-    """Event files, written by the thread that calls.
-
-    tensorboardX's `SummaryWriter` writes in a thread behind a queue of ten. On a full
-    disk that thread dies, and once the queue is full the run hangs for ever. So its
-    queue is left out; its events and its file are used.
-    """
-
-    def __init__(self, directory, from_step):
-        with _without_torch():
-            from tensorboardX import summary
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto import event_pb2, summary_pb2
-        self._proto, self._summary, self._text = event_pb2, summary_pb2, summary.text
-        self._directory = directory
-        files.make_directory(directory)
-        # The name ends in a number: two starts within a second would share the rest.
-        number = len(os.listdir(directory))
-        with _naming(directory):
-            self._writer = EventsWriter(
-                os.path.join(directory, "events"), f".{number:04d}"
-            )
-        # TensorBoard forgets what other files say of this step and later ones.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(from_step + 1, session_log=start)
-        self.sync()
-
-    def scalars(self, step, values):
-        value = self._summary.Summary.Value
-        parts = [value(tag=tag, simple_value=number) for tag, number in values.items()]
-        self._write(step, summary=self._summary.Summary(value=parts))
-
-    def text(self, step, tag, text):
-        # Markdown would change it; indented it is shown as it is.
-        shown = "\n".join("    " + line for line in text.split("\n"))
-        shown = shown.encode("utf-8", "backslashreplace").decode()
-        self._write(step, summary=self._text(f"samples/{tag}", shown))
-
-    def _write(self, step, **content):
-        event = self._proto.Event(wall_time=time.time(), step=step, **content)
-        with _naming(self._directory):
-            self._writer.write_event(event)
-        if content.get("summary") and time.monotonic() > self._next_sync:
-            self.sync()
-
-    def sync(self):
-        with _naming(self._directory):
-            self._writer.flush()
-        self._next_sync = time.monotonic() + _TENSORBOARD_SECONDS
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with _naming(self._directory):
-            self._writer.close()
-
-
-@contextlib.contextmanager
-def _without_torch():
-    """Spares JAX's users PyTorch, which tensorboardX imports if it can: two seconds."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # Python's own way of saying "not importable".
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """Lets an `OSError` say which file could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
-
-
-def _scalars(record, training):
-    """TensorBoard's tags, and the numbers under them."""
-    if not training:
-        tags = {f"validation/{name}": value for name, value in record.items()}
-        for source, values in record.get("sources", {}).items():
-            for name, value in values.items():
-                tags[f"validation/{name}/{source}"] = value
-    else:
-        tags = {f"{_group(name)}/{name}": value for name, value in record.items()}
-    return {
-        tag: value
-        for tag, value in tags.items()
-        if isinstance(value, (bool, int, float)) and not tag.endswith("/step")
-    }
-
-
-def _group(name):
-    if name.endswith("_seconds") or name == "goodput":
-        return "time"
-    if name.startswith("tokens_per_second") or name == "mfu":
-        return "speed"
-    return "train"
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-"""The directory of a run: what the run is, and that one process at a time goes on."""
+"""The directory of a run: what the run is, and that one process at a time trains."""
 
 import contextlib
 import fcntl
@@ -104,7 +104,7 @@ def write_once(directory, run, tokenizer):
 
 
 def check_unchanged(before, now, accept_changes=False):
-    """Whether a run may go on with other settings than it began with.
+    """Whether a run may be resumed with other settings than it began with.
 
     Args:
         before, now: dicts, see `write`.
@@ -152,7 +152,7 @@ def check_unchanged(before, now, accept_changes=False):
 
 
 def mixture_from(before, chosen, step, accept_changes=False):
-    """The mixture of a run that goes on: its own, changed where it was asked to.
+    """The mixture of a resumed run: its own, changed where it was asked to.
 
     Args:
         before: dict, see `read`.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from keras import ops
-from pretraining_runs import checkpoints, digests
+from pretraining_runs import checkpoints, course, digests, rewound
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.runs import metrics_log
@@ -111,10 +111,14 @@ def test_an_int8_base_exports_adapters_alone(data, tmp_path):
 # ----- Stopped, and gone on
 
 
-def start(data, output, *more):
+def start(data, output, *more, **environment):
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments(data, output, *more)],
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            **{"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+            **environment,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -281,6 +285,31 @@ def test_samples_that_fail_at_the_end_do_not_lose_the_run(data, tmp_path, monkey
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     assert [r["loss"] for r in metrics_log.read(tmp_path)] == losses
     assert "question 1, after" in (tmp_path / "samples.txt").read_text()
+
+
+def test_a_run_resumes_bit_exactly_on_every_backend(data, tmp_path):
+    more = ("--lora-rank", 2, "--epochs", 0.7, "--export", "none", "--save-every", 1)
+    whole = tmp_path / "whole"
+    assert finetune().main(arguments(data, whole, *more)) == 0
+    again = rewound(whole, tmp_path / "again")
+    assert finetune().main(arguments(data, again, *more)) == 0
+    assert course(again) == course(whole)
+
+
+@pytest.mark.backend_free
+def test_a_mesh_trains_as_one_device_does(data, tmp_path):
+    more = ("--lora-rank", 2, "--epochs", 1, "--export", "none")
+    assert finetune().main(arguments(data, tmp_path / "one", *more)) == 0
+    flags = "--xla_force_host_platform_device_count=4"
+    more = (*more, "--mesh", "data=2,fsdp=2", "--profile", "2:3")
+    process = start(data, tmp_path / "four", *more, XLA_FLAGS=flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    losses = [
+        [r["loss"] for r in metrics_log.read(tmp_path / n)] for n in ("one", "four")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert list((tmp_path / "four" / "profile").rglob("*.xplane.pb"))
 
 
 def test_validation_is_by_file(data, tmp_path):

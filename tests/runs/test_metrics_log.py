@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from keras_openllama.runs import metrics_log
+from keras_openllama.runs import metrics_log, tensorboard_events
 from keras_openllama.runs.metrics_log import RunLog
 
 pytestmark = pytest.mark.backend_free
@@ -234,7 +234,7 @@ def test_steps_that_are_missing_are_said(tmp_path, caplog):
     with RunLog(tmp_path, 5) as log:
         assert (log.last_step, log.last_validation_step) == (3, 2)
     [said] = caplog.messages
-    assert "ends at step 3, but the run goes on from step 5" in said
+    assert "ends at step 3, but the run resumes from step 5" in said
 
 
 def test_a_step_is_written_once_and_in_order(tmp_path):
@@ -322,7 +322,7 @@ def test_events_are_on_the_disk_before_a_checkpoint(tmp_path):
 
 
 def test_events_are_written_while_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics_log, "_TENSORBOARD_SECONDS", 0.0)
+    monkeypatch.setattr(tensorboard_events, "_TENSORBOARD_SECONDS", 0.0)
     with RunLog(tmp_path, 0) as log:
         log.write(record(1))
         [entries] = events(tmp_path)

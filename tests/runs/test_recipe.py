@@ -461,7 +461,7 @@ def test_the_table_shows_the_file_in_its_repository():
 
 def test_reading_recipes_imports_no_backend():
     program = (
-        "import sys\nfrom keras_openllama.training import recipe\n"
+        "import sys\nfrom keras_openllama.runs import recipe\n"
         "recipe.resolve('7b')\n"
         "heavy = {'keras', 'jax', 'tensorflow', 'torch', 'numpy'}\n"
         "print(sorted(heavy & {*sys.modules}))"

@@ -1,4 +1,4 @@
-"""Small runs of pretraining, and what two of them must have in common."""
+"""Small training runs, and what two of them must have in common."""
 
 import contextlib
 import dataclasses
@@ -130,7 +130,7 @@ def course(output):
     output = Path(output)
     _, whole = checkpoints(output)
     return {
-        "metrics": [[r[name] for name in _COMPUTED] for r in records(output)],
+        "metrics": [[r.get(name) for name in _COMPUTED] for r in records(output)],
         "validation": (output / "validation.jsonl").read_text(),
         "skipped": (output / "skipped.jsonl").read_text(),
         "samples": (output / "samples.txt").read_text(),
