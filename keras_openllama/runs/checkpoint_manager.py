@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import threading
 import time
 
 import jax
@@ -28,6 +27,7 @@ from keras_openllama.checkpoints.seal import (
 )
 from keras_openllama.checkpoints.training_run import ARRAYS, DIRECTORY
 from keras_openllama.utils import files
+from keras_openllama.utils.background import run_in_background
 
 _DAMAGED = ".damaged"
 # Ours: how long process 0 waits for the checksums of the others, in seconds.
@@ -67,7 +67,7 @@ class Checkpoints:
         self.directory = files.join(directory, DIRECTORY)
         self._keep_last, self._milestone_every = keep_last, milestone_every
         self._orbax = None
-        self._pending = None
+        self._pending = self._saving_step = None
         files.make_directory(self.directory)
 
     # ----- Writing
@@ -95,7 +95,8 @@ class Checkpoints:
             self._orbax.save(arrays, ocp.args.PyTreeSave(state))
         except Exception as error:
             self._give_up(step, error)
-        self._pending = _InBackground(self._finish, step, info)
+        self._saving_step = step
+        self._pending = run_in_background(self._finish, step, info)
 
     def wait(self):
         """Waits until the save under way has ended.
@@ -108,13 +109,13 @@ class Checkpoints:
     def check(self, wait=False):
         """Raises the `CheckpointError` of a save that has failed meanwhile."""
         pending = self._pending
-        if pending is None or not (wait or pending.ended()):
+        if pending is None or not (wait or pending.done()):
             return
         self._pending = None
         try:
             pending.result()
         except Exception as error:
-            self._give_up(pending.arguments[0], error)
+            self._give_up(self._saving_step, error)
 
     def close(self):
         """Waits for what is under way, and ends Orbax's threads."""
@@ -385,25 +386,3 @@ def _processes():
 def _barrier(name):
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-class _InBackground:
-    """A call in a thread, whose error is kept until somebody asks."""
-
-    def __init__(self, function, *arguments):
-        self.arguments = arguments
-        self._future = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
-        self._thread.start()
-
-    def _run(self, function):
-        try:
-            self._future.set_result(function(*self.arguments))
-        except BaseException as error:
-            self._future.set_exception(error)
-
-    def ended(self):
-        return self._future.done()
-
-    def result(self):
-        return self._future.result()

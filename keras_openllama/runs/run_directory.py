@@ -1,13 +1,10 @@
 """The directory of a run: what the run is, and that one process at a time trains."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import math
-import os
 import platform
-from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,7 +12,7 @@ from jax.experimental import multihost_utils
 import keras_openllama
 from keras_openllama.checkpoints.training_run import RUN, RUN_FORMAT, TOKENIZER
 from keras_openllama.data import mixture as mixtures
-from keras_openllama.utils import files
+from keras_openllama.utils import files, locks
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 
@@ -202,15 +199,9 @@ def locked(directory):
         yield
         return
     files.make_directory(directory)
-    descriptor = os.open(Path(directory, _LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(
-                f"Another process trains in {directory}. Wait for it, or name another "
-                "output directory."
-            ) from error
+    busy = Busy(
+        f"Another process trains in {directory}. Wait for it, or name another output "
+        "directory."
+    )
+    with locks.locked(files.join(directory, _LOCK), busy):
         yield
-    finally:
-        os.close(descriptor)

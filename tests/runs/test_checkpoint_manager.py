@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
 ]
 
-HERE = ROOT / "tests" / "support"  # Where the programs find their helpers.
+HERE = Path(__file__).parent  # Where the programs find this module.
 SECONDS = 60  # After which nothing more is expected of another process.
 # What a comparison of values, or a detour by another dtype, would not bring back.
 SPECIAL = (-0.0, np.inf, -np.inf, np.nan, 1e-40, 3.3895314e38, 1 + 2**-23)
@@ -502,7 +502,7 @@ def wait_for(condition):
 
 
 def by_check(checkpoints):
-    wait_for(checkpoints._pending.ended)
+    wait_for(checkpoints._pending.done)
     checkpoints.check()
 
 
@@ -585,7 +585,7 @@ import json, os, random, re, shutil, sys, threading, time
 from pathlib import Path
 
 sys.path.append(sys.argv[1])
-from test_checkpoints import arrays
+from test_checkpoint_manager import arrays
 from keras_openllama.runs.checkpoint_manager import Checkpoints
 
 template, output, rows = *sys.argv[2:4], int(sys.argv[4])
@@ -713,7 +713,7 @@ def run_alone(program, *arguments):
             **os.environ,
             "KERAS_BACKEND": "jax",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support"))),
         },
         capture_output=True,
         text=True,
@@ -775,7 +775,7 @@ sys.path.append(sys.argv[1])
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from test_checkpoints import abstract, bits, save_and_overwrite, values
+from test_checkpoint_manager import abstract, bits, save_and_overwrite, values
 from keras_openllama.runs.checkpoint_manager import Checkpoints
 
 directory, devices = sys.argv[2], np.array(jax.devices())
@@ -834,7 +834,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, int(number))
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from test_checkpoints import Checkpoints, abstract, overwrite, values
+from test_checkpoint_manager import Checkpoints, abstract, overwrite, values
 
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 assert jax.process_count() == 2 and len(mesh.devices) == 2
