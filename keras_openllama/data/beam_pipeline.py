@@ -31,8 +31,8 @@ from apache_beam.transforms import environments  # noqa: E402
 logging.disable(logging.NOTSET)
 
 _WORKER_LOG = "workers.log"
-_SECONDS_BETWEEN_LOOKS = 0.25
-_SECONDS_TO_SAY_WHY = 5.0
+_POLL_SECONDS = 0.25
+_GRACE_SECONDS = 5.0
 _LOG_LINES = 5
 
 
@@ -131,13 +131,13 @@ def _run_here(units, settings, directory, workers):
             _run_pipeline, units, settings, directory, runner, options
         )
         finished = set()
-        while not _ended(run, _SECONDS_BETWEEN_LOOKS):
-            dead = _look(units, directory, bar, finished)
+        while not _ended(run, _POLL_SECONDS):
+            dead = _update_progress(units, directory, bar, finished)
             # What Beam has to say about it, if anything, comes first.
             if not dead and not thread_errors:
                 continue
-            if not _ended(run, _SECONDS_TO_SAY_WHY):
-                dead = dead or _look(units, directory, bar, finished)
+            if not _ended(run, _GRACE_SECONDS):
+                dead = dead or _update_progress(units, directory, bar, finished)
                 raise RuntimeError(_obituary(dead, log))
         if error := run.exception():
             raise RuntimeError(_summary(error, units)) from error
@@ -204,7 +204,7 @@ def _quiet():
         threading.excepthook = hook
 
 
-def _look(units, directory, bar, finished):
+def _update_progress(units, directory, bar, finished):
     """Updates the bar; returns a unit whose worker has died, if there is one."""
     done = 0
     for unit in units:
@@ -230,7 +230,7 @@ def _progress_of(unit, directory):
     except (FileNotFoundError, ValueError):
         return 0, False
     except ProcessLookupError:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)  # It may have finished and gone.
+        time.sleep(_POLL_SECONDS)  # It may have finished and gone.
         return 0, path.exists()
     return done, False
 
