@@ -4,8 +4,8 @@
         compiles what is not yet in docs/tpu_plans.json, a minute each, and writes the
         table and the picture beside it
 
-The recipe's own choice of mesh, rows and memory is taken; `train/pretrain.py --plan`
-compares it with its neighbours. Needs the extra `plan`.
+The recipe's own choice of mesh, rows and memory is taken; `keras-openllama pretrain
+--plan` compares it with its neighbours. Needs the extra `plan`.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Every contender trains the same random LLaMA on the same random batches, AdamW, float32,
 in a process of its own; they take turns, a few steps each. Ours runs `fit`'s step, once
-with the plain settings of `compile` and once as `pretrain.py` compiles it; KerasHub's
+with the plain settings of `compile` and once as `pretrain` compiles it; KerasHub's
 `LlamaCausalLM` runs its own `fit`; transformers runs PyTorch's usual loop.
 
     tokens/s   median of the rounds

@@ -1,5 +1,6 @@
-"""The wheel carries all that the embedded model needs, outside the checkout."""
+"""The wheel has the embedded model and every command, outside the checkout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+
+from keras_openllama.__main__ import COMMANDS
 
 pytestmark = pytest.mark.backend_free
 
@@ -23,6 +26,11 @@ print(len(OpenLlamaCausalLM.presets))
 import keras
 print(keras.config.backend())
 """
+
+PAIRS = "".join(
+    json.dumps({"prompt": f"Q: {n} and 1?\nA:", "response": f" {n + 1}"}) + "\n"
+    for n in range(8)
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +92,28 @@ def test_the_wheel_is_small(wheel):
 @pytest.fixture
 def new_user(tmp_path):
     """Environment variables of somebody who never chose a backend."""
-    chosen = ("KERAS_BACKEND", "PYTHONPATH")
+    chosen = ("KERAS_BACKEND", "PYTHONPATH", "GLIBC_TUNABLES")
     left = {name: value for name, value in os.environ.items() if name not in chosen}
-    return {**left, "KERAS_HOME": str(tmp_path / "keras")}
+    return {**left, "HOME": str(tmp_path), "KERAS_HOME": str(tmp_path / "keras")}
+
+
+@pytest.fixture
+def run(installed, new_user, tmp_path):
+    """Runs the installed command in an empty directory; returns what it prints."""
+
+    def run(*arguments):
+        result = subprocess.run(
+            [installed / "bin" / "keras-openllama", *arguments],
+            cwd=tmp_path,
+            env=new_user,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 def test_the_installed_package_generates_with_jax_outside_the_checkout(
@@ -108,18 +135,47 @@ def test_the_installed_package_generates_with_jax_outside_the_checkout(
     assert backend == "jax"
 
 
-def test_the_installed_command_generates_outside_the_checkout(
-    installed, new_user, tmp_path
-):
-    result = subprocess.run(
-        [installed / "bin" / "keras-openllama", "generate", "The sea"]
-        + ["--max-new-tokens", "4"],
-        cwd=tmp_path,
-        env=new_user,
-        capture_output=True,
-        text=True,
-        timeout=240,
+def test_the_installed_command_generates_outside_the_checkout(run):
+    text = run("generate", "The sea", "--max-new-tokens", "4")
+    assert text.startswith("The sea")
+    assert len(text.strip()) > len("The sea")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_an_installed_command_names_it(command, run):
+    assert f"keras-openllama {command} " in run(command, "--help")
+
+
+@pytest.mark.timeout(600)
+def test_the_installed_commands_pretrain_finetune_and_evaluate(run, tmp_path):
+    run(
+        *("pretrain", "--preset", "nano", "--steps", "2", "--batch-size", "2"),
+        *("--set", "sequence_length=32", "--set", "warmup_steps=1"),
+        *("--set", "validation_batches=1", "--set", "sample_every=0"),
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("The sea")
-    assert len(result.stdout.strip()) > len("The sea")
+    pretrained = tmp_path / "runs" / "nano"
+    assert steps(pretrained) == [1, 2]
+    assert (pretrained / "loss.png").exists()
+
+    (tmp_path / "pairs.jsonl").write_text(PAIRS)
+    run(
+        *("finetune", "--preset", "runs/nano", "--data", "pairs.jsonl"),
+        *("--validation", "pairs.jsonl", "--lora-rank", "2", "--length", "32"),
+        *("--batch-size", "4", "--epochs", "1", "--max-new-tokens", "4"),
+        *("--question", "Q: 1 and 1?", "--output", "runs/finetuned"),
+    )
+    finetuned = tmp_path / "runs" / "finetuned"
+    assert steps(finetuned) == [1, 2]
+    assert (finetuned / "adapters" / "adapter_model.safetensors").exists()
+
+    (tmp_path / "sea.txt").write_text("The captain looked at the sea.")
+    model = ["--preset", "runs/finetuned/model", "--output", "evaluation"]
+    table = run("evaluate", *model, "--perplexity", "sea.txt")
+    assert "bits/byte" in table
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())
+
+
+def steps(directory):
+    """The steps that a run has logged."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [record["step"] for record in map(json.loads, lines) if "loss" in record]

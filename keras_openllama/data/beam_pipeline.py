@@ -1,5 +1,6 @@
 """The Beam pipeline that tokenizes units: on all cores, or on any runner of Beam's."""
 
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from keras_openllama.data import tokenizing, worker
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.utils import files
+from keras_openllama.utils.background import run_in_background
 
 # Without Google's cloud libraries Beam warns at its import, wanted or not.
 logging.disable(logging.WARNING)
@@ -29,8 +31,8 @@ from apache_beam.transforms import environments  # noqa: E402
 logging.disable(logging.NOTSET)
 
 _WORKER_LOG = "workers.log"
-_SECONDS_BETWEEN_LOOKS = 0.25
-_SECONDS_TO_SAY_WHY = 5.0
+_POLL_SECONDS = 0.25
+_GRACE_SECONDS = 5.0
 _LOG_LINES = 5
 
 
@@ -125,20 +127,20 @@ def _run_here(units, settings, directory, workers):
             options.view_as(DirectOptions).direct_num_workers = workers
             # "multi_processing" with an environment of our own instead of Beam's.
             options.view_as(DirectOptions).direct_running_mode = "subprocesses"
-        run = _Background(
-            lambda: _run_pipeline(units, settings, directory, runner, options)
+        run = run_in_background(
+            _run_pipeline, units, settings, directory, runner, options
         )
         finished = set()
-        while not run.ended(_SECONDS_BETWEEN_LOOKS):
-            dead = _look(units, directory, bar, finished)
+        while not _ended(run, _POLL_SECONDS):
+            dead = _update_progress(units, directory, bar, finished)
             # What Beam has to say about it, if anything, comes first.
             if not dead and not thread_errors:
                 continue
-            if not run.ended(_SECONDS_TO_SAY_WHY):
-                dead = dead or _look(units, directory, bar, finished)
+            if not _ended(run, _GRACE_SECONDS):
+                dead = dead or _update_progress(units, directory, bar, finished)
                 raise RuntimeError(_obituary(dead, log))
-        if run.error:
-            raise RuntimeError(_summary(run.error, units)) from run.error
+        if error := run.exception():
+            raise RuntimeError(_summary(error, units)) from error
         bar.update(bar.total - bar.n)
 
 
@@ -153,23 +155,9 @@ def _summary(error, units):
     )
 
 
-class _Background:
-    """A function in a thread that does not keep the process alive."""
-
-    def __init__(self, function):
-        self._function, self.error = function, None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        try:
-            self._function()
-        except Exception as error:
-            self.error = error
-
-    def ended(self, timeout):
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+def _ended(run, timeout):
+    """Waits some seconds; returns whether a function in the background has ended."""
+    return bool(concurrent.futures.wait([run], timeout).done)
 
 
 def _environment(log):
@@ -216,7 +204,7 @@ def _quiet():
         threading.excepthook = hook
 
 
-def _look(units, directory, bar, finished):
+def _update_progress(units, directory, bar, finished):
     """Updates the bar; returns a unit whose worker has died, if there is one."""
     done = 0
     for unit in units:
@@ -242,7 +230,7 @@ def _progress_of(unit, directory):
     except (FileNotFoundError, ValueError):
         return 0, False
     except ProcessLookupError:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)  # It may have finished and gone.
+        time.sleep(_POLL_SECONDS)  # It may have finished and gone.
         return 0, path.exists()
     return done, False
 

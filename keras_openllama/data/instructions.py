@@ -1,4 +1,4 @@
-"""What `train/finetune.py` reads: JSON lines of texts, pairs or chats."""
+"""What `keras-openllama finetune` reads: JSON lines of texts, pairs or chats."""
 
 import itertools
 import json

@@ -37,7 +37,7 @@ HELD_OUT_EVERY = 50
 _LONGEST_WORD = 30_000
 # It writes a space as ▁, so that to it the two are the same.
 _TOO_LONG = re.compile(rf"[^ ▁]{{{_LONGEST_WORD}}}|[ ▁]{{{_LONGEST_WORD}}}")
-# Documents between two looks at how many of them are damaged.
+# Documents between two checks of how many of them are damaged.
 _CHECK_EVERY = 1000
 
 

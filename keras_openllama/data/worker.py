@@ -5,13 +5,13 @@ import sys
 import threading
 import time
 
-_SECONDS_BETWEEN_LOOKS = 1.0
+_POLL_SECONDS = 1.0
 
 
 def _end_with(parent):
     """Ends this process when its parent is gone: killed, it has told nobody."""
     while os.getppid() == parent:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
     os._exit(1)
 
 

@@ -204,7 +204,7 @@ class OpenLlamaBackbone(Backbone):
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
             rematerialize: string, one of `config.REMATERIALIZATION`.
-            attend: callable of `layers.fast_attention.attention_on`, or `None`.
+            attend: callable of `layers.attention_kernels.attention_on`, or `None`.
             scan: bool, whether the layers are a `scan.scan_layers` (JAX).
             embed: callable of token ids, or `None` for the embedding layer.
             mask: bool `(batch, 1, length, length)`, True where a token may look at

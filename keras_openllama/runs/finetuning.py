@@ -40,7 +40,7 @@ _FILES = ("data", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """What is trained on what; the fields are flags of `finetune.py`.
+    """What is trained on what; the fields are flags of `finetune`.
 
     `train_config` is the `TrainConfig` of the steps that it takes.
     """

@@ -218,7 +218,7 @@ def read(directory):
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"{directory} has no {METRICS}; give the directory of a run, "
-            "the --output of train/pretrain.py"
+            "the --output of `keras-openllama pretrain`"
         )
     return [record for _, record in _read_lines(path)]
 

@@ -26,7 +26,7 @@ class Options(NamedTuple):
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
             one device.
         loss_chunks: int, see `chunked_loss.next_token_sums`.
-        attend: callable of `layers.fast_attention.attention_on`, or `None` for what
+        attend: callable of `layers.attention_kernels.attention_on`, or `None` for what
             every platform can compute.
         scan: bool, whether the layers are a scan, which compiles sooner; one after the
             other they are faster on CPUs.

@@ -1,4 +1,4 @@
-"""`train/evaluate.py`: what a user types, what comes, and what outlives a kill."""
+"""`keras-openllama evaluate`: what a user types, what comes, what outlives a kill."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`train/finetune.py` as a user runs it: what it leaves, goes on with, and refuses."""
+"""`keras-openllama finetune`: what it leaves, goes on with, and refuses."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""`train/pretrain.py` as processes that are killed, stopped, refused, joined."""
+"""`keras-openllama pretrain` as processes that are killed, stopped, refused, joined."""
 
 import contextlib
 import importlib.util
@@ -534,7 +534,7 @@ def test_a_preset_without_data_names_what_prepares_them(main, tmp_path, capfd):
     output = ["--output", tmp_path / "run"]
     assert main("--preset", "3b_v3", *output, data=None) == 2
     said = capfd.readouterr().err
-    assert "python train/prepare_data.py --mixture" in said
+    assert "keras-openllama prepare-data --mixture" in said
     assert "--tokenizer open_llama_3b_v3 --output DIR" in said
     assert main(*ALONE, *output, data=tmp_path / "none") == 2
     assert "none has no manifest.json" in capfd.readouterr().err

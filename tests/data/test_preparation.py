@@ -433,8 +433,8 @@ def test_the_death_of_a_worker_is_told_and_the_rest_is_kept(stuck, tmp_path):
     bereft = stuck["bereft"]
     stuck["loss"].result()
     _, errors = bereft.process.communicate(timeout=SECONDS)
-    assert bereft.process.returncode == 1
-    assert f"prepare_data: A worker died while it read {bereft.pipe}" in errors
+    assert bereft.process.returncode == 2
+    assert f"error: A worker died while it read {bereft.pipe}" in errors
     assert "what is finished is kept" in errors and "Traceback" not in errors
     wait_for(lambda: are_gone(bereft.workers), "the end of the workers")
     assert_nothing_looks_finished(bereft.output)
@@ -449,7 +449,7 @@ def test_the_death_of_a_worker_that_has_read_nothing_yet_is_told(specs, tmp_path
         wait_for(lambda: len(children()) >= 2, "the start of the workers")
         children()[0].kill()
         process.communicate(timeout=30)
-        assert process.returncode == 1
+        assert process.returncode == 2
     finally:
         process.kill()
         process.communicate()

@@ -117,7 +117,7 @@ def test_what_it_does_not_have_is_refused_by_name(original):
 
 def test_a_directory_without_a_manifest_is_refused(path):
     (path / "manifest.json").unlink()
-    refused(path, FileNotFoundError, path, "no manifest.json", "prepare_data.py")
+    refused(path, FileNotFoundError, path, "no manifest.json", "prepare-data")
     refused(path / "nowhere", FileNotFoundError, path / "nowhere")
 
 

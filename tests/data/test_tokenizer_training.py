@@ -12,7 +12,8 @@ import pytest
 import sentencepiece
 from checkout import ROOT
 
-from keras_openllama.cli.train_tokenizer import main, number_of_bytes
+from keras_openllama.cli.train_tokenizer import STYLES, main, number_of_bytes
+from keras_openllama.data import tokenizer_training
 from keras_openllama.data.document_reader import EMPTY, NOT_JSON, Skipped
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.data.tokenizer_training import (
@@ -350,18 +351,16 @@ def test_arguments_of_the_sample_are_checked(arguments, message):
 
 def run(output, *inputs, size=900, options=()):
     arguments = ["--output", str(output), "--vocab-size", str(size), *options]
-    main([*arguments, "--input", *map(str, inputs)])
+    assert main([*arguments, "--input", *map(str, inputs)]) == 0
     return (output / "tokenizer.model").read_bytes()
 
 
 def refusal(capsys, *arguments):
-    """The line with which a run fails; Python writes it to stderr, with status 1."""
-    with pytest.raises(SystemExit) as failed:
-        main([str(argument) for argument in arguments])
-    assert failed.value.code.startswith("train_tokenizer: ")
-    assert "\n" not in failed.value.code
-    assert capsys.readouterr().err == ""
-    return failed.value.code
+    """The line on stderr with which the command fails, with exit code 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("keras-openllama train-tokenizer: error: ")
+    return line
 
 
 @pytest.fixture
@@ -411,7 +410,7 @@ def test_the_script_trains_on_the_mixture(prose, tmp_path, capsys, caplog):
 
     said = capsys.readouterr().out
     assert f'OpenLlamaTokenizer("{output}/tokenizer.model")' in said
-    assert f"prepare_data.py --tokenizer {output}" in said
+    assert f"keras-openllama prepare-data --tokenizer {output}" in said
     assert "says nothing until it is done" in said
     assert f"{own['overall']:.2f}" in said
     assert "without wikipedia" in caplog.text
@@ -526,3 +525,7 @@ def test_help_teaches(capsys):
     said = capsys.readouterr().out
     assert "keras-openllama train-tokenizer --output" in said
     assert "unfit for code" in said and "--sample-bytes" in said
+
+
+def test_the_flag_style_takes_all_styles():
+    assert STYLES == (*tokenizer_training.STYLES,)

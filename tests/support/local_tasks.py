@@ -11,7 +11,7 @@ WORDS = sorted(
 
 
 def write_tasks(directory, count=12, seed=0):
-    """Writes documents as `train/evaluate.py --data` takes them.
+    """Writes documents as `keras-openllama evaluate --data` takes them.
 
     Args:
         directory: path, made if it is not there.
