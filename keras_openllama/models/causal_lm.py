@@ -412,7 +412,7 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
     def logits(self, token_ids, padding_mask, layer_intercept_fn=None):
         """Logits in float32; see `OpenLlamaBackbone.hidden_states`."""
         hidden = self.backbone.hidden_states(
-            token_ids, padding_mask, layer_intercept_fn
+            token_ids, padding_mask, layer_intercept_fn=layer_intercept_fn
         )
         return ops.cast(self.lm_head(hidden), "float32")
 

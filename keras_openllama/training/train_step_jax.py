@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras_openllama.backend.keras_private import compiled_metrics, loss_tracker
 from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.attention_kernels import attention_on
+from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.sharded_embedding import look_up
 from keras_openllama.training.chunked_loss import next_token_sums
 from keras_openllama.training.target_weights import target_weights
@@ -26,7 +27,7 @@ class Options(NamedTuple):
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
             one device.
         loss_chunks: int, see `chunked_loss.next_token_sums`.
-        attend: callable of `layers.fast_attention.attention_on`, or `None` for what
+        attend: callable of `attention_kernels.attention_on`, or `None` for what
             every platform can compute.
         scan: bool, whether the layers are a scan, which compiles sooner; one after the
             other they are faster on CPUs.
@@ -112,11 +113,13 @@ def sums_of(lm, values, batch, options):
         hidden = lm.backbone.hidden_states(
             x["token_ids"],
             x["padding_mask"],
-            embed=_embed(lm.backbone, options.mesh),
             layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
-            rematerialize=options.rematerialize,
-            attend=options.attend,
-            scan=options.scan,
+            execution=LayerExecution(
+                rematerialize=options.rematerialize,
+                attend=options.attend,
+                scan=options.scan,
+                embed=_embed(lm.backbone, options.mesh),
+            ),
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
         return next_token_sums(
