@@ -13,6 +13,14 @@ from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
 from keras_openllama.text import inputs
 from keras_openllama.training.callbacks import BitsPerByte, LeftOutSteps
+from keras_openllama.training.train_plan import TrainPlan
+
+if keras.config.backend() == "jax":
+    from keras_openllama.training.train_step_jax import FusedTraining as TrainStep
+else:
+    from keras_openllama.training.train_step_tf_torch import (
+        WeightedTraining as TrainStep,
+    )
 
 # Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
 RATE, ADAPTERS_RATE = 2e-5, 2e-4
@@ -24,13 +32,11 @@ def default_optimizer(lm):
     return AdamW(rate, weight_decay=0.0)
 
 
-class Fitting:
+class Fitting(TrainStep):
     """`OpenLlamaCausalLM`: what it is trained, evaluated and asked with."""
 
     _variables_seen = None  # By the programs that Keras has compiled.
-    # What `compile` sets.
-    _own_loss = _chooses_rate = False
-    _step_options = None
+    train_plan = TrainPlan()  # `compile` sets another one.
 
     def fit(
         self,
@@ -82,7 +88,7 @@ class Fitting:
         ```
         """
         self._prepare_to_train()
-        own_callbacks = [LeftOutSteps()] if self._own_loss else []
+        own_callbacks = [LeftOutSteps()] if self.train_plan.own_loss else []
         x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
         data = self._in_whole_batches(x, y, sample_weight, batch_size)
         x, y, sample_weight = data
@@ -92,7 +98,7 @@ class Fitting:
             x_val, *targets = (*validation_data, None, None)[:3]
             packs = pack and self._is_text(x_val)
             x_val, *targets, bytes_per_target = self._as_data(x_val, *targets, packs)
-            if bytes_per_target and self._own_loss:
+            if bytes_per_target and self.train_plan.own_loss:
                 own_callbacks.append(BitsPerByte(bytes_per_target))
             size = kwargs.get("validation_batch_size") or batch_size
             x_val, *targets = self._in_whole_batches(x_val, *targets, size)
@@ -105,8 +111,8 @@ class Fitting:
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             # First, so that others see what they say.
             callbacks = [*own_callbacks, *filter(None, given)]
-        return keras.Model.fit(
-            self,
+        return self._call_keras(
+            "fit",
             x,
             y,
             batch_size=batch_size,
@@ -134,16 +140,16 @@ class Fitting:
         self._forget_stale_programs()
         *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
         x, y, sample_weight = self._in_whole_batches(*data, batch_size)
-        results = keras.Model.evaluate(
-            self,
+        results = self._call_keras(
+            "evaluate",
             x,
             y,
             batch_size=batch_size,
             sample_weight=sample_weight,
-            return_dict=return_dict or self._own_loss,
+            return_dict=return_dict or self.train_plan.own_loss,
             **kwargs,
         )
-        if not self._own_loss:
+        if not self.train_plan.own_loss:
             return results
         if not return_dict:  # Where KerasHub has them, and perplexity behind them.
             perplexity = results.pop("perplexity")
@@ -156,7 +162,15 @@ class Fitting:
         """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
         self._forget_stale_programs()
         x, *_ = self._as_data(x)
-        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+        return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
+
+    def _call_keras(self, method, *args, **kwargs):
+        """`fit`, `evaluate` or `predict` of `keras.Model`, past KerasHub's class.
+
+        KerasHub's `PipelineModel` would preprocess again what is arrays by now, makes a
+        `tf.data.Dataset` of it, and refuses a `PyDataset` and generators.
+        """
+        return getattr(keras.Model, method)(self, *args, **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
         """See `keras.Model.train_on_batch`."""
@@ -183,7 +197,7 @@ class Fitting:
 
     def get_metrics_result(self):
         results = super().get_metrics_result()
-        if self._own_loss:
+        if self.train_plan.own_loss:
             results["perplexity"] = ops.exp(results["loss"])
         return results
 
@@ -217,7 +231,7 @@ class Fitting:
             return  # Keras says that there is none.
         known = {id(v) for v in optimized_variables(optimizer)}
         stale = optimizer.built and known != {id(v) for v in self.trainable_variables}
-        if self._chooses_rate and (stale or not optimizer.built):
+        if self.train_plan.auto_learning_rate and (stale or not optimizer.built):
             self.optimizer = default_optimizer(self)
         elif stale:
             raise ValueError(
@@ -279,7 +293,8 @@ class Fitting:
 
     def _parts_of_a_batch(self):
         """Parts of equal size that a batch has to be cut into: int."""
-        parts = self._step_options.micro_batches if self._step_options else 1
+        options = self.train_plan.step_options
+        parts = options.micro_batches if options else 1
         if keras.config.backend() == "jax":
             distribution = keras.distribution.distribution()
             parts *= getattr(distribution, "num_model_replicas", 1)

@@ -250,7 +250,7 @@ class FusedTraining:
     """
 
     def train_step(self, state, data):
-        if not self._fused:
+        if not self.train_plan.fused:
             return super().train_step(state, data)
         trainable, non_trainable, optimizer, metrics = state
         batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
@@ -264,7 +264,7 @@ class FusedTraining:
         return logs, (trainable, non_trainable, optimizer, metrics)
 
     def test_step(self, state, data):
-        if not self._fused:
+        if not self.train_plan.fused:
             return super().test_step(state, data)
         trainable, non_trainable, metrics = state
         batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
@@ -279,7 +279,8 @@ class FusedTraining:
         return logs, (trainable, non_trainable, metrics)
 
     def _placed_options(self):
-        options, distribution = self._step_options, keras.distribution.distribution()
+        options = self.train_plan.step_options
+        distribution = keras.distribution.distribution()
         # Kernels cannot be divided by XLA, and only our layout says how to.
         if distribution is None or isinstance(distribution, OpenLlamaParallel):
             return placed(options, distribution)
