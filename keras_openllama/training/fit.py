@@ -11,7 +11,15 @@ from keras_openllama.backend.arrays import is_graph_tensor, to_numpy
 from keras_openllama.backend.keras_private import optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
-from keras_openllama.text import inputs
+from keras_openllama.text.inputs import (
+    Arrays,
+    Batches,
+    Examples,
+    Texts,
+    is_tf_dataset,
+    normalize_training_data,
+)
+from keras_openllama.text.token_arrays import as_token_ids
 from keras_openllama.training.callbacks import BitsPerByte, LeftOutSteps
 from keras_openllama.training.train_plan import TrainPlan
 
@@ -96,8 +104,10 @@ class Fitting(TrainStep):
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
             x_val, *targets = (*validation_data, None, None)[:3]
-            packs = pack and self._is_text(x_val)
-            x_val, *targets, bytes_per_target = self._as_data(x_val, *targets, packs)
+            is_text = isinstance(self._normalized(x_val), (Texts, Examples))
+            x_val, *targets, bytes_per_target = self._as_data(
+                x_val, *targets, pack and is_text
+            )
             if bytes_per_target and self.train_plan.own_loss:
                 own_callbacks.append(BitsPerByte(bytes_per_target))
             size = kwargs.get("validation_batch_size") or batch_size
@@ -189,7 +199,7 @@ class Fitting(TrainStep):
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text goes through the preprocessor; arrays are taken as they are."""
-        if self._is_text(x):
+        if not isinstance(self._normalized(x, y), Arrays):
             return self.preprocessor(x, y=y, sample_weight=sample_weight)
         if y is not None and not is_graph_tensor(y):
             x, y, sample_weight = self._as_arrays(x, y, sample_weight)
@@ -239,27 +249,24 @@ class Fitting(TrainStep):
                 "since adapters came or went. Call `compile` again."
             )
 
-    def _is_text(self, x):
-        return self.preprocessor is not None and (
-            inputs.is_text(x) or inputs.is_supervised(x)
-        )
+    def _normalized(self, x, y=None):
+        return normalize_training_data(x, y, self.preprocessor is not None)
 
     def _as_data(self, x, y=None, sample_weight=None, pack=False):
         """What Keras takes: x, y, weights; and bytes of text for each target."""
-        if isinstance(x, (str, bytes)):
-            x = [x]
-        if pack and (sample_weight is not None or not self._is_text(x)):
+        data = self._normalized(x, y)
+        is_text = isinstance(data, (Texts, Examples))
+        if pack and (sample_weight is not None or not is_text):
             raise ValueError(
                 "`pack` takes a list of texts, pairs or chats, and no `sample_weight`. "
                 f"Received: x of type {type(x).__name__}, "
                 f"sample_weight={sample_weight!r:.80}"
             )
-        if inputs.is_batches(x):
+        if isinstance(data, Batches):
             return self._mapped(x), y, sample_weight, None
-        if not self._is_text(x):
-            _check_form(x)
+        if isinstance(data, Arrays):
             return *self._as_arrays(x, y, sample_weight), None
-        rows, _ = self.preprocessor.training_rows(x, y)
+        rows = self.preprocessor.rows_of(data)
         rows.warn()
         if pack:
             x, y, weights = rows.packed()
@@ -303,9 +310,9 @@ class Fitting(TrainStep):
     def _as_arrays(self, x, y, sample_weight):
         """Arrays, checked: backends would clamp an id that is none."""
         if isinstance(x, dict) and "token_ids" in x:
-            inputs.as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
+            as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
         if y is not None:
-            inputs.as_token_ids(y, self.backbone.vocabulary_size, "y")
+            as_token_ids(y, self.backbone.vocabulary_size, "y")
         if sample_weight is not None and (to_numpy(sample_weight) < 0).any():
             raise ValueError("`sample_weight` holds weights below 0.")
         if y is not None and np.ndim(sample_weight) == 1:  # One per row.
@@ -321,31 +328,21 @@ class Fitting(TrainStep):
         def preprocess(batch):
             batch = batch if isinstance(batch, tuple) else (batch,)
             x, y, sample_weight = (*batch, None, None)[:3]
-            if not self._is_text(x):
+            data = self._normalized(x, y)
+            if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
-            rows, _ = self.preprocessor.training_rows(x, y)
+            rows = self.preprocessor.rows_of(data)
             if (rows.cut or rows.lost) and not told:
                 told.append(rows.warn())  # Of the first such batch alone.
             return self.preprocessor.filled(rows, sample_weight)
 
-        if inputs.is_tf_dataset(batches):
+        if is_tf_dataset(batches):
             return batches.map(self.preprocess_samples, num_parallel_calls=-1)
         if isinstance(batches, keras.utils.PyDataset):
             return _MappedPyDataset(batches, preprocess)
         if inspect.isgenerator(batches):
             return (preprocess(batch) for batch in batches)
         return batches.map(preprocess)
-
-
-def _check_form(x):
-    """Raises a `ValueError` for what Keras would say something obscure about."""
-    if isinstance(x, (list, tuple)) or (isinstance(x, dict) and "token_ids" not in x):
-        raise ValueError(
-            '`x` is texts, pairs with the keys "prompt" and "response", or chats with '
-            '"messages", all of one kind (these need a preprocessor); a dict of '
-            '"token_ids" and "padding_mask"; or batches of any of these. Received: '
-            f"{x!r:.200}"
-        )
 
 
 def _longer(array, more):
