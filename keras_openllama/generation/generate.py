@@ -17,9 +17,9 @@ from keras_openllama.text.inputs import (
     Batches,
     Chats,
     TokenArrays,
-    as_arrays,
     normalize_prompts,
 )
+from keras_openllama.text.token_arrays import as_arrays
 
 if keras.config.backend() == "torch":
     from keras_openllama.generation.token_loop_torch import TorchTokenLoop as TokenLoop

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_openllama.text.inputs import as_token_ids
+from keras_openllama.text.token_arrays import as_token_ids
 
 
 def new_token_limits(lengths, max_length, max_new_tokens, default_length, context):

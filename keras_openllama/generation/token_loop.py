@@ -27,7 +27,7 @@ from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
 from keras_openllama.generation.sharding import keep, put, shardings
 from keras_openllama.layers.cached_attention import HIDDEN
-from keras_openllama.text.inputs import PAD_TOKEN_ID, as_arrays
+from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_arrays
 
 # Ours: tokens of a prefill chunk. The large one is near the peak rate of matrix
 # products; the small one costs about two steps of decoding on a CPU.

@@ -17,6 +17,7 @@ from keras_openllama.config import ARGUMENTS, PROJECTIONS, checked
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.attention import causal_mask
+from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.remat import check_policy, rematerialized
 from keras_openllama.loading.load import load_backbone
 
@@ -187,12 +188,9 @@ class OpenLlamaBackbone(Backbone):
         self,
         token_ids,
         padding_mask,
-        layer_intercept_fn=None,
-        rematerialize="none",
-        attend=None,
-        scan=False,
-        embed=None,
         mask=None,
+        layer_intercept_fn=None,
+        execution=None,
     ):
         """What the model computes, with a look at each layer where wanted.
 
@@ -200,27 +198,29 @@ class OpenLlamaBackbone(Backbone):
             token_ids: int tensor `(batch, length)`.
             padding_mask: tensor `(batch, length)`: bool, true on real tokens; or int,
                 see `causal_mask`. Positions begin anew with each document.
+            mask: bool `(batch, 1, length, length)`, True where a token may look at
+                one that is not after it; `None` is `causal_mask`. A token's position is
+                the number of tokens it sees beside itself. Not with an
+                `execution.attend`, which may know no other mask.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
-            rematerialize: string, one of `config.REMATERIALIZATION`.
-            attend: callable of `layers.attention_kernels.attention_on`, or `None`.
-            scan: bool, whether the layers are a `scan.scan_layers` (JAX).
-            embed: callable of token ids, or `None` for the embedding layer.
-            mask: bool `(batch, 1, length, length)`, True where a token may look at
-                one that is not after it; `None` is `causal_mask`. A token's position is
-                the number of tokens it sees beside itself. Not with `attend`, which
-                may know no other mask.
+            execution: `LayerExecution`, how the layers are computed; `None` is layer
+                by layer, and all that a backward pass needs is kept.
 
         Returns:
             Hidden states `(batch, length, hidden_dim)` after the final norm.
 
         Raises:
-            ValueError: for a policy that is not known, or cannot be had here.
+            ValueError: for a rematerialization that is not known, or cannot be had
+                here; for both `mask` and `execution.attend`.
         """
-        check_policy(rematerialize)
-        if mask is not None and attend is not None:
-            raise ValueError("`mask` and `attend` exclude each other. Received: both")
+        execution = execution or LayerExecution()
+        check_policy(execution.rematerialize)
+        if mask is not None and execution.attend is not None:
+            raise ValueError(
+                "`mask` and `execution.attend` exclude each other. Received: both"
+            )
         # 0, 1, 2 … as a sum, because the length may not be known here.
         columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
         if mask is None:
@@ -232,22 +232,22 @@ class OpenLlamaBackbone(Backbone):
         final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
         intercept = layer_intercept_fn or (lambda x, index: x)
-        options = {"rematerialize": rematerialize, "in_scan": scan}
-        if attend is not None:
+        options = {"in_scan": execution.scan, "rematerialize": execution.rematerialize}
+        if execution.attend is not None:
             documents = ops.cast(padding_mask, "int32")
-            options["attend"] = lambda *heads: attend(*heads, documents)
-        x = intercept((embed or self.token_embedding)(token_ids), -1)
-        if scan:
+            options["attend"] = lambda *heads: execution.attend(*heads, documents)
+        block = functools.partial(rematerialized, execution.rematerialize)
+        x = intercept((execution.embed or self.token_embedding)(token_ids), -1)
+        if execution.scan:
             first = self.transformer_layers[0]
             through = with_values(
                 first, lambda x: intercept(first(x, cos, sin, mask, **options), None)
             )
-            through = rematerialized(rematerialize, through, "full", in_scan=True)
+            through = block(through, "full", in_scan=True)
             return self.final_norm(scan_layers(self.transformer_layers, through, x))
         for index, layer in enumerate(self.transformer_layers):
             through = functools.partial(layer, **options)
-            x = rematerialized(rematerialize, through, "full")(x, cos, sin, mask)
-            x = intercept(x, index)
+            x = intercept(block(through, "full")(x, cos, sin, mask), index)
         return self.final_norm(x)
 
     def add_head(self, layer):

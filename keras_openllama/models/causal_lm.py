@@ -16,18 +16,11 @@ from keras_openllama.models import scoring
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.training.fit import Fitting, default_optimizer
-
-if keras.config.backend() == "jax":
-    from keras_openllama.training.train_step_jax import FusedTraining as Training
-    from keras_openllama.training.train_step_jax import Options
-else:
-    from keras_openllama.training.train_step_tf_torch import (
-        WeightedTraining as Training,
-    )
+from keras_openllama.training.train_plan import plan_training
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLM(Fitting, Training, CausalLM):
+class OpenLlamaCausalLM(Fitting, CausalLM):
     """OpenLLaMA with its language-model head.
 
     Args:
@@ -162,15 +155,13 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
                 with a loss or metrics of your own.
         """
         check_policy(rematerialize)
-        own_loss = loss == "auto" and not kwargs.get("metrics")
-        own_loss &= weighted_metrics == "auto" or not weighted_metrics
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         )
         sampler = get_sampler(sampler)
         steers_search(sampler)  # Refuses one that cannot run.
-        self._chooses_rate = optimizer == "auto"
-        if self._chooses_rate:
+        auto_learning_rate = optimizer == "auto"
+        if auto_learning_rate:
             optimizer = default_optimizer(self)
         super().compile(
             optimizer=optimizer,
@@ -179,23 +170,14 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
             sampler=sampler,
             **kwargs,
         )
-        # Keras's own step scales a loss, and knows how to compute a quantized head.
-        self._own_loss = own_loss and not _scales_loss(self.optimizer)
-        if keras.config.backend() == "jax":
-            self._own_loss &= self.lm_head.quantization_mode is None
-        fused = self._own_loss and keras.config.backend() == "jax"
-        options = (micro_batches, rematerialize, z_loss)
-        if not fused and options != (1, "none", 0.0):
-            raise ValueError(
-                "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
-                'loss="auto", no metrics but weighted_metrics="auto" or [], a head '
-                "that is not quantized, and an optimizer that does not scale the loss "
-                f"(as for float16). Received: {options}, "
-                f"backend={keras.config.backend()!r}, loss={loss!r}, "
-                f"weighted_metrics={weighted_metrics!r}, optimizer={self.optimizer!r}"
-            )
-        self._fused = fused
-        self._step_options = Options(*options) if fused else None
+        self.train_plan = plan_training(
+            self,
+            loss,
+            kwargs.get("metrics"),
+            weighted_metrics,
+            auto_learning_rate,
+            (micro_batches, rematerialize, z_loss),
+        )
         self.logits_function = compile_function(self.logits, self)
 
     # ----- Generation
@@ -412,12 +394,6 @@ class OpenLlamaCausalLM(Fitting, Training, CausalLM):
     def logits(self, token_ids, padding_mask, layer_intercept_fn=None):
         """Logits in float32; see `OpenLlamaBackbone.hidden_states`."""
         hidden = self.backbone.hidden_states(
-            token_ids, padding_mask, layer_intercept_fn
+            token_ids, padding_mask, layer_intercept_fn=layer_intercept_fn
         )
         return ops.cast(self.lm_head(hidden), "float32")
-
-
-def _scales_loss(optimizer):
-    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or (
-        optimizer is not None and optimizer.loss_scale_factor is not None
-    )

@@ -15,7 +15,12 @@ from keras_openllama.text.examples import (
     exchanges_of,
     tokenize,
 )
-from keras_openllama.text.inputs import as_arrays, as_texts
+from keras_openllama.text.inputs import (
+    GraphTexts,
+    normalize_examples,
+    normalize_texts,
+)
+from keras_openllama.text.token_arrays import as_arrays
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -132,14 +137,12 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
 
     def call(self, x, y=None, sample_weight=None, sequence_length=None):
         length = self._length_or_default(sequence_length)
-        leaves = [value for value in (x, y) if value is not None]
-        if isinstance(x, dict):
-            leaves = list(x.values())
-        if any(map(is_graph_tensor, leaves)):
-            return self._training_tensors(x, y, sample_weight, length)
-        rows, batched = self.training_rows(x, y, length)
+        data = normalize_examples(x, y)
+        if isinstance(data, GraphTexts):
+            return self._training_tensors(data.tensors, sample_weight, length)
+        rows = self.rows_of(data, length)
         rows.warn()
-        return self.filled(rows, sample_weight, batched)
+        return self.filled(rows, sample_weight, data.batched)
 
     def training_rows(self, x, y=None, sequence_length=None):
         """Tokens of texts, pairs or chats, before they are filled up or packed.
@@ -150,10 +153,23 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         Returns:
             `examples.TrainingRows`, and whether `x` was a batch.
         """
+        data = normalize_examples(x, y)
+        return self.rows_of(data, sequence_length), data.batched
+
+    def rows_of(self, data, sequence_length=None):
+        """The same of what is normalized already.
+
+        Args:
+            data: `inputs.Texts` or `inputs.Examples`.
+            sequence_length: as for a call.
+
+        Returns:
+            `examples.TrainingRows`.
+        """
         length = self._length_or_default(sequence_length)
-        examples, batched = exchanges_of(x, y, self.chat_template)
+        examples = exchanges_of(data, self.chat_template)
         options = length, self.add_start_token, self.add_end_token
-        return tokenize(examples, self.tokenizer, *options), batched
+        return tokenize(examples, self.tokenizer, *options)
 
     def filled(self, rows, sample_weight=None, batched=True):
         """Rows filled up to `(x, y, sample_weight)`.
@@ -173,20 +189,17 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             return x, y, weights
         return {name: array[0] for name, array in x.items()}, y[0], weights[0]
 
-    def _training_tensors(self, x, y, sample_weight, length):
+    def _training_tensors(self, x, sample_weight, length):
         """The same as a step of a TensorFlow graph; warns of its first batch only."""
         parts = dict(x) if isinstance(x, dict) else {"": x}
-        if y is not None:
-            parts["y"] = y
         if sample_weight is not None:
             parts["weight"] = sample_weight
         told = []
 
         def arrays(*values):
             given = dict(zip(parts, values, strict=True))
-            responses, weight = given.pop("y", None), given.pop("weight", None)
-            texts = given[""] if "" in given else given
-            rows, batched = self.training_rows(texts, responses, length)
+            weight = given.pop("weight", None)
+            rows, batched = self.training_rows(given.get("", given), None, length)
             if not told:
                 told.append(rows.warn())
             x, targets, weights = self.filled(rows, weight, batched)
@@ -218,7 +231,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             ValueError: if a prompt is empty, or holds nothing but spaces that the
                 tokenizer drops.
         """
-        texts, _ = as_texts(texts)
+        texts = normalize_texts(texts).texts
         rows = self.tokenizer.tokenize(
             texts, parse_special=parse_special, add_bos=False, add_eos=False
         )
@@ -278,8 +291,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def _prompt_arrays(self, x, length):
-        texts, batched = as_texts(x)
-        rows = self.prompt_ids(texts)
+        prompts = normalize_texts(x)
+        rows = self.prompt_ids(prompts.texts)
         for i, row in enumerate(rows):
             if len(row) > length:
                 raise ValueError(
@@ -288,7 +301,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
                     "`sequence_length`."
                 )
         arrays = tuple(as_arrays(rows, length).values())
-        return arrays if batched else tuple(array[0] for array in arrays)
+        return arrays if prompts.batched else tuple(array[0] for array in arrays)
 
     def generate_postprocess(self, x):
         """Turns generated rows back into text.

@@ -3,7 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_openllama.text.inputs import as_padding_mask, as_texts, as_token_ids, is_text
+from keras_openllama.text.inputs import Texts, normalize_sequences
+from keras_openllama.text.token_arrays import as_padding_mask, as_token_ids
 
 MODES = ("logits", "loss")
 
@@ -15,13 +16,14 @@ def score(model, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_
             f"`scoring_mode` must be one of {MODES}. "
             f"Received: scoring_mode={scoring_mode!r}"
         )
-    if model.preprocessor is not None and is_text(inputs):
+    sequences = normalize_sequences(inputs, model.preprocessor is not None)
+    if isinstance(sequences, Texts):
         if padding_mask is not None or target_ids is not None:
             raise ValueError(
                 "`padding_mask` and `target_ids` belong to token ids; for text they "
                 f"follow from it. Received: inputs={str(inputs)[:80]!r}"
             )
-        inputs, padding_mask, target_ids = _shifted(model.preprocessor, inputs)
+        inputs, padding_mask, target_ids = _shifted(model.preprocessor, sequences.texts)
     size, context = model.backbone.vocabulary_size, model.backbone.context_length
     token_ids = as_token_ids(inputs, size)
     if token_ids.shape[1] > context:
@@ -60,7 +62,6 @@ def _targets(target_ids, shape, vocabulary_size):
 
 def _shifted(preprocessor, texts):
     """Token ids, padding mask and targets of texts, in the length of the longest."""
-    texts, _ = as_texts(texts)
     rows = preprocessor.prompt_ids(texts)
     shape = len(rows), max(len(row) for row in rows) - 1
     if shape[1] == 0:

@@ -13,7 +13,7 @@ from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow
 from keras_openllama.backend.keras_hub import Tokenizer
 from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
-from keras_openllama.text.inputs import as_id_rows, as_texts
+from keras_openllama.text.inputs import normalize_texts
 from keras_openllama.text.sentencepiece_model import (
     from_base64,
     keeps_spaces,
@@ -22,6 +22,7 @@ from keras_openllama.text.sentencepiece_model import (
     without_first_space,
 )
 from keras_openllama.text.stream_decoder import StreamDecoder
+from keras_openllama.text.token_arrays import as_id_rows
 
 VOCABULARY_FILE = "vocabulary.spm"  # KerasHub's name for it in its directories.
 
@@ -188,7 +189,7 @@ class OpenLlamaTokenizer(Tokenizer):
 
     def token_to_id(self, token):
         """Returns the id of a token (str), that of `<unk>` if there is none."""
-        [token], _ = as_texts(token, name="token")
+        [token] = normalize_texts(token, name="token").texts
         return self.processor.piece_to_id(token)
 
     # --- Text to ids ---
@@ -217,7 +218,8 @@ class OpenLlamaTokenizer(Tokenizer):
         """
         if is_graph_tensor(inputs):
             return self._tokenize_in_graph(inputs, parse_special, add_bos, add_eos)
-        texts, batched = as_texts(inputs)
+        inputs = normalize_texts(inputs)
+        texts, batched = inputs.texts, inputs.batched
         self._warn_of_lost_spaces(texts)
         if parse_special:
             rows = [self._parse_special(text) for text in texts]

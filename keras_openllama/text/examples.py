@@ -9,13 +9,8 @@ import warnings
 
 import numpy as np
 
-from keras_openllama.text.inputs import (
-    CHAT,
-    PAIR,
-    as_arrays,
-    as_texts,
-    is_supervised,
-)
+from keras_openllama.text.inputs import Pair, Texts
+from keras_openllama.text.token_arrays import as_arrays
 from keras_openllama.utils.bin_packing import best_fit
 
 _TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
@@ -24,67 +19,27 @@ _TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}
 # ----- Exchanges
 
 
-def exchanges_of(x, y=None, template=None):
+def exchanges_of(data, template=None):
     """Texts, pairs or chats as lists of exchanges.
 
     Args:
-        x: texts, prompts, pairs or chats; see `OpenLlamaCausalLMPreprocessor`.
-        y: responses to `x`, or `None`.
-        template: dict of strings, see there.
+        data: `inputs.Texts` or `inputs.Examples`.
+        template: dict of strings, see `OpenLlamaCausalLMPreprocessor`.
 
     Returns:
-        `(examples, batched)`: a list with, for each example, a list of `(prompt,
-        response)`; and whether they were a batch.
+        List with, for each example, a list of `(prompt, response)`.
 
     Raises:
-        ValueError: for what is no text, is empty, or lacks a part.
+        ValueError: for a malformed chat.
     """
-    if y is not None:
-        x = {"prompt": x, "response": y}
-    if isinstance(x, dict):
-        return _of_dict(x, template)
-    if is_supervised(x):
-        examples = [_of_dict(one, template, f"x[{i}]")[0] for i, one in enumerate(x)]
-        return [example for (example,) in examples], True
-    texts, batched = as_texts(x, name="x")
-    return [[("", text)] for text in texts], batched
-
-
-def _of_dict(x, template, name="x"):
-    if set(x) == CHAT:
-        messages = x["messages"]
-        if not isinstance(messages, (list, tuple)):
-            raise ValueError(
-                f"`{name}['messages']` is a list of messages. Received: {messages!r}"
-            )
-        batched = not all(isinstance(message, dict) for message in messages)
-        chats = messages if batched else [messages]
-        return [
-            chat_exchanges(chat, template, f"{name}['messages']") for chat in chats
-        ], batched
-    if set(x) != PAIR:
-        raise ValueError(
-            f'`{name}` has the keys {sorted(x)}; a pair has "prompt" and "response", a '
-            'chat "messages".'
-        )
-    prompts, batched = as_texts(x["prompt"], name=f"{name}['prompt']")
-    responses, _ = as_texts(x["response"], name=f"{name}['response']")
-    if len(prompts) != len(responses):
-        raise ValueError(
-            f"`{name}` has {len(prompts)} prompts and {len(responses)} responses."
-        )
-    _refuse_empty(prompts, name, "prompt")
-    _refuse_empty(responses, name, "response")
-    return [[pair] for pair in zip(prompts, responses, strict=True)], batched
-
-
-def _refuse_empty(texts, name, kind):
-    empty = [i for i, text in enumerate(texts) if not text]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of {len(texts)} {kind}s in `{name}` are empty, the first at "
-            f"{empty[0]}. Leave them out."
-        )
+    if isinstance(data, Texts):
+        return [[("", text)] for text in data.texts]
+    return [
+        [(example.prompt, example.response)]
+        if isinstance(example, Pair)
+        else chat_exchanges(example.messages, template, example.name)
+        for example in data.examples
+    ]
 
 
 def check_template(template):

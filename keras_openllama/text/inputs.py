@@ -1,21 +1,33 @@
-"""What a user passes to `generate`, `score` and `fit`: recognised, checked, normalized.
+"""What a user passes to `generate`, `score`, `fit` and the preprocessor: one door.
 
 Users of KerasHub pass strings, bytes, lists, NumPy arrays and tensors of any backend.
-`normalize_prompts` turns prompts into `Texts`, `Chats`, `TokenArrays` or `Batches`, and
-nothing behind it asks again what they are.
+The functions `normalize_…` recognise and check them, and return one of a few classes,
+so that nothing behind them asks again what a user has passed:
+
+- `normalize_prompts` (`generate`): `Texts`, `Chats`, `TokenArrays` or `Batches`;
+- `normalize_sequences` (`score`): `Texts` or `Arrays`;
+- `normalize_examples` (the preprocessor): `Texts`, `Examples` or `GraphTexts`;
+- `normalize_training_data` (`fit`): those, `Arrays` or `Batches`;
+- `normalize_texts` (the tokenizer): `Texts`.
 """
 
 import dataclasses
 import inspect
 
-import keras
 import numpy as np
 
-from keras_openllama.backend.arrays import loaded_tensorflow, to_numpy
+from keras_openllama.backend.arrays import (
+    is_graph_tensor,
+    loaded_tensorflow,
+    to_numpy,
+)
+from keras_openllama.text.token_arrays import rows_of
 
 PAIR = {"prompt", "response"}
 CHAT = {"messages"}
-PAD_TOKEN_ID = 0  # OpenLLaMA has no pad token; 0 stands in, behind a mask.
+
+
+# ----- What it can be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Texts:
     """Texts.
 
     Attributes:
-        texts: list of strings, at least one.
+        texts: list of strings.
         batched: bool, false if the user passed one text by itself.
     """
 
@@ -33,7 +45,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Chats:
-    """Chats.
+    """Chats that wait for a reply.
 
     Attributes:
         chats: list of lists of messages, `{"role": …, "content": …}`.
@@ -42,6 +54,52 @@ class Chats:
 
     chats: list
     batched: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A prompt and the response to it; strings, neither of them empty."""
+
+    prompt: str
+    response: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A chat to learn from.
+
+    Attributes:
+        messages: list of `{"role": …, "content": …}`, not yet checked: which roles
+            there are depends on a template.
+        name: string, what error messages call it.
+    """
+
+    messages: list
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Supervised examples.
+
+    Attributes:
+        examples: list of `Pair` and `Chat`.
+        batched: bool, false if the user passed one example by itself.
+    """
+
+    examples: list
+    batched: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphTexts:
+    """Texts or examples within a TensorFlow graph, whose values are not known yet.
+
+    Attributes:
+        tensors: string tensor, or dict of string tensors with the keys of a pair.
+    """
+
+    tensors: object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +116,29 @@ class TokenArrays:
 
 
 @dataclasses.dataclass(frozen=True)
+class Arrays:
+    """No text: token ids, or a dict with them, as the user passed them."""
+
+    arrays: object
+
+
+@dataclasses.dataclass(frozen=True)
 class Batches:
-    """A `tf.data.Dataset` of texts, or of batches of them.
+    """A dataset, generator or the like, of batches.
 
     Attributes:
-        batches: iterable of `Texts`.
+        batches: for prompts an iterator of `Texts`; for training the dataset itself,
+            whose batches `normalize_training_data` takes one by one.
     """
 
     batches: object
 
 
+# ----- The doors
+
+
 def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
-    """What a user passes to `generate`, as one of four classes.
+    """What a user passes to `generate`.
 
     Args:
         inputs: see `OpenLlamaCausalLM.generate`.
@@ -80,19 +149,16 @@ def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
         `Texts`, `Chats`, `TokenArrays` or `Batches`.
 
     Raises:
-        ValueError: for anything else, an empty list, or malformed arrays.
+        ValueError: for anything else, an empty list or batch, or malformed arrays.
     """
     if is_tf_dataset(inputs):
         batches = inputs.as_numpy_iterator()
-        return Batches(Texts(as_texts(batch)[0], True) for batch in batches)
-    chats = has_preprocessor and is_chat(inputs)
+        return Batches(Texts(_some_prompts(batch).texts, True) for batch in batches)
+    chats = has_preprocessor and _is_chat(inputs)
     if not has_preprocessor or (isinstance(inputs, dict) and not chats):
         return TokenArrays(*rows_of(inputs, vocabulary_size))
     if not chats:
-        texts, batched = as_texts(inputs)
-        if not texts:
-            raise ValueError("`inputs` must hold at least one prompt. Received: []")
-        return Texts(texts, batched)
+        return _some_prompts(inputs)
     if not isinstance(inputs, dict):
         return Chats([chat["messages"] for chat in inputs], True)
     messages = inputs["messages"]
@@ -100,51 +166,134 @@ def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
     return Chats(list(messages) if batched else [messages], batched)
 
 
-def is_text(x):
-    """Whether `x` is a string or bytes, or a list, array or tensor of them."""
-    if isinstance(x, (list, tuple)):
-        return bool(x) and all(is_text(item) for item in x)
-    dtype = getattr(x, "dtype", None)
-    if isinstance(dtype, np.dtype):
-        return dtype.kind in "USO"
-    # TensorFlow's string type names itself, and TensorFlow need not be imported.
-    return isinstance(x, (str, bytes)) or getattr(dtype, "name", None) == "string"
+def _some_prompts(inputs):
+    prompts = normalize_texts(inputs)
+    if not prompts.texts:
+        raise ValueError("`inputs` must hold at least one prompt. Received: []")
+    return prompts
 
 
-def is_tf_dataset(x):
-    """Whether `x` is a `tf.data.Dataset`."""
-    tensorflow = loaded_tensorflow()
-    return tensorflow is not None and isinstance(x, tensorflow.data.Dataset)
+def normalize_sequences(inputs, has_preprocessor=True):
+    """What a user passes to `score`.
+
+    Args:
+        inputs: see `OpenLlamaCausalLM.score`.
+        has_preprocessor: bool; without one only token ids can be used.
+
+    Returns:
+        `Texts` or `Arrays`.
+
+    Raises:
+        ValueError: if something is not valid UTF-8.
+    """
+    if has_preprocessor and _is_text(inputs):
+        return normalize_texts(inputs)
+    return Arrays(inputs)
 
 
-def is_supervised(x):
-    """Whether `x` is pairs or chats: a dict of texts, or a list of such dicts."""
+def normalize_training_data(x, y=None, has_preprocessor=True):
+    """What a user passes to `fit`, `evaluate` and `predict`, or a batch of it.
+
+    Args:
+        x, y: see `OpenLlamaCausalLM.fit`.
+        has_preprocessor: bool; without one only token ids can be used.
+
+    Returns:
+        `Texts`, `Examples`, `GraphTexts`, `Arrays` (of `x`; `y` is as it was) or
+        `Batches`.
+
+    Raises:
+        ValueError: for texts, pairs and chats that are malformed, empty or mixed, or
+            cannot be used since there is no preprocessor.
+    """
+    if _is_batches(x):
+        return Batches(x)
+    if has_preprocessor and (_is_text(x) or _is_supervised(x)):
+        return normalize_examples(x, y)
+    # Keras would say something obscure about these.
+    has_ids = isinstance(x, dict) and "token_ids" in x
+    if isinstance(x, (str, bytes, list, tuple, dict)) and not has_ids:
+        raise ValueError(
+            '`x` is texts, pairs with the keys "prompt" and "response", or chats with '
+            '"messages", all of one kind (these need a preprocessor); a dict of '
+            '"token_ids" and "padding_mask"; or batches of any of these. Received: '
+            f"{x!r:.200}"
+        )
+    return Arrays(x)
+
+
+def normalize_examples(x, y=None):
+    """What a user passes to the preprocessor.
+
+    Args:
+        x, y: see the call of `OpenLlamaCausalLMPreprocessor`.
+
+    Returns:
+        `Texts`, `Examples`, or within a TensorFlow graph `GraphTexts`.
+
+    Raises:
+        ValueError: for what is no text, is empty, or lacks a part.
+    """
+    if y is not None:
+        x = {"prompt": x, "response": y}
+    if any(map(is_graph_tensor, x.values() if isinstance(x, dict) else [x])):
+        return GraphTexts(x)
     if isinstance(x, dict):
-        return bool(set(x) & (PAIR | CHAT))
-    return isinstance(x, (list, tuple)) and bool(x) and all(map(_is_dict, x))
+        return _examples_of(x, "x")
+    if _is_supervised(x):
+        return Examples([_example_of(one, f"x[{i}]") for i, one in enumerate(x)], True)
+    return normalize_texts(x, name="x")
 
 
-def _is_dict(x):
-    return isinstance(x, dict) and "token_ids" not in x
+def _examples_of(x, name):
+    """A dict of a pair or a chat, or of several, as `Examples`."""
+    if set(x) == CHAT:
+        return _chats_of(x["messages"], f"{name}['messages']")
+    if set(x) != PAIR:
+        raise ValueError(
+            f'`{name}` has the keys {sorted(x)}; a pair has "prompt" and "response", a '
+            'chat "messages".'
+        )
+    prompts = normalize_texts(x["prompt"], f"{name}['prompt']")
+    responses = normalize_texts(x["response"], f"{name}['response']").texts
+    if len(prompts.texts) != len(responses):
+        raise ValueError(
+            f"`{name}` has {len(prompts.texts)} prompts and {len(responses)} responses."
+        )
+    _refuse_empty(prompts.texts, name, "prompt")
+    _refuse_empty(responses, name, "response")
+    return Examples(list(map(Pair, prompts.texts, responses)), prompts.batched)
 
 
-def is_chat(x):
-    """Whether `x` is a chat, or a list of chats."""
-    return is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT
+def _example_of(x, name):
+    examples = _examples_of(x, name).examples
+    if len(examples) != 1:
+        raise ValueError(
+            f"`{name}` is one pair or one chat, an item of a list. Received: "
+            f"{len(examples)} of them"
+        )
+    return examples[0]
 
 
-def is_batches(x):
-    """Whether `x` yields batches: `tf.data`, Grain, a `PyDataset`, a generator."""
-    return (
-        is_tf_dataset(x)
-        or isinstance(x, keras.utils.PyDataset)
-        or inspect.isgenerator(x)
-        or (type(x).__module__.startswith("grain") and hasattr(x, "map"))
-    )
+def _chats_of(messages, name):
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"`{name}` is a list of messages. Received: {messages!r}")
+    batched = not all(isinstance(message, dict) for message in messages)
+    chats = messages if batched else [messages]
+    return Examples([Chat(chat, name) for chat in chats], batched)
 
 
-def as_texts(inputs, name="inputs"):
-    """Returns `inputs` as a list of strings, and whether they were a batch.
+def _refuse_empty(texts, name, kind):
+    empty = [i for i, text in enumerate(texts) if not text]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(texts)} {kind}s in `{name}` are empty, the first at "
+            f"{empty[0]}. Leave them out."
+        )
+
+
+def normalize_texts(inputs, name="inputs"):
+    """What a user passes to the tokenizer.
 
     Args:
         inputs: a string, UTF-8 bytes, or a list, tuple, array or TensorFlow tensor of
@@ -152,13 +301,13 @@ def as_texts(inputs, name="inputs"):
         name: what to call the argument in error messages.
 
     Returns:
-        `(texts, batched)`: list of str; bool, false if `inputs` was one text.
+        `Texts`, perhaps none.
 
     Raises:
         ValueError: if something is not text, or not valid UTF-8.
     """
     if isinstance(inputs, (str, bytes)):
-        return [_as_text(inputs, name)], False
+        return Texts([_as_text(inputs, name)], False)
     if hasattr(inputs, "dtype"):
         array = to_numpy(inputs)
         if array.ndim > 1:
@@ -167,14 +316,16 @@ def as_texts(inputs, name="inputs"):
                 f"Received an array of shape {array.shape}."
             )
         if array.ndim == 0:
-            return [_as_text(array.item(), name)], False
+            return Texts([_as_text(array.item(), name)], False)
         inputs = array.tolist()
     if not isinstance(inputs, (list, tuple)):
         raise ValueError(
             f"`{name}` must be a string, or a list or array of strings. "
             f"Received: {inputs!r} of type {type(inputs).__name__}."
         )
-    return [_as_text(text, f"{name}[{i}]") for i, text in enumerate(inputs)], True
+    return Texts(
+        [_as_text(text, f"{name}[{i}]") for i, text in enumerate(inputs)], True
+    )
 
 
 def _as_text(text, name):
@@ -197,143 +348,49 @@ def _as_text(text, name):
     )
 
 
-def as_id_rows(ids, vocabulary_size):
-    """Returns token ids as a list of lists of int, and whether they were a batch.
+# ----- What it is
 
-    Args:
-        ids: an int, a list of ints, a list of lists of any lengths, or an integer
-            array or tensor with at most two dimensions.
-        vocabulary_size: int; ids are 0 to `vocabulary_size - 1`.
 
-    Returns:
-        `(rows, batched)`: list of lists of int; bool, true if `ids` had rows.
+def _is_text(x):
+    """Whether `x` is a string or bytes, or a list, array or tensor of them."""
+    if isinstance(x, (list, tuple)):
+        return bool(x) and all(_is_text(item) for item in x)
+    dtype = getattr(x, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        return dtype.kind in "USO"
+    # TensorFlow's string type names itself, and TensorFlow need not be imported.
+    return isinstance(x, (str, bytes)) or getattr(dtype, "name", None) == "string"
 
-    Raises:
-        ValueError: if something is not an integer, or not in the vocabulary.
-    """
+
+def _is_supervised(x):
+    """Whether `x` is pairs or chats: a dict of texts, or a list of such dicts."""
+    if isinstance(x, dict):
+        return bool(set(x) & (PAIR | CHAT))
+    return isinstance(x, (list, tuple)) and bool(x) and all(map(_is_dict, x))
+
+
+def _is_dict(x):
+    return isinstance(x, dict) and "token_ids" not in x
+
+
+def _is_chat(x):
+    """Whether `x` is a chat, or a list of chats."""
+    return _is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT
+
+
+def is_tf_dataset(x):
+    """Whether `x` is a `tf.data.Dataset`."""
     tensorflow = loaded_tensorflow()
-    if tensorflow is not None and isinstance(ids, tensorflow.RaggedTensor):
-        ids = ids.to_list()
-    if isinstance(ids, (list, tuple)):
-        batched = any(np.ndim(row) > 0 for row in ids)
-        rows = ids if batched else [ids]
-    else:
-        array = to_numpy(ids)
-        if array.ndim > 2:
-            raise ValueError(
-                "`ids` must have at most two dimensions, (batch, length). "
-                f"Received an array of shape {array.shape}."
-            )
-        batched = array.ndim == 2
-        rows = array if batched else [array.reshape(-1)]
-    return [_as_id_row(row, vocabulary_size) for row in rows], batched
+    return tensorflow is not None and isinstance(x, tensorflow.data.Dataset)
 
 
-def _as_id_row(row, vocabulary_size):
-    array = to_numpy(row)
-    if array.size == 0:
-        return []
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(
-            "`ids` must be integers, in one list per text. "
-            f"Received: {row!r} of type {type(row).__name__}."
-        )
-    for bad in (array.min(), array.max()):
-        if not 0 <= bad < vocabulary_size:
-            raise ValueError(
-                f"`ids` holds {bad}, which is not in the vocabulary: its size is "
-                f"{vocabulary_size}, so ids are 0 to {vocabulary_size - 1}."
-            )
-    return array.tolist()
+def _is_batches(x):
+    """Whether `x` yields batches: `tf.data`, Grain, a `PyDataset`, a generator."""
+    from keras.utils import PyDataset
 
-
-def as_token_ids(token_ids, vocabulary_size, name="token_ids"):
-    """Token ids as an int32 array `(batch, length)`.
-
-    Raises:
-        ValueError: for another rank, for what is no integer, or for ids outside the
-            vocabulary (which backends would clamp or turn into NaN).
-    """
-    ids = to_numpy(token_ids)
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(
-            f"`{name}` must have the shape (batch, length), neither of them 0. "
-            f"Received: shape {ids.shape}"
-        )
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"`{name}` must be integers. Received: dtype {ids.dtype}")
-    outside = ids[(ids < 0) | (ids >= vocabulary_size)]
-    if outside.size:
-        raise ValueError(
-            f"`{name}` must be from 0 to {vocabulary_size - 1}, the vocabulary of this "
-            f"model. Received: {sorted(set(outside.tolist()))[:5]}; is the tokenizer "
-            "that of the model?"
-        )
-    return ids.astype("int32")
-
-
-def as_padding_mask(padding_mask, shape):
-    """A padding mask as a bool array of `shape`; `None` stands for no padding.
-
-    Raises:
-        ValueError: for another shape.
-    """
-    if padding_mask is None:
-        return np.ones(shape, "bool")
-    mask = to_numpy(padding_mask).astype("bool")
-    if mask.shape != shape:
-        raise ValueError(
-            f"`padding_mask` must have the shape of `token_ids`, {shape}. "
-            f"Received: shape {mask.shape}"
-        )
-    return mask
-
-
-def rows_of(inputs, vocabulary_size):
-    """The prompts in a dict of arrays, as lists of ids, and the width of the arrays.
-
-    Raises:
-        ValueError: for missing keys, wrong shapes or ids, a row without a token, or
-            padding elsewhere than on the right.
-    """
-    if not isinstance(inputs, dict) or "token_ids" not in inputs:
-        raise ValueError(
-            'without text, `inputs` must be a dict of "token_ids" and "padding_mask". '
-            f"Received: {type(inputs).__name__}"
-            + (f" with keys {sorted(inputs)}" if isinstance(inputs, dict) else "")
-        )
-    ids = as_token_ids(inputs["token_ids"], vocabulary_size)
-    mask = as_padding_mask(inputs.get("padding_mask"), ids.shape)
-    lengths = mask.sum(axis=1)
-    if not lengths.all():
-        raise ValueError(
-            "each row of `token_ids` needs at least one real token to continue. "
-            f"`padding_mask` has none in rows {np.flatnonzero(lengths == 0).tolist()}"
-        )
-    for row, length in enumerate(lengths):
-        if not mask[row, :length].all():
-            raise ValueError(
-                "`padding_mask` must have its padding on the right: all real tokens "
-                f"first. Received: row {row} is {mask[row].astype(int).tolist()}"
-            )
-    rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-    return rows, ids.shape[1]
-
-
-def as_arrays(rows, width):
-    """Rows of ids as KerasHub's dict of arrays, filled up on the right.
-
-    Args:
-        rows: list of lists of int.
-        width: int, length of the arrays.
-
-    Returns:
-        Dict of `"token_ids"`, int32, and `"padding_mask"`, bool, NumPy arrays
-        `(batch, width)`.
-    """
-    token_ids = np.full((len(rows), width), PAD_TOKEN_ID, "int32")
-    padding_mask = np.zeros((len(rows), width), "bool")
-    for i, row in enumerate(rows):
-        token_ids[i, : len(row)] = row
-        padding_mask[i, : len(row)] = True
-    return {"token_ids": token_ids, "padding_mask": padding_mask}
+    return (
+        is_tf_dataset(x)
+        or isinstance(x, PyDataset)
+        or inspect.isgenerator(x)
+        or (type(x).__module__.startswith("grain") and hasattr(x, "map"))
+    )

@@ -11,8 +11,24 @@ from keras_openllama.backend.arrays import is_graph_tensor, to_numpy
 from keras_openllama.backend.keras_private import optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
-from keras_openllama.text import inputs
+from keras_openllama.text.inputs import (
+    Arrays,
+    Batches,
+    Examples,
+    Texts,
+    is_tf_dataset,
+    normalize_training_data,
+)
+from keras_openllama.text.token_arrays import as_token_ids
 from keras_openllama.training.callbacks import BitsPerByte, LeftOutSteps
+from keras_openllama.training.train_plan import TrainPlan
+
+if keras.config.backend() == "jax":
+    from keras_openllama.training.train_step_jax import FusedTraining as TrainStep
+else:
+    from keras_openllama.training.train_step_tf_torch import (
+        WeightedTraining as TrainStep,
+    )
 
 # Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
 RATE, ADAPTERS_RATE = 2e-5, 2e-4
@@ -24,13 +40,11 @@ def default_optimizer(lm):
     return AdamW(rate, weight_decay=0.0)
 
 
-class Fitting:
+class Fitting(TrainStep):
     """`OpenLlamaCausalLM`: what it is trained, evaluated and asked with."""
 
     _variables_seen = None  # By the programs that Keras has compiled.
-    # What `compile` sets.
-    _own_loss = _chooses_rate = False
-    _step_options = None
+    train_plan = TrainPlan()  # `compile` sets another one.
 
     def fit(
         self,
@@ -82,7 +96,7 @@ class Fitting:
         ```
         """
         self._prepare_to_train()
-        own_callbacks = [LeftOutSteps()] if self._own_loss else []
+        own_callbacks = [LeftOutSteps()] if self.train_plan.own_loss else []
         x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
         data = self._in_whole_batches(x, y, sample_weight, batch_size)
         x, y, sample_weight = data
@@ -90,9 +104,11 @@ class Fitting:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
             x_val, *targets = (*validation_data, None, None)[:3]
-            packs = pack and self._is_text(x_val)
-            x_val, *targets, bytes_per_target = self._as_data(x_val, *targets, packs)
-            if bytes_per_target and self._own_loss:
+            is_text = isinstance(self._normalized(x_val), (Texts, Examples))
+            x_val, *targets, bytes_per_target = self._as_data(
+                x_val, *targets, pack and is_text
+            )
+            if bytes_per_target and self.train_plan.own_loss:
                 own_callbacks.append(BitsPerByte(bytes_per_target))
             size = kwargs.get("validation_batch_size") or batch_size
             x_val, *targets = self._in_whole_batches(x_val, *targets, size)
@@ -105,8 +121,8 @@ class Fitting:
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             # First, so that others see what they say.
             callbacks = [*own_callbacks, *filter(None, given)]
-        return keras.Model.fit(
-            self,
+        return self._call_keras(
+            "fit",
             x,
             y,
             batch_size=batch_size,
@@ -134,16 +150,16 @@ class Fitting:
         self._forget_stale_programs()
         *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
         x, y, sample_weight = self._in_whole_batches(*data, batch_size)
-        results = keras.Model.evaluate(
-            self,
+        results = self._call_keras(
+            "evaluate",
             x,
             y,
             batch_size=batch_size,
             sample_weight=sample_weight,
-            return_dict=return_dict or self._own_loss,
+            return_dict=return_dict or self.train_plan.own_loss,
             **kwargs,
         )
-        if not self._own_loss:
+        if not self.train_plan.own_loss:
             return results
         if not return_dict:  # Where KerasHub has them, and perplexity behind them.
             perplexity = results.pop("perplexity")
@@ -156,7 +172,15 @@ class Fitting:
         """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
         self._forget_stale_programs()
         x, *_ = self._as_data(x)
-        return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
+        return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
+
+    def _call_keras(self, method, *args, **kwargs):
+        """`fit`, `evaluate` or `predict` of `keras.Model`, past KerasHub's class.
+
+        KerasHub's `PipelineModel` would preprocess again what is arrays by now, makes a
+        `tf.data.Dataset` of it, and refuses a `PyDataset` and generators.
+        """
+        return getattr(keras.Model, method)(self, *args, **kwargs)
 
     def train_on_batch(self, *args, **kwargs):
         """See `keras.Model.train_on_batch`."""
@@ -175,7 +199,7 @@ class Fitting:
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """Text goes through the preprocessor; arrays are taken as they are."""
-        if self._is_text(x):
+        if not isinstance(self._normalized(x, y), Arrays):
             return self.preprocessor(x, y=y, sample_weight=sample_weight)
         if y is not None and not is_graph_tensor(y):
             x, y, sample_weight = self._as_arrays(x, y, sample_weight)
@@ -183,7 +207,7 @@ class Fitting:
 
     def get_metrics_result(self):
         results = super().get_metrics_result()
-        if self._own_loss:
+        if self.train_plan.own_loss:
             results["perplexity"] = ops.exp(results["loss"])
         return results
 
@@ -217,7 +241,7 @@ class Fitting:
             return  # Keras says that there is none.
         known = {id(v) for v in optimized_variables(optimizer)}
         stale = optimizer.built and known != {id(v) for v in self.trainable_variables}
-        if self._chooses_rate and (stale or not optimizer.built):
+        if self.train_plan.auto_learning_rate and (stale or not optimizer.built):
             self.optimizer = default_optimizer(self)
         elif stale:
             raise ValueError(
@@ -225,27 +249,24 @@ class Fitting:
                 "since adapters came or went. Call `compile` again."
             )
 
-    def _is_text(self, x):
-        return self.preprocessor is not None and (
-            inputs.is_text(x) or inputs.is_supervised(x)
-        )
+    def _normalized(self, x, y=None):
+        return normalize_training_data(x, y, self.preprocessor is not None)
 
     def _as_data(self, x, y=None, sample_weight=None, pack=False):
         """What Keras takes: x, y, weights; and bytes of text for each target."""
-        if isinstance(x, (str, bytes)):
-            x = [x]
-        if pack and (sample_weight is not None or not self._is_text(x)):
+        data = self._normalized(x, y)
+        is_text = isinstance(data, (Texts, Examples))
+        if pack and (sample_weight is not None or not is_text):
             raise ValueError(
                 "`pack` takes a list of texts, pairs or chats, and no `sample_weight`. "
                 f"Received: x of type {type(x).__name__}, "
                 f"sample_weight={sample_weight!r:.80}"
             )
-        if inputs.is_batches(x):
+        if isinstance(data, Batches):
             return self._mapped(x), y, sample_weight, None
-        if not self._is_text(x):
-            _check_form(x)
+        if isinstance(data, Arrays):
             return *self._as_arrays(x, y, sample_weight), None
-        rows, _ = self.preprocessor.training_rows(x, y)
+        rows = self.preprocessor.rows_of(data)
         rows.warn()
         if pack:
             x, y, weights = rows.packed()
@@ -279,7 +300,8 @@ class Fitting:
 
     def _parts_of_a_batch(self):
         """Parts of equal size that a batch has to be cut into: int."""
-        parts = self._step_options.micro_batches if self._step_options else 1
+        options = self.train_plan.step_options
+        parts = options.micro_batches if options else 1
         if keras.config.backend() == "jax":
             distribution = keras.distribution.distribution()
             parts *= getattr(distribution, "num_model_replicas", 1)
@@ -288,9 +310,9 @@ class Fitting:
     def _as_arrays(self, x, y, sample_weight):
         """Arrays, checked: backends would clamp an id that is none."""
         if isinstance(x, dict) and "token_ids" in x:
-            inputs.as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
+            as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
         if y is not None:
-            inputs.as_token_ids(y, self.backbone.vocabulary_size, "y")
+            as_token_ids(y, self.backbone.vocabulary_size, "y")
         if sample_weight is not None and (to_numpy(sample_weight) < 0).any():
             raise ValueError("`sample_weight` holds weights below 0.")
         if y is not None and np.ndim(sample_weight) == 1:  # One per row.
@@ -306,31 +328,21 @@ class Fitting:
         def preprocess(batch):
             batch = batch if isinstance(batch, tuple) else (batch,)
             x, y, sample_weight = (*batch, None, None)[:3]
-            if not self._is_text(x):
+            data = self._normalized(x, y)
+            if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
-            rows, _ = self.preprocessor.training_rows(x, y)
+            rows = self.preprocessor.rows_of(data)
             if (rows.cut or rows.lost) and not told:
                 told.append(rows.warn())  # Of the first such batch alone.
             return self.preprocessor.filled(rows, sample_weight)
 
-        if inputs.is_tf_dataset(batches):
+        if is_tf_dataset(batches):
             return batches.map(self.preprocess_samples, num_parallel_calls=-1)
         if isinstance(batches, keras.utils.PyDataset):
             return _MappedPyDataset(batches, preprocess)
         if inspect.isgenerator(batches):
             return (preprocess(batch) for batch in batches)
         return batches.map(preprocess)
-
-
-def _check_form(x):
-    """Raises a `ValueError` for what Keras would say something obscure about."""
-    if isinstance(x, (list, tuple)) or (isinstance(x, dict) and "token_ids" not in x):
-        raise ValueError(
-            '`x` is texts, pairs with the keys "prompt" and "response", or chats with '
-            '"messages", all of one kind (these need a preprocessor); a dict of '
-            '"token_ids" and "padding_mask"; or batches of any of these. Received: '
-            f"{x!r:.200}"
-        )
 
 
 def _longer(array, more):

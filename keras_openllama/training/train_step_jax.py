@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras_openllama.backend.keras_private import compiled_metrics, loss_tracker
 from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.attention_kernels import attention_on
+from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.sharded_embedding import look_up
 from keras_openllama.training.chunked_loss import next_token_sums
 from keras_openllama.training.target_weights import target_weights
@@ -112,11 +113,13 @@ def sums_of(lm, values, batch, options):
         hidden = lm.backbone.hidden_states(
             x["token_ids"],
             x["padding_mask"],
-            embed=_embed(lm.backbone, options.mesh),
             layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
-            rematerialize=options.rematerialize,
-            attend=options.attend,
-            scan=options.scan,
+            execution=LayerExecution(
+                rematerialize=options.rematerialize,
+                attend=options.attend,
+                scan=options.scan,
+                embed=_embed(lm.backbone, options.mesh),
+            ),
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
         return next_token_sums(
@@ -247,7 +250,7 @@ class FusedTraining:
     """
 
     def train_step(self, state, data):
-        if not self._fused:
+        if not self.train_plan.fused:
             return super().train_step(state, data)
         trainable, non_trainable, optimizer, metrics = state
         batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
@@ -261,7 +264,7 @@ class FusedTraining:
         return logs, (trainable, non_trainable, optimizer, metrics)
 
     def test_step(self, state, data):
-        if not self._fused:
+        if not self.train_plan.fused:
             return super().test_step(state, data)
         trainable, non_trainable, metrics = state
         batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
@@ -276,7 +279,8 @@ class FusedTraining:
         return logs, (trainable, non_trainable, metrics)
 
     def _placed_options(self):
-        options, distribution = self._step_options, keras.distribution.distribution()
+        options = self.train_plan.step_options
+        distribution = keras.distribution.distribution()
         # Kernels cannot be divided by XLA, and only our layout says how to.
         if distribution is None or isinstance(distribution, OpenLlamaParallel):
             return placed(options, distribution)

@@ -21,14 +21,14 @@ class WeightedTraining:
     """
 
     def train_step(self, data):
-        if not self._own_loss or not self.trainable_variables:
+        if not self.train_plan.own_loss or not self.trainable_variables:
             return super().train_step(data)
         if keras.config.backend() == "tensorflow":
             return self._step_of_tensorflow(data)
         return self._step_of_torch(data)
 
     def test_step(self, data):
-        if not self._own_loss:
+        if not self.train_plan.own_loss:
             return super().test_step(data)
         return self._measured(*self._forward(data, training=False))
 

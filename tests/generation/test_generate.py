@@ -14,7 +14,6 @@ from keras_openllama import (
     OpenLlamaCausalLMPreprocessor,
     OpenLlamaTokenizer,
 )
-from keras_openllama.generation.stop_strings import Continuation
 from keras_openllama.generation.token_loop import TokenLoop, padded_columns, padded_rows
 
 STEPS_BETWEEN_LOOKS = 8  # On PyTorch, which then runs a few steps too many.
@@ -136,27 +135,6 @@ def test_a_stop_string_is_cut_off(lm):
     assert both[2] == PROMPTS[2] + cut
 
 
-def test_the_stop_string_that_ends_first_counts_however_tokens_come():
-    class Letters:  # Each id is a letter.
-        def stream_decoder(self, prefix_ids):
-            return self
-
-        def push(self, token_id):
-            return "abcdef"[token_id]
-
-        def flush(self):
-            return ""
-
-    texts = set()
-    for stride in (1, 2, 4):
-        row = Continuation(Letters(), [], ("abcd", "c"))
-        for start in range(0, 4, stride):
-            row.push(range(start, start + stride))
-        row.flush()
-        texts.add(row.text)
-    assert texts == {"ab"}
-
-
 def test_a_tf_dataset_is_a_list_of_prompts(lm):
     tf = pytest.importorskip("tensorflow")
     expected = lm.generate(PROMPTS, max_new_tokens=5)
@@ -165,6 +143,8 @@ def test_a_tf_dataset_is_a_list_of_prompts(lm):
     assert lm.generate(dataset.batch(2), max_new_tokens=5) == expected
     with pytest.raises(ValueError, match="inputs"):
         lm.generate(tf.data.Dataset.from_tensors(IDS), max_new_tokens=5)
+    with pytest.raises(ValueError, match="must hold at least one prompt"):
+        lm.generate(tf.data.Dataset.from_tensors(PROMPTS[:0]), max_new_tokens=5)
 
 
 def test_strip_prompt_returns_the_new_text(lm):

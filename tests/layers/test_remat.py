@@ -13,6 +13,7 @@ import pytest
 from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama.config import REMATERIALIZATION
+from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.remat import check_policy, computed_again
 
 ON_JAX = keras.config.backend() == "jax"
@@ -39,7 +40,7 @@ def loss_of(lm, policy, scan=False):
         mapping = zip(lm.backbone.trainable_variables, values, strict=True)
         with keras.StatelessScope(state_mapping=mapping):
             hidden = lm.backbone.hidden_states(
-                ids, np.ones_like(ids), rematerialize=policy, scan=scan
+                ids, np.ones_like(ids), execution=LayerExecution(policy, scan=scan)
             )
         return jax.numpy.sum(hidden * states)
 
@@ -165,7 +166,9 @@ def test_an_unknown_policy_is_refused_with_those_there_are(lm, policy):
         lm.compile(rematerialize=policy)
     ids = batch(SHAPE, 1, 4)
     with pytest.raises(ValueError, match=message):
-        lm.backbone.hidden_states(ids, np.ones_like(ids), rematerialize=policy)
+        lm.backbone.hidden_states(
+            ids, np.ones_like(ids), execution=LayerExecution(policy)
+        )
 
 
 @pytest.mark.skipif(ON_JAX, reason="JAX can.")
@@ -176,7 +179,9 @@ def test_other_backends_refuse(lm, policy):
     for refused in (
         lambda: check_policy(policy),
         lambda: lm.compile(rematerialize=policy),
-        lambda: lm.backbone.hidden_states(ids, np.ones_like(ids), rematerialize=policy),
+        lambda: lm.backbone.hidden_states(
+            ids, np.ones_like(ids), execution=LayerExecution(policy)
+        ),
     ):
         with pytest.raises(ValueError, match=f"{policy}.*needs the JAX backend"):
             refused()

@@ -1,12 +1,41 @@
+"""What users pass: recognised and normalized, whatever it comes in."""
+
+import importlib
+
 import keras
 import numpy as np
 import pytest
+from tokenizer_models import trained_model
 
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-from tests.support.tokenizer_models import trained_model
+from keras_openllama.text.inputs import (
+    Arrays,
+    Batches,
+    Chat,
+    Chats,
+    Examples,
+    GraphTexts,
+    Pair,
+    Texts,
+    TokenArrays,
+    normalize_examples,
+    normalize_prompts,
+    normalize_sequences,
+    normalize_training_data,
+)
 
 V2 = OpenLlamaTokenizer(trained_model(keep_spaces=True))
 backend_free = pytest.mark.backend_free
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+ASKED = TALK[:1]
+
+
+@pytest.fixture
+def tf():
+    return pytest.importorskip("tensorflow")
+
+
+# ----- Texts, for all
 
 
 @backend_free
@@ -40,47 +69,6 @@ def test_empty_text_and_empty_batch():
     assert V2.detokenize([]) == "" and V2.detokenize([[], [5]]) == ["", "\x02"]
 
 
-def test_ids_are_taken_as_tensors_of_the_backend():
-    ids = V2("some text")
-    tensor = keras.ops.convert_to_tensor(ids, "int32")
-    assert V2.detokenize(tensor) == "some text"
-    assert V2.detokenize(tensor[None]) == ["some text"]
-    assert V2.detokenize(list(tensor)) == "some text"
-    assert V2.id_to_token(tensor[0]) == V2.id_to_token(ids[0])
-
-
-@backend_free
-def test_ids_are_taken_as_lists_and_arrays_of_any_integer_type():
-    ids = V2("some text")
-    for dtype in ("int32", "int64", "uint16"):
-        assert V2.detokenize(np.array(ids, dtype)) == "some text"
-    assert V2.detokenize(np.array([ids, ids])) == ["some text"] * 2
-    assert V2.detokenize([np.array(ids), ids[:0]]) == ["some text", ""]
-    assert V2.detokenize([np.array(ids), np.array(ids)]) == ["some text"] * 2
-    assert V2.detokenize((tuple(ids), tuple(ids))) == ["some text"] * 2
-    assert V2.detokenize(tuple(ids)) == "some text"
-    assert V2.detokenize(V2.token_to_id("a")) == "a"
-
-
-@backend_free
-@pytest.mark.parametrize("bad", [512, -1, 10**9, 2**62])
-def test_ids_out_of_range_are_named(bad):
-    for ids in ([5, bad], [[5], [bad]]):
-        with pytest.raises(ValueError, match=rf"`ids` holds {bad}.* size is 512"):
-            V2.detokenize(ids)
-    with pytest.raises(ValueError, match=rf"{bad}.*0 to 511"):
-        V2.id_to_token(bad)
-
-
-@backend_free
-@pytest.mark.parametrize(
-    "bad", [[1.5], "text", ["a"], [[[1]]], np.zeros((1, 1, 1), int), [None], [[1], 2]]
-)
-def test_ids_that_are_no_integers_are_refused(bad):
-    with pytest.raises(ValueError, match="`ids`"):
-        V2.detokenize(bad)
-
-
 @backend_free
 @pytest.mark.parametrize(
     ("bad", "message"),
@@ -97,3 +85,216 @@ def test_ids_that_are_no_integers_are_refused(bad):
 def test_inputs_that_are_no_text_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         V2.tokenize(bad)
+
+
+TEXTS = {
+    "a string": ("naïve", False),
+    "bytes": ("naïve".encode(), False),
+    "a scalar array": (np.array("naïve"), False),
+    "a list": (["naïve"], True),
+    "a tuple of bytes": (("naïve".encode(),), True),
+    "an array": (np.array(["naïve"]), True),
+    "an array of objects": (np.array(["naïve"], dtype=object), True),
+}
+
+
+@backend_free
+@pytest.mark.parametrize("kind", TEXTS)
+def test_each_door_takes_each_kind_of_text(kind):
+    inputs, batched = TEXTS[kind]
+    expected = Texts(["naïve"], batched)
+    assert normalize_prompts(inputs, 512) == expected
+    assert normalize_sequences(inputs) == expected
+    assert normalize_examples(inputs) == expected
+    assert normalize_training_data(inputs) == expected
+
+
+def test_each_door_takes_tensors_of_strings(tf):
+    for inputs, batched in ((tf.constant("a"), False), (tf.constant(["a"]), True)):
+        expected = Texts(["a"], batched)
+        assert normalize_prompts(inputs, 512) == expected
+        assert normalize_sequences(inputs) == expected
+        assert normalize_training_data(inputs) == expected
+    assert normalize_prompts([tf.constant("a")], 512) == Texts(["a"], True)
+
+
+# ----- Prompts
+
+
+@backend_free
+def test_prompts_may_be_chats():
+    for inputs in ([{"messages": ASKED}], {"messages": [ASKED]}):
+        assert normalize_prompts(inputs, 512) == Chats([ASKED], True)
+    assert normalize_prompts({"messages": ASKED}, 512) == Chats([ASKED], False)
+
+
+@backend_free
+def test_prompts_may_be_token_ids():
+    inputs = {
+        "token_ids": [[1, 5, 6], [1, 7, 0]],
+        "padding_mask": [[1, 1, 1], [1, 1, 0]],
+    }
+    expected = TokenArrays([[1, 5, 6], [1, 7]], 3)
+    for has_preprocessor in (True, False):
+        assert normalize_prompts(inputs, 512, has_preprocessor) == expected
+    inputs.pop("padding_mask")
+    assert normalize_prompts(inputs, 512).rows == [[1, 5, 6], [1, 7, 0]]
+
+
+def test_prompts_may_be_a_dataset(tf):
+    dataset = tf.data.Dataset.from_tensor_slices(["a", "b", "c"])
+    found = normalize_prompts(dataset, 512)
+    assert isinstance(found, Batches)
+    assert list(found.batches) == [Texts([text], True) for text in "abc"]
+    found = normalize_prompts(dataset.batch(2), 512)
+    assert list(found.batches) == [Texts(["a", "b"], True), Texts(["c"], True)]
+
+
+def test_no_prompt_is_refused(tf):
+    message = "`inputs` must hold at least one prompt"
+    for inputs in ([], np.array([], dtype=str), tf.constant([], "string")):
+        with pytest.raises(ValueError, match=message):
+            normalize_prompts(inputs, 512)
+    with pytest.raises(ValueError, match=message):
+        list(normalize_prompts(tf.data.Dataset.from_tensors([""][:0]), 512).batches)
+
+
+@backend_free
+def test_without_a_preprocessor_prompts_are_token_ids():
+    for inputs in ("a", ["a"], {"messages": ASKED}):
+        with pytest.raises(ValueError, match=r"without text.*token_ids"):
+            normalize_prompts(inputs, 512, has_preprocessor=False)
+
+
+# ----- Sequences to score
+
+
+@backend_free
+def test_sequences_are_texts_or_ids():
+    for ids in ([[1, 2]], np.array([[1, 2]])):
+        assert normalize_sequences(ids) == Arrays(ids)
+    assert normalize_sequences("a", has_preprocessor=False) == Arrays("a")
+
+
+# ----- Examples
+
+PAIRS = [Pair("2 + 2 =", " 4"), Pair("up", " down")]
+AS_LIST = [{"prompt": pair.prompt, "response": pair.response} for pair in PAIRS]
+AS_DICT = {"prompt": ["2 + 2 =", "up"], "response": [" 4", " down"]}
+
+
+@backend_free
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (AS_LIST,),
+        (tuple(AS_LIST),),
+        (AS_DICT,),
+        ({name: np.array(texts) for name, texts in AS_DICT.items()},),
+        ({name: [t.encode() for t in texts] for name, texts in AS_DICT.items()},),
+        tuple(AS_DICT.values()),
+        tuple(map(np.array, AS_DICT.values())),
+    ],
+    ids=["list", "tuple", "dict", "arrays", "bytes", "x and y", "arrays x and y"],
+)
+def test_every_kind_of_pairs_is_taken(inputs):
+    assert normalize_training_data(*inputs) == Examples(PAIRS, True)
+    assert normalize_examples(*inputs) == Examples(PAIRS, True)
+
+
+@backend_free
+def test_one_example_is_no_batch():
+    assert normalize_examples(AS_LIST[0]) == Examples(PAIRS[:1], False)
+    assert normalize_examples("2 + 2 =", " 4") == Examples(PAIRS[:1], False)
+    found = normalize_examples({"messages": TALK})
+    assert found == Examples([Chat(TALK, "x['messages']")], False)
+
+
+@backend_free
+def test_pairs_and_chats_may_be_mixed():
+    found = normalize_training_data([AS_LIST[0], {"messages": TALK}])
+    assert found == Examples([PAIRS[0], Chat(TALK, "x[1]['messages']")], True)
+    found = normalize_training_data({"messages": [TALK, ASKED]})
+    assert [chat.messages for chat in found.examples] == [TALK, ASKED]
+
+
+@backend_free
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ({"prompt": ["a", "b"], "response": ["c"]}, "2 prompts and 1 responses"),
+        ({"prompt": "a"}, r"`x` has the keys \['prompt'\]"),
+        ([*AS_LIST, {"prompt": "a", "answer": "b"}], r"`x\[2\]` has the keys"),
+        ([AS_DICT], r"`x\[0\]` is one pair or one chat.* 2 of them"),
+        ({"prompt": ["a", ""], "response": ["b", "c"]}, "1 of 2 prompts .* at 1"),
+        ({"prompt": "a", "response": 7}, r"`x\['response'\]` must be a string"),
+        ({"messages": "Hi"}, r"`x\['messages'\]` is a list of messages"),
+    ],
+)
+def test_malformed_examples_are_named(x, message):
+    for door in (normalize_examples, normalize_training_data):
+        with pytest.raises(ValueError, match=message):
+            door(x)
+
+
+# ----- Training data
+
+
+class OneBatch(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return AS_DICT
+
+
+@pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "generator", "grain"])
+def test_datasets_are_batches_and_nothing_is_taken_from_them(kind):
+    if kind == "tf.data":
+        tf = pytest.importorskip("tensorflow")
+        data = tf.data.Dataset.from_tensors(AS_DICT)
+    elif kind == "grain":
+        grain = importlib.import_module("grain")
+        data = grain.MapDataset.source(AS_LIST).batch(2)
+    else:
+        data = OneBatch() if kind == "PyDataset" else (batch for batch in [AS_DICT])
+    for has_preprocessor in (True, False):
+        found = normalize_training_data(data, has_preprocessor=has_preprocessor)
+        assert isinstance(found, Batches) and found.batches is data
+    if kind == "generator":
+        assert next(data) is AS_DICT
+
+
+def test_ids_are_arrays():
+    ids = keras.ops.ones((1, 3), "int32")
+    x = {"token_ids": ids, "padding_mask": ids}
+    found = normalize_training_data(x, ids)
+    assert isinstance(found, Arrays) and found.arrays is x
+
+
+@backend_free
+@pytest.mark.parametrize("x", ["text", ["text"], AS_DICT, AS_LIST, {"messages": TALK}])
+def test_without_a_preprocessor_text_is_refused(x):
+    with pytest.raises(ValueError, match="need a preprocessor"):
+        normalize_training_data(x, has_preprocessor=False)
+
+
+@backend_free
+@pytest.mark.parametrize("x", [[], ["a", 7], [*AS_LIST, "a"], {"question": ["a"]}])
+def test_what_is_of_no_kind_is_refused(x):
+    with pytest.raises(ValueError, match=r"all of one kind.*Received"):
+        normalize_training_data(x)
+
+
+def test_in_a_graph_texts_and_ids_are_told_apart(tf):
+    found = []
+
+    def look(*batch):
+        found.append(normalize_training_data(*batch))
+        return 0
+
+    ids = {"token_ids": [[1]], "padding_mask": [[1]]}
+    for elements in (["a"], AS_DICT, tuple(AS_DICT.values()), ids):
+        tf.data.Dataset.from_tensors(elements).map(look)
+    assert [type(one) for one in found] == [GraphTexts] * 3 + [Arrays]
+    assert set(found[1].tensors) == set(found[2].tensors) == {"prompt", "response"}
