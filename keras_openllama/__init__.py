@@ -1,4 +1,9 @@
-"""OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch."""
+"""OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch.
+
+Public are the four classes below and the modules `config`, `convert`, `distribution`,
+`evaluation`, `layers`, `optimizers` and `presets`. The rest of the package is private
+to it, and may move.
+"""
 
 import importlib
 import os
@@ -15,7 +20,12 @@ _MODULES = {
     "OpenLlamaCausalLM": "models.causal_lm",
 }
 
-__all__ = ["__version__", *_MODULES]
+_NAMESPACES = (
+    *("config", "convert", "distribution", "evaluation"),
+    *("layers", "optimizers", "presets"),
+)
+
+__all__ = ["__version__", *_MODULES, *_NAMESPACES]
 
 
 if "keras" not in sys.modules:
@@ -25,6 +35,8 @@ if "keras" not in sys.modules:
 
 
 def __getattr__(name):
+    if name in _NAMESPACES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

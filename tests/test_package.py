@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import keras_openllama
 
 pytestmark = pytest.mark.backend_free
 
@@ -45,3 +48,28 @@ def test_tensorflow_is_spared_and_still_there():
         "import tensorflow; print(tensorflow.constant(3).numpy())"
     )
     assert run(code, TF_CPP_MIN_LOG_LEVEL="3").splitlines() == ["False", "3"]
+
+
+def test_the_public_names_are_listed_and_there():
+    code = (
+        "import keras_openllama as package;"
+        "missing = [n for n in package.__all__ if not hasattr(package, n)];"
+        "print(missing, set(package.__all__) == set(dir(package)))"
+    )
+    assert run(code) == "[] True"
+
+
+def test_namespaces_need_no_import_of_their_own():
+    code = (
+        "import keras_openllama;"
+        "print(keras_openllama.presets.find('7b_v2').name,"
+        " keras_openllama.convert.easylm.load.__name__)"
+    )
+    assert run(code) == "open_llama_7b_v2 load"
+
+
+def test_the_root_holds_the_public_surface_only():
+    root = Path(keras_openllama.__file__).parent
+    assert {path.stem for path in root.glob("*.py")} == {
+        *("__init__", "__main__", "config", "distribution", "optimizers", "presets")
+    }
