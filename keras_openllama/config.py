@@ -9,6 +9,8 @@ import math
 MESH_AXES = ("data", "fsdp", "model")
 # Projections of a layer, which LoRA can adapt.
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+# How documents share the sequences of a batch, see `data.token_stream`.
+PACKINGS = ("concatenate", "best_fit")
 # Heuristic: logits that the loss on JAX holds at once, on each device; 4 bytes each.
 LOGITS_AT_ONCE = 16 << 20
 # Policies of rematerialization, from the one that saves most activations to the one

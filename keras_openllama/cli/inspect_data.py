@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.config import PACKINGS
 
 DESCRIPTION = """\
 Look into data that `prepare-data` has prepared.
@@ -16,8 +17,6 @@ Prints what each source holds and what was skipped, decodes a batch with the bor
 its documents, and draws the mixture, wanted and realised, beside the lengths of the
 documents, into data.png (--picture).
 """
-
-PACKINGS = ("concatenate", "best_fit")  # Of `data.token_stream`, which imports Grain.
 
 
 def parse_arguments(arguments, prog):

@@ -7,13 +7,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from keras_openllama.config import PACKINGS
 from keras_openllama.data import sequence_index as rows
 from keras_openllama.data import shuffling
 from keras_openllama.data.mixture import Interleaving
 from keras_openllama.data.prepared_data import PreparedData
 from keras_openllama.utils import files
 
-PACKINGS = ("concatenate", "best_fit")
 _ENDLESS = 1 << 40  # Steps; Grain wants a number.
 
 _log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from keras_openllama import presets
+from keras_openllama.config import PACKINGS
 from keras_openllama.runs import device_settings
 from keras_openllama.runs.train_config import TrainConfig, setting
 from keras_openllama.utils import validation
@@ -54,7 +55,7 @@ class Recipe(TrainConfig):
     """
 
     mixture: str | None = setting(validation.name_or_json_path(presets.mixture_names))
-    packing: str = setting(validation.one_of("concatenate", "best_fit"))
+    packing: str = setting(validation.one_of(*PACKINGS))
     mask_documents: bool = setting(validation.one_of(False, True), False)
     meshes: dict = dataclasses.field(metadata={"check": device_settings.meshes})
     planned: dict = dataclasses.field(

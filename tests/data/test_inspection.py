@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from token_data import prepare_sources
 
-from keras_openllama.cli.inspect_data import PACKINGS, main
-from keras_openllama.data import inspection, token_stream
+from keras_openllama.cli.inspect_data import main
+from keras_openllama.data import inspection
 from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.text.sentencepiece_model import load_processor
 
@@ -84,7 +84,3 @@ def test_the_script_verifies_and_refuses(data, tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert re.match(r"keras-openllama inspect-data: error: .* has no manifest", said)
-
-
-def test_the_flag_packing_takes_all_packings():
-    assert PACKINGS == token_stream.PACKINGS

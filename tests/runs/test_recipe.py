@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_openllama import presets
+from keras_openllama.config import PACKINGS
 from keras_openllama.data import mixture as mixtures
-from keras_openllama.data import token_stream
 from keras_openllama.runs import recipe as recipes
 
 pytestmark = pytest.mark.backend_free
@@ -37,7 +37,7 @@ def test_every_preset_has_a_recipe(name):
     recipe = recipes.from_preset(name)
     assert recipe == recipes.from_preset(name.removeprefix("open_llama_"))
     assert recipe.mixture is None or recipe.mixture in mixtures.available()
-    assert recipe.packing in token_stream.PACKINGS
+    assert recipe.packing in PACKINGS
     context = presets.find(name).config["max_sequence_length"]
     assert recipe.sequence_length == context
 
