@@ -48,6 +48,7 @@ def test_fine_tuning_answers_questions_that_were_held_out(tmp_path, monkeypatch)
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_model_from_zero_learns_and_is_exported(tmp_path, monkeypatch):
     before, after, same = outcome(

@@ -153,6 +153,7 @@ def test_where_nothing_fits_more_chips_are_asked_for():
             ("-c", FEWER_LAYERS),
             4,
             id="two layers of 7B",
+            marks=pytest.mark.slow,
         ),
     ],
 )
