@@ -340,6 +340,8 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
 
 
 SIZES = dict(
+    num_layers=2,
+    head_dim=16,
     hidden_dim=64,
     num_query_heads=6,
     num_key_value_heads=2,

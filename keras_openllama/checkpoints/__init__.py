@@ -1,1 +1,5 @@
-"""Weights in files: one module per format, which reads and writes it."""
+"""Weights in files: the formats, and what they share.
+
+One module per format reads and writes it: `transformers`, `keras_hub`, `easylm`,
+`peft`; `training_run` is read only. The container formats are in `files`.
+"""

@@ -1,4 +1,4 @@
-"""What a model consists of, wherever it is: what every conversion starts from."""
+"""What a model consists of, wherever it is: what every export starts from."""
 
 import collections
 import dataclasses

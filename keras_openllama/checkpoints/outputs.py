@@ -1,4 +1,4 @@
-"""The files that a conversion is going to write: planned first, written one by one."""
+"""The files that are going to be written: planned first, written one by one."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Models from one format into another, tensor by tensor."""
+"""Writes a model in a format, tensor by tensor: whole, or not at all."""
 
 import contextlib
 import dataclasses

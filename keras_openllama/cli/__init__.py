@@ -1,1 +1,1 @@
-"""The commands of the command line; in each, `add` describes it and `run` runs it."""
+"""The commands of `keras-openllama`, one module each; `main` runs it."""

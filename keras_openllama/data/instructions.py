@@ -1,4 +1,4 @@
-"""What `keras-openllama finetune` reads: JSON lines of texts, pairs or chats."""
+"""Examples of fine-tuning: read from JSON lines, their batches, their validation."""
 
 import itertools
 import json

@@ -135,7 +135,8 @@ class Concatenated(_Rows):
 
 
 class BestFit(_Rows):
-    """Documents share rows, and none is cut that fits into one; see `packing`.
+    """Documents share rows, and none is cut that fits into one; see
+    `document_packing`.
 
     Documents of one block share rows, the same ones in every epoch; the rows are
     shuffled. What is left of a row is padding.

@@ -19,9 +19,9 @@ DEFAULT_BATCH_SIZE = 8  # Ours: 4096 tokens at once, enough for full matrix prod
 class TokenScorer:
     """Computes how likely a model holds the tokens of sequences.
 
-    What sequences have in common is computed once (see `token_tries`); logits exist for
-    the wanted tokens alone, a chunk at a time, and only two numbers of each leave the
-    device.
+    What sequences have in common is computed once (see `prefix_tries`); logits exist
+    for the wanted tokens alone, a chunk at a time, and only two numbers of each leave
+    the device.
 
     Args:
         lm: `OpenLlamaCausalLM`.

@@ -1,1 +1,1 @@
-"""From prompts to new tokens: KV caches, samplers, beam search, stop strings."""
+"""From prompts to new tokens: KV cache, token loop, beam search, stop strings."""

@@ -1,4 +1,4 @@
-"""Where the state of generation lives: on one device, or over a distribution's mesh."""
+"""Where the state of generation and of scoring lives: on one device, or over a mesh."""
 
 import math
 

@@ -25,7 +25,7 @@ class DecoderLayer(keras.layers.Layer):
     Call arguments: those of `CausalSelfAttention`; and without a cache
         attend: callable with the arguments of `attend_to_past`, which it is unless
             given.
-        rematerialize, in_scan: string and bool, see `rematerialization`.
+        rematerialize, in_scan: string and bool, see `remat`.
 
     Returns:
         The hidden states `(batch, length, hidden_dim)`; with a cache, a pair of them

@@ -196,7 +196,7 @@ class TokenData:
 
     @functools.cached_property
     def validation(self):
-        return Validation(self._data, self._recipe, self._mixture, lambda batch: batch)
+        return Validation(self._data, self._recipe, self._mixture)
 
     def batches(self, from_step):
         return self._own.dataset(from_step=from_step)

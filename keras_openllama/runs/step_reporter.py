@@ -36,7 +36,7 @@ class StepReporter:
         clock: `throughput.Clock`.
 
     Raises:
-        stopping.Diverged: when too many steps in a row had to be skipped.
+        interruption.Diverged: when too many steps in a row had to be skipped.
         OSError: if the log cannot be written.
     """
 

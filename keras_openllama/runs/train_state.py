@@ -165,7 +165,7 @@ def compile_evaluation(lm, state, batch, options, replicated=None):
         lm, state, batch, options, replicated: see `compile_step`.
 
     Returns:
-        A compiled program `(state, batch) -> (losses.Sums, sum of the weights)`.
+        A compiled program `(state, batch) -> (chunked_loss.Sums, sum of the weights)`.
     """
 
     def evaluate(state, batch):

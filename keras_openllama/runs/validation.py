@@ -14,14 +14,13 @@ class Validation:
         data: `prepared_data.PreparedData`.
         recipe: `recipe.Recipe`.
         mixture: `mixture.Mixture`; means are by its last weights.
-        put: function from a batch of NumPy arrays to one on the devices.
 
     Attributes:
         sources: names of the sources that have documents set aside.
     """
 
-    def __init__(self, data, recipe, mixture, put):
-        self._data, self._recipe, self._put = data, recipe, put
+    def __init__(self, data, recipe, mixture):
+        self._data, self._recipe = data, recipe
         self._weights = dict(mixture.schedule[-1][1])
         self._streams = {
             name: self._stream(name)
@@ -78,7 +77,7 @@ class Validation:
         for step in range(min(self._recipe.validation_batches, once)):
             with reading_data():
                 batch = stream.batch(step)
-            sums, weight = evaluate(self._put(batch))
+            sums, weight = evaluate(batch)
             nats, targets = nats + float(sums.loss), targets + float(weight)
         loss = nats / targets
         split = self._data.split(name, "validation")

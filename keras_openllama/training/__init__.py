@@ -1,1 +1,1 @@
-"""What `fit` is: train steps, loss, callbacks."""
+"""Train steps, their loss, and `fit` on them; `runs` takes the same steps."""

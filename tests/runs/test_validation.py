@@ -29,7 +29,7 @@ def data(tmp_path_factory):
     return prepare_sources(directory, COUNTS, WEIGHTS, validation_fraction=0.5)
 
 
-def validation(data, weights=WEIGHTS, put=lambda batch: batch, **settings):
+def validation(data, weights=WEIGHTS, **settings):
     settings = {
         "sequence_length": LENGTH,
         "batch_size": 1,
@@ -38,7 +38,7 @@ def validation(data, weights=WEIGHTS, put=lambda batch: batch, **settings):
         "mask_documents": True,
     } | settings
     chosen = recipe.resolve("nano", overrides=settings).recipe
-    return Validation(data, chosen, mixtures.from_weights(weights), put)
+    return Validation(data, chosen, mixtures.from_weights(weights))
 
 
 class Counting:
@@ -147,12 +147,6 @@ def test_it_reads_the_same_each_time(data):
     assert validation(data, validation_batches=3).measure(again) == ours.measure(second)
 
 
-def test_batches_go_to_the_devices_on_the_way(data):
-    counting, put = Counting(), []
-    validation(data, put=lambda batch: put.append(batch) or batch).measure(counting)
-    assert len(put) == len(counting.batches) > 0
-
-
 def test_nothing_of_the_training_documents_is_read(data):
     counting = Counting()
     validation(data, {"web": 1.0}).measure(counting)
@@ -231,7 +225,7 @@ def test_the_last_weights_of_a_schedule_count(data):
     counting = Counting()
     chosen = recipe.resolve("nano", overrides={"sequence_length": LENGTH}).recipe
     mixture = mixtures.from_weights(WEIGHTS).changed(9, {"web": 1, "code": 3})
-    ours = Validation(data, chosen, mixture, lambda batch: batch)
+    ours = Validation(data, chosen, mixture)
     found = ours.measure(counting)
     assert ours.sources == ["web", "code"] == [*found["sources"]]
     losses = [found["sources"][name]["loss"] for name in ours.sources]

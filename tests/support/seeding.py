@@ -1,12 +1,8 @@
 """Seeds for tests."""
 
-import contextlib
-import sys
-import types
-from unittest import mock
-
 import keras
-from keras.src.utils import rng_utils
+
+from keras_openllama.backend.keras_hub import without_tensorflow
 
 
 def set_random_seed(seed):
@@ -14,9 +10,5 @@ def set_random_seed(seed):
 
     That takes two seconds of each process that has no other use for TensorFlow.
     """
-    without_tensorflow = mock.patch.object(
-        rng_utils, "tf", types.SimpleNamespace(available=False)
-    )
-    imported = "tensorflow" in sys.modules
-    with contextlib.nullcontext() if imported else without_tensorflow:
+    with without_tensorflow():
         keras.utils.set_random_seed(seed)

@@ -281,7 +281,7 @@ def test_a_directory_without_results_is_refused(tmp_path):
 )
 def test_malformed_results_are_refused_by_name(tmp_path, text, said):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"results\.json.*{said}.*run train/evaluate"):
+    with pytest.raises(ValueError, match=rf"results\.json.*{said}.*run `evaluate`"):
         read(tmp_path)
 
 
