@@ -117,6 +117,7 @@ def losses(tokens, dtype, **options):
     return np.array(found)
 
 
+@pytest.mark.slow
 def test_the_loss_of_200_steps_is_within_a_percent(tokens):
     expected = losses(tokens, "float32")
     options = {"rematerialize": "products", "scan": True, "micro_batches": 2}
