@@ -11,6 +11,8 @@ import time
 import pytest
 from checkout import ROOT
 from local_tasks import write_tasks
+from pretraining_runs import TOKENIZER
+from tiny_models import SHAPES, random_lm
 
 from keras_openllama.cli.evaluate import main
 
@@ -19,12 +21,26 @@ SCRIPT = ROOT / "train" / "evaluate.py"
 pytestmark = pytest.mark.backend_free
 
 
-def command(*arguments):
-    return [sys.executable, str(SCRIPT), "--preset", "nano", *map(str, arguments)]
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process; returns its exit code, output and messages."""
+
+    def run(*arguments):
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as ended:  # argparse's way.
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The directory of a small random model."""
+    directory = tmp_path_factory.mktemp("small") / "model"
+    random_lm(SHAPES[0], TOKENIZER.read_bytes()).save_to_preset(directory)
+    return directory
 
 
 def results(directory):
@@ -44,36 +60,38 @@ def stored(path):
         return {}
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_results(tmp_path):
+def test_a_killed_evaluation_goes_on_to_the_same_results(run, small, tmp_path):
     data = write_tasks(tmp_path / "data", count=24)
-    arguments = ["--tasks", "hellaswag", "boolq", "--data", data, "--batch-size", 1]
-    whole = run(*arguments, "--output", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    arguments = ["--preset", small, "--tasks", "hellaswag", "boolq", "--data", data]
+    arguments += ["--batch-size", 1, "--output"]
     killed = tmp_path / "killed"
     with subprocess.Popen(
-        command(*arguments, "--output", killed),
+        [sys.executable, SCRIPT, *map(str, arguments), killed],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
         while not stored(killed / "answers.sqlite") and process.poll() is None:
-            time.sleep(0.02)
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     finished = stored(killed / "answers.sqlite")
-    resumed = run(*arguments, "--output", killed)
-    assert resumed.returncode == 0, resumed.stderr
+    assert run(*arguments, killed)[0] == 0
     after = stored(killed / "answers.sqlite")
     assert 0 < len(finished) < len(after)
     assert finished.items() <= after.items()
+    assert run(*arguments, tmp_path / "whole")[0] == 0
     assert values(killed) == values(tmp_path / "whole")
 
 
-def test_what_cannot_be_had_is_told_and_the_rest_is_measured(tmp_path):
+def test_what_cannot_be_had_is_told_and_the_rest_is_measured(run, small, tmp_path):
     data = write_tasks(tmp_path / "data", count=6)
     output = tmp_path / "output"
-    told = run("--suite", "openllama", "--data", data, "--limit", 4, "--output", output)
-    assert told.returncode == os.EX_UNAVAILABLE, told.stderr
-    assert "piqa is left out: its data cannot be had" in told.stderr
+    model = ("--preset", small, "--output", output)
+    code, table, told = run(
+        *model, "--suite", "openllama", "--data", data, "--limit", 4
+    )
+    assert code == os.EX_UNAVAILABLE, told
+    assert "piqa is left out: its data cannot be had" in told
     found = results(output)
     assert {row["task"] for row in found["metrics"]} == {
         *("hellaswag", "arc_easy", "winogrande", "boolq", "record", "truthfulqa_mc2")
@@ -83,31 +101,28 @@ def test_what_cannot_be_had_is_told_and_the_rest_is_measured(tmp_path):
         *("rte", "truthfulqa_mc1", "wic"),
     }
     assert {row["samples"] for row in found["metrics"]} == {4}
-    assert "| hellaswag/acc_norm |" in told.stdout
+    assert "| hellaswag/acc_norm |" in table
     assert "first 4 documents" in (output / "table.md").read_text()
     assert (output / "table.png").read_bytes().startswith(b"\x89PNG")
 
     # Another part of the same model, into the same directory.
     text = tmp_path / "text.txt"
     text.write_text("The captain looked at the sea. " * 40)
-    more = run("--perplexity", text, "--output", output)
-    assert more.returncode == 0, more.stderr
+    code, _, told = run(*model, "--perplexity", text)
+    assert code == 0, told
     both = results(output)
     assert both["metrics"] == found["metrics"]
     assert both["perplexity"][0]["name"] == "text"
     assert "first 4 documents" in (output / "table.md").read_text()
 
-    both = [sys.executable, SCRIPT, "--compare", output, output]
-    side = subprocess.run(
-        [*both, "--output", tmp_path / "c"], capture_output=True, text=True
-    )
-    assert side.returncode == 0, side.stderr
-    assert "open_llama_nano (2)" in side.stdout
+    code, table, told = run("--compare", output, output, "--output", tmp_path / "c")
+    assert code == 0, told
+    assert "model (2)" in table
     assert (tmp_path / "c" / "table.svg").exists()
 
-    other = run("--perplexity", text, "--dtype", "bfloat16", "--output", output)
-    assert other.returncode == 2
-    assert "answers of another model" in other.stderr
+    code, _, told = run(*model, "--perplexity", text, "--dtype", "bfloat16")
+    assert code == 2
+    assert "answers of another model" in told
 
 
 @pytest.mark.parametrize(
@@ -122,12 +137,8 @@ def test_what_cannot_be_had_is_told_and_the_rest_is_measured(tmp_path):
         (["--compare", "nowhere"], "give it alone"),
     ],
 )
-def test_nonsense_is_answered_in_a_line(arguments, told, tmp_path, capsys):
-    try:
-        code = main(["--preset", "nano", *arguments, "--output", str(tmp_path / "out")])
-    except SystemExit as ended:  # argparse's way.
-        code = ended.code
+def test_nonsense_is_answered_in_a_line(arguments, told, run, tmp_path):
+    code, _, said = run("--preset", "nano", *arguments, "--output", tmp_path / "out")
     assert code == 2
-    said = capsys.readouterr().err
     assert told in said
     assert "Traceback" not in said
