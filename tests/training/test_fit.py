@@ -11,7 +11,8 @@ from tokenizer_models import trained_model
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-SHAPE = TinyShape("tiny", 4, 2, 12, hidden_dim=48, intermediate_dim=64, context=64)
+# What `fit` makes of data does not depend on the number of layers.
+SHAPE = TinyShape("tiny", 4, 2, 12, 48, 64, num_layers=1, context=64)
 PAIRS = [
     ("Name a colour:", " red"),
     ("Name a number that is not small:", " one thousand and one"),
