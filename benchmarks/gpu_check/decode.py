@@ -41,6 +41,23 @@ def ours(model):
             report_prompt(sizes, generate)
 
 
+def chunks(model):
+    """A prompt in chunks of 1,024 tokens, rather than `token_loop.PREFILL_CHUNKS`."""
+    from unittest import mock
+
+    from keras_openllama.generation import token_loop
+
+    sizes = models.sizes(model)
+    lm = models.ours(sizes, "bfloat16")
+
+    def generate(ids, new):
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        lm.generate(inputs, max_new_tokens=new, stop_token_ids=None)
+
+    with mock.patch.object(token_loop, "PREFILL_CHUNKS", (1024, 256, 32)):
+        report_prompt(sizes, generate)
+
+
 def transformers(model):
     """Decoding by transformers with a static cache, which it compiles on a GPU.
 

@@ -17,6 +17,7 @@ class Part:
         arguments: dict, for the function.
         seconds: float, after which it is stopped, on a GPU.
         ours: bool, whether it runs this package: it may not break then.
+        needs_gpu: bool, whether tiny sizes would make it the same as another part.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Part:
     arguments: dict = dataclasses.field(default_factory=dict)
     seconds: float = 120
     ours: bool = True
+    needs_gpu: bool = False
 
 
 def _by_backend(name, text, kind, module, functions, **more):
@@ -41,6 +43,7 @@ def _by_backend(name, text, kind, module, functions, **more):
 def _decode(size):
     """Decoding at the sizes of a preset, by us and by transformers."""
     model = {"model": f"open_llama_{size}_v2"}
+    more = {"arguments": model, "needs_gpu": size != "3b"}
     text = f"tokens/s at the sizes of {size}_v2, bfloat16, greedy"
     functions = {"jax": "ours", "torch": "ours", "transformers": "transformers"}
     return [
@@ -48,7 +51,7 @@ def _decode(size):
         if part.backend == "transformers"
         else part
         for part in _by_backend(
-            f"decode-{size}", text, "speed", "decode", functions, arguments=model
+            f"decode-{size}", text, "speed", "decode", functions, **more
         )
     ]
 
@@ -114,6 +117,16 @@ _ALL = [
         ours=False,
     ),
     *_decode("7b"),
+    Part(
+        "prefill-3b-jax",
+        "the longest prompt in larger chunks than generation takes",
+        "speed",
+        "jax",
+        "decode",
+        "chunks",
+        arguments={"model": "open_llama_3b_v2"},
+        needs_gpu=True,
+    ),
     Part(
         "lora-jax",
         "tokens/s of training adapters of rank 8 on 3b_v2 in bfloat16",

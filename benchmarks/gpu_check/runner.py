@@ -36,7 +36,9 @@ def environment(part, has_gpu):
         "PYTHONUNBUFFERED": "1",
     }
     if not has_gpu:
-        variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        # What is tiny is computed sooner than threads are started.
+        one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", **one}
     elif part.backend == "torch":
         # JAX, which the package imports, would take most of the GPU's memory.
         variables["JAX_PLATFORMS"] = "cpu"
@@ -81,6 +83,10 @@ def run(parts, directory, has_gpu, seconds, save):
     gathered = Gathered(save)
 
     def run_one(part):
+        if part.needs_gpu and not has_gpu:
+            reason = "needs a GPU: at tiny sizes it is a part that ran already"
+            gathered.add(part, {"kind": "skipped", "name": "all", "note": reason})
+            return
         left = deadline - time.monotonic()
         if left < LEAST_SECONDS:
             reason = "the time of --minutes is spent"
@@ -89,15 +95,17 @@ def run(parts, directory, has_gpu, seconds, save):
         _run(part, directory, has_gpu, left, gathered)
 
     # A device's ceilings come first, since later parts are compared with them.
-    checks = [part for part in parts if part.kind == "check"]
     first = [part for part in parts if part.name.startswith("device")]
+    rest = [part for part in parts if part not in first]
+    # Without a GPU speeds mean nothing, and a part has one thread.
+    together = [part for part in rest if part.kind == "check" or not has_gpu]
+    jobs = (os.cpu_count() or 1) // (2 if has_gpu else 1)
     for part in first:
         run_one(part)
-    jobs = max(1, min(len(checks), (os.cpu_count() or 1) // 2))
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run_one, checks))
-    for part in parts:
-        if part not in checks and part not in first:
+    with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
+        list(pool.map(run_one, together))
+    for part in rest:
+        if part not in together:
             run_one(part)
     return gathered.all
 
