@@ -10,9 +10,9 @@ import time
 
 import results
 
-# XLA's sums into an array in no fixed order, and cuDNN's backward pass, differ from run
-# to run. Without them a step is the same to the bit.
-DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
+# Usually XLA sums into an array in no fixed order, as cuDNN's backward pass does, and
+# each process takes the kernels that it found to be fastest. With this it does neither.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 NEEDED = ("matplotlib", "orbax", "tensorboardX", "tensorstore", "yaml")
 SECONDS = 150  # For one run.
 

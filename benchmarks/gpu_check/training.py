@@ -1,5 +1,6 @@
 """Tokens per second of training, here and by transformers."""
 
+import gc
 import types
 
 import models
@@ -35,6 +36,7 @@ def what_fits(measure):
             if "RESOURCE_EXHAUSTED" not in text and "OutOfMemory" not in text:
                 raise
             results.tell(f"batch {batch}", f"does not fit: {text.splitlines()[0][:90]}")
+        gc.collect()  # What did not fit.
     raise MemoryError("Not even one row fits.")
 
 
