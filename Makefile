@@ -15,6 +15,8 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 PROMPT ?= The captain looked at the sea and said,
 # More arguments for pytest: make test PYTEST="-x -k tokenizer"
 PYTEST ?=
+# More arguments for benchmarks/gpu_check: make gpu-check GPU_CHECK="--minutes 9"
+GPU_CHECK ?=
 
 # $(call stage,TEXT,COMMANDS): one line, and pip's output only if a command fails.
 define stage
@@ -54,6 +56,10 @@ lint: $(VENV)/.all-installed  ## Check style, formatting and the order of import
 format: $(VENV)/.all-installed  ## Put style and formatting right
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+.PHONY: gpu-check
+gpu-check: $(VENV)/.all-installed  ## Check and measure on one GPU, on JAX and PyTorch
+	@$(BIN)/python benchmarks/gpu_check $(GPU_CHECK)
 
 .PHONY: install
 install: $(VENV)/.all-installed  ## Set .venv up with every extra, and nothing more

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_openllama.backend.keras_private import stored_value
@@ -24,6 +25,23 @@ def put(array, sharding=None):
         # `ops.convert_to_tensor` compiles a program for each new shape.
         return jax.device_put(array, sharding)
     return ops.convert_to_tensor(array)
+
+
+def zeros(shape, dtype, backbone):
+    """Zeros on the devices of a model, sharded as its cache is (JAX).
+
+    On a CPU they come from NumPy, since others are one more program to compile. To an
+    accelerator they would be copied in each call, hundreds of megabytes of them.
+    """
+    sharding = shardings(backbone)[0]
+    if device_platform(backbone) == "cpu":
+        return put(np.zeros(shape, jax.numpy.dtype(dtype)), sharding)
+    return jax.numpy.zeros(shape, dtype, device=sharding)
+
+
+def device_platform(backbone):
+    """The platform of the devices that hold the weights, such as `"cpu"` (JAX)."""
+    return next(iter(_key_kernel(backbone).devices())).platform
 
 
 def shardings(backbone):
@@ -73,12 +91,16 @@ def row_sharding(backbone):
 
 def _key_layout(backbone):
     """The `NamedSharding` of the keys' projection; `None` where nothing has one."""
-    key = backbone.transformer_layers[0].self_attention.key
-    kernel = stored_value(key.variables[0])
-    layout = getattr(kernel, "sharding", None)
+    layout = getattr(_key_kernel(backbone), "sharding", None)
     if keras.config.backend() == "jax" and isinstance(layout, NamedSharding):
         return layout
     return None
+
+
+def _key_kernel(backbone):
+    """The tensor of the keys' projection in the first layer."""
+    key = backbone.transformer_layers[0].self_attention.key
+    return stored_value(key.variables[0])
 
 
 def keep(tensors, sharding):

@@ -18,14 +18,13 @@ both numbers come in few sizes: a prompt of any length takes as many chunks as i
 import functools
 
 import keras
-import ml_dtypes
 import numpy as np
 from keras import ops, tree
 
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
-from keras_openllama.generation.sharding import keep, put, shardings
+from keras_openllama.generation.sharding import keep, put, shardings, zeros
 from keras_openllama.layers.cached_attention import HIDDEN
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_arrays
 
@@ -113,9 +112,7 @@ def new_cache(backbone, rows, columns):
     shape = (backbone.num_key_value_heads * rows, columns, backbone.head_dim)
     dtype = backbone.compute_dtype
     if keras.config.backend() == "jax":
-        # From NumPy: zeros made on the device would be one more program to compile.
-        zeros = np.zeros(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-        make = functools.partial(put, zeros, shardings(backbone)[0])
+        make = functools.partial(zeros, shape, dtype, backbone)
     else:
         make = functools.partial(ops.zeros, shape, dtype)
     return tuple((make(), make()) for _ in backbone.transformer_layers)

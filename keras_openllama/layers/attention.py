@@ -92,12 +92,31 @@ def attend_to_past(query, key, value, mask):
 
 def _attend_fused(query, key, value, mask):
     """`attend` by PyTorch's fused kernel, which keeps no scores."""
+    head_dim = query.shape[-1]
+    padding = head_padding(head_dim, query.device.type)
+    if padding:
+        query, key, value = (
+            torch.nn.functional.pad(x, (0, padding)) for x in (query, key, value)
+        )
     # Finite, as in `attend`; float16 does not reach as far.
     hidden = max(HIDDEN, torch.finfo(query.dtype).min)
     bias = torch.where(mask, 0.0, hidden).to(query.dtype)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, enable_gqa=query.shape[1] != key.shape[1]
+    context = torch.nn.functional.scaled_dot_product_attention(
+        *(query, key, value),
+        attn_mask=bias,
+        scale=head_dim**-0.5,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+    return context[..., :head_dim]
+
+
+def head_padding(head_dim, device_type):
+    """Zeros behind each head that PyTorch's fused kernels need on a device.
+
+    On a GPU those that take a mask want 16 bytes of bfloat16, or PyTorch keeps all
+    scores: 3B's heads have 100 numbers.
+    """
+    return -head_dim % 8 if device_type == "cuda" else 0
 
 
 def _attend_rows(start, end, query, key, value, mask):

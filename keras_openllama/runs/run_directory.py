@@ -36,14 +36,18 @@ _FREE = (
 
 
 def versions():
-    """Versions of what a run depends on: dict of strings."""
-    names = ("jax", "jaxlib", "keras", "keras-hub", "orbax-checkpoint", "grain")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {
+    """Versions of what a run depends on, as far as it is installed: dict of strings.
+
+    Fine-tuning has no use for Grain.
+    """
+    found = {
         "keras_openllama": keras_openllama.__version__,
         "python": platform.python_version(),
-        **found,
     }
+    for name in ("jax", "jaxlib", "keras", "keras-hub", "orbax-checkpoint", "grain"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def read(directory):

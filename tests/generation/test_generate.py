@@ -14,7 +14,13 @@ from keras_openllama import (
     OpenLlamaCausalLMPreprocessor,
     OpenLlamaTokenizer,
 )
-from keras_openllama.generation.token_loop import TokenLoop, padded_columns, padded_rows
+from keras_openllama.generation import sharding
+from keras_openllama.generation.token_loop import (
+    TokenLoop,
+    new_cache,
+    padded_columns,
+    padded_rows,
+)
 
 STEPS_BETWEEN_LOOKS = 8  # On PyTorch, which then runs a few steps too many.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
@@ -63,6 +69,20 @@ def greedy_without_cache(lm, prompt, steps):
         logits = keras.ops.convert_to_numpy(lm.score(padded))
         ids.append(int(logits[0, len(ids) - 1].argmax()))
     return ids
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="JAX's devices")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_accelerators_cache_is_made_there_and_not_copied(monkeypatch, dtype):
+    lm = make_lm(dtype=dtype)
+    on_cpu = new_cache(lm.backbone, 3, 16)
+    monkeypatch.setattr(sharding, "device_platform", lambda backbone: "gpu")
+    monkeypatch.setattr(sharding, "put", None)  # What copies from the host.
+    there = new_cache(lm.backbone, 3, 16)
+    for pair, expected in zip(there, on_cpu, strict=True):
+        for x, y in zip(pair, expected, strict=True):
+            assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+            assert not x.any()
 
 
 def test_generation_is_greedy_without_cache(lm):

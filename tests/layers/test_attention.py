@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_openllama.layers import CausalSelfAttention
-from keras_openllama.layers.attention import attend, causal_mask
+from keras_openllama.layers import CausalSelfAttention, attention
+from keras_openllama.layers.attention import attend, attend_to_past, causal_mask
 
 
 def random(*shape, seed=0):
@@ -39,6 +39,21 @@ def test_a_row_that_sees_nothing_stays_finite():
     q = ops.convert_to_tensor(random(1, 1, 2, 8))
     out = attend(q, q, q, ops.zeros((1, 1, 2, 2), "bool"))
     assert np.isfinite(ops.convert_to_numpy(out)).all()
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="PyTorch's kernel")
+def test_heads_that_are_padded_for_a_gpu_attend_as_they_are(monkeypatch):
+    q, k, v = (ops.convert_to_tensor(random(2, 3, 5, 100, seed=s)) for s in range(3))
+    mask = causal_mask(np.arange(5)[None], np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]]))
+    expected = attend_to_past(q, k, v, mask)
+    assert attention.head_padding(100, "cuda") == 4
+    assert attention.head_padding(100, "cpu") == attention.head_padding(64, "cuda") == 0
+    monkeypatch.setattr(attention, "head_padding", lambda *_: 4)
+    found = attend_to_past(q, k, v, mask)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(found), ops.convert_to_numpy(expected), atol=1e-6
+    )
 
 
 def test_mask_is_causal_and_hides_padding():

@@ -1,6 +1,7 @@
 """A run's directory: what it remembers, what may change, and who trains in it."""
 
 import copy
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -46,6 +47,19 @@ def test_a_run_comes_back_with_the_versions_that_it_ran_on(tmp_path):
     here = {"python": sys.version.split()[0], "jax": sys.modules["jax"].__version__}
     assert here.items() <= versions.items()
     assert {"keras_openllama", "jaxlib", "orbax-checkpoint", "grain"} <= {*versions}
+
+
+def test_a_version_is_left_out_where_a_package_is_not_installed(monkeypatch):
+    known = importlib.metadata.version
+
+    def version(name):
+        if name == "grain":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = run_directory.versions()
+    assert "grain" not in versions and versions["jax"] == known("jax")
 
 
 def test_where_nothing_was_written_there_is_no_run(tmp_path):

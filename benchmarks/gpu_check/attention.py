@@ -1,0 +1,197 @@
+"""Attention as a device gets it against the plain formula in float32."""
+
+import dataclasses
+
+import numpy as np
+import results
+from parity import error
+
+LIMIT = 0.02  # Of the norm; bfloat16 itself rounds by up to 0.004.
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of heads, and what is in the rows of a batch."""
+
+    name: str
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    documents: str  # "whole", "padded" or "packed"
+
+
+CASES = (
+    Case("heads of 128", 4, 4, 128, "whole"),
+    Case("heads of 128, padding", 4, 4, 128, "padded"),
+    Case("heads of 128, packed documents", 4, 4, 128, "packed"),
+    Case("heads of 100", 4, 4, 100, "whole"),
+    Case("heads of 100, packed documents", 4, 4, 100, "packed"),
+    Case("grouped heads of 64, packed", 8, 2, 64, "packed"),
+)
+ROWS, LENGTH = 2, 256
+
+
+def inputs(case):
+    """Query, key, value and gradient of the context; NumPy, float32."""
+    random = np.random.default_rng(0)
+    counts = (case.heads, case.key_value_heads, case.key_value_heads, case.heads)
+    return [
+        random.standard_normal((ROWS, count, LENGTH, case.head_dim), "float32")
+        for count in counts
+    ]
+
+
+def documents_of(case):
+    """Number of the document of each token, 0 on padding: int `(ROWS, LENGTH)`."""
+    documents = np.ones((ROWS, LENGTH), "int32")
+    if case.documents == "packed":
+        documents[0, LENGTH // 3 :] = 2
+        documents[1, LENGTH // 2 :] = 2
+    if case.documents != "whole":
+        documents[1, -LENGTH // 5 :] = 0
+    return documents
+
+
+def compare(case, found, expected):
+    names = ("values", "query", "key", "value")
+    errors = dict(zip(names, map(error, found, expected), strict=True))
+    gradients = max(errors[name] for name in names[1:])
+    results.check(f"{case.name}: values", errors["values"], LIMIT)
+    results.check(f"{case.name}: gradients", gradients, LIMIT)
+
+
+# ----- JAX
+
+
+def check_jax():
+    for case in CASES:
+        tensors, documents = inputs(case), documents_of(case)
+        kernel, text = on_jax(case, tensors, documents, "bfloat16")
+        plain, _ = on_jax(case, tensors, documents, "float32")
+        compare(case, kernel, plain)
+        if not results.has_gpu():
+            results.skip(f"{case.name}: kernel", "cuDNN needs a GPU")
+            continue
+        missing = 2 - min(2, text.count("__cudnn$fmha"))
+        results.check(f"{case.name}: kernels of cuDNN missing", missing, 0)
+
+
+def on_jax(case, tensors, documents, dtype):
+    """Values and gradients, float32; and the compiled program as text.
+
+    In bfloat16 the device's kernel; in float32 the plain formula, of what bfloat16 has
+    rounded.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from keras_openllama.layers.attention import attend, causal_mask
+    from keras_openllama.layers.attention_kernels import attention_on
+
+    *heads, weights = (jnp.asarray(x, "bfloat16").astype(dtype) for x in tensors)
+    documents = jnp.asarray(documents)
+    real = (documents > 0)[:, None, :, None]
+    mask = causal_mask(jnp.arange(LENGTH)[None], documents)
+    kernel = attention_on(jax.devices()[0])
+
+    def loss(*heads):
+        if dtype == "float32":
+            context = attend(*heads, mask)
+        else:
+            context = kernel(*heads, mask, documents)
+        return jnp.sum(context * weights * real, dtype="float32"), context * real
+
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    compiled = program.lower(*heads).compile()
+    (_, context), gradients = compiled(*heads)
+    arrays = [np.asarray(x.astype("float32")) for x in (context, *gradients)]
+    return arrays, compiled.as_text()
+
+
+# ----- PyTorch
+
+
+def check_torch():
+    import torch
+
+    from keras_openllama.layers.attention import attend_to_past, causal_mask
+    from keras_openllama.layers.cached_attention import attend_causally
+
+    for case in CASES:
+        tensors = inputs(case)
+        documents = torch.tensor(documents_of(case), device=device())
+        positions = torch.arange(LENGTH, device=device())[None]
+        mask = causal_mask(positions, documents)
+        real = (documents > 0)[:, None, :, None]
+        plain = on_torch(lambda *heads, m=mask: formula(*heads, m), tensors, real)
+        with kernels_noted() as kernels:
+            found = on_torch(
+                lambda *heads, m=mask: attend_to_past(*heads, m), tensors, real, True
+            )
+        compare(case, found, plain)
+        results.tell(f"{case.name}: kernel", ", ".join(kernels))
+        if case.documents == "whole":
+            with kernels_noted() as kernels:
+                found = on_torch(attend_causally, tensors, real, True)
+            values = error(found[0], plain[0])
+            results.check(f"{case.name}: of a prompt", values, LIMIT)
+            results.tell(f"{case.name}: kernel of a prompt", ", ".join(kernels))
+
+
+def device():
+    return "cuda" if results.has_gpu() else "cpu"
+
+
+def on_torch(attend, tensors, real, is_bfloat16=False):
+    """As `on_jax`, without a program."""
+    import torch
+
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    *heads, weights = (
+        torch.tensor(x, device=device()).bfloat16().to(dtype) for x in tensors
+    )
+    heads = [x.requires_grad_() for x in heads]
+    context = attend(*heads)
+    (context * weights * real).float().sum().backward()
+    found = [context * real, *(x.grad for x in heads)]
+    return [x.detach().float().cpu().numpy() for x in found]
+
+
+def formula(query, key, value, mask):
+    """Attention written out."""
+    import torch
+
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, -1e30).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, value)
+
+
+class kernels_noted:
+    """Notes which kernel `scaled_dot_product_attention` takes, in a block."""
+
+    def __enter__(self):
+        from torch.nn import functional
+
+        self._theirs, kernels = functional.scaled_dot_product_attention, []
+
+        def noting(*heads, **options):
+            kernels.append(chosen(*heads, **options))
+            return self._theirs(*heads, **options)
+
+        functional.scaled_dot_product_attention = noting
+        return kernels
+
+    def __exit__(self, *_):
+        from torch.nn import functional
+
+        functional.scaled_dot_product_attention = self._theirs
+
+
+def chosen(*heads, **options):
+    """The name of the kernel that PyTorch takes for these arguments."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    return SDPBackend(torch._fused_sdp_choice(*heads, **options)).name

@@ -1,0 +1,150 @@
+"""Tokens per second of greedy decoding, batches of 1, 8 and 64, and a long prompt."""
+
+import statistics
+import time
+
+import models
+import numpy as np
+import results
+from timing import median_seconds, seconds
+
+PROMPT, NEW = 64, 128
+SHORT = 32  # New tokens of the call that is subtracted, with prompt and start.
+ROUNDS = 3
+
+
+def ours(model):
+    """Decoding by `OpenLlamaCausalLM.generate`.
+
+    Args:
+        model: string, the preset whose sizes a random model gets.
+    """
+    sizes = models.sizes(model)
+    start = time.perf_counter()
+    lm = models.ours(sizes, "bfloat16")
+
+    def generate(ids, new):
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        lm.generate(inputs, max_new_tokens=new, stop_token_ids=None)
+
+    results.measure("random model", time.perf_counter() - start, "s")
+    for batch in batches():
+        ids = prompts(sizes, batch, PROMPT)
+        first = seconds(lambda ids=ids: generate(ids, SHORT))
+        results.measure(f"batch {batch}: first call", first, "s", "with compilation")
+        times = []
+        for _ in range(ROUNDS):
+            whole = seconds(lambda ids=ids: generate(ids, NEW))
+            times.append(whole - seconds(lambda ids=ids: generate(ids, SHORT)))
+        report(sizes, batch, statistics.median(times))
+        if batch == 1:
+            report_prompt(sizes, generate)
+
+
+def chunks(model):
+    """A prompt in chunks of 1,024 tokens, rather than `token_loop.PREFILL_CHUNKS`."""
+    from unittest import mock
+
+    from keras_openllama.generation import token_loop
+
+    sizes = models.sizes(model)
+    lm = models.ours(sizes, "bfloat16")
+
+    def generate(ids, new):
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        lm.generate(inputs, max_new_tokens=new, stop_token_ids=None)
+
+    with mock.patch.object(token_loop, "PREFILL_CHUNKS", (1024, 256, 32)):
+        report_prompt(sizes, generate)
+
+
+def transformers(model):
+    """Decoding by transformers with a static cache, which it compiles on a GPU.
+
+    Source: https://huggingface.co/docs/transformers/llm_optims (static KV cache).
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    sizes = models.sizes(model)
+    lm = models.transformers(sizes, torch.bfloat16).eval()
+    lm.generation_config.eos_token_id = None
+    lm.generation_config.pad_token_id = 0
+
+    def generate(ids, new, **options):
+        ids = torch.tensor(ids, dtype=torch.long, device=lm.device)
+        return lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            **options,
+        ).cpu()
+
+    report_prompt(sizes, generate)
+    for batch in batches():
+        ids = prompts(sizes, batch, PROMPT)
+        # The size of the cache goes by the new tokens, and what is compiled by the
+        # cache: so the short call is the beginning of the long one.
+        times = []
+        for number in range(ROUNDS + 2):
+            watch = Stopwatch(PROMPT + SHORT)
+            start = time.perf_counter()
+            generate(
+                ids,
+                NEW,
+                cache_implementation="static",
+                stopping_criteria=transformers.StoppingCriteriaList([watch]),
+            )
+            end = time.perf_counter()
+            if number == 0:
+                note = "with compilation"
+                results.measure(f"batch {batch}: first call", end - start, "s", note)
+            elif number > 1:  # The second one still records CUDA graphs.
+                times.append(end - watch.seen)
+        report(sizes, batch, statistics.median(times))
+
+
+class Stopwatch:
+    """Notes when a sequence has so many tokens; stops nothing."""
+
+    def __init__(self, length):
+        self.length, self.seen = length, None
+
+    def __call__(self, input_ids, scores, **options):
+        import torch
+
+        if input_ids.shape[1] == self.length:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize()
+            self.seen = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def batches():
+    return (1, 8, 64) if results.has_gpu() else (1, 4)
+
+
+def prompts(sizes, batch, length):
+    random = np.random.default_rng(0)
+    return random.integers(3, sizes["vocabulary_size"], (batch, length), "int32")
+
+
+def report_prompt(sizes, generate):
+    """Seconds until the first token after the longest prompt."""
+    length = sizes["max_sequence_length"] - 1
+    ids = prompts(sizes, 1, length)
+    took = median_seconds(lambda: generate(ids, 1), ROUNDS)
+    results.measure(f"prompt of {length:,} tokens, one new", took, "s")
+
+
+def report(sizes, batch, took):
+    """A rate of decoding; `took` seconds for all new tokens but the first `SHORT`."""
+    rate = batch * (NEW - SHORT) / took
+    note = f"{1e3 * took / (NEW - SHORT):.2f} ms a step"
+    read = results.ceiling("read")
+    if read:
+        limit = batch * read / (2 * models.multiplied(sizes))
+        note += f", {rate / limit:.0%} of {limit:.0f}, all weights read once a step"
+    results.measure(f"batch {batch}: decoding", rate, "tokens/s", note)

@@ -1,0 +1,66 @@
+"""Random models at the sizes of presets, made on the device."""
+
+import results
+
+from keras_openllama import presets
+
+# What a CPU runs in a moment.
+TINY = dict(
+    vocabulary_size=512,
+    num_layers=2,
+    num_query_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    hidden_dim=64,
+    intermediate_dim=96,
+    max_sequence_length=256,
+)
+
+
+def sizes(name):
+    """Arguments of `OpenLlamaBackbone`: a preset's, or tiny ones without a GPU."""
+    config = presets.find(name).config
+    return dict(config) if results.has_gpu() else {**config, **TINY}
+
+
+def ours(sizes, dtype):
+    from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+
+    return OpenLlamaCausalLM(OpenLlamaBackbone(**sizes, dtype=dtype))
+
+
+def transformers(sizes, dtype, **options):
+    """The same of transformers, on the device."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=sizes["vocabulary_size"],
+        hidden_size=sizes["hidden_dim"],
+        intermediate_size=sizes["intermediate_dim"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_query_heads"],
+        num_key_value_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        max_position_embeddings=sizes["max_sequence_length"],
+        rms_norm_eps=sizes["layer_norm_epsilon"],
+        attn_implementation="sdpa",
+        **options,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda" if results.has_gpu() else "cpu"):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def multiplied(sizes):
+    """Parameters that a step of decoding multiplies by: all but the embeddings."""
+    heads = sizes["head_dim"] * (
+        sizes["num_query_heads"] + sizes["num_key_value_heads"]
+    )
+    layer = 2 * heads + 3 * sizes["intermediate_dim"]
+    layers = sizes["num_layers"] * layer
+    return sizes["hidden_dim"] * (layers + sizes["vocabulary_size"])

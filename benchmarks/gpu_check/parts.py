@@ -1,0 +1,139 @@
+"""The parts of the check, in their order."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: string.
+        text: string, what it answers.
+        kind: `"check"` or `"speed"`.
+        backend: `"jax"` or `"torch"`.
+        module: string, a module of this folder.
+        function: string, a function of it.
+        arguments: dict, for the function.
+        seconds: float, after which it is stopped, on a GPU.
+        ours: bool, whether it runs this package: it may not break then.
+        needs_gpu: bool, whether tiny sizes would make it the same as another part.
+    """
+
+    name: str
+    text: str
+    kind: str
+    backend: str
+    module: str
+    function: str
+    arguments: dict = dataclasses.field(default_factory=dict)
+    seconds: float = 120
+    ours: bool = True
+    needs_gpu: bool = False
+
+
+def _by_backend(name, text, kind, module, functions, **more):
+    """A part for each backend."""
+    return [
+        Part(f"{name}-{backend}", text, kind, backend, module, function, **more)
+        for backend, function in functions.items()
+    ]
+
+
+def _decode(size):
+    """Decoding at the sizes of a preset, by us and by transformers."""
+    model = {"model": f"open_llama_{size}_v2"}
+    more = {"arguments": model, "needs_gpu": size != "3b"}
+    text = f"tokens/s at the sizes of {size}_v2, bfloat16, greedy"
+    functions = {"jax": "ours", "torch": "ours", "transformers": "transformers"}
+    return [
+        dataclasses.replace(part, backend="torch", ours=False)
+        if part.backend == "transformers"
+        else part
+        for part in _by_backend(
+            f"decode-{size}", text, "speed", "decode", functions, **more
+        )
+    ]
+
+
+_ALL = [
+    *_by_backend(
+        "device",
+        "name, memory, versions; fastest product, copy and read",
+        "speed",
+        "device",
+        {"torch": "on_torch", "jax": "on_jax"},
+        seconds=60,
+    ),
+    *_by_backend(
+        "parity",
+        "logits, 200 greedy tokens and gradients are those of transformers",
+        "check",
+        "parity",
+        {"jax": "run", "torch": "run"},
+    ),
+    *_by_backend(
+        "attention",
+        "the kernels that a GPU gets compute what attention is",
+        "check",
+        "attention",
+        {"jax": "check_jax", "torch": "check_torch"},
+    ),
+    Part(
+        "resume-jax",
+        "a fine-tuning run, killed and resumed, is the run that was not",
+        "check",
+        "jax",
+        "resume",
+        "run",
+        seconds=180,
+    ),
+    *_by_backend(
+        "attention-speed",
+        "the kernels against the plain formula: 2,048 tokens, 32 heads of 128",
+        "speed",
+        "attention_speed",
+        {"jax": "on_jax", "torch": "on_torch"},
+        seconds=60,
+    ),
+    *_decode("3b"),
+    Part(
+        "train-jax",
+        "tokens/s of the program of `pretrain`, 0.9 billion parameters",
+        "speed",
+        "jax",
+        "training",
+        "ours",
+        seconds=150,
+    ),
+    Part(
+        "train-transformers",
+        "the same of transformers, compiled, autocast, fused AdamW",
+        "speed",
+        "torch",
+        "training",
+        "transformers",
+        seconds=150,
+        ours=False,
+    ),
+    *_decode("7b"),
+    Part(
+        "prefill-3b-jax",
+        "the longest prompt in larger chunks than generation takes",
+        "speed",
+        "jax",
+        "decode",
+        "chunks",
+        arguments={"model": "open_llama_3b_v2"},
+        needs_gpu=True,
+    ),
+    Part(
+        "lora-jax",
+        "tokens/s of training adapters of rank 8 on 3b_v2 in bfloat16",
+        "speed",
+        "jax",
+        "training",
+        "lora",
+    ),
+]
+PARTS = {part.name: part for part in _ALL}
