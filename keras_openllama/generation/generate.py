@@ -18,6 +18,7 @@ from keras_openllama.text.inputs import (
     Chats,
     TokenArrays,
     normalize_prompts,
+    normalize_texts,
 )
 from keras_openllama.text.token_arrays import as_arrays
 
@@ -60,16 +61,13 @@ def generate(model, inputs, limits, strip_prompt=False):
         inputs, strip_prompt: see there.
         limits: `Limits`.
     """
-    has_preprocessor = model.preprocessor is not None
     size = model.backbone.vocabulary_size
-    prompts = normalize_prompts(inputs, size, has_preprocessor)
+    prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
     if isinstance(prompts, TokenArrays):
         return _generate_arrays(model, prompts, limits, strip_prompt)
     if isinstance(prompts, Batches):
         results = []
         for batch in prompts.batches:
-            if not has_preprocessor:
-                batch = normalize_prompts(batch.texts, size, False)  # Raises.
             results += _generate_texts(model, batch, limits, strip_prompt)
         return results
     results = _generate_texts(model, prompts, limits, strip_prompt)
@@ -103,7 +101,7 @@ def stream(model, text, limits):
         text: string.
         limits: `Limits`.
     """
-    rows = model.preprocessor.prompt_ids([text])
+    rows = model.preprocessor.prompt_ids(normalize_texts(text).texts)
     stops = as_stop_strings(limits.stop)
     (row,), steps = _start(model, rows, limits, stops, stride=1)
 

@@ -219,7 +219,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         """Turns prompts into the ids that the model continues.
 
         Args:
-            texts: a batch of prompts, as for a call; one prompt is a batch of one.
+            texts: list of strings.
             parse_special: bool, read control strings in the prompts as tokens; see
                 `OpenLlamaTokenizer.tokenize`.
 
@@ -231,8 +231,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             ValueError: if a prompt is empty, or holds nothing but spaces that the
                 tokenizer drops.
         """
-        texts = normalize_texts(texts).texts
-        rows = self.tokenizer.tokenize(
+        rows = self.tokenizer.encode(
             texts, parse_special=parse_special, add_bos=False, add_eos=False
         )
         start = self.tokenizer.start_token_id

@@ -151,7 +151,7 @@ def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
     Raises:
         ValueError: for anything else, an empty list or batch, or malformed arrays.
     """
-    if is_tf_dataset(inputs):
+    if has_preprocessor and is_tf_dataset(inputs):
         batches = inputs.as_numpy_iterator()
         return Batches(Texts(_some_prompts(batch).texts, True) for batch in batches)
     chats = has_preprocessor and _is_chat(inputs)
