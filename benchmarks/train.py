@@ -92,15 +92,15 @@ def ours(options):
 def pretrain(options):
     import jax
 
-    from keras_openllama.runs import train_state as states
+    from keras_openllama.runs import jax_train_program
     from keras_openllama.training.train_step_jax import Options, as_batch
 
     lm = our_lm(options)
     lm.optimizer.build(lm.trainable_variables)
     x, y = batches(options)
     batch = as_batch({"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y)
-    state = states.state_of(lm)
-    program = states.compile_step(lm, state, batch, Options())
+    state = jax_train_program.state_of(lm)
+    program = jax_train_program.compile_step(lm, state, batch, Options())
 
     def run(steps):
         nonlocal state

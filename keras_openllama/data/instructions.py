@@ -175,9 +175,9 @@ class InstructionData:
 
     def batch(self, step):
         """This host's part of a step's batch: `(x, y, weights)`."""
-        return _batch(self._arrays, self.rows_of(step)[self._share])
+        return _batch(self._arrays, self.sequences_read(step)[self._share])
 
-    def rows_of(self, step):
+    def sequences_read(self, step):
         """Numbers of the sequences that all hosts read in a step: list of ints."""
         first = step * self._batch_size
         places = range(first, first + self._batch_size)
@@ -223,7 +223,7 @@ class InstructionValidation:
         """Evaluates.
 
         Args:
-            evaluate: function from a batch to `chunked_loss.Sums` and the sum of
+            evaluate: function from a batch to `step_metrics.Sums` and the sum of
                 weights.
 
         Returns:

@@ -20,15 +20,17 @@ from keras_openllama.data import instructions
 from keras_openllama.distribution import check_mesh
 from keras_openllama.loading.load import find_source
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-from keras_openllama.runs import run_directory, train_state
+from keras_openllama.runs import run_directory
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
     scope_of,
 )
 from keras_openllama.runs.keras_train_state import KerasTrainState
+from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.train_config import TrainConfig
 from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
+from keras_openllama.text.inputs import normalize_examples
 from keras_openllama.training.fit import ADAPTERS_RATE, RATE
 
 ADAPTERS, MODEL = "adapters", "model"
@@ -239,14 +241,6 @@ def build(config):
     return lm
 
 
-def compile_model(lm, config):
-    """Gives a model the optimizer of a `TrainConfig`, built."""
-    # JAX's step counts the accuracy itself.
-    metrics = [] if keras.config.backend() == "jax" else "auto"
-    lm.compile(optimizer=train_state.make_optimizer(config), weighted_metrics=metrics)
-    lm.optimizer.build(lm.trainable_variables)
-
-
 # ----- Examples
 
 
@@ -268,7 +262,7 @@ def _fingerprint(*parts):
 
 def _data(lm, config, examples, validation):
     def arrays(examples, pack):
-        rows, _ = lm.preprocessor.training_rows(examples)
+        rows = lm.preprocessor.training_rows(normalize_examples(examples))
         rows.warn()
         return rows.packed() if pack else rows.filled(), rows.bytes
 

@@ -18,13 +18,14 @@ from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-from keras_openllama.runs import run_directory, train_state
+from keras_openllama.runs import run_directory
 from keras_openllama.runs.checkpoint_manager import Checkpoints
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
     scope_of,
 )
+from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
 from keras_openllama.runs.validation import Validation
 
@@ -154,9 +155,7 @@ def _build(preset, recipe, data, distribution):
             ),
             compile=False,
         )
-        optimizer = train_state.make_optimizer(recipe)
-        lm.compile(optimizer=optimizer, weighted_metrics=[])
-        optimizer.build(lm.trainable_variables)
+        compile_model(lm, recipe)
     return lm
 
 
@@ -201,8 +200,8 @@ class TokenData:
     def batches(self, from_step):
         return self._own.dataset(from_step=from_step)
 
-    def rows_of(self, step):
-        return self._of_all_hosts.rows_of(step)
+    def sequences_read(self, step):
+        return self._of_all_hosts.sequences_read(step)
 
     def tokens(self, steps):
         return steps * self._recipe.tokens_per_step

@@ -27,7 +27,7 @@ from fake_devices import run_on_eight_devices
 
 from keras_openllama.runs import checkpoint_manager as module
 from keras_openllama.runs.checkpoint_manager import CheckpointError, Checkpoints
-from keras_openllama.runs.train_state import abstract
+from keras_openllama.runs.jax_train_program import abstract
 from keras_openllama.utils import files
 
 pytestmark = [

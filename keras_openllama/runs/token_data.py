@@ -46,7 +46,7 @@ class Validation:
         """Evaluates.
 
         Args:
-            evaluate: function from a batch to `chunked_loss.Sums` and the sum of
+            evaluate: function from a batch to `step_metrics.Sums` and the sum of
                 weights.
 
         Returns:
