@@ -21,6 +21,7 @@ from keras_openllama.distribution import check_mesh
 from keras_openllama.loading.load import find_source
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.runs import run_directory
+from keras_openllama.runs.instruction_data import InstructionData
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
@@ -272,9 +273,7 @@ def _data(lm, config, examples, validation):
     hosts = jax.process_count(), jax.process_index()
     train, _ = arrays([e for _, e in examples], config.pack)
     apart = {source: arrays(some, False) for source, some in by_source.items()}
-    return instructions.InstructionData(
-        *(train, config.batch_size, config.seed, apart), *hosts
-    )
+    return InstructionData(*(train, config.batch_size, config.seed, apart), *hosts)
 
 
 def _prompts(lm, config, examples):

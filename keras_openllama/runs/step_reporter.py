@@ -93,7 +93,7 @@ class StepReporter:
             self._log.sync()
 
     def validation(self, result):
-        """Writes what `Validation.measure` found after the last step."""
+        """Writes what `ValidationData.measure` found after the last step."""
         if self._log is None:
             return
         step, tokens = self._step, self._data.tokens(self._step)

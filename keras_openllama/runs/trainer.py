@@ -6,7 +6,7 @@ A run is five parts, and `Trainer` drives them without knowing which kind it is:
     state     `TrainState`: the model and its optimizer. `JaxTrainState` compiles the
               step; `KerasTrainState` has Keras do it, on TensorFlow and PyTorch
     data      `TrainData`: the batch of each step, a function of the seed and the step
-              alone. `TokenData` (pretraining) and `InstructionData` (fine-tuning)
+              alone. `token_data.TokenData` and `instruction_data.InstructionData`
     output    the run's directory: log, checkpoints, samples, loss picture
     options   `RunOptions`: where and how it runs; nothing of it changes the course
 

@@ -1,5 +1,6 @@
 """What a step or an evaluation returns, on every backend."""
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -39,3 +40,8 @@ class Sums(NamedTuple):
     loss: Any
     z: Any
     correct: Any
+
+
+def perplexity_of(loss):
+    """The perplexity of a loss in nats per token; `inf` where `exp` overflows."""
+    return math.inf if loss > 700 else math.exp(loss)

@@ -11,7 +11,7 @@ from token_data import prepare_sources
 
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.runs import jax_train_program, recipe
-from keras_openllama.runs.validation import Validation
+from keras_openllama.runs.token_data import TokenValidation
 from keras_openllama.training.step_metrics import Sums
 from keras_openllama.training.train_step_jax import Options
 
@@ -38,7 +38,7 @@ def validation(data, weights=WEIGHTS, **settings):
         "mask_documents": True,
     } | settings
     chosen = recipe.resolve("nano", overrides=settings).recipe
-    return Validation(data, chosen, mixtures.from_weights(weights))
+    return TokenValidation(data, chosen, mixtures.from_weights(weights))
 
 
 class Counting:
@@ -227,7 +227,7 @@ def test_the_last_weights_of_a_schedule_count(data):
     counting = Counting()
     chosen = recipe.resolve("nano", overrides={"sequence_length": LENGTH}).recipe
     mixture = mixtures.from_weights(WEIGHTS).changed(9, {"web": 1, "code": 3})
-    ours = Validation(data, chosen, mixture)
+    ours = TokenValidation(data, chosen, mixture)
     found = ours.measure(counting)
     assert ours.sources == ["web", "code"] == [*found["sources"]]
     losses = [found["sources"][name]["loss"] for name in ours.sources]

@@ -48,11 +48,8 @@ def drawn_metrics(runs):
     suite = published_metrics(runs)
     drawn = [(metric.name, metric.key, metric) for metric in suite]
     for key in keys_beside(runs):
-        values = [
-            metrics_by_key(run)[key]["value"]
-            for run in runs
-            if key in metrics_by_key(run)
-        ]
+        found = map(metrics_by_key, runs)
+        values = [metrics[key]["value"] for metrics in found if key in metrics]
         if all(0 <= value <= 1 for value in values):
             drawn.append(("/".join(key), key, None))
     return drawn
