@@ -18,7 +18,7 @@ from keras_openllama.backend import jit
 from keras_openllama.config import checked
 from keras_openllama.data import instructions
 from keras_openllama.distribution import check_mesh
-from keras_openllama.loading.load import find_source
+from keras_openllama.loading.load import find_source, load_task_from, origin
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.runs import run_directory
 from keras_openllama.runs.instruction_data import InstructionData
@@ -111,7 +111,9 @@ class FinetuneConfig:
 
 
 @contextlib.contextmanager
-def open_run(config, options, questions=None, max_new_tokens=48):
+def open_run(
+    config, options, questions=None, max_new_tokens=48, check_size=lambda sizes: None
+):
     """Starts a fine-tuning run, or resumes the one in the directory.
 
     Args:
@@ -120,6 +122,8 @@ def open_run(config, options, questions=None, max_new_tokens=48):
         questions: list of strings that the model answers before and after; `None`
             takes some of the examples that were set aside.
         max_new_tokens: int, of answers.
+        check_size: called with the arguments of the backbone, before weights are read
+            or made; raises a `ValueError` for a model that is too large.
 
     Yields:
         `trainer.Trainer`.
@@ -131,10 +135,10 @@ def open_run(config, options, questions=None, max_new_tokens=48):
         OSError: if a file cannot be read.
     """
     on_jax = keras.config.backend() == "jax"
-    try:
-        architecture = checked(find_source(config.preset).arguments())
-    except OSError as error:
-        raise ValueError(f"{config.preset} is unavailable: {error}") from error
+    with _reading_preset(config):
+        source = find_source(config.preset)
+        architecture = checked(source.arguments())
+    check_size(architecture)
     examples, validation = read_examples(config)
     distribution = None
     if on_jax:
@@ -162,7 +166,7 @@ def open_run(config, options, questions=None, max_new_tokens=48):
         # seeds imports TensorFlow.)
         random.seed(config.seed)
         with scope_of(distribution):
-            lm = build(config)
+            lm = _build(config, source)
         data = _data(lm, config, examples, validation)
         train = config.train_config(data.steps(config.epochs))
         with scope_of(distribution):
@@ -213,19 +217,21 @@ def export(trainer, config, names, again):
 # ----- Model
 
 
-def build(config):
-    """The model of a run, with adapters if the config has them.
-
-    Args:
-        config: `FinetuneConfig`.
-
-    Returns:
-        `OpenLlamaCausalLM`.
-    """
+@contextlib.contextmanager
+def _reading_preset(config):
+    """Tells errors of reading the preset from those of writing a run."""
     try:
-        lm = OpenLlamaCausalLM.from_preset(config.preset, dtype=config.dtype)
+        yield
     except OSError as error:
         raise ValueError(f"{config.preset} is unavailable: {error}") from error
+
+
+def _build(config, source):
+    """The model of a run, with adapters if the config has them."""
+    with _reading_preset(config):
+        lm = load_task_from(
+            OpenLlamaCausalLM, source, origin(config.preset), dtype=config.dtype
+        )
     if config.sequence_length > lm.backbone.context_length:
         raise ValueError(
             f"The context of {config.preset} is {lm.backbone.context_length} tokens. "
