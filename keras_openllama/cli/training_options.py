@@ -113,7 +113,7 @@ def open_trainer(options, open_run):
     Raises:
         WrongArgument: for a `RuntimeError` or `ValueError` of `open_run`.
     """
-    from keras_openllama.runs.trainer import RunOptions
+    from keras_openllama.runs.trainer import PICTURE, RunOptions
 
     run_options = RunOptions(
         options.output,
@@ -126,8 +126,7 @@ def open_trainer(options, open_run):
         with _checking_arguments():
             trainer = stack.enter_context(open_run(run_options))
         yield trainer
-    curve = os.path.join(options.output, "loss.png")
-    tell(f"The curve of the loss is in {curve}.")
+    tell(f"The curve of the loss is in {os.path.join(options.output, PICTURE)}.")
 
 
 @contextlib.contextmanager
