@@ -25,11 +25,10 @@ from pretraining_runs import (
     records,
     rewound,
     small_data,
-    smaller_nano,
+    small_model,
     steps_logged,
 )
 
-from keras_openllama import presets
 from keras_openllama.runs import run_directory
 
 pytestmark = pytest.mark.backend_free
@@ -113,10 +112,8 @@ class Process:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, preset in smaller_nano().items():
-            patch.setitem(presets.registry(), name, preset)
+def nano_is_small():
+    with small_model():
         yield
 
 

@@ -24,7 +24,7 @@ from pretraining_runs import (
     records,
     rewound,
     small_data,
-    smaller_nano,
+    small_model,
 )
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets
@@ -55,10 +55,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, preset in smaller_nano().items():
-            patch.setitem(presets.registry(), name, preset)
+def nano_is_small():
+    with small_model():
         yield
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest import mock
 
 import jax
 import numpy as np
@@ -30,6 +31,11 @@ def smaller_nano():
     nano = presets.find("open_llama_nano")
     sizes = {"num_layers": 2, "hidden_dim": 64, "intermediate_dim": 96, "head_dim": 16}
     return {nano.name: dataclasses.replace(nano, config={**nano.config, **sizes})}
+
+
+def small_model():
+    """Puts the smaller nano into the registry, in a `with` block."""
+    return mock.patch.dict(presets.registry(), smaller_nano())
 
 
 def small_data(tmp_path_factory):
