@@ -97,14 +97,14 @@ def compiled_steps(lm, options):
     """Steps by the program that `pretrain` and `finetune` compile for this device."""
     import jax
 
-    from keras_openllama.runs import train_state as states
+    from keras_openllama.runs import jax_train_program
     from keras_openllama.training.train_step_jax import Options, as_batch, placed
 
     lm.optimizer.build(lm.trainable_variables)
     x, y = batches(options)
     batch = as_batch({"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y)
-    state = states.state_of(lm)
-    program = states.compile_step(lm, state, batch, placed(Options()))
+    state = jax_train_program.state_of(lm)
+    program = jax_train_program.compile_step(lm, state, batch, placed(Options()))
 
     def run(steps):
         nonlocal state

@@ -22,6 +22,14 @@ REMATERIALIZATION = {
     "full": "nothing",
 }
 SCALING_TYPES = ("linear", "dynamic")
+# What distinguishes the tokenizers of OpenLLaMA v1 from those of v2, as settings of
+# SentencePiece; neither's other flags were published.
+TOKENIZER_STYLES = {
+    "v1": {"remove_extra_whitespaces": True},
+    "v2": {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True},
+}
+# What the loss of a run is drawn against.
+LOSS_X_AXES = ("tokens", "step", "hours")
 _DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,

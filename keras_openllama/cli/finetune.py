@@ -22,21 +22,17 @@ not finite; 74 something could not be written; 2 an argument or an example is wr
 does not fit the run that is there, or the memory; 1 anything else.
 """
 
-import contextlib
 import json
 import math
 import os
 from pathlib import Path
 
 from keras_openllama.cli.command import CommandParser, command
-from keras_openllama.cli.process import START
 from keras_openllama.cli.training_options import (
     add_run_options,
-    checking_arguments,
     exit_code,
     join_hosts,
-    parse_mesh,
-    parse_profile,
+    open_trainer,
     tell,
 )
 from keras_openllama.config import PROJECTIONS, REMATERIALIZATION
@@ -295,62 +291,49 @@ def main(arguments, prog):
             )
         )
         return 0
-    mesh = parse_mesh(parser, options.mesh)
-    profile = parse_profile(parser, options.profile)
     if os.environ["KERAS_BACKEND"] == "jax":
         join_hosts(parser, options)
     else:
         # JAX writes the checkpoints only: the accelerator's memory is the backend's.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     config = config_of(parser, options)
-    if mesh and os.environ["KERAS_BACKEND"] != "jax":
+    if options.mesh and os.environ["KERAS_BACKEND"] != "jax":
         parser.error("--mesh needs the JAX backend.")
-    return exit_code("finetune", options, lambda: run(config, options, mesh, profile))
+    if options.output is None:
+        name = Path(config.preset).name.removeprefix("open_llama_")
+        options.output = f"runs/{name}-finetuned"
+    return exit_code(prog, options, lambda: run(config, options))
 
 
-def run(config, options, mesh, profile):
+def run(config, options):
     """Trains and exports; returns the signal that stopped it, or `None`."""
     from keras_openllama.runs import finetuning
-    from keras_openllama.runs.trainer import RunOptions
 
-    name = Path(config.preset).name.removeprefix("open_llama_")
-    output = options.output or f"runs/{name}-finetuned"
+    def open_run(run_options):
+        return finetuning.open_run(
+            config,
+            run_options,
+            options.question,
+            options.max_new_tokens,
+            lambda architecture: check_memory(config, architecture, options.mesh),
+        )
+
     exports = {"all": (finetuning.ADAPTERS, finetuning.MODEL), "none": ()}
-    run_options = RunOptions(
-        output,
-        mesh=mesh,
-        accept_changes=options.accept_changes,
-        profile=profile,
-        began=START,
-    )
-    with contextlib.ExitStack() as stack:
-        with checking_arguments():
-            check_memory(config, mesh)
-            trainer = stack.enter_context(
-                finetuning.open_run(
-                    config, run_options, options.question, options.max_new_tokens
-                )
-            )
+    with open_trainer(options, open_run) as trainer:
         was_complete = trainer.complete
         stopped = trainer.train()
         if not stopped:
             names = exports.get(options.export, (options.export,))
             finetuning.export(trainer, config, names, again=not was_complete)
-    tell(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
     if not stopped:
-        _tell_exports(output)
+        _tell_exports(options.output)
     return stopped
 
 
-def check_memory(config, mesh):
+def check_memory(config, architecture, mesh):
     """Prints what memory the run takes, and refuses what cannot fit."""
-    from keras_openllama.loading.load import find_source
     from keras_openllama.planning import finetune_memory
 
-    try:
-        architecture = find_source(config.preset).arguments()
-    except OSError as error:
-        raise ValueError(f"{config.preset} is unavailable: {error}") from error
     estimate = finetune_memory.estimate(
         architecture,
         config.dtype,

@@ -1,6 +1,7 @@
 """`keras-openllama plot`: the loss of runs as a picture."""
 
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.config import LOSS_X_AXES
 
 DESCRIPTION = """\
 Draw the loss of pretraining runs, also while they are going on.
@@ -16,8 +17,6 @@ leave the picture at the top.
 
 The same numbers, and more of them, are in TensorBoard: tensorboard --logdir runs
 """
-
-X_AXES = ("tokens", "step", "hours")  # Of `runs.loss_plot`, which imports Matplotlib.
 
 
 def parse_arguments(arguments, prog):
@@ -41,8 +40,8 @@ def parse_arguments(arguments, prog):
     )
     parser.add_argument(
         "--x",
-        choices=X_AXES,
-        default=X_AXES[0],
+        choices=LOSS_X_AXES,
+        default=LOSS_X_AXES[0],
         help="what the loss is drawn against; hours are those of waiting for data, "
         "computing and saving checkpoints, without restarts (default: %(default)s)",
     )

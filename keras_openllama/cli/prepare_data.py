@@ -4,6 +4,7 @@ import logging
 
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.process import PROGRAM
+from keras_openllama.cli.source_options import add_source_options
 from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
 from keras_openllama.data.text_sources import UNIT_BYTES, parse
 
@@ -60,34 +61,13 @@ def parse_arguments(arguments, prog):
         "a tokenizer.model (`train-tokenizer` writes one), or such a file",
     )
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument(
-        "--mixture",
-        metavar="v1|v2|FILE",
-        help="weights of the sources: a name, or a JSON file as in presets/mixtures "
-        "(default: by number of tokens)",
-    )
-    parser.add_argument(
-        "--text-field",
-        action="append",
-        default=[],
-        metavar="NAME=FIELD",
-        help="field of a source that holds the text (default: the mixture's, else "
-        "text or content)",
-    )
+    add_source_options(parser, without_mixture="by number of tokens")
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=0.001,
         metavar="SHARE",
         help="share of the documents that is set aside (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-skipped",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="share of damaged documents above which the source is refused (default: "
-        "%(default)s)",
     )
     parser.add_argument(
         "--max-document-bytes",

@@ -21,21 +21,17 @@ that cannot be read.
 """
 
 import argparse
-import contextlib
 import logging
 import math
 import os
 from pathlib import Path
 
 from keras_openllama.cli.command import CommandParser, command
-from keras_openllama.cli.process import START
 from keras_openllama.cli.training_options import (
     add_run_options,
-    checking_arguments,
     exit_code,
     join_hosts,
-    parse_mesh,
-    parse_profile,
+    open_trainer,
     tell,
 )
 from keras_openllama.runs import recipe as recipes
@@ -134,13 +130,13 @@ def overrides_of(parser, options):
     return values
 
 
-def data_of(options, resolved, output):
+def data_of(options, resolved):
     """The prepared data of a run."""
     from keras_openllama.data.prepared_data import PreparedData
 
     if options.data is not None:
         try:
-            return PreparedData(options.data)
+            return PreparedData.open(options.data)
         except OSError as error:
             raise ValueError(f"--data: {error}") from error
     if resolved.preset != "open_llama_nano":
@@ -155,12 +151,12 @@ def data_of(options, resolved, output):
 
     from keras_openllama.data.default_text import prepare_default_text
 
-    place = os.path.join(output, "data")
+    place = os.path.join(options.output, "data")
     if jax.process_index() == 0:
         prepare_default_text(place, resolved.preset)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("text")
-    return PreparedData(place)
+    return PreparedData.open(place)
 
 
 @command("pretrain", extra="train", large_pages=True)
@@ -168,28 +164,26 @@ def main(arguments, prog):
     parser, options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    mesh = parse_mesh(parser, options.mesh)
-    profile = parse_profile(parser, options.profile)
     try:
         resolved = recipes.resolve(
             options.preset, file=options.config, overrides=overrides_of(parser, options)
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    mesh = options.mesh
     if options.show:
         there = resolved.on(math.prod(mesh.values()), mesh) if mesh else resolved
         print(there.table())
         return 0
     if options.plan:
-        return plan_run(parser, options, resolved, mesh)
-    output = options.output or f"runs/{resolved.preset.removeprefix('open_llama_')}"
+        return plan_run(parser, options, resolved)
+    if options.output is None:
+        options.output = f"runs/{resolved.preset.removeprefix('open_llama_')}"
     join_hosts(parser, options)
-    return exit_code(
-        "pretrain", options, lambda: run(options, resolved, output, mesh, profile)
-    )
+    return exit_code(prog, options, lambda: run(options, resolved))
 
 
-def plan_run(parser, options, resolved, mesh):
+def plan_run(parser, options, resolved):
     """Prints what the run would cost, and returns the exit code."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # A TPU that is there is left alone.
     import json
@@ -199,7 +193,9 @@ def plan_run(parser, options, resolved, mesh):
     if options.json and not Path(options.json).resolve().parent.is_dir():
         parser.error(f"--json: there is no directory for {options.json}")
     try:
-        found = planning.plan(resolved, options.topology, mesh, alone=options.alone)
+        found = planning.plan(
+            resolved, options.topology, options.mesh, alone=options.alone
+        )
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     print(planning.table(found))
@@ -208,28 +204,21 @@ def plan_run(parser, options, resolved, mesh):
     return 0 if found["fits"] else 2
 
 
-def run(options, resolved, output, mesh, profile):
+def run(options, resolved):
     """Trains; returns the signal that stopped it, or `None`."""
     import jax
 
-    from keras_openllama.runs.pretraining import open_run
-    from keras_openllama.runs.trainer import RunOptions
+    from keras_openllama.runs import pretraining
 
-    run_options = RunOptions(
-        output,
-        mesh=mesh,
-        accept_changes=options.accept_changes,
-        profile=profile,
-        began=START,
-    )
-    with contextlib.ExitStack() as stack:
-        with checking_arguments():
-            data = data_of(options, resolved, output)
-            tell(resolved.on(jax.device_count(), mesh).table())
-            trainer = stack.enter_context(open_run(resolved, data, run_options))
+    def open_run(run_options):
+        data = data_of(options, resolved)
+        tell(resolved.on(jax.device_count(), options.mesh).table())
+        return pretraining.open_run(resolved, data, run_options)
+
+    with open_trainer(options, open_run) as trainer:
         stopped = trainer.train()
-    tell(f"The curve of the loss is in {os.path.join(output, 'loss.png')}.")
     if not stopped:
+        output = options.output
         tell(
             "Generate from it, and export it:\n"
             f'    keras-openllama generate "The captain looked at" --preset {output}\n'

@@ -9,6 +9,8 @@ import signal
 import keras_openllama
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.process import PROGRAM
+from keras_openllama.cli.source_options import add_source_options
+from keras_openllama.config import TOKENIZER_STYLES
 from keras_openllama.data import document_reader, text_sources
 from keras_openllama.utils import files
 
@@ -37,7 +39,6 @@ Training on 1 GB takes about five minutes on two cores, and 8 GB of memory. DIR 
 tokenizer.model, tokenizer.vocab (the pieces, a line each), report.json and report.png.
 """
 
-STYLES = ("v1", "v2")  # Of `data.tokenizer_training`, which imports SentencePiece.
 MODEL_FILE = "tokenizer.model"
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -78,16 +79,11 @@ def parse_arguments(arguments, prog):
     )
     parser.add_argument(
         "--style",
-        choices=STYLES,
+        choices=TOKENIZER_STYLES,
         default="v2",
         help="whether runs of spaces are merged or kept (default: %(default)s)",
     )
-    parser.add_argument(
-        "--mixture",
-        metavar="v1|v2|FILE",
-        help="weights of the sources: a name, or a JSON file as in presets/mixtures; "
-        "its sources that are not given are left out (default: all the same)",
-    )
+    add_source_options(parser, without_mixture="all the same")
     parser.add_argument(
         "--sample-bytes",
         type=number_of_bytes,
@@ -101,22 +97,6 @@ def parse_arguments(arguments, prog):
         default=0,
         metavar="N",
         help="another number draws another sample (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--text-field",
-        action="append",
-        default=[],
-        metavar="NAME=FIELD",
-        help="field of a source that holds the text (default: the mixture's, else "
-        "text or content)",
-    )
-    parser.add_argument(
-        "--max-skipped",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="share of damaged documents above which the source is refused (default: "
-        "%(default)s)",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace the tokenizer that DIR has"

@@ -1,11 +1,13 @@
 """What `pretrain` and `finetune` share: devices, hosts, profile, and exit codes."""
 
+import argparse
 import contextlib
 import os
 import sys
 import threading
 import traceback
 
+from keras_openllama.cli.process import START, one_line
 from keras_openllama.config import MESH_AXES
 from keras_openllama.runs.device_settings import mesh_of
 
@@ -14,6 +16,7 @@ def add_run_options(parser):
     """Adds `--mesh`, `--accept-changes`, `--profile` and those of hosts."""
     parser.add_argument(
         "--mesh",
+        type=_mesh,
         default=None,
         metavar="AXIS=N,…",
         help="such as data=4,fsdp=64 (JAX; axes: data, fsdp, model; default: the "
@@ -27,6 +30,7 @@ def add_run_options(parser):
     )
     parser.add_argument(
         "--profile",
+        type=_profile,
         default=None,
         metavar="A:B",
         help="record steps A to B with JAX's profiler, below the run's directory",
@@ -48,21 +52,19 @@ def add_run_options(parser):
     )
 
 
-def parse_mesh(parser, text):
-    """The mesh of `--mesh`, with all axes; `None` without it."""
+def _mesh(text):
+    """The mesh of `--mesh`, with all axes."""
     try:
-        return text and {**dict.fromkeys(MESH_AXES, 1), **mesh_of(text)}
+        return {**dict.fromkeys(MESH_AXES, 1), **mesh_of(text)}
     except ValueError as error:
-        parser.error(str(error))
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def parse_profile(parser, text):
+def _profile(text):
     """First and last step from such as `10:15`."""
-    if text is None:
-        return None
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-        parser.error(f"--profile takes such as 10:15. Received: {text!r}")
+        raise argparse.ArgumentTypeError(f"takes such as 10:15. Received: {text!r}")
     return int(first), int(last)
 
 
@@ -97,7 +99,38 @@ class WrongArgument(Exception):
 
 
 @contextlib.contextmanager
-def checking_arguments():
+def open_trainer(options, open_run):
+    """Opens a run by the flags of its command, and says in the end where its curve is.
+
+    Args:
+        options: the parsed arguments; `output` is the run's directory.
+        open_run: function of `trainer.RunOptions` that returns a context manager, such
+            as `pretraining.open_run`.
+
+    Yields:
+        `trainer.Trainer`.
+
+    Raises:
+        WrongArgument: for a `RuntimeError` or `ValueError` of `open_run`.
+    """
+    from keras_openllama.runs.trainer import PICTURE, RunOptions
+
+    run_options = RunOptions(
+        options.output,
+        mesh=options.mesh,
+        accept_changes=options.accept_changes,
+        profile=options.profile,
+        began=START,
+    )
+    with contextlib.ExitStack() as stack:
+        with _checking_arguments():
+            trainer = stack.enter_context(open_run(run_options))
+        yield trainer
+    tell(f"The curve of the loss is in {os.path.join(options.output, PICTURE)}.")
+
+
+@contextlib.contextmanager
+def _checking_arguments():
     """Turns errors of opening a run into `WrongArgument`."""
     import jax
 
@@ -109,11 +142,11 @@ def checking_arguments():
         raise WrongArgument(str(error)) from error
 
 
-def exit_code(command, options, function):
+def exit_code(prog, options, function):
     """Calls a function that trains, and returns the command's exit code.
 
     Args:
-        command: string, for messages.
+        prog: string, the command as the user typed it.
         options: the parsed arguments.
         function: without arguments; returns the signal that stopped it, or `None`.
     """
@@ -122,14 +155,14 @@ def exit_code(command, options, function):
     try:
         stopped = function()
     except Exception as error:
-        return _fail(command, error, options.host_timeout)
+        return _fail(prog, error, options)
     if not stopped:
         return 0
     tell(f"Stopped by {stopped}; all is saved. Run the same command to resume.")
     return interruption.STOPPED
 
 
-def _fail(command, error, host_timeout):
+def _fail(prog, error, options):
     """Says what has ended a run; returns the exit code."""
     import jax
 
@@ -144,16 +177,17 @@ def _fail(command, error, host_timeout):
         interruption.DataNotRead: 1,
     }
     code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
-    if code is None:  # Unforeseen: out of memory, another host gone, …
+    # Unforeseen: out of memory, another host gone, …
+    if code is None or options.traceback:
         traceback.print_exception(error)
-        code = 1
-    print(f"{command}: {error}", file=sys.stderr, flush=True)
+    code = code or 1
+    print(f"{prog}: error: {one_line(error)}", file=sys.stderr, flush=True)
     if code != 2 and error.__context__ is not error.__cause__:
-        print(f"{command}: before that: {error.__context__}", file=sys.stderr)
+        print(f"{prog}: before that: {one_line(error.__context__)}", file=sys.stderr)
     if jax.process_count() > 1:
         # If it is this host's trouble alone, JAX would wait for the others to end, and
         # they for this one.
-        timer = threading.Timer(host_timeout, os._exit, [code])
+        timer = threading.Timer(options.host_timeout, os._exit, [code])
         timer.daemon = True
         timer.start()
     return code

@@ -72,7 +72,7 @@ def describe_batch(stream, step, processor, characters=300):
     """
     x, targets, weights = stream.batch(step)
     lines = [f"step {step}: {targets.shape[0]} rows of {targets.shape[1]} tokens"]
-    for row, (source, spans) in enumerate(stream.rows_of(step)):
+    for row, (source, spans) in enumerate(stream.sequences_read(step)):
         real = int(weights[row].sum())
         lines.append(f"row {row}: {source}, {real} targets")
         column = 0
@@ -100,7 +100,7 @@ def realised_mixture(stream, first, steps):
     """Shares of the tokens of some steps, padding left out: dict of floats."""
     totals = dict.fromkeys(stream.sources, 0.0)
     for step in range(first, first + steps):
-        for source, spans in stream.rows_of(step):
+        for source, spans in stream.sequences_read(step):
             totals[source] += sum(size for *_, size in spans) - 1
     everything = sum(totals.values())
     return {name: total / everything for name, total in totals.items()}

@@ -72,7 +72,7 @@ class TokenStream:
         host=None,
     ):
         if not isinstance(data, PreparedData):
-            data = PreparedData(data)
+            data = PreparedData.open(data)
         for name, value in (
             ("sequence_length", sequence_length),
             ("batch_size", batch_size),
@@ -95,12 +95,12 @@ class TokenStream:
         self.sources = self.mixture.names
         self._documents = [data.documents(name, split) for name in self.sources]
         self._rows = [
-            self._rows_of(name, documents, packing, seed)
+            self._sequence_index(name, documents, packing, seed)
             for name, documents in zip(self.sources, self._documents, strict=True)
         ]
         self._interleaving = Interleaving(self._row_schedule(), self.sources)
 
-    def _rows_of(self, name, documents, packing, seed):
+    def _sequence_index(self, name, documents, packing, seed):
         key = shuffling.key(seed, name, self.split)
         if packing == "concatenate":
             return rows.Concatenated(documents, self.sequence_length, key)
@@ -172,7 +172,7 @@ class TokenStream:
         first = step * self.batch_size + self._first_row
         return self._interleaving.rows(first, first + self._host_rows)
 
-    def rows_of(self, step):
+    def sequences_read(self, step):
         """Where this host's rows of a step come from.
 
         Returns:

@@ -17,16 +17,12 @@ import re
 
 import sentencepiece
 
+from keras_openllama.config import TOKENIZER_STYLES
 from keras_openllama.data import document_reader
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.data.tokenizing import check_skipped
 from keras_openllama.text.sentencepiece_model import load_processor
 
-# What distinguishes OpenLLaMA v1 from v2; neither's other flags were published.
-STYLES = {
-    "v1": {"remove_extra_whitespaces": True},
-    "v2": {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True},
-}
 UNK, BOS, EOS = 0, 1, 2
 # <unk>, <s>, </s> and the bytes: what there is before any text has been seen.
 FIXED_PIECES = 3 + 256
@@ -243,9 +239,10 @@ def train_sentencepiece(lines, vocabulary_size, style, **overrides):
 
     Source: Kudo and Richardson, SentencePiece (arXiv:1808.06226).
     """
-    if style not in STYLES:
+    if style not in TOKENIZER_STYLES:
         raise ValueError(
-            f"`style` is one of {', '.join(STYLES)}. Received: style={style!r}"
+            f"`style` is one of {', '.join(TOKENIZER_STYLES)}. "
+            f"Received: style={style!r}"
         )
     check_vocabulary_size(vocabulary_size)
     model = io.BytesIO()
@@ -254,7 +251,7 @@ def train_sentencepiece(lines, vocabulary_size, style, **overrides):
         "vocab_size": vocabulary_size,
         "byte_fallback": True,
         "normalization_rule_name": "identity",
-        **STYLES[style],
+        **TOKENIZER_STYLES[style],
         "split_digits": True,
         "character_coverage": 0.99995,  # Ours; the rest becomes bytes.
         "max_sentence_length": 1 << 30,  # Ours: a longer line would be left out.

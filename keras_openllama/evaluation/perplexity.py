@@ -18,6 +18,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
+from keras_openllama.training.step_metrics import perplexity_of
 
 PROTOCOLS = ("strided", "llama.cpp")
 LLAMA_CPP_CONTEXT = 512  # Of llama-perplexity, where no -c is given.
@@ -243,7 +244,9 @@ def _nats(scorer, cuts, start_token_id, protocol, name, progress):
                 ).items():
                     nats[begin + i] = -float(log_probs.sum(dtype="float64"))
                     done += len(log_probs)
-                bar.set_postfix_str(f"perplexity {_exp(sum(nats) / done):.4f}", False)
+                bar.set_postfix_str(
+                    f"perplexity {perplexity_of(sum(nats) / done):.4f}", False
+                )
                 bar.update(done - bar.n)
     return nats
 
@@ -271,7 +274,7 @@ def _size(document):
 
 def _rates(row, seconds, xz=None):
     return {
-        "perplexity": _exp(row["nats"] / row["tokens"]),
+        "perplexity": perplexity_of(row["nats"] / row["tokens"]),
         "bits_per_byte": row["nats"] / math.log(2) / row["bytes"],
         "xz_bits_per_byte": xz,
         "tokens_per_second": row["tokens"] / seconds,
@@ -292,7 +295,7 @@ def _cumulative(nats, counts):
     result, cost, count = [], 0.0, 0
     for more, tokens in zip(nats, counts, strict=True):
         cost, count = cost + more, count + tokens
-        result.append(_exp(cost / count))
+        result.append(perplexity_of(cost / count))
     return result
 
 
@@ -306,10 +309,6 @@ def _xz(documents):
 def xz_bits_per_byte(data):
     """What `xz -9e` needs for bytes, its headers included."""
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(data)
-
-
-def _exp(loss):
-    return math.exp(loss) if loss < 700 else math.inf  # Beyond, `exp` overflows.
 
 
 def _check_whole(name, value, least, most):

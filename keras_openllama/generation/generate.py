@@ -1,11 +1,8 @@
 """The walk from what a user passes to `generate` or `stream` to new text or ids."""
 
-import dataclasses
-
 import keras
 
 from keras_openllama.generation.beam_search import SearchLoop, steers_search
-from keras_openllama.generation.limits import new_token_limits, stop_ids
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
     Continuation,
@@ -18,38 +15,12 @@ from keras_openllama.text.inputs import (
     Chats,
     TokenArrays,
     normalize_prompts,
+    normalize_texts,
 )
 from keras_openllama.text.token_arrays import as_arrays
 
 if keras.config.backend() == "torch":
     from keras_openllama.generation.token_loop_torch import TorchTokenLoop as TokenLoop
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Where generation ends; see `OpenLlamaCausalLM.generate`."""
-
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    stop_token_ids: object = "auto"
-    stop: object = None
-
-    def of(self, model, rows, default_length):
-        """The tokens to add to each prompt at most, and the ids that end one.
-
-        Raises:
-            ValueError: for limits that are malformed or beyond the context.
-        """
-        tokenizer = getattr(model.preprocessor, "tokenizer", None)
-        limits = new_token_limits(
-            [len(row) for row in rows],
-            self.max_length,
-            self.max_new_tokens,
-            default_length,
-            model.backbone.context_length,
-        )
-        size = model.backbone.vocabulary_size
-        return limits, stop_ids(self.stop_token_ids, tokenizer, size)
 
 
 def generate(model, inputs, limits, strip_prompt=False):
@@ -58,18 +29,15 @@ def generate(model, inputs, limits, strip_prompt=False):
     Args:
         model: `OpenLlamaCausalLM`.
         inputs, strip_prompt: see there.
-        limits: `Limits`.
+        limits: `limits.Limits`.
     """
-    has_preprocessor = model.preprocessor is not None
     size = model.backbone.vocabulary_size
-    prompts = normalize_prompts(inputs, size, has_preprocessor)
+    prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
     if isinstance(prompts, TokenArrays):
         return _generate_arrays(model, prompts, limits, strip_prompt)
     if isinstance(prompts, Batches):
         results = []
         for batch in prompts.batches:
-            if not has_preprocessor:
-                batch = normalize_prompts(batch.texts, size, False)  # Raises.
             results += _generate_texts(model, batch, limits, strip_prompt)
         return results
     results = _generate_texts(model, prompts, limits, strip_prompt)
@@ -101,9 +69,9 @@ def stream(model, text, limits):
     Args:
         model: `OpenLlamaCausalLM` with a preprocessor.
         text: string.
-        limits: `Limits`.
+        limits: `limits.Limits`.
     """
-    rows = model.preprocessor.prompt_ids([text])
+    rows = model.preprocessor.prompt_ids(normalize_texts(text).texts)
     stops = as_stop_strings(limits.stop)
     (row,), steps = _start(model, rows, limits, stops, stride=1)
 

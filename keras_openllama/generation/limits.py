@@ -1,8 +1,37 @@
 """How many tokens are added to each prompt, and which ids end it."""
 
+import dataclasses
+
 import numpy as np
 
 from keras_openllama.text.token_arrays import as_token_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where generation ends; see `OpenLlamaCausalLM.generate`."""
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    stop_token_ids: object = "auto"
+    stop: object = None
+
+    def of(self, model, rows, default_length):
+        """The tokens to add to each prompt at most, and the ids that end one.
+
+        Raises:
+            ValueError: for limits that are malformed or beyond the context.
+        """
+        tokenizer = getattr(model.preprocessor, "tokenizer", None)
+        limits = new_token_limits(
+            [len(row) for row in rows],
+            self.max_length,
+            self.max_new_tokens,
+            default_length,
+            model.backbone.context_length,
+        )
+        size = model.backbone.vocabulary_size
+        return limits, stop_ids(self.stop_token_ids, tokenizer, size)
 
 
 def new_token_limits(lengths, max_length, max_new_tokens, default_length, context):

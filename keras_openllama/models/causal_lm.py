@@ -8,7 +8,7 @@ from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.generation import generate as generation
 from keras_openllama.generation.beam_search import steers_search
-from keras_openllama.generation.generate import Limits
+from keras_openllama.generation.limits import Limits
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
 from keras_openllama.loading.load import load_task

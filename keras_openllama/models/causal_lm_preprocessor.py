@@ -140,24 +140,12 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         data = normalize_examples(x, y)
         if isinstance(data, GraphTexts):
             return self._training_tensors(data.tensors, sample_weight, length)
-        rows = self.rows_of(data, length)
+        rows = self.training_rows(data, length)
         rows.warn()
         return self.filled(rows, sample_weight, data.batched)
 
-    def training_rows(self, x, y=None, sequence_length=None):
+    def training_rows(self, data, sequence_length=None):
         """Tokens of texts, pairs or chats, before they are filled up or packed.
-
-        Args:
-            x, y, sequence_length: as for a call.
-
-        Returns:
-            `examples.TrainingRows`, and whether `x` was a batch.
-        """
-        data = normalize_examples(x, y)
-        return self.rows_of(data, sequence_length), data.batched
-
-    def rows_of(self, data, sequence_length=None):
-        """The same of what is normalized already.
 
         Args:
             data: `inputs.Texts` or `inputs.Examples`.
@@ -199,10 +187,11 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         def arrays(*values):
             given = dict(zip(parts, values, strict=True))
             weight = given.pop("weight", None)
-            rows, batched = self.training_rows(given.get("", given), None, length)
+            data = normalize_examples(given.get("", given))
+            rows = self.training_rows(data, length)
             if not told:
                 told.append(rows.warn())
-            x, targets, weights = self.filled(rows, weight, batched)
+            x, targets, weights = self.filled(rows, weight, data.batched)
             return *x.values(), targets, weights
 
         token_ids, padding_mask, y, weights = _in_graph(
@@ -219,7 +208,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         """Turns prompts into the ids that the model continues.
 
         Args:
-            texts: a batch of prompts, as for a call; one prompt is a batch of one.
+            texts: list of strings.
             parse_special: bool, read control strings in the prompts as tokens; see
                 `OpenLlamaTokenizer.tokenize`.
 
@@ -231,8 +220,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             ValueError: if a prompt is empty, or holds nothing but spaces that the
                 tokenizer drops.
         """
-        texts = normalize_texts(texts).texts
-        rows = self.tokenizer.tokenize(
+        rows = self.tokenizer.encode(
             texts, parse_special=parse_special, add_bos=False, add_eos=False
         )
         start = self.tokenizer.start_token_id

@@ -219,7 +219,19 @@ class OpenLlamaTokenizer(Tokenizer):
         if is_graph_tensor(inputs):
             return self._tokenize_in_graph(inputs, parse_special, add_bos, add_eos)
         inputs = normalize_texts(inputs)
-        texts, batched = inputs.texts, inputs.batched
+        rows = self.encode(inputs.texts, parse_special, add_bos, add_eos)
+        return rows if inputs.batched else rows[0]
+
+    def encode(self, texts, parse_special=False, add_bos=None, add_eos=None):
+        """Turns texts into token ids, without a check of what they are.
+
+        Args:
+            texts: list of strings, such as `text.inputs.normalize_texts` returns.
+            parse_special, add_bos, add_eos: see `tokenize`.
+
+        Returns:
+            A list of lists of int.
+        """
         self._warn_of_lost_spaces(texts)
         if parse_special:
             rows = [self._parse_special(text) for text in texts]
@@ -231,7 +243,7 @@ class OpenLlamaTokenizer(Tokenizer):
         if self.add_eos if add_eos is None else add_eos:
             end = [self.end_token_id]
             rows = [row if row[-1:] == end else row + end for row in rows]
-        return rows if batched else rows[0]
+        return rows
 
     def tokenize_rest(self, text):
         """Turns the rest of a text into ids: without the space that begins a text.
@@ -302,7 +314,7 @@ class OpenLlamaTokenizer(Tokenizer):
                     f"models do), so this text loses spaces: {text[:60]!r}. For code "
                     "and other text whose spaces matter take a v2 preset, such as "
                     '"open_llama_3b_v2" or "open_llama_7b_v2". This is said once.',
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 return
 

@@ -15,7 +15,8 @@ from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.planning.cost_model import CHIPS
-from keras_openllama.runs.train_state import State, compile_step, make_optimizer
+from keras_openllama.runs.jax_train_program import State, compile_step
+from keras_openllama.runs.optimizer import make_optimizer
 from keras_openllama.training.train_step_jax import Options, placed
 
 # Chips of a host, by which libtpu lays out a topology; and how a chip's two cores work.

@@ -22,7 +22,7 @@ def mesh_of(text):
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"--mesh takes such as data=4,fsdp=64,model=1. Received: {text!r}"
+                f"a mesh is such as data=4,fsdp=64,model=1. Received: {text!r}"
             )
         mesh[axis] = int(size)
     return mesh

@@ -18,17 +18,20 @@ from keras_openllama.backend import jit
 from keras_openllama.config import checked
 from keras_openllama.data import instructions
 from keras_openllama.distribution import check_mesh
-from keras_openllama.loading.load import find_source
+from keras_openllama.loading.load import find_source, load_task_from, origin
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-from keras_openllama.runs import run_directory, train_state
+from keras_openllama.runs import run_directory
+from keras_openllama.runs.instruction_data import InstructionData
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
     scope_of,
 )
 from keras_openllama.runs.keras_train_state import KerasTrainState
+from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.train_config import TrainConfig
 from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
+from keras_openllama.text.inputs import normalize_examples
 from keras_openllama.training.fit import ADAPTERS_RATE, RATE
 
 ADAPTERS, MODEL = "adapters", "model"
@@ -108,7 +111,9 @@ class FinetuneConfig:
 
 
 @contextlib.contextmanager
-def open_run(config, options, questions=None, max_new_tokens=48):
+def open_run(
+    config, options, questions=None, max_new_tokens=48, check_size=lambda sizes: None
+):
     """Starts a fine-tuning run, or resumes the one in the directory.
 
     Args:
@@ -117,6 +122,8 @@ def open_run(config, options, questions=None, max_new_tokens=48):
         questions: list of strings that the model answers before and after; `None`
             takes some of the examples that were set aside.
         max_new_tokens: int, of answers.
+        check_size: called with the arguments of the backbone, before weights are read
+            or made; raises a `ValueError` for a model that is too large.
 
     Yields:
         `trainer.Trainer`.
@@ -128,10 +135,10 @@ def open_run(config, options, questions=None, max_new_tokens=48):
         OSError: if a file cannot be read.
     """
     on_jax = keras.config.backend() == "jax"
-    try:
-        architecture = checked(find_source(config.preset).arguments())
-    except OSError as error:
-        raise ValueError(f"{config.preset} is unavailable: {error}") from error
+    with _reading_preset(config):
+        source = find_source(config.preset)
+        architecture = checked(source.arguments())
+    check_size(architecture)
     examples, validation = read_examples(config)
     distribution = None
     if on_jax:
@@ -159,7 +166,7 @@ def open_run(config, options, questions=None, max_new_tokens=48):
         # seeds imports TensorFlow.)
         random.seed(config.seed)
         with scope_of(distribution):
-            lm = build(config)
+            lm = _build(config, source)
         data = _data(lm, config, examples, validation)
         train = config.train_config(data.steps(config.epochs))
         with scope_of(distribution):
@@ -210,19 +217,21 @@ def export(trainer, config, names, again):
 # ----- Model
 
 
-def build(config):
-    """The model of a run, with adapters if the config has them.
-
-    Args:
-        config: `FinetuneConfig`.
-
-    Returns:
-        `OpenLlamaCausalLM`.
-    """
+@contextlib.contextmanager
+def _reading_preset(config):
+    """Tells errors of reading the preset from those of writing a run."""
     try:
-        lm = OpenLlamaCausalLM.from_preset(config.preset, dtype=config.dtype)
+        yield
     except OSError as error:
         raise ValueError(f"{config.preset} is unavailable: {error}") from error
+
+
+def _build(config, source):
+    """The model of a run, with adapters if the config has them."""
+    with _reading_preset(config):
+        lm = load_task_from(
+            OpenLlamaCausalLM, source, origin(config.preset), dtype=config.dtype
+        )
     if config.sequence_length > lm.backbone.context_length:
         raise ValueError(
             f"The context of {config.preset} is {lm.backbone.context_length} tokens. "
@@ -237,14 +246,6 @@ def build(config):
         targets = config.lora_targets and list(config.lora_targets)
         lm.backbone.enable_lora(config.lora_rank, targets, config.lora_alpha)
     return lm
-
-
-def compile_model(lm, config):
-    """Gives a model the optimizer of a `TrainConfig`, built."""
-    # JAX's step counts the accuracy itself.
-    metrics = [] if keras.config.backend() == "jax" else "auto"
-    lm.compile(optimizer=train_state.make_optimizer(config), weighted_metrics=metrics)
-    lm.optimizer.build(lm.trainable_variables)
 
 
 # ----- Examples
@@ -268,7 +269,7 @@ def _fingerprint(*parts):
 
 def _data(lm, config, examples, validation):
     def arrays(examples, pack):
-        rows, _ = lm.preprocessor.training_rows(examples)
+        rows = lm.preprocessor.training_rows(normalize_examples(examples))
         rows.warn()
         return rows.packed() if pack else rows.filled(), rows.bytes
 
@@ -278,9 +279,7 @@ def _data(lm, config, examples, validation):
     hosts = jax.process_count(), jax.process_index()
     train, _ = arrays([e for _, e in examples], config.pack)
     apart = {source: arrays(some, False) for source, some in by_source.items()}
-    return instructions.InstructionData(
-        *(train, config.batch_size, config.seed, apart), *hosts
-    )
+    return InstructionData(*(train, config.batch_size, config.seed, apart), *hosts)
 
 
 def _prompts(lm, config, examples):

@@ -88,7 +88,7 @@ class StopRequest:
 
 
 class Skipped:
-    """Counts steps that were left out, and gives up after too many in a row.
+    """Counts steps that were skipped, and gives up after too many in a row.
 
     Args:
         most: int, how many in a row end the run.
@@ -98,14 +98,14 @@ class Skipped:
         self._most = most
         self._in_a_row, self.total = 0, 0
 
-    def note(self, step, kept, loss, grad_norm):
+    def note(self, step, applied, loss, grad_norm):
         """Takes note of a step.
 
         Raises:
-            Diverged: if that many have been left out in a row.
+            Diverged: if that many have been skipped in a row.
         """
-        self._in_a_row = 0 if kept else self._in_a_row + 1
-        self.total += not kept
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        self.total += not applied
         if self._in_a_row >= self._most:
             raise Diverged(
                 f"The last {self._most} steps up to step {step} had a loss or gradient "

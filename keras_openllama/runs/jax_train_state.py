@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_openllama.distribution import OpenLlamaParallel, check_hosts, make_mesh
-from keras_openllama.runs import train_state
+from keras_openllama.runs import jax_train_program
 from keras_openllama.training.train_step_jax import Options, placed
 
 
@@ -51,7 +51,7 @@ class JaxTrainState:
     def __init__(self, lm, config, distribution=None, save_frozen=True):
         self.lm, self._config, self._distribution = lm, config, distribution
         self._save_frozen = save_frozen
-        self._state = train_state.state_of(lm, self._sharding(0))
+        self._state = jax_train_program.state_of(lm, self._sharding(0))
 
     def _sharding(self, rank):
         """Of an array whose first axis is the batch; with rank 0, a copy everywhere."""
@@ -78,13 +78,13 @@ class JaxTrainState:
         config, replicated = self._config, self._sharding(0)
         options = Options(config.micro_batches, config.rematerialize, config.z_loss)
         options = placed(options, self._distribution)
-        self._program = train_state.compile_step(
+        self._program = jax_train_program.compile_step(
             *(self.lm, self._state, batch, options),
             config.spike_threshold,
             replicated,
         )
         if evaluation:  # What does not fit is to fail now.
-            self._evaluate = train_state.compile_evaluation(
+            self._evaluate = jax_train_program.compile_evaluation(
                 self.lm, self._state, batch, options, replicated
             )
 
@@ -99,11 +99,11 @@ class JaxTrainState:
         jax.block_until_ready(self._state)
 
     def arrays(self):
-        return train_state.named(self.lm, self._state, self._save_frozen)
+        return jax_train_program.named(self.lm, self._state, self._save_frozen)
 
     def restore(self, checkpoints):
         arrays = self.arrays()
-        like = train_state.abstract(arrays)
+        like = jax_train_program.abstract(arrays)
 
         def make_room(marker):
             jax.tree.map(lambda array: array.delete(), arrays)
@@ -114,13 +114,13 @@ class JaxTrainState:
             return None
         marker, arrays = found
         frozen = None if self._save_frozen else self._state.non_trainable
-        self._state = train_state.unnamed(self.lm, arrays, frozen)
+        self._state = jax_train_program.unnamed(self.lm, arrays, frozen)
         self.update_model()
         return marker
 
     def update_model(self):
         """Gives the model's variables the values of the state."""
-        train_state.put_back(self.lm, self._state)
+        jax_train_program.put_back(self.lm, self._state)
 
     def generate(self, prompts, **options):
         self.update_model()

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.training.chunked_loss import Sums
-from keras_openllama.training.train_step_jax import Measures
+from keras_openllama.training.step_metrics import StepMetrics, Sums
 
 
 class KerasTrainState:
@@ -36,14 +35,14 @@ class KerasTrainState:
         self.lm.reset_metrics()
         logs = self.lm.train_on_batch(x, y, sample_weight=weights, return_dict=True)
         applied = int(optimizer.iterations) > before
-        return Measures(
+        return StepMetrics(
             loss=np.float32(logs["loss"]),
             accuracy=np.float32(logs["sparse_categorical_accuracy"]),
             targets=np.float32(weights.sum()),
             grad_norm=None,
             param_norm=None,
             learning_rate=np.float32(rate),
-            kept=np.bool_(applied),
+            applied=np.bool_(applied),
         )
 
     def evaluate(self, batch):

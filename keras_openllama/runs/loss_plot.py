@@ -8,10 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from keras_openllama.config import LOSS_X_AXES
 from keras_openllama.runs import metrics_log
 from keras_openllama.utils import files
-
-X_AXES = ("tokens", "step", "hours")
 
 # Ours: the line is smoothed over this share of the longest run, and the first steps,
 # whose loss is several times the last, do not set the height of the picture.
@@ -170,14 +169,14 @@ def _column(run, name):
     except KeyError:
         raise ValueError(
             f"a record of {run.name} has no {name!r}; choose another x of "
-            f"{', '.join(X_AXES)}"
+            f"{', '.join(LOSS_X_AXES)}"
         ) from None
 
 
 def _places(run, x):
     """Where on the x axis each record is."""
-    if x not in X_AXES:
-        raise ValueError(f"x={x!r}; it is one of {', '.join(X_AXES)}")
+    if x not in LOSS_X_AXES:
+        raise ValueError(f"x={x!r}; it is one of {', '.join(LOSS_X_AXES)}")
     if x != "hours":
         return _column(run, x)
     parts = ("data_seconds", "compute_seconds", "checkpoint_seconds")

@@ -1,7 +1,6 @@
 """Pretraining: a new model and a stream of prepared tokens, for `trainer.Trainer`."""
 
 import contextlib
-import functools
 import hashlib
 import json
 
@@ -12,21 +11,21 @@ from keras_openllama import presets
 from keras_openllama.backend import jit
 from keras_openllama.backend.keras_hub import without_tensorflow
 from keras_openllama.data import mixture as mixtures
-from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.distribution import check_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-from keras_openllama.runs import run_directory, train_state
+from keras_openllama.runs import run_directory
 from keras_openllama.runs.checkpoint_manager import Checkpoints
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
     scope_of,
 )
+from keras_openllama.runs.optimizer import compile_model
+from keras_openllama.runs.token_data import TokenData
 from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
-from keras_openllama.runs.validation import Validation
 
 # What data and model must have in common.
 _OF_TOKENIZER = (
@@ -71,7 +70,7 @@ def open_run(resolved, data, options):
 
     ```python
     options = RunOptions("runs/nano")
-    with open_run(resolve("nano"), PreparedData("data"), options) as trainer:
+    with open_run(resolve("nano"), PreparedData.open("data"), options) as trainer:
         trainer.train()
     ```
     """
@@ -154,58 +153,8 @@ def _build(preset, recipe, data, distribution):
             ),
             compile=False,
         )
-        optimizer = train_state.make_optimizer(recipe)
-        lm.compile(optimizer=optimizer, weighted_metrics=[])
-        optimizer.build(lm.trainable_variables)
+        compile_model(lm, recipe)
     return lm
-
-
-class TokenData:
-    """`trainer.TrainData` of prepared tokens.
-
-    Args:
-        data: `prepared_data.PreparedData`.
-        recipe: `recipe.Recipe`.
-        mixture: `mixture.Mixture`.
-    """
-
-    def __init__(self, data, recipe, mixture):
-        self._data, self._recipe, self._mixture = data, recipe, mixture
-
-    def _stream(self, **hosts):
-        recipe = self._recipe
-        return TokenStream(
-            self._data,
-            recipe.sequence_length,
-            recipe.batch_size,
-            seed=recipe.seed,
-            mixture=self._mixture,
-            packing=recipe.packing,
-            mask_documents=recipe.mask_documents,
-            **hosts,
-        )
-
-    @functools.cached_property
-    def _own(self):
-        return self._stream()
-
-    @functools.cached_property
-    def _of_all_hosts(self):
-        alone = jax.process_count() == 1
-        return self._own if alone else self._stream(hosts=1, host=0)
-
-    @functools.cached_property
-    def validation(self):
-        return Validation(self._data, self._recipe, self._mixture)
-
-    def batches(self, from_step):
-        return self._own.dataset(from_step=from_step)
-
-    def rows_of(self, step):
-        return self._of_all_hosts.rows_of(step)
-
-    def tokens(self, steps):
-        return steps * self._recipe.tokens_per_step
 
 
 def _check_tokenizer(data, preset):

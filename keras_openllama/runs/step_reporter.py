@@ -74,14 +74,14 @@ class StepReporter:
             self._bar.close()
             self._log.close()
 
-    def add(self, step, measures):
+    def add(self, step, metrics):
         """Takes what a step tells, which is still being computed.
 
         Args:
             step: int, steps done.
-            measures: `train_step_jax.Measures`.
+            metrics: `step_metrics.StepMetrics`.
         """
-        self._pending.append((step, measures))
+        self._pending.append((step, metrics))
         while len(self._pending) > _STEPS_AHEAD:
             self._look_at(*self._pending.popleft())
 
@@ -93,7 +93,7 @@ class StepReporter:
             self._log.sync()
 
     def validation(self, result):
-        """Writes what `Validation.measure` found after the last step."""
+        """Writes what `ValidationData.measure` found after the last step."""
         if self._log is None:
             return
         step, tokens = self._step, self._data.tokens(self._step)
@@ -122,39 +122,39 @@ class StepReporter:
             line = line.encode(encoding, "backslashreplace").decode(encoding)
             self._bar.write(line, file=sys.stderr)
 
-    def _look_at(self, step, measures):
+    def _look_at(self, step, metrics):
         with self.clock.measure("compute"):
-            measures = jax.device_get(measures)
-        measures = {
+            metrics = jax.device_get(metrics)
+        metrics = {
             name: None if value is None else value.item()
-            for name, value in measures._asdict().items()
+            for name, value in metrics._asdict().items()
         }
-        kept = measures.pop("kept")
+        applied = metrics.pop("applied")
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         self._step = step
         if self._log is not None:
-            self._write(measures, kept, seconds)
-        self._skipped.note(step, kept, measures["loss"], measures["grad_norm"])
+            self._write(metrics, applied, seconds)
+        self._skipped.note(step, applied, metrics["loss"], metrics["grad_norm"])
 
-    def _write(self, measures, kept, seconds):
+    def _write(self, metrics, applied, seconds):
         total = self._data.tokens(self._step)
         tokens = total - self._data.tokens(self._step - 1)
         record = {
             "step": self._step,
-            **measures,
+            **metrics,
             "tokens": total,
             **throughput.rates(
                 *(tokens, seconds, jax.device_count(), self._flops, self._peak)
             ),
-            **self.clock.step(kept),
-            "skipped": not kept,
+            **self.clock.step(applied),
+            "skipped": not applied,
             "batch": self._batch_id(),
         }
         self._log.write(record)
-        if not kept:
+        if not applied:
             keys = ("step", "loss", "grad_norm", "batch")
-            rows = self._data.rows_of(self._step - 1)
+            rows = self._data.sequences_read(self._step - 1)
             self._log.skip({**{key: record[key] for key in keys}, "rows": rows})
             self.say(
                 f"step {self._step} was skipped: loss {record['loss']}, gradient norm "
@@ -172,5 +172,5 @@ class StepReporter:
 
     def _batch_id(self):
         """Which tokens the last step has read, in 16 digits."""
-        rows = json.dumps(self._data.rows_of(self._step - 1)).encode()
+        rows = json.dumps(self._data.sequences_read(self._step - 1)).encode()
         return hashlib.sha256(rows).hexdigest()[:16]

@@ -111,7 +111,7 @@ class Clock:
     """Splits the time of a run into data, compute, checkpoint, and the rest.
 
     Goodput is the share of the time since the run's process began that went into
-    computing steps whose update was kept. What lowers it: imports and compilation,
+    computing steps whose update was applied. What lowers it: imports and compilation,
     waiting for data, checkpoints, evaluation, and steps that were skipped.
 
     Compile before the first measured step, and wait for the step's result inside
@@ -128,7 +128,7 @@ class Clock:
             batch = next(batches)
         with clock.measure("compute"):
             loss = float(step(batch))
-        log.write({"step": 1, "loss": loss, **clock.step(kept=True)})
+        log.write({"step": 1, "loss": loss, **clock.step(applied=True)})
     """
 
     PARTS = ("data", "compute", "checkpoint")
@@ -138,7 +138,7 @@ class Clock:
         self._began = now() if began is None else began
         self._totals = dict.fromkeys(self.PARTS, 0.0)
         self._since = dict(self._totals)
-        self._kept = 0.0
+        self._applied = 0.0
         self._part = None
 
     @contextlib.contextmanager
@@ -168,26 +168,26 @@ class Clock:
             self._totals[part] += spent
             self._since[part] += spent
 
-    def step(self, kept=True):
+    def step(self, applied=True):
         """Ends a step.
 
         Args:
-            kept: bool, whether the update was applied.
+            applied: bool, whether the update was applied.
 
         Returns:
             Dict of floats: `data_seconds`, `compute_seconds` and `checkpoint_seconds`
             since the call before, and `goodput` of the process so far, 0 to 1.
         """
         since, self._since = self._since, dict.fromkeys(self.PARTS, 0.0)
-        if kept:
-            self._kept += since["compute"]
+        if applied:
+            self._applied += since["compute"]
         seconds = {f"{part}_seconds": spent for part, spent in since.items()}
         return {**seconds, "goodput": self.goodput()}
 
     def goodput(self):
         """The share of the time since the process began that was not lost, 0 to 1."""
         passed = self._now() - self._began
-        return self._kept / passed if passed > 0 else 0.0
+        return self._applied / passed if passed > 0 else 0.0
 
     def totals(self):
         """Seconds since the process began: dict by part, and `other` for the rest."""

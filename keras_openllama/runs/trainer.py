@@ -6,7 +6,7 @@ A run is five parts, and `Trainer` drives them without knowing which kind it is:
     state     `TrainState`: the model and its optimizer. `JaxTrainState` compiles the
               step; `KerasTrainState` has Keras do it, on TensorFlow and PyTorch
     data      `TrainData`: the batch of each step, a function of the seed and the step
-              alone. `TokenData` (pretraining) and `InstructionData` (fine-tuning)
+              alone. `token_data.TokenData` and `instruction_data.InstructionData`
     output    the run's directory: log, checkpoints, samples, loss picture
     options   `RunOptions`: where and how it runs; nothing of it changes the course
 
@@ -48,10 +48,10 @@ class TrainState(Protocol):
         """Prepares the step, and the evaluation if wanted, for batches like this."""
 
     def step(self, batch):
-        """Trains; returns `train_step_jax.Measures`, which may still be computed."""
+        """Trains; returns `step_metrics.StepMetrics`, which may still be computed."""
 
     def evaluate(self, batch):
-        """Returns `chunked_loss.Sums` and the sum of the targets' weights."""
+        """Returns `step_metrics.Sums` and the sum of the targets' weights."""
 
     def wait(self):
         """Returns when all steps are computed."""
@@ -83,8 +83,8 @@ class TrainData(Protocol):
     def batches(self, from_step):
         """An iterator of this process's batches, `from_step` steps into the run."""
 
-    def rows_of(self, step):
-        """What all processes read in a step, counted from 0, as JSON can hold it."""
+    def sequences_read(self, step):
+        """Which sequences all processes read in a step, from 0 on, for JSON."""
 
     def tokens(self, steps):
         """How many tokens the first steps read: int."""

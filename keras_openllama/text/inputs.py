@@ -21,7 +21,7 @@ from keras_openllama.backend.arrays import (
     loaded_tensorflow,
     to_numpy,
 )
-from keras_openllama.text.token_arrays import rows_of
+from keras_openllama.text.token_arrays import unpadded_ids
 
 PAIR = {"prompt", "response"}
 CHAT = {"messages"}
@@ -151,12 +151,12 @@ def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
     Raises:
         ValueError: for anything else, an empty list or batch, or malformed arrays.
     """
-    if is_tf_dataset(inputs):
+    if has_preprocessor and is_tf_dataset(inputs):
         batches = inputs.as_numpy_iterator()
         return Batches(Texts(_some_prompts(batch).texts, True) for batch in batches)
     chats = has_preprocessor and _is_chat(inputs)
     if not has_preprocessor or (isinstance(inputs, dict) and not chats):
-        return TokenArrays(*rows_of(inputs, vocabulary_size))
+        return TokenArrays(*unpadded_ids(inputs, vocabulary_size))
     if not chats:
         return _some_prompts(inputs)
     if not isinstance(inputs, dict):

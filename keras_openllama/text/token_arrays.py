@@ -99,7 +99,7 @@ def as_padding_mask(padding_mask, shape):
     return mask
 
 
-def rows_of(inputs, vocabulary_size):
+def unpadded_ids(inputs, vocabulary_size):
     """The prompts in a dict of arrays, as lists of ids, and the width of the arrays.
 
     Raises:

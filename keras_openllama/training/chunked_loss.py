@@ -1,7 +1,6 @@
 """The loss of training: the cross-entropy of the next token, without all its logits."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from keras_openllama.config import LOGITS_AT_ONCE
 from keras_openllama.distribution import ROWS
-
-
-class Sums(NamedTuple):
-    """What a batch's targets add up to; float32 scalars.
-
-    Attributes:
-        loss: nats, each target by its weight.
-        z: squares of the log of the softmax's denominator, by the same weights.
-        correct: weights of the targets that have the largest logit.
-    """
-
-    loss: jax.Array
-    z: jax.Array
-    correct: jax.Array
+from keras_openllama.training.step_metrics import Sums
 
 
 def next_token_sums(

@@ -266,7 +266,7 @@ class Fitting(TrainStep):
             return self._mapped(x), y, sample_weight, None
         if isinstance(data, Arrays):
             return *self._as_arrays(x, y, sample_weight), None
-        rows = self.preprocessor.rows_of(data)
+        rows = self.preprocessor.training_rows(data)
         rows.warn()
         if pack:
             x, y, weights = rows.packed()
@@ -331,7 +331,7 @@ class Fitting(TrainStep):
             data = self._normalized(x, y)
             if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
-            rows = self.preprocessor.rows_of(data)
+            rows = self.preprocessor.training_rows(data)
             if (rows.cut or rows.lost) and not told:
                 told.append(rows.warn())  # Of the first such batch alone.
             return self.preprocessor.filled(rows, sample_weight)

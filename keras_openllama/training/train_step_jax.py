@@ -13,6 +13,7 @@ from keras_openllama.layers.attention_kernels import attention_on
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.sharded_embedding import look_up
 from keras_openllama.training.chunked_loss import next_token_sums
+from keras_openllama.training.step_metrics import StepMetrics
 from keras_openllama.training.target_weights import target_weights
 
 
@@ -40,29 +41,6 @@ class Options(NamedTuple):
     loss_chunks: int | None = None
     attend: object = None
     scan: bool = False
-
-
-class Measures(NamedTuple):
-    """What a step tells; float32 scalars, except as said.
-
-    Attributes:
-        loss: nats per target, the mean by weight, z-loss not included.
-        accuracy: share of the targets that have the largest logit.
-        targets: sum of the weights of the targets.
-        grad_norm: global norm of the gradient, before it is clipped.
-        param_norm: global norm of the variables before the step.
-        learning_rate: of this step.
-        kept: bool; False where the step was left out: a loss or gradient that is not
-            finite, or a spike, never reaches a variable.
-    """
-
-    loss: jax.Array
-    accuracy: jax.Array
-    targets: jax.Array
-    grad_norm: jax.Array
-    param_norm: jax.Array
-    learning_rate: jax.Array
-    kept: jax.Array
 
 
 def placed(options, distribution=None):
@@ -96,7 +74,7 @@ def sums_of(lm, values, batch, options):
         options: `Options`.
 
     Returns:
-        `chunked_loss.Sums`.
+        `step_metrics.Sums`.
 
     Raises:
         ValueError: if the head is quantized.
@@ -158,7 +136,7 @@ def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: 
         options: `Options`.
 
     Returns:
-        `chunked_loss.Sums` of the batch, the sum of its weights, and the gradients,
+        `step_metrics.Sums` of the batch, the sum of its weights, and the gradients,
         float32 or of the variables' dtype, of the mean loss.
 
     Raises:
@@ -206,34 +184,34 @@ def update(lm, state, batch, options=Options(), limit=None):  # noqa: B008
             optimizer's variables.
         batch: see `sums_of`.
         options: `Options`.
-        limit: float scalar; a loss above it leaves the step out. `None` is no limit.
+        limit: float scalar; a loss above it skips the step. `None` is no limit.
 
     Returns:
-        `Measures`, and the new trainable and optimizer values.
+        `StepMetrics`, and the new trainable and optimizer values.
     """
     trainable, non_trainable, optimizer = state
     sums, total, grads = gradients(lm, trainable, non_trainable, batch, options)
     loss, grad_norm = sums.loss / total, global_norm(grads)
-    kept = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if limit is not None:
-        kept &= loss <= limit
+        applied &= loss <= limit
     new = lm.optimizer.stateless_apply(optimizer, grads, trainable)
     old = trainable, optimizer
-    new = jax.tree.map(lambda a, b: jnp.where(kept, a, b), new, old)
+    new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
     with keras.StatelessScope(
         state_mapping=zip(lm.optimizer.variables, optimizer, strict=True)
     ):
         learning_rate = jnp.asarray(lm.optimizer.learning_rate, "float32")
-    measures = Measures(
+    metrics = StepMetrics(
         loss=loss,
         accuracy=sums.correct / total,
         targets=jnp.sum(batch[2]),
         grad_norm=grad_norm,
         param_norm=global_norm(trainable),
         learning_rate=learning_rate,
-        kept=kept,
+        applied=applied,
     )
-    return measures, new
+    return metrics, new
 
 
 def global_norm(tensors):
@@ -255,11 +233,11 @@ class FusedTraining:
         trainable, non_trainable, optimizer, metrics = state
         batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
         options = self._placed_options()
-        measures, (trainable, optimizer) = update(
+        found, (trainable, optimizer) = update(
             self, (trainable, non_trainable, optimizer), batch, options
         )
         logs, metrics = self._measured(
-            metrics, measures.loss, measures.accuracy, measures.targets
+            metrics, found.loss, found.accuracy, found.targets
         )
         return logs, (trainable, non_trainable, optimizer, metrics)
 

@@ -54,7 +54,7 @@ import numpy as np
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW
-from keras_openllama.runs import run_directory, train_state
+from keras_openllama.runs import jax_train_program, run_directory
 from keras_openllama.runs.checkpoint_manager import Checkpoints
 
 directory, arguments, *steps = sys.argv[1:]
@@ -74,7 +74,7 @@ def write(name, steps, scope):
     run_directory.write(str(directory / name), run, proto)
     for step in steps:
         values = {}
-        arrays = train_state.named(lm, train_state.state_of(lm))
+        arrays = jax_train_program.named(lm, jax_train_program.state_of(lm))
         for path, value in arrays["model"].items():
             values[path] = 0.1 * random.standard_normal(value.shape, "float32")
             arrays["model"][path] = jax.device_put(values[path], value.sharding)

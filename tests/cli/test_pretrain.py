@@ -25,11 +25,10 @@ from pretraining_runs import (
     records,
     rewound,
     small_data,
-    smaller_nano,
+    small_model,
     steps_logged,
 )
 
-from keras_openllama import presets
 from keras_openllama.runs import run_directory
 
 pytestmark = pytest.mark.backend_free
@@ -113,10 +112,8 @@ class Process:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, preset in smaller_nano().items():
-            patch.setitem(presets.registry(), name, preset)
+def nano_is_small():
+    with small_model():
         yield
 
 
@@ -502,8 +499,8 @@ def test_the_recipe_is_shown_with_the_source_of_each_setting():
         (["--preset", "nano", "--set", "stps=3"], "no setting 'stps'. Did you mean"),
         (["--preset", "nano", "--set", "steps"], "--set takes NAME=VALUE"),
         (["--preset", "nano", "--steps", "0"], "`steps` must be a whole number"),
-        (["--preset", "nano", "--mesh", "rows=2"], "--mesh takes such as data=4"),
-        (["--preset", "nano", "--profile", "3:2"], "--profile takes such as 10:15"),
+        (["--preset", "nano", "--mesh", "rows=2"], "--mesh: a mesh is such as data=4"),
+        (["--preset", "nano", "--profile", "3:2"], "--profile: takes such as 10:15"),
         (["--preset", "nano", "--config", "/none.yaml"], "/none.yaml"),
     ],
 )

@@ -28,7 +28,7 @@ def test_documents_that_share_a_row_cost_what_each_costs_alone(data):
         data, sequence_length=60, batch_size=4, packing="best_fit", mask_documents=True
     )
     loss, *_ = lm.evaluate(stream.dataset(steps=3), verbose=0)
-    losses = [losses_alone(lm, data, stream.rows_of(step)) for step in range(3)]
+    losses = [losses_alone(lm, data, stream.sequences_read(step)) for step in range(3)]
     assert loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
 
 

@@ -37,14 +37,16 @@ def test_a_batch_is_told_with_its_borders_and_sources(data):
     stream = TokenStream(data, 100, 6, packing="best_fit")
     processor = load_processor(data.proto(), "the data")
     text = inspection.describe_batch(stream, 2, processor, characters=20)
-    for row, (source, spans) in enumerate(stream.rows_of(2)):
+    for row, (source, spans) in enumerate(stream.sequences_read(2)):
         assert f"row {row}: {source}, " in text
         for document, first, size in spans:
             assert f"document {document}, tokens {first} to {first + size - 1}:" in text
-    whole = [span for _, spans in stream.rows_of(2) for span in spans if span[1] == 0]
+    whole = [
+        span for _, spans in stream.sequences_read(2) for span in spans if span[1] == 0
+    ]
     assert text.count("<s> ") == len(whole)
     assert "more]" in text
-    padding = [101 - sum(s for *_, s in spans) for _, spans in stream.rows_of(2)]
+    padding = [101 - sum(s for *_, s in spans) for _, spans in stream.sequences_read(2)]
     assert text.count("tokens of padding") == sum(p > 0 for p in padding)
 
 

@@ -19,6 +19,7 @@ import pytest
 import real_text
 import sentencepiece
 from checkout import ROOT
+from small_disk import small_disk
 from tokenizer_models import train_tokenizer
 
 from keras_openllama.cli import prepare_data
@@ -85,7 +86,7 @@ def finished_shards(output):
 def assert_nothing_looks_finished(output):
     assert not list(Path(output).glob("tokens/*/1.0.0"))
     with pytest.raises(FileNotFoundError, match="preparation has not ended"):
-        PreparedData(str(output))
+        PreparedData.open(str(output))
 
 
 # --- What comes out ---
@@ -123,7 +124,7 @@ def output(specs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(output):
-    return PreparedData(str(output))
+    return PreparedData.open(str(output))
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +483,7 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(three, specs, tmp_path)
     other = stamps((output / "tokens" / "whole").rglob("*.array_record*"))
     assert len(before) == 4 and len(other) == 10
     with pytest.raises(FileNotFoundError, match="preparation has not ended"):
-        PreparedData(str(output))
+        PreparedData.open(str(output))
     three[1].write_bytes(whole)
     data = run(sources, output)
     assert {*before, *other} < {*stamps(shards(output))}
@@ -569,23 +570,9 @@ def test_a_source_without_any_row_is_refused_by_name(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """Makes a file system of so many kilobytes, or gives it another size."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(kilobytes):
-        remount = "remount," if os.path.ismount(disk) else ""
-        options = f"{remount}size={kilobytes}k"
-        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-        if subprocess.run(line, capture_output=True).returncode:
-            pytest.skip("only root may mount a file system")
-        return disk
-
-    yield mount
-    if os.path.ismount(disk):
-        # Files of the pipeline that failed may be open still.
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def mount(tmp_path):
+    with small_disk(tmp_path / "disk") as mount:
+        yield mount
 
 
 def room_for_all_parts(data, output):
@@ -602,16 +589,16 @@ def room_for_all_parts(data, output):
 
 @pytest.mark.parametrize("kilobytes, parts", [(40, 0), (100, 0), (600, 2), (None, 5)])
 def test_a_full_disk_is_told_and_leaves_nothing_that_looks_finished(
-    kilobytes, parts, specs, data, output, small_disk
+    kilobytes, parts, specs, data, output, mount
 ):
-    target = small_disk(kilobytes or room_for_all_parts(data, output)) / "data"
+    target = mount(kilobytes or room_for_all_parts(data, output)) / "data"
     sources = {"prose": specs["prose"]}
     with pytest.raises((OSError, RuntimeError), match="No space left on device"):
         run(sources, target)
     assert_nothing_looks_finished(target)
     assert len(receipts(target)) == parts
     before = stamps(finished_shards(target)) if parts else []
-    small_disk(10_000)
+    mount(10_000)
     run(sources, target)
     assert {*before} <= {*stamps(shards(target))}
     for name, content in contents(target / "tokens").items():

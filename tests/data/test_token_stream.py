@@ -68,7 +68,7 @@ def test_rows_say_which_tokens_of_which_documents_they_hold(data):
     whole = stream(data)
     x, y, _ = whole.batch(11)
     tokens = np.concatenate([x["token_ids"], y[:, -1:]], axis=1)
-    for row, (source, spans) in enumerate(whole.rows_of(11)):
+    for row, (source, spans) in enumerate(whole.sequences_read(11)):
         documents = data.documents(source)
         parts = [documents[d][0][first : first + size] for d, first, size in spans]
         np.testing.assert_array_equal(tokens[row], np.concatenate(parts))
@@ -92,7 +92,7 @@ def test_masks_number_the_documents_and_spare_the_border(data):
     plain = stream(data).batch(4)
     x, y, weights = masked.batch(4)
     assert_same((dict(x, padding_mask=plain[0]["padding_mask"]), y, plain[2]), plain)
-    for row, (_, spans) in enumerate(masked.rows_of(4)):
+    for row, (_, spans) in enumerate(masked.sequences_read(4)):
         sizes = [size for *_, size in spans]
         numbers = np.repeat(np.arange(len(sizes)) + 1, sizes)
         np.testing.assert_array_equal(x["padding_mask"][row], numbers[:-1])
@@ -106,7 +106,7 @@ def test_best_fit_cuts_no_document_that_fits(data):
     packed = stream(data, packing="best_fit", length=200)
     for step in range(20):
         x, _, weights = packed.batch(step)
-        for row, (source, spans) in enumerate(packed.rows_of(step)):
+        for row, (source, spans) in enumerate(packed.sequences_read(step)):
             lengths = data.documents(source).lengths
             for document, first, size in spans:
                 if lengths[document] <= 201:
@@ -127,7 +127,9 @@ def test_any_place_is_reached_without_what_comes_before(data, way):
     for step in np.random.default_rng(2).permutation(40)[:8].tolist():
         assert_same(stream(data, **way).batch(step), batches[step])
         # In the midst of a document: nothing was begun anew there.
-    starts = [spans[0][1] for step in range(40) for _, spans in whole.rows_of(step)]
+    starts = [
+        spans[0][1] for step in range(40) for _, spans in whole.sequences_read(step)
+    ]
     assert any(starts)
 
 
@@ -220,7 +222,7 @@ np.save(out, np.stack(rows))
 def test_every_document_comes_once_an_epoch(data):
     packed = stream(data, packing="best_fit", mixture=from_weights({"books": 1}))
     lengths = data.documents("books").lengths
-    rows = [row for step in range(400) for row in packed.rows_of(step)]
+    rows = [row for step in range(400) for row in packed.sequences_read(step)]
     epoch = int(packed._rows[0].epoch_rows)
     for start in (0, epoch):
         seen = collections.Counter()
@@ -237,7 +239,7 @@ def test_shares_of_the_tokens_are_the_weights(data, packing):
     totals = collections.Counter()
     for step in range(120):
         real = (mixed.batch(step)[0]["padding_mask"] > 0).sum(axis=1)
-        for (source, _), tokens in zip(mixed.rows_of(step), real, strict=True):
+        for (source, _), tokens in zip(mixed.sequences_read(step), real, strict=True):
             totals[source] += int(tokens)
     for source, weight in WEIGHTS.items():
         assert totals[source] / totals.total() == pytest.approx(weight, abs=1e-3)
@@ -261,11 +263,13 @@ def test_weights_change_at_their_step_and_not_before(data):
     mixture = data.mixture.changed(50, {"code": 1})
     before, changed = stream(data), stream(data, mixture=mixture)
     assert_same(changed.batch(49), before.batch(49))
-    assert {source for source, _ in changed.rows_of(50)} == {"code"}
+    assert {source for source, _ in changed.sequences_read(50)} == {"code"}
     # It goes on in the source where it was.
-    counts = collections.Counter(s for k in range(50) for s, _ in before.rows_of(k))
+    counts = collections.Counter(
+        s for k in range(50) for s, _ in before.sequences_read(k)
+    )
     code = changed._rows[changed.sources.index("code")]
-    assert changed.rows_of(50)[0][1] == code.spans(counts["code"])
+    assert changed.sequences_read(50)[0][1] == code.spans(counts["code"])
 
 
 def test_the_validation_split_is_other_documents(data):

@@ -12,8 +12,7 @@ import pytest
 import sentencepiece
 from checkout import ROOT
 
-from keras_openllama.cli.train_tokenizer import STYLES, main, number_of_bytes
-from keras_openllama.data import tokenizer_training
+from keras_openllama.cli.train_tokenizer import main, number_of_bytes
 from keras_openllama.data.document_reader import EMPTY, NOT_JSON, Skipped
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.data.tokenizer_training import (
@@ -525,7 +524,3 @@ def test_help_teaches(capsys):
     said = capsys.readouterr().out
     assert "keras-openllama train-tokenizer --output" in said
     assert "unfit for code" in said and "--sample-bytes" in said
-
-
-def test_the_flag_style_takes_all_styles():
-    assert STYLES == (*tokenizer_training.STYLES,)

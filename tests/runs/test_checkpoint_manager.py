@@ -24,10 +24,11 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from fake_devices import run_on_eight_devices
+from small_disk import small_disk
 
 from keras_openllama.runs import checkpoint_manager as module
 from keras_openllama.runs.checkpoint_manager import CheckpointError, Checkpoints
-from keras_openllama.runs.train_state import abstract
+from keras_openllama.runs.jax_train_program import abstract
 from keras_openllama.utils import files
 
 pytestmark = [
@@ -428,22 +429,9 @@ def test_if_all_are_damaged_it_is_said_each_time_and_nothing_is_lost(two, tmp_pa
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """Makes a file system of so many pages, or gives it another size."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(pages):
-        remount = "remount," if os.path.ismount(disk) else ""
-        options = f"{remount}size={4 * pages}k"
-        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-        if subprocess.run(line, capture_output=True).returncode:
-            pytest.skip("only root may mount a file system")
-        return disk
-
-    yield mount
-    if os.path.ismount(disk):
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+def mount(tmp_path):
+    with small_disk(tmp_path / "disk") as mount:
+        yield mount
 
 
 def used_pages(disk):
@@ -452,15 +440,15 @@ def used_pages(disk):
 
 
 @pytest.mark.usefixtures("swept")
-def test_however_much_room_is_missing_the_checkpoints_before_stay_whole(small_disk):
-    disk, rows = small_disk(1000), 1 << 10
+def test_however_much_room_is_missing_the_checkpoints_before_stay_whole(mount):
+    disk, rows = mount(4000), 1 << 10
     checkpoints = Checkpoints(disk)
     checkpoints.save(1, arrays(1, rows), {})
     checkpoints.wait()
     before, used = contents(disk), used_pages(disk)
     failures = 0
     while True:
-        small_disk(used + failures)
+        mount(4 * (used + failures))
         try:
             checkpoints.save(2, arrays(2, rows), {})
             checkpoints.wait()

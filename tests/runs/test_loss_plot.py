@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from keras_openllama.cli.plot import X_AXES, main
+from keras_openllama.cli.plot import main
 from keras_openllama.runs import loss_plot
 from keras_openllama.runs.loss_plot import Run, draw, loss_figure, read_runs, smoothed
 from keras_openllama.runs.metrics_log import RunLog
@@ -165,7 +165,3 @@ def test_the_script_says_what_is_wrong(tmp_path, capsys):
     RunLog(tmp_path / "new", 0).close()
     assert main([str(tmp_path / "new")]) == 2
     assert "new has no step yet" in capsys.readouterr().err
-
-
-def test_the_flag_x_takes_all_axes():
-    assert X_AXES == loss_plot.X_AXES

@@ -80,7 +80,7 @@ def test_time_is_split_and_goodput_is_that_of_kept_steps():
     }
     now.spend(clock, "compute", 4)
     now.spend(clock, "checkpoint", 2)
-    assert clock.step(kept=False)["goodput"] == 6 / 23.5
+    assert clock.step(applied=False)["goodput"] == 6 / 23.5
     now.spend(clock, "compute", 5)
     now.seconds += 1.5  # An evaluation.
     third = clock.step()

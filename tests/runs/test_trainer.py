@@ -24,13 +24,13 @@ from pretraining_runs import (
     records,
     rewound,
     small_data,
-    smaller_nano,
+    small_model,
 )
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets
 from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.distribution import check_hosts
-from keras_openllama.runs import interruption, recipe, run_directory, train_state
+from keras_openllama.runs import interruption, jax_train_program, recipe, run_directory
 from keras_openllama.runs.interruption import DataNotRead
 from keras_openllama.runs.pretraining import PROMPTS, pretrain
 from keras_openllama.runs.step_reporter import StepReporter
@@ -55,10 +55,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, preset in smaller_nano().items():
-            patch.setitem(presets.registry(), name, preset)
+def nano_is_small():
+    with small_model():
         yield
 
 
@@ -126,7 +124,7 @@ def test_the_log_has_a_record_of_each_step(whole, stream):
         assert "mfu" not in r  # The peak of this CPU is not known.
         assert 0 < r["goodput"] <= 1
     assert not any(r["skipped"] for r in found)
-    rows = [json.dumps(stream.rows_of(step)).encode() for step in range(STEPS)]
+    rows = [json.dumps(stream.sequences_read(step)).encode() for step in range(STEPS)]
     assert [r["batch"] for r in found] == [
         hashlib.sha256(text).hexdigest()[:16] for text in rows
     ]
@@ -374,7 +372,7 @@ FAULTS = {
 def test_steps_that_are_not_finite_or_a_spike_change_nothing(
     run, tmp_path, monkeypatch, stream
 ):
-    monkeypatch.setattr(train_state, "LOSS_MEMORY", 3)
+    monkeypatch.setattr(jax_train_program, "LOSS_MEMORY", 3)
     poisoned(monkeypatch, stream, FAULTS)
     run(tmp_path, save_every=1, keep_last=20, spike_threshold=2)
     found = {r["step"]: r for r in records(tmp_path)}
@@ -393,7 +391,7 @@ def test_steps_that_are_not_finite_or_a_spike_change_nothing(
         record = json.loads(line)
         for name in ("step", "loss", "grad_norm", "batch"):
             assert record[name] == found[step][name]
-        assert record["rows"] == json.loads(json.dumps(stream.rows_of(step - 1)))
+        assert record["rows"] == json.loads(json.dumps(stream.sequences_read(step - 1)))
 
 
 def test_the_other_steps_are_as_if_those_had_not_been(

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest import mock
 
 import jax
 import numpy as np
@@ -32,6 +33,11 @@ def smaller_nano():
     return {nano.name: dataclasses.replace(nano, config={**nano.config, **sizes})}
 
 
+def small_model():
+    """Puts the smaller nano into the registry, in a `with` block."""
+    return mock.patch.dict(presets.registry(), smaller_nano())
+
+
 def small_data(tmp_path_factory):
     """Prepared data of two sources, made once a session."""
     from keras_openllama.data.preparation import prepare
@@ -39,7 +45,7 @@ def small_data(tmp_path_factory):
 
     directory = tmp_path_factory.getbasetemp() / "pretraining_data"
     if directory.exists():
-        return PreparedData(str(directory / "data"))
+        return PreparedData.open(str(directory / "data"))
     directory.mkdir()
     names = sorted(topics)
     specs = {}

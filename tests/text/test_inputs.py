@@ -166,6 +166,12 @@ def test_without_a_preprocessor_prompts_are_token_ids():
             normalize_prompts(inputs, 512, has_preprocessor=False)
 
 
+def test_without_a_preprocessor_a_dataset_of_texts_is_refused(tf):
+    dataset = tf.data.Dataset.from_tensor_slices(["a"])
+    with pytest.raises(ValueError, match=r"without text.*Dataset"):
+        normalize_prompts(dataset, 512, has_preprocessor=False)
+
+
 # ----- Sequences to score
 
 

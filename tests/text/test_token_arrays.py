@@ -6,7 +6,7 @@ import pytest
 from tokenizer_models import trained_model
 
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-from keras_openllama.text.token_arrays import as_arrays, as_padding_mask, rows_of
+from keras_openllama.text.token_arrays import as_arrays, as_padding_mask, unpadded_ids
 
 V2 = OpenLlamaTokenizer(trained_model(keep_spaces=True))
 backend_free = pytest.mark.backend_free
@@ -59,7 +59,7 @@ def test_rows_and_arrays_are_inverses():
     arrays = as_arrays(rows, 4)
     assert arrays["token_ids"].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
     assert arrays["padding_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert rows_of(arrays, 512) == (rows, 4)
+    assert unpadded_ids(arrays, 512) == (rows, 4)
 
 
 @backend_free

@@ -9,6 +9,8 @@ from keras import ops
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
+from keras_openllama.text.inputs import normalize_examples
+
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 # What `fit` makes of data does not depend on the number of layers.
@@ -74,7 +76,7 @@ def test_packing_does_not_change_the_loss():
     lm = make_lm(length=40)
     plain = lm.evaluate(AS_DICT, verbose=0, return_dict=True)
     packed = lm.evaluate(AS_DICT, verbose=0, return_dict=True, pack=True)
-    rows, _ = lm.preprocessor.training_rows(AS_DICT)
+    rows = lm.preprocessor.training_rows(normalize_examples(AS_DICT))
     assert len(rows.packed()[1]) < len(PAIRS), "nothing shares a row"
     for name, value in plain.items():
         assert packed[name] == pytest.approx(value, rel=1e-5), name
@@ -122,7 +124,7 @@ def test_a_response_follows_the_tokens_that_generate_gives_its_prompt(
 ):
     lm = make_lm(keep_spaces)
     prompt, response = pair
-    rows, _ = lm.preprocessor.training_rows([prompt], [response])
+    rows = lm.preprocessor.training_rows(normalize_examples([prompt], [response]))
     (ids,), (learned,) = rows.ids, rows.learned
     prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
     assert ids[: len(prompt_ids)] == prompt_ids
@@ -270,7 +272,7 @@ CHAT = [
 def test_each_reply_of_a_chat_is_learned_and_nothing_else():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
-    rows, _ = lm.preprocessor.training_rows([{"messages": CHAT}])
+    rows = lm.preprocessor.training_rows(normalize_examples([{"messages": CHAT}]))
     (ids,), (learned,) = rows.ids, rows.learned
     tokenizer = lm.preprocessor.tokenizer
     text = "Be short.\nUSER: Hello\nBOT: Hi!</s>USER: Bye\nBOT: Farewell!</s>"

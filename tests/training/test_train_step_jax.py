@@ -236,10 +236,10 @@ def spike(steps, state):
 @pytest.mark.parametrize("fault", [not_a_number, infinite_gradient, spike])
 def test_a_bad_step_changes_not_one_bit(steps, fault):
     measures, state = steps.step(steps.start, data(0))
-    assert measures.kept
+    assert measures.applied
     state, bad, limit = fault(steps, state)
     measures, after = steps.step(state, bad, limit)
-    assert not measures.kept
+    assert not measures.applied
     assert_identical(after, state)
     loss_is_finite, gradient_is_finite = (
         bool(np.isfinite(x)) for x in (measures.loss, measures.grad_norm)
@@ -262,9 +262,9 @@ def test_after_a_bad_step_all_goes_on_as_if_it_had_not_been(steps, fault):
 
 def test_a_loss_at_the_limit_is_kept(steps):
     measures, _ = steps.step(steps.start, data(0))
-    assert steps.step(steps.start, data(0), measures.loss)[0].kept
+    assert steps.step(steps.start, data(0), measures.loss)[0].applied
     below = np.nextafter(measures.loss, np.float32(0))
-    assert not steps.step(steps.start, data(0), below)[0].kept
+    assert not steps.step(steps.start, data(0), below)[0].applied
 
 
 def test_measures_are_what_they_say(steps):

@@ -90,14 +90,14 @@ def column_of(run):
     return published.column_of(run["run"].get("preset"))
 
 
-def rows_of(run):
+def metrics_by_key(run):
     """Dict of a run's metrics by `(task, metric)`."""
     return {(row["task"], row["metric"]): row for row in run["metrics"]}
 
 
 def published_metrics(runs):
     """List of the published metrics that any of the runs has, in order."""
-    keys = {key for run in runs for key in rows_of(run)}
+    keys = {key for run in runs for key in metrics_by_key(run)}
     return [metric for metric in published.load().metrics if metric.key in keys]
 
 
@@ -137,7 +137,7 @@ def limits_of(runs):
 
 def versions_of(results):
     """Says which tasks have another version than those compared with 2023."""
-    rows, others = rows_of(results), {}
+    rows, others = metrics_by_key(results), {}
     for metric in published.load().metrics:
         version = rows.get(metric.key, {}).get("version")
         if version not in (None, metric.version):
@@ -149,5 +149,5 @@ def versions_of(results):
 def keys_beside(runs):
     """List of what the runs have measured beside the published metrics."""
     suite = {metric.key for metric in published.load().metrics}
-    keys = dict.fromkeys(key for run in runs for key in rows_of(run))
+    keys = dict.fromkeys(key for run in runs for key in metrics_by_key(run))
     return [key for key in keys if key not in suite]

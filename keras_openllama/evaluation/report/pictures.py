@@ -14,9 +14,9 @@ from keras_openllama.evaluation.report.measurements import (
     error_of,
     keys_beside,
     limits_of,
+    metrics_by_key,
     names_of,
     published_metrics,
-    rows_of,
 )
 from keras_openllama.utils import files
 
@@ -48,7 +48,8 @@ def drawn_metrics(runs):
     suite = published_metrics(runs)
     drawn = [(metric.name, metric.key, metric) for metric in suite]
     for key in keys_beside(runs):
-        values = [rows_of(run)[key]["value"] for run in runs if key in rows_of(run)]
+        found = map(metrics_by_key, runs)
+        values = [metrics[key]["value"] for metrics in found if key in metrics]
         if all(0 <= value <= 1 for value in values):
             drawn.append(("/".join(key), key, None))
     return drawn
@@ -82,7 +83,7 @@ def figure_of(runs):
 
 
 def _draw_run(axes, drawn, run, offset, step, colour):
-    rows, column = rows_of(run), column_of(run)
+    rows, column = metrics_by_key(run), column_of(run)
     for place, (_, _, metric) in enumerate(drawn):
         if metric and column:
             value = metric.values[column]

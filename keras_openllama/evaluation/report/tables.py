@@ -9,9 +9,9 @@ from keras_openllama.evaluation.report.measurements import (
     error_of,
     keys_beside,
     limit_of,
+    metrics_by_key,
     names_of,
     published_metrics,
-    rows_of,
     tasks_by,
     versions_of,
 )
@@ -83,7 +83,7 @@ def _cell(row):
 
 def _row(runs, metric, shown, own, notes):
     """A metric: its name, what runs measured, what was published."""
-    measured = [rows_of(run).get(metric.key) for run in runs]
+    measured = [metrics_by_key(run).get(metric.key) for run in runs]
     texts = [f"{metric.values[column]:.2f}" for column in shown]
     if len(runs) == 1 and own[0]:
         texts.insert(1, f"{measured[0]['value'] - metric.values[own[0]]:+.3f}")
@@ -93,11 +93,13 @@ def _row(runs, metric, shown, own, notes):
 
 def _average_row(runs, suite, shown, own):
     """The average over what every run has, and of the same metrics as published."""
-    keys = set.intersection(*(set(rows_of(run)) for run in runs))
+    keys = set.intersection(*(set(metrics_by_key(run)) for run in runs))
     common = [metric for metric in suite if metric.key in keys]
     if not common:
         return ["average"] + [_NONE] * (len(runs) + len(shown))
-    found = [[rows_of(run)[metric.key]["value"] for metric in common] for run in runs]
+    found = [
+        [metrics_by_key(run)[metric.key]["value"] for metric in common] for run in runs
+    ]
     averages = list(map(published.average, found))
     name, values, digits = _published_average(common, shown)
     texts = [f"{value:.{digits}f}" for value in values]
@@ -131,7 +133,8 @@ def _others(runs):
         *(["measured"] if len(runs) == 1 else names_of(runs)),
     ]
     rows = [
-        ["/".join(key), *(_cell(rows_of(run).get(key)) for run in runs)] for key in keys
+        ["/".join(key), *(_cell(metrics_by_key(run).get(key)) for run in runs)]
+        for key in keys
     ]
     return ["Beside the published suite:", _markdown(heads, rows)]
 

@@ -1,4 +1,4 @@
-"""The state of a run: by name and back, and what its guard keeps out."""
+"""The programs of a run on JAX: its arrays by name, and what its guard keeps out."""
 
 import types
 
@@ -9,7 +9,7 @@ import pytest
 from tiny_models import TinyShape, batch, random_lm
 
 from keras_openllama.optimizers import AdamW
-from keras_openllama.runs import train_state as module
+from keras_openllama.runs import jax_train_program as module
 from keras_openllama.runs.checkpoint_manager import Checkpoints
 from keras_openllama.training.train_step_jax import Options
 
@@ -84,10 +84,10 @@ def step(lm, easy):
 
 
 def after(step, state, *batches):
-    """The measures of the last one, and the state."""
+    """The metrics of the last one, and the state."""
     for some in batches:
-        measures, state = step(state, some)
-    return measures, state
+        metrics, state = step(state, some)
+    return metrics, state
 
 
 # --- The guard ---
@@ -101,34 +101,34 @@ def test_a_spike_is_left_out_once_the_loss_is_known(lm, step, easy, hard):
     _, state = after(step, fresh(lm), *[easy] * MEMORY)
     assert state.guard["steps"] == MEMORY
     before = bits(state)
-    measures, state = step(state, hard)
-    assert measures.loss == pytest.approx(loss_of(lm, hard), rel=1e-3)
-    assert not measures.kept
+    metrics, state = step(state, hard)
+    assert metrics.loss == pytest.approx(loss_of(lm, hard), rel=1e-3)
+    assert not metrics.applied
     # Nothing has moved: neither the model and the optimizer nor the mean.
     assert bits(state) == before
-    measures, state = step(state, easy)
-    assert measures.kept
+    metrics, state = step(state, easy)
+    assert metrics.applied
     assert bits(state.trainable) != before.trainable
     assert bits(state.optimizer) != before.optimizer
     assert bits(state.guard) != before.guard
 
 
 def test_before_that_it_is_taken_for_what_is_usual(lm, step, easy, hard):
-    measures, state = after(step, fresh(lm), *[easy] * (MEMORY - 1), hard)
-    assert measures.kept
+    metrics, state = after(step, fresh(lm), *[easy] * (MEMORY - 1), hard)
+    assert metrics.applied
     mean = (loss_of(lm, hard) + (MEMORY - 1) * loss_of(lm, easy)) / MEMORY
     assert state.guard["mean_loss"] == pytest.approx(mean, rel=1e-3)
     # Now it is, and the same batch is none.
-    measures, _ = step(state, hard)
-    assert measures.kept
+    metrics, _ = step(state, hard)
+    assert metrics.applied
 
 
 def test_the_mean_is_over_all_steps_at_first_and_forgets_later(lm, step, easy, hard):
     state, losses, mean = fresh(lm), [], 0.0
     for some in (hard, easy, hard, easy, easy, easy):
-        measures, state = step(state, some)
-        assert measures.kept
-        losses.append(float(measures.loss))
+        metrics, state = step(state, some)
+        assert metrics.applied
+        losses.append(float(metrics.loss))
         if len(losses) <= MEMORY:
             mean = np.mean(losses)
         else:
@@ -144,8 +144,8 @@ def test_the_threshold_is_by_how_much_a_loss_may_exceed_its_mean(
 ):
     mean = np.float32(factor * loss_of(lm, easy) / THRESHOLD)
     guard = {"mean_loss": jnp.array(mean), "steps": jnp.float32(MEMORY)}
-    measures, _ = step(fresh(lm)._replace(guard=guard), easy)
-    assert bool(measures.kept) is kept
+    metrics, _ = step(fresh(lm)._replace(guard=guard), easy)
+    assert bool(metrics.applied) is kept
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -158,19 +158,19 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(
     weights[0, 3] = value
     _, state = after(step, fresh(lm), *[easy] * (MEMORY if known else 1))
     before = bits(state)
-    measures, state = step(state, (x, targets, weights))
-    assert not np.isfinite(measures.loss) and not measures.kept
+    metrics, state = step(state, (x, targets, weights))
+    assert not np.isfinite(metrics.loss) and not metrics.applied
     assert bits(state) == before
-    measures, _ = step(state, easy)
-    assert measures.kept and np.isfinite(measures.loss)
+    metrics, _ = step(state, easy)
+    assert metrics.applied and np.isfinite(metrics.loss)
 
 
 def test_without_a_threshold_no_spike_is_left_out(lm, step, easy, hard):
     without = module.compile_step(lm, fresh(lm), easy, Options())
     many = jnp.float32(10 * module.LOSS_MEMORY)
     guard = {"mean_loss": jnp.float32(1e-3), "steps": many}
-    measures, _ = without(fresh(lm)._replace(guard=guard), hard)
-    assert measures.kept
+    metrics, _ = without(fresh(lm)._replace(guard=guard), hard)
+    assert metrics.applied
     # And with one, steps that are kept are the same to the bit.
     ours, theirs = step(fresh(lm), easy), without(fresh(lm), easy)
     for name in ("trainable", "non_trainable", "optimizer"):

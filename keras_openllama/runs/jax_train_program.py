@@ -1,13 +1,12 @@
-"""The state of a run: a model, its optimizer, and what watches over the loss."""
+"""The compiled programs of a run on JAX, and the arrays that they read and write."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from keras_openllama.optimizers import AdamW, WarmupCosine, muon
 from keras_openllama.runs import tpu_compiler_options
-from keras_openllama.training.chunked_loss import Sums
+from keras_openllama.training.step_metrics import Sums
 from keras_openllama.training.train_step_jax import parted, sums_of, update
 
 # Ours: the running mean of the loss is over about so many steps, and is relied on after
@@ -28,25 +27,6 @@ class State(NamedTuple):
     non_trainable: list
     optimizer: list
     guard: dict
-
-
-def make_optimizer(recipe):
-    """The optimizer of a `TrainConfig`, with its schedule."""
-    schedule = WarmupCosine(
-        recipe.learning_rate,
-        recipe.final_learning_rate,
-        recipe.warmup_steps,
-        recipe.steps,
-    )
-    make = {"adamw": AdamW, "muon": muon}[recipe.optimizer]
-    return make(
-        schedule,
-        weight_decay=recipe.weight_decay,
-        beta_1=recipe.beta_1,
-        beta_2=recipe.beta_2,
-        epsilon=recipe.epsilon,
-        global_clipnorm=recipe.clip_norm,
-    )
 
 
 def state_of(lm, replicated=None):
@@ -126,13 +106,13 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
             count.
         batch: a batch like those to come, see `train_step_jax.sums_of`.
         options: `train_step_jax.Options`.
-        spike_threshold: float, a loss above so many times its running mean leaves a
-            step out; 0 is never.
-        replicated: sharding of the measures, or `None`.
+        spike_threshold: float, a loss above so many times its running mean skips the
+            step; 0 is never.
+        replicated: sharding of the metrics, or `None`.
 
     Returns:
-        A compiled program `(state, batch) -> (Measures, state)`, which takes over the
-        memory of the state.
+        A compiled program `(state, batch) -> (StepMetrics, state)`, which takes over
+        the memory of the state.
     """
 
     def step(state, batch):
@@ -142,14 +122,14 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
         if spike_threshold:
             known = guard["steps"] >= LOSS_MEMORY
             limit = jnp.where(known, spike_threshold * mean, jnp.inf)
-        measures, (trainable, optimizer) = update(lm, state[:3], batch, options, limit)
+        metrics, (trainable, optimizer) = update(lm, state[:3], batch, options, limit)
         steps = guard["steps"] + 1
         # A plain mean at first, then an exponential one.
         share = 1 / jnp.minimum(steps, LOSS_MEMORY)
-        after = {"mean_loss": mean + share * (measures.loss - mean), "steps": steps}
-        kept = measures.kept
-        guard = jax.tree.map(lambda a, b: jnp.where(kept, a, b), after, guard)
-        return measures, State(trainable, state.non_trainable, optimizer, guard)
+        after = {"mean_loss": mean + share * (metrics.loss - mean), "steps": steps}
+        applied = metrics.applied
+        guard = jax.tree.map(lambda a, b: jnp.where(applied, a, b), after, guard)
+        return metrics, State(trainable, state.non_trainable, optimizer, guard)
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
     program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, shardings))
@@ -165,7 +145,7 @@ def compile_evaluation(lm, state, batch, options, replicated=None):
         lm, state, batch, options, replicated: see `compile_step`.
 
     Returns:
-        A compiled program `(state, batch) -> (chunked_loss.Sums, sum of the weights)`.
+        A compiled program `(state, batch) -> (step_metrics.Sums, sum of the weights)`.
     """
 
     def evaluate(state, batch):

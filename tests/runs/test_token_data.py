@@ -10,9 +10,9 @@ from tiny_models import TinyShape, random_lm
 from token_data import prepare_sources
 
 from keras_openllama.data import mixture as mixtures
-from keras_openllama.runs import recipe, train_state
-from keras_openllama.runs.validation import Validation
-from keras_openllama.training.chunked_loss import Sums
+from keras_openllama.runs import jax_train_program, recipe
+from keras_openllama.runs.token_data import TokenValidation
+from keras_openllama.training.step_metrics import Sums
 from keras_openllama.training.train_step_jax import Options
 
 pytestmark = pytest.mark.backend_free
@@ -38,7 +38,7 @@ def validation(data, weights=WEIGHTS, **settings):
         "mask_documents": True,
     } | settings
     chosen = recipe.resolve("nano", overrides=settings).recipe
-    return Validation(data, chosen, mixtures.from_weights(weights))
+    return TokenValidation(data, chosen, mixtures.from_weights(weights))
 
 
 class Counting:
@@ -63,14 +63,16 @@ def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
     shape = TinyShape("small", 4, 2, 8, hidden_dim=32, num_layers=1)
     size = data.manifest["tokenizer"]["vocabulary_size"]
     lm = random_lm(TinyShape(**{**vars(shape), "vocabulary_size": size}))
-    run = train_state.State(
+    run = jax_train_program.State(
         [v.value for v in lm.trainable_variables],
         [v.value for v in lm.non_trainable_variables],
         *([], {}),
     )
 
     def evaluate(batch):
-        return train_state.compile_evaluation(lm, run, batch, Options())(run, batch)
+        return jax_train_program.compile_evaluation(lm, run, batch, Options())(
+            run, batch
+        )
 
     found = validation(data, {"web": 1.0}).measure(evaluate)
     # One document after the other, from all logits.
@@ -225,7 +227,7 @@ def test_the_last_weights_of_a_schedule_count(data):
     counting = Counting()
     chosen = recipe.resolve("nano", overrides={"sequence_length": LENGTH}).recipe
     mixture = mixtures.from_weights(WEIGHTS).changed(9, {"web": 1, "code": 3})
-    ours = Validation(data, chosen, mixture)
+    ours = TokenValidation(data, chosen, mixture)
     found = ours.measure(counting)
     assert ours.sources == ["web", "code"] == [*found["sources"]]
     losses = [found["sources"][name]["loss"] for name in ours.sources]

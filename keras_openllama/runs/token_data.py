@@ -1,14 +1,66 @@
-"""Loss, perplexity and bits per byte of the texts that were set aside, by source."""
+"""The batches of pretraining: prepared tokens, and those that were set aside."""
 
+import functools
 import math
+
+import jax
 
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.runs.interruption import reading_data
+from keras_openllama.training.step_metrics import perplexity_of
 
 
-class Validation:
-    """The validation batches of a data set: the same ones each time.
+class TokenData:
+    """`trainer.TrainData` of prepared tokens.
+
+    Args:
+        data: `prepared_data.PreparedData`.
+        recipe: `recipe.Recipe`.
+        mixture: `mixture.Mixture`.
+    """
+
+    def __init__(self, data, recipe, mixture):
+        self._data, self._recipe, self._mixture = data, recipe, mixture
+
+    def _stream(self, **hosts):
+        recipe = self._recipe
+        return TokenStream(
+            self._data,
+            recipe.sequence_length,
+            recipe.batch_size,
+            seed=recipe.seed,
+            mixture=self._mixture,
+            packing=recipe.packing,
+            mask_documents=recipe.mask_documents,
+            **hosts,
+        )
+
+    @functools.cached_property
+    def _own(self):
+        return self._stream()
+
+    @functools.cached_property
+    def _of_all_hosts(self):
+        alone = jax.process_count() == 1
+        return self._own if alone else self._stream(hosts=1, host=0)
+
+    @functools.cached_property
+    def validation(self):
+        return TokenValidation(self._data, self._recipe, self._mixture)
+
+    def batches(self, from_step):
+        return self._own.dataset(from_step=from_step)
+
+    def sequences_read(self, step):
+        return self._of_all_hosts.sequences_read(step)
+
+    def tokens(self, steps):
+        return steps * self._recipe.tokens_per_step
+
+
+class TokenValidation:
+    """`trainer.ValidationData` of prepared tokens: the same batches each time.
 
     Args:
         data: `prepared_data.PreparedData`.
@@ -46,7 +98,7 @@ class Validation:
         """Evaluates.
 
         Args:
-            evaluate: function from a batch to `chunked_loss.Sums` and the sum of
+            evaluate: function from a batch to `step_metrics.Sums` and the sum of
                 weights.
 
         Returns:
@@ -65,7 +117,7 @@ class Validation:
         loss = mean("loss")
         return {
             "loss": loss,
-            "perplexity": _exp(loss),
+            "perplexity": perplexity_of(loss),
             "bits_per_byte": mean("bits_per_byte"),
             "sources": sources,
         }
@@ -86,10 +138,6 @@ class Validation:
             predicted -= split["documents"]
         return {
             "loss": loss,
-            "perplexity": _exp(loss),
+            "perplexity": perplexity_of(loss),
             "bits_per_byte": loss / math.log(2) * predicted / split["bytes"],
         }
-
-
-def _exp(loss):
-    return math.inf if loss > 700 else math.exp(loss)  # Beyond, `exp` overflows.
