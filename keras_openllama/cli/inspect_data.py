@@ -130,7 +130,7 @@ def main(arguments, prog):
     from keras_openllama.data.inspection import table
     from keras_openllama.data.prepared_data import PreparedData
 
-    data = PreparedData(options.directory)
+    data = PreparedData.open(options.directory)
     print(table(data))
     if options.verify:
         verify(data)

@@ -136,7 +136,7 @@ def data_of(options, resolved):
 
     if options.data is not None:
         try:
-            return PreparedData(options.data)
+            return PreparedData.open(options.data)
         except OSError as error:
             raise ValueError(f"--data: {error}") from error
     if resolved.preset != "open_llama_nano":
@@ -156,7 +156,7 @@ def data_of(options, resolved):
         prepare_default_text(place, resolved.preset)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("text")
-    return PreparedData(place)
+    return PreparedData.open(place)
 
 
 @command("pretrain", extra="train", large_pages=True)

@@ -23,7 +23,7 @@ def prepare_default_text(output, tokenizer, report=print):
         `prepared_data.PreparedData`.
     """
     if files.exists(files.join(output, MANIFEST_FILE)):
-        return PreparedData(output)
+        return PreparedData.open(output)
     text = Path(output, "text")
     text.mkdir(parents=True, exist_ok=True)
     found = importlib.metadata.distributions()

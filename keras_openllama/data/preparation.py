@@ -113,7 +113,7 @@ def prepare(
         _write_manifest(output, proto, known, plans, before)
         if files.exists(unfinished := files.join(output, UNFINISHED)):
             files.remove_directory(unfinished)
-    return PreparedData(output)
+    return PreparedData.open(output)
 
 
 def tokenizer_proto(tokenizer):

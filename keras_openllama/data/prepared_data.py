@@ -54,34 +54,41 @@ def read_manifest(directory):
 
 
 class PreparedData:
-    """What `preparation.prepare` wrote.
+    """What `preparation.prepare` wrote; `open` reads it.
 
     Args:
         directory: string, local or remote.
+        manifest: dict, see `read_manifest`.
 
     Attributes:
-        manifest: dict.
+        directory, manifest: the arguments.
         sources: names of the sources, a list.
         mixture: `mixture.Mixture`, as it was chosen; sources may be missing.
-
-    Raises:
-        OSError: if there is no such data set.
-        ValueError: if a file of it is missing, damaged or cut short; it is named.
 
     Example:
 
     ```python
-    data = PreparedData("data")
+    data = PreparedData.open("data")
     tokens, num_bytes = data.documents("wikipedia", "train")[0]
     ```
     """
 
-    def __init__(self, directory):
-        self.directory = str(directory)
-        self.manifest = read_manifest(self.directory)
-        self.sources = list(self.manifest["sources"])
-        self.mixture = mixture.from_json(self.manifest["mixture"])
-        self._check_sizes()
+    def __init__(self, directory, manifest):
+        self.directory, self.manifest = str(directory), manifest
+        self.sources = list(manifest["sources"])
+        self.mixture = mixture.from_json(manifest["mixture"])
+
+    @classmethod
+    def open(cls, directory):
+        """Opens a prepared data set.
+
+        Raises:
+            OSError: if there is no such data set.
+            ValueError: if a file of it is missing, damaged or cut short; it is named.
+        """
+        data = cls(directory, read_manifest(directory))
+        data._check_sizes()
+        return data
 
     def __repr__(self):
         return f"PreparedData({self.directory!r})"

@@ -72,7 +72,7 @@ class TokenStream:
         host=None,
     ):
         if not isinstance(data, PreparedData):
-            data = PreparedData(data)
+            data = PreparedData.open(data)
         for name, value in (
             ("sequence_length", sequence_length),
             ("batch_size", batch_size),

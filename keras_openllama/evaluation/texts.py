@@ -106,7 +106,7 @@ def _prepared(path, lm):
             "Reading a prepared data set needs the extra `train`: pip install "
             "'keras-openllama[train]' brings it."
         ) from error
-    data = PreparedData(str(path))
+    data = PreparedData.open(str(path))
     data.check_tokenizer(lm.preprocessor.tokenizer.fingerprint)
     sources = {}
     for name in data.sources:

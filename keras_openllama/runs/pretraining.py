@@ -70,7 +70,7 @@ def open_run(resolved, data, options):
 
     ```python
     options = RunOptions("runs/nano")
-    with open_run(resolve("nano"), PreparedData("data"), options) as trainer:
+    with open_run(resolve("nano"), PreparedData.open("data"), options) as trainer:
         trainer.train()
     ```
     """

@@ -86,7 +86,7 @@ def finished_shards(output):
 def assert_nothing_looks_finished(output):
     assert not list(Path(output).glob("tokens/*/1.0.0"))
     with pytest.raises(FileNotFoundError, match="preparation has not ended"):
-        PreparedData(str(output))
+        PreparedData.open(str(output))
 
 
 # --- What comes out ---
@@ -124,7 +124,7 @@ def output(specs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(output):
-    return PreparedData(str(output))
+    return PreparedData.open(str(output))
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +483,7 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(three, specs, tmp_path)
     other = stamps((output / "tokens" / "whole").rglob("*.array_record*"))
     assert len(before) == 4 and len(other) == 10
     with pytest.raises(FileNotFoundError, match="preparation has not ended"):
-        PreparedData(str(output))
+        PreparedData.open(str(output))
     three[1].write_bytes(whole)
     data = run(sources, output)
     assert {*before, *other} < {*stamps(shards(output))}

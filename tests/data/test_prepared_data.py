@@ -51,7 +51,7 @@ def all_documents(data, source="web", split="train"):
 def refused(path, error, *words):
     """The data cannot be opened, and the message says all of the words."""
     with pytest.raises(error) as raised:
-        PreparedData(str(path))
+        PreparedData.open(str(path))
     for word in words:
         assert str(word) in str(raised.value)
 
@@ -60,7 +60,7 @@ def refused(path, error, *words):
 
 
 def test_a_copy_elsewhere_is_the_same_data(path, original):
-    data = PreparedData(str(path))
+    data = PreparedData.open(str(path))
     assert data.sources == [*COUNTS]
     data.verify()
     for source in COUNTS:
@@ -71,8 +71,8 @@ def test_a_copy_elsewhere_is_the_same_data(path, original):
 
 
 def test_documents_are_the_same_one_by_one_in_any_order_and_in_another_process(path):
-    documents = PreparedData(str(path)).documents("web", "train")
-    expected = all_documents(PreparedData(str(path)))
+    documents = PreparedData.open(str(path)).documents("web", "train")
+    expected = all_documents(PreparedData.open(str(path)))
     assert len(documents) == len(expected) > 200
     numbers = np.random.default_rng(0).permutation(len(documents))
     for number, (tokens, size) in zip(numbers, documents.read(numbers), strict=True):
@@ -98,7 +98,7 @@ def test_totals_of_blocks_do_not_overflow():
 
 def test_verify_reports_every_byte(path):
     sizes = []
-    PreparedData(str(path)).verify(sizes.append)
+    PreparedData.open(str(path)).verify(sizes.append)
     files = [file for file in path.glob("tokens/*/*/*") if file.suffix != ".json"]
     assert sum(sizes) == sum(file.stat().st_size for file in files)
 
@@ -180,7 +180,7 @@ def test_a_flipped_byte_in_a_document_is_noticed_when_it_is_read(path, original)
     # The first bytes say where chunks are, and so does the end of the file.
     for place in range(100, used, 97):
         flip(shard, place)
-        data = PreparedData(str(path))
+        data = PreparedData.open(str(path))
         try:
             # Names of the format beside a document may change without harm.
             assert all_documents(data) == expected
@@ -190,13 +190,13 @@ def test_a_flipped_byte_in_a_document_is_noticed_when_it_is_read(path, original)
             refusals += 1
         flip(shard, place)
     assert refusals > 50
-    assert all_documents(PreparedData(str(path))) == expected
+    assert all_documents(PreparedData.open(str(path))) == expected
 
 
 def test_the_other_shards_of_a_damaged_one_are_read(path, original):
     shard = path / SHARD
     shard.write_bytes(bytes(shard.stat().st_size))
-    documents = PreparedData(str(path)).documents("web", "train")
+    documents = PreparedData.open(str(path)).documents("web", "train")
     first = original.split("web", "train")["shards"][0]["documents"]
     expected = all_documents(original)
     found = documents.read(range(first))
@@ -207,14 +207,14 @@ def test_the_other_shards_of_a_damaged_one_are_read(path, original):
 
 
 def test_a_shard_of_another_number_of_documents_is_refused_when_it_is_opened(path):
-    data = PreparedData(str(path))
+    data = PreparedData.open(str(path))
     other = data.split("code", "train")["shards"][0]
     shard = path / SHARD
     assert shard.stat().st_size == other["size"]  # Else it is found sooner.
     shutil.copy(path / "tokens" / "code" / "1.0.0" / other["file"], shard)
     count = data.split("web", "train")["shards"][1]["documents"]
     with pytest.raises(DamagedFile) as error:
-        all_documents(PreparedData(str(path)))
+        all_documents(PreparedData.open(str(path)))
     words = f"{shard} has {other['documents']} records, but should have {count}"
     assert words in str(error.value)
 
@@ -227,7 +227,7 @@ def test_a_shard_in_the_place_of_another_is_noticed(path):
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     with pytest.raises(DamagedFile) as error:
-        PreparedData(str(path)).verify()
+        PreparedData.open(str(path)).verify()
     assert str(first) in str(error.value) and str(second) in str(error.value)
 
 
@@ -237,7 +237,7 @@ def test_verify_names_every_damaged_shard_and_no_other(path):
     for shard in damaged:
         flip(shard, 200, bit=7)
     with pytest.raises(DamagedFile) as error:
-        PreparedData(str(path)).verify()
+        PreparedData.open(str(path)).verify()
     named = [shard for shard in shards if str(shard) in str(error.value)]
     assert named == damaged
 
@@ -246,13 +246,13 @@ def test_verify_notices_a_flipped_bit_in_the_padding_of_a_shard(path):
     shard = path / SHARD
     flip(shard, shard.stat().st_size - 1)
     with pytest.raises(DamagedFile, match="is not what was prepared"):
-        PreparedData(str(path)).verify()
+        PreparedData.open(str(path)).verify()
 
 
 def test_verify_names_lengths_that_are_damaged(path):
     flip(path / LENGTHS, 1)
     with pytest.raises(DamagedFile) as error:
-        PreparedData(str(path)).verify()
+        PreparedData.open(str(path)).verify()
     assert str(path / LENGTHS) in str(error.value)
 
 
@@ -271,7 +271,7 @@ def test_the_tokenizer_is_the_one_that_made_the_data(original):
 
 
 def test_a_changed_tokenizer_is_refused_by_its_file(path):
-    data = PreparedData(str(path))
+    data = PreparedData.open(str(path))
     file = path / "tokenizer.model"
     flipped = bytearray(file.read_bytes())
     flipped[1000] ^= 1

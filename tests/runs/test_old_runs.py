@@ -71,7 +71,7 @@ def test_a_run_of_the_version_before_resumes_as_if_this_one_had_begun_it(
         for steps in stages:
             resolved = recipe.resolve("nano", overrides={**SETTINGS, "steps": steps})
             options = RunOptions(str(output), accept_changes=True, report=lambda _: ())
-            data = PreparedData(str(OLD / "data"))
+            data = PreparedData.open(str(OLD / "data"))
             assert pretrain(resolved, data, options) is None
     old, new = records(tmp_path / "old"), records(tmp_path / "new")
     assert [r["step"] for r in old] == [1, 2, 3, 4, 5, 6]

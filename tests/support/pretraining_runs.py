@@ -45,7 +45,7 @@ def small_data(tmp_path_factory):
 
     directory = tmp_path_factory.getbasetemp() / "pretraining_data"
     if directory.exists():
-        return PreparedData(str(directory / "data"))
+        return PreparedData.open(str(directory / "data"))
     directory.mkdir()
     names = sorted(topics)
     specs = {}
