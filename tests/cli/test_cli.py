@@ -18,6 +18,7 @@ from keras_openllama.models import causal_lm
 
 PROMPT = "The old man looked at the sea, and"
 HEAVY = ("jax", "keras", "keras_hub", "tensorflow", "torch", "transformers")
+HEAVY += ("matplotlib", "sentencepiece")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,154 @@
+"""What `pretrain` and `finetune` share: their flags, and how they end."""
+
+import contextlib
+import types
+
+import pytest
+
+from keras_openllama.cli.command import CommandParser
+from keras_openllama.cli.training_options import (
+    WrongArgument,
+    add_run_options,
+    exit_code,
+    open_trainer,
+)
+from keras_openllama.runs import interruption
+from keras_openllama.runs.checkpoint_manager import CheckpointError
+
+pytestmark = pytest.mark.backend_free
+
+PROG = "keras-openllama pretrain"
+
+
+def parsed(*arguments):
+    parser = CommandParser(PROG)
+    add_run_options(parser)
+    options = parser.parse_args(arguments)
+    options.output = "runs/mine"
+    return options
+
+
+# ----- Flags
+
+
+def test_a_mesh_has_all_axes():
+    assert parsed().mesh is None
+    assert parsed("--mesh", "fsdp=4").mesh == {"data": 1, "fsdp": 4, "model": 1}
+
+
+def test_a_profile_is_the_first_and_the_last_step():
+    assert parsed().profile is None
+    assert parsed("--profile", "10:15").profile == (10, 15)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *[("--mesh", value) for value in ("rows=2", "fsdp=0", "fsdp", "")],
+        *[("--profile", value) for value in ("3:2", "0:1", "3", "a:b", "")],
+    ],
+)
+def test_a_value_that_is_none_is_refused_by_the_name_of_its_flag(flag, value, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parsed(flag, value)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"{PROG}: error: argument {flag}: ")
+    assert error.endswith(f"Received: {value!r}")
+
+
+# ----- A run is opened
+
+
+@contextlib.contextmanager
+def opened(run_options):
+    yield types.SimpleNamespace(options=run_options)
+
+
+def test_a_run_is_opened_with_the_flags(capsys):
+    options = parsed("--mesh", "data=2", "--profile", "1:2", "--accept-changes")
+    with open_trainer(options, opened) as trainer:
+        found = trainer.options
+        assert found.output == "runs/mine" and found.mesh == options.mesh
+        assert found.profile == (1, 2) and found.accept_changes
+        assert capsys.readouterr().out == ""
+    assert "runs/mine/loss.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_what_fails_while_it_is_opened_is_a_wrong_argument(kind):
+    def refused(run_options):
+        raise kind("no such data")
+
+    with pytest.raises(WrongArgument, match="no such data"):
+        with open_trainer(parsed(), refused):
+            pass
+
+
+def test_what_fails_in_the_run_is_none(capsys):
+    with pytest.raises(ValueError, match="mine"):
+        with open_trainer(parsed(), opened):
+            raise ValueError("mine")
+    assert "loss.png" not in capsys.readouterr().out
+
+
+# ----- A run ends
+
+
+def ended(error, *arguments):
+    def run():
+        raise error
+
+    return exit_code(PROG, parsed(*arguments), run)
+
+
+def test_a_complete_run_is_0_and_a_stopped_one_is_told(capsys):
+    assert exit_code(PROG, parsed(), lambda: None) == 0
+    assert capsys.readouterr().out == ""
+    assert exit_code(PROG, parsed(), lambda: "SIGTERM") == interruption.STOPPED
+    assert "Stopped by SIGTERM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (WrongArgument("no mesh"), 2),
+        (interruption.DataNotRead("no data"), 1),
+        (interruption.Diverged("no loss"), 70),
+        (CheckpointError("no room"), 74),
+        (OSError("no disk"), 74),
+    ],
+)
+def test_what_ends_a_run_is_one_line_in_the_name_of_the_command(error, code, capsys):
+    assert ended(error) == code
+    assert capsys.readouterr().err == f"{PROG}: error: {error}\n"
+
+
+def test_lines_of_an_error_become_one(capsys):
+    ended(WrongArgument("Prepare it:\n    prepare-data"))
+    assert capsys.readouterr().err == f"{PROG}: error: Prepare it: prepare-data\n"
+
+
+def test_what_nobody_foresaw_shows_where_it_comes_from(capsys):
+    assert ended(ZeroDivisionError("by zero")) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.endswith(f"{PROG}: error: by zero\n")
+
+
+def test_a_traceback_can_be_asked_for(capsys):
+    assert ended(WrongArgument("no mesh"), "--traceback") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_on_the_way_out_does_not_hide_the_first(capsys):
+    def run():
+        try:
+            raise interruption.Diverged("no loss")
+        finally:
+            raise OSError("no disk")
+
+    assert exit_code(PROG, parsed(), run) == 74
+    assert capsys.readouterr().err.splitlines() == [
+        f"{PROG}: error: no disk",
+        f"{PROG}: before that: no loss",
+    ]

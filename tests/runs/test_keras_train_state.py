@@ -1,0 +1,102 @@
+"""The state of a run whose steps Keras computes: the variables are the state."""
+
+import numpy as np
+import pytest
+from small_config import small_config
+from tiny_models import TinyShape, batch, random_lm
+
+from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.keras_train_state import KerasTrainState
+from keras_openllama.runs.optimizer import make_optimizer
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+SHAPE = TinyShape("small", 4, 2, 8, hidden_dim=32, num_layers=1)
+ROWS, LENGTH = 2, 12
+CONFIG = small_config(sequence_length=LENGTH, batch_size=ROWS)
+
+
+def state_of(rank=None):
+    lm = random_lm(SHAPE)
+    if rank:
+        lm.backbone.enable_lora(rank)
+    # Keras computes accuracy, which JAX's own step does by itself.
+    lm.compile(optimizer=make_optimizer(CONFIG))
+    lm.optimizer.build(lm.trainable_variables)
+    return KerasTrainState(lm, save_frozen=rank is None)
+
+
+def changed(one, other):
+    """Paths of the arrays that differ."""
+    return [path for path in one if (one[path] != other[path]).any()]
+
+
+@pytest.fixture
+def data():
+    ids = batch(SHAPE, ROWS, LENGTH + 1)
+    x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((ROWS, LENGTH), "int32")}
+    weights = np.ones((ROWS, LENGTH), "float32")
+    weights[1, 6:] = 0
+    return x, ids[:, 1:], weights
+
+
+def test_a_step_returns_its_metrics(data):
+    state = state_of()
+    rate = float(state.lm.optimizer.learning_rate)
+    first, second = state.step(data), state.step(data)
+    assert second.loss < first.loss
+    assert first.targets == data[2].sum() and first.applied
+    assert second.learning_rate < first.learning_rate == np.float32(rate)
+    assert first.grad_norm is None and first.param_norm is None
+
+
+def test_a_loss_that_is_not_finite_is_not_applied(data):
+    x, targets, weights = data
+    weights[0, 3] = np.inf
+    state = state_of()
+    before = state.arrays()
+    metrics = state.step((x, targets, weights))
+    assert not metrics.applied
+    assert not changed(state.arrays()["model"], before["model"])
+
+
+def test_an_evaluation_is_the_sum_over_the_targets(data):
+    state = state_of()
+    before = state.arrays()["model"]
+    sums, targets = state.evaluate(data)
+    assert targets == data[2].sum()
+    assert not changed(state.arrays()["model"], before)
+    assert sums.loss / targets == pytest.approx(state.step(data).loss, rel=1e-5)
+
+
+def test_later_steps_do_not_change_arrays_that_are_being_saved(data):
+    state = state_of()
+    arrays = state.arrays()
+    before = {path: array.copy() for path, array in arrays["model"].items()}
+    state.step(data)
+    assert not changed(arrays["model"], before)
+    assert changed(state.arrays()["model"], before)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, data, tmp_path):
+    state = state_of(rank)
+    state.step(data)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state.arrays(), {})
+    checkpoints.wait()
+    expected = state.step(data)
+    again = state_of(rank)
+    assert again.restore(checkpoints)["step"] == 1
+    checkpoints.close()
+    assert again.step(data) == expected
+
+
+def test_without_a_checkpoint_nothing_is_restored(tmp_path):
+    assert state_of().restore(Checkpoints(tmp_path)) is None
+
+
+def test_frozen_weights_are_saved_only_if_wanted():
+    state = state_of(rank=2)
+    trainable = {v.path for v in state.lm.trainable_variables}
+    assert {*state.arrays()["model"]} == trainable
