@@ -445,7 +445,7 @@ def test_what_decides_the_tokens_cannot_change(run, cut_short, data):
     manifest["created"] = "another day"
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="another one: data was"):
-        run(cut_short, {"data": type(data)(str(other)), "accept_changes": True})
+        run(cut_short, {"data": data.open(str(other)), "accept_changes": True})
     assert [r["step"] for r in records(cut_short)] == list(range(1, 13))
 
 
@@ -495,7 +495,7 @@ def test_what_does_not_change_the_course_may_change(run, whole, cut_short):
     ],
 )
 def test_data_of_another_tokenizer_are_refused(run, data, tmp_path, name, value, says):
-    copy = type(data)(data.directory)
+    copy = data.open(data.directory)
     copy.manifest["tokenizer"] = {**copy.manifest["tokenizer"], name: value}
     with pytest.raises(ValueError, match=f"{name} {says}"):
         run(tmp_path, {"data": copy})
