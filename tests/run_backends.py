@@ -8,9 +8,12 @@ each program that it has compiled. A line tells of each part that has ended; the
 is shown of those that failed.
 
 JAX, the default backend, runs everything. TensorFlow and PyTorch leave out the tests
-marked `backend_free`, whose answer cannot depend on the backend. A part that runs no
-test at all counts as failed, unless pytest arguments narrowed the choice: then there is
-one part for each backend.
+marked `backend_free`, whose answer cannot depend on the backend. TensorFlow traces and
+compiles each model anew: tests marked `slow_on_tensorflow`, whose code PyTorch runs
+too, run there with `--slow` only.
+
+A part that runs no test at all counts as failed, unless pytest arguments narrowed the
+choice: then there is one part for each backend.
 
 Most of the time of the tests on JAX is compilation. All parts share one directory of
 compiled programs. Without `--slow`, LLVM does not optimize what JAX compiles, except in
@@ -108,6 +111,8 @@ def marker_expression(backend, slow):
     'not slow and not backend_free'
     """
     left_out = [] if slow else ["slow"]
+    if backend == "tensorflow" and not slow:
+        left_out.append("slow_on_tensorflow")
     if backend != "jax":
         left_out.append("backend_free")
     return " and ".join(f"not {marker}" for marker in left_out)

@@ -217,6 +217,7 @@ def test_every_sampler_of_keras_hub_runs(sampler):
     ],
     ids=lambda s: type(s).__name__,
 )
+@pytest.mark.slow_on_tensorflow
 def test_samplers_without_choice_are_greedy(lm, sampler):
     expected = lm.generate(PROMPTS, max_new_tokens=12)
     try:
@@ -226,6 +227,7 @@ def test_samplers_without_choice_are_greedy(lm, sampler):
         lm.compile(sampler="greedy")
 
 
+@pytest.mark.slow_on_tensorflow
 def test_more_beams_find_likelier_texts(lm):
     options = dict(max_new_tokens=8, stop_token_ids=None)
     greedy = [lm.generate(arrays(lm, [p]), **options) for p in PROMPTS]
@@ -245,6 +247,7 @@ def test_more_beams_find_likelier_texts(lm):
     assert loss(beam) < loss(greedy) - 0.01
 
 
+@pytest.mark.slow_on_tensorflow
 def test_all_of_the_probability_is_plain_sampling():
     lm, texts = make_lm(), []
     for sampler in (
@@ -258,6 +261,7 @@ def test_all_of_the_probability_is_plain_sampling():
 
 
 @pytest.mark.parametrize("sampler", ["beam", "contrastive"])
+@pytest.mark.slow_on_tensorflow
 def test_search_is_repeatable(sampler):
     texts = set()
     for _ in "ab":
@@ -291,6 +295,7 @@ def test_samplers_that_cannot_run_are_refused(lm):
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+@pytest.mark.slow_on_tensorflow
 def test_a_stretched_context_is_fixed_by_the_final_length(rope_type):
     lm = make_lm(context=16, rope_scaling={"rope_type": rope_type, "factor": 4.0})
     x = arrays(lm, PROMPTS[:2])
@@ -323,6 +328,7 @@ def short_generations(lm, batches, lengths, limits):
 
 
 @pytest.mark.skipif(keras.config.backend() == "torch", reason="is about XLA")
+@pytest.mark.slow_on_tensorflow
 def test_all_lengths_share_twelve_programs(caplog, monkeypatch):
     lm = make_lm(context=2048)
     traced = []
@@ -366,7 +372,16 @@ def test_a_traced_step_serves_all_lengths():
         assert text["token_ids"][0, : len(ids) + 9].tolist() == expected
 
 
-@pytest.mark.parametrize("length", [31, 32, 33, 256, 257, 290, 545])
+@pytest.mark.parametrize(
+    "length",
+    [
+        *(31, 257),
+        *(
+            pytest.param(length, marks=pytest.mark.slow_on_tensorflow)
+            for length in (32, 33, 256, 290, 545)
+        ),
+    ],
+)
 def test_long_prompts_go_in_by_chunks(length):
     lm = make_lm(context=1024)
     ids = np.random.default_rng(length).integers(3, 500, (2, length)).astype("int32")

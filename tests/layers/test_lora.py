@@ -110,6 +110,7 @@ def test_adapters_and_moments_are_float32_whatever_the_base_is():
     assert {v.dtype for v in moments} == {"float32"}
 
 
+@pytest.mark.slow_on_tensorflow
 def test_over_a_bfloat16_base_it_learns_as_over_float32():
     start = random_lm(SHAPE)
 
@@ -127,6 +128,7 @@ def test_over_a_bfloat16_base_it_learns_as_over_float32():
 
 
 @pytest.mark.parametrize("first", ["quantize", "enable_lora"])
+@pytest.mark.slow_on_tensorflow
 def test_over_an_int8_base_it_learns(first):
     lm = random_lm(SHAPE)
     order = ["quantize", "enable_lora"]
@@ -166,6 +168,7 @@ def test_merging_and_unmerging_is_exact(dtype):
     assert all("lora" in v.path for v in lm.trainable_variables)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_after_unmerging_training_goes_on_as_if_nothing_had_been():
     def losses(detour):
         lm = make_lm()
@@ -220,6 +223,7 @@ def test_programs_that_were_compiled_before_see_the_adapters(ask):
     np.testing.assert_allclose(found(), adapted, atol=1e-5)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_adapters_that_come_between_two_fits_are_all_that_is_trained():
     lm = random_lm(SHAPE)
     x = {"token_ids": batch(SHAPE), "padding_mask": np.ones_like(batch(SHAPE))}
@@ -240,6 +244,7 @@ def test_adapters_that_come_between_two_fits_are_all_that_is_trained():
 
 
 @pytest.mark.parametrize("change", ["train", "quantize"])
+@pytest.mark.slow_on_tensorflow
 def test_what_changed_since_is_not_unmerged(change):
     lm = make_lm()
     lm.backbone.merge_lora()
@@ -265,6 +270,7 @@ def test_saving_adapters_on_int8_whole_is_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
+@pytest.mark.slow_on_tensorflow
 def test_adapters_are_saved_alone_and_come_back(targets, tmp_path):
     lm = make_lm(targets=targets)
     lm.save_adapters(tmp_path / "adapters")
@@ -302,6 +308,7 @@ def test_peft_loads_them_with_equal_logits(targets, tmp_path):
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow_on_tensorflow
 def test_those_of_peft_come_in(tmp_path):
     peft = pytest.importorskip("peft")
     import torch
@@ -345,6 +352,7 @@ def test_the_base_is_named_where_peft_can_load_it(origin, base, tmp_path):
     assert config["base_model_name_or_path"] == base
 
 
+@pytest.mark.slow_on_tensorflow
 def test_an_export_is_merged(tmp_path):
     lm = make_lm()
     lm.export_to_transformers(str(tmp_path), tokenizer=False)

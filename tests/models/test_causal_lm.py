@@ -52,6 +52,7 @@ def test_fit_learns_from_strings():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_takes_what_the_preprocessor_makes():
     lm = make_lm()
     x, y, sample_weight = lm.preprocessor(TEXTS)
@@ -73,6 +74,7 @@ def test_fit_takes_a_tf_dataset_of_strings():
     )
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_validates_on_strings():
     lm = make_lm()
     lm.compile()
@@ -181,6 +183,7 @@ def test_lora_trains_only_adapters_and_changes_generation():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow_on_tensorflow
 def test_int8_keeps_the_logits_near(tmp_path, dtype):
     lm = make_lm(dtype, initializer_std=0.2)
     before = logits_of(lm)
@@ -244,6 +247,7 @@ def test_keras_file_comes_back(tmp_path):
     )
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_preset_directory_without_tokenizer_generates_from_ids(tmp_path):
     lm = make_lm()
     ids = np.array([[1, 40, 60]])

@@ -175,8 +175,16 @@ CONTAINERS = {
 
 
 @pytest.fixture(scope="module")
-def expected_loss():
-    return make_lm().fit(AS_DICT, **_options()).history["loss"]
+def steady_lm():
+    """A model that training does not change, so that it is compiled once."""
+    lm = make_lm()
+    lm.compile(optimizer=keras.optimizers.SGD(0.0))
+    return lm
+
+
+@pytest.fixture(scope="module")
+def expected_loss(steady_lm):
+    return steady_lm.fit(AS_DICT, **_options()).history["loss"]
 
 
 def _options():
@@ -184,13 +192,13 @@ def _options():
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_fit_takes_pairs_from_any_container(kind, expected_loss):
+def test_fit_takes_pairs_from_any_container(kind, steady_lm, expected_loss):
     x = CONTAINERS[kind]()
     data = x if isinstance(x, tuple) else (x,)
     options = _options()
     if not isinstance(x, (dict, list, tuple)):
         options.pop("batch_size")
-    history = make_lm().fit(*data, **options).history
+    history = steady_lm.fit(*data, **options).history
     assert history["loss"] == pytest.approx(expected_loss, rel=1e-5)
 
 
@@ -228,6 +236,7 @@ def test_rows_that_micro_batches_do_not_divide_are_filled_up():
         parted.fit(three, batch_size=3, verbose=0)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_texts_come_from_generators_too():
     texts = [p + r for p, r in PAIRS]
     batches = (texts[i : i + 2] for i in (0, 2))
@@ -269,6 +278,7 @@ CHAT = [
 ]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_each_reply_of_a_chat_is_learned_and_nothing_else():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
@@ -284,6 +294,7 @@ def test_each_reply_of_a_chat_is_learned_and_nothing_else():
     lm.fit([{"messages": CHAT}, {"messages": CHAT[:3]}], verbose=0)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_chat_is_generated_from_as_it_was_learned():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
@@ -306,6 +317,7 @@ def test_the_template_is_saved_with_the_preprocessor(tmp_path):
 # ----- Bad input
 
 
+@pytest.mark.slow_on_tensorflow
 def test_what_is_cut_is_told_once_with_counts():
     lm = make_lm(length=12)
     with pytest.warns(UserWarning, match=r"2 of 4 examples were cut.*12") as told:
@@ -389,6 +401,7 @@ def test_ids_outside_the_vocabulary_are_refused(bad):
         lm.fit(x, y, sample_weight=weights, verbose=0)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_packing_takes_validation_data_as_they_are():
     lm = make_lm()
     arrays = lm.preprocessor(AS_DICT)
@@ -447,6 +460,7 @@ def test_a_rate_that_diverges_leaves_finite_weights():
 # ----- Defaults
 
 
+@pytest.mark.slow_on_tensorflow
 def test_the_default_optimizer_is_adamw_and_faster_for_adapters():
     lm = random_lm(SHAPE, trained_model(True))
     assert type(lm.optimizer).__name__ == "AdamW"
@@ -459,6 +473,7 @@ def test_the_default_optimizer_is_adamw_and_faster_for_adapters():
     assert float(lm.optimizer.learning_rate) == pytest.approx(2e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_training_bfloat16_variables_is_warned_of():
     lm = make_lm(dtype="bfloat16")
     with pytest.warns(UserWarning, match="small steps are rounded away"):
