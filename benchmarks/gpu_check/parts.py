@@ -87,7 +87,7 @@ _ALL = [
         "jax",
         "resume",
         "run",
-        seconds=180,
+        seconds=90,
     ),
     *_by_backend(
         "attention-speed",
