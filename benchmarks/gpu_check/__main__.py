@@ -12,15 +12,16 @@ beside those of transformers. The exit code is 1 if a check failed, or if a part
 this package broke.
 
 Each part is a process of its own: what breaks, hangs or runs out of memory ends that
-part alone. Checks run side by side, speeds one after the other, in the order of --list.
-A part that would begin after --minutes is skipped, and one that is running then is
-stopped; what it had measured by then counts.
+part alone. Checks run side by side, then speeds one after the other, in the order of
+--only or of --list. A part that would begin after --minutes is skipped, and one that is
+running then is stopped; what it had measured by then counts.
 
 Without a GPU the same parts run at tiny sizes, which tests the parts themselves: what
 needs a GPU is skipped, and the speeds mean nothing.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -61,6 +62,12 @@ def main(arguments=None):
         default=7.0,
         help="for all parts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="for each part; longer ones are stopped (default: by part)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results here")
     parser.add_argument("--list", action="store_true", help="list the parts, and end")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -68,7 +75,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.work:
         return runner.work(PARTS[options.work], Path(options.directory))
-    chosen = [p for p in PARTS.values() if wanted(p.name, options.only)]
+    chosen = choose(options.only, options.limit)
     if not chosen:
         parser.error(f"--only names no part: {' '.join(options.only)}. See --list.")
     if options.list:
@@ -89,8 +96,13 @@ def main(arguments=None):
     return int(any(result["kind"] == "failed" for result in results))
 
 
-def wanted(name, only):
-    return not only or any(name.startswith(beginning) for beginning in only)
+def choose(only, limit):
+    """Parts whose names begin so, in that order, with no more seconds than `limit`."""
+    names = [n for start in only or [""] for n in PARTS if n.startswith(start)]
+    parts = [PARTS[name] for name in dict.fromkeys(names)]
+    if limit is None:
+        return parts
+    return [dataclasses.replace(p, seconds=min(p.seconds, limit)) for p in parts]
 
 
 def save(path, results):

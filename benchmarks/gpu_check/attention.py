@@ -49,6 +49,8 @@ def documents_of(case):
         documents[1, LENGTH // 2 :] = 2
     if case.documents != "whole":
         documents[1, -LENGTH // 5 :] = 0
+    if case.documents == "padded":  # Before the text, too: a row that sees nothing.
+        documents[0, : LENGTH // 5] = 0
     return documents
 
 

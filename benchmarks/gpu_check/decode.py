@@ -20,14 +20,7 @@ def ours(model):
         model: string, the preset whose sizes a random model gets.
     """
     sizes = models.sizes(model)
-    start = time.perf_counter()
-    lm = models.ours(sizes, "bfloat16")
-
-    def generate(ids, new):
-        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-        lm.generate(inputs, max_new_tokens=new, stop_token_ids=None)
-
-    results.measure("random model", time.perf_counter() - start, "s")
+    generate = our_generate(sizes)
     for batch in batches():
         ids = prompts(sizes, batch, PROMPT)
         first = seconds(lambda ids=ids: generate(ids, SHORT))
@@ -41,21 +34,23 @@ def ours(model):
             report_prompt(sizes, generate)
 
 
-def chunks(model):
-    """A prompt in chunks of 1,024 tokens, rather than `token_loop.PREFILL_CHUNKS`."""
-    from unittest import mock
-
-    from keras_openllama.generation import token_loop
-
+def prompt(model):
+    """The longest prompt alone, see `ours`."""
     sizes = models.sizes(model)
+    report_prompt(sizes, our_generate(sizes))
+
+
+def our_generate(sizes):
+    """A random model's `generate`, of token ids and a number of new ones."""
+    start = time.perf_counter()
     lm = models.ours(sizes, "bfloat16")
+    results.measure("random model", time.perf_counter() - start, "s")
 
     def generate(ids, new):
         inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
         lm.generate(inputs, max_new_tokens=new, stop_token_ids=None)
 
-    with mock.patch.object(token_loop, "PREFILL_CHUNKS", (1024, 256, 32)):
-        report_prompt(sizes, generate)
+    return generate
 
 
 def transformers(model):

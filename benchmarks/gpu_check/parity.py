@@ -32,10 +32,10 @@ def compare(shape, theirs, directory):
     expected = logits_of_theirs(theirs, ids)
     found = logits(ours, ids)
     results.check(f"{shape}: logits", error(found, expected), LOGITS_LIMIT)
+    compare_gradients(shape, ours, theirs, ids)
     compare_tokens(shape, ours, theirs)
     ours_bfloat16 = as_ours(theirs, directory, dtype="bfloat16")
     of_ours = error(logits(ours_bfloat16, ids), expected)
-    compare_gradients(shape, ours, theirs, ids)
     of_theirs = error(logits_of_theirs(theirs.to(torch.bfloat16), ids), expected)
     results.check(
         f"{shape}: bfloat16, error by theirs",
@@ -93,16 +93,22 @@ def compare_gradients(shape, ours, theirs, ids):
 def gradients(lm, x, y):
     """Gradients of the mean loss by path of the variable, NumPy."""
     if keras.config.backend() == "jax":
+        import jax
+
         from keras_openllama.training import train_step_jax as step
 
-        mask = {"token_ids": x, "padding_mask": np.ones_like(x)}
+        options = step.placed(step.Options())
+
+        # As one program: each operation by itself is compiled by itself.
+        @jax.jit
+        def program(trainable, non_trainable, batch):
+            return step.gradients(lm, trainable, non_trainable, batch, options)[2]
+
         variables = lm.trainable_variables
-        _, _, values = step.gradients(
-            lm,
+        values = program(
             [v.value for v in variables],
             [v.value for v in lm.non_trainable_variables],
-            step.as_batch(mask, y),
-            step.placed(step.Options()),
+            step.as_batch({"token_ids": x, "padding_mask": np.ones_like(x)}, y),
         )
         return {v.path: np.asarray(g) for v, g in zip(variables, values, strict=True)}
     found = lm({"token_ids": x, "padding_mask": np.ones_like(x)})

@@ -71,6 +71,7 @@ _ALL = [
         "check",
         "parity",
         {"jax": "run", "torch": "run"},
+        seconds=200,
     ),
     *_by_backend(
         "attention",
@@ -86,7 +87,7 @@ _ALL = [
         "jax",
         "resume",
         "run",
-        seconds=180,
+        seconds=90,
     ),
     *_by_backend(
         "attention-speed",
@@ -119,11 +120,11 @@ _ALL = [
     *_decode("7b"),
     Part(
         "prefill-3b-jax",
-        "the longest prompt in larger chunks than generation takes",
+        "the longest prompt alone, 2,047 tokens",
         "speed",
         "jax",
         "decode",
-        "chunks",
+        "prompt",
         arguments={"model": "open_llama_3b_v2"},
         needs_gpu=True,
     ),

@@ -16,7 +16,7 @@ import results
 from tables import line
 
 LEAST_SECONDS = 15  # Heuristic: in less no part finds anything.
-LOG_LINES = 15  # Of what a broken part has printed.
+LOG_LINES = 40  # Of what a broken part has printed.
 
 
 def work(part, directory):
@@ -45,6 +45,7 @@ def environment(part, has_gpu):
     if part.kind == "check":
         # Checks share the GPU; and float32 is to be float32, not TF32.
         variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        variables.setdefault("OMP_NUM_THREADS", "2")  # They share the cores, too.
         variables["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     else:
         variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"

@@ -24,13 +24,16 @@ from keras import ops, tree
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
-from keras_openllama.generation.sharding import keep, put, shardings, zeros
+from keras_openllama.generation.sharding import (
+    device_platform,
+    keep,
+    put,
+    shardings,
+    zeros,
+)
 from keras_openllama.layers.cached_attention import HIDDEN
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_arrays
 
-# Ours: tokens of a prefill chunk. The large one is near the peak rate of matrix
-# products; the small one costs about two steps of decoding on a CPU.
-PREFILL_CHUNKS = (256, 32)
 SMALLEST_CACHE = 256  # Ours: below it, memory and time are those of the weights.
 STOP_SLOTS = 4  # Ours: stop ids are padded to a multiple, to compile once.
 
@@ -43,6 +46,29 @@ def padded_columns(columns):
 def padded_rows(rows):
     """Rows of a compiled program: 1, or the next power of two from 4 on."""
     return 1 if rows == 1 else max(4, 1 << (rows - 1).bit_length())
+
+
+def prefill_chunks(platform, rows, columns):
+    """Sizes of the chunks in which prefixes go into the cache, the largest first.
+
+    On a CPU 256 tokens are near the peak rate of matrix products, and 32 cost about two
+    steps of decoding. An accelerator reads the weights in the time in which it computes
+    some 256 tokens, whatever rows they are in: less costs as much. More at a time is
+    faster, as far as memory for their scores allows.
+
+    Args:
+        platform: string, such as `"cpu"`, of the devices that hold the weights.
+        rows, columns: int, of the program; powers of two.
+
+    Returns:
+        List of int. All but the last are below `columns`, and each divides it.
+    """
+    if platform == "cpu":
+        sizes = {256, 32}
+    else:
+        sizes = {max(256, min(1024, 8192 // rows)), 256, max(32, 256 // rows)}
+    fitting = [size for size in sizes if size < columns]
+    return sorted(fitting, reverse=True) or [columns]
 
 
 def feed(backbone, tokens, rows, cache, column):
@@ -173,8 +199,10 @@ class TokenLoop:
 
     def _advance(self, state, rows, stop_ids, until):
         state = self._placed(state)
-        columns = state["tokens"].shape[1]
-        chunks = [chunk for chunk in PREFILL_CHUNKS if chunk < columns]
+        # Without JAX there is no number that was measured on anything but a CPU.
+        on_jax = keras.config.backend() == "jax"
+        platform = device_platform(self.model.backbone) if on_jax else "cpu"
+        chunks = prefill_chunks(platform, *state["tokens"].shape)
         for chunk in chunks:
             state = self._prefill(state, rows, chunk, is_last=chunk == chunks[-1])
 

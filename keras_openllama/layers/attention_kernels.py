@@ -127,6 +127,7 @@ def cudnn_attention(query, key, value, mask):
     context = jax.nn.dot_product_attention(
         *(jnp.swapaxes(jnp.pad(x, padding), 1, 2) for x in (query, key, value)),
         mask=mask,
+        is_causal=True,  # The mask says so, too; but the kernel does not look ahead.
         scale=head_dim**-0.5,
         implementation="cudnn",
     )

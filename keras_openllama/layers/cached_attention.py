@@ -11,7 +11,10 @@ elif keras.config.backend() == "jax":
 # The score of a key that may not be looked at. A finite number: a row that may look
 # nowhere (padding) must not become NaN.
 HIDDEN = -1e30
-BLOCK = 256  # Ours: columns of the cache that a chunk looks at together.
+BLOCK = 256  # Ours: columns of the cache that a chunk looks at together, on a CPU.
+# Ours: the same elsewhere, where a turn of a loop costs more than what it computes; and
+# how many scores there may be then, 1 GiB of them.
+LARGE_BLOCKS, LARGEST_SCORES = (1024, 512), 1 << 28
 
 
 def attend_cached(query, key, value, bias):
@@ -45,8 +48,8 @@ def attend_cached(query, key, value, bias):
 def attend_by_blocks(query, key, value, bias, end):
     """The same for a chunk of a prompt: only over columns in use, a block at a time.
 
-    Scores of a block stay in a CPU's cache. Block by block, the softmax keeps the
-    largest score so far and rescales what was summed under a smaller one.
+    Block by block, the softmax keeps the largest score so far and rescales what was
+    summed under a smaller one.
 
     Args:
         query, key, value, bias: see `attend_cached`; `BLOCK` divides the columns.
@@ -61,14 +64,15 @@ def attend_by_blocks(query, key, value, bias, end):
     length, head_dim = shape[2:]
     query = join_groups(query, key)
     heads, rows, _ = query.shape
+    block = block_columns(heads * rows, key.shape[1])
 
     def add_block(i, largest, total, context):
-        start = i * BLOCK
+        start = i * block
         keys, values = (
-            ops.slice(x, (0, start, 0), (heads, BLOCK, head_dim)) for x in (key, value)
+            ops.slice(x, (0, start, 0), (heads, block, head_dim)) for x in (key, value)
         )
         scores = matmul_float32(query, ops.swapaxes(keys, -1, -2)) * head_dim**-0.5
-        hidden = ops.slice(bias, (0, 0, start), (heads, length, BLOCK))
+        hidden = ops.slice(bias, (0, 0, start), (heads, length, block))
         scores = scores + ops.tile(hidden, (1, rows // length, 1))
         new_largest = ops.maximum(largest, ops.max(scores, axis=-1, keepdims=True))
         weights = ops.exp(scores - new_largest)
@@ -82,7 +86,7 @@ def attend_by_blocks(query, key, value, bias, end):
         )
 
     _, _, total, context = ops.while_loop(
-        lambda i, *_: i * BLOCK < end,
+        lambda i, *_: i * block < end,
         add_block,
         (
             ops.zeros((), "int32"),
@@ -92,6 +96,21 @@ def attend_by_blocks(query, key, value, bias, end):
         ),
     )
     return part_groups(ops.cast(context / total, value.dtype), shape)
+
+
+def block_columns(queries, columns):
+    """Columns that a chunk looks at together.
+
+    Args:
+        queries: int, of all rows and heads.
+        columns: int, of the cache; a multiple of `BLOCK`.
+    """
+    if keras.config.backend() != "jax" or jax.default_backend() == "cpu":
+        return BLOCK  # Its scores stay in a CPU's cache.
+    for block in LARGE_BLOCKS:
+        if columns % block == 0 and queries * block <= LARGEST_SCORES:
+            return block
+    return BLOCK
 
 
 def join_groups(query, key):

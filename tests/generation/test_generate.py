@@ -14,12 +14,13 @@ from keras_openllama import (
     OpenLlamaCausalLMPreprocessor,
     OpenLlamaTokenizer,
 )
-from keras_openllama.generation import sharding
+from keras_openllama.generation import sharding, token_loop
 from keras_openllama.generation.token_loop import (
     TokenLoop,
     new_cache,
     padded_columns,
     padded_rows,
+    prefill_chunks,
 )
 
 STEPS_BETWEEN_LOOKS = 8  # On PyTorch, which then runs a few steps too many.
@@ -392,6 +393,40 @@ def test_long_prompts_go_in_by_chunks(length):
     for row, n in zip(out["token_ids"], mask.sum(axis=1), strict=True):
         logits = keras.ops.convert_to_numpy(lm.score(row[None, : n + 3]))[0]
         assert row[n : n + 3].tolist() == logits[n - 1 : n + 2].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sizes"),
+    [
+        (1, 256, [256]),
+        (1, 2048, [1024, 256]),
+        (4, 2048, [1024, 256, 64]),
+        (16, 2048, [512, 256, 32]),
+        (64, 2048, [256, 32]),
+        (64, 256, [32]),
+    ],
+)
+def test_an_accelerator_takes_larger_chunks(rows, columns, sizes):
+    assert prefill_chunks("gpu", rows, columns) == sizes
+    small = [32] if columns == 256 else [256, 32]
+    assert prefill_chunks("cpu", rows, columns) == small
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="is about JAX's devices")
+@pytest.mark.parametrize("length", [70, 1290])
+def test_chunks_of_another_size_fill_the_cache_alike(length, monkeypatch):
+    lm = make_lm(context=2048)
+    prompt = np.random.default_rng(0).integers(3, 500, length).tolist()
+    stop_ids, found = np.full(4, -1, "int32"), {}
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(token_loop, "device_platform", lambda _, p=platform: p)
+        loop = TokenLoop(lm)
+        state, rows = loop.start([prompt], [3])
+        state = loop.advance(
+            state=state, rows=rows, stop_ids=stop_ids, until=np.int32(3)
+        )
+        found[platform] = np.array(state["cache"])[..., : length + 2, :]
+    np.testing.assert_allclose(found["gpu"], found["cpu"], atol=1e-4, rtol=1e-4)
 
 
 def test_generation_ends_when_all_rows_have_ended(lm, monkeypatch):

@@ -92,6 +92,7 @@ def test_cudnn_would_be_given_what_it_takes(monkeypatch):
     def in_xla(query, key, value, *, implementation, **options):
         assert implementation == "cudnn"
         assert query.dtype == "bfloat16"
+        assert options["is_causal"]  # Or it would compute what the mask hides.
         assert query.shape[-1] % 8 == 0 and query.shape[1] % 2 == 0
         return theirs(query, key, value, implementation="xla", **options)
 

@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_openllama.layers import CausalSelfAttention, RotaryEmbedding
+from keras_openllama.layers import (
+    CausalSelfAttention,
+    RotaryEmbedding,
+    cached_attention,
+)
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.cached_attention import (
     BLOCK,
@@ -78,9 +82,13 @@ def test_a_cache_changes_nothing(heads, head_dim):
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 16), ((3, 3), 100)])
-@pytest.mark.parametrize("start", [0, BLOCK - 2, 2 * BLOCK - 5])
-def test_blocks_give_what_the_whole_cache_gives(heads, head_dim, start):
-    batch, length, columns = 2, 5, 3 * BLOCK
+@pytest.mark.parametrize("start", [0, BLOCK - 2, 2 * BLOCK - 5, 3 * BLOCK])
+@pytest.mark.parametrize("block", [BLOCK, 2 * BLOCK])
+def test_blocks_give_what_the_whole_cache_gives(
+    heads, head_dim, start, block, monkeypatch
+):
+    monkeypatch.setattr(cached_attention, "block_columns", lambda *_: block)
+    batch, length, columns = 2, 5, 4 * BLOCK
     query = random(batch, heads[0], length, head_dim)
     key, value = (random(batch * heads[1], columns, head_dim, seed=s) for s in (1, 2))
     fed = start + np.arange(length)
@@ -98,3 +106,14 @@ def test_blocks_give_what_the_whole_cache_gives(heads, head_dim, start):
     np.testing.assert_allclose(
         ops.convert_to_numpy(blocks), ops.convert_to_numpy(whole), atol=1e-5
     )
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="is about JAX's devices")
+def test_an_accelerator_looks_at_larger_blocks_within_its_memory(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert cached_attention.block_columns(32 * 1024, 2048) == 1024
+    assert cached_attention.block_columns(64 * 32 * 256, 2048) == 512
+    assert cached_attention.block_columns(64 * 32 * 1024, 2048) == BLOCK
+    assert cached_attention.block_columns(32, 3 * BLOCK) == BLOCK
+    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
+    assert cached_attention.block_columns(32 * 1024, 2048) == BLOCK
