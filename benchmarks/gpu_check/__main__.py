@@ -14,7 +14,9 @@ this package broke.
 Each part is a process of its own: what breaks, hangs or runs out of memory ends that
 part alone. Checks run side by side, then speeds one after the other, in the order of
 --only or of --list. A part that would begin after --minutes is skipped, and one that is
-running then is stopped; what it had measured by then counts.
+running then is stopped; what it had measured by then counts. A check that meets its own
+limit, or that of --limit, fails: its other cases were not tried. The device's name, and
+shares of what it can do, come from the parts `device`: name them in --only, too.
 
 Without a GPU the same parts run at tiny sizes, which tests the parts themselves: what
 needs a GPU is skipped, and the speeds mean nothing.
@@ -66,7 +68,8 @@ def main(arguments=None):
         "--limit",
         type=float,
         metavar="SECONDS",
-        help="for each part; longer ones are stopped (default: by part)",
+        help="for each part, if less than its own; a check that is stopped by it "
+        "fails, and on 16 cores attention and resume need over 60",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results here")
     parser.add_argument("--list", action="store_true", help="list the parts, and end")

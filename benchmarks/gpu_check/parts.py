@@ -79,6 +79,7 @@ _ALL = [
         "check",
         "attention",
         {"jax": "check_jax", "torch": "check_torch"},
+        seconds=180,
     ),
     Part(
         "resume-jax",
@@ -87,7 +88,7 @@ _ALL = [
         "jax",
         "resume",
         "run",
-        seconds=90,
+        seconds=180,
     ),
     *_by_backend(
         "attention-speed",
