@@ -84,6 +84,7 @@ def logits_of(lm):
 # ----- What it leaves
 
 
+@pytest.mark.slow_on_tensorflow
 def test_adapters_are_trained_and_exported_alone_and_merged(
     arguments, data, tmp_path, capsys
 ):
@@ -273,6 +274,7 @@ def test_a_rate_that_diverges_ends_the_run(arguments, data, tmp_path, capsys):
     assert not checkpoints(tmp_path)[1]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
     arguments, data, tmp_path, monkeypatch
 ):
@@ -286,6 +288,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
     assert (tmp_path / "samples.txt").read_text().count("question 1, before") == 1
 
 
+@pytest.mark.slow_on_tensorflow
 def test_samples_that_fail_at_the_end_do_not_lose_the_run(
     arguments, data, tmp_path, monkeypatch
 ):
@@ -331,6 +334,7 @@ def test_a_mesh_trains_as_one_device_does(arguments, data, tmp_path):
     assert list((tmp_path / "four" / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_validation_is_by_file(arguments, data, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("opposite", "contrary"))
@@ -345,6 +349,7 @@ def test_validation_is_by_file(arguments, data, tmp_path):
     assert min(losses) <= last["loss"] <= max(losses)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_loads_a_run_of_all_weights_and_explains_one_of_adapters(
     arguments, data, tmp_path
 ):

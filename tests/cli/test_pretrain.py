@@ -300,7 +300,7 @@ def kill_often(start, output, kills, within_saves, seed):
 def test_a_run_that_is_killed_ends_as_one_that_was_not(
     start, main, undisturbed, tmp_path
 ):
-    kill_often(lambda: start(tmp_path), tmp_path, kills=3, within_saves=1, seed=1)
+    kill_often(lambda: start(tmp_path), tmp_path, kills=2, within_saves=1, seed=1)
     assert main(*ALONE, "--output", tmp_path) == 0
     assert course(tmp_path) == course(undisturbed())
 
@@ -384,6 +384,17 @@ def test_steps_that_are_not_finite_end_the_run(main, tmp_path, capfd):
 # ----- On other devices
 
 
+def test_a_run_of_two_processes_goes_on_with_one(main, two, tmp_path):
+    marker = json.loads((two() / "checkpoints" / "4" / "checkpoint.json").read_text())
+    for number in (0, 1):
+        assert any(f"ocdbt.process_{number}/" in name for name in marker["files"])
+    output = rewound(two(), tmp_path / "run")
+    assert main(*TOGETHER, "--mesh", "data=1", "--output", output) == 0
+    assert records(output)[:2] == records(two())[:2]
+    assert_close(output, two(), 1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(two, eight):
     two, eight = two(), eight()
     assert_close(two, eight, 1e-6)
@@ -392,11 +403,9 @@ def test_two_processes_train_as_one(two, eight):
         for run in (two, eight)
     )
     assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
-    marker = json.loads((two / "checkpoints" / "4" / "checkpoint.json").read_text())
-    for number in (0, 1):
-        assert any(f"ocdbt.process_{number}/" in name for name in marker["files"])
 
 
+@pytest.mark.slow
 def test_a_run_of_eight_devices_goes_on_with_one(main, eight, tmp_path):
     output = rewound(eight(), tmp_path / "run")
     assert main(*TOGETHER, "--mesh", "data=1", "--output", output) == 0

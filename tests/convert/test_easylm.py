@@ -42,6 +42,7 @@ def test_a_forward_pass_in_easylms_conventions_gives_the_same_logits(shape, tmp_
 
 
 @pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.slow_on_tensorflow
 def test_what_is_saved_comes_back(content, directory, tmp_path):
     lm = random_lm(SHAPE, trained_model(True), seed=1)
     easylm.save(lm, tmp_path / "file", dtype="float32", content=content)

@@ -89,6 +89,7 @@ def test_scoring_that_fails_says_why(tmp_path):
 # --- Sampling ---
 
 
+@pytest.mark.slow_on_tensorflow
 def test_samples_are_written_and_not_run_unasked(lm, tmp_path):
     marker = tmp_path / "ran"
     result = human_eval.evaluate(lm, limit=2, directory=tmp_path, **OPTIONS)
@@ -110,6 +111,7 @@ def test_samples_are_written_and_not_run_unasked(lm, tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.slow_on_tensorflow
 def test_samples_are_what_generate_gives_and_are_run_when_asked(lm, tmp_path):
     result = human_eval.evaluate(
         lm, limit=3, directory=tmp_path, run_code=True, **OPTIONS
@@ -126,6 +128,7 @@ def test_samples_are_what_generate_gives_and_are_run_when_asked(lm, tmp_path):
         assert sample["completion"] == alone
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_run_that_was_killed_goes_on(lm, tmp_path, monkeypatch):
     path = tmp_path / human_eval.SAMPLES
     options = {"limit": 3, "batch_size": 1, "directory": tmp_path, **OPTIONS}
@@ -145,6 +148,7 @@ def test_a_run_that_was_killed_goes_on(lm, tmp_path, monkeypatch):
     assert len(written) == 2
 
 
+@pytest.mark.slow_on_tensorflow
 def test_more_samples_are_other_samples_and_the_sampler_stays(lm, tmp_path):
     lm.sampler = sampler = keras_hub.samplers.TopKSampler(k=3)
     optimizer = lm.optimizer
@@ -158,6 +162,7 @@ def test_more_samples_are_other_samples_and_the_sampler_stays(lm, tmp_path):
     assert len(set(texts)) == len(texts) == 4
 
 
+@pytest.mark.slow_on_tensorflow
 def test_the_context_ends_samples_and_prompts_beyond_it_are_told(tmp_path):
     lm = random_lm(SHAPE, trained_model(keep_spaces=True), max_sequence_length=260)
     lengths = [

@@ -48,7 +48,13 @@ def assert_alike(found, expected):
         assert ours == pytest.approx(theirs, abs=1e-3)
 
 
-@pytest.fixture(scope="module", params=["keeps spaces", "merges spaces"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "keeps spaces",
+        pytest.param("merges spaces", marks=pytest.mark.slow_on_tensorflow),
+    ],
+)
 def lm(request):
     lm = random_lm(SHAPE, trained_model(keep_spaces=request.param == "keeps spaces"))
     # No bytes in what it writes: transformers shows broken ones in another way.
@@ -131,6 +137,7 @@ def test_whole_texts_cost_what_theirs_do_with_one_start(ours, theirs):
     assert found == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generations_are_theirs(ours, theirs):
     asked = [
         ("The value", {"until": ["\n\n"], "max_gen_toks": 20}),
@@ -173,6 +180,7 @@ def test_tasks_come_to_the_same_values(ours, theirs, load):
         }
 
 
+@pytest.mark.slow_on_tensorflow
 def test_examples_in_the_prompt_are_theirs_too(ours, theirs, load):
     options = {"num_fewshot": 2, "limit": 5}
     found = tasks.run(ours, load("arc_easy"), **options)
@@ -183,6 +191,7 @@ def test_examples_in_the_prompt_are_theirs_too(ours, theirs, load):
 # --- On our own account ---
 
 
+@pytest.mark.slow_on_tensorflow
 def test_answers_are_kept_and_not_computed_again(lm, tmp_path, monkeypatch):
     path = tmp_path / "answers.sqlite"
     asked = [*PAIRS[:5], (LONG, " of it"), PAIRS[0]]
@@ -203,6 +212,7 @@ def test_answers_are_kept_and_not_computed_again(lm, tmp_path, monkeypatch):
     assert again.generate_until(instances("generate_until", prompts)) == texts
 
 
+@pytest.mark.slow_on_tensorflow
 def test_what_was_interrupted_gives_the_same_bits(lm, tmp_path, monkeypatch):
     pairs = [(f"{i} {LONG[i : 150 + i]}", f" of {i}") for i in range(24)]
     options = {"lm": lm, "batch_size": 1}
@@ -224,6 +234,7 @@ def test_what_was_interrupted_gives_the_same_bits(lm, tmp_path, monkeypatch):
     assert loglikelihoods(resumed, pairs) == expected
 
 
+@pytest.mark.slow_on_tensorflow
 def test_the_harness_keeps_answers_in_its_own_cache_too(lm, tmp_path, monkeypatch):
     model = get_model("keras_openllama")(lm=lm)
     path = str(tmp_path / "cache.db")
@@ -234,6 +245,7 @@ def test_the_harness_keeps_answers_in_its_own_cache_too(lm, tmp_path, monkeypatc
     assert CachingLM(again, path).loglikelihood(asked) == first
 
 
+@pytest.mark.slow_on_tensorflow
 def test_samples_differ_and_leave_the_sampler_as_it_was(lm):
     model = get_model("keras_openllama")(lm=lm)
     sampler = lm.sampler

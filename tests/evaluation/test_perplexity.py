@@ -68,6 +68,7 @@ def test_a_text_within_the_context_costs_what_score_says(nano):
 
 
 @pytest.mark.parametrize("context, stride", [(32, None), (20, 20), (17, 3)])
+@pytest.mark.slow_on_tensorflow
 def test_a_long_text_costs_the_sum_over_its_windows(lm, context, stride):
     ids = [1, *lm.preprocessor.tokenizer(TEXT)]
     expected = 0.0
@@ -91,6 +92,7 @@ def test_strided_windows_count_each_token_once(stride):
             assert start == 0 or first - start > 8 - stride
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_corpus_of_any_size_is_planned_in_parts(lm, monkeypatch):
     [whole] = evaluate(lm, {"text": TEXT}, **QUIET)
     monkeypatch.setattr(perplexity, "_PLANNED", 64)
@@ -211,6 +213,7 @@ def test_arguments_that_make_no_sense_are_refused(lm, arguments, message):
 # --- Reading ---
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_prepared_data_set_costs_what_its_texts_do(tmp_path, lm):
     options = {"validation_fraction": 0.2}
     prepare_sources(tmp_path, {"web": 40, "code": 20}, **options)

@@ -75,6 +75,7 @@ def test_the_last_token_may_be_just_beyond_the_context(tmp_path):
     np.testing.assert_allclose(log_probs, expected(model, sequence, 1)[0], atol=2e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_dynamic_rope_scaling_knows_the_length_of_each_sequence(tmp_path):
     shape = SHAPES[0]
     scaling = {"rope_type": "dynamic", "factor": 2.0}
@@ -93,6 +94,7 @@ def test_dynamic_rope_scaling_knows_the_length_of_each_sequence(tmp_path):
         np.testing.assert_allclose(log_probs, -losses[0, first - 1 :], atol=1e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_more_tokens_may_follow_a_context_than_a_row_has_columns(tmp_path):
     shape = SHAPES[0]
     model = in_transformers(shape)

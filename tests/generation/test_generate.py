@@ -345,7 +345,7 @@ def test_all_lengths_share_twelve_programs(caplog, monkeypatch):
 
     def run():
         short_generations(
-            lm, range(1, 9), (1, 2, 33, 255, 256, 300), (1, 90, 211, 212, 724, 1748)
+            lm, (1, 2, 4, 5, 8), (1, 2, 255, 256, 300), (1, 90, 211, 212, 724, 1748)
         )
 
     if keras.config.backend() == "jax":

@@ -78,7 +78,9 @@ for name, (shape, columns, rows) in layouts.items():
 """
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(SHAPES[0], marks=pytest.mark.slow), SHAPES[1]], ids=str
+)
 def test_every_layout_gives_the_tokens_of_one_device(tmp_path, shape):
     as_ours(in_transformers(shape), tmp_path)
     printed = run_on_eight_devices(PROGRAM, tmp_path)

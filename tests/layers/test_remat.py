@@ -101,7 +101,7 @@ def test_more_is_computed(programs):
 
 
 @on_jax
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_program_takes_less_memory_the_less_is_kept(scan):
     # XLA computes nothing again before it is needed.
     deep = random_lm(dataclasses.replace(SHAPE, num_layers=8))

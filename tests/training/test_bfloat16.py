@@ -82,6 +82,7 @@ def test_the_gradient_is_within_a_percent_of_float32(of_nano, in_bfloat16):
         assert norm == pytest.approx(np.linalg.norm(gradient), rel=0.01), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_switches_keep_each_gradient_within_a_percent(of_nano, in_bfloat16, switches):
     loss, grads = of_nano("mixed_bfloat16", **SWITCHES[switches])

@@ -50,14 +50,12 @@ print(json.dumps(results))
 """
 
 
+# `make test` trains over a mesh in tests/test_distribution.py and tests/cli.
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "kind",
-    [
-        "adapters",
-        pytest.param("full", marks=pytest.mark.slow),
-        pytest.param("adapters on int8", marks=pytest.mark.slow),
-    ],
+    ["adapters", "full", "adapters on int8"],
 )
 def test_losses_are_those_of_one_device(kind):
     one, *meshes = json.loads(run_on_eight_devices(PROGRAM, kind))
