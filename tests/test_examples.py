@@ -20,6 +20,8 @@ def outcome(name, expression, run_from, output, monkeypatch):
     monkeypatch.setenv("EXAMPLES_QUICK", "1")
     monkeypatch.setenv("EXAMPLES_OUTPUT", str(output))
     monkeypatch.setenv("KERAS_BACKEND", "jax")
+    # It trains for so many steps that optimized programs are worth their compilation.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     asked = nbformat.v4.new_code_cell(f"print(json.dumps({expression}))")
     notebook.cells.append(asked)

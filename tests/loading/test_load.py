@@ -310,6 +310,7 @@ def run(hub, home, program, **variables):
     )
 
 
+@pytest.mark.backend_free
 def test_a_registered_preset_is_downloaded_once_and_then_works_offline(
     hub, hub_files, directory, tmp_path
 ):
