@@ -171,9 +171,9 @@ def open_run(
         train = config.train_config(data.steps(config.epochs))
         with scope_of(distribution):
             compile_model(lm, train)
-        if before is None or changes:
-            tokenizer = lm.preprocessor.tokenizer
-            run_directory.write_once(options.output, now, tokenizer.proto)
+        proto = lm.preprocessor.tokenizer.proto
+        changed = before is None or bool(changes)
+        run_directory.write_once(options.output, now, proto, changed)
         whole = not config.lora_rank
         if on_jax:
             state = JaxTrainState(lm, train, distribution, save_frozen=whole)

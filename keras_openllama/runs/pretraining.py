@@ -129,15 +129,15 @@ def _agree_on_run(resolved, preset, data, options):
     if before is not None:
         changes = run_directory.check_unchanged(before, now, options.accept_changes)
         steps = Checkpoints(options.output).steps() or [0]
-        mixture, changed = run_directory.mixture_from(
+        mixture, of_mixture = run_directory.mixture_from(
             before, mixture, steps[-1], options.accept_changes
         )
-        changes += changed
+        changes += of_mixture
         for line in changes:
             options.say(f"Changed: {line}.")
     now["mixture"] = mixture.to_json()
-    if before is None or changes:
-        run_directory.write_once(options.output, now, data.proto())
+    changed = before is None or bool(changes)
+    run_directory.write_once(options.output, now, data.proto(), changed)
     return mixture
 
 

@@ -96,9 +96,17 @@ def write(directory, run, tokenizer):
     files.write_bytes(files.join(directory, RUN), data)
 
 
-def write_once(directory, run, tokenizer):
-    """`write` on the first process; the others wait until it is done."""
-    if jax.process_index() == 0:
+def write_once(directory, run, tokenizer, changed):
+    """`write` on the first process if the run is new or changed; all wait for that.
+
+    Every process calls it: one that reads the directory late sees what the first has
+    just written, and no change.
+
+    Args:
+        directory, run, tokenizer: see `write`.
+        changed: bool, whether this process saw another run, or none.
+    """
+    if changed and jax.process_index() == 0:
         write(directory, run, tokenizer)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run")

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from keras_openllama import presets
 from keras_openllama.data import mixture as mixtures
@@ -47,6 +49,21 @@ def test_a_run_comes_back_with_the_versions_that_it_ran_on(tmp_path):
     here = {"python": sys.version.split()[0], "jax": sys.modules["jax"].__version__}
     assert here.items() <= versions.items()
     assert {"keras_openllama", "jaxlib", "orbax-checkpoint", "grain"} <= {*versions}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("changed", [True, False])
+def test_write_once_waits_for_all_and_writes_once(
+    changed, index, tmp_path, monkeypatch
+):
+    """The second process may see what the first has just written: it waits, too."""
+    waited = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
+    run_directory.write_once(str(tmp_path), run(), b"tokenizer", changed)
+    assert waited == ["run"]
+    assert (tmp_path / "run.json").exists() == (changed and index == 0)
 
 
 def test_a_version_is_left_out_where_a_package_is_not_installed(monkeypatch):
