@@ -11,8 +11,6 @@ import time
 import pytest
 from checkout import ROOT
 from local_tasks import write_tasks
-from pretraining_runs import TOKENIZER
-from tiny_models import SHAPES, random_lm
 
 from keras_openllama.cli.evaluate import main
 
@@ -33,14 +31,6 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The directory of a small random model."""
-    directory = tmp_path_factory.mktemp("small") / "model"
-    random_lm(SHAPES[0], TOKENIZER.read_bytes()).save_to_preset(directory)
-    return directory
 
 
 def results(directory):

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from keras import ops
-from pretraining_runs import TOKENIZER, checkpoints, course, digests, rewound
-from tiny_models import SHAPES, random_lm
+from pretraining_runs import checkpoints, course, digests, rewound
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.runs import metrics_log
@@ -51,14 +50,6 @@ def data(tmp_path_factory):
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The directory of a small random model: a tenth of nano's time."""
-    directory = tmp_path_factory.mktemp("small") / "model"
-    random_lm(SHAPES[0], TOKENIZER.read_bytes()).save_to_preset(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
