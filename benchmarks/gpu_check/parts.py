@@ -16,7 +16,7 @@ class Part:
         function: string, a function of it.
         arguments: dict, for the function.
         seconds: float, after which it is stopped, on a GPU.
-        ours: bool, whether it runs this package: it may not break then.
+        ours: bool, whether it runs this package: an error then fails the check.
         needs_gpu: bool, whether tiny sizes would make it the same as another part.
     """
 

@@ -12,8 +12,8 @@ elif keras.config.backend() == "jax":
 # nowhere (padding) must not become NaN.
 HIDDEN = -1e30
 BLOCK = 256  # Ours: columns of the cache that a chunk looks at together, on a CPU.
-# Ours: the same elsewhere, where a turn of a loop costs more than what it computes; and
-# how many scores there may be then, 1 GiB of them.
+# The same on accelerators, where an iteration of a loop costs more than what it
+# computes, and the most scores in float32 that a block may have there: 1 GiB.
 LARGE_BLOCKS, LARGEST_SCORES = (1024, 512), 1 << 28
 
 

@@ -60,7 +60,7 @@ class InstructionData:
         ]
 
     def tokens(self, steps):
-        """Tokens that the first steps read, padding left out: int."""
+        """Tokens that the first steps read, without padding: int."""
         epochs, rest = divmod(steps * self._batch_size, self.rows)
         part = self._counts[self._order(epochs)[:rest]].sum() if rest else 0
         return int(epochs * self._counts.sum() + part)
