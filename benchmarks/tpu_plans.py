@@ -80,7 +80,7 @@ def chips_of(name):
 def planned(preset, topology):
     """The figures of a plan that are kept, or why there is none."""
     try:
-        found = planning.plan(recipe.resolve(preset), topology, alone=True)
+        found = planning.plan(recipe.resolve(preset), topology, alternatives=False)
     except DoesNotFit as error:
         return {"reason": str(error)}
     return {name: found[name] for name in KEPT}

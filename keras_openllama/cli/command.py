@@ -9,6 +9,7 @@ import argparse
 import functools
 import os
 import sys
+from typing import Any
 
 from keras_openllama.cli.process import PROGRAM, one_line, use_large_pages
 
@@ -31,6 +32,50 @@ class CommandParser(argparse.ArgumentParser):
             default=False,
             help="show where an error comes from, for a bug report",
         )
+
+
+def add_renamed_argument(
+    group: argparse._ActionsContainer, old: str, new: str, **options: Any
+) -> argparse.Action:
+    """Adds a flag, and its old name as an alias that `--help` does not list.
+
+    The alias prints a warning on stderr, once per command line.
+
+    Args:
+        group: the parser, or one of its argument groups.
+        old: the old name, such as `"--alone"`.
+        new: the new name, such as `"--no-alternatives"`. The value is stored under
+            this name, unless `dest` is given.
+        **options: further arguments of `add_argument`, the same for both names.
+
+    Returns:
+        The action of the new name.
+
+    Example:
+
+    >>> parser = CommandParser("prog")
+    >>> action = add_renamed_argument(parser, "--beside", "--compare-with", nargs="+")
+    >>> parser.parse_args(["--compare-with", "LLaMA 7B"]).compare_with
+    ['LLaMA 7B']
+    """
+    action = group.add_argument(new, **options)
+
+    class OldName(type(action)):
+        warned = False
+
+        def __call__(self, parser, namespace, values, option_string=None):
+            if not self.warned:
+                print(
+                    f"{parser.prog}: warning: {old} was renamed to {new}, and a later "
+                    "version will not accept the old name.",
+                    file=sys.stderr,
+                )
+                self.warned = True
+            super().__call__(parser, namespace, values, option_string)
+
+    alias = {"dest": action.dest, "action": OldName, "help": argparse.SUPPRESS}
+    group.add_argument(old, **options | alias)
+    return action
 
 
 def command(name, extra=None, large_pages=False):

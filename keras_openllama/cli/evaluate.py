@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.process import (
     add_backend,
     choose_backend,
@@ -56,8 +56,10 @@ def parse_arguments(arguments, prog):
     add_human_eval(parser.add_argument_group("HumanEval"))
     compare = parser.add_argument_group("comparison of what was measured")
     compare.add_argument("--compare", nargs="+", metavar="DIR", help="their --output")
-    compare.add_argument(
+    add_renamed_argument(
+        compare,
         "--beside",
+        "--compare-with",
         nargs="+",
         default=(),
         metavar="COLUMN",
@@ -124,10 +126,13 @@ def add_tasks(group):
         metavar="N",
         help="documents of each task at most, or below 1 the share of them",
     )
-    group.add_argument(
+    add_renamed_argument(
+        group,
         "--as-in-2023",
+        "--separate-tokenization",
         action="store_true",
-        help="tokenize answers apart from questions, as for the published results",
+        help="tokenize contexts and continuations separately, as for the published "
+        "results",
     )
 
 
@@ -181,9 +186,11 @@ def check(parser, options):
             "say what to measure: --suite, --tasks, --perplexity, --human-eval"
         )
     known = published.load().columns
-    for column in options.beside:
+    for column in options.compare_with:
         if column not in known:
-            parser.error(f"--beside takes of {', '.join(known)}. Received: {column}")
+            parser.error(
+                f"--compare-with must be one of {', '.join(known)}. Received: {column}"
+            )
     check_numbers(parser, options)
 
 
@@ -246,7 +253,7 @@ class Evaluation:
         self.model = OpenLlamaLM(
             lm=lm,
             batch_size=options.batch_size,
-            apart=options.as_in_2023,
+            apart=options.separate_tokenization,
             answers=self.directory / ANSWERS,
         )
         self.results = {
@@ -270,7 +277,7 @@ class Evaluation:
                 self.model, self.tasks, options.num_fewshot, options.limit
             )
             for row in metrics:
-                row["apart"] = options.as_in_2023
+                row["apart"] = options.separate_tokenization
             self.write(metrics=self.merged(metrics), skipped=self.skipped)
         if options.perplexity:
             self.write(perplexity=self.perplexity(self.model.lm))
@@ -341,9 +348,9 @@ class Evaluation:
         self.results |= parts
         text = json.dumps(self.results, indent=2) + "\n"
         files.write_bytes(self.directory / measurements.RESULTS, text.encode())
-        rendering.write([self.results], self.directory, self.options.beside)
+        rendering.write([self.results], self.directory, self.options.compare_with)
         if parts.get("metrics"):
-            print(tables.table([self.results], self.options.beside), flush=True)
+            print(tables.table([self.results], self.options.compare_with), flush=True)
 
 
 def compare(options):
@@ -351,8 +358,8 @@ def compare(options):
     from keras_openllama.evaluation.report import measurements, rendering, tables
 
     runs = [measurements.read(directory) for directory in options.compare]
-    paths = rendering.write(runs, options.output, options.beside)
-    print(tables.table(runs, options.beside))
+    paths = rendering.write(runs, options.output, options.compare_with)
+    print(tables.table(runs, options.compare_with))
     print(f"written: {', '.join(map(str, paths))}")
 
 

@@ -26,7 +26,7 @@ import math
 import os
 from pathlib import Path
 
-from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.training_options import (
     add_run_options,
     exit_code,
@@ -104,11 +104,13 @@ def parse_arguments(arguments, prog):
         help="chips along each axis of a slice: v4:2x2x1 to v4:8x16x16, v5p:4x4x4, "
         "v5e:8x8, v6e:16x16 (default: %(default)s, a v4-512)",
     )
-    plan.add_argument(
+    add_renamed_argument(
+        plan,
         "--alone",
+        "--no-alternatives",
         action="store_true",
         default=False,
-        help="leave out neighbouring choices, each of which takes a minute to compile",
+        help="do not plan alternatives, each of which takes a minute to compile",
     )
     plan.add_argument(
         "--json", default=None, metavar="FILE", help="write the plan there, too"
@@ -194,7 +196,10 @@ def plan_run(parser, options, resolved):
         parser.error(f"--json: there is no directory for {options.json}")
     try:
         found = planning.plan(
-            resolved, options.topology, options.mesh, alone=options.alone
+            resolved,
+            options.topology,
+            options.mesh,
+            alternatives=not options.no_alternatives,
         )
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))

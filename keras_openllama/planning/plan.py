@@ -17,7 +17,12 @@ DEFAULT_PRICES = Prices()
 
 
 def plan(
-    resolved, topology, mesh=None, directory=None, prices=DEFAULT_PRICES, alone=False
+    resolved,
+    topology,
+    mesh=None,
+    directory=None,
+    prices=DEFAULT_PRICES,
+    alternatives=True,
 ):
     """What a run would cost, and its neighbours.
 
@@ -27,7 +32,8 @@ def plan(
         mesh: dict of `"data"`, `"fsdp"`, `"model"`; the recipe's if `None`.
         directory: string, where the programs' texts are kept; a new one if `None`.
         prices: `cost_model.Prices`.
-        alone: bool, leaves the neighbours out: each takes a minute to compile.
+        alternatives: whether to plan alternatives, each of which takes a minute to
+            compile.
 
     Returns:
         Dict that JSON can hold: `preset`, `topology`, `chips`, `mesh`, `rematerialize`,
@@ -46,7 +52,7 @@ def plan(
     Example:
 
     ```python
-    plan(resolve("7b_v2"), "v4:4x8x8", alone=True)["tokens_per_second_per_chip"]
+    plan(resolve("7b_v2"), "v4:4x8x8", alternatives=False)["tokens_per_second_per_chip"]
     ```
     """
     chip, devices = devices_of(topology)
@@ -71,11 +77,11 @@ def plan(
     try:
         found = attempt(choice)
     except DoesNotFit as error:
-        if alone:
+        if not alternatives:
             raise
         nearest = nearest_that_fits(choice, preset.config, recipe, attempt, error)
         raise DoesNotFit(f"{error} {nearest}", error.excess) from error
-    around = [] if alone else neighbours(choice, preset.config, recipe)
+    around = neighbours(choice, preset.config, recipe) if alternatives else []
     found["alternatives"] = [_attempted(attempt, other) for other in around]
     fitting = [p for p in (found, *found["alternatives"]) if p["fits"]]
     best = min(fitting, key=lambda p: p["step_seconds"], default=None)

@@ -1,5 +1,6 @@
 """The command line teaches, streams, answers fast, and fails in one clear line."""
 
+import argparse
 import importlib.util
 import io
 import json
@@ -12,7 +13,7 @@ import keras
 import pytest
 
 from keras_openllama.__main__ import COMMANDS, main
-from keras_openllama.cli.command import command
+from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.generate import sampler_config
 from keras_openllama.models import causal_lm
 
@@ -68,6 +69,29 @@ def test_help_teaches_with_examples(command, capsys):
     text = capsys.readouterr().out
     assert "examples:" in text
     assert "\n  " in text and f"keras-openllama {(command or ['generate'])[0]} " in text
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("options", "values", "expected"),
+    [
+        ({"action": "store_true", "default": False}, [], True),
+        ({"nargs": "+", "default": ()}, ["a", "b"], ["a", "b"]),
+        ({"action": "append"}, ["a"], ["a", "a"]),
+    ],
+)
+def test_add_renamed_argument_accepts_the_old_name_and_warns_once(
+    options, values, expected, capsys
+):
+    parser = CommandParser("prog", argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("group")
+    add_renamed_argument(group, "--old", "--new-name", help="the help", **options)
+    assert parser.parse_args(["--new-name", *values] * 2).new_name == expected
+    assert not capsys.readouterr().err
+    assert parser.parse_args(["--old", *values] * 2).new_name == expected
+    assert capsys.readouterr().err.count("--old was renamed to --new-name") == 1
+    assert vars(parser.parse_args([])).get("new_name") == options.get("default")
+    assert "--old" not in parser.format_help()
 
 
 @pytest.mark.backend_free

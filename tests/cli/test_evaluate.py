@@ -121,7 +121,7 @@ def test_what_cannot_be_had_is_told_and_the_rest_is_measured(run, small, tmp_pat
         ([], "say what to measure"),
         (["--tasks", "helaswag"], "no task 'helaswag'"),
         (["--tasks", "piqa", "--limit", "0"], "--limit is above 0"),
-        (["--tasks", "piqa", "--beside", "GPT-5"], "Received: GPT-5"),
+        (["--tasks", "piqa", "--compare-with", "GPT-5"], "Received: GPT-5"),
         (["--human-eval", "--samples-per-problem", "3"], "need a --temperature"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt"),
         (["--compare", "nowhere"], "give it alone"),

@@ -159,7 +159,7 @@ def test_where_nothing_fits_more_chips_are_asked_for():
 )
 def test_a_step_is_compiled_and_priced(tmp_path, arguments, script, chips):
     path = tmp_path / "plan.json"
-    precision = ["--precision", "mixed_bfloat16", "--alone"]
+    precision = ["--precision", "mixed_bfloat16", "--no-alternatives"]
     topology = ["--topology", "v4:2x2x1", "--json", str(path)]
     done = run(*arguments, *precision, *topology, script=script)
     assert done.returncode == 0, done.stderr
