@@ -11,7 +11,13 @@ import os
 import sys
 from typing import Any
 
-from keras_openllama.cli.process import PROGRAM, one_line, use_large_pages
+from keras_openllama.cli.optional_imports import hide_from_keras
+from keras_openllama.cli.process import (
+    PROGRAM,
+    one_line,
+    owns_process,
+    use_large_pages,
+)
 
 _TRACEBACK = "--traceback"
 
@@ -100,8 +106,10 @@ def command(name, extra=None, large_pages=False):
         @functools.wraps(run)
         def main(arguments=None, prog=f"{PROGRAM} {name}"):
             arguments = sys.argv[1:] if arguments is None else list(arguments)
-            if large_pages:
-                use_large_pages(arguments)
+            if owns_process(arguments):
+                hide_from_keras()
+                if large_pages:
+                    use_large_pages()
             try:
                 return run(arguments, prog) or 0
             except BrokenPipeError:
