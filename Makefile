@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PIP_LOG := $(VENV)/pip.log
-EXTRAS := torch,train,eval,test
+EXTRAS := torch,train,eval,docs,test
 # The first interpreter that runs and is new enough. Set PYTHON to choose another.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -57,6 +57,12 @@ format: $(VENV)/.all-installed  ## Put style and formatting right
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+.PHONY: docs
+docs: $(VENV)/.all-installed  ## Make the notebooks of examples/ and the site, into site/
+	@$(BIN)/python docs/build_guides.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site is in site/: $(BIN)/python -m http.server -d site"
+
 .PHONY: gpu-check
 gpu-check: $(VENV)/.all-installed  ## Check and measure on one GPU, on JAX and PyTorch
 	@$(BIN)/python benchmarks/gpu_check $(GPU_CHECK)
@@ -75,7 +81,7 @@ freeze: $(VENV)/.all-installed  ## Write the installed versions to constraints.t
 
 .PHONY: clean
 clean:  ## Remove caches and built files, but not .venv
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	@find . -name $(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf
 
 .PHONY: distclean
