@@ -98,13 +98,21 @@ def compiled_steps(lm, options):
     import jax
 
     from keras_openllama.runs import jax_train_program
-    from keras_openllama.training.train_step_jax import Options, as_batch, placed
+    from keras_openllama.training.train_step_jax import (
+        TrainStepOptions,
+        options_for_devices,
+        prepare_batch,
+    )
 
     lm.optimizer.build(lm.trainable_variables)
     x, y = batches(options)
-    batch = as_batch({"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y)
+    batch = prepare_batch(
+        {"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y
+    )
     state = jax_train_program.state_of(lm)
-    program = jax_train_program.compile_step(lm, state, batch, placed(Options()))
+    program = jax_train_program.compile_step(
+        lm, state, batch, options_for_devices(TrainStepOptions())
+    )
 
     def run(steps):
         nonlocal state

@@ -39,7 +39,7 @@ from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.backend.keras_private import adam_moments
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW
-from keras_openllama.training.train_step_jax import Options, gradients
+from keras_openllama.training.train_step_jax import TrainStepOptions, compute_gradients
 
 jax.config.update("jax_disable_most_optimizations", True)  # Half the time.
 devices = keras.distribution.list_devices()
@@ -73,7 +73,7 @@ def loss_and_gradients(lm, batch, **options):
     trainable = [v.value for v in lm.trainable_variables]
     non_trainable = [v.value for v in lm.non_trainable_variables]
     sums, total, grads = jax.jit(
-        lambda *values: gradients(lm, *values, Options(**options))
+        lambda *values: compute_gradients(lm, *values, TrainStepOptions(**options))
     )(trainable, non_trainable, batch)
     grads = [np.asarray(g, "float64") for g in grads]
     return float(sums.loss / total), grads

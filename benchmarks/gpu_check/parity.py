@@ -97,12 +97,14 @@ def gradients(lm, x, y):
 
         from keras_openllama.training import train_step_jax as step
 
-        options = step.placed(step.Options())
+        options = step.options_for_devices(step.TrainStepOptions())
 
         # As one program: each operation by itself is compiled by itself.
         @jax.jit
         def program(trainable, non_trainable, batch):
-            return step.gradients(lm, trainable, non_trainable, batch, options)[2]
+            return step.compute_gradients(lm, trainable, non_trainable, batch, options)[
+                2
+            ]
 
         variables = lm.trainable_variables
         values = program(

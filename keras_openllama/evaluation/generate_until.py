@@ -7,7 +7,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from keras_openllama.generation import generate
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
-    run_until_stopped,
+    decode_until_stopped,
 )
 
 
@@ -75,8 +75,8 @@ def continuations(lm, prompts, options):
     limits = [options.max_new_tokens] * len(prompts)
     stride = TOKENS_BETWEEN_STOP_CHECKS if options.stop else None
     loop, end = lm.make_generate_function(), [tokenizer.end_token_id]
-    new = generate.new_tokens(loop, prompts, limits, end, stride)
-    for _ in run_until_stopped(rows, new):
+    new = generate.generate_tokens(loop, prompts, limits, end, stride)
+    for _ in decode_until_stopped(rows, new):
         pass
     stop = list(options.stop)
     return [postprocess_generated_text(row.text, stop, None) for row in rows]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
-from keras_openllama.training.step_metrics import perplexity_of
+from keras_openllama.training.step_metrics import perplexity_from_loss
 
 PROTOCOLS = ("strided", "llama.cpp")
 LLAMA_CPP_CONTEXT = 512  # Of llama-perplexity, where no -c is given.
@@ -245,7 +245,7 @@ def _nats(scorer, cuts, start_token_id, protocol, name, progress):
                     nats[begin + i] = -float(log_probs.sum(dtype="float64"))
                     done += len(log_probs)
                 bar.set_postfix_str(
-                    f"perplexity {perplexity_of(sum(nats) / done):.4f}", False
+                    f"perplexity {perplexity_from_loss(sum(nats) / done):.4f}", False
                 )
                 bar.update(done - bar.n)
     return nats
@@ -274,7 +274,7 @@ def _size(document):
 
 def _rates(row, seconds, xz=None):
     return {
-        "perplexity": perplexity_of(row["nats"] / row["tokens"]),
+        "perplexity": perplexity_from_loss(row["nats"] / row["tokens"]),
         "bits_per_byte": row["nats"] / math.log(2) / row["bytes"],
         "xz_bits_per_byte": xz,
         "tokens_per_second": row["tokens"] / seconds,
@@ -295,7 +295,7 @@ def _cumulative(nats, counts):
     result, cost, count = [], 0.0, 0
     for more, tokens in zip(nats, counts, strict=True):
         cost, count = cost + more, count + tokens
-        result.append(perplexity_of(cost / count))
+        result.append(perplexity_from_loss(cost / count))
     return result
 
 

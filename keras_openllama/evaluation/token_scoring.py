@@ -7,8 +7,8 @@ from keras import ops
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.evaluation import prefix_tries
-from keras_openllama.generation.sharding import put, row_sharding
-from keras_openllama.generation.token_loop import padded_rows
+from keras_openllama.generation.sharding import batch_sharding, to_device
+from keras_openllama.generation.token_loop import padded_batch_size
 from keras_openllama.utils.validation import whole
 
 # Ours: tokens of a row whose logits are in memory at once.
@@ -87,10 +87,10 @@ class TokenScorer:
         }
 
     def _inputs(self, batch, targets):
-        sharding, multiple = row_sharding(self.lm.backbone)
+        sharding, multiple = batch_sharding(self.lm.backbone)
         rows = len(batch.rows)
         if keras.config.backend() != "torch":
-            rows = padded_rows(rows)
+            rows = padded_batch_size(rows)
         rows = -(-rows // multiple) * multiple
         inputs = prefix_tries.arrays(batch, rows)
         count = max(map(len, targets))
@@ -101,7 +101,7 @@ class TokenScorer:
         for i, row in enumerate(targets):
             inputs["parents"][i, : len(row)] = row.parents
             inputs["targets"][i, : len(row)] = row.tokens
-        inputs = {name: put(x, sharding) for name, x in inputs.items()}
+        inputs = {name: to_device(x, sharding) for name, x in inputs.items()}
         return inputs | {"count": np.int32(count)}
 
     def _score(self, token_ids, ends, lengths, parents, targets, count):

@@ -6,14 +6,21 @@ from keras import ops, tree
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import Sampler, SpeculativeSampler
-from keras_openllama.generation.sharding import put, shardings
-from keras_openllama.generation.token_loop import feed, lay_out, new_cache, until_stop
+from keras_openllama.generation.sharding import state_shardings, to_device
+from keras_openllama.generation.token_loop import (
+    cut_at_stop_id,
+    forward_with_cache,
+    init_cache,
+    pad_prompts,
+)
 from keras_openllama.layers.cached_attention import heads_first
 
-PROMPT_STEP = 32  # Ours: prompts are padded to a multiple, so that fewer compile anew.
+PROMPT_LENGTH_MULTIPLE = (
+    32  # Ours: prompts are padded to a multiple, so that fewer compile anew.
+)
 
 
-def steers_search(sampler):
+def is_search_sampler(sampler):
     """Whether a sampler has a loop of its own, rather than choosing single tokens.
 
     Raises:
@@ -57,35 +64,39 @@ class SearchLoop:
 
     def search(self, prompt, limit, stop_token_ids):
         """The new tokens of one prompt, a list of int; the stop id is its last."""
-        prompt_columns = -(-len(prompt) // PROMPT_STEP) * PROMPT_STEP
+        prompt_columns = (
+            -(-len(prompt) // PROMPT_LENGTH_MULTIPLE) * PROMPT_LENGTH_MULTIPLE
+        )
         columns = prompt_columns + limit
-        tokens, rows = lay_out([prompt], [limit], columns)
+        tokens, rows = pad_prompts([prompt], [limit], columns)
         # In the padded prompt the last token stands in the last column.
         tokens[:, prompt_columns - 1] = prompt[-1]
         rows["start"] = np.int32(prompt_columns - 1)
-        everywhere = shardings(self.model.backbone)[1]
+        everywhere = state_shardings(self.model.backbone)[1]
         tokens, rows = tree.map_structure(
-            lambda array: put(array, everywhere), (tokens, rows)
+            lambda array: to_device(array, everywhere), (tokens, rows)
         )
         tokens = self.run(
             tokens=tokens,
             rows=rows,
-            cache=new_cache(self.model.backbone, 1, columns),
+            cache=init_cache(self.model.backbone, 1, columns),
             prompt_columns=prompt_columns,
             stop_token_ids=tuple(stop_token_ids) or None,
         )
-        return until_stop(to_numpy(tokens)[0, prompt_columns:].tolist(), stop_token_ids)
+        return cut_at_stop_id(
+            to_numpy(tokens)[0, prompt_columns:].tolist(), stop_token_ids
+        )
 
     def _run(self, tokens, rows, cache, prompt_columns, stop_token_ids):
         model, backbone = self.model, self.model.backbone
         columns = tokens.shape[1]
         prompt = tokens[:, :prompt_columns]
-        hidden, cache = feed(backbone, prompt, rows, cache, np.int32(0))
+        hidden, cache = forward_with_cache(backbone, prompt, rows, cache, np.int32(0))
 
         def next_logits(prompt, cache, index):
             fed = ops.take(prompt, index - 1, axis=1)[:, None]
             cache = tree.map_structure(heads_first, cache)
-            hidden, cache = feed(backbone, fed, rows, cache, index - 1)
+            hidden, cache = forward_with_cache(backbone, fed, rows, cache, index - 1)
             cache = tree.map_structure(lambda x: beams_first(x, len(prompt)), cache)
             return model.lm_head(hidden)[:, 0], hidden[:, 0], cache
 

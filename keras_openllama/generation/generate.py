@@ -2,14 +2,14 @@
 
 import keras
 
-from keras_openllama.generation.beam_search import SearchLoop, steers_search
+from keras_openllama.generation.beam_search import SearchLoop, is_search_sampler
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
-    Continuation,
-    as_stop_strings,
-    run_until_stopped,
+    StopStringDecoder,
+    decode_until_stopped,
+    normalize_stop_strings,
 )
-from keras_openllama.generation.token_loop import TokenLoop, choose_tokens
+from keras_openllama.generation.token_loop import TokenLoop, sample_tokens
 from keras_openllama.text.inputs import (
     Batches,
     Chats,
@@ -29,7 +29,7 @@ def generate(model, inputs, limits, strip_prompt=False):
     Args:
         model: `OpenLlamaCausalLM`.
         inputs, strip_prompt: see there.
-        limits: `limits.Limits`.
+        limits: `limits.GenerationLimits`.
     """
     size = model.backbone.vocabulary_size
     prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
@@ -52,7 +52,7 @@ def _generate_texts(model, prompts, limits, strip_prompt):
         texts = [""] * len(rows)
     else:
         rows, texts = preprocessor.prompt_ids(prompts.texts), prompts.texts
-    stops = as_stop_strings(limits.stop)
+    stops = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stops else None
     continuations, steps = _start(model, rows, limits, stops, stride)
     for _ in steps:
@@ -69,10 +69,10 @@ def stream(model, text, limits):
     Args:
         model: `OpenLlamaCausalLM` with a preprocessor.
         text: string.
-        limits: `limits.Limits`.
+        limits: `limits.GenerationLimits`.
     """
     rows = model.preprocessor.prompt_ids(normalize_texts(text).texts)
-    stops = as_stop_strings(limits.stop)
+    stops = normalize_stop_strings(limits.stop)
     (row,), steps = _start(model, rows, limits, stops, stride=1)
 
     def pieces():
@@ -88,12 +88,12 @@ def stream(model, text, limits):
 def _start(model, rows, limits, stops, stride):
     """The continuations of prompts, and an iterator that lets them grow."""
     length = model.preprocessor.sequence_length
-    numbers, end_ids = limits.of(model, rows, length)
+    numbers, end_ids = limits.resolve(model, rows, length)
     tokenizer = model.preprocessor.tokenizer
-    continuations = [Continuation(tokenizer, row, stops) for row in rows]
+    continuations = [StopStringDecoder(tokenizer, row, stops) for row in rows]
     # The program is made when the first token is asked for.
-    new = _new_tokens(model, rows, numbers, end_ids, stride)
-    return continuations, run_until_stopped(continuations, new)
+    new = _generate_tokens(model, rows, numbers, end_ids, stride)
+    return continuations, decode_until_stopped(continuations, new)
 
 
 def _generate_arrays(model, prompts, limits, strip_prompt):
@@ -103,29 +103,29 @@ def _generate_arrays(model, prompts, limits, strip_prompt):
             f"`stop_token_ids` instead. Received: stop={limits.stop!r}"
         )
     rows, width = prompts.rows, prompts.width
-    numbers, end_ids = limits.of(model, rows, width)
-    (new,) = _new_tokens(model, rows, numbers, end_ids, None)
+    numbers, end_ids = limits.resolve(model, rows, width)
+    (new,) = _generate_tokens(model, rows, numbers, end_ids, None)
     longest = max(len(r) + n for r, n in zip(rows, numbers, strict=True))
     if not strip_prompt:
         new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
     return as_arrays(new, max(width, longest))
 
 
-def _new_tokens(model, rows, limits, stop_token_ids, stride):
+def _generate_tokens(model, rows, limits, stop_token_ids, stride):
     loop = model.make_generate_function()
-    yield from new_tokens(loop, rows, limits, stop_token_ids, stride)
+    yield from generate_tokens(loop, rows, limits, stop_token_ids, stride)
 
 
-def loop_for(model):
+def make_token_loop(model):
     """The loop that a model's sampler needs; it compiles its programs at first use."""
-    return (SearchLoop if steers_search(model.sampler) else TokenLoop)(model)
+    return (SearchLoop if is_search_sampler(model.sampler) else TokenLoop)(model)
 
 
-def new_tokens(loop, prompts, limits, stop_token_ids, stride=None):
+def generate_tokens(loop, prompts, limits, stop_token_ids, stride=None):
     """Runs a loop on prompts and yields the tokens that it adds.
 
     Args:
-        loop: what `loop_for` returned.
+        loop: what `make_token_loop` returned.
         prompts: list of lists of int, one per row, none empty.
         limits: list of int, the tokens to add to each row at most.
         stop_token_ids: list of int; a row ends with the first of them.
@@ -145,4 +145,4 @@ def new_tokens(loop, prompts, limits, stop_token_ids, stride=None):
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
     else:
-        yield from choose_tokens(loop, prompts, limits, stop_token_ids, stride)
+        yield from sample_tokens(loop, prompts, limits, stop_token_ids, stride)

@@ -8,7 +8,7 @@ from keras_openllama.text.token_arrays import as_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class GenerationLimits:
     """Where generation ends; see `OpenLlamaCausalLM.generate`."""
 
     max_length: int | None = None
@@ -16,7 +16,7 @@ class Limits:
     stop_token_ids: object = "auto"
     stop: object = None
 
-    def of(self, model, rows, default_length):
+    def resolve(self, model, rows, default_length):
         """The tokens to add to each prompt at most, and the ids that end one.
 
         Raises:
@@ -31,7 +31,7 @@ class Limits:
             model.backbone.context_length,
         )
         size = model.backbone.vocabulary_size
-        return limits, stop_ids(self.stop_token_ids, tokenizer, size)
+        return limits, resolve_stop_ids(self.stop_token_ids, tokenizer, size)
 
 
 def new_token_limits(lengths, max_length, max_new_tokens, default_length, context):
@@ -88,7 +88,7 @@ def new_token_limits(lengths, max_length, max_new_tokens, default_length, contex
     return limits
 
 
-def stop_ids(stop_token_ids, tokenizer, vocabulary_size):
+def resolve_stop_ids(stop_token_ids, tokenizer, vocabulary_size):
     """`stop_token_ids` of `OpenLlamaCausalLM.generate` as a list of int.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from keras_openllama.utils.host_memory import free_memory
 
 
-def pack_products(graph, packed):
+def pack_linear_weights(graph, packed):
     """Lets a traced graph use packed matrices wherever that pays.
 
     Args:

@@ -14,7 +14,7 @@ if keras.config.backend() == "jax":
     from jax.sharding import NamedSharding, PartitionSpec
 
 
-def put(array, sharding=None):
+def to_device(array, sharding=None):
     """A NumPy array as a tensor on the device.
 
     Args:
@@ -27,15 +27,15 @@ def put(array, sharding=None):
     return ops.convert_to_tensor(array)
 
 
-def zeros(shape, dtype, backbone):
+def sharded_zeros(shape, dtype, backbone):
     """Zeros on the devices of a model, sharded as its cache is (JAX).
 
     On a CPU they come from NumPy, since others are one more program to compile. To an
     accelerator they would be copied in each call, hundreds of megabytes of them.
     """
-    sharding = shardings(backbone)[0]
+    sharding = state_shardings(backbone)[0]
     if device_platform(backbone) == "cpu":
-        return put(np.zeros(shape, jax.numpy.dtype(dtype)), sharding)
+        return to_device(np.zeros(shape, jax.numpy.dtype(dtype)), sharding)
     return jax.numpy.zeros(shape, dtype, device=sharding)
 
 
@@ -44,7 +44,7 @@ def device_platform(backbone):
     return next(iter(_key_kernel(backbone).devices())).platform
 
 
-def shardings(backbone):
+def state_shardings(backbone):
     """How a distribution of the weights wants the state of generation.
 
     What belongs to heads is sharded as the keys' projection is; all else is everywhere.
@@ -69,7 +69,7 @@ def shardings(backbone):
     )
 
 
-def row_sharding(backbone):
+def batch_sharding(backbone):
     """How a distribution of the weights wants the rows of a batch.
 
     Args:
@@ -103,7 +103,7 @@ def _key_kernel(backbone):
     return stored_value(key.variables[0])
 
 
-def keep(tensors, sharding):
+def constrain_sharding(tensors, sharding):
     """Fixes the sharding of tensors inside a program, so that calls agree on it."""
     if sharding is None:
         return tensors

@@ -4,12 +4,13 @@
 TOKENS_BETWEEN_STOP_CHECKS = 16
 
 
-def run_until_stopped(rows, new_tokens):
+def decode_until_stopped(rows, new_tokens):
     """Feeds new tokens to sequences until all have met a stop string, or none come.
 
     Args:
-        rows: list of `Continuation`, or of others with its `push`, `flush`, `stopped`.
-        new_tokens: iterator that `generate.new_tokens` returns.
+        rows: list of `StopStringDecoder`, or of objects with the same `push`,
+            `flush` and `stopped`.
+        new_tokens: iterator that `generate.generate_tokens` returns.
 
     Yields:
         `None`, whenever the sequences have grown, and at their end.
@@ -25,7 +26,7 @@ def run_until_stopped(rows, new_tokens):
     yield
 
 
-def as_stop_strings(stop):
+def normalize_stop_strings(stop):
     """`stop` as a tuple of strings.
 
     Raises:
@@ -41,7 +42,7 @@ def as_stop_strings(stop):
     return stops
 
 
-class Continuation:
+class StopStringDecoder:
     """Turns the new tokens of a row into text, cut before the first stop string.
 
     Args:

@@ -25,11 +25,11 @@ from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
 from keras_openllama.generation.sharding import (
+    constrain_sharding,
     device_platform,
-    keep,
-    put,
-    shardings,
-    zeros,
+    sharded_zeros,
+    state_shardings,
+    to_device,
 )
 from keras_openllama.layers.cached_attention import HIDDEN
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_arrays
@@ -38,12 +38,12 @@ SMALLEST_CACHE = 256  # Ours: below it, memory and time are those of the weights
 STOP_SLOTS = 4  # Ours: stop ids are padded to a multiple, to compile once.
 
 
-def padded_columns(columns):
+def padded_cache_length(columns):
     """Columns of a compiled program: the next power of two, 256 at least."""
     return max(SMALLEST_CACHE, 1 << (columns - 1).bit_length())
 
 
-def padded_rows(rows):
+def padded_batch_size(rows):
     """Rows of a compiled program: 1, or the next power of two from 4 on."""
     return 1 if rows == 1 else max(4, 1 << (rows - 1).bit_length())
 
@@ -71,7 +71,7 @@ def prefill_chunks(platform, rows, columns):
     return sorted(fitting, reverse=True) or [columns]
 
 
-def feed(backbone, tokens, rows, cache, column):
+def forward_with_cache(backbone, tokens, rows, cache, column):
     """Puts tokens into the cache and computes their hidden states.
 
     Args:
@@ -85,26 +85,26 @@ def feed(backbone, tokens, rows, cache, column):
     Returns:
         Hidden states `(batch, length, hidden_dim)` after the final norm, and the cache.
     """
-    seen = in_use(cache, column + tokens.shape[1])
-    positions, bias = place(rows, column, tokens.shape, seen[0][0].shape)
+    seen = used_columns(cache, column + tokens.shape[1])
+    positions, bias = positions_and_bias(rows, column, tokens.shape, seen[0][0].shape)
     hidden, seen = run_layers(
         backbone, tokens, positions, rows["final_lengths"], bias, seen, column
     )
     return hidden, cache if keras.config.backend() == "torch" else seen
 
 
-def in_use(cache, end):
+def used_columns(cache, end):
     """What of the cache is to be read: all with XLA, the first columns on PyTorch."""
     if keras.config.backend() == "torch":
         return tuple(tuple(x[:, : int(end)] for x in pair) for pair in cache)
     return cache
 
 
-def place(rows, column, shape, cache_shape):
+def positions_and_bias(rows, column, shape, cache_shape):
     """Rotary positions of fed tokens, and which columns each of them sees.
 
     Args:
-        rows, column: see `feed`.
+        rows, column: see `forward_with_cache`.
         shape: `(batch, length)` of the tokens.
         cache_shape: shape of the keys in the cache.
 
@@ -123,33 +123,33 @@ def place(rows, column, shape, cache_shape):
 
 
 def run_layers(backbone, tokens, positions, final_lengths, bias, cache, column):
-    """The network over tokens whose place is known; see `feed` and `place`."""
+    """Runs the network over tokens; see `forward_with_cache`."""
     cos, sin = backbone.rotary_embedding(positions, final_lengths)
     x = backbone.token_embedding(tokens)
-    new_cache = []
+    init_cache = []
     for layer, key_value in zip(backbone.transformer_layers, cache, strict=True):
         x, key_value = layer(x, cos, sin, bias, cache=key_value, column=column)
-        new_cache.append(tuple(key_value))
-    return backbone.final_norm(x), tuple(new_cache)
+        init_cache.append(tuple(key_value))
+    return backbone.final_norm(x), tuple(init_cache)
 
 
-def new_cache(backbone, rows, columns):
+def init_cache(backbone, rows, columns):
     """An empty cache for so many rows and columns."""
     shape = (backbone.num_key_value_heads * rows, columns, backbone.head_dim)
     dtype = backbone.compute_dtype
     if keras.config.backend() == "jax":
-        make = functools.partial(zeros, shape, dtype, backbone)
+        make = functools.partial(sharded_zeros, shape, dtype, backbone)
     else:
         make = functools.partial(ops.zeros, shape, dtype)
     return tuple((make(), make()) for _ in backbone.transformer_layers)
 
 
-def is_in(tokens, stop_ids):
+def is_any_of(tokens, stop_ids):
     """Which of `tokens` `(batch,)` are among `stop_ids` `(number,)`."""
     return ops.any(ops.equal(tokens[:, None], stop_ids), axis=-1)
 
 
-def is_plain(sampler):
+def keeps_every_token(sampler):
     """Whether a top-p sampler keeps all tokens.
 
     KerasHub's then still leaves out those beyond a sum that rounding takes past 1.
@@ -181,9 +181,9 @@ class TokenLoop:
             limits: list of int, the tokens to add to each row at most.
         """
         longest = max(map(len, prompts))
-        columns = padded_columns(longest + max(limits))
-        filler = padded_rows(len(prompts)) - len(prompts)
-        tokens, rows = lay_out(
+        columns = padded_cache_length(longest + max(limits))
+        filler = padded_batch_size(len(prompts)) - len(prompts)
+        tokens, rows = pad_prompts(
             prompts + [[PAD_TOKEN_ID]] * filler, limits + [0] * filler, columns
         )
         state = {
@@ -192,9 +192,11 @@ class TokenLoop:
             "step": np.int32(0),
             "done": rows["limits"] == 0,
         }
-        everywhere = shardings(self.model.backbone)[1]
-        state, rows = tree.map_structure(lambda x: put(x, everywhere), (state, rows))
-        state["cache"] = new_cache(self.model.backbone, len(rows["limits"]), columns)
+        everywhere = state_shardings(self.model.backbone)[1]
+        state, rows = tree.map_structure(
+            lambda x: to_device(x, everywhere), (state, rows)
+        )
+        state["cache"] = init_cache(self.model.backbone, len(rows["limits"]), columns)
         return state, rows
 
     def _advance(self, state, rows, stop_ids, until):
@@ -214,16 +216,21 @@ class TokenLoop:
         def step(state):
             column = rows["start"] + state["step"]
             fed = ops.take(state["tokens"], column, axis=1)[:, None]
-            hidden, cache = feed(self.model.backbone, fed, rows, state["cache"], column)
+            hidden, cache = forward_with_cache(
+                self.model.backbone, fed, rows, state["cache"], column
+            )
             logits = self.model.lm_head(hidden)[:, 0]
-            return self.choose({**state, "cache": cache}, logits, rows, stop_ids)
+            return self.sample_next({**state, "cache": cache}, logits, rows, stop_ids)
 
         return self._placed(while_loop(self.model, goes_on, step, state))
 
     def _placed(self, state):
-        by_heads, everywhere = shardings(self.model.backbone)
+        by_heads, everywhere = state_shardings(self.model.backbone)
         rest = {name: value for name, value in state.items() if name != "cache"}
-        return {**keep(rest, everywhere), "cache": keep(state["cache"], by_heads)}
+        return {
+            **constrain_sharding(rest, everywhere),
+            "cache": constrain_sharding(state["cache"], by_heads),
+        }
 
     def _prefill(self, state, rows, chunk, is_last):
         """Feeds the prefixes in chunks; the last size may go beyond their end."""
@@ -236,25 +243,27 @@ class TokenLoop:
             column = state["prefilled"]
             shape = (state["tokens"].shape[0], chunk)
             tokens = ops.slice(state["tokens"], (0, column), shape)
-            _, cache = feed(backbone, tokens, rows, state["cache"], column)
+            _, cache = forward_with_cache(
+                backbone, tokens, rows, state["cache"], column
+            )
             return {**state, "cache": cache, "prefilled": column + chunk}
 
         return while_loop(self.model, goes_on, feed_chunk, state)
 
-    def choose(self, state, logits, rows, stop_ids):
+    def sample_next(self, state, logits, rows, stop_ids):
         """Takes the next token of each row from its logits `(batch, vocabulary)`."""
         sampler, logits = self.model.sampler, ops.cast(logits, "float32")
         if type(sampler) is GreedySampler:
             chosen = ops.argmax(logits, axis=-1)
         else:
             probabilities = sampler.compute_probabilities(logits)
-            if is_plain(sampler):
+            if keeps_every_token(sampler):
                 chosen = RandomSampler.get_next_token(sampler, probabilities)
             else:
                 chosen = sampler.get_next_token(probabilities)
         chosen = ops.where(state["done"], PAD_TOKEN_ID, ops.cast(chosen, "int32"))
         step = state["step"] + 1
-        done = ops.logical_or(is_in(chosen, stop_ids), step >= rows["limits"])
+        done = ops.logical_or(is_any_of(chosen, stop_ids), step >= rows["limits"])
         return {
             **state,
             "tokens": ops.slice_update(
@@ -267,8 +276,8 @@ class TokenLoop:
         }
 
 
-def lay_out(prompts, limits, columns):
-    """Prompts as an array `(batch, columns)`, and what `feed` knows of each row.
+def pad_prompts(prompts, limits, columns):
+    """Prompts as an array `(batch, columns)`, and their lengths.
 
     The last token of each row stands in the first column after the longest prefix.
     """
@@ -286,13 +295,13 @@ def lay_out(prompts, limits, columns):
     return tokens, rows
 
 
-def choose_tokens(loop, prompts, limits, stop_token_ids, stride=None):
-    """Runs a `TokenLoop`; see `generate.new_tokens`."""
+def sample_tokens(loop, prompts, limits, stop_token_ids, stride=None):
+    """Runs a `TokenLoop`; see `generate.generate_tokens`."""
     state, rows = loop.start(prompts, limits)
     slots = max(1, -(-len(stop_token_ids) // STOP_SLOTS)) * STOP_SLOTS
     stop_ids = np.full(slots, -1, "int32")  # No token is -1.
     stop_ids[: len(stop_token_ids)] = stop_token_ids
-    stop_ids = put(stop_ids, shardings(loop.model.backbone)[1])
+    stop_ids = to_device(stop_ids, state_shardings(loop.model.backbone)[1])
     first = max(map(len, prompts))
     seen = 0
     running = [limit > 0 for limit in limits]
@@ -305,7 +314,7 @@ def choose_tokens(loop, prompts, limits, stop_token_ids, stride=None):
         tokens = to_numpy(state["tokens"])[: len(prompts)]
         new = tokens[:, first + seen : first + step].tolist()
         for i, limit in enumerate(limits):
-            ids = until_stop(new[i][: max(0, limit - seen)], stop_token_ids)
+            ids = cut_at_stop_id(new[i][: max(0, limit - seen)], stop_token_ids)
             new[i] = ids if running[i] else []
             stopped = bool(ids) and ids[-1] in stop_token_ids
             running[i] = running[i] and not stopped and step < limit
@@ -313,7 +322,7 @@ def choose_tokens(loop, prompts, limits, stop_token_ids, stride=None):
         seen = step
 
 
-def until_stop(ids, stop_token_ids):
+def cut_at_stop_id(ids, stop_token_ids):
     """The tokens up to the first stop id, it included."""
     ends = [i + 1 for i, token_id in enumerate(ids) if token_id in stop_token_ids]
     return ids[: min(ends, default=len(ids))]

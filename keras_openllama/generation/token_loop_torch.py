@@ -11,18 +11,18 @@ import torch
 from keras import ops, tree
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from keras_openllama.generation.onednn_weights import pack_products
+from keras_openllama.generation.onednn_weights import pack_linear_weights
 from keras_openllama.generation.token_loop import (
     TokenLoop,
-    in_use,
-    lay_out,
-    new_cache,
-    place,
+    init_cache,
+    pad_prompts,
+    positions_and_bias,
     run_layers,
+    used_columns,
 )
 
 # Ours: steps between two looks at which rows are done; a look waits for the device.
-STEPS_BETWEEN_LOOKS = 8
+STEPS_BETWEEN_DONE_CHECKS = 8
 
 
 class TorchTokenLoop(TokenLoop):
@@ -40,7 +40,7 @@ class TorchTokenLoop(TokenLoop):
 
     def start(self, prompts, limits):
         columns = max(map(len, prompts)) + max(limits)
-        tokens, rows = lay_out(prompts, limits, columns)
+        tokens, rows = pad_prompts(prompts, limits, columns)
         start = int(rows["start"])
         tokens, rows = tree.map_structure(ops.convert_to_tensor, (tokens, rows))
         state = {
@@ -48,7 +48,7 @@ class TorchTokenLoop(TokenLoop):
             "prefilled": 0,
             "step": 0,
             "done": rows["limits"] == 0,
-            "cache": new_cache(self.model.backbone, len(prompts), columns),
+            "cache": init_cache(self.model.backbone, len(prompts), columns),
         }
         return state, {**rows, "start": start}
 
@@ -60,10 +60,12 @@ class TorchTokenLoop(TokenLoop):
             state = {**state, "prefilled": start}
         self._forget_graphs_of_other_weights()
         while state["step"] < until:
-            if state["step"] % STEPS_BETWEEN_LOOKS == 0 and bool(state["done"].all()):
+            if state["step"] % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(
+                state["done"].all()
+            ):
                 break
             logits = self._step(state, rows)
-            state = self.choose(state, logits, rows, stop_ids)
+            state = self.sample_next(state, logits, rows, stop_ids)
         return state
 
     def _run_prefix(self, state, rows):
@@ -76,23 +78,23 @@ class TorchTokenLoop(TokenLoop):
             positions.expand(len(state["tokens"]), -1),
             rows["final_lengths"],
             None,
-            in_use(state["cache"], start),
+            used_columns(state["cache"], start),
             None,
         )
 
     def _step(self, state, rows):
         column = rows["start"] + state["step"]
-        cache = in_use(state["cache"], column + 1)
+        cache = used_columns(state["cache"], column + 1)
         fed = state["tokens"][:, column : column + 1]
-        positions, bias = place(rows, column, fed.shape, cache[0][0].shape)
+        positions, bias = positions_and_bias(rows, column, fed.shape, cache[0][0].shape)
         inputs = (fed, positions, rows["final_lengths"], bias, cache)
         return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):
         batch = len(inputs[0])
         if batch not in self._graphs:
-            graph = traced(self._logits, inputs)
-            pack_products(graph, self._packed)
+            graph = trace_graph(self._logits, inputs)
+            pack_linear_weights(graph, self._packed)
             self._graphs[batch] = graph
         return self._graphs[batch]
 
@@ -111,7 +113,7 @@ class TorchTokenLoop(TokenLoop):
         return self.model.lm_head(hidden)[:, 0]
 
 
-def traced(function, inputs):
+def trace_graph(function, inputs):
     """Records what `function` does with `inputs`, which it does meanwhile.
 
     Returns:
@@ -121,11 +123,11 @@ def traced(function, inputs):
         # Of a first token, which has only itself to look at.
         warnings.filterwarnings("ignore", "You are using a softmax over axis")
         graph = make_fx(lambda *inputs: function(*inputs))(*inputs)
-    drop_reshapes_to_the_same_shape(graph)
+    remove_noop_reshapes(graph)
     return graph
 
 
-def drop_reshapes_to_the_same_shape(graph):
+def remove_noop_reshapes(graph):
     """Removes views that change nothing, which batched products record.
 
     They cost time, and they alone would tie the graph to one number of columns.

@@ -7,20 +7,20 @@ from keras_openllama import presets
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.generation import generate as generation
-from keras_openllama.generation.beam_search import steers_search
-from keras_openllama.generation.limits import Limits
+from keras_openllama.generation.beam_search import is_search_sampler
+from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
 from keras_openllama.loading.load import load_task
 from keras_openllama.models import scoring
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
-from keras_openllama.training.fit import Fitting, default_optimizer
+from keras_openllama.training.fit import FitMixin, default_optimizer
 from keras_openllama.training.train_plan import plan_training
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLM(Fitting, CausalLM):
+class OpenLlamaCausalLM(FitMixin, CausalLM):
     """OpenLLaMA with its language-model head.
 
     Args:
@@ -159,7 +159,7 @@ class OpenLlamaCausalLM(Fitting, CausalLM):
             from_logits=True, reduction="mean_with_sample_weight"
         )
         sampler = get_sampler(sampler)
-        steers_search(sampler)  # Refuses one that cannot run.
+        is_search_sampler(sampler)  # Refuses one that cannot run.
         auto_learning_rate = optimizer == "auto"
         if auto_learning_rate:
             optimizer = default_optimizer(self)
@@ -186,7 +186,7 @@ class OpenLlamaCausalLM(Fitting, CausalLM):
         """The loop that chooses tokens; it compiles its programs at first use."""
         # KerasHub sets it to None where the model or the sampler changes.
         if self.generate_function is None:
-            self.generate_function = generation.loop_for(self)
+            self.generate_function = generation.make_token_loop(self)
         return self.generate_function
 
     def generate(
@@ -230,7 +230,7 @@ class OpenLlamaCausalLM(Fitting, CausalLM):
         Example:
             lm.generate(["Once upon", "The sea"], max_new_tokens=20, stop=".")
         """
-        limits = Limits(max_length, max_new_tokens, stop_token_ids, stop)
+        limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         return generation.generate(self, inputs, limits, strip_prompt)
 
     def stream(
@@ -265,7 +265,7 @@ class OpenLlamaCausalLM(Fitting, CausalLM):
                 "`stream` takes one string, and needs a `preprocessor`. Received: "
                 f"inputs={inputs!r}, preprocessor={self.preprocessor}"
             )
-        limits = Limits(max_length, max_new_tokens, stop_token_ids, stop)
+        limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         return generation.stream(self, inputs, limits)
 
     # ----- Export
@@ -387,7 +387,7 @@ class OpenLlamaCausalLM(Fitting, CausalLM):
         Example:
             lm.score("The sea", scoring_mode="loss")
         """
-        return scoring.score(
+        return scoring.score_sequences(
             self, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
         )
 

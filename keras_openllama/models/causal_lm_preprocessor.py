@@ -140,11 +140,11 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         data = normalize_examples(x, y)
         if isinstance(data, GraphTexts):
             return self._training_tensors(data.tensors, sample_weight, length)
-        rows = self.training_rows(data, length)
+        rows = self.tokenize_examples(data, length)
         rows.warn()
-        return self.filled(rows, sample_weight, data.batched)
+        return self.pad_examples(rows, sample_weight, data.batched)
 
-    def training_rows(self, data, sequence_length=None):
+    def tokenize_examples(self, data, sequence_length=None):
         """Tokens of texts, pairs or chats, before they are filled up or packed.
 
         Args:
@@ -152,18 +152,18 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             sequence_length: as for a call.
 
         Returns:
-            `examples.TrainingRows`.
+            `examples.TrainingExamples`.
         """
         length = self._length_or_default(sequence_length)
         examples = exchanges_of(data, self.chat_template)
         options = length, self.add_start_token, self.add_end_token
         return tokenize(examples, self.tokenizer, *options)
 
-    def filled(self, rows, sample_weight=None, batched=True):
+    def pad_examples(self, rows, sample_weight=None, batched=True):
         """Rows filled up to `(x, y, sample_weight)`.
 
         Args:
-            rows: `examples.TrainingRows`.
+            rows: `examples.TrainingExamples`.
             sample_weight: as for a call.
             batched: bool, false for the arrays of one row.
         """
@@ -188,10 +188,10 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             given = dict(zip(parts, values, strict=True))
             weight = given.pop("weight", None)
             data = normalize_examples(given.get("", given))
-            rows = self.training_rows(data, length)
+            rows = self.tokenize_examples(data, length)
             if not told:
                 told.append(rows.warn())
-            x, targets, weights = self.filled(rows, weight, data.batched)
+            x, targets, weights = self.pad_examples(rows, weight, data.batched)
             return *x.values(), targets, weights
 
         token_ids, padding_mask, y, weights = _in_graph(

@@ -6,14 +6,16 @@ from keras import ops
 from keras_openllama.text.inputs import Texts, normalize_sequences
 from keras_openllama.text.token_arrays import as_padding_mask, as_token_ids
 
-MODES = ("logits", "loss")
+SCORING_MODES = ("logits", "loss")
 
 
-def score(model, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids):
+def score_sequences(
+    model, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
+):
     """What `OpenLlamaCausalLM.score` returns; arguments and errors are said there."""
-    if scoring_mode not in MODES:
+    if scoring_mode not in SCORING_MODES:
         raise ValueError(
-            f"`scoring_mode` must be one of {MODES}. "
+            f"`scoring_mode` must be one of {SCORING_MODES}. "
             f"Received: scoring_mode={scoring_mode!r}"
         )
     sequences = normalize_sequences(inputs, model.preprocessor is not None)

@@ -245,7 +245,7 @@ class OpenLlamaTokenizer(Tokenizer):
             rows = [row if row[-1:] == end else row + end for row in rows]
         return rows
 
-    def tokenize_rest(self, text):
+    def tokenize_continuation(self, text):
         """Turns the rest of a text into ids: without the space that begins a text.
 
         Args:
@@ -255,7 +255,7 @@ class OpenLlamaTokenizer(Tokenizer):
             A list of int.
 
         Example:
-            tokenizer.tokenize("un") + tokenizer.tokenize_rest("happy")
+            tokenizer.tokenize("un") + tokenizer.tokenize_continuation("happy")
         """
         self._require_proto()
         if self._rest_processor is None:

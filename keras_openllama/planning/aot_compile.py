@@ -17,7 +17,10 @@ from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.planning.cost_model import CHIPS
 from keras_openllama.runs.jax_train_program import State, compile_step
 from keras_openllama.runs.optimizer import make_optimizer
-from keras_openllama.training.train_step_jax import Options, placed
+from keras_openllama.training.train_step_jax import (
+    TrainStepOptions,
+    options_for_devices,
+)
 
 # Chips of a host, by which libtpu lays out a topology; and how a chip's two cores work.
 _HOST = (2, 2, 1)
@@ -122,7 +125,9 @@ def compiled_step(config, recipe, mesh, devices):
 
     x = {"token_ids": array("int32"), "padding_mask": array("int32")}
     batch = x, array("int32"), array("float32")
-    options = Options(recipe.micro_batches, recipe.rematerialize, recipe.z_loss)
+    options = TrainStepOptions(
+        recipe.micro_batches, recipe.rematerialize, recipe.z_loss
+    )
     everywhere = jax.sharding.NamedSharding(
         distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec()
     )
@@ -134,7 +139,7 @@ def compiled_step(config, recipe, mesh, devices):
             lm,
             _abstract_state(lm, distribution, everywhere),
             batch,
-            placed(options, distribution),
+            options_for_devices(options, distribution),
             recipe.spike_threshold,
             everywhere,
         )

@@ -32,7 +32,7 @@ from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.train_config import TrainConfig
 from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
 from keras_openllama.text.inputs import normalize_examples
-from keras_openllama.training.fit import ADAPTERS_RATE, RATE
+from keras_openllama.training.fit import ADAPTER_LEARNING_RATE, LEARNING_RATE
 
 ADAPTERS, MODEL = "adapters", "model"
 _QUESTIONS = 4  # Heuristic: prompts of examples that the model answers.
@@ -77,7 +77,7 @@ class FinetuneConfig:
         """`TrainConfig` of a run of so many steps."""
         rate = self.learning_rate
         if rate is None:
-            rate = ADAPTERS_RATE if self.lora_rank else RATE
+            rate = ADAPTER_LEARNING_RATE if self.lora_rank else LEARNING_RATE
         return TrainConfig(
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
@@ -269,7 +269,7 @@ def _fingerprint(*parts):
 
 def _data(lm, config, examples, validation):
     def arrays(examples, pack):
-        rows = lm.preprocessor.training_rows(normalize_examples(examples))
+        rows = lm.preprocessor.tokenize_examples(normalize_examples(examples))
         rows.warn()
         return rows.packed() if pack else rows.filled(), rows.bytes
 

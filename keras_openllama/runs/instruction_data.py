@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from keras_openllama.training.step_metrics import perplexity_of
+from keras_openllama.training.step_metrics import perplexity_from_loss
 
 
 class InstructionData:
@@ -97,7 +97,7 @@ class InstructionValidation:
         """Evaluates.
 
         Args:
-            evaluate: function from a batch to `step_metrics.Sums` and the sum of
+            evaluate: function from a batch to `step_metrics.LossSums` and the sum of
                 weights.
 
         Returns:
@@ -128,7 +128,7 @@ class InstructionValidation:
 def _rates(nats, targets, size):
     loss = nats / targets
     bits = {"bits_per_byte": nats / math.log(2) / size} if size else {}
-    return {"loss": loss, "perplexity": perplexity_of(loss), **bits}
+    return {"loss": loss, "perplexity": perplexity_from_loss(loss), **bits}
 
 
 def _as_arrays(x, y, weights):

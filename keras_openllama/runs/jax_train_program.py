@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from keras_openllama.runs import tpu_compiler_options
-from keras_openllama.training.step_metrics import Sums
-from keras_openllama.training.train_step_jax import parted, sums_of, update
+from keras_openllama.training.step_metrics import LossSums
+from keras_openllama.training.train_step_jax import (
+    loss_sums,
+    split_micro_batches,
+    train_step,
+)
 
 # Ours: the running mean of the loss is over about so many steps, and is relied on after
 # as many.
@@ -104,8 +108,8 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
         lm: `OpenLlamaCausalLM`, compiled.
         state: `State`, or one of `jax.ShapeDtypeStruct`s; only shapes and shardings
             count.
-        batch: a batch like those to come, see `train_step_jax.sums_of`.
-        options: `train_step_jax.Options`.
+        batch: a batch like those to come, see `train_step_jax.loss_sums`.
+        options: `train_step_jax.TrainStepOptions`.
         spike_threshold: float, a loss above so many times its running mean skips the
             step; 0 is never.
         replicated: sharding of the metrics, or `None`.
@@ -122,7 +126,9 @@ def compile_step(lm, state, batch, options, spike_threshold=0.0, replicated=None
         if spike_threshold:
             known = guard["steps"] >= LOSS_MEMORY
             limit = jnp.where(known, spike_threshold * mean, jnp.inf)
-        metrics, (trainable, optimizer) = update(lm, state[:3], batch, options, limit)
+        metrics, (trainable, optimizer) = train_step(
+            lm, state[:3], batch, options, limit
+        )
         steps = guard["steps"] + 1
         # A plain mean at first, then an exponential one.
         share = 1 / jnp.minimum(steps, LOSS_MEMORY)
@@ -145,18 +151,20 @@ def compile_evaluation(lm, state, batch, options, replicated=None):
         lm, state, batch, options, replicated: see `compile_step`.
 
     Returns:
-        A compiled program `(state, batch) -> (step_metrics.Sums, sum of the weights)`.
+        A compiled program `(state, batch) -> (step_metrics.LossSums, sum of weights)`.
     """
 
     def evaluate(state, batch):
         values = state.trainable, state.non_trainable
 
         def add(total, part):
-            sums = sums_of(lm, values, part, options)
+            sums = loss_sums(lm, values, part, options)
             return jax.tree.map(jnp.add, total, sums), None
 
-        parts = jax.tree.map(lambda a: parted(a, options.micro_batches), batch)
-        total, _ = jax.lax.scan(add, Sums(*(jnp.zeros(()),) * 3), parts)
+        parts = jax.tree.map(
+            lambda a: split_micro_batches(a, options.micro_batches), batch
+        )
+        total, _ = jax.lax.scan(add, LossSums(*(jnp.zeros(()),) * 3), parts)
         return total, jnp.sum(batch[2])
 
     return jax.jit(evaluate, out_shardings=replicated).lower(state, batch).compile()

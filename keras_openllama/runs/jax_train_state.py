@@ -9,7 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_openllama.distribution import OpenLlamaParallel, check_hosts, make_mesh
 from keras_openllama.runs import jax_train_program
-from keras_openllama.training.train_step_jax import Options, placed
+from keras_openllama.training.train_step_jax import (
+    TrainStepOptions,
+    options_for_devices,
+)
 
 
 def distribution_for(mesh):
@@ -76,8 +79,10 @@ class JaxTrainState:
 
     def compile(self, batch, evaluation):
         config, replicated = self._config, self._sharding(0)
-        options = Options(config.micro_batches, config.rematerialize, config.z_loss)
-        options = placed(options, self._distribution)
+        options = TrainStepOptions(
+            config.micro_batches, config.rematerialize, config.z_loss
+        )
+        options = options_for_devices(options, self._distribution)
         self._program = jax_train_program.compile_step(
             *(self.lm, self._state, batch, options),
             config.spike_threshold,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.training.step_metrics import StepMetrics, Sums
+from keras_openllama.training.step_metrics import LossSums, StepMetrics
 
 
 class KerasTrainState:
@@ -51,7 +51,7 @@ class KerasTrainState:
         logs = self.lm.test_on_batch(x, y, sample_weight=weights, return_dict=True)
         targets = float(weights.sum())
         accuracy = float(logs["sparse_categorical_accuracy"])
-        return Sums(float(logs["loss"]) * targets, 0.0, accuracy * targets), targets
+        return LossSums(float(logs["loss"]) * targets, 0.0, accuracy * targets), targets
 
     def wait(self):
         """Steps are computed when `step` returns."""

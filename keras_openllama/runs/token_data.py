@@ -8,7 +8,7 @@ import jax
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.runs.interruption import reading_data
-from keras_openllama.training.step_metrics import perplexity_of
+from keras_openllama.training.step_metrics import perplexity_from_loss
 
 
 class TokenData:
@@ -98,7 +98,7 @@ class TokenValidation:
         """Evaluates.
 
         Args:
-            evaluate: function from a batch to `step_metrics.Sums` and the sum of
+            evaluate: function from a batch to `step_metrics.LossSums` and the sum of
                 weights.
 
         Returns:
@@ -117,7 +117,7 @@ class TokenValidation:
         loss = mean("loss")
         return {
             "loss": loss,
-            "perplexity": perplexity_of(loss),
+            "perplexity": perplexity_from_loss(loss),
             "bits_per_byte": mean("bits_per_byte"),
             "sources": sources,
         }
@@ -138,6 +138,6 @@ class TokenValidation:
             predicted -= split["documents"]
         return {
             "loss": loss,
-            "perplexity": perplexity_of(loss),
+            "perplexity": perplexity_from_loss(loss),
             "bits_per_byte": loss / math.log(2) * predicted / split["bytes"],
         }

@@ -51,7 +51,7 @@ class TrainState(Protocol):
         """Trains; returns `step_metrics.StepMetrics`, which may still be computed."""
 
     def evaluate(self, batch):
-        """Returns `step_metrics.Sums` and the sum of the targets' weights."""
+        """Returns `step_metrics.LossSums` and the sum of the targets' weights."""
 
     def wait(self):
         """Returns when all steps are computed."""

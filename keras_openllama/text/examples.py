@@ -120,7 +120,7 @@ def tokenize(examples, tokenizer, length, add_start_token=True, add_end_token=Tr
             each response.
 
     Returns:
-        `TrainingRows`.
+        `TrainingExamples`.
 
     Raises:
         ValueError: if the response to a prompt is missing, or has no tokens.
@@ -129,7 +129,7 @@ def tokenize(examples, tokenizer, length, add_start_token=True, add_end_token=Tr
     pairs = iter(_pairs_of_ids(exchanges, tokenizer))
     start = [tokenizer.start_token_id] if add_start_token else []
     end = [tokenizer.end_token_id] if add_end_token else []
-    rows = TrainingRows([], [], length)
+    rows = TrainingExamples([], [], length)
     for number, example in enumerate(examples):
         ids, learned = list(start), [False] * len(start)
         for prompt, response in example:
@@ -194,13 +194,17 @@ def _pairs_of_ids(exchanges, tokenizer):
         follows = whole[: len(prompt)] == prompt
         # Else a token reaches from the prompt into the response, and `generate` never
         # sees that.
-        rest = whole[len(prompt) :] if follows else tokenizer.tokenize_rest(response)
+        rest = (
+            whole[len(prompt) :]
+            if follows
+            else tokenizer.tokenize_continuation(response)
+        )
         pairs.append((prompt, rest))
     return pairs
 
 
 @dataclasses.dataclass
-class TrainingRows:
+class TrainingExamples:
     """Tokens of examples, and which of them are learned.
 
     Attributes:

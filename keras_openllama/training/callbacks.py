@@ -6,7 +6,7 @@ import warnings
 import keras
 
 
-class LeftOutSteps(keras.callbacks.Callback):
+class SkippedSteps(keras.callbacks.Callback):
     """Tells how many steps were left out since loss or gradient was not finite.
 
     The optimizer does not count those.

@@ -8,10 +8,10 @@ from jax.sharding import PartitionSpec as P
 
 from keras_openllama.config import LOGITS_AT_ONCE
 from keras_openllama.distribution import ROWS
-from keras_openllama.training.step_metrics import Sums
+from keras_openllama.training.step_metrics import LossSums
 
 
-def next_token_sums(
+def chunked_cross_entropy(
     hidden, kernel, targets, weights, z_scale=0.0, chunks=None, mesh=None
 ):
     """Sums over the targets of a batch, a chunk of each row at a time.
@@ -34,12 +34,12 @@ def next_token_sums(
             device.
 
     Returns:
-        `Sums`; only `loss` carries a gradient.
+        `LossSums`; only `loss` carries a gradient.
 
     Source: chunks of the logits with gradients at once, as in Cut Your Losses
     (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989).
     """
-    return Sums(*_fused(z_scale, chunks, mesh, hidden, kernel, targets, weights))
+    return LossSums(*_fused(z_scale, chunks, mesh, hidden, kernel, targets, weights))
 
 
 def _chunks(batch, length, vocabulary_size):

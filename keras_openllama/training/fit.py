@@ -20,27 +20,27 @@ from keras_openllama.text.inputs import (
     normalize_training_data,
 )
 from keras_openllama.text.token_arrays import as_token_ids
-from keras_openllama.training.callbacks import BitsPerByte, LeftOutSteps
+from keras_openllama.training.callbacks import BitsPerByte, SkippedSteps
 from keras_openllama.training.train_plan import TrainPlan
 
 if keras.config.backend() == "jax":
-    from keras_openllama.training.train_step_jax import FusedTraining as TrainStep
+    from keras_openllama.training.train_step_jax import JaxTrainStep as TrainStep
 else:
     from keras_openllama.training.train_step_tf_torch import (
-        WeightedTraining as TrainStep,
+        TfTorchTrainStep as TrainStep,
     )
 
 # Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
-RATE, ADAPTERS_RATE = 2e-5, 2e-4
+LEARNING_RATE, ADAPTER_LEARNING_RATE = 2e-5, 2e-4
 
 
 def default_optimizer(lm):
     """AdamW as `compile` takes it for `"auto"`; weights do not decay, as in Alpaca."""
-    rate = ADAPTERS_RATE if adapted_layers(lm) else RATE
+    rate = ADAPTER_LEARNING_RATE if adapted_layers(lm) else LEARNING_RATE
     return AdamW(rate, weight_decay=0.0)
 
 
-class Fitting(TrainStep):
+class FitMixin(TrainStep):
     """`OpenLlamaCausalLM`: what it is trained, evaluated and asked with."""
 
     _variables_seen = None  # By the programs that Keras has compiled.
@@ -96,7 +96,7 @@ class Fitting(TrainStep):
         ```
         """
         self._prepare_to_train()
-        own_callbacks = [LeftOutSteps()] if self.train_plan.own_loss else []
+        own_callbacks = [SkippedSteps()] if self.train_plan.auto_loss else []
         x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
         data = self._in_whole_batches(x, y, sample_weight, batch_size)
         x, y, sample_weight = data
@@ -108,7 +108,7 @@ class Fitting(TrainStep):
             x_val, *targets, bytes_per_target = self._as_data(
                 x_val, *targets, pack and is_text
             )
-            if bytes_per_target and self.train_plan.own_loss:
+            if bytes_per_target and self.train_plan.auto_loss:
                 own_callbacks.append(BitsPerByte(bytes_per_target))
             size = kwargs.get("validation_batch_size") or batch_size
             x_val, *targets = self._in_whole_batches(x_val, *targets, size)
@@ -156,10 +156,10 @@ class Fitting(TrainStep):
             y,
             batch_size=batch_size,
             sample_weight=sample_weight,
-            return_dict=return_dict or self.train_plan.own_loss,
+            return_dict=return_dict or self.train_plan.auto_loss,
             **kwargs,
         )
-        if not self.train_plan.own_loss:
+        if not self.train_plan.auto_loss:
             return results
         if not return_dict:  # Where KerasHub has them, and perplexity behind them.
             perplexity = results.pop("perplexity")
@@ -207,7 +207,7 @@ class Fitting(TrainStep):
 
     def get_metrics_result(self):
         results = super().get_metrics_result()
-        if self.train_plan.own_loss:
+        if self.train_plan.auto_loss:
             results["perplexity"] = ops.exp(results["loss"])
         return results
 
@@ -266,12 +266,12 @@ class Fitting(TrainStep):
             return self._mapped(x), y, sample_weight, None
         if isinstance(data, Arrays):
             return *self._as_arrays(x, y, sample_weight), None
-        rows = self.preprocessor.training_rows(data)
+        rows = self.preprocessor.tokenize_examples(data)
         rows.warn()
         if pack:
             x, y, weights = rows.packed()
         else:
-            x, y, weights = self.preprocessor.filled(rows, sample_weight)
+            x, y, weights = self.preprocessor.pad_examples(rows, sample_weight)
         targets = float(weights.sum())
         whole = sample_weight is None and targets > 0
         return x, y, weights, rows.bytes / targets if whole else None
@@ -331,10 +331,10 @@ class Fitting(TrainStep):
             data = self._normalized(x, y)
             if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
-            rows = self.preprocessor.training_rows(data)
+            rows = self.preprocessor.tokenize_examples(data)
             if (rows.cut or rows.lost) and not told:
                 told.append(rows.warn())  # Of the first such batch alone.
-            return self.preprocessor.filled(rows, sample_weight)
+            return self.preprocessor.pad_examples(rows, sample_weight)
 
         if is_tf_dataset(batches):
             return batches.map(self.preprocess_samples, num_parallel_calls=-1)

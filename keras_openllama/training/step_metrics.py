@@ -28,7 +28,7 @@ class StepMetrics(NamedTuple):
     applied: Any
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """What a batch's targets add up to; float32 scalars.
 
     Attributes:
@@ -42,6 +42,6 @@ class Sums(NamedTuple):
     correct: Any
 
 
-def perplexity_of(loss):
+def perplexity_from_loss(loss):
     """The perplexity of a loss in nats per token; `inf` where `exp` overflows."""
     return math.inf if loss > 700 else math.exp(loss)

@@ -5,27 +5,27 @@ import dataclasses
 import keras
 
 if keras.config.backend() == "jax":
-    from keras_openllama.training.train_step_jax import Options
+    from keras_openllama.training.train_step_jax import TrainStepOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """How a model is trained and evaluated: its attribute `train_plan`.
 
-    `compile` sets it, once; `Fitting` and the training steps read it. The defaults are
+    `compile` sets it, once; `FitMixin` and the training steps read it. The defaults are
     those of a model that is not compiled: all is left to Keras.
 
     Attributes:
-        own_loss: bool, whether loss and metrics are the model's own: the mean of the
+        auto_loss: bool, whether loss and metrics are the model's own: the mean of the
             cross-entropy over all targets of an epoch, with perplexity, and steps left
             out that are not finite. Else the step is Keras's.
         auto_learning_rate: bool, whether optimizer and rate follow the adapters that
             the model has when it is trained.
-        step_options: `train_step_jax.Options` of the fused step, which keeps no
-            logits; `None` where that step is not taken, as on other backends.
+        step_options: `train_step_jax.TrainStepOptions` of the fused step; `None`
+            where that step is not taken, as on other backends.
     """
 
-    own_loss: bool = False
+    auto_loss: bool = False
     auto_learning_rate: bool = False
     step_options: object = None
 
@@ -52,15 +52,15 @@ def plan_training(
     Raises:
         ValueError: for options that need the fused step, where it is not taken.
     """
-    own_loss = loss == "auto" and not metrics
-    own_loss &= weighted_metrics == "auto" or not weighted_metrics
+    auto_loss = loss == "auto" and not metrics
+    auto_loss &= weighted_metrics == "auto" or not weighted_metrics
     # Keras's own step scales a loss, and knows how to compute a quantized head.
-    own_loss &= not _scales_loss(lm.optimizer)
+    auto_loss &= not _scales_loss(lm.optimizer)
     on_jax = keras.config.backend() == "jax"
     if on_jax:
-        own_loss &= lm.lm_head.quantization_mode is None
-    if own_loss and on_jax:
-        return TrainPlan(True, auto_learning_rate, Options(*step_options))
+        auto_loss &= lm.lm_head.quantization_mode is None
+    if auto_loss and on_jax:
+        return TrainPlan(True, auto_learning_rate, TrainStepOptions(*step_options))
     if step_options != (1, "none", 0.0):
         raise ValueError(
             "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
@@ -70,7 +70,7 @@ def plan_training(
             f"backend={keras.config.backend()!r}, loss={loss!r}, "
             f"weighted_metrics={weighted_metrics!r}, optimizer={lm.optimizer!r}"
         )
-    return TrainPlan(own_loss, auto_learning_rate)
+    return TrainPlan(auto_loss, auto_learning_rate)
 
 
 def _scales_loss(optimizer):

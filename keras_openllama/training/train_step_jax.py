@@ -12,12 +12,12 @@ from keras_openllama.distribution import ROWS, OpenLlamaParallel
 from keras_openllama.layers.attention_kernels import attention_on
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.sharded_embedding import look_up
-from keras_openllama.training.chunked_loss import next_token_sums
+from keras_openllama.training.chunked_loss import chunked_cross_entropy
 from keras_openllama.training.step_metrics import StepMetrics
 from keras_openllama.training.target_weights import target_weights
 
 
-class Options(NamedTuple):
+class TrainStepOptions(NamedTuple):
     """How a step is computed; none of it changes what is computed, but `z_loss`.
 
     Attributes:
@@ -27,7 +27,7 @@ class Options(NamedTuple):
         z_loss: float, weight of the squared log of the softmax's denominator.
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
             one device.
-        loss_chunks: int, see `chunked_loss.next_token_sums`.
+        loss_chunks: int, see `chunked_loss.chunked_cross_entropy`.
         attend: callable of `layers.attention_kernels.attention_on`, or `None` for what
             every platform can compute.
         scan: bool, whether the layers are a scan, which compiles sooner; one after the
@@ -43,16 +43,16 @@ class Options(NamedTuple):
     scan: bool = False
 
 
-def placed(options, distribution=None):
+def options_for_devices(options, distribution=None):
     """Options for the devices that a step will run on.
 
     Args:
-        options: `Options`.
+        options: `TrainStepOptions`.
         distribution: `OpenLlamaParallel`, or `None` for JAX's default device.
 
     Returns:
-        `Options` with their mesh, the attention that they are fastest with, and on TPUs
-        a scan over the layers.
+        `TrainStepOptions` with the mesh, the fastest attention kernel, and on TPUs a
+        scan over the layers.
     """
     mesh, device = None, jax.devices()[0]
     if distribution is not None:
@@ -63,18 +63,18 @@ def placed(options, distribution=None):
     )
 
 
-def sums_of(lm, values, batch, options):
-    """The sums of `chunked_loss.next_token_sums` over a batch.
+def loss_sums(lm, values, batch, options):
+    """The sums of `chunked_loss.chunked_cross_entropy` over a batch.
 
     Args:
         lm: `OpenLlamaCausalLM`.
         values: pair of lists, values of its trainable and non-trainable variables.
         batch: `(x, targets, weights)`: a dict of int `"token_ids"` and
             `"padding_mask"`, int targets, float32 weights; all `(batch, length)`.
-        options: `Options`.
+        options: `TrainStepOptions`.
 
     Returns:
-        `step_metrics.Sums`.
+        `step_metrics.LossSums`.
 
     Raises:
         ValueError: if the head is quantized.
@@ -100,7 +100,7 @@ def sums_of(lm, values, batch, options):
             ),
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
-        return next_token_sums(
+        return chunked_cross_entropy(
             *(hidden, kernel, targets, weights),
             options.z_loss,
             options.loss_chunks,
@@ -126,17 +126,17 @@ def _sharded(states, mesh):
     return jax.lax.with_sharding_constraint(states, sharding)
 
 
-def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: B008
+def compute_gradients(lm, trainable, non_trainable, batch, options=TrainStepOptions()):  # noqa: B008
     """Loss and gradient of a batch: the mean over its targets.
 
     Args:
         lm: `OpenLlamaCausalLM`.
         trainable, non_trainable: lists, values of its variables.
-        batch: see `sums_of`.
-        options: `Options`.
+        batch: see `loss_sums`.
+        options: `TrainStepOptions`.
 
     Returns:
-        `step_metrics.Sums` of the batch, the sum of its weights, and the gradients,
+        `step_metrics.LossSums` of the batch, the sum of its weights, and the gradients,
         float32 or of the variables' dtype, of the mean loss.
 
     Raises:
@@ -151,7 +151,7 @@ def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: 
     total = jnp.maximum(jnp.sum(batch[2]), 1e-9)  # No target at all: no gradient.
 
     def loss(values, part):
-        sums = sums_of(lm, (values, non_trainable), part, options)
+        sums = loss_sums(lm, (values, non_trainable), part, options)
         return sums.loss / total, sums
 
     gradient = jax.grad(loss, has_aux=True)
@@ -162,35 +162,35 @@ def gradients(lm, trainable, non_trainable, batch, options=Options()):  # noqa: 
     def add(carry, part):
         return jax.tree.map(jnp.add, carry, gradient(trainable, part)), None
 
-    parts = jax.tree.map(lambda a: parted(a, options.micro_batches), batch)
+    parts = jax.tree.map(lambda a: split_micro_batches(a, options.micro_batches), batch)
     shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda a: a[0], parts))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (grads, sums), _ = jax.lax.scan(add, start, parts)
     return sums, total, grads
 
 
-def parted(array, parts):
+def split_micro_batches(array, parts):
     """`(batch, …)` to `(parts, batch / parts, …)`, each with rows of every device."""
     array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
     return jnp.moveaxis(array, 1, 0)
 
 
-def update(lm, state, batch, options=Options(), limit=None):  # noqa: B008
+def train_step(lm, state, batch, options=TrainStepOptions(), limit=None):  # noqa: B008
     """One step of training.
 
     Args:
         lm: `OpenLlamaCausalLM`, compiled.
         state: triple of lists: values of its trainable, its non-trainable and its
             optimizer's variables.
-        batch: see `sums_of`.
-        options: `Options`.
+        batch: see `loss_sums`.
+        options: `TrainStepOptions`.
         limit: float scalar; a loss above it skips the step. `None` is no limit.
 
     Returns:
         `StepMetrics`, and the new trainable and optimizer values.
     """
     trainable, non_trainable, optimizer = state
-    sums, total, grads = gradients(lm, trainable, non_trainable, batch, options)
+    sums, total, grads = compute_gradients(lm, trainable, non_trainable, batch, options)
     loss, grad_norm = sums.loss / total, global_norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if limit is not None:
@@ -220,7 +220,7 @@ def global_norm(tensors):
     return jnp.sqrt(sum(squares))
 
 
-class FusedTraining:
+class JaxTrainStep:
     """`OpenLlamaCausalLM` on JAX: `fit` and `evaluate` take the step of this module.
 
     They do so where the loss and the metrics are the model's own. With others, which
@@ -231,9 +231,9 @@ class FusedTraining:
         if not self.train_plan.fused:
             return super().train_step(state, data)
         trainable, non_trainable, optimizer, metrics = state
-        batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        batch = prepare_batch(*keras.utils.unpack_x_y_sample_weight(data))
         options = self._placed_options()
-        found, (trainable, optimizer) = update(
+        found, (trainable, optimizer) = train_step(
             self, (trainable, non_trainable, optimizer), batch, options
         )
         logs, metrics = self._measured(
@@ -245,10 +245,10 @@ class FusedTraining:
         if not self.train_plan.fused:
             return super().test_step(state, data)
         trainable, non_trainable, metrics = state
-        batch = as_batch(*keras.utils.unpack_x_y_sample_weight(data))
+        batch = prepare_batch(*keras.utils.unpack_x_y_sample_weight(data))
         # Nothing is kept for a backward pass, and the policy is for one.
         options = self._placed_options()._replace(rematerialize="none")
-        sums = sums_of(self, (trainable, non_trainable), batch, options)
+        sums = loss_sums(self, (trainable, non_trainable), batch, options)
         targets = jnp.sum(batch[2])
         total = jnp.maximum(targets, 1e-9)
         logs, metrics = self._measured(
@@ -261,7 +261,7 @@ class FusedTraining:
         distribution = keras.distribution.distribution()
         # Kernels cannot be divided by XLA, and only our layout says how to.
         if distribution is None or isinstance(distribution, OpenLlamaParallel):
-            return placed(options, distribution)
+            return options_for_devices(options, distribution)
         return options
 
     def _measured(self, metrics, loss, accuracy, targets):
@@ -280,8 +280,8 @@ class FusedTraining:
         return logs, variables
 
 
-def as_batch(x, y, weights=None):
-    """What `fit` was given, in the form of `sums_of`; padding weighs nothing."""
+def prepare_batch(x, y, weights=None):
+    """What `fit` was given, in the form of `loss_sums`; padding weighs nothing."""
     weights = target_weights(x["padding_mask"], weights)
     x = {name: jnp.asarray(x[name], "int32") for name in ("token_ids", "padding_mask")}
     return x, jnp.asarray(y, "int32"), weights

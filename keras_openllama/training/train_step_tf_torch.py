@@ -12,7 +12,7 @@ else:
     import torch
 
 
-class WeightedTraining:
+class TfTorchTrainStep:
     """`OpenLlamaCausalLM` on TensorFlow and PyTorch.
 
     Unlike Keras's own step, the loss of an epoch is the mean over its targets (and not
@@ -21,14 +21,14 @@ class WeightedTraining:
     """
 
     def train_step(self, data):
-        if not self.train_plan.own_loss or not self.trainable_variables:
+        if not self.train_plan.auto_loss or not self.trainable_variables:
             return super().train_step(data)
         if keras.config.backend() == "tensorflow":
             return self._step_of_tensorflow(data)
         return self._step_of_torch(data)
 
     def test_step(self, data):
-        if not self.train_plan.own_loss:
+        if not self.train_plan.auto_loss:
             return super().test_step(data)
         return self._measured(*self._forward(data, training=False))
 

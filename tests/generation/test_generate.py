@@ -17,13 +17,13 @@ from keras_openllama import (
 from keras_openllama.generation import sharding, token_loop
 from keras_openllama.generation.token_loop import (
     TokenLoop,
-    new_cache,
-    padded_columns,
-    padded_rows,
+    init_cache,
+    padded_batch_size,
+    padded_cache_length,
     prefill_chunks,
 )
 
-STEPS_BETWEEN_LOOKS = 8  # On PyTorch, which then runs a few steps too many.
+STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which then runs a few steps too many.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
 
 
@@ -76,10 +76,10 @@ def greedy_without_cache(lm, prompt, steps):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_accelerators_cache_is_made_there_and_not_copied(monkeypatch, dtype):
     lm = make_lm(dtype=dtype)
-    on_cpu = new_cache(lm.backbone, 3, 16)
+    on_cpu = init_cache(lm.backbone, 3, 16)
     monkeypatch.setattr(sharding, "device_platform", lambda backbone: "gpu")
-    monkeypatch.setattr(sharding, "put", None)  # What copies from the host.
-    there = new_cache(lm.backbone, 3, 16)
+    monkeypatch.setattr(sharding, "to_device", None)  # What copies from the host.
+    there = init_cache(lm.backbone, 3, 16)
     for pair, expected in zip(there, on_cpu, strict=True):
         for x, y in zip(pair, expected, strict=True):
             assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
@@ -310,8 +310,13 @@ def test_a_stretched_context_is_fixed_by_the_final_length(rope_type):
 
 
 def test_sizes_of_programs_are_few():
-    assert [padded_columns(n) for n in (2, 256, 257, 1900)] == [256, 256, 512, 2048]
-    assert [padded_rows(n) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, 16]
+    assert [padded_cache_length(n) for n in (2, 256, 257, 1900)] == [
+        256,
+        256,
+        512,
+        2048,
+    ]
+    assert [padded_batch_size(n) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, 16]
 
 
 def short_generations(lm, batches, lengths, limits):
@@ -446,7 +451,7 @@ def test_generation_ends_when_all_rows_have_ended(lm, monkeypatch):
     monkeypatch.setattr(lm.make_generate_function(), "advance", counted)
     lm.generate(x, max_new_tokens=100, stop_token_ids=stops)
     assert len(steps) == 1
-    assert steps[0] <= 5 + STEPS_BETWEEN_LOOKS
+    assert steps[0] <= 5 + STEPS_BETWEEN_DONE_CHECKS
 
 
 def test_the_first_piece_comes_right_after_the_prefill(lm, monkeypatch):

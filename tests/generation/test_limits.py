@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizer_models import trained_model
 
-from keras_openllama.generation.limits import new_token_limits, stop_ids
+from keras_openllama.generation.limits import new_token_limits, resolve_stop_ids
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 
 pytestmark = pytest.mark.backend_free
@@ -58,10 +58,10 @@ def test_what_does_not_fit_is_named(lengths, options, message):
 
 def test_stop_ids_are_the_end_token_unless_given():
     tokenizer = OpenLlamaTokenizer(trained_model(keep_spaces=True))
-    assert stop_ids("auto", tokenizer, 512) == [tokenizer.end_token_id]
-    assert stop_ids(None, tokenizer, 512) == []
+    assert resolve_stop_ids("auto", tokenizer, 512) == [tokenizer.end_token_id]
+    assert resolve_stop_ids(None, tokenizer, 512) == []
     for ids in ([5, 7], (5, 7), np.array([5, 7])):
-        assert stop_ids(ids, None, 512) == [5, 7]
+        assert resolve_stop_ids(ids, None, 512) == [5, 7]
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_stop_ids_are_the_end_token_unless_given():
 )
 def test_what_are_no_stop_ids_is_refused(ids, message):
     with pytest.raises(ValueError, match=message):
-        stop_ids(ids, None, 512)
+        resolve_stop_ids(ids, None, 512)

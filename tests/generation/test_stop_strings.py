@@ -3,9 +3,9 @@
 import pytest
 
 from keras_openllama.generation.stop_strings import (
-    Continuation,
-    as_stop_strings,
-    run_until_stopped,
+    StopStringDecoder,
+    decode_until_stopped,
+    normalize_stop_strings,
 )
 
 pytestmark = pytest.mark.backend_free
@@ -30,7 +30,7 @@ class _Decoder:
 
 
 def continuations(number, *stops):
-    return [Continuation(Letters(), [], stops) for _ in range(number)]
+    return [StopStringDecoder(Letters(), [], stops) for _ in range(number)]
 
 
 def test_the_stop_string_that_ends_first_counts_however_tokens_come():
@@ -46,7 +46,7 @@ def test_the_stop_string_that_ends_first_counts_however_tokens_come():
 
 def test_rows_grow_and_are_flushed_at_the_end():
     rows = continuations(2)
-    steps = run_until_stopped(rows, iter([[[0, 1], [2]], [[3], []]]))
+    steps = decode_until_stopped(rows, iter([[[0, 1], [2]], [[3], []]]))
     seen = [[row.text for row in rows] for _ in steps]
     assert seen == [["a", ""], ["ab", ""], ["abd", "c"]]
 
@@ -60,7 +60,7 @@ def test_no_token_is_asked_for_once_all_rows_have_stopped():
             yield new
 
     rows = continuations(2, "c")
-    for _ in run_until_stopped(rows, tokens()):
+    for _ in decode_until_stopped(rows, tokens()):
         pass
     assert len(asked) == 2
     assert [row.text for row in rows] == ["a", "ab"]
@@ -69,7 +69,7 @@ def test_no_token_is_asked_for_once_all_rows_have_stopped():
 def test_nothing_that_may_begin_a_stop_string_is_shown():
     (row,) = rows = continuations(1, "bcf")
     shown = []
-    for _ in run_until_stopped(rows, ([[i]] for i in (0, 1, 2, 3, 1, 2, 5, 0))):
+    for _ in decode_until_stopped(rows, ([[i]] for i in (0, 1, 2, 3, 1, 2, 5, 0))):
         shown.append(row.text)
     assert row.stopped and shown[-1] == row.text == "abcd"
     assert all("abcd".startswith(text) for text in shown)
@@ -77,15 +77,15 @@ def test_nothing_that_may_begin_a_stop_string_is_shown():
 
 def test_a_stop_string_that_is_never_finished_is_shown_at_the_end():
     (row,) = rows = continuations(1, "bcf")
-    for _ in run_until_stopped(rows, iter([[[0, 1, 2]]])):
+    for _ in decode_until_stopped(rows, iter([[[0, 1, 2]]])):
         pass
     assert row.text == "abc" and not row.stopped
 
 
 def test_stop_strings_are_a_string_or_several():
-    assert as_stop_strings(None) == ()
-    assert as_stop_strings("ab") == ("ab",)
-    assert as_stop_strings(["a", "b"]) == ("a", "b")
+    assert normalize_stop_strings(None) == ()
+    assert normalize_stop_strings("ab") == ("ab",)
+    assert normalize_stop_strings(["a", "b"]) == ("a", "b")
     for bad in ("", [""], [3], ["a", None]):
         with pytest.raises(ValueError, match="`stop` must be a string or a list"):
-            as_stop_strings(bad)
+            normalize_stop_strings(bad)

@@ -11,7 +11,7 @@ if keras.config.backend() != "jax":
 import jax
 import jax.numpy as jnp
 
-from keras_openllama.training.train_step_jax import Options, gradients
+from keras_openllama.training.train_step_jax import TrainStepOptions, compute_gradients
 
 THREE_LAYERS = SHAPES[3]  # Grouped heads of 100, too.
 
@@ -21,9 +21,9 @@ def loss_and_gradients(lm, ids, **options):
     weights = jnp.ones(ids[:, 1:].shape, "float32")
 
     def run(trainable, non_trainable):
-        sums, total, grads = gradients(
+        sums, total, grads = compute_gradients(
             *(lm, trainable, non_trainable, (x, ids[:, 1:], weights)),
-            Options(**options),
+            TrainStepOptions(**options),
         )
         return sums.loss / total, grads
 

@@ -11,7 +11,7 @@ from tiny_models import TinyShape, batch, random_lm
 from keras_openllama.optimizers import AdamW
 from keras_openllama.runs import jax_train_program as module
 from keras_openllama.runs.checkpoint_manager import Checkpoints
-from keras_openllama.training.train_step_jax import Options
+from keras_openllama.training.train_step_jax import TrainStepOptions
 
 pytestmark = pytest.mark.backend_free  # It is JAX, whatever Keras runs on.
 
@@ -80,7 +80,7 @@ def step(lm, easy):
     """A compiled step that knows the loss after few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LOSS_MEMORY", MEMORY)
-        return module.compile_step(lm, fresh(lm), easy, Options(), THRESHOLD)
+        return module.compile_step(lm, fresh(lm), easy, TrainStepOptions(), THRESHOLD)
 
 
 def after(step, state, *batches):
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(
 
 
 def test_without_a_threshold_no_spike_is_left_out(lm, step, easy, hard):
-    without = module.compile_step(lm, fresh(lm), easy, Options())
+    without = module.compile_step(lm, fresh(lm), easy, TrainStepOptions())
     many = jnp.float32(10 * module.LOSS_MEMORY)
     guard = {"mean_loss": jnp.float32(1e-3), "steps": many}
     metrics, _ = without(fresh(lm)._replace(guard=guard), hard)
@@ -198,7 +198,7 @@ def test_an_evaluation_is_the_sum_over_the_targets(lm, hard, micro_batches):
     state = fresh(lm)
     before = bits(state)
     batch = x, targets, weights
-    options = Options(micro_batches=micro_batches)
+    options = TrainStepOptions(micro_batches=micro_batches)
     evaluate = module.compile_evaluation(lm, state, batch, options)
     sums, total = evaluate(state, batch)
     assert total == pytest.approx(weights.sum(), rel=1e-6)

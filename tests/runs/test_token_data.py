@@ -12,8 +12,8 @@ from token_data import prepare_sources
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.runs import jax_train_program, recipe
 from keras_openllama.runs.token_data import TokenValidation
-from keras_openllama.training.step_metrics import Sums
-from keras_openllama.training.train_step_jax import Options
+from keras_openllama.training.step_metrics import LossSums
+from keras_openllama.training.train_step_jax import TrainStepOptions
 
 pytestmark = pytest.mark.backend_free
 
@@ -51,7 +51,7 @@ class Counting:
         _, targets, weights = batch
         self.batches.append(batch)
         loss = float((targets * weights).sum())
-        return Sums(loss, 0.0, 0.0), weights.sum()
+        return LossSums(loss, 0.0, 0.0), weights.sum()
 
 
 def documents(data, source):
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
     )
 
     def evaluate(batch):
-        return jax_train_program.compile_evaluation(lm, run, batch, Options())(
+        return jax_train_program.compile_evaluation(lm, run, batch, TrainStepOptions())(
             run, batch
         )
 
@@ -181,7 +181,7 @@ def test_means_are_by_the_weights_of_the_sources(data):
 
 def test_the_perplexity_is_that_of_the_mean_loss(data):
     found = validation(data, {"web": 1.0}).measure(
-        lambda batch: (Sums(2.5 * batch[2].sum(), 0, 0), batch[2].sum())
+        lambda batch: (LossSums(2.5 * batch[2].sum(), 0, 0), batch[2].sum())
     )
     assert found["loss"] == 2.5
     assert found["perplexity"] == math.exp(2.5)
@@ -190,7 +190,7 @@ def test_the_perplexity_is_that_of_the_mean_loss(data):
 @pytest.mark.parametrize("loss", [701.0, 1e5, math.inf, math.nan])
 def test_a_model_that_has_diverged_is_no_error(loss, data):
     found = validation(data, {"web": 1.0}).measure(
-        lambda batch: (Sums(loss * batch[2].sum(), 0, 0), batch[2].sum())
+        lambda batch: (LossSums(loss * batch[2].sum(), 0, 0), batch[2].sum())
     )
     expected = math.nan if math.isnan(loss) else math.inf
     assert found["perplexity"] == pytest.approx(expected, nan_ok=True)
@@ -202,7 +202,7 @@ def test_bits_per_byte_are_the_bits_of_all_tokens_by_their_bytes(source, data):
     # of a token.
     ours = validation(data, {source: 1.0}, packing="concatenate", mask_documents=False)
     found = ours.measure(
-        lambda batch: (Sums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
+        lambda batch: (LossSums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
     )
     split = data.documents(source, "validation")
     documents = split.read(range(len(split)))
@@ -214,7 +214,7 @@ def test_bits_per_byte_are_the_bits_of_all_tokens_by_their_bytes(source, data):
 @pytest.mark.parametrize("source", COUNTS)
 def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
     found = validation(data, {source: 1.0}).measure(
-        lambda batch: (Sums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
+        lambda batch: (LossSums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
     )
     split = data.documents(source, "validation")
     documents = split.read(range(len(split)))

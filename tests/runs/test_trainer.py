@@ -334,7 +334,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 
 def poisoned(monkeypatch, stream, faults):
     """Lets steps have faults, functions of the loss and the gradient, by step."""
-    gradients = train_step_jax.gradients
+    gradients = train_step_jax.compute_gradients
     steps = {}
     for step, fault in faults.items():
         steps.setdefault(fault, []).append(stream.batch(step - 1)[0]["token_ids"])
@@ -350,7 +350,7 @@ def poisoned(monkeypatch, stream, faults):
             grads = [jnp.where(now, wrong, right) for wrong, right in pairs]
         return sums, total, grads
 
-    monkeypatch.setattr(train_step_jax, "gradients", poison)
+    monkeypatch.setattr(train_step_jax, "compute_gradients", poison)
 
 
 def _gradient_of(value):

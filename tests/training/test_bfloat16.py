@@ -13,7 +13,11 @@ from tiny_models import TinyShape, random_lm
 
 from keras_openllama import OpenLlamaCausalLM, OpenLlamaTokenizer
 from keras_openllama.optimizers import AdamW
-from keras_openllama.training.train_step_jax import Options, gradients, update
+from keras_openllama.training.train_step_jax import (
+    TrainStepOptions,
+    compute_gradients,
+    train_step,
+)
 
 LENGTH = 256
 ROWS = 48
@@ -30,7 +34,7 @@ def tokens():
 
 
 def rows_of(tokens, rows, length, start=0):
-    """A batch as `train_step_jax.sums_of` takes it."""
+    """A batch as `train_step_jax.loss_sums` takes it."""
     ids = tokens[start : start + rows * (length + 1)].reshape(rows, length + 1)
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((rows, length), "int32")}
     return x, ids[:, 1:], np.ones((rows, length), "float32")
@@ -48,7 +52,9 @@ def of_nano(tokens):
     def compute(dtype, **options):
         lm = OpenLlamaCausalLM.from_preset("open_llama_nano", dtype=dtype)
         sums, total, grads = jax.jit(
-            lambda *state: gradients(lm, *state, batch, Options(**options))
+            lambda *state: compute_gradients(
+                lm, *state, batch, TrainStepOptions(**options)
+            )
         )(values(lm.trainable_variables), values(lm.non_trainable_variables))
         grads = [np.asarray(g, "float32") for g in grads]
         paths = [v.path for v in lm.trainable_variables]
@@ -107,7 +113,7 @@ def losses(tokens, dtype, **options):
     @jax.jit
     def step(trainable, optimizer, batch):
         state = trainable, values(lm.non_trainable_variables), optimizer
-        return update(lm, state, batch, Options(**options))
+        return train_step(lm, state, batch, TrainStepOptions(**options))
 
     state = values(lm.trainable_variables), values(lm.optimizer.variables)
     found = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_openllama.training import chunked_loss
-from keras_openllama.training.chunked_loss import next_token_sums
+from keras_openllama.training.chunked_loss import chunked_cross_entropy
 
 pytestmark = pytest.mark.backend_free  # It is JAX, whatever Keras runs on.
 
@@ -40,7 +40,7 @@ def plainly(hidden, kernel, targets, weights):
         jnp.arange(len(logits))[:, None], jnp.arange(logits.shape[1]), targets
     ]
     right = jnp.argmax(logits, axis=-1) == targets
-    return chunked_loss.Sums(
+    return chunked_loss.LossSums(
         loss=jnp.sum(-chosen * weights),
         z=jnp.sum(normaliser**2 * weights),
         correct=jnp.sum(right * weights),
@@ -50,7 +50,8 @@ def plainly(hidden, kernel, targets, weights):
 def gradients(hidden, kernel, targets, weights, z_scale=0.0, chunks=None):
     """Those by hidden states and kernel."""
     return jax.grad(
-        lambda *x: next_token_sums(*x, targets, weights, z_scale, chunks).loss, (0, 1)
+        lambda *x: chunked_cross_entropy(*x, targets, weights, z_scale, chunks).loss,
+        (0, 1),
     )(hidden, kernel)
 
 
@@ -73,7 +74,7 @@ def distance(ours, theirs):
 @pytest.mark.parametrize("scale", [1, 100])  # With 100, exp of a logit is infinite.
 def test_sums_are_those_of_all_logits(chunks, scale):
     batch = inputs(scale=scale)
-    sums = next_token_sums(*batch, chunks=chunks)
+    sums = chunked_cross_entropy(*batch, chunks=chunks)
     np.testing.assert_allclose(sums, plainly(*batch), rtol=1e-5)
     assert {x.dtype for x in sums} == {jnp.dtype("float32")}
 
@@ -89,15 +90,15 @@ def test_gradients_are_those_of_all_logits(chunks, z_scale):
 
 def test_the_z_loss_is_not_in_the_loss_that_is_told():
     batch = inputs()
-    assert next_token_sums(*batch, z_scale=0.5) == next_token_sums(*batch)
+    assert chunked_cross_entropy(*batch, z_scale=0.5) == chunked_cross_entropy(*batch)
 
 
 def test_sums_are_the_same_beside_gradients():
     hidden, kernel, *rest = inputs()
-    alone = next_token_sums(hidden, kernel, *rest, 0.1, 2)
+    alone = chunked_cross_entropy(hidden, kernel, *rest, 0.1, 2)
 
     def loss(kernel):
-        sums = next_token_sums(hidden, kernel, *rest, 0.1, 2)
+        sums = chunked_cross_entropy(hidden, kernel, *rest, 0.1, 2)
         return sums.loss / 7, sums
 
     gradient, sums = jax.grad(loss, has_aux=True)(kernel)
@@ -109,13 +110,15 @@ def test_sums_are_the_same_beside_gradients():
 @pytest.mark.parametrize("part", ["z", "correct"])
 def test_only_the_loss_has_a_gradient(part):
     hidden, *rest = inputs()
-    gradient = jax.grad(lambda x: getattr(next_token_sums(x, *rest), part))(hidden)
+    gradient = jax.grad(lambda x: getattr(chunked_cross_entropy(x, *rest), part))(
+        hidden
+    )
     assert not gradient.any()
 
 
 def test_bfloat16_costs_no_more_than_its_rounding():
     batch = inputs(dtype="bfloat16")
-    sums, expected = next_token_sums(*batch, chunks=2), plainly(*batch)
+    sums, expected = chunked_cross_entropy(*batch, chunks=2), plainly(*batch)
     np.testing.assert_allclose(sums, expected, rtol=1e-5)  # Logits are float32.
     for x, y in zip(gradients(*batch, chunks=2), plain_gradients(*batch), strict=True):
         assert x.dtype == "bfloat16"
@@ -136,7 +139,9 @@ def test_the_gradient_of_the_kernel_adds_up_in_float32():
 def test_a_length_that_only_one_divides(monkeypatch, limit):
     monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", limit)
     batch = inputs(length=7)
-    np.testing.assert_allclose(next_token_sums(*batch), plainly(*batch), rtol=1e-5)
+    np.testing.assert_allclose(
+        chunked_cross_entropy(*batch), plainly(*batch), rtol=1e-5
+    )
     for x, y in zip(gradients(*batch), plain_gradients(*batch), strict=True):
         assert distance(x, y) < 1e-5
 
@@ -159,17 +164,17 @@ def test_no_more_logits_than_the_limit_are_there_at_once(
 def test_correct_is_the_weight_of_targets_with_the_largest_logit():
     hidden, kernel, _, weights = inputs()
     best = jnp.argmax(hidden @ kernel.T, axis=-1).astype("int32")
-    assert next_token_sums(hidden, kernel, best, weights).correct == weights.sum()
+    assert chunked_cross_entropy(hidden, kernel, best, weights).correct == weights.sum()
     wrong = (best + 1) % VOCABULARY
-    assert next_token_sums(hidden, kernel, wrong, weights).correct == 0
+    assert chunked_cross_entropy(hidden, kernel, wrong, weights).correct == 0
     some = best.at[0].set(wrong[0])
-    sums = next_token_sums(hidden, kernel, some, weights, chunks=3)
+    sums = chunked_cross_entropy(hidden, kernel, some, weights, chunks=3)
     assert sums.correct == weights[1:].sum()
 
 
 def test_without_targets_there_is_nothing():
     hidden, kernel, targets, weights = inputs()
     batch = hidden, kernel, targets, jnp.zeros_like(weights)
-    assert next_token_sums(*batch, z_scale=0.1) == chunked_loss.Sums(0, 0, 0)
+    assert chunked_cross_entropy(*batch, z_scale=0.1) == chunked_loss.LossSums(0, 0, 0)
     for gradient in gradients(*batch, z_scale=0.1):
         assert not gradient.any()

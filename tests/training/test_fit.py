@@ -45,7 +45,7 @@ def losses_by_hand(lm):
         prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
         whole = lm.preprocessor.prompt_ids([prompt + response])[0]
         if whole[: len(prompt_ids)] != prompt_ids:
-            rest = lm.preprocessor.tokenizer.tokenize_rest(response)
+            rest = lm.preprocessor.tokenizer.tokenize_continuation(response)
             whole = prompt_ids + rest
         ids = np.array([[*whole, lm.preprocessor.tokenizer.end_token_id]])
         logits = ops.convert_to_numpy(lm.score(ids[:, :-1])).astype("float64")[0]
@@ -76,7 +76,7 @@ def test_packing_does_not_change_the_loss():
     lm = make_lm(length=40)
     plain = lm.evaluate(AS_DICT, verbose=0, return_dict=True)
     packed = lm.evaluate(AS_DICT, verbose=0, return_dict=True, pack=True)
-    rows = lm.preprocessor.training_rows(normalize_examples(AS_DICT))
+    rows = lm.preprocessor.tokenize_examples(normalize_examples(AS_DICT))
     assert len(rows.packed()[1]) < len(PAIRS), "nothing shares a row"
     for name, value in plain.items():
         assert packed[name] == pytest.approx(value, rel=1e-5), name
@@ -124,7 +124,7 @@ def test_a_response_follows_the_tokens_that_generate_gives_its_prompt(
 ):
     lm = make_lm(keep_spaces)
     prompt, response = pair
-    rows = lm.preprocessor.training_rows(normalize_examples([prompt], [response]))
+    rows = lm.preprocessor.tokenize_examples(normalize_examples([prompt], [response]))
     (ids,), (learned,) = rows.ids, rows.learned
     prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
     assert ids[: len(prompt_ids)] == prompt_ids
@@ -225,15 +225,15 @@ def test_ids_of_a_generator_are_checked():
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="for JAX")
 def test_rows_that_micro_batches_do_not_divide_are_filled_up():
-    plain, parted = make_lm(), make_lm()
-    parted.compile(optimizer=keras.optimizers.Adam(1e-2), micro_batches=2)
+    plain, micro_batched = make_lm(), make_lm()
+    micro_batched.compile(optimizer=keras.optimizers.Adam(1e-2), micro_batches=2)
     three = AS_LIST[:3]
     options = dict(_options(), epochs=2, validation_data=three)
     expected = plain.fit(three, **options).history
-    for name, values in parted.fit(three, **options).history.items():
+    for name, values in micro_batched.fit(three, **options).history.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
     with pytest.raises(ValueError, match="multiple of 2"):
-        parted.fit(three, batch_size=3, verbose=0)
+        micro_batched.fit(three, batch_size=3, verbose=0)
 
 
 @pytest.mark.slow_on_tensorflow
@@ -282,7 +282,7 @@ CHAT = [
 def test_each_reply_of_a_chat_is_learned_and_nothing_else():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
-    rows = lm.preprocessor.training_rows(normalize_examples([{"messages": CHAT}]))
+    rows = lm.preprocessor.tokenize_examples(normalize_examples([{"messages": CHAT}]))
     (ids,), (learned,) = rows.ids, rows.learned
     tokenizer = lm.preprocessor.tokenizer
     text = "Be short.\nUSER: Hello\nBOT: Hi!</s>USER: Bye\nBOT: Farewell!</s>"

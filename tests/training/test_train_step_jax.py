@@ -1,4 +1,4 @@
-"""The training step on JAX: its gradients, what it leaves out, and `fit` on top."""
+"""The training step on JAX: gradients, skipped steps, and `fit` on top."""
 
 import dataclasses
 import functools
@@ -18,7 +18,11 @@ import jax.numpy as jnp
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW, WarmupCosine
 from keras_openllama.training import train_step_jax
-from keras_openllama.training.train_step_jax import Options, gradients, update
+from keras_openllama.training.train_step_jax import (
+    TrainStepOptions,
+    compute_gradients,
+    train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -53,8 +57,8 @@ def compiled(**options):
     non_trainable = values_of(lm.non_trainable_variables)
 
     def run(trainable, batch):
-        sums, total, grads = gradients(
-            lm, trainable, non_trainable, batch, Options(**options)
+        sums, total, grads = compute_gradients(
+            lm, trainable, non_trainable, batch, TrainStepOptions(**options)
         )
         return sums.loss / total, grads
 
@@ -194,7 +198,7 @@ class Steps:
             )
         )
         self._update = jax.jit(
-            lambda state, batch, limit: update(self.lm, state, batch, limit=limit)
+            lambda state, batch, limit: train_step(self.lm, state, batch, limit=limit)
         )
 
     def step(self, state, batch, limit=np.inf):
@@ -296,7 +300,7 @@ def cross_entropy():
     )
 
 
-class Fitting:
+class FitRun:
     """A model that begins again from its first weights, without compiling again."""
 
     def __init__(self, loss, prepare=lambda lm: None, optimizer=None, **options):
@@ -331,12 +335,12 @@ class Fitting:
 
 @pytest.fixture(scope="module")
 def ours():
-    return Fitting("auto")
+    return FitRun("auto")
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    return Fitting(cross_entropy())
+    return FitRun(cross_entropy())
 
 
 @pytest.mark.parametrize("weights", [None, "positions", "rows"])
@@ -392,7 +396,7 @@ def test_with_lora_only_the_adapters_move():
         lm.lm_head.trainable = True
         lm.lm_head.enable_lora(4)
 
-    ours, theirs = Fitting("auto", prepare), Fitting(cross_entropy(), prepare)
+    ours, theirs = FitRun("auto", prepare), FitRun(cross_entropy(), prepare)
     np.testing.assert_allclose(ours.run(range(3)), theirs.run(range(3)), rtol=2e-5)
     moved = {path for path, moved in ours.moved().items() if moved}
     adapters = set(paths(ours.lm))
@@ -407,14 +411,14 @@ def test_with_lora_only_the_adapters_move():
 def test_metrics_of_ones_own_are_computed(theirs):
     # The best of one is what accuracy counts.
     metric = keras.metrics.SparseTopKCategoricalAccuracy(k=1)
-    ours = Fitting("auto", weighted_metrics=[metric])
+    ours = FitRun("auto", weighted_metrics=[metric])
     results = ours.run(range(5))
     np.testing.assert_allclose(results, theirs.run(range(5)), rtol=2e-5)
     assert results[:, 1].any()
 
 
 def test_float16_trains_with_its_loss_scaled(theirs):
-    ours = Fitting("auto", dtype="mixed_float16")
+    ours = FitRun("auto", dtype="mixed_float16")
     assert isinstance(ours.lm.optimizer, keras.optimizers.LossScaleOptimizer)
     losses, exact = (fitting.run(range(3))[:, 0] for fitting in (ours, theirs))
     np.testing.assert_allclose(losses, exact, rtol=5e-3)
@@ -462,7 +466,7 @@ def test_options_are_refused_where_the_step_is_keras(own, named, option):
 
 
 def test_mixed_bfloat16_keeps_variables_and_moments_in_float32(ours):
-    mixed = Fitting("auto", dtype="mixed_bfloat16")
+    mixed = FitRun("auto", dtype="mixed_bfloat16")
     losses, exact = mixed.run([0, 1])[:, 0], ours.run([0, 1])[:, 0]
     np.testing.assert_allclose(losses, exact, rtol=1e-2)
     assert not np.array_equal(losses, exact)
@@ -472,7 +476,7 @@ def test_mixed_bfloat16_keeps_variables_and_moments_in_float32(ours):
 
 def test_gradients_of_embeddings_and_norms_are_not_rounded():
     lm = random_lm(SHAPE, dtype="mixed_bfloat16")
-    program = jax.make_jaxpr(lambda *values: gradients(lm, *values, data()))(
+    program = jax.make_jaxpr(lambda *values: compute_gradients(lm, *values, data()))(
         *(values_of(lm.trainable_variables), values_of(lm.non_trainable_variables))
     )
     results = re.findall(r":(\w+)\[([\d,]*)\] = ([\w-]+)", str(program))
