@@ -20,7 +20,7 @@ from keras_openllama.training.train_step_jax import (
 )
 
 LENGTH = 256
-ROWS = 48
+ROWS = 16
 SWITCHES = {
     "as on TPUs": {"rematerialize": "products", "scan": True, "micro_batches": 4},
     "all again": {"rematerialize": "full"},
