@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> module. Imported at first use, so that the command line can show its
 # help, and tools can read the version, without waiting for Keras.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import keras_openllama
+from keras_openllama.__main__ import COMMANDS
 
 pytestmark = pytest.mark.backend_free
 
@@ -73,3 +74,24 @@ def test_the_root_holds_the_public_surface_only():
     assert {path.stem for path in root.glob("*.py")} == {
         *("__init__", "__main__", "config", "distribution", "optimizers", "presets")
     }
+
+
+def test_help_of_every_command_needs_no_dependency():
+    code = (
+        "import contextlib, sys; from keras_openllama.__main__ import COMMANDS, main\n"
+        "for command in COMMANDS:\n"
+        "    with contextlib.suppress(SystemExit): main([command, '--help'])"
+    )
+    # -S: without the installed packages.
+    help = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(keras_openllama.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert help.returncode == 0, help.stderr
+    for command in COMMANDS:
+        assert f"usage: keras-openllama {command} " in help.stdout

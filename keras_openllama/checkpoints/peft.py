@@ -61,7 +61,9 @@ def save(lm, directory, force=False):
     with staged(directory, force=force, foreign_content=foreign_content) as unfinished:
         with open(unfinished / WEIGHTS_FILE, "wb") as file:
             safetensors.write(file, specs, values)
-        (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (unfinished / CONFIG_FILE).write_text(
+            json.dumps(config, indent=2) + "\n", "utf-8"
+        )
 
 
 def _base(origin):

@@ -136,7 +136,7 @@ def _is_complete(snapshot):
         if (snapshot / single).exists():
             return True
         if (snapshot / index).exists():
-            shards = json.loads((snapshot / index).read_text())["weight_map"].values()
+            shards = json.loads((snapshot / index).read_bytes())["weight_map"].values()
             if all((snapshot / shard).exists() for shard in set(shards)):
                 return True
     return False

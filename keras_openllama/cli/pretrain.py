@@ -205,7 +205,7 @@ def plan_run(parser, options, resolved):
         parser.error(str(error))
     print(planning.table(found))
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0 if found["fits"] else 2
 
 

@@ -225,7 +225,7 @@ def _progress_of(unit, directory):
     """Bytes of a unit that are done, and whether its worker died."""
     path = Path(directory, tokenizing.progress_name(unit))
     try:
-        done, process = map(int, path.read_text().split())
+        done, process = map(int, path.read_text("utf-8").split())
         os.kill(process, 0)
     except (FileNotFoundError, ValueError):
         return 0, False
@@ -236,7 +236,7 @@ def _progress_of(unit, directory):
 
 
 def _obituary(unit, log):
-    lines = log.read_text(errors="replace").splitlines() if log else []
+    lines = log.read_text("utf-8", "replace").splitlines() if log else []
     return (
         f"A worker died{f' while it read {unit.label}' if unit else ''}: killed, "
         "perhaps for want of memory (fewer --workers need less). Run the same command "

@@ -273,7 +273,7 @@ class _Report:
             return
         self._time = now
         # Torn writes do no harm: what cannot be read is not shown.
-        with open(self._path, "w") as file:
+        with open(self._path, "w", encoding="utf-8") as file:
             file.write(f"{int(self._done)} {os.getpid()}")
 
     def remove(self):

@@ -36,7 +36,7 @@ samples, problems, timeout, workers, path = json.loads(sys.argv[1])
 rates = evaluate_functional_correctness(
     samples, problem_file=problems, timeout=timeout, n_workers=workers
 )
-with open(path, "w") as file:
+with open(path, "w", encoding="utf-8") as file:
     json.dump(rates, file)
 """
 # What Python needs of the environment. The rest, such as tokens, is no business of
@@ -165,7 +165,7 @@ def score(directory, timeout=3.0, workers=None):
                 f"{done.stderr.strip()[-2000:]}"
             )
         os.replace(samples + "_results.jsonl", directory / RESULTS)
-        return json.loads(Path(rates).read_text())
+        return json.loads(Path(rates).read_bytes())
 
 
 def note(directory, timeout=3.0):

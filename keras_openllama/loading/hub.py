@@ -135,7 +135,7 @@ class HubRepository:
             folder = "models--" + self.name.replace("/", "--")
             cache = Path(constants.HF_HUB_CACHE, folder)
             reference = cache / "refs" / self._pin
-            commit = reference.read_text() if reference.is_file() else self._pin
+            commit = reference.read_text("utf-8") if reference.is_file() else self._pin
             return Directory(cache / "snapshots" / commit).glob(pattern)
         expression = re.escape(pattern).replace(r"\*\*/", "(.*/)?")
         expression = re.compile(expression.replace(r"\*", "[^/]*"))

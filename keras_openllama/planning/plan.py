@@ -67,7 +67,7 @@ def plan(
         run = choice.applied(recipe)
         step = compiled_step(preset.config, run, choice.mesh, devices)
         path = os.path.join(directory, _file_name(preset.name, topology, choice))
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             file.write(step.text)
         cost = price(step.text, chip, prices)
         shared = {"preset": preset.name, "topology": topology, "hlo": path}

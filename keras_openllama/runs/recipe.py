@@ -11,8 +11,6 @@ import re
 import textwrap
 from pathlib import Path
 
-import yaml
-
 from keras_openllama import presets
 from keras_openllama.config import PACKINGS
 from keras_openllama.runs import device_settings
@@ -310,6 +308,8 @@ def _parsed(preset, settings, where):
 
 
 def _read_yaml(path):
+    import yaml  # Of the extra `train`; `pretrain --help` works without.
+
     text = Path(path).read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)

@@ -14,6 +14,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from keras_openllama.utils.locks import IS_POSIX
+
 
 def is_remote(path):
     """Whether a path has a scheme, such as `gs://bucket/file`."""
@@ -126,7 +128,9 @@ def appearing(path):
 
 def sync_to_disk(path):
     """Returns once a file or directory of this machine is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not IS_POSIX and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY if IS_POSIX else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -29,4 +29,4 @@ def free_memory():
 
 def _text(path):
     path = Path(path)
-    return path.read_text() if path.is_file() else ""
+    return path.read_text("utf-8") if path.is_file() else ""

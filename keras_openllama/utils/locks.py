@@ -2,8 +2,15 @@
 
 import contextlib
 import errno
-import fcntl
 import os
+
+try:
+    import fcntl
+except ImportError:  # Windows, where files are written without locks.
+    fcntl = None
+
+# Windows also cannot open a directory, and flushes only what is open for writing.
+IS_POSIX = fcntl is not None
 
 
 def try_lock(descriptor):
@@ -14,8 +21,10 @@ def try_lock(descriptor):
 
     Returns:
         `True` if the lock was taken, `False` if another process holds it, `None` if the
-        file system has no locks.
+        file system or the platform has no locks.
     """
+    if not IS_POSIX:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -27,7 +36,8 @@ def try_lock(descriptor):
 def locked(path, busy):
     """Holds the exclusive lock of a file or directory inside the block.
 
-    Where the file system has no locks, the block runs without one.
+    Where the file system or the platform (Windows) has no locks, the block runs without
+    one.
 
     Args:
         path: path of a directory, or of a file that is made if it does not exist.
@@ -40,6 +50,9 @@ def locked(path, busy):
         train()
     ```
     """
+    if not IS_POSIX:
+        yield
+        return
     mode = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, mode, 0o644)
     try:

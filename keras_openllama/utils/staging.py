@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from keras_openllama.utils.files import sync_to_disk
-from keras_openllama.utils.locks import try_lock
+from keras_openllama.utils.locks import IS_POSIX, try_lock
 
 _REPLACED = "replaced"  # The old directory, for the moment before the new one is there.
 
@@ -63,7 +63,8 @@ def staged(target, single_file=False, force=False, foreign_content=None):
             os.replace(unfinished, target)
         finally:
             _remove(staging, target)
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
 
 def check_target(target, single_file=False, force=False, foreign_content=None):
@@ -133,9 +134,14 @@ def _prefix(target):
 
 
 def _make_staging(target):
-    """A new directory beside the target, and the descriptor that holds its lock."""
+    """A new directory beside the target, and the descriptor that holds its lock.
+
+    The descriptor is `None` on Windows, where directories have no locks.
+    """
     while True:
         staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        if not IS_POSIX:
+            return staging, None
         # In between, another process may take it for an abandoned one.
         try:
             lock = os.open(staging, os.O_RDONLY)
@@ -147,6 +153,8 @@ def _make_staging(target):
 
 
 def _remove_abandoned(target):
+    if not IS_POSIX:  # Without locks, nothing tells whether a process still writes.
+        return
     for path in target.parent.iterdir():
         if not path.name.startswith(_prefix(target)):
             continue
