@@ -12,7 +12,7 @@ PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 # How documents share the sequences of a batch, see `data.token_stream`.
 PACKINGS = ("concatenate", "best_fit")
 # Heuristic: logits that the loss on JAX holds at once, on each device; 4 bytes each.
-LOGITS_AT_ONCE = 16 << 20
+LOGITS_PER_CHUNK = 16 << 20
 # Policies of rematerialization, from the one that saves most activations to the one
 # that saves least: what a layer saves for the backward pass, beside its input.
 REMATERIALIZATION = {
@@ -39,7 +39,7 @@ _DEFAULTS = {
     "max_sequence_length": 2048,
     "initializer_std": 0.02,
 }
-ARGUMENTS = (
+BACKBONE_ARGUMENTS = (
     "vocabulary_size",
     "num_layers",
     "num_query_heads",
@@ -57,7 +57,7 @@ def checked(arguments):
         arguments: dict, some of them by name.
 
     Returns:
-        Dict of all `ARGUMENTS`, with ints and floats of Python.
+        Dict of all `BACKBONE_ARGUMENTS`, with ints and floats of Python.
 
     Raises:
         ValueError: if one is missing, unknown, or has an impossible value.
@@ -69,9 +69,9 @@ def checked(arguments):
              "hidden_dim": 3200, "intermediate_dim": 8640})["head_dim"]  # 100
     ```
     """
-    required = [name for name in ARGUMENTS if name not in _DEFAULTS]
+    required = [name for name in BACKBONE_ARGUMENTS if name not in _DEFAULTS]
     missing = [name for name in required if name not in arguments]
-    unknown = [name for name in arguments if name not in ARGUMENTS]
+    unknown = [name for name in arguments if name not in BACKBONE_ARGUMENTS]
     if missing or unknown:
         raise ValueError(
             f"A model's architecture needs {', '.join(required)} and may have "
@@ -84,7 +84,7 @@ def checked(arguments):
         result["num_key_value_heads"] = heads
     if result["head_dim"] is None:
         result["head_dim"] = _share(_size(result, "hidden_dim"), heads)
-    for name in ARGUMENTS:
+    for name in BACKBONE_ARGUMENTS:
         if name in _NUMBERS:
             result[name] = _number(result, name)
         elif name != "rope_scaling":

@@ -15,7 +15,7 @@ import numpy as np
 from keras_openllama.backend.keras_private import variable_layout
 from keras_openllama.config import MESH_AXES, checked
 
-ROWS = ("data", "fsdp")  # The axes that share the rows of a batch.
+BATCH_AXES = ("data", "fsdp")  # The axes that share the rows of a batch.
 LANES = 128  # The width of a TPU's vector registers.
 
 # Kernels are (outputs, inputs). What heads, the feed-forward network and the vocabulary
@@ -159,7 +159,7 @@ class OpenLlamaParallel(keras.distribution.ModelParallel):
         return self.get_data_layout((None,) * rank).backend_layout
 
     def get_data_layout(self, data_shape):
-        return _JointLayout(ROWS, len(data_shape), self.device_mesh)
+        return _JointLayout(BATCH_AXES, len(data_shape), self.device_mesh)
 
     def get_variable_layout(self, variable):
         is_matrix = re.search(r"(kernel|embeddings)$", variable.path) is not None

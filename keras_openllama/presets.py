@@ -134,7 +134,7 @@ def find(name):
     return registry().get(name) or registry().get(f"{_PREFIX}{name}")
 
 
-def unknown(name):
+def unknown_preset_error(name):
     """The `ValueError` for a name that is no preset, with the nearest one that is."""
     names = list(registry())
     short = [full.removeprefix(_PREFIX) for full in names]

@@ -87,18 +87,18 @@ def on_jax(case, tensors, documents, dtype):
     import jax
     import jax.numpy as jnp
 
-    from keras_openllama.layers.attention import attend, causal_mask
-    from keras_openllama.layers.attention_kernels import attention_on
+    from keras_openllama.layers.attention import causal_mask, dot_product_attention
+    from keras_openllama.layers.attention_kernels import select_attention
 
     *heads, weights = (jnp.asarray(x, "bfloat16").astype(dtype) for x in tensors)
     documents = jnp.asarray(documents)
     real = (documents > 0)[:, None, :, None]
     mask = causal_mask(jnp.arange(LENGTH)[None], documents)
-    kernel = attention_on(jax.devices()[0])
+    kernel = select_attention(jax.devices()[0])
 
     def loss(*heads):
         if dtype == "float32":
-            context = attend(*heads, mask)
+            context = dot_product_attention(*heads, mask)
         else:
             context = kernel(*heads, mask, documents)
         return jnp.sum(context * weights * real, dtype="float32"), context * real
@@ -116,8 +116,8 @@ def on_jax(case, tensors, documents, dtype):
 def check_torch():
     import torch
 
-    from keras_openllama.layers.attention import attend_to_past, causal_mask
-    from keras_openllama.layers.cached_attention import attend_causally
+    from keras_openllama.layers.attention import causal_attention, causal_mask
+    from keras_openllama.layers.cached_attention import fused_causal_attention
 
     for case in CASES:
         tensors = inputs(case)
@@ -128,13 +128,13 @@ def check_torch():
         plain = on_torch(lambda *heads, m=mask: formula(*heads, m), tensors, real)
         with kernels_noted() as kernels:
             found = on_torch(
-                lambda *heads, m=mask: attend_to_past(*heads, m), tensors, real, True
+                lambda *heads, m=mask: causal_attention(*heads, m), tensors, real, True
             )
         compare(case, found, plain)
         results.tell(f"{case.name}: kernel", ", ".join(kernels))
         if case.documents == "whole":
             with kernels_noted() as kernels:
-                found = on_torch(attend_causally, tensors, real, True)
+                found = on_torch(fused_causal_attention, tensors, real, True)
             values = error(found[0], plain[0])
             results.check(f"{case.name}: of a prompt", values, LIMIT)
             results.tell(f"{case.name}: kernel of a prompt", ", ".join(kernels))

@@ -21,8 +21,12 @@ def on_jax():
     import jax
     import jax.numpy as jnp
 
-    from keras_openllama.layers.attention import attend, attend_to_past, causal_mask
-    from keras_openllama.layers.attention_kernels import attention_on
+    from keras_openllama.layers.attention import (
+        causal_attention,
+        causal_mask,
+        dot_product_attention,
+    )
+    from keras_openllama.layers.attention_kernels import select_attention
 
     rows, heads, length, head_dim = sizes()
     keys = jax.random.split(jax.random.key(0), 3)
@@ -32,7 +36,7 @@ def on_jax():
     ]
     documents = jnp.ones((rows, length), "int32")
     mask = causal_mask(jnp.arange(length)[None], documents)
-    kernel = attention_on(jax.devices()[0])
+    kernel = select_attention(jax.devices()[0])
 
     def cudnn(*heads, **options):
         heads = (jnp.swapaxes(x, 1, 2) for x in heads)
@@ -40,8 +44,8 @@ def on_jax():
 
     ways = {
         "ours, as training takes it": lambda *x: kernel(*x, mask, documents),
-        "ours, as scoring takes it": lambda *x: attend_to_past(*x, mask),
-        "plain formula": lambda *x: attend(*x, mask),
+        "ours, as scoring takes it": lambda *x: causal_attention(*x, mask),
+        "plain formula": lambda *x: dot_product_attention(*x, mask),
     }
     if results.has_gpu():
         ways |= {
@@ -60,8 +64,8 @@ def on_torch():
     import torch
     from attention import device, formula
 
-    from keras_openllama.layers.attention import attend_to_past, causal_mask
-    from keras_openllama.layers.cached_attention import attend_causally
+    from keras_openllama.layers.attention import causal_attention, causal_mask
+    from keras_openllama.layers.cached_attention import fused_causal_attention
 
     rows, heads, length, head_dim = sizes()
     inputs = [
@@ -76,8 +80,8 @@ def on_torch():
     mask = causal_mask(torch.arange(length, device=device())[None])
     mask = mask.expand(rows, 1, length, length)
     ways = {
-        "ours, as training takes it": lambda *x: attend_to_past(*x, mask),
-        "ours, as a prompt takes it": attend_causally,
+        "ours, as training takes it": lambda *x: causal_attention(*x, mask),
+        "ours, as a prompt takes it": fused_causal_attention,
         "plain formula": lambda *x: formula(*x, mask),
     }
     for name, attend in ways.items():

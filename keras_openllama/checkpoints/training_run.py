@@ -21,7 +21,7 @@ from keras_openllama.checkpoints.matching import FLOATS, match
 from keras_openllama.checkpoints.seal import MARKER, check_file, parse_marker
 from keras_openllama.checkpoints.tensors import dense_bytes
 from keras_openllama.utils.files import read_json_object, sha256
-from keras_openllama.utils.progress import progress
+from keras_openllama.utils.progress import progress_bar
 
 RUN, RUN_FORMAT = "run.json", 1
 TOKENIZER = "tokenizer.model"
@@ -209,7 +209,7 @@ def _whole(path):
 
     total = sum(expected["bytes"] for expected in marker["files"].values())
     with (
-        progress(f"Checking step {marker['step']}", total) as bar,
+        progress_bar(f"Checking step {marker['step']}", total) as bar,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
         for size in pool.map(check, sorted(marker["files"])):

@@ -18,7 +18,7 @@ from keras_openllama.checkpoints.formats import (
 from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.checkpoints.tensors import ReadAhead
 from keras_openllama.utils.background_writer import open_in_background
-from keras_openllama.utils.progress import progress
+from keras_openllama.utils.progress import progress_bar
 from keras_openllama.utils.staging import check_target, staged
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -173,7 +173,7 @@ def _write(plan, contents, request):
             request.target, request.single_file, request.force, foreign_content
         ) as path,
         ReadAhead(order) as ahead,
-        progress(work, sum(tensor.nbytes for tensor in order)) as bar,
+        progress_bar(work, sum(tensor.nbytes for tensor in order)) as bar,
     ):
         _check_room(path.parent, total)
         values = _Values(ahead, bar)

@@ -81,10 +81,10 @@ def parse_arguments(arguments, prog):
 
 def verify(data):
     """Reads every file, and compares its checksum."""
-    from keras_openllama.utils.progress import progress
+    from keras_openllama.utils.progress import progress_bar
 
     total = sum(size for _, size, _ in data.files())
-    with progress("Verifying", total) as bar:
+    with progress_bar("Verifying", total) as bar:
         data.verify(bar.update)
     print(f"\nall {sum(1 for _ in data.files())} files are as they were prepared")
 

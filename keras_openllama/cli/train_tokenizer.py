@@ -150,12 +150,12 @@ def plan(options):
 def read_sample(options):
     """Reads all sources, and says what was kept: dict of `Sample` by source."""
     from keras_openllama.data import tokenizer_training as training
-    from keras_openllama.utils.progress import progress
+    from keras_openllama.utils.progress import progress_bar
 
     weights, fields, units = plan(options)
     total = sum(unit.num_bytes for parts in units.values() for unit in parts)
     print(f"Reading {total / 1e6:,.1f} MB: {', '.join(units)}", flush=True)
-    with progress("Reading", total) as bar:
+    with progress_bar("Reading", total) as bar:
         documents = {
             name: (
                 document

@@ -85,7 +85,7 @@ def run(units, settings, directory, workers=None, beam_flags=None):
             tokenizing.receipt_name(unit),
             tokenizing.progress_name(unit),
         ):
-            files.remove(files.join(directory, name))
+            files.remove_file(files.join(directory, name))
     if beam_flags:
         _run_pipeline(units, settings, directory, None, PipelineOptions(beam_flags))
     else:

@@ -124,7 +124,7 @@ class Tokens(FileReaderBuilder):
             shards = []
             for unit, receipt, path in zip(self._units, receipts, paths, strict=True):
                 name = tokenizing.shard_name(unit, split)
-                files.copy(files.join(self._work, name), str(path))
+                files.copy_file(files.join(self._work, name), str(path))
                 shards.append({"file": path.name, **receipt["splits"][split]})
             sums[split] = _sums(shards, self._publish_lengths(split))
             splits.append(
@@ -148,7 +148,7 @@ class Tokens(FileReaderBuilder):
     def _publish_lengths(self, split):
         """The tokens of every document of a split, in one file; returns its SHA-256."""
         target = files.join(self.data_dir, lengths_file(split))
-        with files.appearing(target) as unfinished, open(unfinished, "wb") as file:
+        with files.atomic_write(target) as unfinished, open(unfinished, "wb") as file:
             for unit in self._units:
                 name = tokenizing.lengths_name(unit, split)
                 file.write(files.read_bytes(files.join(self._work, name)))

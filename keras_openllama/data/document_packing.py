@@ -6,7 +6,7 @@ n - 1 predictions, and takes n tokens of a row.
 
 import numpy as np
 
-from keras_openllama.utils.bin_packing import best_fit
+from keras_openllama.utils.bin_packing import best_fit_decreasing
 
 
 def pieces(lengths, length):
@@ -44,7 +44,7 @@ def pack(lengths, length):
         rows: row, number of the document, first token, tokens.
     """
     documents, starts, sizes = pieces(lengths, length)
-    rows = best_fit(sizes, length + 1)
+    rows = best_fit_decreasing(sizes, length + 1)
     order = np.argsort(rows, kind="stable")
     count = int(rows.max()) + 1 if len(rows) else 0
     return count, rows[order], documents[order], starts[order], sizes[order]

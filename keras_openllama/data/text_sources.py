@@ -116,7 +116,9 @@ def units(source, specs, unit_bytes=UNIT_BYTES):
 def _identity(part):
     form, paths, start, stop, _ = part
     state = [
-        None if form == "tfds" else files.size_and_time(path)  # Never changes once made
+        None
+        if form == "tfds"
+        else files.size_and_mtime(path)  # Never changes once made
         for path in paths
     ]
     return hash_of([form, paths, start, stop, state])
@@ -138,7 +140,7 @@ def find_files(source, spec):
         if not files.is_directory(path):
             found.append(path)
             continue
-        inside = files.walk(path)
+        inside = files.list_files(path)
         found += [p for p in inside if format_of(p) != "text"] or inside
     if not found:
         raise SourceError(
@@ -166,7 +168,7 @@ def _file_parts(source, spec, unit_bytes):
     sized = []
     for path in find_files(source, spec):
         try:
-            sized.append((path, files.size_and_time(path)[0]))
+            sized.append((path, files.size_and_mtime(path)[0]))
         except OSError as error:
             raise SourceError(
                 f"Source {source!r}: {path} cannot be read: {error}."

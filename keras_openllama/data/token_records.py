@@ -98,6 +98,6 @@ def check_written(path, count):
 def size_of(path):
     """Bytes of a file; `None` if there is none."""
     try:
-        return files.size_and_time(path)[0]
+        return files.size_and_mtime(path)[0]
     except OSError:
         return None

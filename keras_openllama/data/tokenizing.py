@@ -211,7 +211,7 @@ class _Shard:
     def __enter__(self):
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self._unfinished = stack.enter_context(files.appearing(self._path))
+            self._unfinished = stack.enter_context(files.atomic_write(self._path))
             self._writer = stack.enter_context(token_records.writer(self._unfinished))
             self._stack = stack.pop_all()
         return self

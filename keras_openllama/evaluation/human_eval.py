@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from keras_openllama.evaluation.response_cache import fingerprint
 from keras_openllama.evaluation.samplers import sampling
-from keras_openllama.utils.validation import whole
+from keras_openllama.utils.validation import integer_at_least
 
 SAMPLES = "human_eval_samples.jsonl"
 PROBLEMS = "human_eval_problems.jsonl"
@@ -240,7 +240,7 @@ def _check(lm, samples_per_problem, temperature, limit, batch_size):
     if limit is not None:
         counts["limit"] = limit
     for name, value in counts.items():
-        whole(1)(name, value)
+        integer_at_least(1)(name, value)
     if temperature is not None and not temperature > 0:
         raise ValueError(
             "`temperature` is above 0, or None for the likeliest token always. "

@@ -9,7 +9,7 @@ from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.evaluation import prefix_tries
 from keras_openllama.generation.sharding import batch_sharding, to_device
 from keras_openllama.generation.token_loop import padded_batch_size
-from keras_openllama.utils.validation import whole
+from keras_openllama.utils.validation import integer_at_least
 
 # Ours: tokens of a row whose logits are in memory at once.
 CHUNK = 32
@@ -44,7 +44,7 @@ class TokenScorer:
 
     def __init__(self, lm, batch_size=DEFAULT_BATCH_SIZE):
         self.lm = lm
-        self.batch_size = whole(1)("batch_size", batch_size)
+        self.batch_size = integer_at_least(1)("batch_size", batch_size)
         scaling = lm.backbone.rope_scaling
         # Dynamic scaling depends on a sequence's length, and sharing knows no length.
         self.share = scaling is None or scaling["rope_type"] != "dynamic"

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_openllama.backend.keras_private import stored_value
-from keras_openllama.distribution import ROWS
+from keras_openllama.distribution import BATCH_AXES
 
 if keras.config.backend() == "jax":
     import jax
@@ -84,7 +84,7 @@ def batch_sharding(backbone):
         return None, 1
     mesh = layout.mesh
     # Ours, and what KerasHub's models name it.
-    axes = tuple(name for name in mesh.axis_names if name in (*ROWS, "batch"))
+    axes = tuple(name for name in mesh.axis_names if name in (*BATCH_AXES, "batch"))
     shards = math.prod(mesh.shape[name] for name in axes)
     return NamedSharding(mesh, PartitionSpec(axes or None)), shards
 

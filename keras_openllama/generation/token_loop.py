@@ -31,7 +31,7 @@ from keras_openllama.generation.sharding import (
     state_shardings,
     to_device,
 )
-from keras_openllama.layers.cached_attention import HIDDEN
+from keras_openllama.layers.cached_attention import MASKED_SCORE
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_arrays
 
 SMALLEST_CACHE = 256  # Ours: below it, memory and time are those of the weights.
@@ -117,7 +117,7 @@ def positions_and_bias(rows, column, shape, cache_shape):
     seen = ops.arange(cache_shape[1], dtype="int32")[None]
     filled = ops.logical_or(seen < prefix, seen >= start)[:, None]
     visible = ops.logical_and(filled, seen[:, None] <= fed[:, :, None])
-    bias = ops.where(visible, 0.0, HIDDEN)
+    bias = ops.where(visible, 0.0, MASKED_SCORE)
     repeats = cache_shape[0] // bias.shape[0]  # Heads, and beams of one row.
     return ops.broadcast_to(positions, shape), ops.tile(bias, (repeats, 1, 1))
 

@@ -1,55 +1,72 @@
-"""Causal self-attention with rotary positions and grouped key/value heads."""
+"""Causal self-attention with rotary position embedding and grouped-query heads."""
+
+from __future__ import annotations
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_openllama.layers.cached_attention import (
-    BLOCK,
-    HIDDEN,
-    attend_by_blocks,
+    CACHE_BLOCK,
+    MASKED_SCORE,
+    attend_blockwise,
     attend_cached,
-    attend_causally,
+    fused_causal_attention,
     heads_first,
-    write,
+    update_cache,
 )
 from keras_openllama.layers.projection import Projection
-from keras_openllama.layers.remat import computed_again
+from keras_openllama.layers.remat import recompute_in_backward
 from keras_openllama.layers.rotary_embedding import rotate
+from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "torch":
     import torch
 
-QUERY_BLOCKS = 4  # Ours: each is a part of the program; four spare 3/8 of the work.
+# Heuristic: each query block adds to the program; four save 3/8 of the computation.
+QUERY_BLOCKS = 4
 
 
-def attend(query, key, value, mask):
-    """Scaled dot-product attention with grouped heads; softmax in float32.
+def dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+) -> Tensor:
+    """Scaled dot-product attention with grouped heads and a softmax in float32.
 
     Args:
-        query: `(batch, num_query_heads, length, head_dim)`.
-        key, value: `(batch, num_key_value_heads, key_length, head_dim)`.
-        mask: bool, broadcastable to `(batch, 1, length, key_length)`; True where a
-            query may look at a key.
+        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
+        key: Float tensor `(batch, num_key_value_heads, key_length, head_dim)`.
+        value: Float tensor of the shape of `key`.
+        mask: Bool tensor, broadcastable to `(batch, 1, length, key_length)`. True
+            where a query may attend to a key.
 
     Returns:
-        `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
+        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
+
+    Example:
+        >>> query = ops.ones((2, 4, 3, 8))  # Four query heads,
+        >>> key = ops.ones((2, 2, 3, 8))  # in two groups.
+        >>> mask = causal_mask(ops.arange(3)[None])
+        >>> dot_product_attention(query, key, key, mask).shape
+        (2, 4, 3, 8)
+
+    Source: arXiv:1706.03762, section 3.2.1.
     """
     batch, num_query_heads, length, head_dim = ops.shape(query)
     num_key_value_heads = key.shape[1]
     group = num_query_heads // num_key_value_heads
-    # Heads of a group share keys and values, so they join the length axis: one
-    # product per key/value head, and no copy of the keys.
+    # The heads of a group share keys and values. Folding them into the length axis
+    # gives one matrix product per key/value head, without repeating the keys.
     query = ops.reshape(query, (batch, num_key_value_heads, group * length, head_dim))
     scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
     key_length = ops.shape(scores)[-1]
     scores = ops.reshape(
-        # In float32, since bfloat16 has no 1/sqrt(100).
+        # In float32: bfloat16 cannot represent 1/sqrt(100).
         ops.cast(scores, "float32") * head_dim**-0.5,
         (batch, num_key_value_heads, group, length, key_length),
     )
-    scores = ops.where(mask[:, :, None], scores, HIDDEN)
+    scores = ops.where(mask[:, :, None], scores, MASKED_SCORE)
     weights = ops.cast(ops.softmax(scores, axis=-1), value.dtype)
     weights = ops.reshape(
         weights, (batch, num_key_value_heads, group * length, key_length)
@@ -58,49 +75,52 @@ def attend(query, key, value, mask):
     return ops.reshape(context, (batch, num_query_heads, length, head_dim))
 
 
-def attend_to_past(query, key, value, mask):
-    """The same where a mask lets queries look at what comes before them only.
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """`dot_product_attention` for a mask that hides all later positions.
 
-    On PyTorch this is its fused kernel. On JAX the queries go in blocks, each over the
-    keys up to its end, which spares most of what the mask hides; and a backward pass
-    computes the weights again rather than keep them, which is faster, too
-    (`benchmarks/README.md`).
+    PyTorch runs its fused kernel. JAX splits the queries into blocks and computes each
+    block over the keys up to its end, which skips most of what the mask hides. The
+    backward pass recomputes the attention weights instead of saving them, which is
+    faster, too (`benchmarks/README.md`).
 
     Args:
-        query, key, value: see `attend`, of one length.
-        mask: bool `(batch or 1, 1, length, length)`, hiding all that comes later.
+        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
+        key: Float tensor `(batch, num_key_value_heads, length, head_dim)`.
+        value: Float tensor of the shape of `key`.
+        mask: Bool tensor `(batch or 1, 1, length, length)`, False for every later
+            position.
 
     Returns:
-        As `attend`.
+        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
 
-    Source: recomputed weights as in FlashAttention (arXiv:2205.14135).
+    Source: recomputed attention weights as in FlashAttention (arXiv:2205.14135).
     """
     length = query.shape[2]
     if keras.config.backend() == "torch":
         return _attend_fused(query, key, value, mask)
     if keras.config.backend() != "jax" or length is None:
-        return attend(query, key, value, mask)
-    block = max(BLOCK // 2, -(-length // QUERY_BLOCKS))
+        return dot_product_attention(query, key, value, mask)
+    block = max(CACHE_BLOCK // 2, -(-length // QUERY_BLOCKS))
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        # Cut within, so that the slices are not what is kept.
-        rows = computed_again(functools.partial(_attend_rows, start, end))
-        outputs.append(rows(query, key, value, mask))
+        # Slicing inside the block saves whole tensors, which are shared, not slices.
+        attend = recompute_in_backward(functools.partial(_attend_block, start, end))
+        outputs.append(attend(query, key, value, mask))
     return ops.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
 
 
 def _attend_fused(query, key, value, mask):
-    """`attend` by PyTorch's fused kernel, which keeps no scores."""
+    """`dot_product_attention` by PyTorch's fused kernel, which stores no scores."""
     head_dim = query.shape[-1]
     padding = head_padding(head_dim, query.device.type)
     if padding:
         query, key, value = (
             torch.nn.functional.pad(x, (0, padding)) for x in (query, key, value)
         )
-    # Finite, as in `attend`; float16 does not reach as far.
-    hidden = max(HIDDEN, torch.finfo(query.dtype).min)
-    bias = torch.where(mask, 0.0, hidden).to(query.dtype)
+    # Finite, as in `dot_product_attention`. The range of float16 is smaller.
+    masked = max(MASKED_SCORE, torch.finfo(query.dtype).min)
+    bias = torch.where(mask, 0.0, masked).to(query.dtype)
     context = torch.nn.functional.scaled_dot_product_attention(
         *(query, key, value),
         attn_mask=bias,
@@ -110,17 +130,26 @@ def _attend_fused(query, key, value, mask):
     return context[..., :head_dim]
 
 
-def head_padding(head_dim, device_type):
-    """Zeros behind each head that PyTorch's fused kernels need on a device.
+def head_padding(head_dim: int, device_type: str) -> int:
+    """Returns the zeros to append to each head for PyTorch's fused kernels.
 
-    On a GPU those that take a mask want 16 bytes of bfloat16, or PyTorch keeps all
-    scores: 3B's heads have 100 numbers.
+    On a GPU the kernels that accept a mask need heads of a multiple of 16 bytes in
+    bfloat16. Otherwise PyTorch stores all scores. The heads of the 3B models have 100
+    elements.
+
+    Args:
+        head_dim: Size of a head.
+        device_type: Type of a `torch.device`, such as `"cuda"` or `"cpu"`.
+
+    Example:
+        >>> head_padding(100, "cuda"), head_padding(100, "cpu")
+        (4, 0)
     """
     return -head_dim % 8 if device_type == "cuda" else 0
 
 
-def _attend_rows(start, end, query, key, value, mask):
-    return attend(
+def _attend_block(start, end, query, key, value, mask):
+    return dot_product_attention(
         query[:, :, start:end],
         key[:, :, :end],
         value[:, :, :end],
@@ -128,69 +157,83 @@ def _attend_rows(start, end, query, key, value, mask):
     )
 
 
-def causal_mask(positions, padding_mask=None):
-    """Each position sees itself and what comes before it in its document.
+def causal_mask(positions: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Returns the mask that lets each token attend to its own document up to itself.
 
     Args:
-        positions: int `(batch or 1, length)`.
-        padding_mask: `None`, or `(batch, length)`: bool, True on real tokens; or int,
-            the number of the document that a token belongs to, 0 on padding.
+        positions: Int tensor `(batch or 1, length)`.
+        padding_mask: `None`, or a tensor `(batch, length)`: bool, True on real tokens;
+            or int, the index of the document that a token belongs to, 0 on padding.
 
     Returns:
-        bool `(batch or 1, 1, length, length)`.
+        Bool tensor `(batch or 1, 1, length, length)`, True where a query may attend to
+        a key.
+
+    Example:
+        >>> causal_mask(ops.arange(3)[None]).astype("int32")[0, 0].tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
     mask = positions[:, None, :, None] >= positions[:, None, None, :]
     if padding_mask is not None:
         documents = ops.cast(padding_mask, "int32")
         queries, keys = documents[:, None, :, None], documents[:, None, None, :]
-        # Padding sees what is real: a softmax over nothing would be no number.
-        seen = ops.logical_or(ops.equal(queries, keys), ops.equal(queries, 0))
-        mask = ops.logical_and(mask, ops.logical_and(seen, keys > 0))
+        # Padding attends to real tokens: a softmax over no keys would be NaN.
+        visible = ops.logical_or(ops.equal(queries, keys), ops.equal(queries, 0))
+        mask = ops.logical_and(mask, ops.logical_and(visible, keys > 0))
     return mask
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class CausalSelfAttention(keras.layers.Layer):
-    """Self-attention whose keys and values may live in a cache.
+    """Causal self-attention with rotary position embedding and an optional KV cache.
 
     Args:
-        num_query_heads: int.
+        num_query_heads: int, number of query heads.
         num_key_value_heads: int, a divisor of `num_query_heads`.
-        head_dim: int. Never guessed from the width: 3B has 100.
+        head_dim: int, size of a head. It need not be `hidden_dim / num_query_heads`.
         initializer_std: float, standard deviation of the initial weights.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         x: float tensor `(batch, length, hidden_dim)`.
-        cos, sin: float32 rotary tables, see `RotaryEmbedding`.
-        mask: bool, broadcastable to `(batch, 1, length, length)`; with a cache
-            the `bias` of `attend_cached`, or on PyTorch `None`: `x` is causal and
-            begins an empty cache.
-        cache: `None`, or a pair of tensors
-            `(num_key_value_heads * batch, columns, head_dim)`, see `write`.
-        column: int scalar, where in the cache the keys and values of `x` go.
+        cos: float32 tensor `(batch or 1, 1, length, head_dim / 2)` of
+            `RotaryEmbedding`.
+        sin: float32 tensor of the shape of `cos`.
+        mask: bool tensor, broadcastable to `(batch, 1, length, length)`. With a cache:
+            the `bias` of `attend_cached`, or on PyTorch `None` if the cache is empty
+            and attention is causal.
+        cache: `None`, or a pair of tensors, keys and values,
+            `(num_key_value_heads * batch, columns, head_dim)`; see `update_cache`.
+        column: int scalar, index of the cache column where the keys and values of `x`
+            are written.
 
     Returns:
-        The output `(batch, length, hidden_dim)`; with a cache, a pair of it and the
-        updated cache.
+        The output `(batch, length, hidden_dim)`. With a cache, a pair: the output and
+        the updated cache.
+
+    Raises:
+        ValueError: if `num_key_value_heads` does not divide `num_query_heads`.
 
     Example:
-        positions = ops.arange(8)[None]
-        cos, sin = RotaryEmbedding(head_dim=100)(positions)
-        attention = CausalSelfAttention(32, 32, 100)
-        y = attention(x, cos, sin, causal_mask(positions))
+        >>> from keras_openllama.layers import RotaryEmbedding
+        >>> positions = ops.arange(8)[None]
+        >>> cos, sin = RotaryEmbedding(head_dim=100)(positions)
+        >>> attention = CausalSelfAttention(4, 2, head_dim=100)
+        >>> attention(ops.ones((1, 8, 64)), cos, sin, causal_mask(positions)).shape
+        (1, 8, 64)
 
-    Sources: arXiv:1706.03762; grouped heads, arXiv:2305.13245.
+    Sources: arXiv:1706.03762; grouped-query attention, arXiv:2305.13245.
     """
 
     def __init__(
         self,
-        num_query_heads,
-        num_key_value_heads,
-        head_dim,
-        initializer_std=0.02,
-        **kwargs,
-    ):
-        # No autocast: the rotary tables come in float32 and stay so.
+        num_query_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        initializer_std: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        # No autocast: the rotary tables stay float32.
         super().__init__(autocast=False, **kwargs)
         if num_query_heads % num_key_value_heads:
             raise ValueError(
@@ -203,7 +246,8 @@ class CausalSelfAttention(keras.layers.Layer):
         self.head_dim = head_dim
         self.initializer_std = initializer_std
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates the four projections."""
         std, dtype = self.initializer_std, self.dtype_policy
         query_dim = self.num_query_heads * self.head_dim
         key_value_dim = self.num_key_value_heads * self.head_dim
@@ -217,50 +261,71 @@ class CausalSelfAttention(keras.layers.Layer):
             layer.build(input_shape)
         self.output_projection.build((*input_shape[:-1], query_dim))
 
-    def call(self, x, cos, sin, mask, cache=None, column=None):
-        query, key, value = self.heads(x, cos, sin)
+    def call(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        column: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns the output, and with a cache the updated cache."""
+        query, key, value = self.project_heads(x, cos, sin)
         if cache is None:
-            return self.project(attend_to_past(query, key, value, mask))
+            return self.project_output(causal_attention(query, key, value, mask))
         cache = tuple(
-            write(tensor, heads_first(update), column)
+            update_cache(tensor, heads_first(update), column)
             for tensor, update in zip(cache, (key, value), strict=True)
         )
         if mask is None:
-            context = attend_causally(query, key, value)
-        elif x.shape[1] > 1 and cache[0].shape[1] % BLOCK == 0:
-            context = attend_by_blocks(query, *cache, mask, column + x.shape[1])
+            context = fused_causal_attention(query, key, value)
+        elif x.shape[1] > 1 and cache[0].shape[1] % CACHE_BLOCK == 0:
+            context = attend_blockwise(query, *cache, mask, column + x.shape[1])
         else:
             context = attend_cached(query, *cache, mask)
-        return self.project(context), cache
+        return self.project_output(context), cache
 
-    def heads(self, x, cos, sin):
-        """Queries, keys and values, as `attend_to_past` takes them."""
+    def project_heads(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values in the shapes of `causal_attention`."""
         return (
-            rotate(self._parted(self.query(x)), cos, sin),
-            rotate(self._parted(self.key(x)), cos, sin),
-            self._parted(self.value(x)),
+            rotate(self._split_heads(self.query(x)), cos, sin),
+            rotate(self._split_heads(self.key(x)), cos, sin),
+            self._split_heads(self.value(x)),
         )
 
-    def project(self, context):
-        """The output from what `attend_to_past` returns."""
+    def project_output(self, context: Tensor) -> Tensor:
+        """Joins the heads of `causal_attention` and applies the output projection."""
         batch, heads, length, head_dim = ops.shape(context)
         context = ops.transpose(context, (0, 2, 1, 3))
         return self.output_projection(
             ops.reshape(context, (batch, length, heads * head_dim))
         )
 
-    def _parted(self, x):
+    def _split_heads(self, x):
         """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""
         batch, length, width = ops.shape(x)
         heads = width // self.head_dim
         x = ops.reshape(x, (batch, length, heads, self.head_dim))
         return ops.transpose(x, (0, 2, 1, 3))
 
-    def compute_output_spec(self, x, cos, sin, mask, cache=None, column=None):
+    def compute_output_spec(
+        self,
+        x: keras.KerasTensor,
+        cos: keras.KerasTensor,
+        sin: keras.KerasTensor,
+        mask: keras.KerasTensor | None,
+        cache: tuple[keras.KerasTensor, keras.KerasTensor] | None = None,
+        column: keras.KerasTensor | None = None,
+    ) -> Any:
+        """Returns the shapes and dtypes that `call` returns."""
         output = keras.KerasTensor(x.shape, self.compute_dtype)
         return output if cache is None else (output, cache)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         config = super().get_config()
         config.update(
             num_query_heads=self.num_query_heads,

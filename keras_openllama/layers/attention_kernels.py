@@ -1,30 +1,44 @@
-"""Attention by the kernels that accelerators are fastest with, for training on JAX."""
+"""Fused attention kernels of accelerators, for training on JAX."""
+
+from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from keras_openllama.distribution import LANES, ROWS
-from keras_openllama.layers.attention import attend_to_past
+from keras_openllama.distribution import BATCH_AXES, LANES
+from keras_openllama.layers.attention import causal_attention
 
-# Ours: rows and columns of scores that the kernel has in a TPU core's memory. Larger
-# ones are faster, and 16 MiB (v4) has no room for more. A multiple of `LANES`.
-BLOCK = 512
+# Heuristic: rows and columns of the score block that the Splash kernel holds in the
+# memory of a TPU core. Larger blocks are faster, but do not fit into 16 MiB (v4). A
+# multiple of `LANES`.
+SPLASH_BLOCK = 512
 
 
-def attention_on(device, mesh=None):
-    """What attends to the past on a kind of device.
+def select_attention(
+    device: jax.Device, mesh: jax.sharding.Mesh | None = None
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Selects the causal attention function for a kind of device.
 
     Args:
-        device: `jax.Device`, one of those that the program is for.
-        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`, or `None`.
+        device: One of the devices that the program is compiled for.
+        mesh: Mesh with the axes of `distribution.make_mesh`, or `None`.
 
     Returns:
-        A callable `(query, key, value, mask, documents)`: what `attend_to_past` takes,
-        and int `(batch, length)`, the number of the document of each token, 0 on
-        padding; it returns what `attend_to_past` does.
+        A callable `(query, key, value, mask, documents)`. The first four are the
+        arguments of `causal_attention`; `documents` is an int array
+        `(batch, length)`, the index of each token's document, 0 on padding. It
+        returns what `causal_attention` returns.
+
+    Example:
+        >>> attention = select_attention(jax.devices("cpu")[0])
+        >>> query = jnp.ones((1, 2, 3, 8))
+        >>> mask, documents = jnp.ones((1, 1, 3, 3), bool), jnp.ones((1, 3), int)
+        >>> attention(query, query, query, mask, documents).shape
+        (1, 2, 3, 8)
     """
     if device.platform == "tpu":
         return lambda query, key, value, mask, documents: splash_attention(
@@ -34,64 +48,73 @@ def attention_on(device, mesh=None):
         return lambda query, key, value, mask, documents: cudnn_attention(
             query, key, value, mask
         )
-    return lambda query, key, value, mask, documents: attend_to_past(
+    return lambda query, key, value, mask, documents: causal_attention(
         query, key, value, mask
     )
 
 
-def splash_attention(query, key, value, documents, mesh=None, interpret=False):
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    documents: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """Causal attention within documents by JAX's Splash kernel for TPUs.
 
-    Scores never leave a core, neither in the forward pass nor in the backward one, and
-    blocks that causality hides are not computed. What padding attends to differs from
-    `attend_to_past`, and nothing reads it.
+    The scores never leave a core, neither in the forward nor in the backward pass, and
+    blocks that are fully masked by causality are skipped. The output at padding differs
+    from `causal_attention`; nothing uses it.
 
     Args:
-        query: `(batch, num_query_heads, length, head_dim)`.
-        key, value: `(batch, num_key_value_heads, length, head_dim)`.
-        documents: int `(batch, length)`, see `attention_on`.
-        mesh: see `attention_on`. Each device runs the kernel on its rows and heads.
-        interpret: bool, computes what the kernel would, on any platform, slowly.
+        query: Float array `(batch, num_query_heads, length, head_dim)`.
+        key: Float array `(batch, num_key_value_heads, length, head_dim)`.
+        value: Float array of the shape of `key`.
+        documents: Int array `(batch, length)`, see `select_attention`.
+        mesh: See `select_attention`. Each device runs the kernel on its own sequences
+            and heads.
+        interpret: Whether to emulate the kernel, slowly, on any platform.
 
     Returns:
-        `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
+        Array `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
 
     Source: `jax/experimental/pallas/ops/tpu/splash_attention` in `jax-ml/jax`.
     """
     attend = functools.partial(_attend_with_splash, interpret=interpret)
     if mesh is None:
         return attend(query, key, value, documents)
-    by_head = PartitionSpec(ROWS, "model", None, None)
+    by_head = PartitionSpec(BATCH_AXES, "model", None, None)
     return jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(by_head, by_head, by_head, PartitionSpec(ROWS, None)),
+        in_specs=(by_head, by_head, by_head, PartitionSpec(BATCH_AXES, None)),
         out_specs=by_head,
-        check_vma=False,  # A kernel does not say over which axes its results vary.
+        check_vma=False,  # Kernels do not declare the axes that results vary over.
     )(query, key, value, documents)
 
 
 def _attend_with_splash(query, key, value, documents, interpret):
-    # Here, as it takes most of a second to import, which only TPUs need.
+    # Imported late: it takes most of a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     _, heads, length, head_dim = query.shape
-    # The kernel does not scale. In float32, since bfloat16 has no 1/sqrt(100).
+    # The kernel does not scale. In float32: bfloat16 cannot represent 1/sqrt(100).
     query = (query.astype("float32") * head_dim**-0.5).astype(query.dtype)
     padding = -length % LANES
     if padding:
-        rows = (0, 0), (0, 0), (0, padding), (0, 0)
-        query, key, value = (jnp.pad(x, rows) for x in (query, key, value))
+        widths = (0, 0), (0, 0), (0, padding), (0, 0)
+        query, key, value = (jnp.pad(x, widths) for x in (query, key, value))
         documents = jnp.pad(documents, ((0, 0), (0, padding)))
-    kernel = _kernel(heads, length + padding, interpret)
+    kernel = _splash_kernel(heads, length + padding, interpret)
     context = jax.vmap(kernel)(query, key, value, SegmentIds(documents, documents))
     return context[:, :, :length].astype(value.dtype)
 
 
-def _kernel(heads, length, interpret):
+def _splash_kernel(heads, length, interpret):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block = next(b for b in range(BLOCK, 0, -LANES) if length % b == 0)
+    block = next(b for b in range(SPLASH_BLOCK, 0, -LANES) if length % b == 0)
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     return splash.make_splash_mha(
         mask,
@@ -108,26 +131,31 @@ def _kernel(heads, length, interpret):
     )
 
 
-def cudnn_attention(query, key, value, mask):
-    """`attend_to_past` by cuDNN's kernel, where it has one.
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`causal_attention` by cuDNN's fused kernel, where there is one.
 
-    It has none for float32 and for odd lengths; there XLA computes. Heads are padded to
-    a multiple of 8, as the kernel wants them.
+    There is none for float32 and for odd lengths; XLA computes attention then. Heads
+    are padded to a multiple of 8, which the kernel requires.
 
     Args:
-        query, key, value, mask: see `attend_to_past`.
+        query: See `causal_attention`.
+        key: See `causal_attention`.
+        value: See `causal_attention`.
+        mask: See `causal_attention`.
 
     Returns:
-        As `attend_to_past`.
+        Array `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
     """
     length, head_dim = query.shape[2:]
     if query.dtype.itemsize > 2 or length % 2:
-        return attend_to_past(query, key, value, mask)
+        return causal_attention(query, key, value, mask)
     padding = (0, 0), (0, 0), (0, 0), (0, -head_dim % 8)
     context = jax.nn.dot_product_attention(
         *(jnp.swapaxes(jnp.pad(x, padding), 1, 2) for x in (query, key, value)),
         mask=mask,
-        is_causal=True,  # The mask says so, too; but the kernel does not look ahead.
+        is_causal=True,  # Redundant, but lets the kernel skip masked blocks.
         scale=head_dim**-0.5,
         implementation="cudnn",
     )

@@ -1,62 +1,82 @@
-"""Attention over a cache of keys and values, for decoding."""
+"""Attention over a KV cache, for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
+
+from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "torch":
     import torch
 elif keras.config.backend() == "jax":
     import jax
 
-# The score of a key that may not be looked at. A finite number: a row that may look
-# nowhere (padding) must not become NaN.
-HIDDEN = -1e30
-BLOCK = 256  # Ours: columns of the cache that a chunk looks at together, on a CPU.
-# The same on accelerators, where an iteration of a loop costs more than what it
-# computes, and the most scores in float32 that a block may have there: 1 GiB.
-LARGE_BLOCKS, LARGEST_SCORES = (1024, 512), 1 << 28
+# Score of a masked key. It is finite, so that a query without any visible key (padding)
+# does not become NaN.
+MASKED_SCORE = -1e30
+# Heuristic: columns of the cache that blockwise attention processes at once on a CPU.
+CACHE_BLOCK = 256
+# The same on accelerators, where a loop iteration costs more than its computation, and
+# the limit on float32 scores per block there: 1 GiB.
+ACCELERATOR_BLOCKS, MAX_BLOCK_SCORES = (1024, 512), 1 << 28
 
 
-def attend_cached(query, key, value, bias):
-    """Attention over a cache, whose layout lets each backend read it only once.
+def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention over a whole cache, in a layout that each backend reads only once.
 
-    Heads and rows share one axis, since XLA on a CPU otherwise copies the whole cache
-    in each step; and the scores are key times query, since the product the other way
-    round reads the keys at a tenth of the memory's speed (`benchmarks/README.md`).
+    Heads and sequences share one axis, since XLA on a CPU otherwise copies the whole
+    cache in each step. The scores are key times query, since the product in the other
+    order reads the keys at a tenth of the memory bandwidth (`benchmarks/README.md`).
 
     Args:
-        query: `(batch, num_query_heads, length, head_dim)`.
-        key, value: `(num_key_value_heads * batch, columns, head_dim)`.
-        bias: float32 `(num_key_value_heads * batch, length, columns)`; 0 where a query
-            may look at a key, and `HIDDEN` elsewhere.
+        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
+        key: Float tensor `(num_key_value_heads * batch, columns, head_dim)`.
+        value: Float tensor of the shape of `key`.
+        bias: float32 tensor `(num_key_value_heads * batch, length, columns)`: 0 where
+            a query may attend to a key, `MASKED_SCORE` elsewhere.
 
     Returns:
-        `(batch, num_query_heads, length, head_dim)` in the dtype of `value`.
+        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
+
+    Example:
+        >>> query = ops.ones((2, 4, 1, 8))
+        >>> cache = ops.ones((2 * 2, 16, 8))  # Two key/value heads, two sequences.
+        >>> attend_cached(query, cache, cache, ops.zeros((4, 1, 16))).shape
+        (2, 4, 1, 8)
     """
     shape = query.shape
     query = join_groups(query, key)
     group = query.shape[1] // shape[2]
     scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
-    # In float32, since bfloat16 has no 1/sqrt(100).
+    # In float32: bfloat16 cannot represent 1/sqrt(100).
     scores = ops.cast(scores, "float32") * shape[3] ** -0.5
     if shape[2] > 1 and group > 1:
         bias = ops.tile(bias, (1, group, 1))
     weights = ops.cast(ops.softmax(scores + bias, axis=-1), value.dtype)
-    return part_groups(ops.matmul(weights, value), shape)
+    return split_groups(ops.matmul(weights, value), shape)
 
 
-def attend_by_blocks(query, key, value, bias, end):
-    """The same for a chunk of a prompt: only over columns in use, a block at a time.
+def attend_blockwise(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, end: Tensor
+) -> Tensor:
+    """`attend_cached` for a chunk of a prompt, over the used columns of the cache only.
 
-    Block by block, the softmax keeps the largest score so far and rescales what was
-    summed under a smaller one.
+    It processes one block of columns at a time. The softmax keeps a running maximum of
+    the scores and rescales the sums when the maximum grows.
 
     Args:
-        query, key, value, bias: see `attend_cached`; `BLOCK` divides the columns.
-        end: int scalar, the number of columns in use.
+        query: See `attend_cached`.
+        key: See `attend_cached`. `CACHE_BLOCK` must divide the number of columns.
+        value: See `attend_cached`.
+        bias: See `attend_cached`.
+        end: Int scalar, the number of used columns.
 
     Returns:
-        As `attend_cached`.
+        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
 
     Source: the online softmax of FlashAttention (arXiv:2205.14135).
     """
@@ -72,8 +92,8 @@ def attend_by_blocks(query, key, value, bias, end):
             ops.slice(x, (0, start, 0), (heads, block, head_dim)) for x in (key, value)
         )
         scores = matmul_float32(query, ops.swapaxes(keys, -1, -2)) * head_dim**-0.5
-        hidden = ops.slice(bias, (0, 0, start), (heads, length, block))
-        scores = scores + ops.tile(hidden, (1, rows // length, 1))
+        block_bias = ops.slice(bias, (0, 0, start), (heads, length, block))
+        scores = scores + ops.tile(block_bias, (1, rows // length, 1))
         new_largest = ops.maximum(largest, ops.max(scores, axis=-1, keepdims=True))
         weights = ops.exp(scores - new_largest)
         rescale = ops.exp(largest - new_largest)
@@ -95,91 +115,103 @@ def attend_by_blocks(query, key, value, bias, end):
             ops.zeros((heads, rows, head_dim), "float32"),
         ),
     )
-    return part_groups(ops.cast(context / total, value.dtype), shape)
+    return split_groups(ops.cast(context / total, value.dtype), shape)
 
 
-def block_columns(queries, columns):
-    """Columns that a chunk looks at together.
+def block_columns(queries: int, columns: int) -> int:
+    """Returns how many columns of the cache `attend_blockwise` processes at once.
 
     Args:
-        queries: int, of all rows and heads.
-        columns: int, of the cache; a multiple of `BLOCK`.
+        queries: Number of queries, over all sequences and heads.
+        columns: Number of columns of the cache, a multiple of `CACHE_BLOCK`.
     """
     if keras.config.backend() != "jax" or jax.default_backend() == "cpu":
-        return BLOCK  # Its scores stay in a CPU's cache.
-    for block in LARGE_BLOCKS:
-        if columns % block == 0 and queries * block <= LARGEST_SCORES:
+        return CACHE_BLOCK  # Its scores fit in a CPU's cache.
+    for block in ACCELERATOR_BLOCKS:
+        if columns % block == 0 and queries * block <= MAX_BLOCK_SCORES:
             return block
-    return BLOCK
+    return CACHE_BLOCK
 
 
-def join_groups(query, key):
-    """Queries in the order of a cache's heads; those that share a head join the length.
+def join_groups(query: Tensor, key: Tensor) -> Tensor:
+    """Folds the query heads that share a key/value head into the length axis.
 
     Args:
-        query: `(batch, num_query_heads, length, head_dim)`.
-        key: `(num_key_value_heads * batch, columns, head_dim)`.
+        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
+        key: Float tensor `(num_key_value_heads * batch, columns, head_dim)`.
 
     Returns:
-        `(num_key_value_heads * batch, group * length, head_dim)`.
+        Tensor `(num_key_value_heads * batch, group * length, head_dim)`, its first axis
+        in the order of `key`.
     """
     batch, _, _, head_dim = query.shape
     heads = key.shape[0] // batch
     return heads_first(ops.reshape(query, (batch, heads, -1, head_dim)))
 
 
-def part_groups(x, shape):
-    """Undoes `join_groups`; `shape` is that of its `query`."""
+def split_groups(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverts `join_groups`; `shape` is the shape of its `query`."""
     batch, head_dim = shape[0], shape[3]
     x = ops.reshape(x, (x.shape[0] // batch, batch, x.shape[1], head_dim))
     return ops.reshape(ops.swapaxes(x, 0, 1), shape)
 
 
-def matmul_float32(x, y):
-    """`x @ y` with the sums in float32, which XLA on a CPU needs to be fast."""
+def matmul_float32(x: Tensor, y: Tensor) -> Tensor:
+    """Returns `x @ y` accumulated in float32, which is fast with XLA on CPUs."""
     if keras.config.backend() == "jax":
         return jax.numpy.matmul(x, y, preferred_element_type="float32")
     return ops.cast(ops.matmul(x, y), "float32")
 
 
-def attend_causally(query, key, value):
-    """Attention where each position sees itself and all before it, on PyTorch.
+def fused_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention without padding by PyTorch's fused kernel.
 
     Args:
-        query: `(batch, num_query_heads, length, head_dim)`.
-        key, value: `(batch, num_key_value_heads, length, head_dim)`.
+        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
+        key: Float tensor `(batch, num_key_value_heads, length, head_dim)`.
+        value: Float tensor of the shape of `key`.
 
     Returns:
-        `(batch, num_query_heads, length, head_dim)`.
+        Tensor of the shape of `query`.
     """
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
-def heads_first(x):
-    """`(batch, heads, length, head_dim)` as `(heads * batch, length, head_dim)`.
+def heads_first(x: Tensor) -> Tensor:
+    """Reshapes `(batch, heads, length, head_dim)` for a KV cache.
 
-    Heads come first so that a cache can be sharded by heads.
+    Returns:
+        Tensor `(heads * batch, length, head_dim)`. Heads come first, so that a cache
+        can be sharded by heads.
+
+    Example:
+        >>> heads_first(ops.ones((2, 4, 3, 8))).shape
+        (8, 3, 8)
     """
     batch, heads, length, head_dim = x.shape
     return ops.reshape(ops.swapaxes(x, 0, 1), (heads * batch, length, head_dim))
 
 
-def write(cache, update, column):
-    """Puts keys or values into the cache, in place.
+def update_cache(cache: Tensor, update: Tensor, column: Any) -> Tensor:
+    """Writes keys or values into a cache in place.
 
     Args:
-        cache: `(heads * batch, columns, head_dim)`. On PyTorch a view of the cache
-            that ends where `update` ends.
-        update: `(heads * batch, length, head_dim)`.
-        column: int scalar, where `update` begins. Not used on PyTorch.
+        cache: Float tensor `(heads * batch, columns, head_dim)`. On PyTorch a view of
+            the cache that ends where `update` ends.
+        update: Float tensor `(heads * batch, length, head_dim)`.
+        column: Int scalar, the column where `update` starts. Ignored on PyTorch.
 
     Returns:
         The updated cache.
+
+    Example:
+        >>> update_cache(ops.zeros((1, 4, 1)), ops.ones((1, 2, 1)), 1)[0, :, 0].tolist()
+        [0.0, 1.0, 1.0, 0.0]
     """
     if keras.config.backend() == "torch":
-        # `slice_update` copies the whole cache there; XLA updates in place.
+        # `slice_update` copies the whole cache on PyTorch; XLA updates it in place.
         cache[:, -update.shape[1] :] = update
         return cache
     return ops.slice_update(cache, (0, column, 0), update)

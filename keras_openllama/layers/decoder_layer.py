@@ -1,54 +1,70 @@
-"""One layer of the decoder."""
+"""One decoder layer of the transformer."""
+
+from __future__ import annotations
 
 import functools
+from typing import Any
 
 import keras
 
-from keras_openllama.layers.attention import CausalSelfAttention, attend_to_past
+from keras_openllama.layers.attention import CausalSelfAttention, causal_attention
 from keras_openllama.layers.feed_forward import FeedForward
-from keras_openllama.layers.remat import rematerialized
+from keras_openllama.layers.remat import apply_remat_policy
 from keras_openllama.layers.rms_norm import RMSNorm
+from keras_openllama.utils.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class DecoderLayer(keras.layers.Layer):
-    """Attention, then the feed-forward network, each behind its norm.
+    """Pre-norm decoder layer: self-attention, then a feed-forward network.
 
     Args:
-        num_query_heads: int.
+        num_query_heads: int, number of query heads.
         num_key_value_heads: int, a divisor of `num_query_heads`.
         head_dim: int, size of a head.
         intermediate_dim: int, width of the feed-forward network.
         layer_norm_epsilon: float, epsilon of both norms.
         initializer_std: float, standard deviation of the initial weights.
+        **kwargs: see `keras.layers.Layer`.
 
-    Call arguments: those of `CausalSelfAttention`; and without a cache
-        attend: callable with the arguments of `attend_to_past`, which it is unless
-            given.
-        rematerialize, in_scan: string and bool, see `remat`.
+    Call arguments:
+        x: float tensor `(batch, length, hidden_dim)`.
+        cos, sin, mask, cache, column: see `CausalSelfAttention`.
+        attention_fn: callable with the arguments of `causal_attention`, which is the
+            default. Without a cache only.
+        rematerialize: string, a policy of `config.REMATERIALIZATION`. Without a cache
+            only.
+        in_scan: bool, whether the layer runs in `scan.scan_layers`. Without a cache
+            only.
 
     Returns:
-        The hidden states `(batch, length, hidden_dim)`; with a cache, a pair of them
-        and the updated cache.
+        The hidden states `(batch, length, hidden_dim)`. With a cache, a pair: the
+        hidden states and the updated cache.
 
     Example:
-        layer = DecoderLayer(32, 32, 100, intermediate_dim=8640)
-        x = layer(x, cos, sin, causal_mask(positions))
+        >>> from keras import ops
+        >>> from keras_openllama.layers import RotaryEmbedding
+        >>> positions = ops.arange(8)[None]
+        >>> cos, sin = RotaryEmbedding(head_dim=16)(positions)
+        >>> mask = positions[:, None, :, None] >= positions[:, None, None, :]
+        >>> layer = DecoderLayer(4, 2, head_dim=16, intermediate_dim=128)
+        >>> layer(ops.ones((1, 8, 64)), cos, sin, mask).shape
+        (1, 8, 64)
 
     Source: LLaMA (arXiv:2302.13971), section 2.2.
     """
 
     def __init__(
         self,
-        num_query_heads,
-        num_key_value_heads,
-        head_dim,
-        intermediate_dim,
-        layer_norm_epsilon=1e-6,
-        initializer_std=0.02,
-        **kwargs,
-    ):
-        # No autocast: the rotary tables come in float32 and stay so.
+        num_query_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        intermediate_dim: int,
+        layer_norm_epsilon: float = 1e-6,
+        initializer_std: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        # No autocast: the rotary tables stay float32.
         super().__init__(autocast=False, **kwargs)
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
@@ -57,7 +73,8 @@ class DecoderLayer(keras.layers.Layer):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_std = initializer_std
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates the norms, the attention layer and the feed-forward network."""
         self.self_attention_norm = RMSNorm(
             self.layer_norm_epsilon, dtype=self.dtype_policy, name="self_attention_norm"
         )
@@ -83,7 +100,16 @@ class DecoderLayer(keras.layers.Layer):
         self.feedforward_norm.build(input_shape)
         self.feedforward.build(input_shape)
 
-    def call(self, x, cos, sin, mask, cache=None, **options):
+    def call(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Returns the hidden states, and with a cache the updated cache."""
         if cache is None:
             return self._without_cache(x, cos, sin, mask, **options)
         attention, cache = self.self_attention(
@@ -98,37 +124,47 @@ class DecoderLayer(keras.layers.Layer):
         cos,
         sin,
         mask,
-        attend=attend_to_past,
+        attention_fn=causal_attention,
         rematerialize="none",
         in_scan=False,
     ):
-        """In blocks that keep their inputs only, as `rematerialize` wants it.
+        """Computes the layer in blocks that `rematerialize` may reduce to their inputs.
 
-        A product with a kernel that ends a block is not computed again, for nothing of
-        the backward pass needs what it gives.
+        The matrix product that ends a block is not recomputed: nothing in the backward
+        pass needs its output.
         """
         attention, feedforward = self.self_attention, self.feedforward
-        block = functools.partial(rematerialized, rematerialize, in_scan=in_scan)
+        block = functools.partial(apply_remat_policy, rematerialize, in_scan=in_scan)
 
-        def heads(x):
-            return attention.heads(self.self_attention_norm(x), cos, sin)
+        def project_heads(x):
+            return attention.project_heads(self.self_attention_norm(x), cos, sin)
 
-        def widen(x):
-            return feedforward.widen(self.feedforward_norm(x))
+        def project_up(x):
+            return feedforward.project_up(self.feedforward_norm(x))
 
         def feed_forward(x):
-            wide = block(widen, "products")(x)
-            return block(feedforward.narrow, "products")(*wide)
+            gate_and_up = block(project_up, "products")(x)
+            return block(feedforward.project_down, "products")(*gate_and_up)
 
-        heads = block(heads, "products", "projections")(x)
-        context = attend(*heads, mask)
-        x = x + block(attention.project, "products", "projections")(context)
+        heads = block(project_heads, "products", "projections")(x)
+        context = attention_fn(*heads, mask)
+        x = x + block(attention.project_output, "products", "projections")(context)
         return x + block(feed_forward, "projections")(x)
 
-    def compute_output_spec(self, x, cos, sin, mask, cache=None, **_):
+    def compute_output_spec(
+        self,
+        x: keras.KerasTensor,
+        cos: keras.KerasTensor,
+        sin: keras.KerasTensor,
+        mask: keras.KerasTensor | None,
+        cache: tuple[keras.KerasTensor, keras.KerasTensor] | None = None,
+        **_: Any,
+    ) -> Any:
+        """Returns the shapes and dtypes that `call` returns."""
         return self.self_attention.compute_output_spec(x, cos, sin, mask, cache=cache)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         config = super().get_config()
         config.update(
             num_query_heads=self.num_query_heads,

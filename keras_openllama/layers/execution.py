@@ -1,24 +1,36 @@
-"""How the decoder's layers are computed, where a trainer wants it other than usual."""
+"""Options for how a backbone computes its decoder layers."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 
+from keras_openllama.utils.types import Tensor
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerExecution:
-    """How a backbone computes its layers; none of it changes what they compute.
+    """How a backbone computes its layers; the results do not depend on it.
 
     Attributes:
-        rematerialize: string, one of `config.REMATERIALIZATION`: what the backward pass
-            computes again. Any but `"none"` needs JAX.
-        attend: callable of `attention_kernels.attention_on`, with the arguments query,
-            key, value, mask and documents; `None` is `attention.attend_to_past`.
-        scan: bool, whether the layers are a `scan.scan_layers` (JAX).
-        embed: callable of token ids that returns their embeddings, such as
-            `sharded_embedding.look_up` on a mesh; `None` is the embedding layer.
+        rematerialize: A policy of `config.REMATERIALIZATION`: what the backward pass
+            recomputes. All policies except `"none"` need JAX.
+        attention_fn: Callable of `attention_kernels.select_attention` with the
+            arguments query, key, value, mask and documents. `None` stands for
+            `attention.causal_attention`.
+        scan: Whether the layers run in `scan.scan_layers` (JAX).
+        embedding_fn: Callable that maps token ids to embeddings, such as
+            `sharded_embedding.embedding_lookup` on a mesh. `None` stands for the
+            embedding layer.
+
+    Example:
+        >>> LayerExecution(rematerialize="full", scan=True).attention_fn is None
+        True
     """
 
     rematerialize: str = "none"
-    attend: Callable | None = None
+    attention_fn: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = (
+        None
+    )
     scan: bool = False
-    embed: Callable | None = None
+    embedding_fn: Callable[[Tensor], Tensor] | None = None

@@ -1,18 +1,24 @@
 """The gated feed-forward network (SwiGLU, arXiv:2002.05202)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_openllama.layers.projection import Projection
+from keras_openllama.utils.types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class FeedForward(keras.layers.Layer):
-    """`down(silu(gate(x)) * up(x))`.
+    """Computes `down(silu(gate(x)) * up(x))`.
 
     Args:
-        intermediate_dim: int, width between the projections.
+        intermediate_dim: int, width of the gate and up projections.
         initializer_std: float, standard deviation of the initial weights.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         x: float tensor `(batch, length, hidden_dim)`.
@@ -21,15 +27,19 @@ class FeedForward(keras.layers.Layer):
         A tensor of the shape of `x`.
 
     Example:
-        FeedForward(intermediate_dim=8640)(hidden_states)
+        >>> FeedForward(intermediate_dim=128)(ops.ones((1, 8, 64))).shape
+        (1, 8, 64)
     """
 
-    def __init__(self, intermediate_dim, initializer_std=0.02, **kwargs):
+    def __init__(
+        self, intermediate_dim: int, initializer_std: float = 0.02, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.intermediate_dim = intermediate_dim
         self.initializer_std = initializer_std
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates the three projections."""
         std, dtype = self.initializer_std, self.dtype_policy
         self.gate = Projection(self.intermediate_dim, std, dtype=dtype, name="gate")
         self.up = Projection(self.intermediate_dim, std, dtype=dtype, name="up")
@@ -38,21 +48,24 @@ class FeedForward(keras.layers.Layer):
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], self.intermediate_dim))
 
-    def call(self, x):
-        return self.narrow(*self.widen(x))
+    def call(self, x: Tensor) -> Tensor:
+        """Returns the output of the network."""
+        return self.project_down(*self.project_up(x))
 
-    def widen(self, x):
-        """The gate and what it gates, each `(batch, length, intermediate_dim)`."""
+    def project_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `gate(x)` and `up(x)`, each `(batch, length, intermediate_dim)`."""
         return self.gate(x), self.up(x)
 
-    def narrow(self, gate, up):
-        """The output from both."""
+    def project_down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns `down(silu(gate) * up)`, `(batch, length, hidden_dim)`."""
         return self.down(ops.silu(gate) * up)
 
-    def compute_output_spec(self, x):
+    def compute_output_spec(self, x: keras.KerasTensor) -> keras.KerasTensor:
+        """Returns the shape and dtype of the output."""
         return keras.KerasTensor(x.shape, self.compute_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         config = super().get_config()
         config.update(
             intermediate_dim=self.intermediate_dim,

@@ -1,16 +1,25 @@
-"""LoRA adapters: put into the weights, and taken out again."""
+"""Merges LoRA adapters into the kernels, and unmerges them."""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import keras
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
+from keras_openllama.layers.projection import Adapters, Projection
 
 
-def adapted_layers(model):
-    """The projections of a model that have adapters, in its order."""
+def adapted_layers(model: keras.layers.Layer) -> list[Projection]:
+    """Returns the projections of a model that have adapters, in the model's order.
+
+    Example:
+        >>> adapted_layers(lm)
+        []
+    """
     return [
         layer
         for layer in flatten_layers(model)
@@ -19,38 +28,47 @@ def adapted_layers(model):
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged:
+class MergedProjection:
     """A projection whose adapters were merged.
 
     Attributes:
-        layer: `Projection`.
-        kernel: NumPy array, what its kernel was before.
-        removed: what `Projection.put_adapters` takes.
+        layer: The projection.
+        kernel: Its kernel before the merge.
+        adapters: The argument of `Projection.restore_adapters`.
     """
 
-    layer: keras.layers.Layer
+    layer: Projection
     kernel: np.ndarray
-    removed: tuple
+    adapters: Adapters
 
 
-def merged_kernel(layer):
-    """The kernel with the adapters in it: float32 NumPy array."""
-    own = layer.adapters(), layer.lora_rank, layer.lora_alpha
-    return _with_adapters(as_numpy(kernel_variable(layer).value), own)
+def merged_kernel(layer: Projection) -> np.ndarray:
+    """Returns the kernel with the adapters merged, float32 `(outputs, inputs)`."""
+    adapters = layer.adapters(), layer.lora_rank, layer.lora_alpha
+    return _with_adapters(as_numpy(kernel_variable(layer).value), adapters)
 
 
 def _with_adapters(kernel, adapters):
-    """The same of a kernel and adapters as `Projection.remove_adapters` gives them."""
+    """Merges a kernel and the adapters that `Projection.remove_adapters` returns."""
     variables, rank, alpha = adapters
     first, second = (as_numpy(variable.value) for variable in variables.values())
     return kernel.astype("float32") + alpha / rank * (first @ second)
 
 
-def merge(backbone, reversible):
-    """See `OpenLlamaBackbone.merge_lora`.
+def merge_adapters(
+    backbone: keras.layers.Layer, reversible: bool
+) -> tuple[MergedProjection, ...]:
+    """Merges all adapters, see `OpenLlamaBackbone.merge_lora`.
+
+    Args:
+        backbone: `OpenLlamaBackbone` with adapters.
+        reversible: Whether to copy the kernels, for `unmerge_adapters`.
 
     Returns:
-        Tuple of `Merged`, empty if not `reversible`.
+        The merged projections; empty if not `reversible`.
+
+    Raises:
+        ValueError: If there are no adapters, or the kernels are quantized.
     """
     layers = adapted_layers(backbone)
     if not layers:
@@ -59,34 +77,44 @@ def merge(backbone, reversible):
     if quantized:
         raise ValueError(
             f"Adapters cannot be merged into weights that are quantized ({quantized}). "
-            "Save them with `save_adapters`, and merge them into a model in floating "
-            "point."
+            "Save them with `save_adapters`, and merge them into a floating-point "
+            "model."
         )
     merged = []
     for layer in layers:
-        # A copy: on a CPU the array may be the variable's own memory.
+        # A copy: on a CPU the array may share the memory of the variable.
         kernel = kernel_variable(layer)
-        before = np.array(as_numpy(kernel.value)) if reversible else None
+        original = np.array(as_numpy(kernel.value)) if reversible else None
         kernel.assign(merged_kernel(layer).astype(kernel.dtype))
-        merged.append(Merged(layer, before, layer.remove_adapters()))
-        kernel.trainable = True  # `enable_lora` froze it by itself.
+        merged.append(MergedProjection(layer, original, layer.remove_adapters()))
+        kernel.trainable = True  # `Projection.enable_lora` froze it.
     return tuple(merged) if reversible else ()
 
 
 def _check_unchanged(entry):
-    """Raises a `ValueError` if a kernel is not what `merge` has made of it."""
+    """Raises a `ValueError` if a kernel has changed since `merge_adapters`."""
     layer = entry.layer
-    merged = _with_adapters(entry.kernel, entry.removed).astype(entry.kernel.dtype)
-    now = as_numpy(kernel_variable(layer).value)
-    if layer.quantization_mode is not None or (now != merged).any():
+    merged = _with_adapters(entry.kernel, entry.adapters).astype(entry.kernel.dtype)
+    current = as_numpy(kernel_variable(layer).value)
+    if layer.quantization_mode is not None or (current != merged).any():
         raise ValueError(
             f"{layer.path} was trained or quantized since adapters were merged into "
-            "it, so they cannot be taken out again."
+            "it, so they cannot be unmerged."
         )
 
 
-def unmerge(backbone, merged):
-    """See `OpenLlamaBackbone.unmerge_lora`."""
+def unmerge_adapters(
+    backbone: keras.layers.Layer, merged: Iterable[MergedProjection]
+) -> None:
+    """Restores kernels and adapters, see `OpenLlamaBackbone.unmerge_lora`.
+
+    Args:
+        backbone: The backbone given to `merge_adapters`.
+        merged: What `merge_adapters` returned.
+
+    Raises:
+        ValueError: If a kernel was trained or quantized since the merge.
+    """
     for entry in merged:
         _check_unchanged(entry)
     for layer in flatten_layers(backbone, include_self=False):
@@ -96,4 +124,4 @@ def unmerge(backbone, merged):
         kernel = kernel_variable(entry.layer)
         kernel.assign(entry.kernel)
         kernel.trainable = False
-        entry.layer.put_adapters(entry.removed)
+        entry.layer.restore_adapters(entry.adapters)

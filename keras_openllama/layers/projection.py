@@ -1,8 +1,11 @@
-"""The bias-free matrices of the network."""
+"""Linear projections without bias."""
+
+from __future__ import annotations
 
 import functools
 import math
 import warnings
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
@@ -12,26 +15,32 @@ from keras_openllama.backend.keras_private import (
     track_variables,
     untrack_variables,
 )
+from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "jax":
     import jax
 
-# Ours: from so many rows on, a CPU is kept busy by arithmetic in either order.
+# Heuristic: with this many rows the product is compute-bound on a CPU in either order
+# of operands.
 MANY_ROWS = 128
-BLOCK = 64  # Ours: outputs of a block on PyTorch; it fits in a core's cache.
+# Heuristic: outputs of a block on PyTorch, which fits in the cache of a core.
+OUTPUT_BLOCK = 64
+# What `Projection.remove_adapters` returns: adapters by name, rank and alpha.
+Adapters: TypeAlias = tuple[dict[str, keras.Variable], int | None, float | None]
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class Projection(keras.layers.EinsumDense):
-    """A matrix without bias, its kernel `(outputs, inputs)`, as in checkpoints.
+    """A linear projection without bias, its kernel `(outputs, inputs)`.
 
-    In this orientation the inputs of each output lie side by side, which is how CPUs
-    multiply a few rows at the memory's speed (`benchmarks/README.md`), and loading
-    need not turn anything.
+    Checkpoints store kernels in this orientation, so loading does not transpose them.
+    The inputs of an output are adjacent in memory, which lets CPUs multiply a few rows
+    at memory bandwidth (`benchmarks/README.md`).
 
     Args:
         units: int, size of the output.
-        initializer_std: float, standard deviation of the normal initialisation.
+        initializer_std: float, standard deviation of the normal initializer.
+        **kwargs: see `keras.layers.EinsumDense`.
 
     Call arguments:
         inputs: float tensor `(batch, length, inputs)`.
@@ -40,67 +49,88 @@ class Projection(keras.layers.EinsumDense):
         A tensor `(batch, length, units)`.
 
     Example:
-        Projection(8640, initializer_std=0.02)(hidden_states)
+        >>> projection = Projection(128, initializer_std=0.02)
+        >>> projection(ops.ones((1, 8, 64))).shape
+        (1, 8, 128)
+        >>> projection.kernel.shape
+        (128, 64)
     """
 
-    def __init__(self, units, initializer_std, **kwargs):
+    def __init__(self, units: int, initializer_std: float, **kwargs: Any) -> None:
         super().__init__(
             "bti,oi->bto",
             output_shape=(None, units),
-            # One each: an initializer that is shared gives equal values.
+            # One initializer per layer: a shared one would give equal values.
             kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_std),
             **kwargs,
         )
 
-    def call(self, inputs, training=None):
-        return self._adapted(inputs, multiply(inputs, kernel_variable(self)))
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        """Returns the projection, adapters included."""
+        return self._add_adapters(
+            inputs, matmul_transposed(inputs, kernel_variable(self))
+        )
 
-    def quantized_call(self, inputs, training=None):
-        # Keras's own would take the adapters for those of a kernel (inputs, outputs).
+    def quantized_call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        """Returns the projection by the quantized kernel, adapters included."""
+        # Keras's implementation expects adapters of a kernel `(inputs, outputs)`.
         enabled, self.lora_enabled = self.lora_enabled, False
         try:
             outputs = super().quantized_call(inputs, training=training)
         finally:
             self.lora_enabled = enabled
-        return self._adapted(inputs, outputs)
+        return self._add_adapters(inputs, outputs)
 
-    def _adapted(self, inputs, outputs):
-        """Outputs with what the adapters add; the kernel itself stays as it is."""
+    def _add_adapters(self, inputs, outputs):
+        """Adds the product with the adapters to the product with the kernel."""
         if not self.lora_enabled:
             return outputs
-        narrow = multiply(inputs, self._computed_in(self.lora_kernel_b))
-        added = multiply(narrow, self._computed_in(self.lora_kernel_a))
+        narrow = matmul_transposed(inputs, self._cast_adapter(self.lora_kernel_b))
+        added = matmul_transposed(narrow, self._cast_adapter(self.lora_kernel_a))
         return outputs + (self.lora_alpha / self.lora_rank) * added
 
-    def _computed_in(self, adapter):
+    def _cast_adapter(self, adapter):
         return ops.cast(adapter, self.compute_dtype)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: dict[str, Any]) -> None:
+        """Saves the kernel; warns if adapters are rounded into int8 weights."""
         if self.lora_enabled and self.quantization_mode is not None:
             warnings.warn(
-                "Adapters are merged into int8 weights and rounded, since the model "
-                "is saved whole. `save_adapters` keeps them as they are.",
+                "Saving all weights merges the adapters into the int8 kernels and "
+                "rounds them. Use `save_adapters` to save the adapters unchanged.",
                 stacklevel=2,
             )
         super().save_own_variables(store)
 
     def enable_lora(
-        self, rank, lora_alpha=None, a_initializer="zeros", b_initializer=None
-    ):
-        """Adds adapters: `kernel + lora_alpha / rank * a @ b`.
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: Any = "zeros",
+        b_initializer: Any = None,
+    ) -> None:
+        """Adds LoRA adapters: the kernel becomes `kernel + lora_alpha / rank * a @ b`.
 
-        As in the paper and in PEFT the factor at the inputs is random, the one at the
-        outputs zero. (Keras's names go by the axes of its kernels, which are the other
-        way round.)
+        As in the paper and in PEFT, the factor of the inputs is random and the factor
+        of the outputs is zero. (Keras names the factors by the axes of its kernels,
+        which are transposed.)
 
         Args:
-            rank: int, rank of the adapters.
-            lora_alpha: float, see above; `rank` if `None`.
-            a_initializer, b_initializer: of `a`, `(outputs, rank)`, and of `b`,
-                `(rank, inputs)`. `None` is uniform within 1 / sqrt(inputs), PEFT's.
+            rank: Rank of the adapters.
+            lora_alpha: Scale of the adapters, see above. `None` stands for `rank`.
+            a_initializer: Keras initializer of `a`, `(outputs, rank)`.
+            b_initializer: Keras initializer of `b`, `(rank, inputs)`. `None` stands for
+                the uniform distribution within 1 / sqrt(inputs), as in PEFT.
 
         Raises:
-            ValueError: if the layer has adapters.
+            ValueError: If the layer already has adapters.
+
+        Example:
+            >>> projection = Projection(128, initializer_std=0.02)
+            >>> projection.build((None, None, 64))
+            >>> projection.enable_lora(rank=4)
+            >>> [adapter.shape for adapter in projection.adapters().values()]
+            [(128, 4), (4, 64)]
 
         Source: LoRA (arXiv:2106.09685), section 4.1; https://github.com/huggingface/peft.
         """
@@ -109,29 +139,33 @@ class Projection(keras.layers.EinsumDense):
             b_initializer = keras.initializers.RandomUniform(-limit, limit)
         super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
 
-    def adapters(self):
-        """The adapters that the layer has: dict of `keras.Variable` by name."""
+    def adapters(self) -> dict[str, keras.Variable]:
+        """Returns the adapters by name; empty if the layer has none."""
         names = ("lora_kernel_a", "lora_kernel_b") if self.lora_enabled else ()
         return {name: getattr(self, name) for name in names}
 
-    def remove_adapters(self):
-        """Takes the adapters off the layer, and returns what `put_adapters` takes."""
+    def remove_adapters(self) -> Adapters:
+        """Removes the adapters and returns the argument of `restore_adapters`."""
         removed = (self.adapters(), self.lora_rank, self.lora_alpha)
         untrack_variables(self, removed[0].values())
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
         return removed
 
-    def put_adapters(self, removed):
-        """Puts adapters on again that were taken off."""
+    def restore_adapters(self, removed: Adapters) -> None:
+        """Restores the adapters that `remove_adapters` returned."""
         variables, self.lora_rank, self.lora_alpha = removed
         track_variables(self, variables.values())
         self.lora_enabled = True
 
-    def quantize(self, mode=None, type_check=True, config=None):
-        # The check is for subclasses that compute something else.
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Quantizes the kernel, as `keras.layers.EinsumDense.quantize`."""
+        # Keras's type check rejects subclasses, which may compute something else.
         super().quantize(mode, type_check=False, config=config)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         config = keras.layers.Layer.get_config(self)
         _, units = self.partial_output_shape
         return {
@@ -141,48 +175,53 @@ class Projection(keras.layers.EinsumDense):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Projection:
+        """Creates the layer from `get_config`."""
         return cls(**config)
 
 
-def multiply(inputs, kernel):
-    """`inputs @ kernel.T`, in the order of operands that the backend is fastest in.
+def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
+    """Returns `inputs @ kernel.T`, in the order of operands that is fastest.
 
     Args:
-        inputs: float tensor `(..., inputs)`.
-        kernel: tensor `(outputs, inputs)` of the same dtype.
+        inputs: Float tensor `(..., inputs)`.
+        kernel: Tensor `(outputs, inputs)` of the same dtype.
 
     Returns:
-        A tensor `(..., outputs)` of that dtype.
+        Tensor `(..., outputs)` of that dtype.
+
+    Example:
+        >>> matmul_transposed(ops.ones((1, 2, 3)), ops.ones((4, 3))).shape
+        (1, 2, 4)
     """
     kernel = ops.convert_to_tensor(kernel)
     if keras.config.backend() == "jax":
-        return _choose()(inputs, kernel)
-    if keras.config.backend() == "torch" and _blocks_pay(inputs, kernel):
+        return _multiply_on_platform()(inputs, kernel)
+    if keras.config.backend() == "torch" and _use_blocks(inputs, kernel):
         return _multiply_by_blocks(inputs, kernel)
     return _multiply(inputs, kernel)
 
 
-def _blocks_pay(inputs, kernel):
+def _use_blocks(inputs, kernel):
     return (
         inputs.device.type == "cpu"
         and inputs.dtype.itemsize == 4
         and math.prod(inputs.shape[:-1]) < MANY_ROWS
-        and len(kernel) % BLOCK == 0
+        and len(kernel) % OUTPUT_BLOCK == 0
     )
 
 
 def _multiply_by_blocks(inputs, kernel):
-    """MKL's product of a few rows is slower than a batch of products with blocks."""
+    """A batch of products with blocks; MKL's single product of a few rows is slower."""
     x = inputs.reshape(-1, inputs.shape[-1])
-    blocks = kernel.view(-1, BLOCK, kernel.shape[1]).transpose(1, 2)
+    blocks = kernel.view(-1, OUTPUT_BLOCK, kernel.shape[1]).transpose(1, 2)
     outputs = (x @ blocks).transpose(0, 1)
     return outputs.reshape(*inputs.shape[:-1], len(kernel))
 
 
 @functools.cache
-def _choose():
-    """The choice is made where a program is compiled, for what it will run on."""
+def _multiply_on_platform():
+    """The implementation is chosen at compilation, by the platform of the program."""
     return jax.jit(
         lambda *operands: jax.lax.platform_dependent(
             *operands, cpu=_multiply_on_cpu, default=_multiply
@@ -195,11 +234,11 @@ def _multiply(inputs, kernel):
 
 
 def _multiply_on_cpu(inputs, kernel):
-    """With XLA on a CPU the weights are the left operand, which is read as it lies.
+    """Makes the weights the left operand, which XLA on a CPU reads in place.
 
-    The right one is packed first, and so read, written and read again. Matrix times
-    vector is another kernel of XLA's, without that: but it is slow in bfloat16, which
-    has a fast kernel for two rows or more whose sums are float32.
+    XLA packs the right operand first: it is read, written and read again. XLA's
+    matrix-vector kernel does not pack, but it is slow in bfloat16. There two or more
+    rows have a fast kernel, with float32 accumulation.
     """
     barrier = jax.lax.optimization_barrier
     rows = math.prod(inputs.shape[:-1])
@@ -211,10 +250,10 @@ def _multiply_on_cpu(inputs, kernel):
         x = jax.numpy.concatenate([x, x])
     columns = jax.lax.dot_general(
         kernel,
-        barrier(x),  # Else what makes the inputs is done again for each output.
+        barrier(x),  # Otherwise XLA recomputes the inputs for each output.
         (((1,), (1,)), ((), ())),
         preferred_element_type="float32" if is_bfloat16 else None,
     )
-    # Else XLA would swap the operands to have no transposition.
+    # Without the barrier, XLA swaps the operands to avoid the transposition.
     outputs = barrier(columns).T[:rows].astype(inputs.dtype)
     return outputs.reshape(*inputs.shape[:-1], len(kernel))

@@ -1,6 +1,10 @@
-"""What of a layer is kept for the backward pass, and what is computed again."""
+"""Rematerialization (gradient checkpointing) of the parts of a layer."""
+
+from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -10,11 +14,18 @@ if keras.config.backend() == "jax":
     import jax
 
 
-def check_policy(policy):
-    """Raises a `ValueError` for what is no policy, or cannot be had here."""
+def check_policy(policy: str) -> None:
+    """Checks a rematerialization policy.
+
+    Args:
+        policy: A policy of `config.REMATERIALIZATION`.
+
+    Raises:
+        ValueError: If the policy is unknown, or the backend does not support it.
+    """
     if policy not in REMATERIALIZATION:
         raise ValueError(
-            f"`rematerialize` takes one of {', '.join(REMATERIALIZATION)}. Received: "
+            f"`rematerialize` must be one of {', '.join(REMATERIALIZATION)}. Received: "
             f"{policy!r}"
         )
     if policy != "none" and keras.config.backend() != "jax":
@@ -24,18 +35,30 @@ def check_policy(policy):
         )
 
 
-def rematerialized(policy, block, *policies, in_scan=False):
-    """A block of a layer that keeps its inputs only, under some policies.
+def apply_remat_policy(
+    policy: str,
+    block: Callable[..., Any],
+    *policies: str,
+    in_scan: bool = False,
+) -> Callable[..., Any]:
+    """Rematerializes a block of a layer under some policies.
+
+    A rematerialized block saves only its inputs for the backward pass, which recomputes
+    the rest.
 
     Args:
-        policy: string, one of `REMATERIALIZATION`.
-        block: callable of tensors.
-        policies: strings, those under which the block is computed again.
-        in_scan: bool, whether it runs in a `scan.scan_layers`, which computes a
-            layer again when its gradient is there, and not before.
+        policy: The policy in use, one of `config.REMATERIALIZATION`.
+        block: Callable of tensors.
+        *policies: The policies under which the block is rematerialized.
+        in_scan: Whether the block runs in `scan.scan_layers`, where a layer is
+            recomputed only when its gradient is available.
 
     Returns:
         A callable with the same arguments.
+
+    Example:
+        >>> apply_remat_policy("none", abs, "full") is abs
+        True
 
     Source: sublinear memory cost (arXiv:1604.06174); `jax.checkpoint`.
     """
@@ -43,25 +66,31 @@ def rematerialized(policy, block, *policies, in_scan=False):
         return block
     if in_scan:
         return jax.checkpoint(lambda *arguments: block(*arguments), prevent_cse=False)
-    return computed_again(block)
+    return recompute_in_backward(block)
 
 
-def computed_again(block):
-    """A block of which a backward pass keeps the arguments only (JAX).
+def recompute_in_backward(block: Callable[..., Any]) -> Callable[..., Any]:
+    """Rematerializes a block: only its arguments are saved for the backward pass (JAX).
 
-    `jax.checkpoint` asks XLA for it by barriers, and XLA drops them on CPUs: there it
-    finds out that something is computed twice, or computes it again for all layers
-    before the first one needs it. Here what is computed again depends on the gradient.
+    `jax.checkpoint` relies on optimization barriers, which XLA drops on CPUs. There XLA
+    eliminates the second computation as a common subexpression, or recomputes all
+    layers before the first one is needed. This function makes the recomputation depend
+    on the gradient.
 
     Args:
-        block: callable of tensors; it may use others, such as weights, too.
+        block: Callable of tensors. It may close over other tensors, such as weights.
 
     Returns:
         A callable with the same arguments.
+
+    Example:
+        >>> square = recompute_in_backward(lambda x: x * x)
+        >>> jax.grad(square)(3.0).item()
+        6.0
     """
 
-    def through(*arguments):
-        # A new function each time: JAX would remember what an old one had used.
+    def rematerialized(*arguments):
+        # A new function each time: JAX caches by function which constants it uses.
         converted, constants = jax.closure_convert(
             lambda *arguments: block(*arguments), *arguments
         )
@@ -69,40 +98,40 @@ def computed_again(block):
         def compute(arguments, constants):
             return converted(*arguments, *constants)
 
-        again = jax.custom_vjp(compute)
-        again.defvjp(
+        recomputed = jax.custom_vjp(compute)
+        recomputed.defvjp(
             lambda *inputs: (compute(*inputs), inputs),
             functools.partial(_backward, compute),
         )
-        return again(arguments, tuple(constants))
+        return recomputed(arguments, tuple(constants))
 
-    return through
+    return rematerialized
 
 
 def _backward(compute, inputs, gradients):
-    """Gradients of arguments and constants; weights are there anyway, and no matter."""
+    """Gradients of arguments and constants. Constants are weights, always in memory."""
     arguments, constants = inputs
     arguments = jax.lax.platform_dependent(
         arguments,
         gradients,
-        cpu=_with_nothing_of,
+        cpu=_wait_for,
         default=lambda *both: jax.lax.optimization_barrier(both)[0],
     )
     return jax.vjp(compute, arguments, constants)[1](gradients)
 
 
-def _with_nothing_of(arguments, gradients):
-    """The arguments, but not before there are gradients.
+def _wait_for(arguments, gradients):
+    """Returns the arguments, made to depend on the gradients.
 
-    XLA may not drop a product of 0 and a float, which could be infinite. Where it is,
-    or no number, the gradients of the weights are not finite anyway, and the step is
-    left out; to what is finite nothing is added.
+    Adds 0 times a gradient. XLA may not simplify that to 0, since the gradient could be
+    infinite or NaN. If it is, the gradients of the weights are not finite anyway, and
+    the step is skipped. Otherwise the sum equals the arguments.
     """
     gradient = jax.tree.leaves(gradients)[0]
-    nothing = 0 * gradient[(slice(1),) * gradient.ndim].reshape(())
+    zero = 0 * gradient[(slice(1),) * gradient.ndim].reshape(())
 
-    def with_nothing(x):
+    def add_zero(x):
         is_float = keras.backend.is_float_dtype(x.dtype)
-        return x + nothing.astype(x.dtype) if is_float else x
+        return x + zero.astype(x.dtype) if is_float else x
 
-    return jax.tree.map(with_nothing, arguments)
+    return jax.tree.map(add_zero, arguments)

@@ -1,42 +1,52 @@
 """Rotary position embedding, in the half-split layout of transformers.
 
 Dimension `i` of a head is rotated together with dimension `i + head_dim / 2`. (EasyLM
-pairs neighbours instead; only `convert/easylm` knows of that.)
+pairs adjacent dimensions instead; only the EasyLM checkpoint format depends on that.)
 
 Sources: RoFormer (arXiv:2104.09864); `rotate_half` in `huggingface/transformers`,
 `models/llama/modeling_llama.py`.
 """
 
+from __future__ import annotations
+
 import functools
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_openllama.config import check_rope_scaling
+from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "jax":
     import jax
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each head vector by the angles of its position.
 
     Args:
-        x: float tensor `(batch, heads, length, head_dim)`.
-        cos, sin: float32 tensors `(batch or 1, 1, length, head_dim / 2)`.
+        x: Float tensor `(batch, heads, length, head_dim)`.
+        cos: float32 tensor `(batch or 1, 1, length, head_dim / 2)`.
+        sin: float32 tensor of the shape of `cos`.
 
     Returns:
-        A tensor of the shape and dtype of `x`. The rotation itself is float32.
+        Tensor of the shape and dtype of `x`. The rotation is computed in float32.
+
+    Example:
+        >>> x = ops.array([[[[1.0, 0.0]]]])  # A head of size 2, rotated by 90 degrees.
+        >>> rotate(x, ops.zeros((1, 1, 1, 1)), ops.ones((1, 1, 1, 1))).tolist()
+        [[[[0.0, 1.0]]]]
     """
     if keras.config.backend() == "jax":
-        return _choose()(x, cos, sin)
+        return _rotate_on_platform()(x, cos, sin)
     return _rotate(x, cos, sin)
 
 
 @functools.cache
-def _choose():
-    """The choice is made where a program is compiled, for what it will run on."""
+def _rotate_on_platform():
+    """The implementation is chosen at compilation, by the platform of the program."""
     return jax.jit(
         lambda *operands: jax.lax.platform_dependent(
             *operands, tpu=_rotate_by_product, default=_rotate
@@ -53,10 +63,10 @@ def _rotate(x, cos, sin):
 
 
 def _rotate_by_product(x, cos, sin):
-    """The same where halves of a vector are costly to take, but products are not.
+    """`_rotate` that swaps the halves of a head by a matrix product, for TPUs.
 
-    On a TPU the halves would be float32 copies, which take as long as the projection
-    (`docs/tpu.md`). A product with zeros and ones is exact.
+    Slicing the halves on a TPU makes float32 copies, which take as long as the
+    projection (`docs/tpu.md`). A product with a matrix of 0, 1 and -1 is exact.
     """
     half = x.shape[-1] // 2
     eye, zeros = np.eye(half), np.zeros((half, half))
@@ -70,29 +80,34 @@ def _rotate_by_product(x, cos, sin):
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class RotaryEmbedding(keras.layers.Layer):
-    """Cosines and sines of the rotary angles, computed once for all layers.
+    """Computes the cosines and sines of the rotary angles, once for all layers.
 
     Args:
-        head_dim: int, even. Size of an attention head.
-        max_wavelength: float. The base of the frequencies ("RoPE theta").
-        scaling: `None` or a dict, see `check_rope_scaling`. `"linear"` divides
+        head_dim: int, even, size of an attention head.
+        max_wavelength: float, the base of the frequencies ("RoPE theta").
+        scaling: `None` or a dict, see `config.check_rope_scaling`. `"linear"` divides
             positions by the factor. `"dynamic"` (dynamic NTK) raises the base for
-            rows longer than `max_sequence_length`, as transformers does, but once
-            per row, from that row's final length: so all keys of a row share one
-            base, however they reached the cache.
-        max_sequence_length: int. The context the weights were trained with.
+            sequences longer than `max_sequence_length`, with the formula of
+            transformers, but once per sequence, from its final length. So all keys of a
+            sequence use one base, however they reached the cache.
+        max_sequence_length: int, context length that the weights were trained with.
+        **kwargs: see `keras.layers.Layer`.
 
     Call arguments:
         positions: int tensor `(batch or 1, length)`.
-        final_lengths: int tensor `(batch,)`, the length each row will have in the
-            end. Used by `"dynamic"` scaling only.
+        final_lengths: int tensor `(batch,)`, the final length of each sequence, prompt
+            and generated tokens. Only `"dynamic"` scaling uses it.
 
     Returns:
-        `(cos, sin)`, float32, each `(batch or 1, 1, length, head_dim / 2)`.
+        `(cos, sin)`, float32 tensors `(batch or 1, 1, length, head_dim / 2)`.
+
+    Raises:
+        ValueError: if `head_dim` is odd or `scaling` is invalid.
 
     Example:
-        rope = RotaryEmbedding(head_dim=100)
-        cos, sin = rope(ops.arange(8)[None])
+        >>> cos, sin = RotaryEmbedding(head_dim=100)(ops.arange(8)[None])
+        >>> cos.shape
+        (1, 1, 8, 50)
 
     Sources: linear scaling, arXiv:2306.15595; dynamic NTK,
     `_compute_dynamic_ntk_parameters` in `huggingface/transformers`,
@@ -101,13 +116,13 @@ class RotaryEmbedding(keras.layers.Layer):
 
     def __init__(
         self,
-        head_dim,
-        max_wavelength=10000.0,
-        scaling=None,
-        max_sequence_length=2048,
-        **kwargs,
-    ):
-        # Positions beyond 256 are not whole numbers in bfloat16: always float32.
+        head_dim: int,
+        max_wavelength: float = 10000.0,
+        scaling: dict[str, Any] | None = None,
+        max_sequence_length: int = 2048,
+        **kwargs: Any,
+    ) -> None:
+        # Always float32: bfloat16 does not represent every integer above 256.
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
         if head_dim % 2:
@@ -122,10 +137,14 @@ class RotaryEmbedding(keras.layers.Layer):
         self.built = True
 
     @property
-    def is_dynamic(self):
+    def is_dynamic(self) -> bool:
+        """Whether the base depends on the final length of a sequence."""
         return self.scaling is not None and self.scaling["rope_type"] == "dynamic"
 
-    def call(self, positions, final_lengths=None):
+    def call(
+        self, positions: Tensor, final_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the cosines and the sines."""
         positions = ops.cast(positions, "float32")
         if self.scaling is not None and self.scaling["rope_type"] == "linear":
             positions = positions / self.scaling["factor"]
@@ -140,11 +159,12 @@ class RotaryEmbedding(keras.layers.Layer):
             return ops.convert_to_tensor(self.max_wavelength, "float32")
         if final_lengths is None:
             raise ValueError(
-                "`final_lengths` is needed with dynamic rope scaling: the base "
-                "depends on each row's final length. Received: None"
+                "`final_lengths` is required with dynamic rope scaling: the base "
+                "depends on the final length of each sequence. Received: "
+                "final_lengths=None"
             )
         factor = self.scaling["factor"]
-        # Rows within the trained context keep the trained base.
+        # Sequences within the trained context use the trained base.
         lengths = ops.maximum(
             ops.cast(final_lengths, "float32"), float(self.max_sequence_length)
         )
@@ -152,18 +172,26 @@ class RotaryEmbedding(keras.layers.Layer):
         power = self.head_dim / (self.head_dim - 2)
         return (self.max_wavelength * ops.power(stretch, power))[:, None, None]
 
-    def compute_output_spec(self, positions, final_lengths=None):
+    def compute_output_spec(
+        self,
+        positions: keras.KerasTensor,
+        final_lengths: keras.KerasTensor | None = None,
+    ) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+        """Returns the shapes and dtypes of the cosines and the sines."""
         batch, length = positions.shape
         if self.is_dynamic and final_lengths is not None:
             batch = final_lengths.shape[0]
         shape = (batch, 1, length, self.head_dim // 2)
-        # Two tensors: the same one twice would make the sine the cosine.
+        # Two tensors: Keras identifies symbolic tensors by identity.
         return keras.KerasTensor(shape, "float32"), keras.KerasTensor(shape, "float32")
 
-    def quantize(self, mode=None, type_check=True, config=None):
-        """Nothing to quantize: this layer stays float32 in any mode."""
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Does nothing: this layer stays float32 in every quantization mode."""
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         config = super().get_config()
         config.update(
             head_dim=self.head_dim,

@@ -1,4 +1,8 @@
-"""Layers that are alike as one that runs again and again: a scan (JAX)."""
+"""Identical layers as one layer in a scan, to save compilation time (JAX)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,56 +12,77 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras_openllama.backend.keras_private import variable_layout
 
 
-def scan_layers(layers, through, x):
-    """Takes hidden states through layers, of which only the first is compiled.
+def scan_layers(
+    layers: Sequence[keras.layers.Layer],
+    apply_layer: Callable[[jax.Array, Sequence[jax.Array]], jax.Array],
+    x: jax.Array,
+) -> jax.Array:
+    """Applies layers in sequence by `jax.lax.scan`, which compiles only one of them.
 
-    XLA compiles a program of any depth in the time of two layers or so. The variables
-    are stacked anew in each step, which costs a copy of a device's part of them.
+    XLA compiles a model of any depth in about the time of two layers. Each step stacks
+    the variables again, which costs a copy of each device's shard of them.
 
     Args:
-        layers: list of built Keras layers, alike but for the values of their variables.
-        through: callable `(x, values)` that computes the first layer; made by
-            `with_values`, and wrapped as wanted.
-        x: tensor that goes from layer to layer.
+        layers: Built Keras layers, identical except for the values of their variables.
+        apply_layer: Callable `(x, values)` that computes the first layer with other
+            values of its variables: `functional_call`, possibly wrapped.
+        x: Input of the first layer.
 
     Returns:
-        What the last layer gives.
+        Output of the last layer, of the shape and dtype of `x`.
+
+    Example:
+        >>> layers = [keras.layers.Dense(4) for _ in range(3)]
+        >>> for layer in layers:
+        ...     layer.build((None, 4))
+        >>> apply_layer = functional_call(layers[0], layers[0])
+        >>> scan_layers(layers, apply_layer, jnp.ones((2, 4))).shape
+        (2, 4)
     """
     groups = zip(*(layer.variables for layer in layers), strict=True)
     stacked = [_stacked(group) for group in groups]
-    x, _ = jax.lax.scan(lambda x, values: (through(x, values), None), x, stacked)
+    x, _ = jax.lax.scan(lambda x, values: (apply_layer(x, values), None), x, stacked)
     return x
 
 
-def with_values(layer, call):
-    """`call` with other values for the layer's variables.
+def functional_call(
+    layer: keras.layers.Layer, call: Callable[[jax.Array], jax.Array]
+) -> Callable[[jax.Array, Sequence[jax.Array]], jax.Array]:
+    """Makes the values of a layer's variables an argument.
 
     Args:
-        layer: built Keras layer.
-        call: callable `x -> x`, which calls the layer.
+        layer: Built Keras layer.
+        call: Callable `x -> x` that calls the layer.
 
     Returns:
-        A callable `(x, values)`; values are those of `layer.variables`.
+        A callable `(x, values)`, with values in the order of `layer.variables`.
+
+    Example:
+        >>> layer = keras.layers.Dense(1)
+        >>> layer.build((None, 2))
+        >>> apply_layer = functional_call(layer, layer)
+        >>> apply_layer(jnp.ones((1, 2)), [jnp.ones((2, 1)), jnp.zeros(1)]).item()
+        2.0
     """
 
-    def through(x, values):
+    def apply_layer(x, values):
         mapping = zip(layer.variables, values, strict=True)
         with keras.StatelessScope(state_mapping=mapping):
             return call(x)
 
-    return through
+    return apply_layer
 
 
 def _stacked(variables):
-    """Values of variables, each laid over the devices as they are; gradients, too.
+    """Stacked values of variables, with their sharding; gradients are sharded alike.
 
-    The layout is stated here, not where a layer uses its values: what is stated in a
-    scan counts as computed there, and the scan would keep a second copy of it.
+    The sharding is constrained here rather than inside the scan: a constraint in the
+    scan counts as a computation, whose result the scan would save as a second copy.
     """
     stacked = jnp.stack([jnp.asarray(v.value) for v in variables])
     layout = variable_layout(variables[0])
     if layout is None:
         return stacked
-    sharding = getattr(layout, "backend_layout", layout)  # Either may be there.
+    sharding = getattr(layout, "backend_layout", layout)  # Keras's or JAX's.
     spec = PartitionSpec(None, *sharding.spec)
     return jax.lax.with_sharding_constraint(stacked, NamedSharding(sharding.mesh, spec))

@@ -1,4 +1,6 @@
-"""Embeddings of tokens on a mesh, where a device has a part of their table (JAX)."""
+"""Embedding lookup in a table that is sharded over a mesh (JAX)."""
+
+from __future__ import annotations
 
 import functools
 
@@ -6,40 +8,51 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from keras_openllama.distribution import ROWS
+from keras_openllama.distribution import BATCH_AXES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def look_up(table, token_ids, mesh, dtype):
-    """Rows of a table, for the tokens of a batch.
+def embedding_lookup(
+    table: jax.Array, token_ids: jax.Array, mesh: jax.sharding.Mesh, dtype: str
+) -> jax.Array:
+    """Looks up the embeddings of a batch of tokens.
 
-    Each device gathers its part of the vocabulary, in the dtype of the result; its
-    gradient adds up in float32 and is then reduced to the device's part. XLA, left
-    alone, would reduce the gradient of the whole table over all devices.
+    Each device gathers its shard of the vocabulary in the dtype of the result. In the
+    backward pass it accumulates the gradient in float32 and reduce-scatters it to its
+    shard. XLA's default would all-reduce the gradient of the whole table.
 
     Args:
-        table: float32 `(vocabulary_size, hidden_dim)`, over `model` and `fsdp`.
-        token_ids: int `(batch, length)`, its rows over `data` and `fsdp`.
-        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`.
-        dtype: string.
+        table: float32 array `(vocabulary_size, hidden_dim)`, sharded over `model` and
+            `fsdp`.
+        token_ids: Int array `(batch, length)`, its first axis sharded over `data` and
+            `fsdp`.
+        mesh: Mesh with the axes of `distribution.make_mesh`.
+        dtype: dtype of the result.
 
     Returns:
-        `(batch, length, hidden_dim)` in that dtype.
+        Array `(batch, length, hidden_dim)` of `dtype`.
+
+    Example:
+        >>> from keras_openllama.distribution import make_mesh
+        >>> mesh = make_mesh(devices=jax.devices()[:1]).backend_mesh
+        >>> ids = jnp.array([[2, 0]])
+        >>> embedding_lookup(jnp.eye(3), ids, mesh, "float32").tolist()
+        [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
     """
 
     def of_device(table, token_ids):
         table = jax.lax.all_gather(table.astype(dtype), "fsdp", axis=1, tiled=True)
-        rows, here = _own(token_ids, len(table))
-        found = jnp.where(here[..., None], jnp.take(table, rows, axis=0), 0)
+        rows, is_local = _local_rows(token_ids, len(table))
+        found = jnp.where(is_local[..., None], jnp.take(table, rows, axis=0), 0)
         return jax.lax.psum(found, "model") if mesh.shape["model"] > 1 else found
 
-    return _on_each_device(mesh, of_device, _TABLE, _IDS, P(ROWS, None, None))(
+    return _on_each_device(mesh, of_device, _TABLE, _IDS, P(BATCH_AXES, None, None))(
         table, token_ids
     )
 
 
 def _forward(table, token_ids, mesh, dtype):
-    return look_up(table, token_ids, mesh, dtype), (table, token_ids)
+    return embedding_lookup(table, token_ids, mesh, dtype), (table, token_ids)
 
 
 def _backward(mesh, dtype, residuals, gradient):
@@ -47,28 +60,28 @@ def _backward(mesh, dtype, residuals, gradient):
     vocabulary_size = len(table) // mesh.shape["model"]
 
     def of_device(token_ids, gradient):
-        rows, here = _own(token_ids, vocabulary_size)
-        gradient = jnp.where(here[..., None], gradient.astype("float32"), 0)
+        rows, is_local = _local_rows(token_ids, vocabulary_size)
+        gradient = jnp.where(is_local[..., None], gradient.astype("float32"), 0)
         total = jnp.zeros((vocabulary_size, gradient.shape[-1]), "float32")
         total = jax.lax.psum_scatter(
             total.at[rows].add(gradient), "fsdp", scatter_dimension=1, tiled=True
         )
         return jax.lax.psum(total, "data")
 
-    reduced = _on_each_device(mesh, of_device, _IDS, P(ROWS, None, None), _TABLE)
+    reduced = _on_each_device(mesh, of_device, _IDS, P(BATCH_AXES, None, None), _TABLE)
     return reduced(token_ids, gradient).astype(table.dtype), None
 
 
-look_up.defvjp(_forward, _backward)
+embedding_lookup.defvjp(_forward, _backward)
 
-_TABLE, _IDS = P("model", "fsdp"), P(ROWS, None)
+_TABLE, _IDS = P("model", "fsdp"), P(BATCH_AXES, None)
 
 
-def _own(token_ids, vocabulary_size):
-    """Rows of a device's part of the table, and which tokens are in it."""
+def _local_rows(token_ids, vocabulary_size):
+    """Row of each token in the device's shard of the table, and whether it is there."""
     rows = token_ids - jax.lax.axis_index("model") * vocabulary_size
-    here = (rows >= 0) & (rows < vocabulary_size)
-    return jnp.where(here, rows, 0), here
+    is_local = (rows >= 0) & (rows < vocabulary_size)
+    return jnp.where(is_local, rows, 0), is_local
 
 
 def _on_each_device(mesh, compute, *specs):

@@ -4,7 +4,7 @@ from keras_openllama.checkpoints.matching import listed
 from keras_openllama.checkpoints.tensors import ReadAhead, in_file_order
 from keras_openllama.loading.casting import value_for
 from keras_openllama.loading.uninitialized import fill, finish
-from keras_openllama.utils.progress import progress
+from keras_openllama.utils.progress import progress_bar
 
 
 class Weights:
@@ -66,7 +66,7 @@ class Weights:
         targets = {}
         for path, stored in self._tensors.items():
             targets.setdefault(id(stored), []).append(own[path])
-        with progress("Loading weights", self._bytes) as bar:
+        with progress_bar("Loading weights", self._bytes) as bar:
             for stored in self._ahead:
                 for variable in targets[id(stored)]:
                     fill(variable, _value(variable, stored))

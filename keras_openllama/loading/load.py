@@ -181,7 +181,7 @@ def find_source(preset, revision=None, build_task=None):
         path = handle if on_hub else presets.folder() / handle
         return sources.RegistrySource(known, hub.open_repository(path, revision))
     if not on_hub and not Path(name).is_dir():
-        raise presets.unknown(name)
+        raise presets.unknown_preset_error(name)
     repository = hub.open_repository(name, revision)
     if not on_hub and repository.optional(_CONFIG) is None and is_run(name):
         return sources.TrainingRunSource(TrainingRun.open(name))

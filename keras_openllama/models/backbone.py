@@ -13,16 +13,16 @@ from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
 )
-from keras_openllama.config import ARGUMENTS, PROJECTIONS, checked
+from keras_openllama.config import BACKBONE_ARGUMENTS, PROJECTIONS, checked
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.execution import LayerExecution
-from keras_openllama.layers.remat import check_policy, rematerialized
+from keras_openllama.layers.remat import apply_remat_policy, check_policy
 from keras_openllama.loading.load import load_backbone
 
 if keras.config.backend() == "jax":
-    from keras_openllama.layers.scan import scan_layers, with_values
+    from keras_openllama.layers.scan import functional_call, scan_layers
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -157,7 +157,7 @@ class OpenLlamaBackbone(Backbone):
         # The layers that tasks have put on top, see `add_head`. Weakly: Keras would
         # track them as layers of the backbone, and save them with it.
         self._heads = weakref.WeakSet()
-        self._merged = ()  # Of `lora.merge`.
+        self._merged = ()  # Of `lora.merge_adapters`.
 
     @classmethod
     def from_preset(
@@ -201,7 +201,7 @@ class OpenLlamaBackbone(Backbone):
             mask: bool `(batch, 1, length, length)`, True where a token may look at
                 one that is not after it; `None` is `causal_mask`. A token's position is
                 the number of tokens it sees beside itself. Not with an
-                `execution.attend`, which may know no other mask.
+                `execution.attention_fn`, which may know no other mask.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
@@ -213,13 +213,13 @@ class OpenLlamaBackbone(Backbone):
 
         Raises:
             ValueError: for a rematerialization that is not known, or cannot be had
-                here; for both `mask` and `execution.attend`.
+                here; for both `mask` and `execution.attention_fn`.
         """
         execution = execution or LayerExecution()
         check_policy(execution.rematerialize)
-        if mask is not None and execution.attend is not None:
+        if mask is not None and execution.attention_fn is not None:
             raise ValueError(
-                "`mask` and `execution.attend` exclude each other. Received: both"
+                "`mask` and `execution.attention_fn` exclude each other. Received: both"
             )
         # 0, 1, 2 … as a sum, because the length may not be known here.
         columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
@@ -233,21 +233,23 @@ class OpenLlamaBackbone(Backbone):
         cos, sin = self.rotary_embedding(positions, final_lengths)
         intercept = layer_intercept_fn or (lambda x, index: x)
         options = {"in_scan": execution.scan, "rematerialize": execution.rematerialize}
-        if execution.attend is not None:
+        if execution.attention_fn is not None:
             documents = ops.cast(padding_mask, "int32")
-            options["attend"] = lambda *heads: execution.attend(*heads, documents)
-        block = functools.partial(rematerialized, execution.rematerialize)
-        x = intercept((execution.embed or self.token_embedding)(token_ids), -1)
+            options["attention_fn"] = lambda *heads: execution.attention_fn(
+                *heads, documents
+            )
+        block = functools.partial(apply_remat_policy, execution.rematerialize)
+        x = intercept((execution.embedding_fn or self.token_embedding)(token_ids), -1)
         if execution.scan:
             first = self.transformer_layers[0]
-            through = with_values(
+            apply_layer = functional_call(
                 first, lambda x: intercept(first(x, cos, sin, mask, **options), None)
             )
-            through = block(through, "full", in_scan=True)
-            return self.final_norm(scan_layers(self.transformer_layers, through, x))
+            apply_layer = block(apply_layer, "full", in_scan=True)
+            return self.final_norm(scan_layers(self.transformer_layers, apply_layer, x))
         for index, layer in enumerate(self.transformer_layers):
-            through = functools.partial(layer, **options)
-            x = intercept(block(through, "full")(x, cos, sin, mask), index)
+            apply_layer = functools.partial(layer, **options)
+            x = intercept(block(apply_layer, "full")(x, cos, sin, mask), index)
         return self.final_norm(x)
 
     def add_head(self, layer):
@@ -318,7 +320,7 @@ class OpenLlamaBackbone(Backbone):
         Raises:
             ValueError: if there are no adapters, or the model is quantized.
         """
-        merged = lora.merge(self, reversible)
+        merged = lora.merge_adapters(self, reversible)
         # Each by itself: on TensorFlow Keras does not pass it down.
         for layer in (*flatten_layers(self), *self._heads):
             layer.trainable = True
@@ -334,7 +336,7 @@ class OpenLlamaBackbone(Backbone):
             raise ValueError(
                 "No adapters were merged reversibly, so there is nothing to undo."
             )
-        lora.unmerge(self, self._merged)
+        lora.unmerge_adapters(self, self._merged)
         self._merged = ()
         for head in self._heads:
             head.trainable = False
@@ -374,7 +376,7 @@ class OpenLlamaBackbone(Backbone):
         Returns:
             Dict of numbers, and of `rope_scaling`; JSON can hold it.
         """
-        return {name: getattr(self, name) for name in ARGUMENTS}
+        return {name: getattr(self, name) for name in BACKBONE_ARGUMENTS}
 
     def _policy_with_quantized(self):
         """The dtype policy, by layer where some are quantized, heads among them."""

@@ -9,7 +9,7 @@ accelerators nothing was measured.
 
 import dataclasses
 
-from keras_openllama.config import LOGITS_AT_ONCE, checked
+from keras_openllama.config import LOGITS_PER_CHUNK, checked
 from keras_openllama.utils.host_memory import free_memory
 
 GIB = 2**30
@@ -130,7 +130,7 @@ def estimate(
 def _logits(sizes, tokens, backend):
     count = tokens * sizes.vocabulary
     if backend == "jax":
-        count = min(count, LOGITS_AT_ONCE)
+        count = min(count, LOGITS_PER_CHUNK)
     return 4 * _LOGITS_TOGETHER[backend] * count
 
 

@@ -178,7 +178,7 @@ class Checkpoints:
 
     def _remove(self, step):
         # The marker first: a directory half removed is no checkpoint.
-        files.remove(files.join(self.path(step), MARKER))
+        files.remove_file(files.join(self.path(step), MARKER))
         files.remove_directory(self.path(step))
 
     # ----- Reading
@@ -292,7 +292,7 @@ def check_files(path, marker, process=0, processes=1):
 
     def check(name):
         file, expected = files.join(path, name), marker["files"][name]
-        size, _ = files.size_and_time(file)
+        size, _ = files.size_and_mtime(file)
         check_file(file, expected, size, lambda: files.sha256(file))
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -343,11 +343,11 @@ def checksums(path, belongs):
         Dict by name of dicts of `"bytes"` and `"sha256"`.
     """
     start = len(path) + 1
-    names = [file[start:] for file in files.walk(path) if belongs(file[start:])]
+    names = [file[start:] for file in files.list_files(path) if belongs(file[start:])]
 
     def look(name):
         file = files.join(path, name)
-        size, _ = files.size_and_time(file)
+        size, _ = files.size_and_mtime(file)
         return name, {"bytes": size, "sha256": files.sha256(file)}
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -30,7 +30,7 @@ def mesh_of(text):
 
 def meshes(name, value):
     if not isinstance(value, dict):
-        validation.refuse(
+        validation.raise_invalid(
             name, value, "meshes by number of chips, such as {8: {fsdp: 8}}"
         )
     return {
@@ -49,14 +49,14 @@ def _mesh(name, chips, axes):
         requirement = (
             f"sizes of {', '.join(MESH_AXES)} whose product is the number of chips"
         )
-        validation.refuse(name, axes, requirement)
+        validation.raise_invalid(name, axes, requirement)
     return mesh
 
 
 def planned(name, value):
     """By number of chips, how much a device does at once; see `Recipe.planned`."""
     if not isinstance(value, dict) or not all(str(n).isdecimal() for n in value):
-        validation.refuse(
+        validation.raise_invalid(
             name,
             value,
             "by number of chips, such as {8: {rows: 2, rematerialize: full}}",
@@ -66,7 +66,7 @@ def planned(name, value):
 
 def _plan(name, plan):
     if not isinstance(plan, dict) or set(plan) != {"rows", "rematerialize"}:
-        validation.refuse(name, plan, "of rows and rematerialize")
-    validation.whole(1)(f"{name}: rows", plan["rows"])
+        validation.raise_invalid(name, plan, "of rows and rematerialize")
+    validation.integer_at_least(1)(f"{name}: rows", plan["rows"])
     rematerialize(f"{name}: rematerialize", plan["rematerialize"])
     return dict(plan)

@@ -134,7 +134,7 @@ def draw(runs, path, x="tokens", smooth=None):
     if ending not in (".png", ".svg"):
         raise ValueError(f"path={str(path)!r}; it must end in .png or .svg")
     figure = loss_figure(runs, x, smooth)
-    with files.appearing(path) as unfinished:
+    with files.atomic_write(path) as unfinished:
         figure.savefig(unfinished, format=ending[1:], dpi=150)
 
 

@@ -282,7 +282,7 @@ def _keep(path, from_step, parts):
     last = None
     if not os.path.exists(path):
         return last
-    with files.appearing(path) as unfinished, open(unfinished, "wb") as kept:
+    with files.atomic_write(path) as unfinished, open(unfinished, "wb") as kept:
         for step, part in parts(path):
             if step <= from_step:
                 kept.write(part)

@@ -62,7 +62,7 @@ class Recipe(TrainConfig):
     precision: str = setting(
         validation.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
     )
-    validation_batches: int = setting(validation.whole(1), 8)
+    validation_batches: int = setting(validation.integer_at_least(1), 8)
 
     def replace(self, **changes):
         """The same with other settings; nothing else changes with them.
@@ -85,7 +85,7 @@ class Recipe(TrainConfig):
             matrix. It is the recipe's mesh for that number or else, which is ours,
             FSDP over all chips; `Resolved.mesh_source` says which.
         """
-        validation.whole(1)("chips", chips)
+        validation.integer_at_least(1)("chips", chips)
         fsdp = {"data": 1, "fsdp": chips, "model": 1}
         return dict(self.meshes.get(str(chips), fsdp))
 

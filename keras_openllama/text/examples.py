@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_openllama.text.inputs import Pair, Texts
 from keras_openllama.text.token_arrays import as_arrays
-from keras_openllama.utils.bin_packing import best_fit
+from keras_openllama.utils.bin_packing import best_fit_decreasing
 
 _TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
 
@@ -251,7 +251,7 @@ class TrainingExamples:
         Each token sees its own example only, and none predicts the next one's first.
         """
         sizes = np.array([max(0, len(ids) - 1) for ids in self.ids])
-        bins = best_fit(sizes, self.length)
+        bins = best_fit_decreasing(sizes, self.length)
         shape = int(bins.max()) + 1, self.length
         ids, numbers, targets = (np.zeros(shape, "int32") for _ in range(3))
         weights = np.zeros(shape, "float32")

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from keras_openllama.config import LOGITS_AT_ONCE
-from keras_openllama.distribution import ROWS
+from keras_openllama.config import LOGITS_PER_CHUNK
+from keras_openllama.distribution import BATCH_AXES
 from keras_openllama.training.step_metrics import LossSums
 
 
@@ -44,7 +44,7 @@ def chunked_cross_entropy(
 
 def _chunks(batch, length, vocabulary_size):
     """The fewest chunks, a divisor of the length, whose logits are few enough."""
-    most = max(1, LOGITS_AT_ONCE // (batch * vocabulary_size))
+    most = max(1, LOGITS_PER_CHUNK // (batch * vocabulary_size))
     return next(
         n for n in range(1, length + 1) if length % n == 0 and length <= n * most
     )
@@ -66,7 +66,7 @@ def _fused(z_scale, chunks, mesh, hidden, kernel, targets, weights):
 
 
 def _forward(z_scale, chunks, mesh, hidden, kernel, targets, weights):
-    outputs = (P(),) * 3, (P(ROWS, None, None), P("model", "fsdp"))
+    outputs = (P(),) * 3, (P(BATCH_AXES, None, None), P("model", "fsdp"))
     compute = functools.partial(_sums_and_gradients, z_scale, chunks, mesh)
     return _on_each_device(mesh, compute, outputs)(hidden, kernel, targets, weights)
 
@@ -164,8 +164,8 @@ def _on_each_device(mesh, compute, outputs):
     """`compute` of each device's rows and part of the vocabulary."""
     if mesh is None:
         return compute
-    rows = P(ROWS, None)
-    inputs = P(ROWS, None, None), P("model", None), rows, rows
+    rows = P(BATCH_AXES, None)
+    inputs = P(BATCH_AXES, None, None), P("model", None), rows, rows
     return jax.shard_map(
         compute, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
     )
@@ -184,7 +184,7 @@ def _over_model(mesh, reduce, x):
 
 
 def _over_rows(mesh, sums):
-    return sums if mesh is None else jax.lax.psum(sums, ROWS)
+    return sums if mesh is None else jax.lax.psum(sums, BATCH_AXES)
 
 
 def _plus(a, b):

@@ -8,10 +8,10 @@ import keras
 from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_openllama.backend.keras_private import compiled_metrics, loss_tracker
-from keras_openllama.distribution import ROWS, OpenLlamaParallel
-from keras_openllama.layers.attention_kernels import attention_on
+from keras_openllama.distribution import BATCH_AXES, OpenLlamaParallel
+from keras_openllama.layers.attention_kernels import select_attention
 from keras_openllama.layers.execution import LayerExecution
-from keras_openllama.layers.sharded_embedding import look_up
+from keras_openllama.layers.sharded_embedding import embedding_lookup
 from keras_openllama.training.chunked_loss import chunked_cross_entropy
 from keras_openllama.training.step_metrics import StepMetrics
 from keras_openllama.training.target_weights import target_weights
@@ -28,7 +28,7 @@ class TrainStepOptions(NamedTuple):
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
             one device.
         loss_chunks: int, see `chunked_loss.chunked_cross_entropy`.
-        attend: callable of `layers.attention_kernels.attention_on`, or `None` for what
+        attend: callable of `layers.attention_kernels.select_attention`, or `None` for what
             every platform can compute.
         scan: bool, whether the layers are a scan, which compiles sooner; one after the
             other they are faster on CPUs.
@@ -59,7 +59,7 @@ def options_for_devices(options, distribution=None):
         mesh = distribution.device_mesh.backend_mesh
         device = mesh.devices.flat[0]
     return options._replace(
-        mesh=mesh, attend=attention_on(device, mesh), scan=device.platform == "tpu"
+        mesh=mesh, attend=select_attention(device, mesh), scan=device.platform == "tpu"
     )
 
 
@@ -94,9 +94,9 @@ def loss_sums(lm, values, batch, options):
             layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
             execution=LayerExecution(
                 rematerialize=options.rematerialize,
-                attend=options.attend,
+                attention_fn=options.attend,
                 scan=options.scan,
-                embed=_embed(lm.backbone, options.mesh),
+                embedding_fn=_embed(lm.backbone, options.mesh),
             ),
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
@@ -113,7 +113,7 @@ def _embed(backbone, mesh):
     layer = backbone.token_embedding
     if mesh is None or layer.quantization_mode is not None:
         return None
-    return lambda token_ids: look_up(
+    return lambda token_ids: embedding_lookup(
         jnp.asarray(layer.embeddings), token_ids, mesh, layer.compute_dtype
     )
 
@@ -122,7 +122,7 @@ def _sharded(states, mesh):
     """Hidden states by rows, else XLA may hold those of all rows on every device."""
     if mesh is None:
         return states
-    sharding = NamedSharding(mesh, PartitionSpec(ROWS, None, None))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None))
     return jax.lax.with_sharding_constraint(states, sharding)
 
 

@@ -96,12 +96,12 @@ def read_bytes(path):
 
 def write_bytes(path, data):
     """Writes a file that appears whole or not at all."""
-    with appearing(path) as unfinished:
+    with atomic_write(path) as unfinished:
         Path(unfinished).write_bytes(data)
 
 
 @contextlib.contextmanager
-def appearing(path):
+def atomic_write(path):
     """Yields a local path to write to; what is there in the end appears at `path`.
 
     Args:
@@ -177,7 +177,7 @@ def make_directory(path):
         os.makedirs(path, exist_ok=True)
 
 
-def remove(path):
+def remove_file(path):
     """Removes a file, if it exists."""
     if not is_remote(path):
         Path(path).unlink(missing_ok=True)
@@ -209,7 +209,7 @@ def glob(pattern):
     return sorted(local_glob.glob(str(pattern), recursive=True))
 
 
-def walk(directory):
+def list_files(directory):
     """Paths of all files below a directory, hidden ones left out, in order."""
     walker = _gfile().walk if is_remote(directory) else os.walk
     paths = []
@@ -219,7 +219,7 @@ def walk(directory):
     return sorted(paths)
 
 
-def size_and_time(path):
+def size_and_mtime(path):
     """Bytes of a file, and when it was changed, in nanoseconds."""
     if is_remote(path):
         with _as_os_error(path):
@@ -229,7 +229,7 @@ def size_and_time(path):
     return stat.st_size, stat.st_mtime_ns
 
 
-def copy(source, target):
+def copy_file(source, target):
     """Copies a file; on one machine both names share its bytes where they can."""
     if is_remote(source) or is_remote(target):
         with _as_os_error(target):

@@ -1,25 +1,36 @@
-"""Progress bars over bytes, for work that takes a while."""
+"""Progress bars that count bytes."""
 
-_SECONDS = 1.0  # Ours: what takes less shows no bar.
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_DELAY_SECONDS = 1.0  # Heuristic: shorter work shows no bar.
 
 
-def progress(what, total):
-    """A bar that shows itself after a second, where somebody watches.
+def progress_bar(description: str, total: int) -> tqdm:
+    """Returns a progress bar that appears after a second, on a terminal only.
 
     Args:
-        what: string, the work: `"Loading weights"`.
-        total: int, the bytes of all of it.
+        description: The work, such as `"Loading weights"`.
+        total: Bytes to process.
 
     Returns:
-        A `tqdm.tqdm`; call `update` with bytes done.
+        A `tqdm.tqdm`. Call its `update` with the bytes processed since the last call.
+
+    Example:
+        >>> with progress_bar("Loading weights", total=2_000_000) as bar:
+        ...     _ = bar.update(1_000_000)
     """
     from tqdm import tqdm
 
     return tqdm(
-        desc=what,
+        desc=description,
         total=total,
         unit="B",
         unit_scale=True,
-        delay=_SECONDS,
-        disable=None,  # Where stderr is no terminal.
+        delay=_DELAY_SECONDS,
+        disable=None,  # tqdm disables the bar if stderr is not a terminal.
     )

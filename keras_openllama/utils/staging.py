@@ -4,7 +4,7 @@ What is unfinished lies in a hidden directory beside the target, locked for as l
 its process lives. What a killed process left behind is removed by the next one that
 writes to the same target on the same machine.
 
-`files.appearing` replaces one file, local or remote, many times in a run. It has no
+`files.atomic_write` replaces one file, local or remote, many times in a run. It has no
 lock, which remote file systems lack, and refuses nothing; so the two share no more than
 `sync_to_disk`.
 """

@@ -507,7 +507,7 @@ def test_the_recipe_is_shown_with_the_source_of_each_setting():
         ([], "required: --preset"),
         (["--preset", "nano", "--set", "stps=3"], "no setting 'stps'. Did you mean"),
         (["--preset", "nano", "--set", "steps"], "--set takes NAME=VALUE"),
-        (["--preset", "nano", "--steps", "0"], "`steps` must be a whole number"),
+        (["--preset", "nano", "--steps", "0"], "`steps` must be a positive integer"),
         (["--preset", "nano", "--mesh", "rows=2"], "--mesh: a mesh is such as data=4"),
         (["--preset", "nano", "--profile", "3:2"], "--profile: takes such as 10:15"),
         (["--preset", "nano", "--config", "/none.yaml"], "/none.yaml"),

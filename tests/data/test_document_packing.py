@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_openllama.data.document_packing import best_fit, pack, pieces
+from keras_openllama.data.document_packing import best_fit_decreasing, pack, pieces
 
 pytestmark = pytest.mark.backend_free
 
@@ -41,7 +41,7 @@ def test_each_goes_where_it_leaves_the_least_room():
     # 7 and 5 open bins; 4 fits the room of 5 left beside the 5 as well as no other; 3
     # fills the bin of 7 to the brim.
     sizes = np.array([3, 5, 7, 4])
-    bins = best_fit(sizes, 10)
+    bins = best_fit_decreasing(sizes, 10)
     assert bins[0] == bins[2]
     assert bins[1] == bins[3]
     assert bins.max() == 1

@@ -1,4 +1,4 @@
-"""The kernels of accelerators compute what attention is; on JAX."""
+"""Fused kernels of accelerators compute the same attention (JAX)."""
 
 import re
 import types
@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_openllama.layers.attention import attend_to_past, causal_mask
+from keras_openllama.layers.attention import causal_attention, causal_mask
 
 if keras.config.backend() != "jax":
     pytest.skip("Kernels are JAX's.", allow_module_level=True)
@@ -17,20 +17,20 @@ import jax.numpy as jnp
 
 from keras_openllama.layers import attention_kernels
 from keras_openllama.layers.attention_kernels import (
-    attention_on,
     cudnn_attention,
+    select_attention,
     splash_attention,
 )
 
-# Query heads, key/value heads, head_dim, length. The kernel has blocks of 128 here.
+# Query heads, key/value heads, head_dim, length. The blocks of the kernel are 128.
 SHAPES = {
     "head_dim 100, two blocks": (2, 2, 100, 256),
-    "grouped heads, a length that is padded": (4, 2, 64, 200),
+    "grouped heads, a padded length": (4, 2, 64, 200),
 }
 
 
 def device(platform, version=""):
-    """What `attention_on` looks at."""
+    """What `select_attention` reads of a device."""
     client = types.SimpleNamespace(platform_version=version)
     return types.SimpleNamespace(platform=platform, client=client)
 
@@ -40,11 +40,11 @@ CPU, TPU = device("cpu"), device("tpu")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention_kernels, "BLOCK", 128)
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
 
 
 def heads(shape, dtype="float32"):
-    """Query, key, value, and a gradient of the context; two rows of two documents."""
+    """Query, key, value and a gradient of the context; two sequences of documents."""
     query_heads, key_value_heads, head_dim, length = shape
     random = np.random.default_rng(0)
     tensors = [
@@ -58,7 +58,7 @@ def heads(shape, dtype="float32"):
 
 
 def value_and_gradients(attend, tensors, documents):
-    """Of the context where it is no padding."""
+    """The context without padding, and the gradients of query, key and value."""
     *inputs, weights = tensors
     weights = weights * (documents > 0)[:, None, :, None]
     mask = causal_mask(jnp.arange(documents.shape[1])[None], documents)
@@ -72,9 +72,9 @@ def value_and_gradients(attend, tensors, documents):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_splash_is_attention_within_documents(shape):
+def test_splash_attention_equals_causal_attention_within_documents(shape):
     tensors, documents = heads(shape)
-    expected = value_and_gradients(attention_on(CPU), tensors, documents)
+    expected = value_and_gradients(select_attention(CPU), tensors, documents)
 
     def splash(query, key, value, mask, documents):
         return splash_attention(query, key, value, documents, interpret=True)
@@ -85,22 +85,22 @@ def test_splash_is_attention_within_documents(shape):
         assert jnp.linalg.norm(x - y) < 1e-5 * jnp.linalg.norm(y)
 
 
-def test_cudnn_would_be_given_what_it_takes(monkeypatch):
-    # Where there is no GPU, JAX's own computation stands for the kernel.
-    theirs = jax.nn.dot_product_attention
+def test_cudnn_attention_passes_supported_arguments_to_jax(monkeypatch):
+    # JAX's XLA implementation replaces the kernel, which needs a GPU.
+    original = jax.nn.dot_product_attention
 
     def in_xla(query, key, value, *, implementation, **options):
         assert implementation == "cudnn"
         assert query.dtype == "bfloat16"
-        assert options["is_causal"]  # Or it would compute what the mask hides.
+        assert options["is_causal"]  # Otherwise the kernel would compute masked blocks.
         assert query.shape[-1] % 8 == 0 and query.shape[1] % 2 == 0
-        return theirs(query, key, value, implementation="xla", **options)
+        return original(query, key, value, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
     tensors, documents = heads((4, 2, 100, 24), "bfloat16")
-    on_gpu = attention_on(device("gpu", "PJRT C API cuda 12080"))
+    on_gpu = select_attention(device("gpu", "PJRT C API cuda 12080"))
     found = value_and_gradients(on_gpu, tensors, documents)
-    expected = value_and_gradients(attention_on(CPU), tensors, documents)
+    expected = value_and_gradients(select_attention(CPU), tensors, documents)
     for x, y in zip(found, expected, strict=True):
         x, y = x.astype("float32"), y.astype("float32")
         assert jnp.linalg.norm(x - y) < 0.02 * jnp.linalg.norm(y)
@@ -115,12 +115,12 @@ def test_cudnn_would_be_given_what_it_takes(monkeypatch):
     ],
     ids=["float32", "an odd length", "ROCm"],
 )
-def test_what_cudnn_has_no_kernel_for_is_left_to_xla(dtype, length, attend):
+def test_cudnn_attention_falls_back_to_xla(dtype, length, attend):
     (query, key, value, _), documents = heads((2, 2, 16, length), dtype)
     mask = causal_mask(jnp.arange(length)[None], documents)
-    expected = attend_to_past(query, key, value, mask)
+    expected = causal_attention(query, key, value, mask)
     if attend is None:
-        rocm = attention_on(device("gpu", "rocm 60300"))
+        rocm = select_attention(device("gpu", "rocm 60300"))
         found = rocm(query, key, value, mask, documents)
     else:
         found = attend(query, key, value, mask)
@@ -128,14 +128,14 @@ def test_what_cudnn_has_no_kernel_for_is_left_to_xla(dtype, length, attend):
 
 
 def kernels_of(program):
-    """Names of the TPU kernels in a program that is lowered for one."""
+    """Names of the TPU kernels in a program that is lowered for TPUs."""
     text = program.lower(lowering_platforms=("tpu",)).as_text()
     return set(re.findall(r'kernel_name = "([^"]*)"', text))
 
 
-def test_a_tpu_gets_kernels_forward_and_backward():
+def test_select_attention_compiles_splash_kernels_for_tpus():
     tensors, documents = heads((2, 1, 100, 256), "bfloat16")
-    attend = attention_on(TPU)
+    attend = select_attention(TPU)
 
     def loss(*inputs):
         return attend(*inputs, None, documents).astype("float32").sum()
@@ -143,7 +143,7 @@ def test_a_tpu_gets_kernels_forward_and_backward():
     kernels = kernels_of(jax.jit(jax.grad(loss, (0, 1, 2))).trace(*tensors[:3]))
     assert len(kernels) == 2
     assert {"fwd", "dkv"} == {re.search("fwd|dkv", name)[0] for name in kernels}
-    cpu = attention_on(CPU)
+    cpu = select_attention(CPU)
     assert not kernels_of(
         jax.jit(lambda *x: cpu(*x, jnp.ones((1, 1, 256, 256), bool), documents)).trace(
             *tensors[:3]

@@ -1,4 +1,4 @@
-"""What all layers share: configs that come back, dtypes, and the simple formulas."""
+"""What all layers share: configs, dtypes and simple formulas."""
 
 import keras
 import numpy as np
@@ -26,16 +26,16 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_configs_come_back(make):
+def test_layers_are_restored_from_their_config(make):
     layer = make()
     config = keras.saving.serialize_keras_object(layer)
-    again = keras.saving.deserialize_keras_object(config)
-    assert type(again) is type(layer)
-    assert again.get_config() == layer.get_config()
-    assert keras.saving.serialize_keras_object(again) == config
+    restored = keras.saving.deserialize_keras_object(config)
+    assert type(restored) is type(layer)
+    assert restored.get_config() == layer.get_config()
+    assert keras.saving.serialize_keras_object(restored) == config
 
 
-def test_norm_divides_by_the_root_mean_square():
+def test_rms_norm_divides_by_the_root_mean_square():
     x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
     layer = layers.RMSNorm(epsilon=1e-6)
     layer.build(x.shape)
@@ -45,19 +45,19 @@ def test_norm_divides_by_the_root_mean_square():
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
-def test_norm_is_float32_inside(policy):
+def test_rms_norm_computes_in_float32(policy):
     layer = layers.RMSNorm(dtype=policy)
-    # The mean square of these is lost in bfloat16's sums, and float16 would overflow.
+    # Sums in bfloat16 would be inaccurate, and float16 would overflow.
     x = ops.cast(np.full((1, 4096), 300.0, "float32"), "bfloat16")
     y = layer(x)
     assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
     np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(y, "float32")), 1.0)
 
 
-def test_mixed_policy_does_not_round_the_scale():
+def test_rms_norm_scale_stays_float32_under_a_mixed_policy():
     layer = layers.RMSNorm(dtype="mixed_bfloat16")
     layer.build((1, 2))
-    layer.scale.assign([1.005, 1.0])  # bfloat16 has nothing between 1 and 1.0078.
+    layer.scale.assign([1.005, 1.0])  # bfloat16 rounds 1.005 to 1 or 1.0078.
     x = ops.cast([[201.0, 200.0]], "float32")
     y = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
     assert y[0, 0] > y[0, 1]

@@ -1,4 +1,4 @@
-"""LoRA: what it adds, what it trains, its files, and how it is merged."""
+"""LoRA: the adapters, their training, files and merging."""
 
 import json
 
@@ -13,11 +13,11 @@ from keras_openllama.config import PROJECTIONS
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-SHAPE = SHAPES[2]  # Grouped heads: no matrix has the shape of another kind.
+SHAPE = SHAPES[2]  # Grouped heads: projections of different kinds differ in shape.
 
 
 def make_lm(rank=3, targets=PROJECTIONS, alpha=6, seed=0, shape=SHAPE, **options):
-    """A model whose adapters change something."""
+    """A model with random adapters."""
     lm = random_lm(shape, seed=seed, **options)
     if rank:
         lm.backbone.enable_lora(rank, list(targets), alpha)
@@ -50,10 +50,10 @@ def fit(lm, steps=2, optimizer=None):
     ]
 
 
-# ----- What is added, and trained
+# ----- Adapters and training
 
 
-def test_adapters_add_their_scaled_product_to_the_kernels():
+def test_enable_lora_adds_the_scaled_product_to_the_kernels():
     lm = make_lm()
     plain = random_lm(SHAPE)
     kernels = {w.path: w for w in plain.weights}
@@ -66,7 +66,7 @@ def test_adapters_add_their_scaled_product_to_the_kernels():
     assert np.abs(logits_of(lm) - logits_of(random_lm(SHAPE))).max() > 1
 
 
-def test_new_adapters_change_nothing():
+def test_enable_lora_does_not_change_the_logits():
     lm = random_lm(SHAPE)
     before = logits_of(lm)
     lm.backbone.enable_lora(2, list(PROJECTIONS))
@@ -74,7 +74,7 @@ def test_new_adapters_change_nothing():
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), ("gate", "down"), PROJECTIONS])
-def test_a_step_moves_every_adapter_and_nothing_else(targets):
+def test_fit_with_lora_updates_every_adapter_and_nothing_else(targets):
     lm = make_lm(targets=targets)
     before = values_of(lm)
     fit(lm, steps=1)
@@ -93,7 +93,7 @@ def test_a_step_moves_every_adapter_and_nothing_else(targets):
     assert {v.path for v in lm.trainable_variables} == moved
 
 
-def test_a_step_of_full_fine_tuning_moves_every_variable():
+def test_fit_without_lora_updates_every_variable():
     lm = make_lm(rank=None)
     before = values_of(lm)
     fit(lm, steps=1)
@@ -101,7 +101,7 @@ def test_a_step_of_full_fine_tuning_moves_every_variable():
         assert (value != before[path]).any(), path
 
 
-def test_adapters_and_moments_are_float32_whatever_the_base_is():
+def test_lora_adapters_and_moments_are_float32_on_a_bfloat16_base():
     lm = make_lm(dtype="bfloat16")
     fit(lm, steps=1)
     assert {v.dtype for v in lm.trainable_variables} == {"float32"}
@@ -111,7 +111,7 @@ def test_adapters_and_moments_are_float32_whatever_the_base_is():
 
 
 @pytest.mark.slow_on_tensorflow
-def test_over_a_bfloat16_base_it_learns_as_over_float32():
+def test_lora_on_a_bfloat16_base_learns_as_on_float32():
     start = random_lm(SHAPE)
 
     def losses(dtype):
@@ -129,7 +129,7 @@ def test_over_a_bfloat16_base_it_learns_as_over_float32():
 
 @pytest.mark.parametrize("first", ["quantize", "enable_lora"])
 @pytest.mark.slow_on_tensorflow
-def test_over_an_int8_base_it_learns(first):
+def test_lora_on_an_int8_base_learns(first):
     lm = random_lm(SHAPE)
     order = ["quantize", "enable_lora"]
     for step in order if first == "quantize" else order[::-1]:
@@ -147,11 +147,11 @@ def test_over_an_int8_base_it_learns(first):
     assert kernel_variable(query).dtype == "int8"
 
 
-# ----- Merged
+# ----- Merging
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merging_and_unmerging_is_exact(dtype):
+def test_unmerge_lora_restores_the_model_exactly(dtype):
     lm = make_lm(dtype=dtype)
     before, logits = values_of(lm), logits_of(lm)
     lm.backbone.merge_lora()
@@ -169,11 +169,11 @@ def test_merging_and_unmerging_is_exact(dtype):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_after_unmerging_training_goes_on_as_if_nothing_had_been():
-    def losses(detour):
+def test_fit_after_unmerge_lora_equals_fit_without_merging():
+    def losses(merge):
         lm = make_lm()
         first = fit(lm)
-        if detour:
+        if merge:
             lm.backbone.merge_lora()
             lm.generate(
                 {"token_ids": [[1, 5]], "padding_mask": [[1, 1]]},
@@ -186,7 +186,7 @@ def test_after_unmerging_training_goes_on_as_if_nothing_had_been():
     assert losses(True) == losses(False)
 
 
-def test_merged_for_good_it_is_a_model_like_any_other(tmp_path):
+def test_irreversible_merge_lora_gives_a_plain_model(tmp_path):
     lm = make_lm()
     logits = logits_of(lm)
     lm.backbone.merge_lora(reversible=False)
@@ -200,7 +200,7 @@ def test_merged_for_good_it_is_a_model_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("ask", ["predict", "evaluate", "predict_on_batch"])
-def test_programs_that_were_compiled_before_see_the_adapters(ask):
+def test_enable_and_merge_lora_take_effect_in_compiled_functions(ask):
     lm = random_lm(SHAPE)
     lm.compile()
     x = {"token_ids": batch(SHAPE), "padding_mask": np.ones_like(batch(SHAPE))}
@@ -224,13 +224,13 @@ def test_programs_that_were_compiled_before_see_the_adapters(ask):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_adapters_that_come_between_two_fits_are_all_that_is_trained():
+def test_enable_lora_between_two_fits_trains_only_the_adapters():
     lm = random_lm(SHAPE)
     x = {"token_ids": batch(SHAPE), "padding_mask": np.ones_like(batch(SHAPE))}
     lm.fit(x, batch(SHAPE), verbose=0)
     lm.backbone.enable_lora(2)
     before = values_of(lm)
-    lm.fit(x, batch(SHAPE), verbose=0)  # By an optimizer of its own choice.
+    lm.fit(x, batch(SHAPE), verbose=0)  # With the default optimizer.
     after = values_of(lm)
     assert all("lora" in path for path in after if (after[path] != before[path]).any())
     lm.compile(optimizer=keras.optimizers.Adam())
@@ -245,7 +245,7 @@ def test_adapters_that_come_between_two_fits_are_all_that_is_trained():
 
 @pytest.mark.parametrize("change", ["train", "quantize"])
 @pytest.mark.slow_on_tensorflow
-def test_what_changed_since_is_not_unmerged(change):
+def test_unmerge_lora_rejects_kernels_that_changed(change):
     lm = make_lm()
     lm.backbone.merge_lora()
     if change == "quantize":
@@ -258,7 +258,7 @@ def test_what_changed_since_is_not_unmerged(change):
     np.testing.assert_array_equal(logits_of(lm), before)
 
 
-def test_saving_adapters_on_int8_whole_is_warned_of(tmp_path):
+def test_save_weights_warns_that_adapters_are_rounded_into_int8(tmp_path):
     lm = random_lm(SHAPE)
     lm.backbone.quantize("int8")
     lm.backbone.enable_lora(2)
@@ -266,12 +266,12 @@ def test_saving_adapters_on_int8_whole_is_warned_of(tmp_path):
         lm.save_weights(str(tmp_path / "lm.weights.h5"))
 
 
-# ----- In files
+# ----- Files
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
 @pytest.mark.slow_on_tensorflow
-def test_adapters_are_saved_alone_and_come_back(targets, tmp_path):
+def test_save_adapters_and_load_adapters_round_trip(targets, tmp_path):
     lm = make_lm(targets=targets)
     lm.save_adapters(tmp_path / "adapters")
     size = 4 * sum(int(np.prod(v.shape)) for v in lm.trainable_variables)
@@ -291,7 +291,7 @@ def test_adapters_are_saved_alone_and_come_back(targets, tmp_path):
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
-def test_peft_loads_them_with_equal_logits(targets, tmp_path):
+def test_peft_loads_saved_adapters_with_equal_logits(targets, tmp_path):
     peft = pytest.importorskip("peft")
     import torch
     import transformers
@@ -309,7 +309,7 @@ def test_peft_loads_them_with_equal_logits(targets, tmp_path):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_those_of_peft_come_in(tmp_path):
+def test_load_adapters_reads_adapters_of_peft(tmp_path):
     peft = pytest.importorskip("peft")
     import torch
     import transformers
@@ -344,7 +344,7 @@ def test_those_of_peft_come_in(tmp_path):
         (None, None),
     ],
 )
-def test_the_base_is_named_where_peft_can_load_it(origin, base, tmp_path):
+def test_save_adapters_names_a_base_model_that_peft_can_load(origin, base, tmp_path):
     lm = make_lm()
     lm.loaded_from = origin
     lm.save_adapters(tmp_path / "adapters")
@@ -353,14 +353,14 @@ def test_the_base_is_named_where_peft_can_load_it(origin, base, tmp_path):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_an_export_is_merged(tmp_path):
+def test_export_to_transformers_merges_adapters(tmp_path):
     lm = make_lm()
     lm.export_to_transformers(str(tmp_path), tokenizer=False)
     merged = type(lm).from_preset(str(tmp_path), preprocessor=None)
     np.testing.assert_allclose(logits_of(merged), logits_of(lm), atol=1e-4)
 
 
-# ----- Bad input
+# ----- Invalid input
 
 
 @pytest.mark.parametrize(
@@ -375,14 +375,14 @@ def test_an_export_is_merged(tmp_path):
         (dict(rank=2, target_layer_names="query"), "takes a list of names"),
     ],
 )
-def test_malformed_arguments_are_refused_and_change_nothing(arguments, message):
+def test_enable_lora_rejects_invalid_arguments_without_side_effects(arguments, message):
     lm = random_lm(SHAPE)
     with pytest.raises(ValueError, match=message):
         lm.backbone.enable_lora(**arguments)
     assert len(lm.trainable_variables) == len(lm.weights)
 
 
-def test_lora_asked_twice_is_refused_merged_or_not():
+def test_enable_lora_twice_is_rejected_merged_or_not():
     lm = make_lm()
     before = values_of(lm)
     with pytest.raises(ValueError, match=r"has adapters \(rank 3\)"):
@@ -394,7 +394,7 @@ def test_lora_asked_twice_is_refused_merged_or_not():
         lm.backbone.enable_lora(4)
 
 
-def test_what_is_not_there_cannot_be_saved_or_merged(tmp_path):
+def test_save_adapters_and_merge_lora_need_adapters(tmp_path):
     lm = random_lm(SHAPE)
     with pytest.raises(ValueError, match="no adapters to save"):
         lm.save_adapters(tmp_path / "adapters")
@@ -403,7 +403,7 @@ def test_what_is_not_there_cannot_be_saved_or_merged(tmp_path):
     assert not (tmp_path / "adapters").exists()
 
 
-def test_quantized_weights_are_not_merged_into():
+def test_merge_lora_rejects_quantized_weights():
     lm = random_lm(SHAPE)
     lm.quantize("int8")
     lm.backbone.enable_lora(2)
@@ -426,7 +426,7 @@ def changed(directory, **settings):
         (dict(r=5), "another model"),
     ],
 )
-def test_files_that_mean_something_else_are_refused(settings, message, tmp_path):
+def test_load_adapters_rejects_unsupported_settings(settings, message, tmp_path):
     make_lm().save_adapters(tmp_path / "adapters")
     changed(tmp_path / "adapters", **settings)
     lm = random_lm(SHAPE)
@@ -437,7 +437,7 @@ def test_files_that_mean_something_else_are_refused(settings, message, tmp_path)
     assert len(lm.trainable_variables) == len(lm.weights)
 
 
-def test_adapters_of_another_model_are_refused(tmp_path):
+def test_load_adapters_rejects_adapters_of_another_model(tmp_path):
     make_lm(shape=SHAPES[0]).save_adapters(tmp_path / "adapters")
     lm = random_lm(SHAPE)
     with pytest.raises(ValueError, match=r"shape \(\d+, \d+\), and this model takes"):
@@ -445,7 +445,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     assert not any("lora" in weight.path for weight in lm.weights)
 
 
-def test_adapters_other_than_those_there_are_refused(tmp_path):
+def test_load_adapters_rejects_adapters_that_differ_from_the_models(tmp_path):
     make_lm().save_adapters(tmp_path / "adapters")
     lm = make_lm(rank=2)
     before = values_of(lm)
@@ -455,7 +455,7 @@ def test_adapters_other_than_those_there_are_refused(tmp_path):
         np.testing.assert_array_equal(value, before[path])
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_load_adapters_rejects_a_truncated_file(tmp_path):
     make_lm().save_adapters(tmp_path / "adapters")
     path = tmp_path / "adapters" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -463,7 +463,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         random_lm(SHAPE).load_adapters(tmp_path / "adapters")
 
 
-def test_adapters_that_are_there_are_replaced_only_by_force(tmp_path):
+def test_save_adapters_replaces_files_only_with_force(tmp_path):
     lm = make_lm()
     lm.save_adapters(tmp_path / "adapters")
     with pytest.raises(FileExistsError, match="force=True"):

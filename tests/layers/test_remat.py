@@ -1,4 +1,4 @@
-"""What is computed twice: less is kept, and nothing else changes."""
+"""Rematerialization saves fewer activations and changes nothing else."""
 
 import collections
 import contextlib
@@ -14,14 +14,14 @@ from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama.config import REMATERIALIZATION
 from keras_openllama.layers.execution import LayerExecution
-from keras_openllama.layers.remat import check_policy, computed_again
+from keras_openllama.layers.remat import check_policy, recompute_in_backward
 
 ON_JAX = keras.config.backend() == "jax"
 if ON_JAX:
     import jax
 
 on_jax = pytest.mark.skipif(not ON_JAX, reason="Needs JAX.")
-# Wider within than the states are, so that what is kept can be told apart.
+# The feed-forward width differs, so that saved activations can be distinguished.
 SHAPE = dataclasses.replace(SHAPES[2], intermediate_dim=128)
 BATCH, LENGTH = 2, 64
 
@@ -32,7 +32,7 @@ def lm():
 
 
 def loss_of(lm, policy, scan=False):
-    """A function of the weights that ends in a number, and the weights."""
+    """Returns a scalar function of the weights, and the weights."""
     ids = batch(SHAPE, BATCH, LENGTH)
     states = np.random.default_rng(0).normal(size=(BATCH, LENGTH, SHAPE.hidden_dim))
 
@@ -47,8 +47,8 @@ def loss_of(lm, policy, scan=False):
     return loss, [v.value for v in lm.backbone.trainable_variables]
 
 
-def kept(lm, policy):
-    """Shapes of what the forward pass leaves for the backward pass, but weights."""
+def saved_shapes(lm, policy):
+    """Shapes of the activations that the forward pass saves for the backward pass."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         jax.ad_checkpoint.print_saved_residuals(*loss_of(lm, policy))
@@ -58,7 +58,7 @@ def kept(lm, policy):
 
 
 def compiled(lm, policy, scan=False):
-    """The gradient as XLA's program."""
+    """Returns the compiled gradient."""
     loss, values = loss_of(lm, policy, scan)
     return jax.jit(jax.grad(loss)).lower(values).compile()
 
@@ -70,31 +70,33 @@ def programs(lm):
 
 @on_jax
 @pytest.mark.parametrize("policy", ["products", "projections", "full"])
-def test_gradients_are_the_same(lm, programs, policy):
+def test_rematerialization_does_not_change_gradients(lm, programs, policy):
     _, values = loss_of(lm, policy)
     pairs = zip(programs[policy](values), programs["none"](values), strict=True)
-    for ours, theirs in pairs:
-        difference = np.linalg.norm(ours - theirs)
-        assert difference <= 1e-6 * np.linalg.norm(theirs)
+    for found, expected in pairs:
+        difference = np.linalg.norm(found - expected)
+        assert difference <= 1e-6 * np.linalg.norm(expected)
 
 
 @on_jax
-def test_each_policy_keeps_less_than_the_one_before(lm):
-    sizes = [sum(map(np.prod, kept(lm, policy))) for policy in REMATERIALIZATION]
+def test_each_remat_policy_saves_fewer_activations_than_the_last(lm):
+    sizes = [
+        sum(map(np.prod, saved_shapes(lm, policy))) for policy in REMATERIALIZATION
+    ]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(
         REMATERIALIZATION
     )
 
 
 @on_jax
-def test_more_is_computed(programs):
-    # XLA does not find out that something is there twice.
+def test_rematerialization_recomputes_in_the_compiled_program(programs):
+    # XLA must not eliminate the recomputation as a common subexpression.
     operations = {
         p: program.cost_analysis()["flops"] for p, program in programs.items()
     }
     tokens, layers = BATCH * LENGTH, SHAPE.num_layers
     gate_and_up = 2 * 2 * tokens * SHAPE.hidden_dim * SHAPE.intermediate_dim * layers
-    # What is not a product counts, too, but little.
+    # Operations other than matrix products are few.
     assert operations["products"] < operations["none"] + gate_and_up / 4
     assert operations["projections"] > operations["none"] + gate_and_up
     assert operations["full"] > 1.1 * operations["projections"]
@@ -102,8 +104,8 @@ def test_more_is_computed(programs):
 
 @on_jax
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_program_takes_less_memory_the_less_is_kept(scan):
-    # XLA computes nothing again before it is needed.
+def test_rematerialization_reduces_the_memory_of_the_program(scan):
+    # XLA must not recompute activations before they are needed.
     deep = random_lm(dataclasses.replace(SHAPE, num_layers=8))
     sizes = [
         compiled(deep, policy, scan).memory_analysis().temp_size_in_bytes
@@ -115,7 +117,7 @@ def test_the_program_takes_less_memory_the_less_is_kept(scan):
 
 @on_jax
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_finite_stays_finite(dtype):
+def test_recompute_in_backward_keeps_finite_gradients_finite(dtype):
     x = jax.numpy.linspace(-1, 1, 8, dtype=dtype)
     largest = jax.numpy.full_like(x, jax.numpy.finfo(dtype).max)
 
@@ -123,21 +125,23 @@ def test_what_is_finite_stays_finite(dtype):
     def gradient(block):
         return jax.vjp(block, x)[1](largest)[0]
 
-    found = gradient(computed_again(jax.numpy.sin))
+    found = gradient(recompute_in_backward(jax.numpy.sin))
     assert np.isfinite(found).all()
     assert (found == gradient(jax.numpy.sin)).all()
 
 
 @on_jax
 @pytest.mark.parametrize("policy", REMATERIALIZATION)
-def test_attention_weights_are_never_kept(lm, policy):
-    # Squares of the length, but the mask, which is there once for all.
-    squares = [shape for shape in kept(lm, policy) if shape[-2:] == (LENGTH, LENGTH)]
+def test_no_remat_policy_saves_attention_weights(lm, policy):
+    # Only the mask, which all layers share, has the shape `(length, length)`.
+    squares = [
+        shape for shape in saved_shapes(lm, policy) if shape[-2:] == (LENGTH, LENGTH)
+    ]
     assert squares == [(BATCH, 1, LENGTH, LENGTH)]
 
 
 @on_jax
-def test_what_is_kept_is_what_the_policy_names(lm):
+def test_remat_policies_save_the_activations_they_name(lm):
     head_dim = SHAPE.head_dim
     queries = (BATCH, SHAPE.num_query_heads, LENGTH, head_dim)
     keys = (BATCH, SHAPE.num_key_value_heads, LENGTH, head_dim)
@@ -145,7 +149,7 @@ def test_what_is_kept_is_what_the_policy_names(lm):
     wide = (BATCH, LENGTH, SHAPE.intermediate_dim)
     layers = SHAPE.num_layers
     found = {
-        policy: collections.Counter(kept(lm, policy))
+        policy: collections.Counter(saved_shapes(lm, policy))
         for policy in ("products", "projections", "full")
     }
     for policy in ("products", "projections"):
@@ -158,7 +162,7 @@ def test_what_is_kept_is_what_the_policy_names(lm):
 
 
 @pytest.mark.parametrize("policy", ["half", "", None, "Full"])
-def test_an_unknown_policy_is_refused_with_those_there_are(lm, policy):
+def test_check_policy_rejects_unknown_policies_and_lists_the_known(lm, policy):
     message = f"none, products, projections, full. Received: {policy!r}"
     with pytest.raises(ValueError, match=message):
         check_policy(policy)
@@ -171,12 +175,12 @@ def test_an_unknown_policy_is_refused_with_those_there_are(lm, policy):
         )
 
 
-@pytest.mark.skipif(ON_JAX, reason="JAX can.")
+@pytest.mark.skipif(ON_JAX, reason="JAX supports it.")
 @pytest.mark.parametrize("policy", ["products", "projections", "full"])
-def test_other_backends_refuse(lm, policy):
+def test_check_policy_needs_jax(lm, policy):
     check_policy("none")
     ids = batch(SHAPE, 1, 4)
-    for refused in (
+    for call in (
         lambda: check_policy(policy),
         lambda: lm.compile(rematerialize=policy),
         lambda: lm.backbone.hidden_states(
@@ -184,4 +188,4 @@ def test_other_backends_refuse(lm, policy):
         ),
     ):
         with pytest.raises(ValueError, match=f"{policy}.*needs the JAX backend"):
-            refused()
+            call()

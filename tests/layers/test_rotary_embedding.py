@@ -1,4 +1,4 @@
-"""Rotary embedding: what makes it one, its layout, and its scaling."""
+"""Rotary embedding: its properties, layout and scaling."""
 
 import importlib.util
 
@@ -28,27 +28,27 @@ def vectors(heads, length, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", [16, 100, 128])
-def test_rotation_is_that_of_transformers(head_dim):
+def test_rotate_equals_transformers(head_dim):
     x = vectors(2, 40, head_dim)
     positions = np.arange(40)[None]
     cos, sin = RotaryEmbedding(head_dim)(positions)
     config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4)
-    theirs = modeling_llama.LlamaRotaryEmbedding(config)
+    reference = modeling_llama.LlamaRotaryEmbedding(config)
     tensor = torch.tensor(x)
     expected, _ = modeling_llama.apply_rotary_pos_emb(
-        tensor, tensor, *theirs(tensor, torch.tensor(positions))
+        tensor, tensor, *reference(tensor, torch.tensor(positions))
     )
     np.testing.assert_allclose(
         ops.convert_to_numpy(rotate(x, cos, sin)), expected.numpy(), atol=1e-5
     )
 
 
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="It is for TPUs.")
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Needs JAX.")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rotation_by_a_product_is_the_same_to_the_bit(dtype):
+def test_rotate_by_product_is_bitwise_equal_to_rotate(dtype):
     x = ops.cast(vectors(2, 40, 100), dtype)
     cos, sin = RotaryEmbedding(100)(np.arange(40)[None])
-    # Compiled, sums and products of either may be fused to one rounding or two.
+    # Not compiled: XLA may fuse a product and a sum, which rounds once.
     plain, by_product = _rotate(x, cos, sin), _rotate_by_product(x, cos, sin)
     assert by_product.dtype == plain.dtype
     np.testing.assert_array_equal(plain, by_product)
@@ -56,10 +56,10 @@ def test_rotation_by_a_product_is_the_same_to_the_bit(dtype):
 
 @pytest.mark.backend_free
 @pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="The TPU compiler is not there."
+    importlib.util.find_spec("libtpu") is None, reason="Needs the TPU compiler."
 )
-def test_rotation_by_a_product_is_faster_on_a_tpu():
-    """By its compiler's estimate, after the projection of 8,192 tokens of 7B."""
+def test_rotate_by_product_is_faster_on_a_tpu():
+    """By the compiler's estimate, after the query projection of 8,192 tokens of 7B."""
     import jax
 
     from keras_openllama.planning.aot_compile import devices_of
@@ -86,7 +86,7 @@ def test_rotation_by_a_product_is_faster_on_a_tpu():
     assert by_product < 0.7 * by_halves
 
 
-def test_rotation_keeps_lengths():
+def test_rotate_preserves_norms():
     x = vectors(1, 64, 100)
     rotated = ops.convert_to_numpy(
         rotate(x, *RotaryEmbedding(100)(np.arange(64)[None]))
@@ -96,7 +96,7 @@ def test_rotation_keeps_lengths():
     )
 
 
-def test_products_depend_on_distance_only():
+def test_rotated_dot_products_depend_on_distance_only():
     rope = RotaryEmbedding(100)
     query, key = vectors(1, 1, 100), vectors(1, 1, 100)[..., ::-1].copy()
 
@@ -109,7 +109,7 @@ def test_products_depend_on_distance_only():
     assert abs(product(7, 3) - product(7, 4)) > 1e-2
 
 
-def test_linear_scaling_divides_positions():
+def test_linear_rope_scaling_divides_positions():
     scaled = RotaryEmbedding(16, scaling={"rope_type": "linear", "factor": 4})
     plain = RotaryEmbedding(16)
     for a, b in zip(
@@ -120,7 +120,7 @@ def test_linear_scaling_divides_positions():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_dynamic_scaling_leaves_short_rows_alone_and_follows_final_length():
+def test_dynamic_rope_scaling_applies_to_long_sequences_only():
     rope = RotaryEmbedding(
         16, scaling={"rope_type": "dynamic", "factor": 2.0}, max_sequence_length=8
     )
@@ -135,7 +135,7 @@ def test_dynamic_scaling_leaves_short_rows_alone_and_follows_final_length():
     np.testing.assert_allclose(cos[2, 0], np.cos(angles), atol=1e-6)
 
 
-def test_dynamic_scaling_needs_final_lengths():
+def test_dynamic_rope_scaling_needs_final_lengths():
     rope = RotaryEmbedding(16, scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(ValueError, match="final_lengths"):
         rope(np.arange(4)[None])
@@ -148,11 +148,11 @@ def test_dynamic_scaling_needs_final_lengths():
     + [{"rope_type": "linear", "factor": 2.0, "beta": 1}],
     ids=str,
 )
-def test_other_scaling_is_refused(scaling):
+def test_rotary_embedding_rejects_unsupported_scaling(scaling):
     with pytest.raises(ValueError, match="rope_scaling"):
         RotaryEmbedding(16, scaling=scaling)
 
 
-def test_odd_head_dim_is_refused():
+def test_rotary_embedding_rejects_an_odd_head_dim():
     with pytest.raises(ValueError, match="head_dim=15"):
         RotaryEmbedding(15)

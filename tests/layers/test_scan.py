@@ -1,4 +1,4 @@
-"""Layers as a scan are the same layers, in the same order; on JAX."""
+"""A scan over layers equals applying them in order (JAX)."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from tiny_models import SHAPES, batch, random_lm
 
 if keras.config.backend() != "jax":
-    pytest.skip("The scan is JAX's.", allow_module_level=True)
+    pytest.skip("Needs JAX.", allow_module_level=True)
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def loss_and_gradients(lm, ids, **options):
 
 
 @pytest.mark.parametrize("rematerialize", ["none", "products", "projections", "full"])
-def test_loss_and_gradients_are_those_of_one_layer_after_the_other(rematerialize):
+def test_scan_layers_equals_applying_layers_one_by_one(rematerialize):
     lm, ids = random_lm(THREE_LAYERS), batch(THREE_LAYERS, 2, 13)
     assert lm.backbone.num_layers == 3
     expected_loss, expected = loss_and_gradients(lm, ids)

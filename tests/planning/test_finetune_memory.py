@@ -180,7 +180,7 @@ def test_other_backends_keep_all_logits():
 
     assert logits("torch") == 4 * 4 * 8 * 2048 * 32000
     assert logits("tensorflow") == 4 * 8 * 2048 * 32000
-    assert logits("jax") == 2 * 4 * chunked_loss.LOGITS_AT_ONCE
+    assert logits("jax") == 2 * 4 * chunked_loss.LOGITS_PER_CHUNK
 
 
 def test_what_cannot_fit_is_refused_with_numbers_and_remedies():

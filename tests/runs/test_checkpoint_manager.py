@@ -333,12 +333,12 @@ def test_that_the_old_ones_cannot_be_removed_does_not_cost_the_new_one(
 ):
     save(tmp_path, 1, keep_last=1)
 
-    def refuse(path, remove=files.remove):
+    def refuse(path, remove=files.remove_file):
         if path.endswith("1/checkpoint.json"):
             raise PermissionError(f"[Errno 13] Permission denied: {path}")
         remove(path)
 
-    monkeypatch.setattr(files, "remove", refuse)
+    monkeypatch.setattr(files, "remove_file", refuse)
     save(tmp_path, 2, keep_last=1)
     assert "1/checkpoint.json" in caplog.text
     assert restored_step(tmp_path) == 2

@@ -204,7 +204,7 @@ def test_an_unknown_number_of_chips_is_all_fsdp_and_that_is_ours():
 
 
 def test_a_number_of_chips_is_a_number():
-    with pytest.raises(ValueError, match=r"`chips` must be a whole number from 1"):
+    with pytest.raises(ValueError, match=r"`chips` must be a positive integer"):
         recipes.from_preset("7b").mesh_for(0)
 
 

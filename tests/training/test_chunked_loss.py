@@ -137,7 +137,7 @@ def test_the_gradient_of_the_kernel_adds_up_in_float32():
 
 @pytest.mark.parametrize("limit", [1 << 20, 3 * BATCH * VOCABULARY, 1])
 def test_a_length_that_only_one_divides(monkeypatch, limit):
-    monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(chunked_loss, "LOGITS_PER_CHUNK", limit)
     batch = inputs(length=7)
     np.testing.assert_allclose(
         chunked_cross_entropy(*batch), plainly(*batch), rtol=1e-5
@@ -151,7 +151,7 @@ def test_no_more_logits_than_the_limit_are_there_at_once(
     monkeypatch, positions_at_once
 ):
     limit = positions_at_once * BATCH * VOCABULARY
-    monkeypatch.setattr(chunked_loss, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(chunked_loss, "LOGITS_PER_CHUNK", limit)
     program = str(jax.make_jaxpr(lambda *batch: gradients(*batch))(*inputs()))
     shapes = [
         [int(size) for size in shape.split(",")]

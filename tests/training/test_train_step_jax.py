@@ -490,10 +490,10 @@ def test_gradients_of_embeddings_and_norms_are_not_rounded():
 def test_kernels_are_for_distributions_that_say_how_to_divide_them(monkeypatch):
     asked = []
 
-    def attention_on(device, mesh=None):
+    def select_attention(device, mesh=None):
         asked.append(mesh)
 
-    monkeypatch.setattr(train_step_jax, "attention_on", attention_on)
+    monkeypatch.setattr(train_step_jax, "select_attention", select_attention)
     ids = batch(SHAPES[0], 2, 9)
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((2, 8), "int32")}
 

@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 def test_a_bar_is_shown(watched, seconds, shown, monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS", seconds)
     monkeypatch.setattr(sys, "stderr", Terminal(watched))
-    with progress.progress("Writing out", 2000) as bar:
+    with progress.progress_bar("Writing out", 2000) as bar:
         bar.update(2000)
     assert ("Writing out" in sys.stderr.getvalue()) == shown
     assert ("2.00k/2.00k" in sys.stderr.getvalue()) == shown

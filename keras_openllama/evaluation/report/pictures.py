@@ -39,7 +39,7 @@ def draw(runs, path):
     if ending not in (".png", ".svg"):
         raise ValueError(f"path={str(path)!r}; it must end in .png or .svg")
     figure = figure_of(runs)
-    with files.appearing(path) as unfinished:
+    with files.atomic_write(path) as unfinished:
         figure.savefig(unfinished, format=ending[1:], dpi=150)
 
 
