@@ -28,7 +28,7 @@ class TrainStepOptions(NamedTuple):
         mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
             one device.
         loss_chunks: int, see `chunked_loss.chunked_cross_entropy`.
-        attend: callable of `layers.attention_kernels.select_attention`, or `None` for what
+        attend: callable of `attention_kernels.select_attention`, or `None` for what
             every platform can compute.
         scan: bool, whether the layers are a scan, which compiles sooner; one after the
             other they are faster on CPUs.

@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
     "watched, seconds, shown", [(True, 0, True), (False, 0, False), (True, 60, False)]
 )
 def test_a_bar_is_shown(watched, seconds, shown, monkeypatch):
-    monkeypatch.setattr(progress, "_SECONDS", seconds)
+    monkeypatch.setattr(progress, "_DELAY_SECONDS", seconds)
     monkeypatch.setattr(sys, "stderr", Terminal(watched))
     with progress.progress_bar("Writing out", 2000) as bar:
         bar.update(2000)
