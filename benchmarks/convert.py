@@ -30,7 +30,7 @@ from keras_openllama import presets
 from keras_openllama.checkpoints import transformers, weight_names
 from keras_openllama.checkpoints.contents import Contents
 from keras_openllama.checkpoints.formats import FORMATS
-from keras_openllama.config import checked
+from keras_openllama.config import validate_architecture
 
 GOAL_TIME, GOAL_MEMORY = 2.5, 2.5e9
 DTYPE = "float16"
@@ -72,7 +72,9 @@ def main():
 
 def write_checkpoint(directory, layers):
     """A directory in transformers' format with random weights; returns its path."""
-    arguments = checked({**presets.find("open_llama_3b").config, "num_layers": layers})
+    arguments = validate_architecture(
+        {**presets.find("open_llama_3b").config, "num_layers": layers}
+    )
     random = np.random.default_rng(0)
     pool = random.standard_normal(1 << 24, np.float32).astype(DTYPE)
     sizes = weight_names.sizes(arguments)

@@ -1,18 +1,19 @@
 """OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch.
 
-Public are the four classes below and the modules `config`, `convert`, `distribution`,
-`evaluation`, `layers`, `optimizers` and `presets`. The rest of the package is private
-to it, and may move.
+The public API is the four classes below and the modules `config`, `convert`,
+`distribution`, `evaluation`, `layers`, `optimizers` and `presets`. Everything else is
+private and may change.
 """
 
 import importlib
 import os
 import sys
+from typing import Any
 
 __version__ = "0.2.0"
 
-# Public name -> module. Imported at first use, so that the command line can show its
-# help, and tools can read the version, without waiting for Keras.
+# Public name -> module. Imported lazily, so that `--help` and reading the version do
+# not wait for Keras.
 _MODULES = {
     "OpenLlamaBackbone": "models.backbone",
     "OpenLlamaTokenizer": "models.tokenizer",
@@ -29,12 +30,12 @@ __all__ = ["__version__", *_MODULES, *_NAMESPACES]
 
 
 if "keras" not in sys.modules:
-    # Keras's own default is TensorFlow. Whoever sets the variable, or has imported
-    # Keras already, has chosen.
+    # Keras defaults to TensorFlow. A user who set the variable, or imported Keras
+    # first, has chosen a backend.
     os.environ.setdefault("KERAS_BACKEND", "jax")
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _NAMESPACES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
@@ -42,5 +43,5 @@ def __getattr__(name):
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

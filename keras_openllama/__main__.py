@@ -1,30 +1,33 @@
 """The command line: `keras-openllama`, or `python -m keras_openllama`.
 
-Keras and its backend take seconds to import. A command's module is imported when the
-command is chosen, and imports them when it needs them: `--help` and `presets` answer at
-once, and `--backend` can still choose.
+Keras and its backend take seconds to import. The module of a command is imported when
+the command is chosen, and imports Keras only when needed. So `--help` and `presets` are
+fast, and `--backend` can still choose the backend.
 """
+
+from __future__ import annotations
 
 import argparse
 import difflib
 import importlib
 import sys
+from collections.abc import Sequence
 
 from keras_openllama import __version__
 from keras_openllama.cli.process import PROGRAM
 
-# Name -> what it does. The module `keras_openllama.cli.NAME` has its `main`.
+# Name -> summary. The module `keras_openllama.cli.NAME` has the command's `main`.
 COMMANDS = {
-    "generate": "continue a prompt",
-    "convert": "write a model in the format of transformers, EasyLM or Keras",
-    "presets": "list the models and what is in the local cache",
+    "generate": "generate text from a prompt",
+    "convert": "convert a model to the format of transformers, EasyLM or Keras",
+    "presets": "list the models, and which are in the local cache",
     "train-tokenizer": "train a SentencePiece tokenizer",
-    "prepare-data": "tokenize text into a data set to train on",
-    "inspect-data": "show what a prepared data set holds",
-    "pretrain": "pretrain a model by its recipe, or plan to",
-    "finetune": "fine-tune a model on examples: adapters (LoRA) or all weights",
-    "plot": "draw the loss of runs",
-    "evaluate": "measure tasks, perplexity and HumanEval, beside published results",
+    "prepare-data": "tokenize text files into a data set for pretraining",
+    "inspect-data": "show the contents of a prepared data set",
+    "pretrain": "pretrain a model, or estimate time and memory (--plan)",
+    "finetune": "fine-tune a model on examples: LoRA adapters or all weights",
+    "plot": "plot the loss of training runs",
+    "evaluate": "evaluate tasks, perplexity and HumanEval beside published results",
     "lm-eval": "run lm-evaluation-harness on a model",
 }
 
@@ -39,20 +42,25 @@ examples:
   {PROGRAM} finetune --preset nano --data pairs.jsonl --lora-rank 8
   {PROGRAM} evaluate --preset nano --perplexity book.txt
 
-`{PROGRAM} COMMAND --help` explains a command.
+Run `{PROGRAM} COMMAND --help` for the options of a command and more examples.
 """
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: list of strings, the words after the program's name; those of the
-            process when left out.
+        arguments: The arguments after the program's name. `None` stands for those of
+            the process.
 
     Returns:
-        int, the exit code: 0 when all went well, 2 for an error that the user can
-        correct, which is then one line on stderr. `COMMAND --help` lists the others.
+        The exit code: 0 for success, 2 for an error that the user can correct, which
+        is printed to stderr in one line. `COMMAND --help` lists the others.
+
+    Example:
+        >>> main(["presets"])
+        NAME ...
+        0
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments[0] if arguments else None
@@ -63,14 +71,14 @@ def main(arguments=None):
         return module.main(arguments[1:], prog=f"{PROGRAM} {name}")
     parser = _parser()
     parser.parse_args(arguments[:1])  # --help, --version, another flag, or nothing.
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"See {PROGRAM} --help."
-    parser.error(f"There is no command {name!r}. {hint}")
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"See {PROGRAM} --help."
+    parser.error(f"Unknown command: {name!r}. {hint}")
 
 
 def _parser():
     width = max(map(len, COMMANDS)) + 2
-    listed = [f"  {name:<{width}}{does}" for name, does in COMMANDS.items()]
+    listed = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [--help] [--version] COMMAND …",

@@ -1,11 +1,16 @@
-"""AdamW and the schedule of LLaMA; Muon for small models."""
+"""AdamW with LLaMA's settings and learning-rate schedule; Muon for small models."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_openllama.backend.keras_private import adam_moments
+from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "tensorflow":
     import tensorflow
@@ -13,39 +18,40 @@ if keras.config.backend() == "tensorflow":
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class AdamW(keras.optimizers.AdamW):
-    """AdamW with LLaMA's settings, its epsilon where PyTorch and optax have it.
+    """AdamW with LLaMA's settings, and epsilon as in PyTorch and optax.
 
-    Keras adds epsilon before it corrects the bias of the second moment, so that in the
-    first steps it counts several times as much as elsewhere.
+    Keras adds epsilon before the bias correction of the second moment, so that its
+    effect in the first steps is several times as large.
 
     Args:
         learning_rate: float, or a `keras.optimizers.schedules.LearningRateSchedule`.
-        weight_decay: float, decoupled, of every variable, norms too, as EasyLM did.
-        beta_1, beta_2, epsilon: floats.
+        weight_decay: float, decoupled weight decay of all variables, norms included, as
+            in EasyLM.
+        beta_1: float, decay of the first moment.
+        beta_2: float, decay of the second moment.
+        epsilon: float, added to the square root of the second moment.
         global_clipnorm: float, gradients are scaled down to this global norm.
+        name: string, name of the optimizer.
         **kwargs: see `keras.optimizers.AdamW`.
 
     Example:
-
-    ```python
-    schedule = WarmupCosine(3e-4, final=3e-5, warmup_steps=2000, steps=250_000)
-    lm.compile(optimizer=AdamW(schedule))
-    ```
+        >>> schedule = WarmupCosine(3e-4, final=3e-5, warmup_steps=2000, steps=250_000)
+        >>> lm.compile(optimizer=AdamW(schedule))
 
     Sources: arXiv:1711.05101; settings, LLaMA (arXiv:2302.13971), section 2.3.
     """
 
     def __init__(
         self,
-        learning_rate=3e-4,
-        weight_decay=0.1,
-        beta_1=0.9,
-        beta_2=0.95,
-        epsilon=1e-8,
-        global_clipnorm=1.0,
-        name="adamw",
-        **kwargs,
-    ):
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 3e-4,
+        weight_decay: float | None = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.95,
+        epsilon: float = 1e-8,
+        global_clipnorm: float | None = 1.0,
+        name: str = "adamw",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -57,18 +63,27 @@ class AdamW(keras.optimizers.AdamW):
             **kwargs,
         )
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[Tensor | None],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+    ) -> None:
+        """Updates the variables, with dense gradients on TensorFlow."""
         if keras.config.backend() == "tensorflow":
-            # It gives the embeddings' gradient by position, and Keras takes norm and
-            # squares of that; they are meant of the sum by token.
+            # TensorFlow's gradient of embeddings has one entry per position. Keras
+            # would compute the norm and the squares of these entries instead of their
+            # sums by token.
             grads = [g if g is None else tensorflow.convert_to_tensor(g) for g in grads]
         return super().apply(grads, trainable_variables)
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(
+        self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
+    ) -> None:
+        """Updates one variable and its moments."""
         first, second, largest = adam_moments(self, variable)
         gradient = ops.cast(gradient, variable.dtype)
         step = ops.cast(self.iterations + 1, variable.dtype)
-        # 1 - beta ** step, without the loss of digits that a power has in float32.
+        # 1 - beta ** step, without cancellation in float32.
         first_bias = -ops.expm1(step * math.log(self.beta_1)) if self.beta_1 else 1.0
         second_bias = -ops.expm1(step * math.log(self.beta_2)) if self.beta_2 else 1.0
         self.assign_add(first, (gradient - first) * (1 - self.beta_1))
@@ -83,74 +98,85 @@ class AdamW(keras.optimizers.AdamW):
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Up in a straight line, then down along half a cosine.
+    """Learning-rate schedule with linear warmup and cosine decay.
 
     Args:
-        peak: float, learning rate at the end of the warm-up.
-        final: float, learning rate of the last step and of all after it.
-        warmup_steps: int; the first step has a `warmup_steps`-th of the peak.
+        peak: float, learning rate at the end of the warmup.
+        final: float, learning rate of the last step and of all later steps.
+        warmup_steps: int, steps of the warmup. The first step has the learning rate
+            `peak / warmup_steps`.
         steps: int, steps of the whole schedule.
 
     Raises:
-        ValueError: if the rates or the steps are out of order.
+        ValueError: if `final` is not in [0, `peak`], or `warmup_steps` not in
+            [0, `steps`).
 
     Example:
-
-    ```python
-    schedule = WarmupCosine(3e-4, final=3e-5, warmup_steps=2000, steps=250_000)
-    schedule(1999)  # 3e-4
-    ```
+        >>> schedule = WarmupCosine(3e-4, final=3e-5, warmup_steps=2000, steps=250_000)
+        >>> f"{schedule(1999):.1e}"
+        '3.0e-04'
 
     Source: LLaMA (arXiv:2302.13971), section 2.3.
     """
 
-    def __init__(self, peak, final, warmup_steps, steps):
+    def __init__(
+        self, peak: float, final: float, warmup_steps: int, steps: int
+    ) -> None:
         if not 0 <= final <= peak:
             raise ValueError(
-                f"`final` is from 0 to `peak`. Received: final={final}, peak={peak}"
+                f"`final` must be in [0, `peak`]. Received: final={final}, peak={peak}"
             )
         if not 0 <= warmup_steps < steps:
             raise ValueError(
-                "`warmup_steps` is from 0 to less than `steps`. Received: "
+                "`warmup_steps` must be at least 0 and less than `steps`. Received: "
                 f"warmup_steps={warmup_steps}, steps={steps}"
             )
         self.peak, self.final = peak, final
         self.warmup_steps, self.steps = warmup_steps, steps
 
     @classmethod
-    def over_epochs(cls, peak, rows, batch_size, epochs=1, warmup=0.03, final=0.1):
-        """The schedule of a `fit`, by what `fit` is given.
+    def over_epochs(
+        cls,
+        peak: float,
+        examples: int,
+        batch_size: int,
+        epochs: float = 1,
+        warmup: float = 0.03,
+        final: float = 0.1,
+    ) -> WarmupCosine:
+        """Creates the schedule of a `fit` from the arguments of `fit`.
 
         Args:
-            peak: float, the highest learning rate.
-            rows: int, rows of the data (examples, where they are not packed).
-            batch_size: int, rows of a step.
-            epochs: float.
-            warmup: float, share of the steps in which the rate rises. (Ours, as those
-                below: Alpaca's share, and a tenth as in LLaMA.)
-            final: float, the last rate as a share of the peak.
+            peak: Learning rate at the end of the warmup.
+            examples: Number of examples, or of sequences if examples are packed.
+            batch_size: Examples per step.
+            epochs: Passes over the examples.
+            warmup: Warmup as a fraction of all steps. Heuristic: the default is
+                Alpaca's.
+            final: Last learning rate as a fraction of `peak`. Heuristic: the default is
+                LLaMA's.
 
         Example:
-
-        ```python
-        schedule = WarmupCosine.over_epochs(2e-4, len(texts), batch_size=8, epochs=3)
-        lm.compile(optimizer=AdamW(schedule, weight_decay=0.0))
-        lm.fit(texts, batch_size=8, epochs=3)
-        ```
+            >>> texts = ["The sea was calm."] * 8
+            >>> schedule = WarmupCosine.over_epochs(2e-4, len(texts), batch_size=8)
+            >>> lm.compile(optimizer=AdamW(schedule, weight_decay=0.0))
+            >>> history = lm.fit(texts, batch_size=8, verbose=0)
         """
-        steps = max(1, math.ceil(epochs * math.ceil(rows / batch_size)))
+        steps = max(1, math.ceil(epochs * math.ceil(examples / batch_size)))
         warmup_steps = min(round(warmup * steps), steps - 1)
         return cls(peak, final * peak, warmup_steps, steps)
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor | int) -> Tensor:
+        """Returns the learning rate of a step, a float32 scalar; steps start at 0."""
         step = ops.cast(step, "float32") + 1
-        up = step / max(1, self.warmup_steps)
-        along = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        cosine = (1 + ops.cos(math.pi * ops.clip(along, 0.0, 1.0))) / 2
-        down = self.final + (self.peak - self.final) * cosine
-        return ops.where(step < self.warmup_steps, self.peak * up, down)
+        warmup = self.peak * (step / max(1, self.warmup_steps))
+        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        cosine = (1 + ops.cos(math.pi * ops.clip(progress, 0.0, 1.0))) / 2
+        decay = self.final + (self.peak - self.final) * cosine
+        return ops.where(step < self.warmup_steps, warmup, decay)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         return {
             "peak": self.peak,
             "final": self.final,
@@ -160,34 +186,34 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def muon(
-    learning_rate=3e-4,
-    weight_decay=0.1,
-    beta_1=0.9,
-    beta_2=0.95,
-    epsilon=1e-8,
-    global_clipnorm=1.0,
-):
-    """Muon for the matrices inside the layers, AdamW for embeddings, head and norms.
+    learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 3e-4,
+    weight_decay: float = 0.1,
+    beta_1: float = 0.9,
+    beta_2: float = 0.95,
+    epsilon: float = 1e-8,
+    global_clipnorm: float | None = 1.0,
+) -> keras.optimizers.Muon:
+    """Muon for the matrices of the layers; AdamW for embeddings, head and norms.
 
-    Updates of matrices are made orthogonal and as large as AdamW's, so rates and decay
-    are of the same order as for `AdamW`. Small models learn faster by it; OpenLLaMA was
-    not trained so.
+    The updates of matrices are orthogonalized and scaled to the size of AdamW's, so the
+    same learning rates and weight decay apply. Small models learn faster with it.
+    OpenLLaMA was trained with AdamW.
 
     Args:
-        learning_rate: float, or a `keras.optimizers.schedules.LearningRateSchedule`.
-        weight_decay: float, of the matrices. Ours: a tenth of it elsewhere, since the
-            embeddings of rare tokens get next to no gradient.
-        beta_1, beta_2, epsilon: floats, of AdamW.
-        global_clipnorm: float, gradients are scaled down to this global norm.
+        learning_rate: Learning rate, or its schedule.
+        weight_decay: Weight decay of the matrices. Heuristic: the other variables have
+            a tenth of it, since the embeddings of rare tokens get hardly any gradient.
+        beta_1: Decay of AdamW's first moment.
+        beta_2: Decay of AdamW's second moment.
+        epsilon: AdamW's epsilon.
+        global_clipnorm: Gradients are scaled down to this global norm.
 
     Returns:
         `keras.optimizers.Muon`.
 
     Example:
-
-    ```python
-    lm.compile(optimizer=muon(WarmupCosine(5e-3, 1e-4, warmup_steps=50, steps=4000)))
-    ```
+        >>> schedule = WarmupCosine(5e-3, final=1e-4, warmup_steps=50, steps=4000)
+        >>> lm.compile(optimizer=muon(schedule))
 
     Sources: https://kellerjordan.github.io/posts/muon; the size of updates,
     arXiv:2502.16982.
@@ -201,5 +227,5 @@ def muon(
         epsilon=epsilon,
         global_clipnorm=global_clipnorm,
         exclude_layers=["lm_head"],
-        name="muon",  # Keras would number them, and checkpoints go by name.
+        name="muon",  # Fixed: checkpoints refer to it, and Keras would number it.
     )

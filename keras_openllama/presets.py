@@ -1,86 +1,94 @@
 """The registry of presets.
 
-The registry is the folder `presets/` of the repository, one JSON file a preset, which
-the wheel carries inside the package. Reading it imports neither Keras nor a network
-library.
+The registry is the directory `presets/` of the repository, with one JSON file per
+preset. A wheel contains it inside the package. Reading it imports neither Keras nor a
+network library.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
-_PREFIX = "open_llama_"  # Short forms drop it.
+_PREFIX = "open_llama_"  # Short names omit it.
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A published model, as its JSON file describes it.
+    """A published model, as described by its JSON file.
 
     Attributes:
-        name: string, such as `"open_llama_7b_v2"`.
-        description: string, one sentence.
-        parameters: int, number of parameters.
-        config: dict, arguments of `OpenLlamaBackbone`.
-        tokenizer: dict: version, file, ids of the control tokens, `keeps_spaces`.
-        weights: dict, handle by format, such as `{"transformers": "hf://user/repo"}`;
-            what is no `hf://` is a directory beside the JSON file.
-        version: string, `"v1"` or `"v2"`.
-        notice: string that a user is told once, or `None`.
-        license: string, the licence of the weights.
-        provenance: dict: where model and data come from.
-        recipe: dict, how it is pretrained; empty where there is no recipe.
+        name: Name, such as `"open_llama_7b_v2"`.
+        description: One sentence.
+        parameters: Number of parameters.
+        config: Arguments of `OpenLlamaBackbone`.
+        tokenizer: Version, file, ids of the control tokens, and `keeps_spaces`.
+        weights: Handle by format, such as `{"transformers": "hf://user/repo"}`. A
+            handle without `hf://` is a directory next to the JSON file.
+        version: `"v1"` or `"v2"`.
+        notice: Message to show when the preset is first loaded, or `None`.
+        license: License of the weights.
+        provenance: Origin of the model and its data.
+        recipe: Settings for pretraining; empty if there is no recipe.
+
+    Example:
+        >>> find("3b_v2").config["hidden_dim"]
+        3200
     """
 
     name: str
     description: str
     parameters: int
-    config: dict
-    tokenizer: dict
-    weights: dict
+    config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    weights: dict[str, str]
     version: str
     notice: str | None
     license: str
-    provenance: dict
-    recipe: dict
+    provenance: dict[str, Any]
+    recipe: dict[str, Any]
 
     @property
-    def tokenizer_version(self):
+    def tokenizer_version(self) -> str:
+        """Version of the tokenizer, such as `"v2"`."""
         return self.tokenizer["version"]
 
     @property
-    def handles(self):
+    def handles(self) -> dict[str, str]:
+        """Handle of the weights by format, the attribute `weights`."""
         return self.weights
 
-    @property
-    def notes(self):
-        return self.notice
 
+def folder() -> Path:
+    """Returns the directory of presets, of the wheel or of the checkout.
 
-def folder():
-    """Path of the folder of presets: in the wheel, or else in the checkout."""
+    Raises:
+        FileNotFoundError: If the installation is incomplete.
+
+    Example:
+        >>> (folder() / "open_llama_nano.json").is_file()
+        True
+    """
     package = Path(__file__).parent
     for path in (package / "_presets", package.parent / "presets"):
         if path.is_dir():
             return path
     raise FileNotFoundError(
-        f"The presets are missing beside {package}. Install keras-openllama again."
+        f"The presets of {package} are missing. Install keras-openllama again."
     )
 
 
 @functools.cache
-def registry():
-    """All presets.
-
-    Returns:
-        Dict of `Preset` by name.
+def registry() -> dict[str, Preset]:
+    """Returns all presets by name.
 
     Example:
-
-    ```python
-    registry()["open_llama_3b"].parameters  # 3426473600
-    ```
+        >>> registry()["open_llama_3b"].parameters
+        3426473600
     """
     presets = {}
     for path in sorted(folder().glob("*.json")):
@@ -101,16 +109,25 @@ def registry():
     return presets
 
 
-def mixture_names():
-    """Names of the data mixtures in the folder of presets, in order."""
+def mixture_names() -> list[str]:
+    """Returns the sorted names of the data mixtures.
+
+    Example:
+        >>> mixture_names()
+        ['nano', 'v1', 'v2']
+    """
     return sorted(path.stem for path in folder().glob("mixtures/*.json"))
 
 
-def descriptions():
-    """What `OpenLlamaCausalLM.presets` shows.
+def descriptions() -> dict[str, dict[str, Any]]:
+    """Returns `OpenLlamaCausalLM.presets`.
 
     Returns:
-        Dict by name of dicts with `"description"`, `"parameters"` and `"handles"`.
+        Dicts with `"description"`, `"parameters"` and `"handles"`, by name of preset.
+
+    Example:
+        >>> descriptions()["open_llama_nano"]["handles"]
+        {'transformers': 'open_llama_nano'}
     """
     return {
         name: {
@@ -122,20 +139,23 @@ def descriptions():
     }
 
 
-def find(name):
-    """The preset of a name or short form, or `None`.
+def find(name: str) -> Preset | None:
+    """Returns the preset of a name or short name, or `None`.
 
     Example:
-
-    ```python
-    find("7b_v2").name  # "open_llama_7b_v2"
-    ```
+        >>> find("7b_v2").name
+        'open_llama_7b_v2'
     """
     return registry().get(name) or registry().get(f"{_PREFIX}{name}")
 
 
-def unknown_preset_error(name):
-    """The `ValueError` for a name that is no preset, with the nearest one that is."""
+def unknown_preset_error(name: str) -> ValueError:
+    """Returns the error for an unknown name; it suggests the closest known name.
+
+    Example:
+        >>> "Did you mean 'open_llama_7b_v2'?" in str(unknown_preset_error("7b_v22"))
+        True
+    """
     names = list(registry())
     short = [full.removeprefix(_PREFIX) for full in names]
     nearest = difflib.get_close_matches(name.lower(), names + short, n=1, cutoff=0.5)
@@ -143,6 +163,6 @@ def unknown_preset_error(name):
     if name.count("/") == 1 and not name.startswith(("/", ".")):
         hint = f" A repository on the Hugging Face Hub is 'hf://{name}'."
     return ValueError(
-        f"`preset` is none of {', '.join(names)}, and no directory of that path "
-        f"exists.{hint} Received: preset={name!r}"
+        f"`preset` must be one of {', '.join(names)}, or an existing directory."
+        f"{hint} Received: preset={name!r}"
     )

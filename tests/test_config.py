@@ -1,4 +1,4 @@
-"""Impossible sizes are refused by name, wherever a model comes from."""
+"""Invalid architectures are rejected by name, whatever the source of the model."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tiny_models import SHAPES, random_lm
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
-from keras_openllama.config import checked
+from keras_openllama.config import validate_architecture
 from keras_openllama.convert import convert
 
 pytestmark = pytest.mark.backend_free
@@ -21,14 +21,17 @@ NEEDED = {
 }
 
 
-def test_what_is_left_out_follows_from_the_rest():
-    architecture = checked(NEEDED)
+def test_validate_architecture_fills_in_defaults():
+    architecture = validate_architecture(NEEDED)
     assert architecture["head_dim"] == 100
     assert architecture["num_key_value_heads"] == 32
     assert architecture["rope_max_wavelength"] == 10000.0
-    assert checked(architecture) == architecture
-    assert type(checked({**NEEDED, "num_layers": np.int64(2)})["num_layers"]) is int
-    assert checked({**NEEDED, "num_layers": 2.0})["num_layers"] == 2
+    assert validate_architecture(architecture) == architecture
+    assert (
+        type(validate_architecture({**NEEDED, "num_layers": np.int64(2)})["num_layers"])
+        is int
+    )
+    assert validate_architecture({**NEEDED, "num_layers": 2.0})["num_layers"] == 2
     tiny = dict.fromkeys(NEEDED, 4.0)
     assert len(OpenLlamaBackbone(**tiny, head_dim=2.0).transformer_layers) == 4
 
@@ -51,18 +54,20 @@ def test_what_is_left_out_follows_from_the_rest():
         ("rope_scaling", "linear"),
     ],
 )
-def test_an_impossible_value_is_named(name, value):
+def test_validate_architecture_names_an_invalid_value(name, value):
     with pytest.raises(ValueError, match=f"Received: .*{name}="):
-        checked({**NEEDED, name: value})
+        validate_architecture({**NEEDED, name: value})
     with pytest.raises(ValueError, match=f"Received: .*{name}="):
         OpenLlamaBackbone(**{**NEEDED, "num_layers": 1, name: value})
 
 
-def test_what_is_missing_or_unknown_is_named():
+def test_validate_architecture_names_missing_and_unknown_arguments():
     with pytest.raises(ValueError, match=r"Missing: vocabulary_size.* Unknown: none"):
-        checked({k: v for k, v in NEEDED.items() if k != "vocabulary_size"})
+        validate_architecture(
+            {k: v for k, v in NEEDED.items() if k != "vocabulary_size"}
+        )
     with pytest.raises(ValueError, match=r"Missing: none.* Unknown: num_experts"):
-        checked({**NEEDED, "num_experts": 8})
+        validate_architecture({**NEEDED, "num_experts": 8})
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_what_is_missing_or_unknown_is_named():
         ("rope_scaling", {"rope_type": "linear", "factor": -2}, "rope_scaling"),
     ],
 )
-def test_a_config_with_it_is_neither_loaded_nor_converted(
+def test_from_preset_and_convert_reject_an_invalid_config(
     setting, value, name, tmp_path
 ):
     random_lm(SHAPES[0]).export_to_transformers(tmp_path / "a")

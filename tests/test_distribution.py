@@ -1,4 +1,4 @@
-"""Training over eight devices is training on one; rules and meshes, good and bad."""
+"""Training on eight devices equals training on one; layout rules and meshes."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from keras_openllama.distribution import (
 
 pytestmark = pytest.mark.backend_free  # Models are distributed on JAX only.
 
-# Data, fsdp, model. Each axis of more than one device is in one of the first two.
+# Data, fsdp, model. The first two meshes cover each axis with several devices.
 MESHES = ((2, 4, 1), (1, 4, 2), (1, 8, 1), (4, 1, 2))
 OPTIONS = {
     "plain": {},
@@ -167,11 +167,11 @@ def results(request):
     return {"meshes": request.param, **results}
 
 
-def test_losses_are_those_of_one_device(results):
+def test_sharded_losses_equal_those_of_one_device(results):
     assert max(results["loss"]) < 1e-5
 
 
-def test_gradients_are_those_of_one_device(results):
+def test_sharded_gradients_equal_those_of_one_device(results):
     cases = [(mesh, name) for mesh in results["meshes"] for name in OPTIONS]
     for case, distances in zip(cases, results["gradients"], strict=True):
         assert len(distances) == 12
@@ -179,41 +179,41 @@ def test_gradients_are_those_of_one_device(results):
             assert distance < 1e-5, (case, path)
 
 
-def test_each_device_has_its_part_of_each_matrix(results):
+def test_each_device_stores_its_shard_of_each_matrix(results):
     meshes = results["meshes"]
     for (_, fsdp, model), parts in zip(meshes, results["parts"], strict=True):
         for path, part in parts.items():
             assert part == (1 if path.endswith("scale") else 1 / (fsdp * model)), path
 
 
-def test_slots_of_the_optimizer_are_sharded_like_their_variables(results):
+def test_optimizer_state_is_sharded_like_its_variables(results):
     assert len(results["slots"]) == 2 * 12 * len(results["meshes"])
     assert [path for path, same in results["slots"] if not same] == []
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp and model", "get_layout_map"])
-def test_fit_has_the_losses_of_one_device(results, layout):
+def test_sharded_fit_has_the_losses_of_one_device(results, layout):
     expected = results["fit"]["one"]
     assert expected[-1] < 0.9 * expected[0]
     assert results["fit"][layout] == pytest.approx(expected, rel=1e-5)
 
 
-def test_devices_of_fsdp_exchange_weights_and_never_activations(results):
+def test_fsdp_communicates_weights_not_activations(results):
     shapes = [shape for _, *shape in results["exchanged"]]
     assert [96, 64] in shapes  # A kernel of the feed-forward network.
     assert [s for s in shapes if 40 in s or 32 * 40 in s] == []
 
 
-def test_no_gradient_is_reduced_as_a_whole(results):
+def test_no_whole_gradient_is_all_reduced(results):
     reduced = [shape for kind, *shape in results["exchanged"] if kind == "all-reduce"]
-    assert [192, 64] not in reduced  # That of the embeddings, or of the head.
+    assert [192, 64] not in reduced  # The gradient of the embeddings or of the head.
 
 
 # ----- Rules
 
 
 @pytest.mark.parametrize("width", [96, 256])
-def test_outputs_are_divided_where_that_is_faster(width):
+def test_get_variable_layout_shards_outputs_where_that_is_faster(width):
     lm = random_lm(dataclasses.replace(SHAPES[2], intermediate_dim=width))
     parallel = OpenLlamaParallel(one_device())
     specs = {
@@ -222,11 +222,11 @@ def test_outputs_are_divided_where_that_is_faster(width):
         ).backend_layout.spec
         for variable in lm.backbone.transformer_layers[0].trainable_variables
     }
-    joint, apart = (("model", "fsdp"), None), ("model", "fsdp")
+    joint, separate = (("model", "fsdp"), None), ("model", "fsdp")
     for name in ("query", "key", "value"):
         assert tuple(specs[name]) == joint
-    for name in ("gate", "up"):  # 256 outputs fill vectors of 128, 96 do not.
-        assert tuple(specs[name]) == (apart if width == 256 else joint)
+    for name in ("gate", "up"):  # 256 is a multiple of the vector lanes, 96 is not.
+        assert tuple(specs[name]) == (separate if width == 256 else joint)
     for name in ("output", "down"):
         assert tuple(specs[name]) == ("fsdp", "model")
 
@@ -236,7 +236,7 @@ def one_device(axes=MESH_AXES):
 
 
 @pytest.mark.parametrize("prefix", ["", "open_llama_causal_lm/", "a/b/"])
-def test_each_matrix_has_one_rule_and_each_rule_a_matrix(prefix):
+def test_layout_map_has_one_rule_for_each_matrix(prefix):
     lm = random_lm(SHAPES[2])
     rules = layout_map(one_device())
     used = set()
@@ -250,8 +250,8 @@ def test_each_matrix_has_one_rule_and_each_rule_a_matrix(prefix):
     assert used == set(rules)
 
 
-def test_what_a_layer_divides_the_next_one_adds_up():
-    """Outputs of one matrix are the inputs of the next, and on one axis."""
+def test_layout_map_shards_outputs_like_the_inputs_of_the_next_matrix():
+    """The outputs of one matrix are the inputs of the next, on the same mesh axis."""
     rules = layout_map(one_device())
     layer = "transformer_layer_7"
     axes = {
@@ -275,7 +275,7 @@ def test_what_a_layer_divides_the_next_one_adds_up():
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="Needs JAX.")
-def test_a_matrix_without_a_rule_is_refused():
+def test_open_llama_parallel_rejects_a_matrix_without_a_rule():
     with OpenLlamaParallel(one_device()).scope():
         random_lm(SHAPES[2])
         with pytest.raises(ValueError, match=r"No rule.*the matrix other/kernel"):
@@ -284,7 +284,7 @@ def test_a_matrix_without_a_rule_is_refused():
 
 
 @pytest.mark.parametrize("axes", [("batch", "model"), ("rows", "columns")])
-def test_get_layout_map_takes_the_names_of_a_mesh(axes):
+def test_get_layout_map_accepts_other_axis_names(axes):
     data, model = axes
     rules = OpenLlamaBackbone.get_layout_map(
         one_device(axes), model_parallel_dim_name=model, data_parallel_dim_name=data
@@ -320,7 +320,7 @@ def test_get_layout_map_has_the_defaults_of_keras_hub():
     ],
     ids=str,
 )
-def test_a_mesh_takes_all_devices(sizes, shape):
+def test_make_mesh_uses_all_devices(sizes, shape):
     mesh = make_mesh(**sizes, devices=[f"cpu:{i}" for i in range(8)])
     assert tuple(mesh.shape) == shape
     assert tuple(mesh.axis_names) == ("data", "fsdp", "model")
@@ -339,7 +339,7 @@ def test_a_mesh_takes_all_devices(sizes, shape):
     ],
     ids=str,
 )
-def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes):
+def test_make_mesh_rejects_sizes_that_do_not_match_the_devices(sizes):
     with pytest.raises(ValueError, match=f"devices, 8.*data={sizes.get('data', 1)}, "):
         make_mesh(**sizes, devices=[f"cpu:{i}" for i in range(8)])
 
@@ -360,10 +360,11 @@ def mesh(data, fsdp, model):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows"), [(mesh(2, 4, 1), 8), (mesh(1, 4, 2), 4), (mesh(1, 1, 1), 1)]
+    ("sizes", "batch_size"),
+    [(mesh(2, 4, 1), 8), (mesh(1, 4, 2), 4), (mesh(1, 1, 1), 1)],
 )
-def test_a_mesh_that_fits_is_taken(sizes, rows):
-    check_mesh(sizes, SIZES, rows)
+def test_check_mesh_accepts_a_mesh_that_divides_all_sizes(sizes, batch_size):
+    check_mesh(sizes, SIZES, batch_size)
 
 
 @pytest.mark.parametrize(
@@ -387,21 +388,26 @@ def test_a_mesh_that_fits_is_taken(sizes, rows):
             dict(vocabulary_size=161),
             "model = 2 .* vocabulary_size = 161",
         ),
-        (mesh(4, 2, 1), dict(rows=12), "data . fsdp = 8 .* rows .* = 12"),
-        (mesh(4, 2, 1), dict(rows=32, micro_batches=8), "fsdp = 8 .* rows .* = 4"),
+        (mesh(4, 2, 1), dict(batch_size=12), "data . fsdp = 8 .* sequences .* = 12"),
+        (
+            mesh(4, 2, 1),
+            dict(batch_size=32, micro_batches=8),
+            "fsdp = 8 .* sequences .* = 4",
+        ),
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_divide_is_refused(sizes, change, problem):
+def test_check_mesh_rejects_sizes_that_do_not_divide(sizes, change, problem):
     change = dict(change)
-    rows, micro_batches = change.pop("rows", 16), change.pop("micro_batches", 1)
+    batch_size = change.pop("batch_size", 16)
+    micro_batches = change.pop("micro_batches", 1)
     with pytest.raises(ValueError, match=f"does not fit: .*{problem}"):
-        check_mesh(sizes, {**SIZES, **change}, rows, micro_batches)
+        check_mesh(sizes, {**SIZES, **change}, batch_size, micro_batches)
 
 
 def meshes_named(error):
-    """The meshes that a message recommends."""
-    named = str(error).partition("these do: ")[2]
+    """The meshes that a message suggests."""
+    named = str(error).partition("that fit: ")[2]
     return [
         {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", part)}
         for part in named.split("|")
@@ -409,7 +415,7 @@ def meshes_named(error):
     ]
 
 
-def test_the_message_has_the_meshes_that_fit_and_no_other():
+def test_check_mesh_suggests_all_meshes_that_fit():
     with pytest.raises(ValueError) as error:
         check_mesh(mesh(1, 1, 8), SIZES, 4)
     named = meshes_named(error.value)
@@ -417,7 +423,7 @@ def test_the_message_has_the_meshes_that_fit_and_no_other():
         mesh(data, fsdp, model)
         for data in (1, 2, 4, 8)
         for fsdp in (1, 2, 4, 8)
-        for model in (1, 2)  # As there are two heads of keys and values.
+        for model in (1, 2)  # There are two key/value heads.
         if data * fsdp * model == 8 and data * fsdp <= 4
     ]
     assert sorted(map(str, named)) == sorted(map(str, fitting))
@@ -426,19 +432,19 @@ def test_the_message_has_the_meshes_that_fit_and_no_other():
         check_mesh(sizes, SIZES, 4)
 
 
-def test_where_none_fits_the_message_says_so():
-    with pytest.raises(ValueError, match="No mesh of 7 devices does"):
+def test_check_mesh_says_that_no_mesh_fits():
+    with pytest.raises(ValueError, match="No mesh of 7 devices fits"):
         check_mesh(mesh(7, 1, 1), SIZES, 8)
 
 
 @pytest.mark.parametrize(
     "preset", ["open_llama_3b_v2", "open_llama_7b", "open_llama_13b"]
 )
-def test_large_presets_fit_a_node_of_eight(preset):
+def test_check_mesh_accepts_large_presets_on_eight_devices(preset):
     check_mesh(mesh(1, 8, 1), presets.find(preset).config, 8)
 
 
 def test_other_backends_are_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
-    with pytest.raises(RuntimeError, match=r"on the JAX backend only.*'torch'"):
+    with pytest.raises(RuntimeError, match=r"needs the JAX backend.*'torch'"):
         OpenLlamaParallel(one_device())

@@ -1,4 +1,4 @@
-"""The embedded model: small, sound, and able to predict plain English."""
+"""The embedded model is small, complete and predicts plain English."""
 
 import json
 import re
@@ -14,7 +14,7 @@ PRESETS = ROOT / "presets"
 DIRECTORY = PRESETS / "open_llama_nano"
 MEGABYTE = 1_000_000
 
-# Written for this test, so it is in no corpus.
+# Written for this test, so that no corpus contains it.
 PLAIN_ENGLISH = """\
 The old man rose early, as he had done every day for many years, and went down to the \
 shore to see what the night had left there. The wind had turned in the dark, and the \
@@ -73,24 +73,24 @@ def preset():
     return json.loads((PRESETS / "open_llama_nano.json").read_text())
 
 
-def test_parameters_are_as_stated_and_few(lm, preset):
+def test_nano_parameters_match_the_preset(lm, preset):
     assert lm.count_params() == preset["parameters"]
     assert 4_000_000 <= lm.count_params() <= 7_000_000
 
 
-@pytest.mark.backend_free  # On the others `test_causal_lm.py` looks at int8.
-def test_int8_is_a_quarter_of_the_size_and_predicts_as_well():
+@pytest.mark.backend_free  # `test_causal_lm.py` tests int8 on other backends.
+def test_nano_in_int8_is_a_quarter_of_the_size_with_equal_perplexity():
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     text = PLAIN_ENGLISH[:800]
 
-    def measured():
+    def measure():
         weights = [keras.ops.convert_to_numpy(weight) for weight in lm.weights]
         size = sum(weight.nbytes for weight in weights)
         return perplexity.evaluate(lm, {"text": text})[0]["nats"], size
 
-    nats, size = measured()
+    nats, size = measure()
     lm.quantize("int8")
-    quantized_nats, quantized_size = measured()
+    quantized_nats, quantized_size = measure()
     assert quantized_nats <= 1.02 * nats
     assert quantized_size <= 0.30 * size
     words = re.findall("[a-z]+", lm.generate("The captain", max_new_tokens=40).lower())
@@ -98,29 +98,29 @@ def test_int8_is_a_quarter_of_the_size_and_predicts_as_well():
 
 
 @pytest.mark.backend_free
-def test_files_are_small():
+def test_nano_files_are_small():
     assert (DIRECTORY / "model.safetensors").stat().st_size <= 16 * MEGABYTE
     assert sum(file.stat().st_size for file in DIRECTORY.iterdir()) <= 17 * MEGABYTE
 
 
 @pytest.mark.backend_free
-def test_preset_and_directory_state_the_same_sizes(preset):
+def test_nano_preset_matches_its_config(preset):
     config = json.loads((DIRECTORY / "config.json").read_text())
-    ours = preset["architecture"]
-    assert config["vocab_size"] == ours["vocabulary_size"]
-    assert config["num_hidden_layers"] == ours["num_layers"]
-    assert config["num_attention_heads"] == ours["num_query_heads"]
-    assert config["num_key_value_heads"] == ours["num_key_value_heads"]
-    assert config["head_dim"] == ours["head_dim"]
-    assert config["hidden_size"] == ours["hidden_dim"]
-    assert config["intermediate_size"] == ours["intermediate_dim"]
-    assert config["rope_theta"] == ours["rope_max_wavelength"]
-    assert config["rms_norm_eps"] == ours["layer_norm_epsilon"]
-    assert config["max_position_embeddings"] == ours["max_sequence_length"]
+    architecture = preset["architecture"]
+    assert config["vocab_size"] == architecture["vocabulary_size"]
+    assert config["num_hidden_layers"] == architecture["num_layers"]
+    assert config["num_attention_heads"] == architecture["num_query_heads"]
+    assert config["num_key_value_heads"] == architecture["num_key_value_heads"]
+    assert config["head_dim"] == architecture["head_dim"]
+    assert config["hidden_size"] == architecture["hidden_dim"]
+    assert config["intermediate_size"] == architecture["intermediate_dim"]
+    assert config["rope_theta"] == architecture["rope_max_wavelength"]
+    assert config["rms_norm_eps"] == architecture["layer_norm_epsilon"]
+    assert config["max_position_embeddings"] == architecture["max_sequence_length"]
 
 
 @pytest.mark.backend_free
-def test_preset_reports_every_source_below_xz(preset):
+def test_nano_preset_reports_each_source_below_xz(preset):
     results = preset["provenance"]["held_out"]["results"]
     sources = {source["name"] for source in preset["provenance"]["sources"]}
     assert set(results) == sources
@@ -145,26 +145,26 @@ def test_preset_reports_every_source_below_xz(preset):
         "def f(x):\n    return x  # 100 % of 2026\n",
     ],
 )
-def test_text_comes_back_exactly(tokenizer, text):
+def test_nano_tokenizer_round_trips_text(tokenizer, text):
     assert tokenizer.detokenize(tokenizer(text)) == text
 
 
 @pytest.mark.backend_free
-def test_control_tokens_have_the_ids_of_llama(tokenizer):
+def test_nano_tokenizer_has_the_control_tokens_of_llama(tokenizer):
     ids = [tokenizer.token_to_id(piece) for piece in ("<unk>", "<s>", "</s>")]
     assert ids == [0, 1, 2]
     assert tokenizer.keeps_spaces
 
 
-def test_unseen_english_takes_fewer_bits_than_xz(lm):
+def test_nano_compresses_unseen_english_better_than_xz(lm):
     [row] = perplexity.evaluate(lm, {"text": PLAIN_ENGLISH})
     assert row["bytes"] >= 1500
-    # A text so short leaves xz little to work with; the model must also be good.
+    # xz compresses short texts poorly, so there is an absolute limit, too.
     assert row["bits_per_byte"] < row["xz_bits_per_byte"]
     assert row["bits_per_byte"] < 2.2
 
 
-def test_continuation_reads_as_words(lm):
+def test_nano_generates_common_words(lm):
     text = lm.generate(
         "It was a fine morning, and the old man",
         max_new_tokens=48,
@@ -175,5 +175,5 @@ def test_continuation_reads_as_words(lm):
     assert len(words) >= 20
     common = sum(word in COMMON_WORDS for word in words)
     assert common / len(words) >= 0.5
-    # Not one phrase over and over.
+    # No endless repetition of a phrase.
     assert len(set(words)) >= 8

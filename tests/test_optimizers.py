@@ -1,4 +1,4 @@
-"""AdamW is that of PyTorch and optax; the schedule LLaMA's; Muon is for matrices."""
+"""AdamW, against PyTorch and optax; Muon; the learning-rate schedule."""
 
 import keras
 import numpy as np
@@ -9,13 +9,14 @@ from keras import ops
 from keras_openllama.optimizers import AdamW, WarmupCosine, muon
 
 SHAPES = ((4, 5), (7,), (3, 2, 2), (6, 3))
-# Sizes of the gradients: with 1e-7 epsilon's place matters, with 1e-9 it is all.
+# Scales of the gradients. At 1e-7 the position of epsilon matters, at 1e-9 epsilon
+# dominates.
 SCALES = (1.0, 0.1, 1e-7, 1e-9)
 STEPS = 10
 
 
 def problem():
-    """Initial values, and the gradients of each step; some are clipped, some not."""
+    """Initial values and the gradients of each step, some of which are clipped."""
     random = np.random.default_rng(0)
 
     def arrays(scales):
@@ -27,11 +28,11 @@ def problem():
     steps = [arrays(np.array(SCALES) * (0.05, 3)[i % 2]) for i in range(STEPS)]
     norms = [np.sqrt(sum((g**2).sum() for g in grads)) for grads in steps]
     assert min(norms) < 1 < max(norms)
-    # Small values, whose own rounding does not hide a difference of the steps.
+    # Small values, so that their rounding does not hide differences between steps.
     return arrays([0.1] * len(SHAPES)), steps
 
 
-def ours(optimizer, initial, steps):
+def optimized(optimizer, initial, steps):
     variables = [keras.Variable(x) for x in initial]
     optimizer.build(variables)
     for gradients in steps:
@@ -53,35 +54,35 @@ def in_torch(initial, steps, factor=lambda step: 1.0, **options):
     return [t.detach().numpy() for t in tensors]
 
 
-def assert_equal_steps(ours, theirs):
+def assert_equal_steps(found, expected):
     """Ten steps of up to 0.01 each, to 1e-5 of one step."""
-    for x, y in zip(ours, theirs, strict=True):
+    for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-7)
 
 
 # ----- AdamW
 
 
-def test_steps_are_those_of_torch():
-    assert_equal_steps(ours(AdamW(0.01), *problem()), in_torch(*problem()))
+def test_adamw_equals_torch():
+    assert_equal_steps(optimized(AdamW(0.01), *problem()), in_torch(*problem()))
 
 
-def test_steps_on_a_schedule_are_those_of_torch():
+def test_adamw_on_a_schedule_equals_torch():
     schedule = WarmupCosine(0.01, final=0.001, warmup_steps=3, steps=8)
 
     def factor(step):
         step += 1
         if step < 3:
             return step / 3
-        along = min(1, (step - 3) / 5)
-        return 0.1 + 0.9 * (1 + np.cos(np.pi * along)) / 2
+        progress = min(1, (step - 3) / 5)
+        return 0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2
 
     expected = in_torch(*problem(), factor)
-    assert_equal_steps(ours(AdamW(schedule), *problem()), expected)
+    assert_equal_steps(optimized(AdamW(schedule), *problem()), expected)
 
 
 @pytest.mark.parametrize(
-    ("options", "in_theirs"),
+    ("options", "torch_options"),
     [
         (dict(weight_decay=0.0), dict(weight_decay=0.0)),
         (dict(epsilon=1e-5), dict(eps=1e-5)),
@@ -90,13 +91,13 @@ def test_steps_on_a_schedule_are_those_of_torch():
     ],
     ids=str,
 )
-def test_other_settings_are_those_of_torch(options, in_theirs):
-    expected = in_torch(*problem(), **in_theirs)
-    assert_equal_steps(ours(AdamW(0.01, **options), *problem()), expected)
+def test_adamw_with_other_settings_equals_torch(options, torch_options):
+    expected = in_torch(*problem(), **torch_options)
+    assert_equal_steps(optimized(AdamW(0.01, **options), *problem()), expected)
 
 
 @pytest.mark.backend_free
-def test_steps_are_those_of_optax():
+def test_adamw_equals_optax():
     optax = pytest.importorskip("optax")
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -108,17 +109,15 @@ def test_steps_are_those_of_optax():
         updates, state = optimizer.update(gradients, state, values)
         values = optax.apply_updates(values, updates)
     expected = [np.asarray(v) for v in values]
-    assert_equal_steps(ours(AdamW(0.01), *problem()), expected)
+    assert_equal_steps(optimized(AdamW(0.01), *problem()), expected)
 
 
-@pytest.mark.skipif(
-    keras.config.backend() != "tensorflow", reason="TensorFlow has such gradients."
-)
-def test_a_gradient_by_rows_counts_as_their_sums():
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="Needs TensorFlow.")
+def test_adamw_sums_indexed_slices_of_a_gradient():
     import tensorflow as tf
 
     initial, steps = problem()
-    rows = np.array([3, 0, 3, 5, 3])  # One came thrice.
+    rows = np.array([3, 0, 3, 5, 3])  # One token occurs three times.
     by_row, sums = [], []
     for gradients in steps:
         values = 0.3 * np.random.default_rng(1).normal(size=(5, 3)).astype("float32")
@@ -136,7 +135,7 @@ def test_a_gradient_by_rows_counts_as_their_sums():
     assert_equal_steps(map(ops.convert_to_numpy, variables), in_torch(initial, sums))
 
 
-def test_a_vector_decays_too():
+def test_adamw_decays_vectors_too():
     variable = keras.Variable(np.ones(3, "float32"), name="scale")
     optimizer = AdamW(0.5, weight_decay=0.1)
     optimizer.build([variable])
@@ -144,7 +143,7 @@ def test_a_vector_decays_too():
     np.testing.assert_allclose(ops.convert_to_numpy(variable), 0.95)
 
 
-def test_the_moments_are_the_only_state_beside_the_counter():
+def test_adamw_state_is_the_moments_and_the_counter():
     variables = [keras.Variable(np.ones(s, "float32")) for s in SHAPES]
     optimizer = AdamW(WarmupCosine(1e-3, 0.0, 1, 10))
     optimizer.build(variables)
@@ -152,19 +151,21 @@ def test_the_moments_are_the_only_state_beside_the_counter():
     assert shapes == sorted([(), *SHAPES, *SHAPES])
 
 
-def test_settings_come_back_from_their_config():
+def test_adamw_is_restored_from_its_config():
     schedule = WarmupCosine(0.01, final=0.001, warmup_steps=3, steps=8)
     optimizer = AdamW(schedule, weight_decay=0.2, beta_1=0.8, epsilon=1e-6)
-    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
-    assert type(again) is AdamW
-    assert again.get_config() == optimizer.get_config()
-    for x, y in zip(ours(again, *problem()), ours(optimizer, *problem()), strict=True):
+    restored = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert type(restored) is AdamW
+    assert restored.get_config() == optimizer.get_config()
+    for x, y in zip(
+        optimized(restored, *problem()), optimized(optimizer, *problem()), strict=True
+    ):
         np.testing.assert_array_equal(x, y)
 
 
 # ----- Muon
 
-# What the variables of a model are called, and their shapes here.
+# Paths of variables of a model, and their shapes.
 MODEL = {"query/kernel": (6, 4), "token_embedding/embeddings": (8, 4)}
 MODEL |= {"lm_head/kernel": (8, 4), "final_norm/scale": (4,)}
 
@@ -182,14 +183,14 @@ def change_of(optimizer, gradients):
     return {path: value - 1 for path, value in zip(MODEL, values, strict=True)}
 
 
-def test_muon_turns_matrices_evenly_and_moves_the_rest_as_adam():
+def test_muon_orthogonalizes_matrices_and_updates_the_rest_by_adam():
     random = np.random.default_rng(0)
     gradients = [random.normal(size=s).astype("float32") for s in MODEL.values()]
     change = change_of(muon(0.01, weight_decay=0.0, global_clipnorm=1e9), gradients)
     kernel = change.pop("query/kernel")
     sizes = np.linalg.svd(kernel, compute_uv=False)
-    # arXiv:2502.16982: as if orthogonal, times 0.2 sqrt(longer side). The five steps of
-    # Newton and Schulz bring singular values near 1, not onto it.
+    # arXiv:2502.16982: orthogonal, times 0.2 sqrt(longer side). Five Newton-Schulz
+    # steps bring the singular values close to 1.
     assert sizes.shape == (4,)
     assert np.all(np.abs(sizes / (0.01 * 0.2 * 6**0.5) - 1) < 0.35)
     assert (kernel * gradients[0]).sum() < 0
@@ -197,7 +198,7 @@ def test_muon_turns_matrices_evenly_and_moves_the_rest_as_adam():
         np.testing.assert_allclose(moved, -0.01 * np.sign(gradient), rtol=1e-3)
 
 
-def test_muon_decays_what_is_no_matrix_inside_a_tenth_as_much():
+def test_muon_decays_other_variables_by_a_tenth():
     zeros = [np.zeros(shape, "float32") for shape in MODEL.values()]
     change = change_of(muon(0.5, weight_decay=0.1), zeros)
     for path, moved in change.items():
@@ -215,43 +216,43 @@ def rates(at, /, **options):
     return [float(schedule(step)) for step in at]
 
 
-def test_rate_at_the_corners():
+def test_warmup_cosine_at_its_corners():
     values = rates([0, 4, 9, 19, 29, 30, 10**6])
     expected = [0.04, 0.2, 0.4, 0.25, 0.1, 0.1, 0.1]
     np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
-def test_rate_goes_up_in_a_line_and_down_along_a_cosine():
+def test_warmup_cosine_is_linear_then_half_a_cosine():
     values = rates(range(30))
     np.testing.assert_allclose(values[:10], 0.04 * np.arange(1, 11), rtol=1e-6)
-    along = np.arange(1, 21) / 20
-    expected = 0.1 + 0.3 * (1 + np.cos(np.pi * along)) / 2
+    progress = np.arange(1, 21) / 20
+    expected = 0.1 + 0.3 * (1 + np.cos(np.pi * progress)) / 2
     np.testing.assert_allclose(values[10:], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1])
-def test_without_a_warm_up_the_first_step_is_near_the_peak(warmup_steps):
+def test_warmup_cosine_without_warmup_starts_near_the_peak(warmup_steps):
     (value,) = rates([0], warmup_steps=warmup_steps, steps=1000)
     assert value == pytest.approx(0.4, rel=1e-5)
 
 
-def test_a_constant_rate_is_possible():
+def test_warmup_cosine_can_be_constant():
     assert rates([0, 5, 29, 99], final=0.4, warmup_steps=0) == pytest.approx([0.4] * 4)
 
 
-def test_schedule_comes_back_from_its_config():
+def test_warmup_cosine_is_restored_from_its_config():
     schedule = WarmupCosine(0.4, final=0.1, warmup_steps=10, steps=30)
     schedules = keras.optimizers.schedules
-    again = schedules.deserialize(schedules.serialize(schedule))
-    assert type(again) is WarmupCosine
-    assert again.get_config() == schedule.get_config()
-    assert [float(again(i)) for i in (0, 9, 20)] == rates([0, 9, 20])
+    restored = schedules.deserialize(schedules.serialize(schedule))
+    assert type(restored) is WarmupCosine
+    assert restored.get_config() == schedule.get_config()
+    assert [float(restored(i)) for i in (0, 9, 20)] == rates([0, 9, 20])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(final=0.5), "`final` is from 0 to `peak`. Received: final=0.5, peak=0.4"),
+        (dict(final=0.5), r"in \[0, `peak`\]. Received: final=0.5, peak=0.4"),
         (dict(final=-0.1), "final=-0.1"),
         (dict(peak=-1), "peak=-1"),
         (dict(peak=float("nan")), "peak=nan"),
@@ -261,14 +262,14 @@ def test_schedule_comes_back_from_its_config():
     ],
     ids=str,
 )
-def test_rates_and_steps_out_of_order_are_refused(options, message):
+def test_warmup_cosine_rejects_invalid_rates_and_steps(options, message):
     with pytest.raises(ValueError, match=message):
         rates([0], **options)
 
 
-def test_a_schedule_over_epochs_ends_with_them():
-    schedule = WarmupCosine.over_epochs(1.0, rows=101, batch_size=10, epochs=3)
+def test_over_epochs_ends_with_the_last_step():
+    schedule = WarmupCosine.over_epochs(1.0, examples=101, batch_size=10, epochs=3)
     assert (schedule.steps, schedule.warmup_steps) == (33, 1)
     assert float(schedule(32)) == pytest.approx(0.1)
-    short = WarmupCosine.over_epochs(1.0, rows=1, batch_size=10)
+    short = WarmupCosine.over_epochs(1.0, examples=1, batch_size=10)
     assert (short.steps, short.warmup_steps) == (1, 0)

@@ -1,4 +1,4 @@
-"""What importing the package does, in a process of its own."""
+"""What importing the package does, tested in separate processes."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ from keras_openllama.__main__ import COMMANDS
 pytestmark = pytest.mark.backend_free
 
 
-def run(code, **environment):
-    """What a fresh process prints."""
-    kept = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+def run_python(code, **environment):
+    """Runs code in a new process and returns what it prints."""
+    inherited = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**kept, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -29,47 +29,47 @@ SHOW = "print(keras.config.backend())"
 
 
 def test_jax_is_the_default_backend():
-    assert run(f"import keras_openllama, keras; {SHOW}") == "jax"
+    assert run_python(f"import keras_openllama, keras; {SHOW}") == "jax"
 
 
-def test_the_backend_that_was_chosen_stays():
+def test_import_does_not_override_the_chosen_backend():
     code = f"import keras_openllama, keras; {SHOW}"
-    assert run(code, KERAS_BACKEND="torch") == "torch"
+    assert run_python(code, KERAS_BACKEND="torch") == "torch"
 
 
-def test_importing_the_package_imports_no_keras():
+def test_import_does_not_import_keras():
     code = "import sys, keras_openllama; print('keras' in sys.modules)"
-    assert run(code) == "False"
+    assert run_python(code) == "False"
 
 
-def test_tensorflow_is_spared_and_still_there():
+def test_import_does_not_import_tensorflow_which_stays_importable():
     code = (
         "import sys; from keras_openllama import OpenLlamaCausalLM;"
         "print('tensorflow' in sys.modules);"
         "import tensorflow; print(tensorflow.constant(3).numpy())"
     )
-    assert run(code, TF_CPP_MIN_LOG_LEVEL="3").splitlines() == ["False", "3"]
+    assert run_python(code, TF_CPP_MIN_LOG_LEVEL="3").splitlines() == ["False", "3"]
 
 
-def test_the_public_names_are_listed_and_there():
+def test_public_names_are_listed_and_exist():
     code = (
         "import keras_openllama as package;"
         "missing = [n for n in package.__all__ if not hasattr(package, n)];"
         "print(missing, set(package.__all__) == set(dir(package)))"
     )
-    assert run(code) == "[] True"
+    assert run_python(code) == "[] True"
 
 
-def test_namespaces_need_no_import_of_their_own():
+def test_public_modules_are_attributes_of_the_package():
     code = (
         "import keras_openllama;"
         "print(keras_openllama.presets.find('7b_v2').name,"
         " keras_openllama.convert.easylm.load.__name__)"
     )
-    assert run(code) == "open_llama_7b_v2 load"
+    assert run_python(code) == "open_llama_7b_v2 load"
 
 
-def test_the_root_holds_the_public_surface_only():
+def test_package_root_contains_public_modules_only():
     root = Path(keras_openllama.__file__).parent
     assert {path.stem for path in root.glob("*.py")} == {
         *("__init__", "__main__", "config", "distribution", "optimizers", "presets")

@@ -1,4 +1,4 @@
-"""presets/*.json say what was published, completely, and nothing else."""
+"""presets/*.json state the published models completely."""
 
 import json
 
@@ -41,12 +41,12 @@ TOKENIZER_KEYS = {
 }
 
 
-def read(name):
+def read_preset(name):
     return json.loads((PRESETS / f"{name}.json").read_text())
 
 
 def parameters_of(architecture):
-    """Counts a LLaMA's weights: no biases, embeddings and head untied."""
+    """Counts the parameters: no biases, embeddings and head not tied."""
     width = architecture["hidden_dim"]
     query = architecture["num_query_heads"] * architecture["head_dim"]
     key_value = architecture["num_key_value_heads"] * architecture["head_dim"]
@@ -65,8 +65,8 @@ def test_there_is_one_file_for_each_preset():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_states_everything(name):
-    preset = read(name)
+def test_preset_has_every_key(name):
+    preset = read_preset(name)
     assert preset.keys() == KEYS
     assert preset["name"] == name
     assert preset["description"]
@@ -77,16 +77,16 @@ def test_a_preset_states_everything(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_stated_parameters_are_those_of_the_architecture(name):
-    preset = read(name)
+def test_preset_parameters_match_its_architecture(name):
+    preset = read_preset(name)
     assert parameters_of(preset["architecture"]) == preset["parameters"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_sizes(name):
+def test_preset_has_the_published_architecture(name):
     size, _, _ = PUBLISHED[name]
     layers, heads, head_dim, width, intermediate, parameters = SIZES[size]
-    preset = read(name)
+    preset = read_preset(name)
     assert preset["parameters"] == parameters
     assert preset["architecture"] == {
         "vocabulary_size": 32000,
@@ -104,9 +104,9 @@ def test_the_published_sizes(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_tokenizers(name):
+def test_preset_has_the_published_tokenizer(name):
     _, version, _ = PUBLISHED[name]
-    preset = read(name)
+    preset = read_preset(name)
     assert preset["version"] == version
     assert preset["tokenizer"] == {
         "version": version,
@@ -119,9 +119,9 @@ def test_the_published_tokenizers(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_weights_and_their_config(name):
+def test_preset_has_the_published_weights_and_config(name):
     _, _, repository = PUBLISHED[name]
-    preset = read(name)
+    preset = read_preset(name)
     handle = f"openlm-research/{repository}"
     assert preset["weights"] == {
         "transformers": f"hf://{handle}",
@@ -132,25 +132,25 @@ def test_the_published_weights_and_their_config(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_3b_v3_has_something_to_say_when_it_is_loaded(name):
-    notice = read(name)["notice"]
+def test_only_3b_v3_has_a_notice(name):
+    notice = read_preset(name)["notice"]
     if name == "open_llama_3b_v3":
         assert "open_llama_3b_v2" in notice
     else:
         assert notice is None
 
 
-def test_the_embedded_weights_are_beside_their_preset():
-    weights = read("open_llama_nano")["weights"]["transformers"]
+def test_embedded_weights_are_next_to_their_preset():
+    weights = read_preset("open_llama_nano")["weights"]["transformers"]
     present = {path.name for path in (PRESETS / weights).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= present
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_lists_the_preset_as_it_is(name):
+def test_readme_lists_the_preset_correctly(name):
     readme = (PRESETS.parent / "README.md").read_text()
     (row,) = (line for line in readme.splitlines() if line.startswith(f"| `{name}` |"))
-    preset = read(name)
+    preset = read_preset(name)
     assert f"| {preset['parameters']:,} |" in row
     if name in PUBLISHED:
         assert f"| {preset['tokenizer']['version']} |" in row

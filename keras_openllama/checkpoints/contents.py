@@ -21,7 +21,7 @@ class Contents:
     """A model that is about to be written somewhere.
 
     Attributes:
-        arguments: dict, as `config.checked` returns.
+        arguments: dict, as `config.validate_architecture` returns.
         tensors: dict of `tensors.ReadableTensor`s by variable path, in the order of
             `weight_names.weights`.
         tokenizer: bytes of the SentencePiece model, or `None`.

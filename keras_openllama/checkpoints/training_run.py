@@ -56,7 +56,7 @@ class TrainingRun:
     ```python
     run = TrainingRun.open("runs/nano")
     checkpoint = run.checkpoint()
-    tensors = checkpoint.read_tensors(checked(run.architecture()))
+    tensors = checkpoint.read_tensors(validate_architecture(run.architecture()))
     ```
     """
 

@@ -155,7 +155,7 @@ def sizes(arguments):
     """The sizes that `Weight.axes` names.
 
     Args:
-        arguments: dict, as `config.checked` returns.
+        arguments: dict, as `config.validate_architecture` returns.
 
     Returns:
         Dict of ints.

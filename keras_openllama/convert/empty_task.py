@@ -11,7 +11,7 @@ def build_task(arguments, dtype, tokenizer=None, preprocessing=None):
     """Builds a task whose variables have no values.
 
     Args:
-        arguments: dict, as `config.checked` returns.
+        arguments: dict, as `config.validate_architecture` returns.
         dtype: string.
         tokenizer: bytes of the SentencePiece model; `None` is no preprocessor.
         preprocessing: dict, settings of the preprocessor.

@@ -2,7 +2,7 @@
 
 from keras_openllama.checkpoints.contents import Contents
 from keras_openllama.checkpoints.matching import listed
-from keras_openllama.config import checked
+from keras_openllama.config import validate_architecture
 from keras_openllama.text.sentencepiece_model import check_vocabulary, load_processor
 
 
@@ -22,7 +22,7 @@ def contents_of(source, tokenizer=True, origin=None, paths=()):
         OSError: if a file is missing or cannot be read.
         ValueError: if a file is damaged, or its tensors are not those of the network.
     """
-    arguments = checked(source.arguments())
+    arguments = validate_architecture(source.arguments())
     proto = _proto(source, arguments) if tokenizer else None
     tensors = source.read_tensors(arguments)
     return Contents(

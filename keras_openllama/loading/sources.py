@@ -9,7 +9,7 @@ from typing import Protocol
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
-from keras_openllama.config import checked
+from keras_openllama.config import validate_architecture
 from keras_openllama.loading.filling import Weights
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.text.sentencepiece_model import (
@@ -51,7 +51,7 @@ class ModelSource(Protocol):
         """Loads a task; `overrides` are arguments of its backbone, `kwargs` its own."""
 
     def arguments(self) -> dict:
-        """Arguments of `OpenLlamaBackbone`, not yet checked by `config.checked`."""
+        """Arguments of `OpenLlamaBackbone`, before `config.validate_architecture`."""
 
     def tokenizer_file(self) -> Path:
         """Path of the SentencePiece model."""
@@ -131,7 +131,7 @@ class StreamedSource(SourceDefaults):
         return task
 
     def _all_arguments(self, overrides):
-        return checked({**self.arguments(), **overrides})
+        return validate_architecture({**self.arguments(), **overrides})
 
     def _load(self, build, load_weights, arguments, head):
         if not load_weights:

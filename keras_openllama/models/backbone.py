@@ -13,7 +13,11 @@ from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
 )
-from keras_openllama.config import BACKBONE_ARGUMENTS, PROJECTIONS, checked
+from keras_openllama.config import (
+    BACKBONE_ARGUMENTS,
+    PROJECTIONS,
+    validate_architecture,
+)
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.attention import causal_mask
@@ -87,7 +91,7 @@ class OpenLlamaBackbone(Backbone):
         dtype=None,
         **kwargs,
     ):
-        sizes = checked(
+        sizes = validate_architecture(
             {
                 "vocabulary_size": vocabulary_size,
                 "num_layers": num_layers,

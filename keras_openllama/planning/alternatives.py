@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from keras_openllama.config import REMATERIALIZATION, checked
+from keras_openllama.config import REMATERIALIZATION, validate_architecture
 from keras_openllama.distribution import check_mesh
 from keras_openllama.planning.aot_compile import DoesNotFit
 
@@ -78,7 +78,7 @@ def kept_bytes(choice, config, recipe):
     Args:
         choice, config, recipe: see `neighbours`.
     """
-    config = checked(config)
+    config = validate_architecture(config)
     hidden, heads = config["hidden_dim"], config["num_query_heads"]
     key_heads, head_dim = config["num_key_value_heads"], config["head_dim"]
     wide = 2 * config["intermediate_dim"]

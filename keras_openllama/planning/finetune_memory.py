@@ -9,7 +9,7 @@ accelerators nothing was measured.
 
 import dataclasses
 
-from keras_openllama.config import LOGITS_PER_CHUNK, checked
+from keras_openllama.config import LOGITS_PER_CHUNK, validate_architecture
 from keras_openllama.utils.host_memory import free_memory
 
 GIB = 2**30
@@ -138,7 +138,7 @@ class _Sizes:
     """Sizes of a network, and what its layers keep for each token."""
 
     def __init__(self, config):
-        config = checked(config)
+        config = validate_architecture(config)
         heads, head_dim = config["num_query_heads"], config["head_dim"]
         self.layers, self.hidden = config["num_layers"], config["hidden_dim"]
         self.heads, self.wide = heads, config["intermediate_dim"]

@@ -15,7 +15,7 @@ import jax
 import keras
 
 from keras_openllama.backend import jit
-from keras_openllama.config import checked
+from keras_openllama.config import validate_architecture
 from keras_openllama.data import instructions
 from keras_openllama.distribution import check_mesh
 from keras_openllama.loading.load import find_source, load_task_from, origin
@@ -137,7 +137,7 @@ def open_run(
     on_jax = keras.config.backend() == "jax"
     with _reading_preset(config):
         source = find_source(config.preset)
-        architecture = checked(source.arguments())
+        architecture = validate_architecture(source.arguments())
     check_size(architecture)
     examples, validation = read_examples(config)
     distribution = None

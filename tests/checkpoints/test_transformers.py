@@ -12,7 +12,7 @@ from tiny_models import TinyShape, assert_close, batch, in_transformers
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.checkpoints.transformers import backbone_arguments
-from keras_openllama.config import checked
+from keras_openllama.config import validate_architecture
 
 SHAPE = TinyShape("grouped", 6, 2, 20, hidden_dim=60, num_layers=3, context=64)
 FORMATS = ("safetensors", "sharded safetensors", "bin", "sharded bin")
@@ -296,7 +296,7 @@ OPENLLAMA_3B = {  # as published: neither rope_theta nor num_key_value_heads
 def test_what_the_published_config_leaves_out_is_filled_in():
     from keras_openllama import presets
 
-    arguments = checked(backbone_arguments(OPENLLAMA_3B))
+    arguments = validate_architecture(backbone_arguments(OPENLLAMA_3B))
     assert arguments["rope_max_wavelength"] == 10000.0
     assert arguments["num_key_value_heads"] == 32
     assert arguments["head_dim"] == 100

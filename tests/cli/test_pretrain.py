@@ -523,7 +523,10 @@ def test_wrong_arguments_are_told(arguments, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--mesh", "data=3"], "Of 3 devices these do: |No mesh of 3 devices does"),
+        (
+            ["--mesh", "data=3"],
+            "Meshes of 3 devices that fit: |No mesh of 3 devices fits",
+        ),
         (["--mesh", "fsdp=3,model=2"], "fsdp = 3 does not divide hidden_dim = 64"),
         (["--mesh", "model=2"], "number of devices, 1. Received: data=1, fsdp=1, mod"),
         (["--batch-size", "6", "--mesh", "fsdp=4"], "data=2, fsdp=1, model=2"),

@@ -522,7 +522,7 @@ def test_a_remote_output_is_refused(run):
 def test_a_mesh_that_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"data \* fsdp = 3 does not divide"):
         run(tmp_path, {"mesh": {"data": 3, "fsdp": 1, "model": 1}})
-    with pytest.raises(ValueError, match="multiply to the number of devices, 1"):
+    with pytest.raises(ValueError, match="must be the number of devices, 1"):
         run(tmp_path, {"mesh": {"data": 2, "fsdp": 1, "model": 1}})
     assert not (tmp_path / "run.json").exists()
 
