@@ -15,6 +15,10 @@ pytestmark = pytest.mark.backend_free
 WITHOUT_POSIX = """
 import errno, os, pathlib, shutil, signal, sys, tempfile, warnings
 
+# On Windows KerasHub brings no TensorFlow.
+for name in ("tensorflow", "tensorflow_text"):
+    sys.modules[name] = None
+
 import h5py, huggingface_hub, jax, keras, safetensors, sentencepiece, tqdm
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
@@ -28,20 +32,18 @@ for name in ("SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "alarm"):
     delattr(signal, name)
 
 real_open, real_fsync = os.open, os.fsync
-writable = set()
 
 
 def open_like_windows(path, flags, *arguments, **options):
     if os.path.isdir(path):
         raise PermissionError(errno.EACCES, "Windows opens no directory", path)
-    descriptor = real_open(path, flags, *arguments, **options)
-    if flags & (os.O_RDWR | os.O_WRONLY):
-        writable.add(descriptor)
-    return descriptor
+    return real_open(path, flags, *arguments, **options)
 
 
 def fsync_like_windows(descriptor):
-    if descriptor not in writable:
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="utf-8") as info:
+        (flags,) = [line.split()[1] for line in info if line.startswith("flags:")]
+    if not int(flags, 8) & (os.O_RDWR | os.O_WRONLY):
         raise OSError(errno.EBADF, "Windows flushes only what is open for writing")
     real_fsync(descriptor)
 
@@ -52,7 +54,7 @@ def open_files():
             yield os.readlink(f"/proc/self/fd/{link}")
         except OSError:
             pass
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
             yield line.split(maxsplit=5)[-1].strip()
 
