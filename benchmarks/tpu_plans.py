@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from keras_openllama.planning import plan as planning
 from keras_openllama.planning.aot_compile import DoesNotFit
 from keras_openllama.runs import recipe
+from keras_openllama.utils import plots
 
 # A v4-8 has 8 cores, which are 4 chips. One preset of each size: v1 and v2 are alike.
 SLICES = {
@@ -117,30 +118,33 @@ def table(plans):
 
 
 def draw(plans, path):
-    """Rate of a chip and days of the run, by the chips of a slice."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    rates, days = figure.subplots(1, 2)
-    for preset in dict.fromkeys(key.split()[0] for key in plans):
-        found = [
-            plan
-            for key, plan in plans.items()
-            if key.split()[0] == preset and "reason" not in plan
-        ]
-        chips = [plan["chips"] for plan in found]
-        mfu = [100 * plan["mfu"] for plan in found]
-        rates.plot(chips, mfu, "o-", label=preset)
-        days.plot(chips, [plan["days"] for plan in found], "o-", label=preset)
-    rates.set(title="MFU in %, planned", ylim=(0, 80))
-    days.set(title="days of the whole run, planned", yscale="log")
-    ticks = [10, 30, 100, 300]
-    days.set_yticks(ticks, labels=map(str, ticks))
-    for axes in (rates, days):
-        axes.set(xscale="log", xlabel="chips of TPU v4")
-        axes.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+    """Draws MFU and the days of a run against the number of chips."""
+    with plots.style():
+        figure = Figure(figsize=(9, 4))
+        mfu, days = figure.subplots(1, 2)
+        for preset in dict.fromkeys(key.split()[0] for key in plans):
+            found = [
+                plan
+                for key, plan in plans.items()
+                if key.split()[0] == preset and "reason" not in plan
+            ]
+            chips = [plan["chips"] for plan in found]
+            mfu.plot(chips, [100 * plan["mfu"] for plan in found], "o-", label=preset)
+            days.plot(chips, [plan["days"] for plan in found], "o-")
+        mfu.set(title="Planned MFU", ylabel="MFU (%)", ylim=(0, 80))
+        days.set(
+            title="Planned time of the whole run",
+            ylabel="days (log scale)",
+            yscale="log",
+        )
+        ticks = [10, 30, 100, 300]
+        days.set_yticks(ticks, labels=map(str, ticks))
+        for axes in (mfu, days):
+            axes.set(xscale="log", xlabel="TPU v4 chips")
+            axes.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
+            axes.minorticks_off()
+        figure.legend(loc="outside lower center", ncols=3)
+        plots.save(figure, path)
 
 
 if __name__ == "__main__":
