@@ -1,4 +1,4 @@
-# Everything works on a machine that has nothing but Python 3.11, venv and make.
+# Needs only Python 3.11 or newer with venv, and make.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PIP_LOG := $(VENV)/pip.log
 EXTRAS := torch,train,eval,docs,test
-# The first interpreter that runs and is new enough. Set PYTHON to choose another.
+# The first interpreter that works and is new enough. Set PYTHON to choose another.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
@@ -18,7 +18,7 @@ PYTEST ?=
 # More arguments for benchmarks/gpu_check: make gpu-check GPU_CHECK="--minutes 9"
 GPU_CHECK ?=
 
-# $(call stage,TEXT,COMMANDS): one line, and pip's output only if a command fails.
+# $(call stage,TEXT,COMMANDS): prints one line, and pip's output if a command fails.
 define stage
 printf '%s ... ' "$(1)"; start=$$SECONDS; \
 	if { $(2); } > $(PIP_LOG) 2>&1; then echo "done in $$((SECONDS - start)) s"; \
@@ -32,7 +32,7 @@ help:  ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: demo
-demo: $(VENV)/.base-installed  ## Install, and let open_llama_nano write (PROMPT="...")
+demo: $(VENV)/.base-installed  ## Install, and generate with open_llama_nano (PROMPT="...")
 	@$(BIN)/keras-openllama generate "$(PROMPT)" --preset open_llama_nano \
 		--max-new-tokens 100 --top-p 0.8 --temperature 0.7 --seed 3
 	@echo
@@ -43,32 +43,32 @@ test: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Install every extra; run t
 	@$(BIN)/python tests/run_backends.py $(PYTEST)
 
 .PHONY: test-all
-test-all: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## The same, with the slow tests
+test-all: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Run the tests with the slow ones
 	@$(BIN)/python tests/run_backends.py --slow $(PYTEST)
 
 .PHONY: lint
-lint: $(VENV)/.all-installed  ## Check style, formatting and the order of imports
+lint: $(VENV)/.all-installed  ## Check style, formatting and the import contract
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
 
 .PHONY: format
-format: $(VENV)/.all-installed  ## Put style and formatting right
+format: $(VENV)/.all-installed  ## Fix style and formatting
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/.all-installed  ## Make the notebooks of examples/ and the site, into site/
+docs: $(VENV)/.all-installed  ## Build the notebooks of examples/, and the documentation into site/
 	@$(BIN)/python docs/build_guides.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The site is in site/: $(BIN)/python -m http.server -d site"
 
 .PHONY: gpu-check
-gpu-check: $(VENV)/.all-installed  ## Check and measure on one GPU, on JAX and PyTorch
+gpu-check: $(VENV)/.all-installed  ## Test and benchmark one GPU, on JAX and PyTorch
 	@$(BIN)/python benchmarks/gpu_check $(GPU_CHECK)
 
 .PHONY: install
-install: $(VENV)/.all-installed  ## Set .venv up with every extra, and nothing more
+install: $(VENV)/.all-installed  ## Install every extra into .venv
 
 .PHONY: freeze
 freeze: $(VENV)/.all-installed  ## Write the installed versions to constraints.txt
@@ -80,7 +80,7 @@ freeze: $(VENV)/.all-installed  ## Write the installed versions to constraints.t
 	@touch $(VENV)/.base-installed $(VENV)/.all-installed
 
 .PHONY: clean
-clean:  ## Remove caches and built files, but not .venv
+clean:  ## Remove caches and built files, except .venv
 	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	@find . -name $(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf
 
@@ -88,7 +88,7 @@ clean:  ## Remove caches and built files, but not .venv
 distclean: clean  ## Remove .venv too
 	@rm -rf $(VENV)
 
-# pip is the last thing that a new environment gets, so it marks a complete one.
+# venv installs pip last, so pip marks a complete environment.
 $(BIN)/pip:
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed and was not found." \
 		"On Debian: apt-get install python3 python3-venv." \
@@ -101,8 +101,8 @@ $(BIN)/pip:
 		"Python's venv module is missing or incomplete." \
 		"On Debian: apt-get install python3-venv" >&2; exit 1; }
 
-# The build backend is installed first, with the pinned versions, so that the package
-# itself is built without a second environment of unpinned ones.
+# The build backend comes first, in its pinned version: pip would build the package in an
+# isolated environment with unpinned versions.
 $(VENV)/.base-installed: pyproject.toml constraints.txt | $(BIN)/pip
 	@$(call stage,Installing keras_openllama into $(VENV) (a few minutes the first time),\
 		$(PIP) pip hatchling editables && $(PIP) --no-build-isolation -e .)
@@ -113,8 +113,8 @@ $(VENV)/.all-installed: $(VENV)/.base-installed
 		$(PIP) --no-build-isolation -e ".[$(EXTRAS)]")
 	@touch $@
 
-# The TPU compiler (the extra `plan`), for tests alone: where JAX finds it without a TPU it
-# says so at each start. Elsewhere than on Linux on x86-64 there is none.
+# The TPU compiler (the extra `plan`), for tests. It is not installed into .venv, because JAX
+# logs a message at each start if it finds it without a TPU. It exists for Linux x86-64 only.
 $(VENV)/tpu-compiler: pyproject.toml | $(BIN)/pip
 	@rm -rf $@ && mkdir -p $@
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || { \
