@@ -1,7 +1,11 @@
 """The LLaMA network up to its last hidden states."""
 
+from __future__ import annotations
+
 import functools
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -24,6 +28,7 @@ from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.remat import apply_remat_policy, check_policy
 from keras_openllama.loading.load import load_backbone
+from keras_openllama.utils.types import PathLike, Tensor
 
 if keras.config.backend() == "jax":
     from keras_openllama.layers.scan import functional_call, scan_layers
@@ -31,65 +36,75 @@ if keras.config.backend() == "jax":
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class OpenLlamaBackbone(Backbone):
-    """The decoder of OpenLLaMA: token ids to hidden states.
+    """The decoder-only transformer of OpenLLaMA: token ids to hidden states.
 
-    Defaults are those common to all OpenLLaMA models.
+    The defaults are the values that all published OpenLLaMA models share.
+
+    Call arguments:
+
+    - `token_ids`: int `(batch, length)`.
+    - `padding_mask`: bool or int `(batch, length)`, nonzero on real tokens. In packed
+      sequences it numbers the documents 1, 2 and so on: a token attends only to tokens
+      of its own document, and positions restart with each document.
+
+    Both are passed as one dict. The result is the hidden states after the final norm,
+    `(batch, length, hidden_dim)`, in the compute dtype.
 
     Args:
-        vocabulary_size: int, number of tokens.
-        num_layers: int, number of decoder layers.
-        num_query_heads: int, attention heads.
-        hidden_dim: int, width of the network.
-        intermediate_dim: int, width of the feed-forward networks.
-        num_key_value_heads: int, heads of keys and values; a divisor of
-            `num_query_heads`. Defaults to `num_query_heads`.
-        head_dim: int, size of a head. Defaults to `hidden_dim / num_query_heads`,
-            which must then be a whole number.
-        rope_max_wavelength: float, base of the rotary frequencies ("theta").
+        vocabulary_size: number of tokens.
+        num_layers: number of decoder layers.
+        num_query_heads: number of attention heads.
+        hidden_dim: width of the hidden states.
+        intermediate_dim: width of the feed-forward networks.
+        num_key_value_heads: number of key and value heads (grouped-query attention), a
+            divisor of `num_query_heads`. Defaults to `num_query_heads`.
+        head_dim: size of a head. Defaults to `hidden_dim / num_query_heads`, which
+            must then be an integer.
+        rope_max_wavelength: base of the rotary frequencies ("theta").
         rope_scaling: `None`, or a dict such as
             `{"rope_type": "linear", "factor": 2.0}` for contexts longer than
             `max_sequence_length`; see `keras_openllama.layers.RotaryEmbedding`.
-        layer_norm_epsilon: float, epsilon of the norms.
-        max_sequence_length: int, context of the trained weights, in tokens.
-        initializer_std: float, standard deviation of the initial weights.
-        dtype: dtype or dtype policy. Norms, rotary embedding and softmax are
-            float32 whatever it is.
-
-    Call arguments:
-        A dict of `"token_ids"`, int `(batch, length)`, and `"padding_mask"`, bool or
-        int `(batch, length)`, true on real tokens. Where documents share a row it
-        numbers them, 1, 2 and so on: a token sees its own document only, and positions
-        begin anew with each.
-
-    Returns:
-        Hidden states `(batch, length, hidden_dim)`, in the compute dtype.
+        layer_norm_epsilon: epsilon of the RMS norms.
+        max_sequence_length: context length of the trained weights, in tokens.
+        initializer_std: standard deviation of the initial weights.
+        dtype: dtype or dtype policy. Norms, rotary embeddings and softmax are always
+            computed in float32.
+        **kwargs: further arguments of `keras.Model`, such as `name`.
 
     Raises:
-        ValueError: if head counts or sizes do not fit together.
+        ValueError: if the sizes are not positive or do not fit together.
 
     Example:
-        backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
-        backbone({"token_ids": [[1, 5, 6]], "padding_mask": [[1, 1, 1]]})
+        >>> import numpy as np
+        >>> backbone = OpenLlamaBackbone(
+        ...     vocabulary_size=100, num_layers=2, num_query_heads=4, hidden_dim=32,
+        ...     intermediate_dim=64,
+        ... )
+        >>> backbone({
+        ...     "token_ids": np.array([[1, 5, 6]]),
+        ...     "padding_mask": np.array([[1, 1, 1]]),
+        ... }).shape
+        (1, 3, 32)
 
-    Source: LLaMA (arXiv:2302.13971); sizes in `openlm-research/open_llama`.
+    Source: LLaMA (arXiv:2302.13971); sizes from `openlm-research/open_llama`.
     """
 
     def __init__(
         self,
-        vocabulary_size,
-        num_layers,
-        num_query_heads,
-        hidden_dim,
-        intermediate_dim,
-        num_key_value_heads=None,
-        head_dim=None,
-        rope_max_wavelength=10000.0,
-        rope_scaling=None,
-        layer_norm_epsilon=1e-6,
-        max_sequence_length=2048,
-        initializer_std=0.02,
-        dtype=None,
-        **kwargs,
+        vocabulary_size: int,
+        num_layers: int,
+        num_query_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_max_wavelength: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        layer_norm_epsilon: float = 1e-6,
+        max_sequence_length: int = 2048,
+        initializer_std: float = 0.02,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ):
         sizes = validate_architecture(
             {
@@ -151,23 +166,50 @@ class OpenLlamaBackbone(Backbone):
             dtype=dtype,
             **kwargs,
         )
-        # Under a mixed policy gradients of a token's rows would add up in bfloat16. (A
-        # layer's own `autocast=False` counts only where another layer calls it.)
+        # Under a mixed policy the gradients of a token's embedding would be summed in
+        # bfloat16. (`autocast=False` of the layer itself has no effect here, because
+        # no other layer calls it.)
         disable_autocast(embeddings_variable(self.token_embedding))
 
         # === Config ===
         for name, value in sizes.items():
             setattr(self, name, value)
-        # The layers that tasks have put on top, see `add_head`. Weakly: Keras would
-        # track them as layers of the backbone, and save them with it.
+        # The heads that tasks have registered with `add_head`. Weak references, since
+        # Keras would track and save the heads as layers of the backbone.
         self._heads = weakref.WeakSet()
-        self._merged = ()  # Of `lora.merge_adapters`.
+        self._merged = ()  # What `lora.merge_adapters` returned.
 
     @classmethod
     def from_preset(
-        cls, preset, *, dtype=None, load_weights=True, revision=None, **kwargs
-    ):
-        """Loads a backbone; see `OpenLlamaCausalLM.from_preset`."""
+        cls,
+        preset: PathLike,
+        *,
+        dtype: str | keras.DTypePolicy | None = None,
+        load_weights: bool = True,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> OpenLlamaBackbone:
+        """Loads the backbone of a preset, without tokenizer and head.
+
+        Args:
+            preset: see `OpenLlamaCausalLM.from_preset`.
+            dtype: dtype or dtype policy; `None` is Keras's global policy.
+            load_weights: whether to load the weights instead of initializing them.
+            revision: branch, tag or commit of a repository on the Hugging Face Hub.
+            **kwargs: arguments of `OpenLlamaBackbone` that override the preset's.
+
+        Returns:
+            An `OpenLlamaBackbone`.
+
+        Raises:
+            ValueError: for an unknown preset, or files of another model.
+            OSError: if a file is unavailable or cannot be read.
+
+        Example:
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.num_layers, backbone.hidden_dim
+            (4, 256)
+        """
         return load_backbone(
             cls,
             preset,
@@ -178,46 +220,63 @@ class OpenLlamaBackbone(Backbone):
         )
 
     @classproperty
-    def presets(cls):
-        """Names of the presets, each with description, parameters and handles."""
+    def presets(cls) -> dict[str, dict]:
+        """Names of the presets, with description, parameter count and handles.
+
+        Example:
+            >>> OpenLlamaBackbone.presets["open_llama_nano"]["parameters"]
+            4524288
+        """
         return presets.descriptions()
 
     @property
-    def context_length(self):
-        """int, the longest sequence the model can take, in tokens."""
+    def context_length(self) -> int:
+        """The longest supported sequence in tokens, RoPE scaling included.
+
+        Example:
+            >>> lm.backbone.context_length
+            256
+        """
         factor = 1.0 if self.rope_scaling is None else self.rope_scaling["factor"]
         return int(self.max_sequence_length * factor)
 
     def hidden_states(
         self,
-        token_ids,
-        padding_mask,
-        mask=None,
-        layer_intercept_fn=None,
-        execution=None,
-    ):
-        """What the model computes, with a look at each layer where wanted.
+        token_ids: Tensor,
+        padding_mask: Tensor,
+        mask: Tensor | None = None,
+        layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None = None,
+        execution: LayerExecution | None = None,
+    ) -> Tensor:
+        """Computes the hidden states; calling the model does the same by default.
 
         Args:
-            token_ids: int tensor `(batch, length)`.
-            padding_mask: tensor `(batch, length)`: bool, true on real tokens; or int,
-                see `causal_mask`. Positions begin anew with each document.
-            mask: bool `(batch, 1, length, length)`, True where a token may look at
-                one that is not after it; `None` is `causal_mask`. A token's position is
-                the number of tokens it sees beside itself. Not with an
-                `execution.attention_fn`, which may know no other mask.
+            token_ids: int `(batch, length)`.
+            padding_mask: bool or int `(batch, length)`; see the class.
+            mask: attention mask, bool `(batch, 1, length, length)`, True where a query
+                may attend to an earlier key or to itself; `None` is
+                `keras_openllama.layers.attention.causal_mask`. A token's position is
+                the number of other tokens that it attends to. Cannot be combined with
+                `execution.attention_fn`, whose kernels may support no other mask.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output
                 (its index, or `None` in a scan).
-            execution: `LayerExecution`, how the layers are computed; `None` is layer
-                by layer, and all that a backward pass needs is kept.
+            execution: how the layers are computed. By default they run one after the
+                other, and all activations are saved for the backward pass.
 
         Returns:
-            Hidden states `(batch, length, hidden_dim)` after the final norm.
+            Hidden states after the final norm, `(batch, length, hidden_dim)`, in the
+            compute dtype.
 
         Raises:
-            ValueError: for a rematerialization that is not known, or cannot be had
-                here; for both `mask` and `execution.attention_fn`.
+            ValueError: for a rematerialization policy that is unknown or not supported
+                on this backend, or for both `mask` and `execution.attention_fn`.
+
+        Example:
+            >>> import numpy as np
+            >>> token_ids = np.array([[1, 357, 1239]])
+            >>> lm.backbone.hidden_states(token_ids, np.ones_like(token_ids)).shape
+            (1, 3, 256)
         """
         execution = execution or LayerExecution()
         check_policy(execution.rematerialize)
@@ -225,13 +284,13 @@ class OpenLlamaBackbone(Backbone):
             raise ValueError(
                 "`mask` and `execution.attention_fn` exclude each other. Received: both"
             )
-        # 0, 1, 2 … as a sum, because the length may not be known here.
+        # 0, 1, 2 … as a cumulative sum, because the length may be unknown here.
         columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
         if mask is None:
             mask = causal_mask(columns, padding_mask)
-        # As many as there are tokens of the same document before.
-        seen = ops.sum(ops.cast(mask[:, 0], "int32"), axis=-1)
-        positions = ops.maximum(seen - 1, 0)
+        # The number of earlier tokens of the same document.
+        attended = ops.sum(ops.cast(mask[:, 0], "int32"), axis=-1)
+        positions = ops.maximum(attended - 1, 0)
         real = ops.cast(ops.cast(padding_mask, "bool"), "int32")
         final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
@@ -256,55 +315,73 @@ class OpenLlamaBackbone(Backbone):
             x = intercept(block(apply_layer, "full")(x, cos, sin, mask), index)
         return self.final_norm(x)
 
-    def add_head(self, layer):
-        """Tells the backbone of a layer on top of it, which `enable_lora` freezes too.
+    def add_head(self, layer: keras.layers.Layer) -> None:
+        """Registers a layer on top of the backbone, so that LoRA freezes it too.
 
         Args:
-            layer: the `keras.layers.Layer` that a task applies to the hidden states.
+            layer: the layer that a task applies to the hidden states.
+
+        Example:
+            >>> import keras
+            >>> backbone = OpenLlamaBackbone(
+            ...     vocabulary_size=100, num_layers=1, num_query_heads=4,
+            ...     hidden_dim=32, intermediate_dim=64,
+            ... )
+            >>> classifier = keras.layers.Dense(2)
+            >>> backbone.add_head(classifier)
+            >>> backbone.enable_lora(4)
+            >>> classifier.trainable
+            False
         """
         self._heads.add(layer)
 
-    def enable_lora(self, rank, target_layer_names=None, alpha=None):
-        """Adds low-rank adapters (LoRA, arXiv:2106.09685) and freezes all the rest.
+    def enable_lora(
+        self,
+        rank: int,
+        target_layer_names: Sequence[str] | None = None,
+        alpha: float | None = None,
+    ) -> None:
+        """Adds low-rank adapters (LoRA) and freezes all other variables.
 
         Afterwards the trainable variables of the backbone, and of a task around it,
-        are exactly the adapters. They are float32 whatever the model is; so it may be
-        bfloat16, or quantized to int8.
+        are exactly the adapters. Adapters are always float32, so the model itself may
+        be bfloat16 or quantized to int8.
 
         Args:
-            rank: int, rank of the adapters.
-            target_layer_names: list of strings among `"query"`, `"key"`, `"value"`,
-                `"output"`, `"gate"`, `"up"`, `"down"`. Defaults to query and value.
-            alpha: float; what adapters add is scaled by `alpha / rank`. Defaults to
-                `rank`.
+            rank: rank of the adapters.
+            target_layer_names: names among `"query"`, `"key"`, `"value"`, `"output"`,
+                `"gate"`, `"up"`, `"down"`. Defaults to query and value.
+            alpha: the adapters' output is scaled by `alpha / rank`. Defaults to `rank`.
 
         Raises:
             ValueError: for a name that is no projection of this network, a rank or
-                alpha that is not positive, or if there are adapters already.
+                alpha that is not positive, or if the model already has adapters.
 
         Example:
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.enable_lora(16, ["query", "output"], alpha=32)
+            >>> len(backbone.trainable_variables)  # 2 matrices per adapter
+            16
 
-        ```python
-        lm.backbone.enable_lora(16, ["query", "key", "value", "output"], alpha=32)
-        ```
+        Source: LoRA (arXiv:2106.09685).
         """
         names = target_layer_names
         if names is not None and (
             isinstance(names, str) or not names or set(names) - set(PROJECTIONS)
         ):
             raise ValueError(
-                "`target_layer_names` takes a list of names among "
+                "`target_layer_names` must be a list of names among "
                 f"{PROJECTIONS}. Received: {names!r}"
             )
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` is a whole number from 1 on. Received: {rank!r}")
+            raise ValueError(f"`rank` must be a positive integer. Received: {rank!r}")
         if alpha is not None and not alpha > 0:
-            raise ValueError(f"`alpha` is a positive number. Received: alpha={alpha!r}")
+            raise ValueError(f"`alpha` must be positive. Received: alpha={alpha!r}")
         if lora.adapted_layers(self) or self._merged:
             raise ValueError(
-                f"This model has adapters (rank {lora_rank(self)}). They can be added "
-                "once: load the model again for others, or put them into its weights "
-                "for good with `merge_lora(reversible=False)`."
+                f"The model already has adapters (rank {lora_rank(self)}). Reload the "
+                "model to use other adapters, or merge these into its weights with "
+                "`merge_lora(reversible=False)`."
             )
         super().enable_lora(rank, target_layer_names)
         for layer in lora.adapted_layers(self):
@@ -312,33 +389,50 @@ class OpenLlamaBackbone(Backbone):
         for head in self._heads:
             head.trainable = False
 
-    def merge_lora(self, reversible=True):
-        """Puts the adapters into the weights, and takes them off.
+    def merge_lora(self, reversible: bool = True) -> None:
+        """Merges the adapters into the weights and removes them.
 
-        The model is then as if it never had any: as fast, and all of it trainable.
+        The merged model is as fast as one without adapters, and all its variables are
+        trainable.
 
         Args:
-            reversible: bool, whether to keep the weights as they are now, on the host,
-                for `unmerge_lora`: as much memory as the adapted matrices have.
+            reversible: whether to save the original weights in host memory for
+                `unmerge_lora`. This takes as much memory as the adapted matrices.
 
         Raises:
-            ValueError: if there are no adapters, or the model is quantized.
+            ValueError: if the model has no adapters, or is quantized.
+
+        Example:
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.enable_lora(4)
+            >>> backbone.merge_lora()
+            >>> len(backbone.trainable_variables) == len(backbone.variables)
+            True
         """
         merged = lora.merge_adapters(self, reversible)
-        # Each by itself: on TensorFlow Keras does not pass it down.
+        # Layer by layer: on TensorFlow, Keras does not propagate `trainable`.
         for layer in (*flatten_layers(self), *self._heads):
             layer.trainable = True
         self._merged = merged
 
-    def unmerge_lora(self):
-        """Takes the adapters out of the weights again, to the bit.
+    def unmerge_lora(self) -> None:
+        """Restores the adapters and the original weights, bit-exactly.
 
         Raises:
-            ValueError: if none were merged, or not reversibly.
+            ValueError: if no adapters were merged with `reversible=True`.
+
+        Example:
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.enable_lora(4)
+            >>> backbone.merge_lora()
+            >>> backbone.unmerge_lora()
+            >>> len(backbone.trainable_variables)  # The adapters.
+            16
         """
         if not self._merged:
             raise ValueError(
-                "No adapters were merged reversibly, so there is nothing to undo."
+                "There are no merged adapters to restore. Call "
+                "`merge_lora(reversible=True)` first."
             )
         lora.unmerge_adapters(self, self._merged)
         self._merged = ()
@@ -347,26 +441,38 @@ class OpenLlamaBackbone(Backbone):
 
     @staticmethod
     def get_layout_map(
-        device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch"
-    ):
-        """Layouts for `keras.distribution.ModelParallel`, as in KerasHub.
+        device_mesh: keras.distribution.DeviceMesh,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+    ) -> keras.distribution.LayoutMap:
+        """Returns the layouts for `keras.distribution.ModelParallel`, as in KerasHub.
 
         Args:
-            device_mesh: `keras.distribution.DeviceMesh`.
-            model_parallel_dim_name: string, the axis of the mesh that divides heads,
-                widths and the vocabulary.
-            data_parallel_dim_name: string, the axis that divides the rest of each
+            device_mesh: the mesh of devices.
+            model_parallel_dim_name: mesh axis that shards heads, feed-forward widths
+                and the vocabulary.
+            data_parallel_dim_name: mesh axis that shards the other dimension of each
                 matrix, and the batch.
 
         Returns:
-            `keras.distribution.LayoutMap`, for the head of a task too. For a batch
-            over two axes see `keras_openllama.distribution`.
+            A layout map, which covers the head of a task too. To shard the batch over
+            two axes, use `keras_openllama.distribution`.
+
+        Example:
+            >>> import keras
+            >>> mesh = keras.distribution.DeviceMesh(
+            ...     (1, 1), ("batch", "model"), keras.distribution.list_devices()[:1]
+            ... )
+            >>> layouts = OpenLlamaBackbone.get_layout_map(mesh)
+            >>> layouts["token_embedding/embeddings"].axes
+            ('model', 'batch')
         """
         return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
-    def get_config(self):
-        # Not KerasHub's: it makes a map without a default policy, and serialising such
-        # a map makes the live layers forget which dtype they compute in.
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        # KerasHub's `get_config` makes a dtype policy map without a default policy,
+        # and serializing such a map resets the compute dtype of the live layers.
         config = {
             "name": self.name,
             "trainable": self.trainable,
@@ -374,16 +480,20 @@ class OpenLlamaBackbone(Backbone):
         }
         return {**config, **self.architecture()}
 
-    def architecture(self):
-        """The constructor's arguments that make the network what it is.
+    def architecture(self) -> dict[str, Any]:
+        """Returns the constructor's arguments that define the network.
 
         Returns:
-            Dict of numbers, and of `rope_scaling`; JSON can hold it.
+            A dict of numbers, and `rope_scaling`, which can be written as JSON.
+
+        Example:
+            >>> lm.backbone.architecture()["num_key_value_heads"]
+            2
         """
         return {name: getattr(self, name) for name in BACKBONE_ARGUMENTS}
 
     def _policy_with_quantized(self):
-        """The dtype policy, by layer where some are quantized, heads among them."""
+        """Returns the dtype policy, as a map by layer if any layer is quantized."""
         quantized = {
             layer.path: layer.dtype_policy
             for layer in [*flatten_layers(self), *self._heads]

@@ -1,5 +1,10 @@
 """OpenLLaMA as a causal language model: training, scoring, generation."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 from keras import ops
 
@@ -17,33 +22,49 @@ from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.training.fit import FitMixin, default_optimizer
 from keras_openllama.training.train_plan import plan_training
+from keras_openllama.utils.types import PathLike, Tensor
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import Sampler
+    from keras_openllama.generation.beam_search import SearchLoop
+    from keras_openllama.generation.token_loop import TokenLoop
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class OpenLlamaCausalLM(FitMixin, CausalLM):
-    """OpenLLaMA with its language-model head.
+    """OpenLLaMA with its language-model head: train, score, generate, export.
+
+    Calling the model takes the inputs of `OpenLlamaBackbone` and returns logits
+    `(batch, length, vocabulary_size)`.
 
     Args:
-        backbone: `OpenLlamaBackbone`.
-        preprocessor: `OpenLlamaCausalLMPreprocessor`, or `None` to work on token ids.
-
-    Call arguments: those of the backbone.
-
-    Returns:
-        Logits `(batch, length, vocabulary_size)`.
+        backbone: the network below the head.
+        preprocessor: tokenizer and preprocessing; `None` to work on token ids.
+        **kwargs: further arguments of `keras_hub.models.CausalLM`, such as `name`.
 
     Example:
-        lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
-        lm.generate("It was a dark night, and", max_new_tokens=32)
-        lm.fit(["some text", "more text"])
+        >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+        >>> lm.generate("The sea", max_new_tokens=4)
+        'The sea shines, and'
+        >>> lm.preprocessor.sequence_length = 16
+        >>> history = lm.fit(["some text", "more text"], verbose=0)
+        >>> sorted(history.history)
+        ['loss', 'perplexity', 'sparse_categorical_accuracy']
+
+    Source: LLaMA (arXiv:2302.13971); weights by `openlm-research/open_llama`.
     """
 
     backbone_cls = OpenLlamaBackbone
     preprocessor_cls = OpenLlamaCausalLMPreprocessor
-    # What `from_preset` read the weights from; an export tells it.
+    # The source that `from_preset` read the weights from; exports record it.
     loaded_from = None
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(
+        self,
+        backbone: OpenLlamaBackbone,
+        preprocessor: OpenLlamaCausalLMPreprocessor | None = None,
+        **kwargs: Any,
+    ):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -63,41 +84,46 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
     @classmethod
     def from_preset(
         cls,
-        preset,
+        preset: PathLike,
         *,
-        dtype=None,
-        load_weights=True,
-        revision=None,
-        preprocessor="auto",
-        **kwargs,
-    ):
+        dtype: str | keras.DTypePolicy | None = None,
+        load_weights: bool = True,
+        revision: str | None = None,
+        preprocessor: OpenLlamaCausalLMPreprocessor | str | None = "auto",
+        **kwargs: Any,
+    ) -> OpenLlamaCausalLM:
         """Loads a model.
 
-        Weights are read tensor by tensor into the dtype asked for; memory holds one
-        tensor more than the model.
+        Weights are read tensor by tensor into the requested dtype. Loading needs memory
+        for the model and one more tensor.
 
         Args:
-            preset: a name of `OpenLlamaCausalLM.presets`; a directory in KerasHub's or
-                transformers' format (safetensors or `.bin`, one file or several), or
-                that of a pretraining run, or of one of its checkpoints; or
+            preset: a name in `OpenLlamaCausalLM.presets`; a directory in KerasHub or
+                transformers format (safetensors or `.bin`, one file or several); the
+                directory of a training run or of one of its checkpoints; or
                 `"hf://user/repo"`.
-            dtype: dtype or dtype policy; `None` is Keras's global policy, float32
-                unless set.
-            load_weights: whether to load the weights, rather than initialise them.
-            revision: branch, tag or commit of a repository on the Hub.
-            preprocessor: `"auto"` loads it; `None` loads no tokenizer.
-            **kwargs: arguments of `OpenLlamaBackbone` to override, such as
-                `rope_scaling`.
+            dtype: dtype or dtype policy; `None` is Keras's global policy, which is
+                float32 unless set.
+            load_weights: whether to load the weights instead of initializing them.
+            revision: branch, tag or commit of a repository on the Hugging Face Hub.
+            preprocessor: `"auto"` loads it with its tokenizer; `None` loads neither.
+            **kwargs: arguments of `OpenLlamaBackbone` that override the preset's, such
+                as `rope_scaling`.
 
         Returns:
             An `OpenLlamaCausalLM`.
 
         Raises:
-            ValueError: for an unknown preset, or files that are not this model.
-            OSError: if a file cannot be had or read.
+            ValueError: for an unknown preset, or files of another model.
+            OSError: if a file is unavailable or cannot be read.
 
         Example:
-            OpenLlamaCausalLM.from_preset("open_llama_7b_v2", dtype="bfloat16")
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano", dtype="bfloat16")
+            >>> lm.count_params()
+            4524288
+            >>> lm = OpenLlamaCausalLM.from_preset(
+            ...     "open_llama_7b_v2", dtype="bfloat16"
+            ... )  # doctest: +SKIP
         """
         return load_task(
             cls,
@@ -110,56 +136,67 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         )
 
     @classproperty
-    def presets(cls):
-        """Names of the presets, each with description, parameters and handles."""
+    def presets(cls) -> dict[str, dict]:
+        """Names of the presets, with description, parameter count and handles.
+
+        Example:
+            >>> OpenLlamaCausalLM.presets["open_llama_nano"]["parameters"]
+            4524288
+        """
         return presets.descriptions()
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: str | keras.optimizers.Optimizer = "auto",
+        loss: str | keras.losses.Loss = "auto",
         *,
-        weighted_metrics="auto",
-        sampler="greedy",
-        micro_batches=1,
-        rematerialize="none",
-        z_loss=0.0,
-        **kwargs,
-    ):
+        weighted_metrics: str | list | None = "auto",
+        sampler: str | Sampler = "greedy",
+        micro_batches: int = 1,
+        rematerialize: str = "none",
+        z_loss: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         """Configures training and generation.
 
-        With the loss and the metrics below a step whose loss or gradient is not finite
-        is left out: such a loss is shown, and no variable changes. On JAX training and
-        evaluation do not keep the logits. An optimizer that scales the loss, as for
-        float16, and on JAX a quantized head, take Keras's own step.
+        With the default loss and metrics, a training step whose loss or gradient is not
+        finite is skipped: it changes no variable, and a warning reports it. On JAX,
+        training and evaluation then compute the loss in chunks and never hold the
+        logits of a whole batch. An optimizer with loss scaling (as for float16), and on
+        JAX a quantized head, use the train step of Keras instead.
 
         Args:
-            optimizer: see `keras.Model.compile`; `"auto"` is AdamW at 2e-5, and at
-                2e-4 for a model with adapters.
+            optimizer: see `keras.Model.compile`; `"auto"` is AdamW with a learning rate
+                of 2e-5, or 2e-4 for a model with adapters.
             loss: see `keras.Model.compile`; `"auto"` is the cross-entropy of the next
-                token, in nats, averaged over positions by their weight, over all of an
-                epoch; perplexity comes with it.
+                token in nats, averaged over the positions of an epoch by their weight.
+                The perplexity is reported with it.
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
             sampler: name or instance of a `keras_hub.samplers.Sampler`.
-            micro_batches: int, parts of a batch that training computes one after the
-                other, to save memory; one update for all. JAX only.
-            rematerialize: string, what training computes twice to save memory: see
+            micro_batches: number of parts into which a batch is split for gradient
+                accumulation, to save memory. There is one update per batch. JAX only.
+            rematerialize: which activations the backward pass recomputes instead of
+                saving (gradient checkpointing), one of
                 `keras_openllama.config.REMATERIALIZATION`. JAX only.
-            z_loss: float, weight of the squared log of the softmax's denominator in
-                the gradient (PaLM: 1e-4). JAX only.
+            z_loss: weight of the squared logarithm of the softmax's denominator in the
+                gradient (1e-4 in PaLM, arXiv:2204.02311). JAX only.
             **kwargs: further arguments of `keras.Model.compile`.
 
         Raises:
-            ValueError: for a sampler that `generate` cannot run, or if what is for JAX
-                only is asked for elsewhere, or where Keras's own step is taken, as
-                with a loss or metrics of your own.
+            ValueError: for a sampler that `generate` does not support; or for an option
+                that needs JAX on another backend, or in combination with a loss or
+                metrics for which the train step of Keras is used.
+
+        Example:
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.compile(optimizer="sgd", sampler="top_p", micro_batches=2)
         """
         check_policy(rematerialize)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         )
         sampler = get_sampler(sampler)
-        is_search_sampler(sampler)  # Refuses one that cannot run.
+        is_search_sampler(sampler)  # Raises for unsupported samplers.
         auto_learning_rate = optimizer == "auto"
         if auto_learning_rate:
             optimizer = default_optimizer(self)
@@ -182,88 +219,109 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
 
     # ----- Generation
 
-    def make_generate_function(self):
-        """The loop that chooses tokens; it compiles its programs at first use."""
-        # KerasHub sets it to None where the model or the sampler changes.
+    def make_generate_function(self) -> TokenLoop | SearchLoop:
+        """Returns the generation loop of the sampler, which compiles on first use.
+
+        Returns:
+            The loop that `generate` and `stream` run; the same object until `compile`
+            or `quantize` changes the model.
+
+        Example:
+            >>> type(lm.make_generate_function()).__name__
+            'TokenLoop'
+        """
+        # KerasHub resets it to None when the model or the sampler changes.
         if self.generate_function is None:
             self.generate_function = generation.make_token_loop(self)
         return self.generate_function
 
     def generate(
         self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        stop=None,
-        strip_prompt=False,
-    ):
-        """Continues one or more prompts.
+        inputs: Any,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop: str | Sequence[str] | None = None,
+        strip_prompt: bool = False,
+    ) -> str | list[str] | dict[str, Any]:
+        """Generates text after one or more prompts.
 
-        Each prompt of a batch is continued as it would be alone. Sizes are rounded up
-        inside, so that other lengths seldom compile anew.
+        The result for a prompt does not depend on the other prompts of its batch. Array
+        sizes are rounded up internally, so that few lengths need a new compilation.
 
         Args:
-            inputs: a string, a list or array of strings, a `tf.data.Dataset` of
-                strings or of batches of them, or a dict of `"token_ids"` and
-                `"padding_mask"`, both `(batch, length)` with padding on the right. Or
-                a chat, `{"messages": [{"role": …, "content": …}, …]}`, or a list of
-                chats, by the preprocessor's `chat_template`.
-            max_length: int, tokens that a row may have in the end, prompt and BOS
-                included. Defaults to `preprocessor.sequence_length`, or for a dict to
-                its length.
-            max_new_tokens: int, tokens that may be added to each prompt. Where both
-                are given, the nearer limit counts.
-            stop_token_ids: list of ids that end a row; `"auto"` is the tokenizer's end
-                token, `None` is none.
-            stop: string or list of strings that end a row; they are cut off.
-            strip_prompt: whether to return the new text alone; for chats it always is.
+            inputs: a string; a list or array of strings; a `tf.data.Dataset` of strings
+                or of batches of strings; or a dict of `"token_ids"` and
+                `"padding_mask"`, both `(batch, length)`, padded on the right. Or a
+                chat, `{"messages": [{"role": …, "content": …}, …]}`, or a list of
+                chats, which use the preprocessor's `chat_template`.
+            max_length: maximum number of tokens of a sequence, including the prompt and
+                `<s>`. Defaults to `preprocessor.sequence_length`, or to the length of
+                the arrays.
+            max_new_tokens: maximum number of generated tokens per prompt. If both
+                limits are given, the stricter one applies.
+            stop_token_ids: ids that end a sequence; `"auto"` is the tokenizer's end
+                token, `None` is no token.
+            stop: string or list of strings that end a sequence, and that are removed
+                from it.
+            strip_prompt: whether to return the new text without the prompt. Replies to
+                chats never include the prompt.
 
         Returns:
-            A string for a string or a chat, a list of strings for several; for a dict
-            of arrays a dict with the same keys, NumPy arrays.
+            A string for a string or a chat; a list of strings for several; for a dict
+            of arrays, a dict of NumPy arrays with the same keys.
 
         Raises:
-            ValueError: if a prompt is empty, or longer than the limits; if ids or mask
-                are malformed; if the limits go beyond the model's context.
+            ValueError: if a prompt is empty or longer than the limits; if token ids or
+                mask are malformed; if the limits exceed the model's context.
 
         Example:
-            lm.generate(["Once upon", "The sea"], max_new_tokens=20, stop=".")
+            >>> lm.generate(["Once upon", "The sea"], max_new_tokens=4)
+            ['Once upon the sea, the', 'The sea shines, and']
+            >>> lm.generate("The sea", max_new_tokens=8, stop=",", strip_prompt=True)
+            ' shines'
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         return generation.generate(self, inputs, limits, strip_prompt)
 
     def stream(
         self,
-        inputs,
-        max_length=None,
-        max_new_tokens=None,
-        stop_token_ids="auto",
-        stop=None,
-    ):
-        """Continues one prompt and yields the new text while it arises.
+        inputs: str,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop: str | Sequence[str] | None = None,
+    ) -> Iterator[str]:
+        """Generates text after a prompt and yields it piece by piece.
 
-        The pieces join to what `generate(..., strip_prompt=True)` returns. None ends
-        within a character, and none shows a part of a stop string.
+        Joined, the pieces are what `generate(..., strip_prompt=True)` returns. A piece
+        never ends within a character, and never contains a part of a stop string.
 
         Args:
-            inputs: string.
-            max_length, max_new_tokens, stop_token_ids, stop: see `generate`.
+            inputs: the prompt.
+            max_length: see `generate`.
+            max_new_tokens: see `generate`.
+            stop_token_ids: see `generate`.
+            stop: see `generate`.
 
-        Yields:
-            Strings, none empty.
+        Returns:
+            An iterator over the pieces, which are never empty.
 
         Raises:
-            ValueError: as `generate`, before the first piece.
+            ValueError: as `generate`; already at the call, before the first piece.
 
         Example:
-            for piece in lm.stream("Once upon", max_new_tokens=64):
-                print(piece, end="", flush=True)
+            >>> for piece in lm.stream("The sea", max_new_tokens=4):
+            ...     print(repr(piece))
+            ' sh'
+            'ines'
+            ','
+            ' and'
         """
         if self.preprocessor is None or not isinstance(inputs, str):
             raise ValueError(
-                "`stream` takes one string, and needs a `preprocessor`. Received: "
-                f"inputs={inputs!r}, preprocessor={self.preprocessor}"
+                "`stream` needs a `preprocessor`, and one string as `inputs`. "
+                f"Received: inputs={inputs!r}, preprocessor={self.preprocessor}"
             )
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         return generation.stream(self, inputs, limits)
@@ -271,31 +329,39 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
     # ----- Export
 
     def export_to_transformers(
-        self, path, dtype=None, max_shard_size="5GB", tokenizer=True, force=False
-    ):
-        """Writes the model as a directory that transformers loads.
+        self,
+        path: PathLike,
+        dtype: str | None = None,
+        max_shard_size: str | int = "5GB",
+        tokenizer: bool = True,
+        force: bool = False,
+    ) -> None:
+        """Writes a directory that Hugging Face transformers can load.
 
-        `AutoModelForCausalLM.from_pretrained(path)` and
-        `AutoTokenizer.from_pretrained(path)` need no other argument, and so does
-        `from_preset(path)` here. Weights are written tensor by tensor, LoRA adapters
-        merged. The directory takes its place when it is whole.
+        `AutoModelForCausalLM.from_pretrained(path)`,
+        `AutoTokenizer.from_pretrained(path)` and `OpenLlamaCausalLM.from_preset(path)`
+        load it without further arguments. Weights are written tensor by tensor, with
+        LoRA adapters merged. The directory appears at `path` only when it is complete.
 
         Args:
-            path: path of the directory.
+            path: path of the new directory.
             dtype: `"float32"`, `"bfloat16"` or `"float16"`; `None` is the model's own.
-            max_shard_size: string such as `"5GB"`, or int, bytes that one file of
-                weights holds at most.
+            max_shard_size: maximum size of a file of weights, in bytes or as a string
+                such as `"5GB"`.
             tokenizer: whether to write the tokenizer, if the model has one.
-            force: whether to replace a model's directory that exists.
+            force: whether to replace an existing directory that contains a model.
 
         Raises:
-            ValueError: for an unknown dtype or size; if a value is beyond the dtype's
-                range; if the model is quantised; if its tokenizer cannot be expressed
-                in `tokenizer.json`.
+            ValueError: for an unknown dtype or size; if a value exceeds the range of
+                the dtype; if the model is quantized; if its tokenizer cannot be
+                expressed in `tokenizer.json`.
             OSError: if the path exists already, or cannot be written.
 
         Example:
-            lm.export_to_transformers("my_model_hf", dtype="bfloat16")
+            >>> import os
+            >>> lm.export_to_transformers("my_model", dtype="bfloat16")
+            >>> sorted(os.listdir("my_model"))[:3]
+            ['README.md', 'config.json', 'generation_config.json']
         """
         from keras_openllama.checkpoints import contents, writer
 
@@ -311,41 +377,52 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
 
     # ----- Adapters
 
-    def save_adapters(self, path, force=False):
-        """Writes the LoRA adapters alone, as a directory that PEFT loads, too.
+    def save_adapters(self, path: PathLike, force: bool = False) -> None:
+        """Writes the LoRA adapters as a directory that PEFT can load.
 
         Args:
-            path: path of the directory.
-            force: whether to replace a directory of adapters that exists.
+            path: path of the new directory.
+            force: whether to replace an existing directory that contains adapters.
 
         Raises:
-            ValueError: if the model has none.
+            ValueError: if the model has no adapters.
             OSError: if the path exists already, or cannot be written.
 
         Example:
-
-        ```python
-        lm.save_adapters("my_adapters")
-        peft.PeftModel.from_pretrained(model_of_transformers, "my_adapters")
-        ```
+            >>> import os
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.backbone.enable_lora(4)
+            >>> lm.save_adapters("my_adapters")
+            >>> "adapter_model.safetensors" in os.listdir("my_adapters")
+            True
         """
         from keras_openllama.checkpoints import peft
 
         peft.save(self, path, force)
 
-    def load_adapters(self, path, revision=None):
-        """Takes LoRA adapters that were saved here or by PEFT.
+    def load_adapters(self, path: PathLike, revision: str | None = None) -> None:
+        """Loads LoRA adapters that were saved by `save_adapters` or by PEFT.
 
-        A model without adapters gets those of the files, as by `enable_lora`.
+        If the model has no adapters, they are first added, as by `enable_lora`, with
+        the rank and target layers of the files.
 
         Args:
             path: path of the directory, or `"hf://user/repo"`.
-            revision: branch, tag or commit of a repository on the Hub.
+            revision: branch, tag or commit of a repository on the Hugging Face Hub.
 
         Raises:
-            ValueError: if they are no LoRA adapters for this model. It is untouched
-                then.
-            OSError: if a file cannot be had or read.
+            ValueError: if the files are no LoRA adapters for this model, which is then
+                left unchanged.
+            OSError: if a file is unavailable or cannot be read.
+
+        Example:
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.backbone.enable_lora(4, ["query"])
+            >>> lm.save_adapters("other_adapters")
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.load_adapters("other_adapters")
+            >>> len(lm.trainable_variables)  # 4 layers, 2 matrices each
+            8
         """
         from keras_openllama.checkpoints import peft
         from keras_openllama.loading.hub import open_repository
@@ -356,43 +433,64 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
 
     def score(
         self,
-        inputs,
-        padding_mask=None,
-        scoring_mode="logits",
-        layer_intercept_fn=None,
-        target_ids=None,
-    ):
-        """Logits or losses of given sequences, as in KerasHub.
+        inputs: Any,
+        padding_mask: Any = None,
+        scoring_mode: str = "logits",
+        layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None = None,
+        target_ids: Any = None,
+    ) -> Tensor:
+        """Computes logits or losses of given sequences, as in KerasHub.
 
         Args:
-            inputs: int array of token ids `(batch, length)`; or with a preprocessor a
-                string or a list of strings.
+            inputs: token ids, int `(batch, length)`; or with a preprocessor a string or
+                a list of strings.
             padding_mask: bool `(batch, length)`; `None` is no padding.
             scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of each target,
                 in nats.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
                 called with the embeddings (index -1) and with each layer's output.
-            target_ids: int `(batch, length)`, the right token after each position.
+            target_ids: int `(batch, length)`, the correct token after each position.
                 `"loss"` needs it for token ids; for text it is the text itself.
 
         Returns:
-            Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0
-            on padding; float32 tensors of the backend. For text, `length` is one less
-            than the tokens of the longest: the last one has no successor.
+            Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0 on
+            padding; float32 tensors of the backend. For text, `length` is the number of
+            tokens of the longest text minus one, since the last token has no target.
 
         Raises:
-            ValueError: for malformed ids, mask or targets, sequences longer than the
-                context, or an unknown mode.
+            ValueError: for malformed token ids, mask or targets, sequences longer than
+                the context, or an unknown mode.
 
         Example:
-            lm.score("The sea", scoring_mode="loss")
+            >>> lm.score("The sea", scoring_mode="loss").round(2)
+            Array([[1.89, 6.02]], dtype=float32)
         """
         return scoring.score_sequences(
             self, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
         )
 
-    def logits(self, token_ids, padding_mask, layer_intercept_fn=None):
-        """Logits in float32; see `OpenLlamaBackbone.hidden_states`."""
+    def logits(
+        self,
+        token_ids: Tensor,
+        padding_mask: Tensor,
+        layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None = None,
+    ) -> Tensor:
+        """Computes logits in float32, whatever the compute dtype.
+
+        Args:
+            token_ids: int `(batch, length)`.
+            padding_mask: bool or int `(batch, length)`, see `OpenLlamaBackbone`.
+            layer_intercept_fn: see `OpenLlamaBackbone.hidden_states`.
+
+        Returns:
+            float32 `(batch, length, vocabulary_size)`.
+
+        Example:
+            >>> import numpy as np
+            >>> token_ids = np.array([[1, 357, 1239]])
+            >>> lm.logits(token_ids, np.ones_like(token_ids)).shape
+            (1, 3, 3072)
+        """
         hidden = self.backbone.hidden_states(
             token_ids, padding_mask, layer_intercept_fn=layer_intercept_fn
         )

@@ -1,4 +1,9 @@
-"""Text to the arrays that the model is trained on and generates from."""
+"""The preprocessor: text to the arrays that training and generation take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -9,6 +14,7 @@ from keras_openllama.loading.load import load_preprocessor
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 from keras_openllama.text.examples import (
+    TrainingExamples,
     chat_exchanges,
     chat_prompt_ids,
     check_template,
@@ -16,60 +22,74 @@ from keras_openllama.text.examples import (
     tokenize,
 )
 from keras_openllama.text.inputs import (
+    Examples,
     GraphTexts,
+    Texts,
     normalize_examples,
     normalize_texts,
 )
 from keras_openllama.text.token_arrays import as_arrays
+from keras_openllama.utils.types import PathLike, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
-    """Turns strings into `(x, y, sample_weight)` for `fit`, and prompts into ids.
+    """Converts text to `(x, y, sample_weight)` for `fit`, and prompts to token ids.
 
-    A text becomes `<s> text </s>`, cut or filled up to `sequence_length`; targets are
-    the same tokens, one step ahead, and filling weighs nothing. A text that is too
-    long loses its end, `</s>` with it, and never its `<s>`. It is this class that
-    decides about `<s>` and `</s>`: the tokenizer's `add_bos` and `add_eos` do not
-    count here, so nothing is ever doubled.
+    A text becomes `<s> text </s>`, truncated or padded to `sequence_length`. The
+    targets are the same tokens shifted by one; padding has zero weight. A text that is
+    too long is truncated at its end: it loses `</s>`, but never `<s>`. A warning
+    reports how many examples were truncated or are empty.
+
+    This class alone inserts `<s>` and `</s>`: the tokenizer's `add_bos` and `add_eos`
+    have no effect here, so no token is inserted twice.
+
+    Call arguments:
+
+    - `x`: a text or a batch of texts (strings, UTF-8 bytes, a list or array of them,
+      or a TensorFlow string tensor, also inside `tf.data.Dataset.map`). Or pairs: a
+      dict of `"prompt"` and `"response"`, each of them a text or a batch of texts, or a
+      list of such dicts. Only the responses are learned. Or chats: a list of
+      `{"messages": [{"role": …, "content": …}, …]}`. Each reply of the role
+      `"assistant"` is learned, including the `</s>` that follows it.
+    - `y`: `None`, or the responses to the prompts in `x`.
+    - `sample_weight`: `None`, or weights that are multiplied by those of the tokens:
+      one per example, `(batch,)`, or one per target, `(batch, sequence_length)`.
+    - `sequence_length`: overrides the constructor's.
+
+    The result is `(x, y, sample_weight)`: a dict of `"token_ids"` (int32) and
+    `"padding_mask"` (bool); int32 targets; float32 weights. All are NumPy arrays of
+    shape `(batch, sequence_length)`, or `(sequence_length,)` for a single text. Inside
+    a TensorFlow graph they are tensors of these shapes.
 
     Args:
         tokenizer: an `OpenLlamaTokenizer`.
-        sequence_length: int, length of the rows, in tokens. Can be set later.
-        add_start_token: bool, begin texts and prompts with `<s>`.
-        add_end_token: bool, end texts (never prompts) with `</s>`.
-
-        chat_template: dict of strings by role, each with `{content}` once, such as
-            `{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}`;
-            `None` where there are no chats. Can be set later.
-
-    Call arguments:
-        x: one text or a batch of them: str, UTF-8 bytes, a list or array of them, or a
-            TensorFlow string tensor, also inside `tf.data.Dataset.map`. Or pairs: a
-            dict of `"prompt"` and `"response"`, each as above, or a list of such dicts
-            of strings: only responses are learned. Or chats: a list of `{"messages":
-            [{"role": …, "content": …}, …]}`, of which each reply of the role
-            `"assistant"` is learned, with `</s>` behind it.
-        y: `None`, or responses to the prompts in `x`.
-        sample_weight: `None`, or weights that multiply those of the tokens: one per
-            text, `(batch,)`, or one per target, `(batch, sequence_length)`.
-        sequence_length: int, in place of the constructor's.
-
-    Returns:
-        `(x, y, sample_weight)`: a dict of `"token_ids"` (int32) and `"padding_mask"`
-        (bool); int32 targets; float32 weights. All are NumPy arrays of shape
-        `(batch, sequence_length)`, or `(sequence_length,)` for one text; inside a
-        TensorFlow graph they are tensors with these shapes.
+        sequence_length: length of the sequences, in tokens. Can be set later.
+        add_start_token: whether texts and prompts begin with `<s>`.
+        add_end_token: whether texts (but not prompts) end with `</s>`.
+        chat_template: dict from role to a string that contains `{content}` once, such
+            as `{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}`;
+            `None` if there are no chats. Can be set later.
+        **kwargs: further arguments of `keras_hub.models.CausalLMPreprocessor`, such as
+            `name`.
 
     Raises:
-        ValueError: if an argument is not of this form, or a prompt or response empty.
-
-    What was cut, and texts that are empty, are warned of, with their number.
+        ValueError: for an invalid `sequence_length` or `chat_template`; in a call, for
+            inputs of another form, or an empty prompt or response.
 
     Example:
-        preprocessor = OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length=128)
-        x, y, sample_weight = preprocessor(["One text.", "Another."])
-        x, y, sample_weight = preprocessor({"prompt": "2 + 2 =", "response": " 4"})
+        >>> tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano")
+        >>> preprocessor = OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length=5)
+        >>> x, y, sample_weight = preprocessor(["The sea"])
+        >>> x["token_ids"]
+        array([[   1,  357, 1239,    2,    0]], dtype=int32)
+        >>> y
+        array([[ 357, 1239,    2,    0,    0]], dtype=int32)
+        >>> sample_weight
+        array([[1., 1., 1., 0., 0.]], dtype=float32)
+        >>> _, _, sample_weight = preprocessor({"prompt": "The", "response": " sea"})
+        >>> sample_weight
+        array([0., 1., 1., 0., 0.], dtype=float32)
     """
 
     backbone_cls = OpenLlamaBackbone
@@ -77,12 +97,12 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
 
     def __init__(
         self,
-        tokenizer,
-        sequence_length=2048,
-        add_start_token=True,
-        add_end_token=True,
-        chat_template=None,
-        **kwargs,
+        tokenizer: OpenLlamaTokenizer,
+        sequence_length: int = 2048,
+        add_start_token: bool = True,
+        add_end_token: bool = True,
+        chat_template: dict[str, str] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -94,80 +114,125 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         self.chat_template = chat_template
 
     @property
-    def chat_template(self):
-        """How the messages of a chat become text; see the constructor."""
+    def chat_template(self) -> dict[str, str] | None:
+        """Dict from role to the text of a message; see the constructor."""
         return self._chat_template
 
     @chat_template.setter
-    def chat_template(self, value):
+    def chat_template(self, value: dict[str, str] | None) -> None:
         check_template(value)
         self._chat_template = value
 
     @classmethod
-    def from_preset(cls, preset, revision=None, **kwargs):
-        """Loads the preprocessor of a preset, its tokenizer included.
+    def from_preset(
+        cls, preset: PathLike, revision: str | None = None, **kwargs: Any
+    ) -> OpenLlamaCausalLMPreprocessor:
+        """Loads the preprocessor of a preset, including its tokenizer.
 
         Args:
-            preset: str, a name of `OpenLlamaCausalLM.presets`, a directory in KerasHub
-                or transformers format or of a training run, or `"hf://user/repo"`.
-            revision: str, branch, tag or commit on the Hugging Face Hub.
+            preset: a name in `OpenLlamaCausalLM.presets`; a directory in KerasHub or
+                transformers format or of a training run; or `"hf://user/repo"`.
+            revision: branch, tag or commit of a repository on the Hugging Face Hub.
             **kwargs: arguments of the constructor, such as `sequence_length`.
 
         Returns:
             An `OpenLlamaCausalLMPreprocessor`.
 
+        Raises:
+            ValueError: for an unknown preset, or files of another model.
+            OSError: if a file is unavailable or cannot be read.
+
         Example:
-            OpenLlamaCausalLMPreprocessor.from_preset(
-                "open_llama_nano", sequence_length=256
-            )
+            >>> preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(
+            ...     "open_llama_nano", sequence_length=128
+            ... )
+            >>> preprocessor.sequence_length
+            128
         """
         return load_preprocessor(cls, preset, revision=revision, **kwargs)
 
     @property
-    def sequence_length(self):
-        """Length of the rows, in tokens."""
+    def sequence_length(self) -> int:
+        """Length of the sequences, in tokens."""
         return self._sequence_length
 
     @sequence_length.setter
-    def sequence_length(self, value):
+    def sequence_length(self, value: int) -> None:
         self._sequence_length = _checked_length(value)
 
-    def build(self, input_shape):
-        self.built = True  # KerasHub would make its packer here; rows are made below.
+    def build(self, input_shape: Any) -> None:
+        """Does nothing: KerasHub would create its packer here, which is not used."""
+        self.built = True
 
-    def call(self, x, y=None, sample_weight=None, sequence_length=None):
+    def call(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        sequence_length: int | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Converts texts, pairs or chats to training arrays; see the class."""
         length = self._length_or_default(sequence_length)
         data = normalize_examples(x, y)
         if isinstance(data, GraphTexts):
             return self._training_tensors(data.tensors, sample_weight, length)
-        rows = self.tokenize_examples(data, length)
-        rows.warn()
-        return self.pad_examples(rows, sample_weight, data.batched)
+        examples = self.tokenize_examples(data, length)
+        examples.warn()
+        return self.pad_examples(examples, sample_weight, data.batched)
 
-    def tokenize_examples(self, data, sequence_length=None):
-        """Tokens of texts, pairs or chats, before they are filled up or packed.
+    def tokenize_examples(
+        self, data: Texts | Examples, sequence_length: int | None = None
+    ) -> TrainingExamples:
+        """Tokenizes texts, pairs or chats, before they are padded or packed.
 
         Args:
-            data: `inputs.Texts` or `inputs.Examples`.
-            sequence_length: as for a call.
+            data: result of `text.inputs.normalize_examples`.
+            sequence_length: overrides the constructor's.
 
         Returns:
-            `examples.TrainingExamples`.
+            Token ids, and which of them are learned.
+
+        Raises:
+            ValueError: for a prompt without a response, or a malformed chat.
+
+        Example:
+            >>> examples = lm.preprocessor.tokenize_examples(Texts(["The sea"], True))
+            >>> examples.ids
+            [[1, 357, 1239, 2]]
         """
         length = self._length_or_default(sequence_length)
         examples = exchanges_of(data, self.chat_template)
         options = length, self.add_start_token, self.add_end_token
         return tokenize(examples, self.tokenizer, *options)
 
-    def pad_examples(self, rows, sample_weight=None, batched=True):
-        """Rows filled up to `(x, y, sample_weight)`.
+    def pad_examples(
+        self,
+        examples: TrainingExamples,
+        sample_weight: Any = None,
+        batched: bool = True,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Pads tokenized examples to `(x, y, sample_weight)`.
 
         Args:
-            rows: `examples.TrainingExamples`.
-            sample_weight: as for a call.
-            batched: bool, false for the arrays of one row.
+            examples: result of `tokenize_examples`.
+            sample_weight: `None`, or weights as in a call.
+            batched: false to return the arrays of a single example, without the batch
+                axis.
+
+        Returns:
+            NumPy arrays as those of a call.
+
+        Raises:
+            ValueError: for weights of the wrong shape.
+
+        Example:
+            >>> texts = Texts(["The sea"], True)
+            >>> examples = lm.preprocessor.tokenize_examples(texts, sequence_length=5)
+            >>> _, y, _ = lm.preprocessor.pad_examples(examples)
+            >>> y
+            array([[ 357, 1239,    2,    0,    0]], dtype=int32)
         """
-        x, y, weights = rows.filled()
+        x, y, weights = examples.filled()
         if sample_weight is not None:
             sample_weight = to_numpy(sample_weight)
             if not batched:
@@ -178,20 +243,22 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         return {name: array[0] for name, array in x.items()}, y[0], weights[0]
 
     def _training_tensors(self, x, sample_weight, length):
-        """The same as a step of a TensorFlow graph; warns of its first batch only."""
+        """Does the same in a TensorFlow graph; warns about its first batch only."""
         parts = dict(x) if isinstance(x, dict) else {"": x}
         if sample_weight is not None:
             parts["weight"] = sample_weight
-        told = []
+        warned = False
 
         def arrays(*values):
+            nonlocal warned
             given = dict(zip(parts, values, strict=True))
             weight = given.pop("weight", None)
             data = normalize_examples(given.get("", given))
-            rows = self.tokenize_examples(data, length)
-            if not told:
-                told.append(rows.warn())
-            x, targets, weights = self.pad_examples(rows, weight, data.batched)
+            examples = self.tokenize_examples(data, length)
+            if not warned:
+                warned = True
+                examples.warn()
+            x, targets, weights = self.pad_examples(examples, weight, data.batched)
             return *x.values(), targets, weights
 
         token_ids, padding_mask, y, weights = _in_graph(
@@ -199,26 +266,33 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         )
         return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         return {**super().get_config(), "chat_template": self.chat_template}
 
     # --- Generation ---
 
-    def prompt_ids(self, texts, parse_special=False):
-        """Turns prompts into the ids that the model continues.
+    def prompt_ids(
+        self, texts: list[str], parse_special: bool = False
+    ) -> list[list[int]]:
+        """Tokenizes prompts for generation.
 
         Args:
-            texts: list of strings.
-            parse_special: bool, read control strings in the prompts as tokens; see
-                `OpenLlamaTokenizer.tokenize`.
+            texts: the prompts.
+            parse_special: whether to encode control strings in the prompts as tokens;
+                see `OpenLlamaTokenizer.tokenize`.
 
         Returns:
-            A list of lists of int: `<s>` first, unless `add_start_token` is false, and
-            no `</s>` last.
+            Token ids of each prompt. They begin with `<s>`, unless `add_start_token` is
+            false, and have no `</s>` at the end.
 
         Raises:
-            ValueError: if a prompt is empty, or holds nothing but spaces that the
-                tokenizer drops.
+            ValueError: if a prompt is empty, or has only spaces that the tokenizer
+                drops.
+
+        Example:
+            >>> lm.preprocessor.prompt_ids(["The sea"])
+            [[1, 357, 1239]]
         """
         rows = self.tokenizer.encode(
             texts, parse_special=parse_special, add_bos=False, add_eos=False
@@ -227,37 +301,49 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
             if not row:
                 raise ValueError(
-                    f"`inputs[{i}]` is an empty prompt: {text!r}. Pass at least one "
-                    "character to continue"
-                    + ("." if not text else ", other than spaces.")
+                    f"`inputs[{i}]` is an empty prompt: {text!r}. A prompt must have "
+                    + ("text." if not text else "characters other than spaces.")
                 )
             if self.add_start_token and row[0] != start:
                 row.insert(0, start)
         return rows
 
-    def chat_ids(self, messages):
-        """Turns a chat that waits for a reply into the ids that the model continues.
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Tokenizes a chat up to the reply that is to be generated.
 
         Args:
-            messages: list of `{"role": …, "content": …}`, the last of them not the
-                assistant's. Replies have `</s>` behind them, as in training.
+            messages: list of `{"role": …, "content": …}`, the last of which is not the
+                assistant's. As in training, `</s>` follows each earlier reply.
 
         Returns:
-            A list of int.
+            A list of token ids.
 
         Raises:
             ValueError: for malformed messages, or if there is no `chat_template`.
+
+        Example:
+            >>> preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(
+            ...     "open_llama_nano"
+            ... )
+            >>> preprocessor.chat_template = {
+            ...     "user": "Q: {content}", "assistant": " A: {content}"
+            ... }
+            >>> ids = preprocessor.chat_ids([{"role": "user", "content": "Hi"}])
+            >>> preprocessor.tokenizer.detokenize(ids)
+            'Q: Hi A: '
         """
         exchanges = chat_exchanges(messages, self.chat_template)
         options = self.add_start_token, self.add_end_token
         return chat_prompt_ids(exchanges, self.tokenizer, *options)
 
-    def generate_preprocess(self, x, sequence_length=None):
-        """Turns prompts into filled-up rows, as KerasHub's `generate` takes them.
+    def generate_preprocess(
+        self, x: Any, sequence_length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Converts prompts to padded arrays, as KerasHub's `generate` takes them.
 
         Args:
-            x: one prompt or a batch of them, as for a call.
-            sequence_length: int, in place of the constructor's.
+            x: a prompt or a batch of prompts, of the types that a call takes.
+            sequence_length: overrides the constructor's.
 
         Returns:
             A dict of `"token_ids"` (int32) and `"padding_mask"` (bool), NumPy arrays
@@ -265,6 +351,10 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
 
         Raises:
             ValueError: if a prompt is empty, or longer than `sequence_length`.
+
+        Example:
+            >>> lm.preprocessor.generate_preprocess("The sea", 5)["token_ids"]
+            array([   1,  357, 1239,    0,    0], dtype=int32)
         """
         length = self._length_or_default(sequence_length)
         if is_graph_tensor(x):
@@ -291,15 +381,24 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         arrays = tuple(as_arrays(rows, length).values())
         return arrays if prompts.batched else tuple(array[0] for array in arrays)
 
-    def generate_postprocess(self, x):
-        """Turns generated rows back into text.
+    def generate_postprocess(self, x: dict[str, Tensor]) -> str | list[str]:
+        """Converts generated arrays to text.
 
         Args:
             x: dict of `"token_ids"`, int `(batch, length)` or `(length,)`, and
-                `"padding_mask"` of the same shape, true on the tokens to read.
+                `"padding_mask"` of the same shape, nonzero on the tokens to decode.
 
         Returns:
-            A list of str, or one str. Control tokens have no text.
+            A list of strings, or a string. Control tokens have no text.
+
+        Raises:
+            ValueError: for arrays of different shapes.
+
+        Example:
+            >>> lm.preprocessor.generate_postprocess(
+            ...     lm.preprocessor.generate_preprocess("The sea")
+            ... )
+            'The sea'
         """
         token_ids = to_numpy(x["token_ids"])
         padding_mask = to_numpy(x["padding_mask"]).astype("bool")
@@ -329,14 +428,14 @@ def _checked_length(sequence_length):
         or sequence_length < 1
     ):
         raise ValueError(
-            "`sequence_length` must be a whole number of tokens, at least 1. "
+            "`sequence_length` must be a positive integer. "
             f"Received: {sequence_length!r}."
         )
     return int(sequence_length)
 
 
 def _as_token_weights(weights, shape):
-    """Returns weights per text or per target in a shape that multiplies `shape`."""
+    """Returns weights per text or per target in a shape that broadcasts to `shape`."""
     if weights.shape == shape[:1]:
         return weights[:, None]
     if weights.shape == shape:
@@ -348,14 +447,13 @@ def _as_token_weights(weights, shape):
 
 
 def _in_graph(function, inputs, dtypes, length):
-    """Runs a function on NumPy arrays as a step of a TensorFlow graph.
+    """Runs a function of NumPy arrays in a TensorFlow graph.
 
-    Its outputs have the shape of `inputs[0]`, known as far as it is known when the
-    graph is made, and a last dimension of `length`.
+    Its outputs have the static shape of `inputs[0]` and a last dimension of `length`.
     """
     if inputs[0].shape.rank not in (0, 1):
         raise ValueError(
-            "`x` must be a string tensor with no dimension or one. "
+            "`x` must be a string tensor with at most one dimension. "
             f"Received: {inputs[0]}."
         )
     outputs = loaded_tensorflow().numpy_function(function, inputs, dtypes)

@@ -1,18 +1,51 @@
 """Logits and losses of given sequences."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from keras import ops
 
 from keras_openllama.text.inputs import Texts, normalize_sequences
 from keras_openllama.text.token_arrays import as_padding_mask, as_token_ids
+from keras_openllama.utils.types import Tensor
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
 
 SCORING_MODES = ("logits", "loss")
 
 
 def score_sequences(
-    model, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
-):
-    """What `OpenLlamaCausalLM.score` returns; arguments and errors are said there."""
+    model: CausalLM,
+    inputs: Any,
+    padding_mask: Any,
+    scoring_mode: str,
+    layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None,
+    target_ids: Any,
+) -> Tensor:
+    """Implements `OpenLlamaCausalLM.score`.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+        inputs: see `OpenLlamaCausalLM.score`, as for all further arguments.
+        padding_mask: see there.
+        scoring_mode: see there.
+        layer_intercept_fn: see there.
+        target_ids: see there.
+
+    Returns:
+        Logits or losses, see there.
+
+    Raises:
+        ValueError: see there.
+
+    Example:
+        >>> score_sequences(lm, "The sea", None, "logits", None, None).shape
+        (1, 2, 3072)
+    """
     if scoring_mode not in SCORING_MODES:
         raise ValueError(
             f"`scoring_mode` must be one of {SCORING_MODES}. "
@@ -22,16 +55,17 @@ def score_sequences(
     if isinstance(sequences, Texts):
         if padding_mask is not None or target_ids is not None:
             raise ValueError(
-                "`padding_mask` and `target_ids` belong to token ids; for text they "
-                f"follow from it. Received: inputs={str(inputs)[:80]!r}"
+                "`padding_mask` and `target_ids` can only be passed with token ids; "
+                "for text they are derived from it. Received: "
+                f"inputs={str(inputs)[:80]!r}"
             )
         inputs, padding_mask, target_ids = _shifted(model.preprocessor, sequences.texts)
     size, context = model.backbone.vocabulary_size, model.backbone.context_length
     token_ids = as_token_ids(inputs, size)
     if token_ids.shape[1] > context:
         raise ValueError(
-            f"`inputs` has {token_ids.shape[1]} tokens, and the context of this model "
-            f"is {context} tokens. Shorten them, or load the model with `rope_scaling`."
+            f"`inputs` has {token_ids.shape[1]} tokens, but the context of this model "
+            f"is {context} tokens. Shorten it, or load the model with `rope_scaling`."
         )
     padding_mask = as_padding_mask(padding_mask, token_ids.shape)
     if scoring_mode == "loss":
@@ -39,7 +73,7 @@ def score_sequences(
     arrays = {"token_ids": token_ids, "padding_mask": padding_mask}
     if layer_intercept_fn is None:
         logits = model.logits_function(**arrays)
-    else:  # It is Python, and may look at values: no compiled program.
+    else:  # Python code that may read values, so the model is not compiled.
         logits = model.logits(**arrays, layer_intercept_fn=layer_intercept_fn)
     if scoring_mode == "logits":
         return logits
@@ -50,8 +84,8 @@ def score_sequences(
 def _targets(target_ids, shape, vocabulary_size):
     if target_ids is None:
         raise ValueError(
-            "`target_ids` is needed for scoring_mode='loss': the right token after "
-            "each position, an int array (batch, length). Received: None"
+            "scoring_mode='loss' needs `target_ids`, the correct token after each "
+            "position: an int array (batch, length). Received: target_ids=None"
         )
     target_ids = as_token_ids(target_ids, vocabulary_size, "target_ids")
     if target_ids.shape != shape:
@@ -63,12 +97,12 @@ def _targets(target_ids, shape, vocabulary_size):
 
 
 def _shifted(preprocessor, texts):
-    """Token ids, padding mask and targets of texts, in the length of the longest."""
+    """Returns token ids, padding mask and targets, padded to the longest text."""
     rows = preprocessor.prompt_ids(texts)
     shape = len(rows), max(len(row) for row in rows) - 1
     if shape[1] == 0:
         raise ValueError(
-            "`inputs` has one token only, so there is nothing to predict. "
+            "`inputs` must have at least two tokens, since the first has no loss. "
             f"Received: inputs={texts!r}"
         )
     ids, targets = np.zeros(shape, "int32"), np.zeros(shape, "int32")

@@ -1,10 +1,14 @@
-"""Text to token ids and back, by SentencePiece itself."""
+"""The SentencePiece tokenizer: text to token ids and back."""
+
+from __future__ import annotations
 
 import base64
 import hashlib
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -23,82 +27,112 @@ from keras_openllama.text.sentencepiece_model import (
 )
 from keras_openllama.text.stream_decoder import StreamDecoder
 from keras_openllama.text.token_arrays import as_id_rows
+from keras_openllama.utils.types import PathLike, Tensor
 
-VOCABULARY_FILE = "vocabulary.spm"  # KerasHub's name for it in its directories.
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+VOCABULARY_FILE = "vocabulary.spm"  # The file's name in KerasHub's directories.
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class OpenLlamaTokenizer(Tokenizer):
     """The tokenizer of OpenLLaMA: SentencePiece on the original `tokenizer.model`.
 
-    v1 models merge runs of spaces into one and drop leading and trailing ones; v2
-    models keep them. Which of the two holds is read from the model file: see
-    `keeps_spaces`. A tokenizer that merges spaces warns once when a text would lose
-    some. In any text, the character U+2581 (▁) comes back as a space, since
-    SentencePiece writes spaces so.
+    The models of OpenLLaMA v1 merge runs of spaces into one and drop leading and
+    trailing spaces; those of v2 preserve them. The property `keeps_spaces` reads from
+    the model file which of the two applies. A tokenizer that merges spaces warns once,
+    at the first text that loses some. SentencePiece represents spaces by the character
+    U+2581 (▁), so this character is always decoded as a space.
 
-    Control strings such as `"</s>"` in a text are ordinary characters, unless
-    `tokenize` is asked to parse them: text from elsewhere cannot end a sequence.
+    Control strings such as `"</s>"` in a text are encoded as ordinary characters,
+    unless `tokenize` is called with `parse_special=True`. So untrusted text cannot end
+    a sequence.
+
+    Calling the tokenizer is the same as calling `tokenize`.
 
     Args:
-        proto: the SentencePiece model: path of the file, its bytes, or base64 of them
-            as in a saved configuration.
-        add_bos: bool, put `<s>` before each text. The preprocessor of the model does
-            so on its own account.
-        add_eos: bool, put `</s>` after each text.
-
-    Call arguments:
-        inputs: a string, or a batch of them; see `tokenize`.
+        proto: the SentencePiece model: path of the file, its bytes, or their base64
+            encoding as in a saved configuration.
+        add_bos: whether to insert `<s>` before each text. The preprocessor of the model
+            inserts it independently of this option.
+        add_eos: whether to append `</s>` to each text.
+        **kwargs: further arguments of `keras_hub.tokenizers.Tokenizer`, such as `name`.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it holds no complete SentencePiece model.
+        ValueError: if it is not a complete SentencePiece model.
 
     Example:
-        tokenizer = OpenLlamaTokenizer("tokenizer.model")
-        ids = tokenizer("The quick brown fox")
-        tokenizer.detokenize(ids)  # "The quick brown fox"
+        >>> tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano")
+        >>> tokenizer(["The sea", "unhappy"])
+        [[357, 1239], [518, 269, 441, 3016]]
+        >>> tokenizer.detokenize([357, 1239])
+        'The sea'
 
     Source: Kudo and Richardson, SentencePiece (arXiv:1808.06226).
     """
 
     backbone_cls = OpenLlamaBackbone
 
-    def __init__(self, proto=None, add_bos=False, add_eos=False, **kwargs):
+    def __init__(
+        self,
+        proto: PathLike | bytes | None = None,
+        add_bos: bool = False,
+        add_eos: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(_allow_python_workflow=True, **kwargs)
         self.add_bos = add_bos
         self.add_eos = add_eos
         self.file_assets = [VOCABULARY_FILE]
         self.set_proto(proto)
-        self.built = True  # It has no weights; Keras quantizes built layers only.
+        self.built = True  # No weights; but Keras only quantizes built layers.
 
     @classmethod
-    def from_preset(cls, preset, revision=None, **kwargs):
+    def from_preset(
+        cls, preset: PathLike, revision: str | None = None, **kwargs: Any
+    ) -> OpenLlamaTokenizer:
         """Loads the tokenizer of a preset.
 
         Args:
-            preset: str, a name of `OpenLlamaCausalLM.presets`, a directory in KerasHub
-                or transformers format or of a training run, or `"hf://user/repo"`.
-            revision: str, branch, tag or commit on the Hugging Face Hub.
+            preset: a name in `OpenLlamaCausalLM.presets`; a directory in KerasHub or
+                transformers format or of a training run; or `"hf://user/repo"`.
+            revision: branch, tag or commit of a repository on the Hugging Face Hub.
             **kwargs: arguments of the constructor, such as `add_bos`.
 
         Returns:
             An `OpenLlamaTokenizer`.
 
+        Raises:
+            ValueError: for an unknown preset, or files of another model.
+            OSError: if a file is unavailable or cannot be read.
+
         Example:
-            OpenLlamaTokenizer.from_preset("open_llama_nano")
+            >>> tokenizer = OpenLlamaTokenizer.from_preset(
+            ...     "open_llama_nano", add_bos=True
+            ... )
+            >>> tokenizer("The sea")
+            [1, 357, 1239]
         """
         return load_tokenizer(cls, preset, revision=revision, **kwargs)
 
-    def set_proto(self, proto):
+    def set_proto(self, proto: PathLike | bytes | None) -> None:
         """Replaces the SentencePiece model.
 
         Args:
             proto: path, bytes or base64, as in the constructor; `None` for a tokenizer
-                whose model comes later.
+                that gets its model later.
 
         Raises:
-            OSError, ValueError: as the constructor.
+            OSError: if the file cannot be read.
+            ValueError: if it is not a complete SentencePiece model.
+
+        Example:
+            >>> tokenizer = OpenLlamaTokenizer()
+            >>> tokenizer.set_proto(lm.preprocessor.tokenizer.proto)
+            >>> tokenizer.vocabulary_size()
+            3072
         """
         if proto is None:
             self.proto = None
@@ -109,7 +143,7 @@ class OpenLlamaTokenizer(Tokenizer):
         self.proto = data
         self._keeps_spaces = keeps_spaces(self._processor)
         self._warned_of_lost_spaces = False
-        self._rest_processor = None  # Made when it is needed.
+        self._continuation_processor = None  # Created on first use.
         self._controls = {
             self._processor.id_to_piece(i): i
             for i in range(self._processor.vocab_size())
@@ -119,102 +153,174 @@ class OpenLlamaTokenizer(Tokenizer):
     # --- The vocabulary ---
 
     @property
-    def processor(self):
-        """The `sentencepiece.SentencePieceProcessor` behind it all."""
+    def processor(self) -> SentencePieceProcessor:
+        """The underlying `sentencepiece.SentencePieceProcessor`.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.processor.encode("The sea", out_type=str)
+            ['▁The', '▁sea']
+        """
         self._require_proto()
         return self._processor
 
     def _require_proto(self):
         if self.proto is None:
             raise ValueError(
-                "This tokenizer has no vocabulary yet: `proto` is None. Pass the "
+                "The tokenizer has no vocabulary: `proto` is None. Pass the "
                 "tokenizer.model of an OpenLLaMA model as `proto`, or use "
                 "`OpenLlamaTokenizer.from_preset`."
             )
 
     @property
-    def keeps_spaces(self):
-        """Whether runs of spaces survive: true for v2 models, false for v1."""
+    def keeps_spaces(self) -> bool:
+        """Whether runs of spaces are preserved: true for v2 models, false for v1.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.keeps_spaces
+            True
+        """
         self._require_proto()
         return self._keeps_spaces
 
     @property
-    def fingerprint(self):
-        """SHA-256 of the model file, in hexadecimal."""
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file, in hexadecimal.
+
+        Example:
+            >>> len(lm.preprocessor.tokenizer.fingerprint)
+            64
+        """
         self._require_proto()
         return hashlib.sha256(self.proto).hexdigest()
 
     @property
-    def start_token_id(self):
-        """Id of `<s>`."""
+    def start_token_id(self) -> int:
+        """Id of `<s>`, which begins a sequence."""
         return self.processor.bos_id()
 
     @property
-    def end_token_id(self):
-        """Id of `</s>`."""
+    def end_token_id(self) -> int:
+        """Id of `</s>`, which ends a sequence."""
         return self.processor.eos_id()
 
     @property
-    def unk_token_id(self):
-        """Id of `<unk>`."""
+    def unk_token_id(self) -> int:
+        """Id of `<unk>`, the unknown token."""
         return self.processor.unk_id()
 
     @property
-    def pad_token_id(self):
-        """0, which fills rows up behind a mask: OpenLLaMA has no padding token."""
+    def pad_token_id(self) -> int:
+        """0, which pads sequences behind a mask: OpenLLaMA has no padding token."""
         return 0
 
     @property
-    def special_tokens(self):
-        """`["<s>", "</s>"]`, in the model's own spelling."""
+    def special_tokens(self) -> list[str]:
+        """The start and end tokens, spelled as in the model file.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.special_tokens
+            ['<s>', '</s>']
+        """
         return [self.id_to_token(i) for i in self.special_token_ids]
 
     @property
-    def special_token_ids(self):
-        """Ids of the tokens that mark start and end."""
+    def special_token_ids(self) -> list[int]:
+        """Ids of the start and end tokens.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.special_token_ids
+            [1, 2]
+        """
         return [self.start_token_id, self.end_token_id]
 
-    def vocabulary_size(self):
-        """Returns the number of tokens."""
+    def vocabulary_size(self) -> int:
+        """Returns the number of tokens.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.vocabulary_size()
+            3072
+        """
         return self.processor.vocab_size()
 
-    def get_vocabulary(self):
-        """Returns the list of tokens, in the order of their ids."""
+    def get_vocabulary(self) -> list[str]:
+        """Returns the tokens in the order of their ids.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.get_vocabulary()[:4]
+            ['<unk>', '<s>', '</s>', '<0x00>']
+        """
         return self.processor.id_to_piece(list(range(self.vocabulary_size())))
 
-    def id_to_token(self, id):
-        """Returns the token (str) with an id; `ValueError` if there is none."""
+    def id_to_token(self, id: int) -> str:
+        """Returns the token with an id.
+
+        Args:
+            id: a token id.
+
+        Returns:
+            The token; a leading space is spelled "▁" (U+2581).
+
+        Raises:
+            ValueError: if the id is not in the vocabulary.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.id_to_token(1239)
+            '▁sea'
+        """
         [[id]], _ = as_id_rows([id], self.vocabulary_size())
         return self.processor.id_to_piece(id)
 
-    def token_to_id(self, token):
-        """Returns the id of a token (str), that of `<unk>` if there is none."""
+    def token_to_id(self, token: str) -> int:
+        """Returns the id of a token.
+
+        Args:
+            token: a token; a leading space is spelled "▁" (U+2581).
+
+        Returns:
+            Its id, or the id of `<unk>` if the token is not in the vocabulary.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.token_to_id("▁sea")
+            1239
+        """
         [token] = normalize_texts(token, name="token").texts
         return self.processor.piece_to_id(token)
 
     # --- Text to ids ---
 
-    def tokenize(self, inputs, parse_special=False, add_bos=None, add_eos=None):
-        """Turns text into token ids. The texts of a batch are shared out to threads.
+    def tokenize(
+        self,
+        inputs: str | bytes | Sequence[str | bytes] | Tensor,
+        parse_special: bool = False,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+    ) -> list[int] | list[list[int]] | Tensor:
+        """Converts text to token ids. A batch of texts is processed by all CPU cores.
 
         Args:
-            inputs: str or UTF-8 bytes, or a list or array of them. TensorFlow string
-                tensors do as well, also inside `tf.data.Dataset.map`.
-            parse_special: bool, read control strings such as `"</s>"` as the tokens
-                that they name. What stands between two of them is a text of its own,
-                as if it were tokenized alone. Never set it for text that you do not
-                trust.
-            add_bos: bool, put `<s>` before each text that does not begin with it.
-                Defaults to the constructor's.
-            add_eos: bool, put `</s>` after each text that does not end with it.
+            inputs: a string or UTF-8 bytes; a list or array of them; or a TensorFlow
+                string tensor, also inside `tf.data.Dataset.map`.
+            parse_special: whether to encode control strings such as `"</s>"` as the
+                tokens that they name. The text between two of them is tokenized on its
+                own. Never set it for untrusted text.
+            add_bos: whether to insert `<s>` before each text that does not begin with
+                it. Defaults to the constructor's.
+            add_eos: whether to append `</s>` to each text that does not end with it.
                 Defaults to the constructor's.
 
         Returns:
-            A list of int; for a batch, a list of such lists. Inside a TensorFlow graph
-            an int32 tensor or a ragged one.
+            A list of token ids; for a batch, a list of such lists. Inside a TensorFlow
+            graph, an int32 tensor or ragged tensor.
 
         Raises:
-            ValueError: if something is not text, or not valid UTF-8.
+            ValueError: if an input is not text, or not valid UTF-8.
+
+        Example:
+            >>> tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano")
+            >>> tokenizer.tokenize("The sea")
+            [357, 1239]
+            >>> tokenizer.tokenize(["<s>The sea</s>"], parse_special=True)
+            [[1, 357, 1239, 2]]
         """
         if is_graph_tensor(inputs):
             return self._tokenize_in_graph(inputs, parse_special, add_bos, add_eos)
@@ -222,15 +328,27 @@ class OpenLlamaTokenizer(Tokenizer):
         rows = self.encode(inputs.texts, parse_special, add_bos, add_eos)
         return rows if inputs.batched else rows[0]
 
-    def encode(self, texts, parse_special=False, add_bos=None, add_eos=None):
-        """Turns texts into token ids, without a check of what they are.
+    def encode(
+        self,
+        texts: list[str],
+        parse_special: bool = False,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+    ) -> list[list[int]]:
+        """Converts a list of strings to token ids, without checking the inputs.
 
         Args:
-            texts: list of strings, such as `text.inputs.normalize_texts` returns.
-            parse_special, add_bos, add_eos: see `tokenize`.
+            texts: strings, such as `text.inputs.normalize_texts` returns.
+            parse_special: see `tokenize`.
+            add_bos: see `tokenize`.
+            add_eos: see `tokenize`.
 
         Returns:
-            A list of lists of int.
+            A list of token ids for each string.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.encode(["The sea"], add_eos=True)
+            [[357, 1239, 2]]
         """
         self._warn_of_lost_spaces(texts)
         if parse_special:
@@ -245,24 +363,33 @@ class OpenLlamaTokenizer(Tokenizer):
             rows = [row if row[-1:] == end else row + end for row in rows]
         return rows
 
-    def tokenize_continuation(self, text):
-        """Turns the rest of a text into ids: without the space that begins a text.
+    def tokenize_continuation(self, text: str) -> list[int]:
+        """Converts text that follows other tokens to ids.
+
+        `tokenize` treats every text as the beginning of one, and encodes a space before
+        it. This method does not.
 
         Args:
-            text: str, what follows tokens that are there already.
+            text: text after existing tokens.
 
         Returns:
-            A list of int.
+            A list of token ids.
 
         Example:
-            tokenizer.tokenize("un") + tokenizer.tokenize_continuation("happy")
+            >>> tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano")
+            >>> ids = tokenizer.tokenize("un")
+            >>> tokenizer.detokenize(ids + tokenizer.tokenize_continuation("happy"))
+            'unhappy'
         """
         self._require_proto()
-        if self._rest_processor is None:
-            self._rest_processor = without_first_space(self.proto)
-        return self._rest_processor.encode(text)
+        if self._continuation_processor is None:
+            self._continuation_processor = without_first_space(self.proto)
+        return self._continuation_processor.encode(text)
 
-    def call(self, inputs, *args, training=None, **kwargs):
+    def call(
+        self, inputs: Any, *args: Any, training: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """See `tokenize`."""
         return self.tokenize(inputs, *args, **kwargs)
 
     def _parse_special(self, text):
@@ -277,11 +404,11 @@ class OpenLlamaTokenizer(Tokenizer):
         return ids
 
     def _tokenize_in_graph(self, inputs, *options):
-        """Tokenizes a string tensor that gets its value later, outside the graph."""
+        """Tokenizes a symbolic string tensor by a Python function in the graph."""
         tensorflow = loaded_tensorflow()
         if inputs.shape.rank not in (0, 1):
             raise ValueError(
-                "`inputs` must be a string tensor with no dimension or one. "
+                "`inputs` must be a string tensor with at most one dimension. "
                 f"Received: {inputs}."
             )
 
@@ -310,56 +437,76 @@ class OpenLlamaTokenizer(Tokenizer):
                 self._warned_of_lost_spaces = True
                 warnings.warn(
                     "This tokenizer merges runs of spaces into one and drops leading "
-                    "and trailing ones, as its model file demands (all v1 OpenLLaMA "
-                    f"models do), so this text loses spaces: {text[:60]!r}. For code "
-                    "and other text whose spaces matter take a v2 preset, such as "
-                    '"open_llama_3b_v2" or "open_llama_7b_v2". This is said once.',
+                    "and trailing spaces, like all OpenLLaMA v1 models. This text "
+                    f"loses spaces: {text[:60]!r}. For code and other text in which "
+                    "spaces matter, use a v2 preset, such as "
+                    '"open_llama_3b_v2" or "open_llama_7b_v2". Further texts are not '
+                    "reported.",
                     stacklevel=4,
                 )
                 return
 
     # --- Ids to text ---
 
-    def detokenize(self, inputs):
-        """Turns token ids into text. Control tokens such as `</s>` have no text.
+    def detokenize(
+        self, inputs: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+    ) -> str | list[str]:
+        """Converts token ids to text. Control tokens such as `</s>` have no text.
 
         Args:
             inputs: an int, a list of ints, or an integer array or tensor of one
-                dimension; for a batch a list of lists or two dimensions.
+                dimension; for a batch, a list of lists or two dimensions.
 
         Returns:
-            str; for a batch a list of str. Bytes that are no UTF-8 become U+FFFD.
+            A string; for a batch, a list of strings. Invalid UTF-8 is replaced by
+            U+FFFD.
 
         Raises:
-            ValueError: if an id is not in the vocabulary, or not an integer.
+            ValueError: if an id is not an integer, or not in the vocabulary.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.detokenize([1, 357, 1239, 2])
+            'The sea'
         """
         rows, batched = as_id_rows(inputs, self.vocabulary_size())
         texts = self.processor.decode(rows, num_threads=-1)
         return texts if batched else texts[0]
 
-    def stream_decoder(self, prefix_ids=()):
-        """Returns a `StreamDecoder` of `keras_openllama.text.stream_decoder`.
+    def stream_decoder(self, prefix_ids: Sequence[int] = ()) -> StreamDecoder:
+        """Returns a decoder of a stream of tokens, for text that is shown as it comes.
 
         Args:
-            prefix_ids: list of int, ids that the stream continues, such as a prompt's.
+            prefix_ids: ids that the stream continues, such as a prompt's.
+
+        Returns:
+            A `keras_openllama.text.stream_decoder.StreamDecoder`.
+
+        Example:
+            >>> tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano")
+            >>> decoder = tokenizer.stream_decoder(prefix_ids=tokenizer("The"))
+            >>> [decoder.push(token) for token in tokenizer("sea shore")]
+            [' sea', ' sh', 'ore']
         """
         return StreamDecoder(self.processor, prefix_ids)
 
     # --- Saving ---
 
-    def save_assets(self, dir_path):
+    def save_assets(self, dir_path: PathLike) -> None:
+        """Writes the SentencePiece model to a directory; Keras calls it."""
         self._require_proto()
         Path(dir_path, VOCABULARY_FILE).write_bytes(self.proto)
 
-    def load_assets(self, dir_path):
+    def load_assets(self, dir_path: PathLike) -> None:
+        """Reads the SentencePiece model of a directory; Keras calls it."""
         path = Path(dir_path, VOCABULARY_FILE)
-        # The configuration mostly holds the same model already.
+        # The configuration usually contains the same model already.
         if self.proto is None or path.read_bytes() != self.proto:
             self.set_proto(path)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, the model as base64."""
         proto = self.proto
-        if proto is not None:  # JSON has no bytes.
+        if proto is not None:  # JSON cannot represent bytes.
             proto = base64.b64encode(proto).decode("ascii")
         return {
             **super().get_config(),
@@ -369,9 +516,9 @@ class OpenLlamaTokenizer(Tokenizer):
         }
 
     @classmethod
-    def from_config(cls, config):
-        # A configuration holds the model itself and never a path, so that one from
-        # elsewhere cannot have a file of this machine read.
+    def from_config(cls, config: dict[str, Any]) -> OpenLlamaTokenizer:
+        """Creates a tokenizer from the result of `get_config`."""
+        # Only base64: with a path, an untrusted configuration could read any file.
         if config.get("proto") is not None:
             config = {**config, "proto": from_base64(config["proto"])}
         return cls(**config)
