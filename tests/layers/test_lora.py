@@ -190,7 +190,7 @@ def test_irreversible_merge_lora_gives_a_plain_model(tmp_path):
     lm = make_lm()
     logits = logits_of(lm)
     lm.backbone.merge_lora(reversible=False)
-    with pytest.raises(ValueError, match="nothing to undo"):
+    with pytest.raises(ValueError, match="no merged adapters to restore"):
         lm.backbone.unmerge_lora()
     lm.save_to_preset(str(tmp_path))
     again = type(lm).from_preset(str(tmp_path), preprocessor=None)
@@ -366,13 +366,13 @@ def test_export_to_transformers_merges_adapters(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(rank=0), "`rank` is a whole number from 1 on. Received: 0"),
-        (dict(rank=2.5), "`rank` is a whole number"),
-        (dict(rank=True), "`rank` is a whole number"),
-        (dict(rank=2, alpha=0), "`alpha` is a positive number"),
+        (dict(rank=0), "`rank` must be a positive integer. Received: 0"),
+        (dict(rank=2.5), "`rank` must be a positive integer"),
+        (dict(rank=True), "`rank` must be a positive integer"),
+        (dict(rank=2, alpha=0), "`alpha` must be positive"),
         (dict(rank=2, target_layer_names=["querry"]), "querry"),
-        (dict(rank=2, target_layer_names=[]), "takes a list of names"),
-        (dict(rank=2, target_layer_names="query"), "takes a list of names"),
+        (dict(rank=2, target_layer_names=[]), "must be a list of names"),
+        (dict(rank=2, target_layer_names="query"), "must be a list of names"),
     ],
 )
 def test_enable_lora_rejects_invalid_arguments_without_side_effects(arguments, message):

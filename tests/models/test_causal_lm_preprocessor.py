@@ -335,7 +335,7 @@ def test_eager_string_tensors_are_taken(tensorflow):
 @backend_free
 def test_a_matrix_of_strings_in_a_dataset_is_refused(tensorflow):
     dataset = tensorflow.data.Dataset.from_tensor_slices([[[TEXT]]])
-    with pytest.raises(ValueError, match="no dimension or one"):
+    with pytest.raises(ValueError, match="at most one dimension"):
         dataset.map(make())
 
 
