@@ -34,7 +34,7 @@ from keras_openllama.utils.types import PathLike, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
-    """Converts text to `(x, y, sample_weight)` for `fit`, and prompts to token ids.
+    r"""Converts text to `(x, y, sample_weight)` for `fit`, and prompts to token ids.
 
     A text becomes `<s> text </s>`, truncated or padded to `sequence_length`. The
     targets are the same tokens shifted by one; padding has zero weight. A text that is
@@ -68,7 +68,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         add_start_token: whether texts and prompts begin with `<s>`.
         add_end_token: whether texts (but not prompts) end with `</s>`.
         chat_template: dict from role to a string that contains `{content}` once, such
-            as `{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}`;
+            as `{"user": "USER: {content}\n", "assistant": "ASSISTANT: {content}"}`;
             `None` if there are no chats. Can be set later.
         **kwargs: further arguments of `keras_hub.models.CausalLMPreprocessor`, such as
             `name`.
