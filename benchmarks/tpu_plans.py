@@ -57,7 +57,9 @@ def main():
     path.parent.mkdir(exist_ok=True)
     try:
         plans = json.loads(path.read_text()) if path.exists() else {}
-        recipes = {preset: recipe.from_preset(preset) for preset in options.presets}
+        recipes = {
+            preset: recipe.preset_recipe(preset) for preset in options.presets
+        }
     except ValueError as error:
         parser.error(f"{error} (--presets, or what is in {path})")
     for preset in options.presets:
@@ -81,7 +83,9 @@ def chips_of(name):
 def planned(preset, topology):
     """The figures of a plan that are kept, or why there is none."""
     try:
-        found = planning.plan(recipe.resolve(preset), topology, alternatives=False)
+        found = planning.plan(
+            recipe.resolve_recipe(preset), topology, alternatives=False
+        )
     except DoesNotFit as error:
         return {"reason": str(error)}
     return {name: found[name] for name in KEPT}
@@ -99,7 +103,7 @@ def table(plans):
             lines.append(f"| {key} | {plan['reason']} |")
             continue
         step, mesh = plan["step_seconds"], plan["mesh"]
-        batch = recipe.from_preset(plan["preset"]).batch_size
+        batch = recipe.preset_recipe(plan["preset"]).batch_size
         rows = batch // mesh["data"] // mesh["fsdp"] // plan["micro_batches"]
         other = plan["compute_seconds"] - plan["matmul_seconds"]
         parts = (

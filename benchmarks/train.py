@@ -109,7 +109,7 @@ def compiled_steps(lm, options):
     batch = prepare_batch(
         {"token_ids": x, "padding_mask": np.ones(x.shape, "int32")}, y
     )
-    state = jax_train_program.state_of(lm)
+    state = jax_train_program.initial_state(lm)
     program = jax_train_program.compile_step(
         lm, state, batch, options_for_devices(TrainStepOptions())
     )

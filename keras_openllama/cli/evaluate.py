@@ -229,7 +229,7 @@ class Evaluation:
         from keras_openllama.evaluation import tasks, texts
         from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM, load_model
         from keras_openllama.evaluation.report import measurements
-        from keras_openllama.runs.device_settings import mesh_of
+        from keras_openllama.runs.device_settings import parse_mesh
 
         # The harness warns of each default that a task's configuration leaves to it.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -244,7 +244,7 @@ class Evaluation:
             print(
                 f"evaluate: {task} is left out: {reason}", file=sys.stderr, flush=True
             )
-        mesh = mesh_of(options.mesh) if options.mesh else None
+        mesh = parse_mesh(options.mesh) if options.mesh else None
         lm = load_model(options.preset, options.dtype, options.revision, mesh)
         if options.adapters:
             lm.load_adapters(options.adapters)

@@ -324,7 +324,7 @@ def run(config, options):
         stopped = trainer.train()
         if not stopped:
             names = exports.get(options.export, (options.export,))
-            finetuning.export(trainer, config, names, again=not was_complete)
+            finetuning.export_model(trainer, config, names, replace=not was_complete)
     if not stopped:
         _tell_exports(options.output)
     return stopped

@@ -55,7 +55,7 @@ def main(arguments, prog):
     from keras_openllama.runs import loss_plot
 
     runs = loss_plot.read_runs(options.runs)
-    loss_plot.draw(runs, options.output, options.x, options.smooth)
+    loss_plot.save_loss_plot(runs, options.output, options.x, options.smooth)
     for run in runs:
         last = run.records[-1]
         tokens = f", {last['tokens']:,} tokens" if "tokens" in last else ""

@@ -167,14 +167,16 @@ def main(arguments, prog):
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        resolved = recipes.resolve(
+        resolved = recipes.resolve_recipe(
             options.preset, file=options.config, overrides=overrides_of(parser, options)
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     mesh = options.mesh
     if options.show:
-        there = resolved.on(math.prod(mesh.values()), mesh) if mesh else resolved
+        there = (
+            resolved.for_devices(math.prod(mesh.values()), mesh) if mesh else resolved
+        )
         print(there.table())
         return 0
     if options.plan:
@@ -217,7 +219,7 @@ def run(options, resolved):
 
     def open_run(run_options):
         data = data_of(options, resolved)
-        tell(resolved.on(jax.device_count(), options.mesh).table())
+        tell(resolved.for_devices(jax.device_count(), options.mesh).table())
         return pretraining.open_run(resolved, data, run_options)
 
     with open_trainer(options, open_run) as trainer:

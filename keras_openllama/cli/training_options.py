@@ -9,7 +9,7 @@ import traceback
 
 from keras_openllama.cli.process import START, one_line
 from keras_openllama.config import MESH_AXES
-from keras_openllama.runs.device_settings import mesh_of
+from keras_openllama.runs.device_settings import parse_mesh
 
 
 def add_run_options(parser):
@@ -55,7 +55,7 @@ def add_run_options(parser):
 def _mesh(text):
     """The mesh of `--mesh`, with all axes."""
     try:
-        return {**dict.fromkeys(MESH_AXES, 1), **mesh_of(text)}
+        return {**dict.fromkeys(MESH_AXES, 1), **parse_mesh(text)}
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -120,7 +120,7 @@ def open_trainer(options, open_run):
         mesh=options.mesh,
         accept_changes=options.accept_changes,
         profile=options.profile,
-        began=START,
+        start_time=START,
     )
     with contextlib.ExitStack() as stack:
         with _checking_arguments():
@@ -171,10 +171,10 @@ def _fail(prog, error, options):
 
     codes = {
         WrongArgument: 2,
-        CheckpointError: interruption.NOT_WRITTEN,
-        OSError: interruption.NOT_WRITTEN,
-        interruption.Diverged: interruption.DIVERGED,
-        interruption.DataNotRead: 1,
+        CheckpointError: interruption.WRITE_FAILED,
+        OSError: interruption.WRITE_FAILED,
+        interruption.DivergedError: interruption.DIVERGED,
+        interruption.DataReadError: 1,
     }
     code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
     # Unforeseen: out of memory, another host gone, …

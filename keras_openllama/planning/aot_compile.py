@@ -15,7 +15,7 @@ from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.planning.cost_model import CHIPS
-from keras_openllama.runs.jax_train_program import State, compile_step
+from keras_openllama.runs.jax_train_program import StepState, compile_step
 from keras_openllama.runs.optimizer import make_optimizer
 from keras_openllama.training.train_step_jax import (
     TrainStepOptions,
@@ -198,7 +198,7 @@ def _abstract_state(lm, distribution, everywhere):
         )
 
     scalar = jax.ShapeDtypeStruct((), "float32", sharding=everywhere)
-    return State(
+    return StepState(
         [struct(v) for v in lm.trainable_variables],
         [struct(v) for v in lm.non_trainable_variables],
         [struct(v) for v in lm.optimizer.variables],

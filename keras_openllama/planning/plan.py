@@ -27,7 +27,7 @@ def plan(
     """What a run would cost, and its neighbours.
 
     Args:
-        resolved: `recipe.Resolved`.
+        resolved: `recipe.ResolvedRecipe`.
         topology: string, see `aot_compile.devices_of`.
         mesh: dict of `"data"`, `"fsdp"`, `"model"`; the recipe's if `None`.
         directory: string, where the programs' texts are kept; a new one if `None`.
@@ -56,7 +56,7 @@ def plan(
     ```
     """
     chip, devices = devices_of(topology)
-    resolved = resolved.on(len(devices), mesh)
+    resolved = resolved.for_devices(len(devices), mesh)
     recipe, preset = resolved.recipe, presets.find(resolved.preset)
     mesh = mesh or recipe.mesh_for(len(devices))
     check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)

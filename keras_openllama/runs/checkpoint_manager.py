@@ -1,11 +1,15 @@
-"""Checkpoints of a run: written beside the training, and known to be whole.
+"""Checkpoints of a run: saved asynchronously and verified by checksums.
 
-    checkpoints/1500/arrays/            what Orbax writes: variables, optimizer, guard
-    checkpoints/1500/checkpoint.json    written last: SHA-256 of each file, and the run
+    checkpoints/1500/arrays/            written by Orbax: variables, optimizer, guard
+    checkpoints/1500/checkpoint.json    the marker, written last: SHA-256 of each file,
+                                        and the description of the run
 
-Without `checkpoint.json` a directory is one whose writing was cut short. One whose
-files do not match it is damaged: it is named, put aside, and the one before is taken.
+A directory without `checkpoint.json` is an incomplete checkpoint. If a file does not
+match its checksum, the checkpoint is damaged: a warning names the file, the directory
+is renamed, and the previous checkpoint is restored.
 """
+
+from __future__ import annotations
 
 import concurrent.futures
 import contextlib
@@ -13,6 +17,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -28,86 +34,100 @@ from keras_openllama.checkpoints.seal import (
 from keras_openllama.checkpoints.training_run import ARRAYS, DIRECTORY
 from keras_openllama.utils import files
 from keras_openllama.utils.background import run_in_background
+from keras_openllama.utils.types import PathLike
 
 _DAMAGED = ".damaged"
-# Ours: how long process 0 waits for the checksums of the others, in seconds.
+# Heuristic: seconds that process 0 waits for the checksums of the other processes.
 _PEERS_TIMEOUT = 600.0
-_REMOVALS = 20  # Ours: of a failed save's files, which may come back.
+# Heuristic: attempts to remove a failed save, whose files may reappear.
+_REMOVAL_ATTEMPTS = 20
 
 _log = logging.getLogger(__name__)
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written; those before it are untouched."""
+    """A checkpoint could not be written or restored; the others are unchanged."""
 
 
-class Checkpoints:
-    """The checkpoints of a run's directory.
+class CheckpointManager:
+    """Saves, restores and removes the checkpoints of a run.
 
-    One save is under way at a time, in the background; the training waits only while
-    the arrays are copied from the devices. An error of the background is raised by the
-    next call.
+    One save runs at a time, in a background thread; training waits only while the
+    arrays are copied from the devices. The next call raises an error of the background.
 
     Args:
-        directory: string, the run's directory, seen by all processes.
-        keep_last: int, how many of the newest are kept.
-        milestone_every: int, checkpoints of these steps are kept for good; 0 for none.
+        directory: The run's directory, shared by all processes.
+        keep_last: Number of most recent checkpoints to retain.
+        milestone_every: Checkpoints of multiples of this step are never removed; 0
+            disables this.
 
     Example:
 
-    ```python
-    checkpoints = Checkpoints("runs/3b_v3", keep_last=2)
-    found = checkpoints.restore_latest(abstract_state)
-    checkpoints.save(1500, state, {"tokens": 6291456000})
-    checkpoints.close()
-    ```
+    >>> import jax
+    >>> checkpoints = CheckpointManager("runs/3b_v3", keep_last=2)
+    >>> checkpoints.save(1500, {"model": {"scale": jax.numpy.ones(4)}}, {"tokens": 64})
+    >>> checkpoints.wait()
+    >>> checkpoints.steps()
+    [1500]
+    >>> checkpoints.close()
     """
 
-    def __init__(self, directory, keep_last=2, milestone_every=0):
+    def __init__(
+        self, directory: PathLike, keep_last: int = 2, milestone_every: int = 0
+    ):
         self.directory = files.join(directory, DIRECTORY)
         self._keep_last, self._milestone_every = keep_last, milestone_every
         self._orbax = None
         self._pending = self._saving_step = None
         files.make_directory(self.directory)
 
-    # ----- Writing
+    # ----- Saving
 
-    def save(self, step, state, info):
-        """Begins to save; returns when the arrays are safe from what comes next.
+    def save(
+        self, step: int, state: Mapping[str, Mapping[str, Any]], info: Mapping[str, Any]
+    ) -> None:
+        """Starts to save; returns as soon as the arrays may be overwritten.
 
         Args:
-            step: int, steps done.
-            state: dict of dicts of `jax.Array`.
-            info: dict, what else to keep, as JSON.
+            step: Steps done.
+            state: Arrays of JAX or NumPy, by part and name.
+            info: Dict that JSON can store, added to the marker.
 
         Raises:
-            CheckpointError: if this save, or the one before, fails.
+            CheckpointError: if this save fails to start, or the previous one failed.
         """
         self.wait()
         path = self.path(step)
         try:
             if jax.process_index() == 0:
-                self._remove(step)  # What a kill has left of it.
+                self._remove(step)  # Incomplete files of a killed process.
             _barrier(f"save-{step}")
             if self._orbax is None:
                 self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
             arrays = files.join(os.path.abspath(path), ARRAYS)
             self._orbax.save(arrays, ocp.args.PyTreeSave(state))
         except Exception as error:
-            self._give_up(step, error)
+            self._raise_failed(step, error)
         self._saving_step = step
         self._pending = run_in_background(self._finish, step, info)
 
-    def wait(self):
-        """Waits until the save under way has ended.
+    def wait(self) -> None:
+        """Waits until the pending save has finished.
 
         Raises:
-            CheckpointError: if it has failed.
+            CheckpointError: if it failed.
         """
         self.check(wait=True)
 
-    def check(self, wait=False):
-        """Raises the `CheckpointError` of a save that has failed meanwhile."""
+    def check(self, wait: bool = False) -> None:
+        """Raises an error of the background save, if it has one by now.
+
+        Args:
+            wait: Whether to wait until the save has finished.
+
+        Raises:
+            CheckpointError: if the save failed.
+        """
         pending = self._pending
         if pending is None or not (wait or pending.done()):
             return
@@ -115,158 +135,169 @@ class Checkpoints:
         try:
             pending.result()
         except Exception as error:
-            self._give_up(self._saving_step, error)
+            self._raise_failed(self._saving_step, error)
 
-    def close(self):
-        """Waits for what is under way, and ends Orbax's threads."""
+    def close(self) -> None:
+        """Waits for the pending save and stops Orbax's threads.
+
+        Raises:
+            CheckpointError: if the save failed.
+        """
         try:
             self.wait()
         finally:
             if self._orbax is not None:
-                with contextlib.suppress(Exception):  # Raised by `wait` already.
+                with contextlib.suppress(Exception):  # `wait` has already raised it.
                     self._orbax.close()
 
-    def _give_up(self, step, error):
-        """Frees what the failed save takes of the disk, and raises."""
+    def _raise_failed(self, step: int, error: Exception) -> NoReturn:
+        """Removes the files of a failed save, and raises."""
         orbax, self._orbax = self._orbax, None
         if orbax is not None:
-            with contextlib.suppress(Exception):  # The same error once more.
+            with contextlib.suppress(Exception):  # Orbax raises the same error again.
                 orbax.close()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                self._remove_for_good(step)
+                self._remove_repeatedly(step)
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: "
-            f"{error}. Those before it are untouched: {self.steps()}."
+            f"{error}. Earlier checkpoints are unchanged: {self.steps()}."
         ) from error
 
     def _finish(self, step, info):
         self._orbax.wait_until_finished()
         path, process = self.path(step), jax.process_index()
-        sums = checksums(path, _part_of(process))
+        sums = compute_checksums(path, _written_by(process))
         if process:
-            files.write_bytes(_sums_file(path, process), json.dumps(sums).encode())
+            files.write_bytes(_checksums_file(path, process), json.dumps(sums).encode())
             return
         for peer in range(1, jax.process_count()):
-            sums.update(_read_when_there(_sums_file(path, peer)))
+            sums.update(_read_when_written(_checksums_file(path, peer)))
         marker = {"format": FORMAT, "step": step, **info, "files": sums}
-        marker = sealed(json.loads(json.dumps(marker)))  # As it will be read.
+        marker = sealed(json.loads(json.dumps(marker)))  # In the form that is read.
         data = json.dumps(marker, indent=1).encode()
         files.write_bytes(files.join(path, MARKER), data)
         try:
             self._prune()
-        except OSError as error:  # The new one is whole all the same.
+        except OSError as error:  # The new checkpoint is complete.
             _log.warning("Old checkpoints could not be removed: %s", error)
 
     def _prune(self):
-        """Removes what is not to be kept, and what earlier kills have left behind."""
+        """Removes old and incomplete checkpoints."""
         steps = self.steps()
-        kept = {*steps[-self._keep_last :]}
+        retained = {*steps[-self._keep_last :]}
         if self._milestone_every:
-            kept |= {step for step in steps if step % self._milestone_every == 0}
-        for step in self._numbers():
-            if step not in kept and step < steps[-1]:
+            retained |= {step for step in steps if step % self._milestone_every == 0}
+        for step in self._directory_steps():
+            if step not in retained and step < steps[-1]:
                 self._remove(step)
 
-    def _remove_for_good(self, step):
-        # Where one write fails, TensorStore has others under way for a moment.
-        for _ in range(_REMOVALS):
+    def _remove_repeatedly(self, step):
+        # After a failed write, TensorStore's other writes continue for a moment.
+        for _ in range(_REMOVAL_ATTEMPTS):
             self._remove(step)
             time.sleep(0.05)
             if not files.exists(self.path(step)):
                 break
 
     def _remove(self, step):
-        # The marker first: a directory half removed is no checkpoint.
+        # The marker first: without it, the directory counts as incomplete.
         files.remove_file(files.join(self.path(step), MARKER))
         files.remove_directory(self.path(step))
 
-    # ----- Reading
+    # ----- Restoring
 
-    def path(self, step):
-        """The directory of a step's checkpoint."""
+    def path(self, step: int) -> str:
+        """Returns the directory of a step's checkpoint."""
         return files.join(self.directory, str(step))
 
-    def steps(self):
-        """Steps of which there is a checkpoint, in order; damaged ones may be among."""
+    def steps(self) -> list[int]:
+        """Returns the steps of complete checkpoints in order; they may be damaged."""
         return [
             step
-            for step in self._numbers()
+            for step in self._directory_steps()
             if files.exists(files.join(self.path(step), MARKER))
         ]
 
-    def _numbers(self):
+    def _directory_steps(self):
         names = files.list_directory(self.directory)
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def restore_latest(self, like):
-        """Reads the newest checkpoint that is whole.
+    def restore_latest(
+        self, target_for: Callable[[dict[str, Any]], Any]
+    ) -> tuple[dict[str, Any], Any] | None:
+        """Restores the newest intact checkpoint.
 
-        Those that are not are named, and put aside under another name.
+        Damaged checkpoints are reported in a warning and renamed.
 
         Args:
-            like: function from a checkpoint's marker, a dict, to a tree of
-                `jax.ShapeDtypeStruct` with shardings, as the arrays are wanted.
+            target_for: Function from a marker to a tree of `jax.ShapeDtypeStruct` with
+                shardings: the arrays to restore.
 
         Returns:
-            The marker and the arrays, or `None` if there is no checkpoint at all.
+            The marker and the tree of arrays, or `None` if there is no checkpoint.
 
         Raises:
-            CheckpointError: if there are checkpoints, and none is whole.
+            CheckpointError: if there are checkpoints, but none is intact.
         """
         steps = self.steps()
-        for step in {*self._numbers()} - {*steps}:
+        for step in {*self._directory_steps()} - {*steps}:
             _log.warning(
-                "The checkpoint of step %d was cut short while it was written (it has "
-                "no %s), and is not used.",
+                "The checkpoint of step %d is incomplete (it has no %s) and is "
+                "ignored.",
                 *(step, MARKER),
             )
         for step in reversed(steps):
             problem = self._problem(step)
             if problem is None:
                 marker = read_marker(self.path(step))
-                return marker, read_arrays(self.path(step), like(marker))
+                return marker, read_arrays(self.path(step), target_for(marker))
             _log.warning("The checkpoint of step %d is damaged: %s", step, problem)
             if jax.process_index() == 0:
-                self._put_aside(step)
-            _barrier(f"aside-{step}")
-        # Those of an earlier call, too: else the same command would begin anew.
+                self._rename_damaged(step)
+            _barrier(f"damaged-{step}")
+        # Those renamed earlier count too: otherwise the run would silently restart.
         names = files.list_directory(self.directory)
         if any(name.endswith(_DAMAGED) for name in names):
             raise CheckpointError(
-                f"None of the checkpoints in {self.directory} is whole. They are there "
-                f"as STEP{_DAMAGED}. To begin anew, name another output directory."
+                f"All checkpoints in {self.directory} are damaged. They were renamed "
+                f"to STEP{_DAMAGED}. To start a new run, choose another output "
+                "directory."
             )
         return None
 
-    def _put_aside(self, step):
-        aside = self.path(step) + _DAMAGED
-        files.remove_directory(aside)
-        os.replace(self.path(step), aside)
+    def _rename_damaged(self, step):
+        renamed = self.path(step) + _DAMAGED
+        files.remove_directory(renamed)
+        os.replace(self.path(step), renamed)
 
     def _problem(self, step):
-        """What is wrong with a checkpoint; the processes share the reading."""
+        """Returns what is wrong with a checkpoint; each process verifies a share."""
         try:
             marker = read_marker(self.path(step))
-            check_files(self.path(step), marker, *_processes())
+            verify_files(self.path(step), marker, *_process_index_and_count())
             problem = None
         except (OSError, ValueError) as error:
             problem = str(error)
         if jax.process_count() > 1:
             good = multihost_utils.process_allgather(jax.numpy.array(problem is None))
             if not good.all():
-                problem = problem or "another process cannot read its part of it."
+                problem = (
+                    problem
+                    or "another process could not verify its share of the files."
+                )
         return problem
 
 
-def read_marker(path):
-    """What is known of a checkpoint.
+def read_marker(path: PathLike) -> dict[str, Any]:
+    """Reads the marker of a checkpoint, `checkpoint.json`.
 
     Args:
-        path: string, its directory.
+        path: Directory of the checkpoint.
 
     Returns:
-        Dict: `format`, `step`, `files`, and what was saved as `info`.
+        Dict with `format`, `step`, `files` (sizes and checksums), and the `info` that
+        was saved.
 
     Raises:
         OSError: if there is none.
@@ -276,19 +307,22 @@ def read_marker(path):
     return parse_marker(files.read_bytes(file), file)
 
 
-def check_files(path, marker, process=0, processes=1):
+def verify_files(
+    path: PathLike, marker: Mapping[str, Any], process: int = 0, num_processes: int = 1
+) -> None:
     """Compares the files of a checkpoint with their checksums.
 
     Args:
-        path: string, its directory.
-        marker: dict, see `read_marker`.
-        process, processes: ints, which share of the files to look at.
+        path: Directory of the checkpoint.
+        marker: See `read_marker`.
+        process: Index of this process, which verifies its share of the files.
+        num_processes: Number of processes that share the files.
 
     Raises:
         OSError: if a file is missing or cannot be read.
-        ValueError: if a file is not what was written.
+        ValueError: if size or checksum of a file differ.
     """
-    names = sorted(marker["files"])[process::processes]
+    names = sorted(marker["files"])[process::num_processes]
 
     def check(name):
         file, expected = files.join(path, name), marker["files"][name]
@@ -299,13 +333,13 @@ def check_files(path, marker, process=0, processes=1):
         list(pool.map(check, names))
 
 
-def read_arrays(path, like):
-    """Reads arrays of a checkpoint into the shardings wanted.
+def read_arrays(path: PathLike, target: Any) -> Any:
+    """Reads arrays of a checkpoint with the requested shardings.
 
     Args:
-        path: string, its directory.
-        like: tree of `jax.ShapeDtypeStruct` with shardings. What it leaves out of the
-            checkpoint is not read.
+        path: Directory of the checkpoint.
+        target: Tree of `jax.ShapeDtypeStruct` with shardings. Other arrays of the
+            checkpoint are not read.
 
     Returns:
         The tree of `jax.Array`.
@@ -316,13 +350,13 @@ def read_arrays(path, like):
     handler = ocp.PyTreeCheckpointHandler()
     with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
         restore = ocp.args.PyTreeRestore(
-            item=like,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
             partial_restore=True,
         )
         arrays = files.join(os.path.abspath(path), ARRAYS)
         found = checkpointer.restore(arrays, restore)
-    missing = [  # Which Orbax leaves as they were asked for.
+    missing = [  # Orbax returns the struct of an array that is missing.
         jax.tree_util.keystr(keys, simple=True, separator="/")
         for keys, leaf in jax.tree_util.tree_leaves_with_path(found)
         if not isinstance(leaf, jax.Array)
@@ -332,54 +366,59 @@ def read_arrays(path, like):
     return found
 
 
-def checksums(path, belongs):
-    """Size and SHA-256 of files below a directory.
+def compute_checksums(
+    path: str, includes: Callable[[str], bool]
+) -> dict[str, dict[str, Any]]:
+    """Computes size and SHA-256 of the files below a directory.
 
     Args:
-        path: string.
-        belongs: function from a file's name below `path` to whether it is wanted.
+        path: The directory.
+        includes: Function from a file's name, relative to `path`, to whether it is
+            included.
 
     Returns:
-        Dict by name of dicts of `"bytes"` and `"sha256"`.
+        Dicts of `"bytes"` and `"sha256"`, by relative name.
     """
     start = len(path) + 1
-    names = [file[start:] for file in files.list_files(path) if belongs(file[start:])]
+    names = [file[start:] for file in files.list_files(path) if includes(file[start:])]
 
-    def look(name):
+    def entry(name):
         file = files.join(path, name)
         size, _ = files.size_and_mtime(file)
         return name, {"bytes": size, "sha256": files.sha256(file)}
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return dict(pool.map(look, names))
+        return dict(pool.map(entry, names))
 
 
-def _part_of(process):
-    """Which files of a checkpoint a process looks after: those that it has written."""
+def _written_by(process):
+    """Predicate of the files of a checkpoint that a process has written."""
     own = f"{ARRAYS}/ocdbt.process_{process}/"
 
-    def belongs(name):
+    def includes(name):
         if name.startswith(f"{ARRAYS}/ocdbt.process_"):
             return name.startswith(own)
         return process == 0 and name.startswith(f"{ARRAYS}/")
 
-    return belongs
+    return includes
 
 
-def _sums_file(path, process):
+def _checksums_file(path, process):
     return files.join(path, f"checksums-{process}.json")
 
 
-def _read_when_there(path):
+def _read_when_written(path):
     deadline = time.monotonic() + _PEERS_TIMEOUT
     while not files.exists(path):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path} did not come in {_PEERS_TIMEOUT:.0f} seconds.")
+            raise TimeoutError(
+                f"{path} was not written within {_PEERS_TIMEOUT:.0f} seconds."
+            )
         time.sleep(0.05)
     return json.loads(files.read_bytes(path))
 
 
-def _processes():
+def _process_index_and_count():
     return jax.process_index(), jax.process_count()
 
 

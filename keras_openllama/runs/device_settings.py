@@ -1,44 +1,77 @@
-"""Checks of the settings that concern devices: meshes, rematerialization.
+"""Validators of device settings: meshes, rematerialization, planned memory settings.
 
-A check takes a setting's name and value, and returns the value or raises `ValueError`.
+A validator takes the name and the value of a setting. It returns the value or raises
+`ValueError`.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 from keras_openllama.config import MESH_AXES, REMATERIALIZATION
 from keras_openllama.utils import validation
 
-rematerialize = validation.one_of(*REMATERIALIZATION)
+check_rematerialize = validation.one_of(*REMATERIALIZATION)
 
 
-def mesh_of(text):
-    """A mesh from such as `data=4,fsdp=64`: dict of the axes that are named.
+def parse_mesh(text: str) -> dict[str, int]:
+    """Parses the text form of a mesh.
+
+    Args:
+        text: Axes with their sizes, such as `"data=4,fsdp=64"`.
+
+    Returns:
+        Sizes of the axes that are named.
 
     Raises:
-        ValueError: for an axis that there is not, or a size below 1.
+        ValueError: for an unknown axis, or a size below 1.
+
+    Example:
+
+    >>> parse_mesh("data=4,fsdp=64")
+    {'data': 4, 'fsdp': 64}
     """
     mesh = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"a mesh is such as data=4,fsdp=64,model=1. Received: {text!r}"
+                f"A mesh must have the form data=4,fsdp=64,model=1. Received: {text!r}"
             )
         mesh[axis] = int(size)
     return mesh
 
 
-def meshes(name, value):
+def check_meshes(name: str, value: Any) -> dict[str, dict[str, int]]:
+    """Validates meshes by number of devices.
+
+    Args:
+        name: Name of the setting, for error messages.
+        value: Dict from a number of devices to the sizes of the mesh axes.
+
+    Returns:
+        The meshes, each with all axes, by number of devices as a string.
+
+    Raises:
+        ValueError: if an axis is unknown, or the sizes do not multiply to the number.
+
+    Example:
+
+    >>> check_meshes("meshes", {8: {"fsdp": 8}})
+    {'8': {'data': 1, 'fsdp': 8, 'model': 1}}
+    """
     if not isinstance(value, dict):
         validation.raise_invalid(
-            name, value, "meshes by number of chips, such as {8: {fsdp: 8}}"
+            name, value, "a dict of meshes by number of chips, such as {8: {fsdp: 8}}"
         )
     return {
-        str(chips): _mesh(f"{name}[{chips}]", chips, value[chips]) for chips in value
+        str(chips): _check_axes(f"{name}[{chips}]", chips, value[chips])
+        for chips in value
     }
 
 
-def _mesh(name, chips, axes):
+def _check_axes(name, chips, axes):
     mesh = {**dict.fromkeys(MESH_AXES, 1), **axes} if isinstance(axes, dict) else {}
     sizes = [size for size in mesh.values() if type(size) is int and size >= 1]
     if (
@@ -47,26 +80,45 @@ def _mesh(name, chips, axes):
         or str(math.prod(sizes)) != str(chips)
     ):
         requirement = (
-            f"sizes of {', '.join(MESH_AXES)} whose product is the number of chips"
+            f"a dict of sizes of {', '.join(MESH_AXES)} whose product is the number of "
+            "chips"
         )
         validation.raise_invalid(name, axes, requirement)
     return mesh
 
 
-def planned(name, value):
-    """By number of chips, how much a device does at once; see `Recipe.planned`."""
+def check_planned(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    """Validates planned memory settings by number of devices, see `Recipe.planned`.
+
+    Args:
+        name: Name of the setting, for error messages.
+        value: Dict from a number of devices to `"rows"` and `"rematerialize"`.
+
+    Returns:
+        The settings by number of devices as a string.
+
+    Raises:
+        ValueError: if an entry is invalid.
+
+    Example:
+
+    >>> check_planned("planned", {8: {"rows": 2, "rematerialize": "full"}})
+    {'8': {'rows': 2, 'rematerialize': 'full'}}
+    """
     if not isinstance(value, dict) or not all(str(n).isdecimal() for n in value):
         validation.raise_invalid(
             name,
             value,
-            "by number of chips, such as {8: {rows: 2, rematerialize: full}}",
+            "a dict by number of chips, such as {8: {rows: 2, rematerialize: full}}",
         )
-    return {str(chips): _plan(f"{name}[{chips}]", value[chips]) for chips in value}
+    return {
+        str(chips): _check_plan(f"{name}[{chips}]", value[chips]) for chips in value
+    }
 
 
-def _plan(name, plan):
+def _check_plan(name, plan):
     if not isinstance(plan, dict) or set(plan) != {"rows", "rematerialize"}:
-        validation.raise_invalid(name, plan, "of rows and rematerialize")
+        validation.raise_invalid(name, plan, "a dict of 'rows' and 'rematerialize'")
     validation.integer_at_least(1)(f"{name}: rows", plan["rows"])
-    rematerialize(f"{name}: rematerialize", plan["rematerialize"])
+    check_rematerialize(f"{name}: rematerialize", plan["rematerialize"])
     return dict(plan)

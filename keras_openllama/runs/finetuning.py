@@ -1,8 +1,10 @@
-"""Fine-tuning: a preset and examples, for `trainer.Trainer`; and what it exports.
+"""Fine-tuning: sets up `trainer.Trainer` with a preset and examples; exports.
 
-Beside what every run writes, the directory holds in the end `adapters/` (in PEFT's
-format) and `model/` (merged, in transformers').
+Besides the files of every run, the directory of a complete run holds `adapters/` (in
+the format of PEFT) and `model/` (merged, in the format of transformers).
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -10,6 +12,8 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import keras
@@ -25,31 +29,55 @@ from keras_openllama.runs.instruction_data import InstructionData
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
-    scope_of,
+    distribution_scope,
 )
 from keras_openllama.runs.keras_train_state import KerasTrainState
 from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.train_config import TrainConfig
-from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
+from keras_openllama.runs.trainer import RunOptions, Sampling, Trainer, lock_run
 from keras_openllama.text.inputs import normalize_examples
 from keras_openllama.training.fit import ADAPTER_LEARNING_RATE, LEARNING_RATE
 
 ADAPTERS, MODEL = "adapters", "model"
-_QUESTIONS = 4  # Heuristic: prompts of examples that the model answers.
-_FINAL_RATE = 0.1  # The last learning rate, as a share of the peak, as in LLaMA.
-# Files may move; what is in them is compared.
+_NUM_SAMPLE_PROMPTS = 4  # Heuristic: held-out prompts that are sampled from.
+_FINAL_RATE = 0.1  # The final learning rate as a share of the peak, as in LLaMA.
+# Paths may change between starts of a run; their contents are compared instead.
 _FILES = ("data", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """What is trained on what; the fields are flags of `finetune`.
+    """Settings of a fine-tuning run; each is a flag of `keras-openllama finetune`.
 
-    `train_config` is the `TrainConfig` of the steps that it takes.
+    Attributes:
+        preset: Preset, directory or `hf://` handle of the model.
+        data: Paths of the examples.
+        prompt: Template of prompts, `"{prompt}"` by default.
+        response: Template of responses, `"{response}"` by default.
+        chat_template: Template of chats, see `OpenLlamaCausalLMPreprocessor`.
+        validation: Path of held-out examples; by default, a share of `data`.
+        validation_share: Share of the examples to hold out, 0 to 1.
+        sequence_length: Tokens per sequence.
+        pack: Whether sequences hold several examples (packing).
+        lora_rank: Rank of LoRA adapters; `None` trains all weights.
+        lora_alpha: LoRA's alpha.
+        lora_targets: Names of the layers with adapters.
+        int8: Whether the frozen weights are quantized to int8.
+        dtype: Dtype policy of the model.
+        epochs: Passes over the examples.
+        batch_size: Sequences per step, over all devices.
+        learning_rate: Peak learning rate; the default depends on `lora_rank`.
+        warmup: Share of the steps in the warmup, 0 to 1.
+        weight_decay: See `TrainConfig`.
+        micro_batches: See `TrainConfig`.
+        rematerialize: See `TrainConfig`.
+        seed: See `TrainConfig`.
+        save_every: See `TrainConfig`.
+        validate_every: Steps between validations; by default a tenth of all steps.
     """
 
     preset: str
-    data: tuple
+    data: tuple[str, ...]
     prompt: str | None = None
     response: str | None = None
     chat_template: dict | None = None
@@ -59,7 +87,7 @@ class FinetuneConfig:
     pack: bool = False
     lora_rank: int | None = None
     lora_alpha: float | None = None
-    lora_targets: tuple | None = None
+    lora_targets: tuple[str, ...] | None = None
     int8: bool = False
     dtype: str = "float32"
     epochs: float = 3.0
@@ -73,8 +101,24 @@ class FinetuneConfig:
     save_every: int = 100
     validate_every: int | None = None
 
-    def train_config(self, steps):
-        """`TrainConfig` of a run of so many steps."""
+    def train_config(self, steps: int) -> TrainConfig:
+        """Returns the settings of the training steps.
+
+        Args:
+            steps: Steps of the run.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: if a setting is invalid.
+
+        Example:
+
+        >>> config = FinetuneConfig("nano", ("examples.jsonl",), lora_rank=4)
+        >>> config.train_config(steps=100).warmup_steps
+        3
+        """
         rate = self.learning_rate
         if rate is None:
             rate = ADAPTER_LEARNING_RATE if self.lora_rank else LEARNING_RATE
@@ -95,12 +139,12 @@ class FinetuneConfig:
             seed=self.seed,
             save_every=self.save_every,
             milestone_every=0,
-            # Ten times, unless said.
+            # Ten validations by default.
             validate_every=self.validate_every or max(1, steps // 10),
         )
 
-    def to_json(self):
-        """The settings in the form of a recipe in `run.json`."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings in the form of a recipe in `run.json`."""
         values = dataclasses.asdict(self)
         settings = {
             name: {"value": value, "source": "command line"}
@@ -112,27 +156,40 @@ class FinetuneConfig:
 
 @contextlib.contextmanager
 def open_run(
-    config, options, questions=None, max_new_tokens=48, check_size=lambda sizes: None
-):
+    config: FinetuneConfig,
+    options: RunOptions,
+    sample_prompts: list[str] | None = None,
+    max_new_tokens: int = 48,
+    check_size: Callable[[Mapping[str, Any]], None] = lambda sizes: None,
+) -> Iterator[Trainer]:
     """Starts a fine-tuning run, or resumes the one in the directory.
 
     Args:
-        config: `FinetuneConfig`.
-        options: `trainer.RunOptions`.
-        questions: list of strings that the model answers before and after; `None`
-            takes some of the examples that were set aside.
-        max_new_tokens: int, of answers.
-        check_size: called with the arguments of the backbone, before weights are read
-            or made; raises a `ValueError` for a model that is too large.
+        config: The settings of the run.
+        options: Where and how the run is executed.
+        sample_prompts: Prompts to complete before and after training; by default, some
+            of the held-out examples.
+        max_new_tokens: Limit of generated tokens per sample.
+        check_size: Called with the arguments of the backbone before weights are loaded;
+            raises a `ValueError` if the model is too large.
 
     Yields:
-        `trainer.Trainer`.
+        The trainer, to be used inside the `with` block.
 
     Raises:
-        ValueError: if settings, examples or the run in the directory do not fit.
-        run_directory.Busy: if another process has the run.
-        checkpoint_manager.CheckpointError: if no checkpoint can be read.
+        ValueError: if settings, examples or the run in the directory conflict.
+        run_directory.RunBusyError: if another process trains in the directory.
+        checkpoint_manager.CheckpointError: if checkpoints exist, but none is intact.
         OSError: if a file cannot be read.
+
+    Example:
+
+    ```python
+    config = FinetuneConfig("nano", ("examples.jsonl",), lora_rank=4)
+    with open_run(config, RunOptions("runs/answers")) as trainer:
+        trainer.train()
+        export_model(trainer, config, (ADAPTERS, MODEL), replace=False)
+    ```
     """
     on_jax = keras.config.backend() == "jax"
     with _reading_preset(config):
@@ -147,8 +204,8 @@ def open_run(
         check_mesh(mesh, architecture, config.batch_size, config.micro_batches)
         distribution = distribution_for(mesh)
     elif options.mesh:
-        raise ValueError("A mesh needs the JAX backend. Leave --mesh out.")
-    with exclusive(options.output):
+        raise ValueError("A mesh requires the JAX backend. Omit --mesh.")
+    with lock_run(options.output):
         now = {
             **config.to_json(),
             "kind": run_directory.FINETUNING,
@@ -156,61 +213,66 @@ def open_run(
             "weights": "adapters" if config.lora_rank else "all",
             "data": {"examples": _fingerprint(examples, validation)},
         }
-        before = run_directory.read(options.output)
+        before = run_directory.read_run(options.output)
         changes = []
         if before is not None:
-            changes = run_directory.check_unchanged(before, now, options.accept_changes)
+            changes = run_directory.check_settings(before, now, options.accept_changes)
             for line in changes:
-                options.say(f"Changed: {line}.")
-        # Keras draws the seeds of initializers from it. (Its own function for all
-        # seeds imports TensorFlow.)
+                options.log(f"Changed: {line}.")
+        # Keras draws the seeds of initializers from `random`. (`set_random_seed` would
+        # import TensorFlow.)
         random.seed(config.seed)
-        with scope_of(distribution):
+        with distribution_scope(distribution):
             lm = _build(config, source)
-        data = _data(lm, config, examples, validation)
+        data = _instruction_data(lm, config, examples, validation)
         train = config.train_config(data.steps(config.epochs))
-        with scope_of(distribution):
+        with distribution_scope(distribution):
             compile_model(lm, train)
         proto = lm.preprocessor.tokenizer.proto
         changed = before is None or bool(changes)
-        run_directory.write_once(options.output, now, proto, changed)
-        whole = not config.lora_rank
+        run_directory.write_run_once(options.output, now, proto, changed)
+        save_frozen = not config.lora_rank
         if on_jax:
-            state = JaxTrainState(lm, train, distribution, save_frozen=whole)
+            state = JaxTrainState(lm, train, distribution, save_frozen=save_frozen)
         else:
-            state = KerasTrainState(lm, save_frozen=whole)
-        if questions is None:
-            questions = _prompts(lm, config, [e for _, e in validation])
-        prompts = {f"question {i}": text for i, text in enumerate(questions, 1)}
+            state = KerasTrainState(lm, save_frozen=save_frozen)
+        if sample_prompts is None:
+            sample_prompts = _prompts(lm, config, [e for _, e in validation])
+        prompts = {f"question {i}": text for i, text in enumerate(sample_prompts, 1)}
         sampling = Sampling(prompts, max_new_tokens, lm.backbone.context_length, True)
         yield Trainer(train, state, data, options, {"run": config.to_json()}, sampling)
 
 
-def export(trainer, config, names, again):
-    """Writes the trained model, on the first process.
+def export_model(
+    trainer: Trainer, config: FinetuneConfig, names: Iterable[str], replace: bool
+) -> None:
+    """Exports the trained model into the run's directory.
+
+    Several processes cannot export; they report how to.
 
     Args:
-        trainer: `trainer.Trainer` whose run is complete.
-        config: `FinetuneConfig`.
-        names: tuple of strings, some of `ADAPTERS` and `MODEL`.
-        again: bool, whether what is there is replaced.
+        trainer: The trainer of a complete run.
+        config: The settings of the run.
+        names: What to export: `ADAPTERS`, `MODEL` or both.
+        replace: Whether existing exports are replaced.
     """
+    names = tuple(names)
     if names and jax.process_count() > 1:
-        trainer.options.say(
-            "The weights are spread over several hosts, so nothing is exported. Run "
-            "the same command on one host: it exports the complete run."
+        trainer.options.log(
+            "The weights are sharded over several hosts, so nothing is exported. Run "
+            "the command again on a single host to export the complete run."
         )
         return
     trainer.state.update_model()
     lm = trainer.state.lm
-    # Adapters cannot be merged into int8.
+    # Adapters cannot be merged into int8 weights.
     write = {
         ADAPTERS: config.lora_rank and lm.save_adapters,
         MODEL: not config.int8 and lm.export_to_transformers,
     }
     for name in names:
         path = os.path.join(trainer.options.output, name)
-        if write[name] and (again or not os.path.isdir(path)):
+        if write[name] and (replace or not os.path.isdir(path)):
             write[name](path, force=True)
 
 
@@ -219,7 +281,7 @@ def export(trainer, config, names, again):
 
 @contextlib.contextmanager
 def _reading_preset(config):
-    """Tells errors of reading the preset from those of writing a run."""
+    """Converts errors of reading the preset, which are not errors of writing a run."""
     try:
         yield
     except OSError as error:
@@ -227,15 +289,16 @@ def _reading_preset(config):
 
 
 def _build(config, source):
-    """The model of a run, with adapters if the config has them."""
+    """Loads the model of a run, with adapters if the config has them."""
     with _reading_preset(config):
         lm = load_task_from(
             OpenLlamaCausalLM, source, origin(config.preset), dtype=config.dtype
         )
     if config.sequence_length > lm.backbone.context_length:
         raise ValueError(
-            f"The context of {config.preset} is {lm.backbone.context_length} tokens. "
-            f"Received: sequences of {config.sequence_length} tokens (--length)"
+            f"`sequence_length` (--length) must not exceed the context length of "
+            f"{config.preset}, {lm.backbone.context_length} tokens. Received: "
+            f"sequence_length={config.sequence_length}"
         )
     lm.preprocessor.sequence_length = config.sequence_length
     if config.chat_template is not None:
@@ -251,8 +314,21 @@ def _build(config, source):
 # ----- Examples
 
 
-def read_examples(config):
-    """Examples to train on and to validate on: two lists of `(source, example)`."""
+def read_examples(
+    config: FinetuneConfig,
+) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Reads the training and the held-out examples.
+
+    Args:
+        config: The settings of the run.
+
+    Returns:
+        Two lists of `(source, example)`: for training, and held out.
+
+    Raises:
+        ValueError: if a file holds an invalid example.
+        OSError: if a file cannot be read.
+    """
     templates = None
     if config.prompt is not None or config.response is not None:
         templates = (config.prompt or "{prompt}", config.response or "{response}")
@@ -267,7 +343,7 @@ def _fingerprint(*parts):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _data(lm, config, examples, validation):
+def _instruction_data(lm, config, examples, validation):
     def arrays(examples, pack):
         rows = lm.preprocessor.tokenize_examples(normalize_examples(examples))
         rows.warn()
@@ -278,31 +354,44 @@ def _data(lm, config, examples, validation):
         by_source.setdefault(source, []).append(example)
     hosts = jax.process_count(), jax.process_index()
     train, _ = arrays([e for _, e in examples], config.pack)
-    apart = {source: arrays(some, False) for source, some in by_source.items()}
-    return InstructionData(*(train, config.batch_size, config.seed, apart), *hosts)
+    held_out = {source: arrays(some, False) for source, some in by_source.items()}
+    return InstructionData(*(train, config.batch_size, config.seed, held_out), *hosts)
 
 
 def _prompts(lm, config, examples):
-    """Prompts of examples that leave room for an answer."""
+    """Returns prompts of examples that leave room for a response."""
     prompts = []
     for example in examples:
-        prompt = prompt_of(example)
+        prompt = prompt_from_example(example)
         try:
             if isinstance(prompt, str):
                 (ids,) = lm.preprocessor.prompt_ids([prompt])
             else:
                 ids = lm.preprocessor.chat_ids(prompt["messages"])
         except ValueError:
-            continue  # It has no prompt, as a chat that the assistant begins.
+            continue  # It has no prompt, like a chat that starts with the assistant.
         if len(ids) < config.sequence_length:
             prompts.append(prompt)
-        if len(prompts) == _QUESTIONS:
+        if len(prompts) == _NUM_SAMPLE_PROMPTS:
             break
     return prompts
 
 
-def prompt_of(example):
-    """The prompt of an example: a string, or a chat without its last replies."""
+def prompt_from_example(example: str | Mapping[str, Any]) -> Any:
+    """Returns the prompt of an example.
+
+    Args:
+        example: Text, prompt and response, or chat.
+
+    Returns:
+        The start of a text, the prompt, or the chat without the assistant's last
+        messages.
+
+    Example:
+
+    >>> prompt_from_example({"prompt": "2 + 2 =", "response": "4"})
+    '2 + 2 ='
+    """
     if isinstance(example, str):
         return example[:60]
     if "prompt" in example:

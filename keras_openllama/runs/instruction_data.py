@@ -1,90 +1,126 @@
-"""The batches of fine-tuning: arrays of examples that are all in memory."""
+"""The batches of fine-tuning, from tokenized examples in memory."""
+
+from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from keras_openllama.training.step_metrics import perplexity_from_loss
+from keras_openllama.training.step_metrics import LossSums, perplexity_from_loss
+
+# `(x, y, sample_weight)`: `x` is a dict of `token_ids` and `padding_mask`; each array
+# has the shape `(sequences, sequence_length)`.
+Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 
 
 class InstructionData:
-    """The batch of each step, a function of the seed and the step alone.
+    """`trainer.TrainData` of examples: each batch depends on the seed and step only.
 
-    Each epoch goes through all sequences once, in an order of its own; the last batch
-    of an epoch is filled up from the next one's order. It is `trainer.TrainData`.
+    Each epoch reads all sequences once, in its own random order. The last batch of an
+    epoch is completed from the start of the next one.
 
     Args:
-        arrays: `(x, y, weights)`, NumPy arrays of sequences, from the preprocessor.
-        batch_size: int, over all hosts.
-        seed: int.
-        validation: dict by source of pairs: arrays as above, and the bytes of their
-            text; empty for none.
-        hosts, host: ints, how many processes share a batch, and which one this is.
+        arrays: `(x, y, sample_weight)` from the preprocessor, each array of the shape
+            `(sequences, sequence_length)`.
+        batch_size: Sequences per batch, over all hosts.
+        seed: Seed of the order.
+        validation: By source, arrays as above, and the size of their text in bytes.
+        hosts: Number of processes that share a batch.
+        host: Index of this process.
 
     Attributes:
-        rows: int, number of sequences.
-        validation: `InstructionValidation`.
+        num_sequences: Number of sequences.
+        validation: The held-out `InstructionValidation`.
+
+    Raises:
+        ValueError: if the processes cannot share a batch evenly.
+
+    Example:
+
+    >>> ones = np.ones((3, 4), "int32")
+    >>> arrays = {"token_ids": ones, "padding_mask": ones}, ones, ones
+    >>> data = InstructionData(arrays, batch_size=2, seed=0)
+    >>> data.steps(epochs=2)
+    3
+    >>> data.tokens(steps=1)
+    8
     """
 
-    def __init__(self, arrays, batch_size, seed, validation=None, hosts=1, host=0):
+    def __init__(
+        self,
+        arrays: Batch,
+        batch_size: int,
+        seed: int,
+        validation: Mapping[str, tuple[Batch, int]] | None = None,
+        hosts: int = 1,
+        host: int = 0,
+    ):
         x, y, weights = arrays
         self._arrays = _as_arrays(x, y, weights)
         self._batch_size, self._seed = batch_size, seed
-        self._share = _share(batch_size, hosts, host)
-        self.rows = len(y)
-        self._epoch = None  # That `_permutation` is of.
+        self._share = _host_slice(batch_size, hosts, host)
+        self.num_sequences = len(y)
+        self._epoch = None  # The epoch of `_permutation`.
         self._counts = np.count_nonzero(x["padding_mask"], axis=1)
         self.validation = InstructionValidation(
             validation or {}, batch_size, self._share
         )
 
-    def steps(self, epochs):
-        """Steps that go `epochs` times through the sequences: int."""
-        return max(1, -(-round(epochs * self.rows) // self._batch_size))
+    def steps(self, epochs: float) -> int:
+        """Returns the number of steps in a number of epochs."""
+        return max(1, -(-round(epochs * self.num_sequences) // self._batch_size))
 
-    def batches(self, from_step):
-        """This host's part of each batch, from a step on, counted from 0; endless."""
+    def batches(self, from_step: int) -> Iterator[Batch]:
+        """Returns an endless iterator of this host's batches after some steps."""
         return map(self.batch, itertools.count(from_step))
 
-    def batch(self, step):
-        """This host's part of a step's batch: `(x, y, weights)`."""
+    def batch(self, step: int) -> Batch:
+        """Returns this host's part of the batch of step `step` (from 0)."""
         return _batch(self._arrays, self.sequences_read(step)[self._share])
 
-    def sequences_read(self, step):
-        """Numbers of the sequences that all hosts read in a step: list of ints."""
+    def sequences_read(self, step: int) -> list[int]:
+        """Returns the indices of the sequences of step `step` (from 0) on all hosts."""
         first = step * self._batch_size
         places = range(first, first + self._batch_size)
         return [
-            int(self._order(place // self.rows)[place % self.rows]) for place in places
+            int(self._order(place // self.num_sequences)[place % self.num_sequences])
+            for place in places
         ]
 
-    def tokens(self, steps):
-        """Tokens that the first steps read, without padding: int."""
-        epochs, rest = divmod(steps * self._batch_size, self.rows)
+    def tokens(self, steps: int) -> int:
+        """Returns the number of tokens in the first `steps` steps, without padding."""
+        epochs, rest = divmod(steps * self._batch_size, self.num_sequences)
         part = self._counts[self._order(epochs)[:rest]].sum() if rest else 0
         return int(epochs * self._counts.sum() + part)
 
     def _order(self, epoch):
         if self._epoch != epoch:
             random = np.random.default_rng([self._seed, epoch])
-            self._epoch, self._permutation = epoch, random.permutation(self.rows)
+            self._epoch, self._permutation = (
+                epoch,
+                random.permutation(self.num_sequences),
+            )
         return self._permutation
 
 
 class InstructionValidation:
-    """`trainer.ValidationData` of examples, all of which are evaluated each time.
+    """`trainer.ValidationData` of examples; each validation evaluates all of them.
 
     Args:
-        sources: dict by source of pairs, see `InstructionData`.
-        batch_size: int, over all hosts.
-        share: slice, this host's part of a batch.
+        sources: Arrays and size by source, see `InstructionData`.
+        batch_size: Sequences per batch, over all hosts.
+        share: Slice of this host's sequences in a batch.
 
     Attributes:
-        sources: names of the sources that have anything to predict.
+        sources: Names of the sources that have any targets.
     """
 
-    def __init__(self, sources, batch_size, share):
+    def __init__(
+        self, sources: Mapping[str, tuple[Batch, int]], batch_size: int, share: slice
+    ):
         self._batch_size, self._share = batch_size, share
         self._sources = {
             name: (_as_arrays(*arrays), size)
@@ -93,27 +129,29 @@ class InstructionValidation:
         }
         self.sources = list(self._sources)
 
-    def measure(self, evaluate):
-        """Evaluates.
+    def measure(
+        self, evaluate: Callable[[Batch], tuple[LossSums, Any]]
+    ) -> dict[str, Any]:
+        """Evaluates all examples.
 
         Args:
-            evaluate: function from a batch to `step_metrics.LossSums` and the sum of
-                weights.
+            evaluate: Function from a batch to the sums over its targets, and the sum
+                of their weights.
 
         Returns:
-            Dict: `loss` (nats per token), `perplexity` and `bits_per_byte` of all
-            examples together, and `sources`, the same of each.
+            `loss` (nats per token), `perplexity` and `bits_per_byte` of all examples
+            together, and `sources`, the same of each source.
         """
         sums = {
-            name: (*self._sums(arrays, evaluate), size)
+            name: (*self._sum_targets(arrays, evaluate), size)
             for name, (arrays, size) in self._sources.items()
         }
         total = [sum(column) for column in zip(*sums.values(), strict=True)]
         sources = {name: _rates(*values) for name, values in sums.items()}
         return {**_rates(*total), "sources": sources}
 
-    def _sums(self, arrays, evaluate):
-        """Nats and targets of a source; the last batch is filled with zero weight."""
+    def _sum_targets(self, arrays, evaluate):
+        """LossSums nats and targets of a source; zero weights pad the last batch."""
         rows = len(arrays[-1])
         nats = targets = 0.0
         for first in range(0, rows, self._batch_size):
@@ -141,11 +179,11 @@ def _batch(arrays, rows):
     return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
 
-def _share(batch_size, hosts, host):
-    """A host's part of a batch: slice."""
+def _host_slice(batch_size, hosts, host):
+    """Slice of a host's sequences in a batch."""
     if batch_size % hosts:
         raise ValueError(
-            "The hosts must share a batch evenly. Change --batch-size. Received: "
+            "The number of hosts must divide `batch_size` (--batch-size). Received: "
             f"batch_size={batch_size}, hosts={hosts}"
         )
     rows = batch_size // hosts

@@ -1,84 +1,104 @@
-"""How a run ends early: signals, steps that had to be skipped, and exit codes."""
+"""How a run ends early: signals, skipped steps, unreadable data; and exit codes."""
+
+from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
+from types import FrameType, TracebackType
 
 import jax
 from jax.experimental import multihost_utils
 
-# Exit codes of both commands, beside 0 and Python's own. From sysexits.h.
-STOPPED = 75  # EX_TEMPFAIL: a signal came, all is saved; the same command resumes it.
-DIVERGED = 70  # EX_SOFTWARE: too many steps in a row had to be skipped.
-NOT_WRITTEN = 74  # EX_IOERR: a checkpoint or a log could not be written.
+# Exit codes of `pretrain` and `finetune` besides 0 and Python's own, from sysexits.h.
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal and saved; run the command to resume.
+DIVERGED = 70  # EX_SOFTWARE: too many consecutive steps were skipped.
+WRITE_FAILED = 74  # EX_IOERR: a checkpoint or a log could not be written.
 
 
 _ADVICE = (
-    "What they read is in skipped.jsonl. Try a lower learning rate (--set "
-    "learning_rate=…, or --learning-rate of finetune) with --accept-changes, or "
-    "another seed in another output directory."
+    "The sequences that they read are listed in skipped.jsonl. Try a lower learning "
+    "rate (--set learning_rate=…, or --learning-rate of finetune) with "
+    "--accept-changes, or another seed in another output directory."
 )
 
 
-class DataNotRead(Exception):
-    """A file of the data is damaged or gone, or its file system is."""
+class DataReadError(Exception):
+    """A file of the training data is damaged, missing or unreadable."""
 
 
 @contextlib.contextmanager
-def reading_data():
-    """Tells errors of reading data from those of writing a run."""
+def reading_data() -> Iterator[None]:
+    """Converts errors of reading data, to distinguish them from errors of writing.
+
+    Raises:
+        DataReadError: in place of an `OSError` or `ValueError` of the block.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
-        raise DataNotRead(f"The data could not be read: {error}") from error
+        raise DataReadError(f"The data could not be read: {error}") from error
 
 
-class Diverged(Exception):
-    """Too many steps in a row had to be skipped."""
+class DivergedError(Exception):
+    """Too many consecutive steps were skipped."""
 
 
 class StopRequest:
-    """Whether a signal asks the run to save and end, the same on all hosts.
+    """Whether a signal asks the run to save and exit; the same answer on all hosts.
 
-    One process listens to SIGTERM and SIGINT; a second one ends it without a save.
-    Several that `jax.distributed` joins agree on the step by JAX's preemption service,
-    which listens to SIGTERM alone.
+    A single process handles SIGTERM and SIGINT; a second signal ends it without
+    saving. Processes joined by `jax.distributed` agree on the step with JAX's
+    preemption sync manager, which handles SIGTERM only. Use it as a context manager.
+
+    Attributes:
+        signal: Name of the signal that was received, or `None`.
 
     Example:
 
-    ```python
-    with StopRequest() as stop:
-        for step in steps:
-            train()
-            if stop.at(step):
-                break
-    ```
+    >>> with StopRequest() as stop:
+    ...     for step in range(1, 3):
+    ...         if stop.requested(step):
+    ...             break
+    >>> print(stop.signal)
+    None
     """
 
     def __init__(self):
-        self.signal = None
+        self.signal: str | None = None
 
-    def __enter__(self):
-        self._before = {}
+    def __enter__(self) -> StopRequest:
+        self._previous_handlers = {}
         if jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                previous = signal.signal(number, self._handle_signal)
+                self._previous_handlers[number] = previous
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            with contextlib.suppress(TypeError):  # One that Python did not set.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous_handlers.items():
+            # A handler that was not installed from Python cannot be restored.
+            with contextlib.suppress(TypeError):
                 signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
-    def at(self, step):
-        """Whether to end after a step; every process asks after each.
+    def requested(self, step: int) -> bool:
+        """Returns whether to stop after a step; every process calls it at every step.
 
         Args:
-            step: int.
+            step: Steps done.
+
+        Returns:
+            Whether a signal was received, on any host.
         """
         if jax.process_count() == 1:
             return self.signal is not None
@@ -87,28 +107,47 @@ class StopRequest:
         return self.signal is not None
 
 
-class Skipped:
-    """Counts steps that were skipped, and gives up after too many in a row.
+class SkippedSteps:
+    """Counts skipped steps, and raises after too many consecutive ones.
 
     Args:
-        most: int, how many in a row end the run.
+        max_consecutive: Number of consecutive skipped steps that ends the run.
+
+    Attributes:
+        total: Number of skipped steps.
+
+    Example:
+
+    >>> skipped = SkippedSteps(max_consecutive=10)
+    >>> skipped.record(1, applied=False, loss=float("nan"), grad_norm=1.0)
+    >>> skipped.total
+    1
     """
 
-    def __init__(self, most):
-        self._most = most
-        self._in_a_row, self.total = 0, 0
+    def __init__(self, max_consecutive: int):
+        self._max_consecutive = max_consecutive
+        self._consecutive, self.total = 0, 0
 
-    def note(self, step, applied, loss, grad_norm):
-        """Takes note of a step.
+    def record(
+        self, step: int, applied: bool, loss: float, grad_norm: float | None
+    ) -> None:
+        """Records whether a step was applied.
+
+        Args:
+            step: Steps done.
+            applied: Whether the step's update was applied.
+            loss: Loss of the step, for the error message.
+            grad_norm: Gradient norm of the step, for the error message.
 
         Raises:
-            Diverged: if that many have been skipped in a row.
+            DivergedError: if too many consecutive steps were skipped.
         """
-        self._in_a_row = 0 if applied else self._in_a_row + 1
+        self._consecutive = 0 if applied else self._consecutive + 1
         self.total += not applied
-        if self._in_a_row >= self._most:
-            raise Diverged(
-                f"The last {self._most} steps up to step {step} had a loss or gradient "
-                f"that is not finite, or a spike (loss {loss}, gradient norm "
-                f"{grad_norm}). None of them changed the model. {_ADVICE}"
+        if self._consecutive >= self._max_consecutive:
+            raise DivergedError(
+                f"The last {self._max_consecutive} steps up to step {step} were "
+                "skipped: the loss or the gradient was not finite, or the loss spiked "
+                f"(loss {loss}, gradient norm {grad_norm}). None of them changed the "
+                f"model. {_ADVICE}"
             )

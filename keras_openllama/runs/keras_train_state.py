@@ -1,33 +1,43 @@
-"""The state of a run on TensorFlow and PyTorch, whose steps Keras computes."""
+"""The train state of a run on TensorFlow and PyTorch, with Keras's train step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 from keras_openllama.training.step_metrics import LossSums, StepMetrics
+
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 
 class KerasTrainState:
-    """`trainer.TrainState` by `train_on_batch`, on one device.
+    """`trainer.TrainState` with Keras's `train_on_batch`, on one device.
 
-    Checkpoints are those of JAX, without the running mean of the loss: there is no
-    limit to spikes here.
+    Checkpoints have the format of `JaxTrainState`, without the running mean of the
+    loss, because spikes are not detected here.
 
     Args:
-        lm: `OpenLlamaCausalLM`, compiled, its optimizer built.
-        save_frozen: bool, see `JaxTrainState`.
+        lm: The model, compiled, its optimizer built.
+        save_frozen: See `JaxTrainState`.
     """
 
-    def __init__(self, lm, save_frozen=True):
+    def __init__(self, lm: OpenLlamaCausalLM, save_frozen: bool = True):
         self.lm, self._save_frozen = lm, save_frozen
 
-    def put(self, batch):
+    def put_batch(self, batch: Any) -> Any:
+        """Returns the batch; Keras puts it on the device."""
         return batch
 
-    def compile(self, batch, evaluation):
-        """Keras compiles at the first step."""
+    def compile(self, batch: Any, evaluation: bool) -> None:
+        """Does nothing, because Keras compiles at the first step."""
 
-    def step(self, batch):
+    def train_step(self, batch: Any) -> StepMetrics:
+        """Runs a step of Keras and returns its metrics."""
         x, y, weights = batch
         optimizer = self.lm.optimizer
         rate = float(optimizer.learning_rate)
@@ -45,7 +55,8 @@ class KerasTrainState:
             applied=np.bool_(applied),
         )
 
-    def evaluate(self, batch):
+    def evaluate_batch(self, batch: Any) -> tuple[LossSums, float]:
+        """Returns the sums over a batch's targets, and the sum of their weights."""
         x, y, weights = batch
         self.lm.reset_metrics()
         logs = self.lm.test_on_batch(x, y, sample_weight=weights, return_dict=True)
@@ -53,13 +64,14 @@ class KerasTrainState:
         accuracy = float(logs["sparse_categorical_accuracy"])
         return LossSums(float(logs["loss"]) * targets, 0.0, accuracy * targets), targets
 
-    def wait(self):
-        """Steps are computed when `step` returns."""
+    def block_until_ready(self) -> None:
+        """Does nothing, because `train_step` is synchronous."""
 
-    def arrays(self):
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        """Returns copies of the variables, by part and path."""
         parts = self._variables()
         return {
-            # Copies: these backends change variables in place, and it is written later.
+            # Copies, because these backends update variables in place.
             part: {v.path: np.array(as_numpy(v.value)) for v in variables}
             for part, variables in parts.items()
         }
@@ -70,13 +82,21 @@ class KerasTrainState:
             model += self.lm.non_trainable_variables
         return {"model": model, "optimizer": self.lm.optimizer.variables}
 
-    def restore(self, checkpoints):
+    def restore(self, checkpoints: CheckpointManager) -> dict[str, Any] | None:
+        """Restores the newest intact checkpoint, see `JaxTrainState.restore`.
+
+        Args:
+            checkpoints: The checkpoints of the run.
+
+        Returns:
+            The checkpoint's marker, or `None` if there is no checkpoint.
+        """
         sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-        like = jax.tree.map(
+        target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             self.arrays(),
         )
-        found = checkpoints.restore_latest(lambda marker: like)
+        found = checkpoints.restore_latest(lambda marker: target)
         if found is None:
             return None
         marker, arrays = found
@@ -85,8 +105,9 @@ class KerasTrainState:
                 variable.assign(np.asarray(arrays[part][variable.path]))
         return marker
 
-    def update_model(self):
-        """The model's variables are the state."""
+    def update_model(self) -> None:
+        """Does nothing, because the model's variables are the state."""
 
-    def generate(self, prompts, **options):
+    def generate(self, prompts: list, **options: Any) -> list[str]:
+        """Generates text for each prompt, see `OpenLlamaCausalLM.generate`."""
         return [self.lm.generate(prompt, **options) for prompt in prompts]

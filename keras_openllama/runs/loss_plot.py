@@ -1,8 +1,12 @@
-"""Training curves of runs, in the manner of OpenLLaMA's published figure."""
+"""Loss plots of runs, in the style of the figure that OpenLLaMA published."""
+
+from __future__ import annotations
 
 import dataclasses
 import math
 import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,97 +15,106 @@ from matplotlib.lines import Line2D
 from keras_openllama.config import LOSS_X_AXES
 from keras_openllama.runs import metrics_log
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
-# Ours: the line is smoothed over this share of the longest run, and the first steps,
-# whose loss is several times the last, do not set the height of the picture.
+# Heuristics: the smoothing window as a share of the longest run; and the share of first
+# steps, whose loss is several times the last one, that the y axis need not show.
 _SMOOTHED_SHARE = 0.01
-_LEFT_OUT_SHARE = 0.02
+_OFF_SCALE_SHARE = 0.02
 
-# More points than this are drawn as pixels in a vector picture.
+# Lines with more points than this are rasterized in a vector figure.
 _MANY = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A run to draw.
+class PlottedRun:
+    """A run to plot.
 
     Args:
-        name: string, in the legend.
-        records: list of dicts, see `metrics_log.read`.
-        validation: list of dicts, see `metrics_log.read_validation`.
+        name: Label in the legend.
+        records: Training records, see `metrics_log.read_metrics`.
+        validation: Validation records, see `metrics_log.read_validation`.
     """
 
     name: str
-    records: list
-    validation: list = ()
+    records: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]] = ()
 
 
-def read_runs(directories):
-    """Reads runs, each named as its directory; by the whole path where names collide.
+def read_runs(directories: Iterable[PathLike]) -> list[PlottedRun]:
+    """Reads the records of runs.
 
     Args:
-        directories: list of paths.
+        directories: Directories of the runs.
 
     Returns:
-        List of `Run`.
+        The runs, named after their directories, or by the whole path if names collide.
 
     Raises:
         FileNotFoundError: if a directory has no metrics.
-        ValueError: if it has no step yet, or holds a line that is no record.
+        ValueError: if a run has no step yet, or a line is not a record.
     """
     paths = [os.path.normpath(directory) for directory in directories]
     names = [os.path.basename(os.path.abspath(path)) for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        records = metrics_log.read(path)
+        records = metrics_log.read_metrics(path)
         if not records:
-            raise ValueError(f"{path} has no step yet; wait for its first")
+            raise ValueError(f"{path} has no step yet. Wait for the first one.")
         label = name if names.count(name) == 1 else path
-        runs.append(Run(label, records, metrics_log.read_validation(path)))
+        runs.append(PlottedRun(label, records, metrics_log.read_validation(path)))
     return runs
 
 
-def loss_figure(runs, x="tokens", smooth=None):
-    """Training loss of several runs in one figure, and their validation as points.
+def loss_figure(
+    runs: Sequence[PlottedRun], x: str = "tokens", smooth: int | None = None
+) -> Figure:
+    """Plots the training loss of runs in one figure, and their validations as points.
 
-    Each step is drawn faint, the exponential average over `smooth` steps on top. The
-    first steps may leave the picture at the top.
+    A faint line shows each step, a solid line the exponential average. The first steps
+    may be off scale.
 
     Args:
-        runs: list of `Run`, drawn in as many colours.
-        x: "tokens", "step" or "hours" (of data, compute and checkpoints).
-        smooth: int, steps; 1 draws every step as it is. By default a hundredth of the
-            longest run.
+        runs: The runs, one color each.
+        x: `"tokens"`, `"step"` or `"hours"` (of data, compute and checkpoints).
+        smooth: Steps of the exponential average; 1 plots the steps as they are. By
+            default a hundredth of the longest run.
 
     Returns:
-        `matplotlib.figure.Figure`.
+        The figure.
 
     Raises:
-        ValueError: if there is no run, an argument is none of the above, or records
-            lack what `x` needs.
+        ValueError: if there is no run, an argument is invalid, or records lack the
+            values that `x` needs.
 
     Source:
         https://github.com/openlm-research/open_llama, the figure of its README:
         training loss against tokens in billions.
 
     Example:
-        loss_figure(read_runs(["runs/3b_v2", "runs/7b_v2"])).savefig("loss.png")
+
+    >>> records = [{"step": n, "tokens": 64 * n, "loss": 9 / n} for n in range(1, 9)]
+    >>> figure = loss_figure([PlottedRun("nano", records)])
+    >>> figure.axes[0].get_ylabel()
+    'training loss (nats per token)'
     """
     if not runs:
-        raise ValueError("runs is empty; give at least one run")
+        raise ValueError("`runs` must not be empty. Pass at least one run.")
     if smooth is None:
         longest = max(len(run.records) for run in runs)
         smooth = max(1, round(_SMOOTHED_SHARE * longest))
     if smooth < 1:
-        raise ValueError(f"smooth={smooth}; it is a number of steps, 1 or more")
-    places = [_places(run, x) for run in runs]
-    scale, label = _unit(x, max(values[-1] for values in places))
+        raise ValueError(
+            f"`smooth` must be a positive number of steps. Received: smooth={smooth}"
+        )
+    positions = [_x_values(run, x) for run in runs]
+    scale, label = _unit(x, max(values[-1] for values in positions))
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     shown = [
         part
-        for number, (run, values) in enumerate(zip(runs, places, strict=True))
+        for number, (run, values) in enumerate(zip(runs, positions, strict=True))
         for part in _draw_run(axes, run, values / scale, smooth, f"C{number}")
     ]
     _set_height(axes, np.concatenate(shown))
@@ -119,47 +132,61 @@ def loss_figure(runs, x="tokens", smooth=None):
     return figure
 
 
-def draw(runs, path, x="tokens", smooth=None):
-    """Draws `loss_figure` into a file, which appears whole or not at all.
+def save_loss_plot(
+    runs: Sequence[PlottedRun],
+    path: PathLike,
+    x: str = "tokens",
+    smooth: int | None = None,
+) -> None:
+    """Saves `loss_figure` to a file, atomically.
 
     Args:
-        runs, x, smooth: see `loss_figure`.
-        path: path that ends in .png or .svg.
+        runs: See `loss_figure`.
+        path: File that ends in .png or .svg.
+        x: See `loss_figure`.
+        smooth: See `loss_figure`.
 
     Raises:
-        ValueError: for another ending, and as `loss_figure`.
+        ValueError: for another extension, and as `loss_figure`.
         OSError: if the file cannot be written.
     """
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in (".png", ".svg"):
-        raise ValueError(f"path={str(path)!r}; it must end in .png or .svg")
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in (".png", ".svg"):
+        raise ValueError(
+            f"`path` must end in .png or .svg. Received: path={str(path)!r}"
+        )
     figure = loss_figure(runs, x, smooth)
     with files.atomic_write(path) as unfinished:
-        figure.savefig(unfinished, format=ending[1:], dpi=150)
+        figure.savefig(unfinished, format=extension[1:], dpi=150)
 
 
-def smoothed(values, steps):
-    """Exponential average, each value weighing 1 - 1/steps of the one after it.
+def exponential_average(values: Sequence[float], steps: int) -> np.ndarray:
+    """Returns the exponential average of a sequence, with bias correction as in Adam.
 
-    Begins at the first value (as Adam corrects its bias), and passes over what is not
-    finite.
+    Each value has 1 - 1/steps of the weight of the next one. Values that are not finite
+    are ignored.
 
     Args:
-        values: sequence of floats.
-        steps: int, 1 or more.
+        values: Sequence of floats.
+        steps: Window of the average, at least 1.
 
     Returns:
-        Array of as many float64; NaN before the first finite value.
+        Array of float64 with the length of `values`; NaN before the first finite value.
+
+    Example:
+
+    >>> exponential_average([4.0, 1.0], 2).tolist()
+    [4.0, 2.0]
     """
     decay = 1 - 1 / steps
     average, weight = 0.0, 0.0
     result = np.full(len(values), np.nan)
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if math.isfinite(value):
             average = decay * average + (1 - decay) * value
             weight = decay * weight + (1 - decay)
         if weight:
-            result[place] = average / weight
+            result[index] = average / weight
     return result
 
 
@@ -168,15 +195,17 @@ def _column(run, name):
         return np.array([record[name] for record in run.records], "float64")
     except KeyError:
         raise ValueError(
-            f"a record of {run.name} has no {name!r}; choose another x of "
-            f"{', '.join(LOSS_X_AXES)}"
+            f"A record of {run.name} has no {name!r}. Choose another x from "
+            f"{', '.join(LOSS_X_AXES)}."
         ) from None
 
 
-def _places(run, x):
-    """Where on the x axis each record is."""
+def _x_values(run, x):
+    """Positions of the records on the x axis."""
     if x not in LOSS_X_AXES:
-        raise ValueError(f"x={x!r}; it is one of {', '.join(LOSS_X_AXES)}")
+        raise ValueError(
+            f"`x` must be one of {', '.join(LOSS_X_AXES)}. Received: x={x!r}"
+        )
     if x != "hours":
         return _column(run, x)
     parts = ("data_seconds", "compute_seconds", "checkpoint_seconds")
@@ -184,7 +213,7 @@ def _places(run, x):
 
 
 def _unit(x, largest):
-    """What the x axis is divided by, and its label."""
+    """Divisor of the x values, and the label of the axis."""
     if x == "hours":
         return 1, "hours of data, compute and checkpoints"
     if x == "step":
@@ -195,29 +224,29 @@ def _unit(x, largest):
     return 1, "tokens"
 
 
-def _draw_run(axes, run, places, smooth, colour):
-    """Draws a run; returns arrays of what the picture must have room for."""
+def _draw_run(axes, run, positions, smooth, color):
+    """Draws a run; returns the arrays of values that must be in the y range."""
     losses = _column(run, "loss")
-    line = smoothed(losses, smooth)
+    line = exponential_average(losses, smooth)
     if smooth > 1:
         axes.plot(
-            *(places, losses),
-            color=colour,
+            *(positions, losses),
+            color=color,
             alpha=0.25,
             linewidth=0.7,
-            zorder=1.5,  # Below the lines of other runs.
+            zorder=1.5,  # Below the solid lines of other runs.
             rasterized=len(losses) > _MANY,
         )
-    axes.plot(places, line, color=colour, linewidth=1.5)
-    later = int(_LEFT_OUT_SHARE * len(losses))
+    axes.plot(positions, line, color=color, linewidth=1.5)
+    later = int(_OFF_SCALE_SHARE * len(losses))
     finite = losses[later:][np.isfinite(losses[later:])]
     shown = [line[later:], np.quantile(finite, [0.005])] if finite.size else []
     if run.validation:
         steps = [record["step"] for record in run.validation]
         points = np.array([record["loss"] for record in run.validation], "float64")
         axes.plot(
-            *(np.interp(steps, _column(run, "step"), places), points),
-            color=colour,
+            *(np.interp(steps, _column(run, "step"), positions), points),
+            color=color,
             linestyle="none",
             marker="o",
             markersize=5,

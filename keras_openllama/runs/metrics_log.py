@@ -1,26 +1,29 @@
-"""What a run writes to be watched: losses, validation, samples, TensorBoard.
+"""The log of a run: metrics, validations, skipped steps, samples, TensorBoard.
 
 A run's directory holds
 
-    metrics.jsonl       one JSON object a training step
-    validation.jsonl    one JSON object an evaluation
-    skipped.jsonl       one JSON object a step that was left out: what it had read
-    samples.txt         texts that the model wrote
+    metrics.jsonl       one JSON object per training step
+    validation.jsonl    one JSON object per validation
+    skipped.jsonl       one JSON object per skipped step: the sequences that it read
+    samples.txt         texts that the model generated
     tensorboard/        the same as events, for `tensorboard --logdir DIRECTORY`
 
 A training record has `step` (from 1), `loss` (nats per token), `accuracy` (0 to 1),
-`targets` (of the step), `learning_rate`, `grad_norm`, `param_norm`, `batch` (16 digits
-that stand for the tokens read), `tokens` (of the run so far), `tokens_per_second`,
-`tokens_per_second_per_chip`, `mfu` (0 to 1, where the peak of the chip is known),
-`data_seconds`, `compute_seconds`, `checkpoint_seconds` (since the record before),
-`goodput` (0 to 1) and `skipped` (bool, whether the update was thrown away).
+`targets` (of the step), `learning_rate`, `grad_norm`, `param_norm`, `batch` (16
+hexadecimal digits that identify the sequences), `tokens` (of the run so far),
+`tokens_per_second`, `tokens_per_second_per_chip`, `mfu` (0 to 1, if the peak FLOP/s of
+the chip is known), `data_seconds`, `compute_seconds`, `checkpoint_seconds` (since the
+previous record), `goodput` (0 to 1) and `skipped` (bool, whether the update was
+discarded).
 
-A validation record has `step`, `tokens`, `loss`, `perplexity`, `bits_per_byte` (means),
-and `sources`: for each name its own `loss`, `perplexity` and `bits_per_byte`.
+A validation record has `step`, `tokens`, `loss`, `perplexity`, `bits_per_byte` (means
+over the sources), and `sources`: the `loss`, `perplexity` and `bits_per_byte` of each.
 
-The files are strict JSON: every float comes back to the last bit, and what JSON has no
-word for is the string "NaN", "Infinity" or "-Infinity".
+The files are strict JSON. Floats are written with full precision; NaN and infinities
+are the strings "NaN", "Infinity" and "-Infinity".
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
@@ -28,13 +31,17 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
 
 from keras_openllama.runs.tensorboard_events import (
     TensorBoardEvents,
-    naming_file,
-    scalars_of,
+    add_path_to_errors,
+    scalars_from_record,
 )
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
@@ -47,42 +54,44 @@ _INDENT = b"    "
 
 
 class RunLog:
-    """Writes a run's directory; after a resume it is as if nothing had happened.
+    """Writes the log of a run; a resumed run continues it as if never interrupted.
 
-    Everything after the step that the run resumes from is dropped, and so is a last
-    line that a kill has torn. Within a step, write everything, `sync`, and save the
-    checkpoint last: then no checkpoint knows of a step that the log does not.
+    Opening the log drops the records after the step that the run resumes from, and an
+    incomplete last line. Within a step, write everything, call `sync`, and save the
+    checkpoint last: then the log has all steps of every checkpoint.
 
-    One process of a run opens it. Writing that fails (a full disk) raises: a run that
-    nobody can watch is not to go on in silence.
+    Only one process of a run opens it. A failed write, as on a full disk, raises,
+    because a run must not continue without its log.
 
     Args:
-        directory: path on this machine; made if it is not there.
-        from_step: int, the step whose checkpoint the run resumes from; 0 for a new run.
+        directory: Local path; created if it does not exist.
+        from_step: Step of the checkpoint that the run resumes from; 0 for a new run.
 
     Attributes:
-        last_step: int or None, the last step in `metrics.jsonl`.
-        last_validation_step: int or None, the last step in `validation.jsonl`; whoever
-            evaluates before the first step asks whether it is there already.
+        last_step: Last step in `metrics.jsonl`, or `None`.
+        last_validation_step: Last step in `validation.jsonl`, or `None`.
 
     Raises:
-        ValueError: if `directory` is remote, or a file in it holds something else than
+        ValueError: if `directory` is remote, or a file in it holds anything but
             records; the message names the file and the line.
-        OSError: if the disk is full, or the directory cannot be written to.
+        OSError: if the files cannot be written.
 
     Example:
-        with RunLog("runs/3b_v3", from_step=0) as log:
-            log.write({"step": 1, "loss": 10.4, "tokens": 4194304})
-            log.write({"kind": "validation", "step": 1, "tokens": 4194304, "loss": 9.8})
-            log.text("sea", 1, "The captain looked at the sea and said, …")
-            log.sync()
+
+    >>> with RunLog("runs/3b_v3", from_step=0) as log:
+    ...     log.write_record({"step": 1, "loss": 10.4, "tokens": 4194304})
+    ...     log.write_record({"kind": "validation", "step": 1, "loss": 9.8})
+    ...     log.write_sample("sea", 1, "The captain looked at the sea and said, …")
+    ...     log.sync()
+    >>> read_metrics("runs/3b_v3")
+    [{'step': 1, 'loss': 10.4, 'tokens': 4194304}]
     """
 
-    def __init__(self, directory, from_step):
+    def __init__(self, directory: PathLike, from_step: int):
         if files.is_remote(directory):
             raise ValueError(
-                f"directory={str(directory)!r} is remote, and lines are appended to "
-                "local files only; log to a local directory and copy it"
+                f"directory={str(directory)!r} is remote. Log to a local directory and "
+                "copy it, because lines can be appended to local files only."
             )
         self.directory = str(directory)
         files.make_directory(directory)
@@ -90,149 +99,180 @@ class RunLog:
             files.join(directory, name)
             for name in (METRICS, VALIDATION, SKIPPED, SAMPLES)
         )
-        self.last_step = _keep(metrics, from_step, _lines)
-        self.last_validation_step = _keep(validation, from_step, _lines)
-        _keep(skipped, from_step, _lines)
-        _keep(samples, from_step, _entries)
+        self.last_step = _truncate_after(metrics, from_step, _lines)
+        self.last_validation_step = _truncate_after(validation, from_step, _lines)
+        _truncate_after(skipped, from_step, _lines)
+        _truncate_after(samples, from_step, _entries)
         if from_step > 0 and self.last_step != from_step:
             logging.getLogger(__name__).warning(
-                "%s ends at step %s, but the run resumes from step %d: what is between "
-                "is missing, and stays so",
+                "%s ends at step %s, but the run resumes from step %d. The log will "
+                "lack the steps between them.",
                 *(metrics, self.last_step or 0, from_step),
             )
-        # Closes all of them, whichever fails to.
+        # The stack closes all files, even if closing one of them fails.
         self._open = contextlib.ExitStack()
-        self._metrics = self._open.enter_context(_Appended(metrics))
-        self._validation = self._open.enter_context(_Appended(validation))
-        self._skipped = self._open.enter_context(_Appended(skipped))
-        self._samples = self._open.enter_context(_Appended(samples))
+        self._metrics = self._open.enter_context(_AppendOnlyFile(metrics))
+        self._validation = self._open.enter_context(_AppendOnlyFile(validation))
+        self._skipped = self._open.enter_context(_AppendOnlyFile(skipped))
+        self._samples = self._open.enter_context(_AppendOnlyFile(samples))
         self._events = self._open.enter_context(
             TensorBoardEvents(files.join(directory, TENSORBOARD), from_step)
         )
 
-    def write(self, record):
-        """Appends a record to its file, and to TensorBoard.
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Appends a training or validation record to its file and to TensorBoard.
 
         Args:
-            record: dict with `step`; values are numbers, NumPy's or JAX's scalars,
-                strings or dicts of them, and what is `None` is left out. With
-                `"kind": "validation"` it goes to `validation.jsonl`, without the kind.
+            record: Dict with `step`. Values are numbers, NumPy or JAX scalars, strings,
+                or dicts of these; `None` values are omitted. A record with
+                `"kind": "validation"` goes to `validation.jsonl`, without the kind.
 
         Raises:
-            ValueError: if it has no step, or one not after that of the record before.
+            ValueError: if it has no step, or one not after that of the last record.
             OSError: if it cannot be written.
         """
-        record = _plain(record)
+        record = _to_python(record)
         kind = record.pop("kind", "train")
         if kind not in ("train", "validation"):
             raise ValueError(
-                f"record has kind={kind!r}; it is 'validation', or left out"
+                "The kind of a record must be 'validation', or missing. Received: "
+                f"kind={kind!r}"
             )
         if type(record.get("step")) is not int:
             raise ValueError(
-                f"record has step={record.get('step')!r}; give it one, an integer"
+                "The step of a record must be an int. Received: "
+                f"step={record.get('step')!r}"
             )
         training = kind == "train"
         last = self.last_step if training else self.last_validation_step
         if last is not None and record["step"] <= last:
             name = METRICS if training else VALIDATION
             raise ValueError(
-                f"record has step={record['step']}, but {self.directory}/{name} "
-                f"already reaches step {last}; each step is written once, in order"
+                "Steps must be written once and in order. Received: "
+                f"step={record['step']}, but {self.directory}/{name} already reaches "
+                f"step {last}"
             )
-        line = json.dumps(_without_nan(record), allow_nan=False) + "\n"
+        line = json.dumps(_encode_non_finite(record), allow_nan=False) + "\n"
         (self._metrics if training else self._validation).append(line.encode())
         if training:
             self.last_step = record["step"]
         else:
             self.last_validation_step = record["step"]
-        self._events.scalars(record["step"], scalars_of(record, training))
+        self._events.write_scalars(
+            record["step"], scalars_from_record(record, training)
+        )
 
-    def skip(self, record):
-        """Appends what a step that was left out has read to `skipped.jsonl`.
+    def write_skipped_step(self, record: dict[str, Any]) -> None:
+        """Appends the sequences of a skipped step to `skipped.jsonl`.
 
         Args:
-            record: dict with `step`, see `write`; lists are allowed too.
+            record: Dict with `step`, see `write_record`; lists are allowed too.
 
         Raises:
             OSError: if it cannot be written.
         """
-        line = json.dumps(_without_nan(record), allow_nan=False) + "\n"
+        line = json.dumps(_encode_non_finite(record), allow_nan=False) + "\n"
         self._skipped.append(line.encode())
 
-    def text(self, tag, step, text):
-        """Appends a text to `samples.txt`, under its step, and to TensorBoard.
+    def write_sample(self, tag: str, step: int, text: str) -> None:
+        """Appends a generated text to `samples.txt` and to TensorBoard.
 
         Args:
-            tag: string of one line, what the text is of (a prompt's name).
-            step: int.
-            text: string.
+            tag: Name of the prompt, a single line.
+            step: Steps done.
+            text: The text.
 
         Raises:
-            ValueError: if the tag is not one line.
+            ValueError: if the tag is not a single line.
             OSError: if it cannot be written.
         """
         if tag.splitlines() != [tag]:
-            raise ValueError(f"tag={tag!r} is not one line; give a short name")
+            raise ValueError(f"`tag` must be a single line. Received: tag={tag!r}")
         data = text.encode("utf-8", "backslashreplace")
         lines = [f"step {step}, {tag}".encode(), *data.split(b"\n")]
-        # Indented, so that no text looks like the end of an entry.
+        # Indented lines cannot be mistaken for the end of an entry.
         data = (b"\n" + _INDENT).join(lines) + b"\n\n"
         self._samples.append(data)
-        self._events.text(step, tag, text)
+        self._events.write_text(step, tag, text)
 
-    def sync(self):
-        """Waits until everything is on the disk; call it before saving a checkpoint."""
+    def sync(self) -> None:
+        """Syncs all files to disk; call it before a checkpoint is saved."""
         parts = (self._metrics, self._validation, self._skipped, self._samples)
         for part in (*parts, self._events):
             part.sync()
 
-    def close(self):
-        """Writes what is left of TensorBoard's events, and closes the files."""
+    def close(self) -> None:
+        """Flushes TensorBoard's events and closes the files."""
         self._open.close()
 
-    def __enter__(self):
+    def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
 
-def read(directory):
-    """The training records of a run, also while it is going on.
+def read_metrics(directory: PathLike) -> list[dict[str, Any]]:
+    """Reads the training records of a run, which may still be running.
 
     Args:
-        directory: a run's directory.
+        directory: The run's directory.
 
     Returns:
-        List of dicts, in order, see this module; a torn last line is left out.
+        Records in order, see this module; an incomplete last line is ignored.
 
     Raises:
         FileNotFoundError: if there is no `metrics.jsonl`.
-        ValueError: if a line is no record; the message names it.
+        ValueError: if a line is not a record; the message names it.
 
     Example:
-        losses = [record["loss"] for record in read("runs/3b_v3")]
+
+    >>> losses = [
+    ...     record["loss"] for record in read_metrics("runs/3b_v3")
+    ... ]  # doctest: +SKIP
     """
     path = files.join(directory, METRICS)
     if not os.path.exists(path):
         raise FileNotFoundError(
-            f"{directory} has no {METRICS}; give the directory of a run, "
-            "the --output of `keras-openllama pretrain`"
+            f"{directory} has no {METRICS}. Pass the directory of a run, that is, the "
+            "--output of `keras-openllama pretrain`."
         )
     return [record for _, record in _read_lines(path)]
 
 
-def read_validation(directory):
-    """The validation records of a run, as `read`; none if it never evaluated."""
+def read_validation(directory: PathLike) -> list[dict[str, Any]]:
+    """Reads the validation records of a run, which may still be running.
+
+    Args:
+        directory: The run's directory.
+
+    Returns:
+        Records in order, see this module; an empty list without validations.
+
+    Raises:
+        ValueError: if a line is not a record; the message names it.
+    """
     path = files.join(directory, VALIDATION)
     if not os.path.exists(path):
         return []
     return [record for _, record in _read_lines(path)]
 
 
-def has_sample(directory, step):
-    """Whether `samples.txt` has a text of a step: bool."""
+def has_sample(directory: PathLike, step: int) -> bool:
+    """Returns whether `samples.txt` has a text of a step.
+
+    Args:
+        directory: The run's directory.
+        step: Steps done.
+
+    Returns:
+        Whether there is one.
+    """
     path = files.join(directory, SAMPLES)
     if not os.path.exists(path):
         return False
@@ -244,16 +284,16 @@ def _read_lines(path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line, object_hook=_with_nan)
+                record = json.loads(line, object_hook=_decode_non_finite)
                 if not (line.endswith(b"\n") and isinstance(record["step"], int)):
-                    raise ValueError("no whole record")
+                    raise ValueError("incomplete record")
             except (KeyError, TypeError, ValueError):
                 if not file.peek(1):
-                    return  # The last line: torn by a kill, or being written now.
+                    return  # The last line may be incomplete, or being written.
                 shown = line[:60].decode("utf-8", "backslashreplace")
                 raise ValueError(
-                    f"{path}, line {number}, is no JSON object with a step: {shown!r}; "
-                    "mend the line or remove it"
+                    f"{path}, line {number}, is not a JSON object with a step: "
+                    f"{shown!r}. Repair or remove the line."
                 ) from None
             yield line, record
 
@@ -264,48 +304,52 @@ def _lines(path):
 
 
 def _entries(path):
-    """Yields the step and the bytes of each whole entry of `samples.txt`."""
+    """Yields the step and the bytes of each complete entry of `samples.txt`."""
     with open(path, "rb") as file:
         *entries, _ = file.read().split(b"\n\n")
     for number, entry in enumerate(entries, 1):
         step = re.match(rb"step (-?\d+), ", entry)
         if not step:
             raise ValueError(
-                f"{path}, entry {number}, does not begin with 'step N, '; mend it, or "
-                "move the file away"
+                f"{path}, entry {number}, does not start with 'step N, '. Repair it, "
+                "or move the file away."
             )
         yield int(step[1]), entry + b"\n\n"
 
 
-def _keep(path, from_step, parts):
-    """Drops parts of a file whose step is later; returns the last step that stays."""
+def _truncate_after(
+    path: str,
+    from_step: int,
+    read_parts: Callable[[str], Iterable[tuple[int, bytes]]],
+) -> int | None:
+    """Drops parts of a file whose step is later; returns the last step that remains."""
     last = None
     if not os.path.exists(path):
         return last
-    with files.atomic_write(path) as unfinished, open(unfinished, "wb") as kept:
-        for step, part in parts(path):
+    with files.atomic_write(path) as unfinished, open(unfinished, "wb") as truncated:
+        for step, part in read_parts(path):
             if step <= from_step:
-                kept.write(part)
+                truncated.write(part)
                 last = step
     return last
 
 
-class _Appended:
-    """A file that grows by whole pieces; what is in it is not lost if we are killed."""
+class _AppendOnlyFile:
+    """A file to which data is appended; killing the process loses nothing of it."""
 
     def __init__(self, path):
         self._path = path
-        # Without a buffer: a failure is known at once, and nothing is written later.
+        # Unbuffered: a failure is raised at once, and nothing is written later.
         self._file = open(path, "ab", buffering=0)
 
     def append(self, data):
         rest = memoryview(data)
-        with naming_file(self._path):
-            while rest:  # A disk that is nearly full takes a part first.
+        with add_path_to_errors(self._path):
+            while rest:  # A nearly full disk writes only a part at first.
                 rest = rest[self._file.write(rest) :]
 
     def sync(self):
-        with naming_file(self._path):
+        with add_path_to_errors(self._path):
             os.fsync(self._file.fileno())
 
     def __enter__(self):
@@ -315,22 +359,22 @@ class _Appended:
         self._file.close()
 
 
-def _plain(value):
-    """Python's own numbers in place of NumPy's and JAX's; without what is `None`."""
+def _to_python(value):
+    """Converts NumPy and JAX scalars to Python numbers, and drops `None` values."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items() if v is not None}
+        return {key: _to_python(v) for key, v in value.items() if v is not None}
     return value.item() if hasattr(value, "item") else value
 
 
-def _without_nan(value):
+def _encode_non_finite(value):
     if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in value.items()}
+        return {key: _encode_non_finite(v) for key, v in value.items()}
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _with_nan(record):
+def _decode_non_finite(record):
     return {
         key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value
         for key, value in record.items()

@@ -1,8 +1,11 @@
-"""Pretraining: a new model and a stream of prepared tokens, for `trainer.Trainer`."""
+"""Pretraining: sets up `trainer.Trainer` with a new model and prepared data."""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 
 import jax
 import keras
@@ -11,24 +14,26 @@ from keras_openllama import presets
 from keras_openllama.backend import jit
 from keras_openllama.backend.keras_hub import without_tensorflow
 from keras_openllama.data import mixture as mixtures
+from keras_openllama.data.prepared_data import PreparedData
 from keras_openllama.distribution import check_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 from keras_openllama.runs import run_directory
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 from keras_openllama.runs.jax_train_state import (
     JaxTrainState,
     distribution_for,
-    scope_of,
+    distribution_scope,
 )
 from keras_openllama.runs.optimizer import compile_model
+from keras_openllama.runs.recipe import ResolvedRecipe
 from keras_openllama.runs.token_data import TokenData
-from keras_openllama.runs.trainer import Sampling, Trainer, exclusive
+from keras_openllama.runs.trainer import RunOptions, Sampling, Trainer, lock_run
 
-# What data and model must have in common.
-_OF_TOKENIZER = (
+# Properties of the tokenizer that data and preset must share.
+_TOKENIZER_PROPERTIES = (
     *("vocabulary_size", "start_token_id", "end_token_id"),
     "keeps_spaces",
 )
@@ -39,38 +44,52 @@ PROMPTS = (
 )
 
 
-def pretrain(resolved, data, options):
-    """Trains as `open_run(...)` yields it; see there."""
+def pretrain(
+    resolved: ResolvedRecipe, data: PreparedData, options: RunOptions
+) -> str | None:
+    """Starts or resumes a pretraining run and trains, see `open_run`.
+
+    Args:
+        resolved: The recipe.
+        data: The prepared data.
+        options: Where and how the run is executed.
+
+    Returns:
+        `None` if the run is complete, or the name of the signal that stopped it.
+    """
     with open_run(resolved, data, options) as trainer:
         return trainer.train()
 
 
 @contextlib.contextmanager
-def open_run(resolved, data, options):
+def open_run(
+    resolved: ResolvedRecipe, data: PreparedData, options: RunOptions
+) -> Iterator[Trainer]:
     """Starts a pretraining run, or resumes the one in the directory.
 
-    A run is resumed from its newest whole checkpoint: on the same devices bit-exactly
-    as if it had never stopped.
+    A run resumes from its newest intact checkpoint; on the same devices, the results
+    are bit-exactly those of an uninterrupted run.
 
     Args:
-        resolved: `recipe.Resolved`.
-        data: `prepared_data.PreparedData`.
-        options: `trainer.RunOptions`.
+        resolved: The recipe.
+        data: The prepared data.
+        options: Where and how the run is executed.
 
     Yields:
-        `trainer.Trainer`.
+        The trainer, to be used inside the `with` block.
 
     Raises:
-        ValueError: if the settings do not fit the devices, the data, or the run in
+        ValueError: if the settings conflict with the devices, the data, or the run in
             the directory.
-        RuntimeError: if the backend is not JAX, or another process has the run.
-        checkpoint_manager.CheckpointError: if no checkpoint can be read.
+        RuntimeError: if the backend is not JAX, or another process trains in the
+            directory.
+        checkpoint_manager.CheckpointError: if checkpoints exist, but none is intact.
 
     Example:
 
     ```python
-    options = RunOptions("runs/nano")
-    with open_run(resolve("nano"), PreparedData.open("data"), options) as trainer:
+    resolved, data = resolve_recipe("nano"), PreparedData.open("data")
+    with open_run(resolved, data, RunOptions("runs/nano")) as trainer:
         trainer.train()
     ```
     """
@@ -80,15 +99,15 @@ def open_run(resolved, data, options):
             f"backend={keras.config.backend()!r}"
         )
     jit.use_compilation_cache()
-    resolved = resolved.on(jax.device_count(), options.mesh)
+    resolved = resolved.for_devices(jax.device_count(), options.mesh)
     recipe, preset = resolved.recipe, presets.find(resolved.preset)
     mesh = options.mesh or recipe.mesh_for(jax.device_count())
-    with exclusive(options.output):
+    with lock_run(options.output):
         check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
         _check_tokenizer(data, preset)
         distribution = distribution_for(mesh)
         _report_devices(resolved, mesh, options)
-        mixture = _agree_on_run(resolved, preset, data, options)
+        mixture = _check_and_write_run(resolved, preset, data, options)
         lm = _build(preset, recipe, data, distribution)
         yield Trainer(
             recipe,
@@ -109,42 +128,42 @@ def _report_devices(resolved, mesh, options):
     source = "command line"
     if options.mesh is None:
         source = resolved.mesh_source(jax.device_count())
-    options.say(
+    options.log(
         f"{jax.device_count()} x {jax.devices()[0].device_kind} in "
         f"{jax.process_count()} process(es): {sizes} ({source})"
     )
 
 
-def _agree_on_run(resolved, preset, data, options):
-    """Compares with the run in the directory, or starts one; returns the mixture."""
-    before = run_directory.read(options.output)
+def _check_and_write_run(resolved, preset, data, options):
+    """Checks against the run in the directory, or writes it; returns the mixture."""
+    before = run_directory.read_run(options.output)
     name = resolved.recipe.mixture
     mixture = mixtures.load(name) if name else data.mixture
     now = {
         **resolved.to_json(),
         "architecture": dict(preset.config),
-        "data": _identity(data),
+        "data": _fingerprint(data),
     }
     changes = []
     if before is not None:
-        changes = run_directory.check_unchanged(before, now, options.accept_changes)
-        steps = Checkpoints(options.output).steps() or [0]
-        mixture, of_mixture = run_directory.mixture_from(
+        changes = run_directory.check_settings(before, now, options.accept_changes)
+        steps = CheckpointManager(options.output).steps() or [0]
+        mixture, mixture_changes = run_directory.resumed_mixture(
             before, mixture, steps[-1], options.accept_changes
         )
-        changes += of_mixture
+        changes += mixture_changes
         for line in changes:
-            options.say(f"Changed: {line}.")
+            options.log(f"Changed: {line}.")
     now["mixture"] = mixture.to_json()
     changed = before is None or bool(changes)
-    run_directory.write_once(options.output, now, data.proto(), changed)
+    run_directory.write_run_once(options.output, now, data.proto(), changed)
     return mixture
 
 
 def _build(preset, recipe, data, distribution):
-    with without_tensorflow():  # Whose seed Keras would set, too.
+    with without_tensorflow():  # Keras would import it to set its seed.
         keras.utils.set_random_seed(recipe.seed)
-    with scope_of(distribution):
+    with distribution_scope(distribution):
         lm = OpenLlamaCausalLM(
             OpenLlamaBackbone(**preset.config, dtype=recipe.precision),
             OpenLlamaCausalLMPreprocessor(
@@ -158,12 +177,12 @@ def _build(preset, recipe, data, distribution):
 
 
 def _check_tokenizer(data, preset):
-    """Whether data were made for a model such as this: another text would be learnt."""
+    """Raises if the data were prepared with another kind of tokenizer."""
     expected = {"vocabulary_size": preset.config["vocabulary_size"], **preset.tokenizer}
     differences = [
-        f"{name} is {found!r}, and that of {preset.name} {expected[name]!r}"
+        f"{name} is {found!r}, but that of {preset.name} is {expected[name]!r}"
         for name, found in data.manifest["tokenizer"].items()
-        if name in _OF_TOKENIZER and found != expected[name]
+        if name in _TOKENIZER_PROPERTIES and found != expected[name]
     ]
     if differences:
         raise ValueError(
@@ -172,7 +191,7 @@ def _check_tokenizer(data, preset):
         )
 
 
-def _identity(data):
-    """What must not change about the data of a run."""
+def _fingerprint(data):
+    """Identifies the data of a run."""
     manifest = json.dumps(data.manifest, sort_keys=True).encode()
     return {"manifest_sha256": hashlib.sha256(manifest).hexdigest()}

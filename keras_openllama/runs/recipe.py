@@ -1,93 +1,108 @@
-"""Recipes: how a preset is pretrained, and where each setting comes from.
+"""Pretraining recipes: the settings of a preset, and the source of each value.
 
-The settings of a preset are in its JSON file under `"recipe"`, each with its source. A
-YAML file and the command line change them, in this order. Reading them imports neither
-Keras nor a backend.
+The JSON file of a preset gives each setting and its source under `"recipe"`. A YAML
+file overrides the preset, and the command line overrides both. Reading a recipe imports
+neither Keras nor a backend.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import re
 import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from keras_openllama import presets
 from keras_openllama.config import PACKINGS
 from keras_openllama.runs import device_settings
-from keras_openllama.runs.train_config import TrainConfig, setting
+from keras_openllama.runs.train_config import TrainConfig, checked_field
 from keras_openllama.utils import validation
+from keras_openllama.utils.types import PathLike
 
 COMMAND_LINE = "command line"
-DEFAULT = "default: ours"
+DEFAULT = "default: heuristic"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(TrainConfig):
-    """How to pretrain: the settings of training, of the data and of the devices.
+    """How to pretrain: training settings, data settings and meshes.
 
-    Attributes (beside those of `TrainConfig`):
-        mixture: string, a name of `presets/mixtures/` or the path of a JSON file;
-            `None` is the data's own.
-        packing: string, `"concatenate"` or `"best_fit"` (`TokenStream`).
-        mask_documents: bool, whether tokens see their own document only.
-        meshes: dict by number of chips, as a string, of dicts of ints: `"data"`,
-            `"fsdp"`, `"model"`.
-        planned: dict by number of chips, as a string, of dicts: `"rows"`, int, how many
-            sequences of the batch a device takes at once, which makes `micro_batches`;
-            and `"rematerialize"`, string. See `Resolved.on`.
-        precision: string, `"mixed_bfloat16"` or `"float32"`.
-        validation_batches: int, batches of a validation.
+    The file of a preset gives the source of each of its values. The defaults are
+    heuristics.
+
+    Attributes:
+        mixture: Name in `presets/mixtures/` or path of a JSON file; `None` selects the
+            mixture stored with the data.
+        packing: `"concatenate"` or `"best_fit"`, see `TokenStream`.
+        mask_documents: Whether tokens attend only within their own document.
+        meshes: Mesh by number of devices (as a string): sizes of the axes `"data"`,
+            `"fsdp"` and `"model"`.
+        planned: Memory settings by number of devices (as a string): `"rows"`, the
+            sequences that a device processes at once, from which `micro_batches`
+            follows, and `"rematerialize"`. See `ResolvedRecipe.for_devices`.
+        precision: `"mixed_bfloat16"` or `"float32"`.
+        validation_batches: Batches per validation.
 
     Raises:
-        ValueError: if a setting is none of these, or does not fit the others.
+        ValueError: if a setting is invalid, or conflicts with another one.
 
     Example:
 
-    ```python
-    recipe = from_preset("7b").replace(batch_size=1024)
-    recipe.tokens_per_step  # 2097152
-    recipe.mesh_for(256)  # {"data": 4, "fsdp": 64, "model": 1}
-    ```
-
-    Source: of every value of a preset, in its JSON file. The defaults are heuristics.
+    >>> recipe = preset_recipe("7b").replace(batch_size=1024)
+    >>> recipe.tokens_per_step
+    2097152
+    >>> recipe.mesh_for(256)
+    {'data': 4, 'fsdp': 64, 'model': 1}
     """
 
-    mixture: str | None = setting(validation.name_or_json_path(presets.mixture_names))
-    packing: str = setting(validation.one_of(*PACKINGS))
-    mask_documents: bool = setting(validation.one_of(False, True), False)
-    meshes: dict = dataclasses.field(metadata={"check": device_settings.meshes})
-    planned: dict = dataclasses.field(
-        default_factory=dict, metadata={"check": device_settings.planned}
+    mixture: str | None = checked_field(
+        validation.name_or_json_path(presets.mixture_names)
     )
-    precision: str = setting(
+    packing: str = checked_field(validation.one_of(*PACKINGS))
+    mask_documents: bool = checked_field(validation.one_of(False, True), False)
+    meshes: dict = dataclasses.field(metadata={"check": device_settings.check_meshes})
+    planned: dict = dataclasses.field(
+        default_factory=dict, metadata={"check": device_settings.check_planned}
+    )
+    precision: str = checked_field(
         validation.one_of("mixed_bfloat16", "float32"), "mixed_bfloat16"
     )
-    validation_batches: int = setting(validation.integer_at_least(1), 8)
+    validation_batches: int = checked_field(validation.integer_at_least(1), 8)
 
-    def replace(self, **changes):
-        """The same with other settings; nothing else changes with them.
+    def replace(self, **changes: Any) -> Recipe:
+        """Returns a copy with some settings replaced; no other setting changes.
+
+        Args:
+            **changes: New values by setting.
+
+        Returns:
+            The new recipe, validated.
 
         Raises:
-            ValueError: for an unknown setting, or a value that does not fit.
+            ValueError: for an unknown setting, or an invalid value.
         """
         _check_known(changes)
         return dataclasses.replace(self, **changes)
 
-    def mesh_for(self, chips):
-        """How chips share the work.
+    def mesh_for(self, num_devices: int) -> dict[str, int]:
+        """Returns the mesh for a number of devices.
 
         Args:
-            chips: int, number of devices.
+            num_devices: Number of devices.
 
         Returns:
-            Dict of ints: `"data"` groups that hold the model once each, `"fsdp"` chips
-            that share it and split the batch further, `"model"` chips that split each
-            matrix. It is the recipe's mesh for that number or else, which is ours,
-            FSDP over all chips; `Resolved.mesh_source` says which.
+            Sizes of the axes: `"data"`, the number of replicas of the model; `"fsdp"`,
+            the devices that shard a replica and the batch; `"model"`, the devices that
+            split each matrix (tensor parallelism). If the recipe has no mesh for this
+            number, all devices form the axis `"fsdp"`, which is a heuristic;
+            `ResolvedRecipe.mesh_source` tells the two cases apart.
         """
-        validation.integer_at_least(1)("chips", chips)
-        fsdp = {"data": 1, "fsdp": chips, "model": 1}
-        return dict(self.meshes.get(str(chips), fsdp))
+        validation.integer_at_least(1)("num_devices", num_devices)
+        fsdp = {"data": 1, "fsdp": num_devices, "model": 1}
+        return dict(self.meshes.get(str(num_devices), fsdp))
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -97,7 +112,7 @@ def _checked(name, value):
     return SETTINGS[name].metadata["check"](name, value)
 
 
-def _check_known(names):
+def _check_known(names: Iterable[str]) -> None:
     for name in names:
         if name not in SETTINGS:
             nearest = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
@@ -109,75 +124,95 @@ def _check_known(names):
 
 
 @dataclasses.dataclass(frozen=True)
-class Resolved:
-    """A recipe, and where each of its settings comes from.
+class ResolvedRecipe:
+    """A recipe, and the source of each of its settings.
 
     Attributes:
-        preset: string, full name of the preset that it began with.
-        recipe: `Recipe`.
-        sources: dict of strings by setting: the preset's source, the path of the YAML
-            file, `"command line"` or `"default: ours"`.
+        preset: Full name of the preset that the recipe is based on.
+        recipe: The settings.
+        sources: Source by setting: the one given in the preset's file, the path of the
+            YAML file, `"command line"` or `"default: heuristic"`.
     """
 
     preset: str
     recipe: Recipe
-    sources: dict
+    sources: dict[str, str]
 
-    def on(self, chips, mesh=None):
-        """The recipe as so many chips run it.
+    def for_devices(
+        self, num_devices: int, mesh: Mapping[str, int] | None = None
+    ) -> ResolvedRecipe:
+        """Returns the recipe as it runs on a number of devices.
 
-        What is planned for them gives `micro_batches` and `rematerialize`, where a file
-        or the command line do not; but not for another precision or length of rows than
-        it was planned with.
+        The recipe's `planned` entry for this number sets `micro_batches` and
+        `rematerialize`, unless a file or the command line sets them. It is ignored if
+        the precision or the sequence length differs from the preset's, because memory
+        was planned for those.
 
         Args:
-            chips: int, number of devices.
-            mesh: dict of ints; the recipe's if `None`.
+            num_devices: Number of devices.
+            mesh: Sizes of the mesh axes; the recipe's mesh by default.
 
         Returns:
-            `Resolved`.
+            The recipe with these settings, or `self` if nothing was planned.
+
+        Example:
+
+        >>> resolved = resolve_recipe("7b_v2")
+        >>> resolved.for_devices(256).recipe.rematerialize
+        'products'
         """
-        recipe, published = self.recipe, _published(self.preset)
-        plan = recipe.planned.get(str(chips))
-        mesh = mesh or recipe.mesh_for(chips)
-        groups = mesh["data"] * mesh["fsdp"]
-        larger = any(  # More memory for each row than was planned.
-            getattr(recipe, name) != getattr(published.recipe, name)
+        recipe, base = self.recipe, _resolved_preset(self.preset)
+        plan = recipe.planned.get(str(num_devices))
+        mesh = mesh or recipe.mesh_for(num_devices)
+        batch_shards = mesh["data"] * mesh["fsdp"]
+        differs = any(  # A sequence needs another amount of memory than planned.
+            getattr(recipe, name) != getattr(base.recipe, name)
             for name in ("precision", "sequence_length")
         )
-        if plan is None or larger or recipe.batch_size % groups:
+        if plan is None or differs or recipe.batch_size % batch_shards:
             return self
-        rows = recipe.batch_size // groups
-        # The fewest parts of a device's rows that are small enough.
-        parts = (n for n in range(1, rows + 1) if rows % n == 0)
+        rows = recipe.batch_size // batch_shards
+        # The smallest divisor that makes a micro-batch small enough.
+        divisors = (n for n in range(1, rows + 1) if rows % n == 0)
         planned = {
-            "micro_batches": next(n for n in parts if rows <= n * plan["rows"]),
+            "micro_batches": next(n for n in divisors if rows <= n * plan["rows"]),
             "rematerialize": plan["rematerialize"],
         }
         changes = {
             name: value
             for name, value in planned.items()
-            if self.sources[name] == published.sources[name]
+            if self.sources[name] == base.sources[name]
         }
         sources = dict.fromkeys(changes, self.sources["planned"])
-        return Resolved(
+        return ResolvedRecipe(
             self.preset, recipe.replace(**changes), {**self.sources, **sources}
         )
 
-    def mesh_source(self, chips):
-        """Where `recipe.mesh_for(chips)` comes from: string."""
-        if str(chips) in self.recipe.meshes:
+    def mesh_source(self, num_devices: int) -> str:
+        """Returns the source of `recipe.mesh_for(num_devices)`.
+
+        Args:
+            num_devices: Number of devices.
+
+        Returns:
+            The source of the recipe's meshes, or a note that the mesh is a heuristic.
+        """
+        if str(num_devices) in self.recipe.meshes:
             return self.sources["meshes"]
-        return f"ours: the recipe has no mesh for {chips} chips, so FSDP over all"
+        return (
+            f"heuristic: FSDP over all devices; the recipe has no mesh for "
+            f"{num_devices} devices"
+        )
 
-    def table(self):
-        """Text to print: setting, value and source, at most 100 columns wide.
+    def table(self) -> str:
+        """Formats settings, values and sources as a table of at most 100 columns.
 
-        Long values and sources are shortened there, and there only.
+        Returns:
+            The lines of the table. Long values and sources are shortened there only.
         """
         rows = [("setting", "value", "from")]
         for name in SETTINGS:
-            value = _shown(name, getattr(self.recipe, name))
+            value = _format_value(name, getattr(self.recipe, name))
             rows.append((name, value, _short_source(self.sources[name])))
         left, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
         right = 100 - left - middle - 4
@@ -186,8 +221,8 @@ class Resolved:
             for name, value, source in rows
         )
 
-    def to_json(self):
-        """A dict that JSON can hold: each setting's value and source."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns value and source of each setting as a dict that JSON can store."""
         values = dataclasses.asdict(self.recipe)
         return {
             "preset": self.preset,
@@ -198,74 +233,78 @@ class Resolved:
         }
 
 
-def from_preset(preset):
-    """The recipe of a preset, unchanged.
+def preset_recipe(preset: str) -> Recipe:
+    """Returns the recipe of a preset, without any overrides.
 
     Args:
-        preset: string, name or short form, such as `"open_llama_7b"` or `"7b"`.
+        preset: Name or short form, such as `"open_llama_7b"` or `"7b"`.
 
     Returns:
-        `Recipe`.
+        The recipe.
 
     Raises:
         ValueError: if there is no such preset, or it has no recipe.
 
     Example:
 
-    ```python
-    from_preset("13b").learning_rate  # 0.00015
-    ```
+    >>> preset_recipe("13b").learning_rate
+    0.00015
     """
-    return resolve(preset).recipe
+    return resolve_recipe(preset).recipe
 
 
-def resolve(preset, *, file=None, overrides=None):
-    """The recipe of a run: the preset's, changed by a file and by the command line.
+def resolve_recipe(
+    preset: str,
+    *,
+    file: PathLike | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ResolvedRecipe:
+    """Returns the recipe of a preset, overridden by a file and by the command line.
 
-    If `steps` is set below the warm-up, and `warmup_steps` is not set too, the warm-up
-    becomes a tenth of the steps; `sources` says so. Nothing else changes unasked.
+    If `steps` is overridden and is not above the preset's `warmup_steps`, and
+    `warmup_steps` is not overridden too, the warmup becomes a tenth of the steps, and
+    its source says so. No other setting changes implicitly.
 
     Args:
-        preset: string, name or short form.
-        file: path of a YAML file, a mapping of settings to values; may be `None`.
-        overrides: dict by setting, what the command line gave; may be `None`. It goes
-            before the file.
+        preset: Name or short form.
+        file: YAML file that maps settings to values.
+        overrides: Values by setting, from the command line. They override the file.
 
     Returns:
-        `Resolved`.
+        The recipe and the source of each setting.
 
     Raises:
-        ValueError: if the preset or a setting is unknown, or a value does not fit.
+        ValueError: if the preset or a setting is unknown, or a value is invalid.
         OSError: if the file cannot be read.
 
     Example:
 
-    ```python
-    resolved = resolve("7b", file="mine.yaml", overrides={"steps": 20})
-    print(resolved.table())
-    resolved.recipe.warmup_steps  # 2
-    ```
+    >>> resolved = resolve_recipe("7b", overrides={"steps": 20})
+    >>> resolved.recipe.warmup_steps
+    2
+    >>> resolved.sources["steps"]
+    'command line'
     """
-    published = _published(preset)
-    recipe = published.recipe
+    base = _resolved_preset(preset)
+    recipe = base.recipe
     layers = [] if file is None else [(str(file), _read_yaml(file))]
     layers.append((COMMAND_LINE, overrides or {}))
-    changes, sources = {}, dict(published.sources)
+    changes, sources = {}, dict(base.sources)
     for source, values in layers:
-        changes |= _from_layer(source, values)
+        changes |= _checked_values(source, values)
         sources |= dict.fromkeys(values, source)
     steps = changes.get("steps", recipe.steps)
     if "warmup_steps" not in changes and recipe.warmup_steps >= steps:
-        # At least one step, unless there is no other.
+        # At least one step, unless there is only one step in total.
         changes["warmup_steps"] = min(max(1, steps // 10), steps - 1)
         sources["warmup_steps"] = (
-            f"ours: shortened with steps, from {recipe.warmup_steps} to a tenth of them"
+            f"heuristic: a tenth of the steps, shortened from {recipe.warmup_steps}"
         )
-    return Resolved(published.preset, recipe.replace(**changes), sources)
+    return ResolvedRecipe(base.preset, recipe.replace(**changes), sources)
 
 
-def _from_layer(source, values):
-    """The values of a file or command line, checked one by one; errors name it."""
+def _checked_values(source, values):
+    """Validates the values of a file or the command line; errors name the source."""
     try:
         _check_known(values)
         return {name: _checked(name, value) for name, value in values.items()}
@@ -273,7 +312,7 @@ def _from_layer(source, values):
         raise ValueError(f"{source}: {error}") from error
 
 
-def _published(name):
+def _resolved_preset(name):
     preset = presets.find(name)
     known = [other.name for other in presets.registry().values() if other.recipe]
     if preset is None or not preset.recipe:
@@ -281,11 +320,11 @@ def _published(name):
         raise ValueError(
             f"{problem} {name!r}. Presets with a recipe: {', '.join(known)}."
         )
-    return _parsed(preset.name, preset.recipe, f"The recipe of {preset.name}")
+    return _parse_recipe(preset.name, preset.recipe, f"The recipe of {preset.name}")
 
 
-def _parsed(preset, settings, where):
-    """`Resolved` of settings with their sources; `where` begins errors."""
+def _parse_recipe(preset, settings, where):
+    """Parses settings with their sources; error messages start with `where`."""
     if not isinstance(settings, dict):
         raise ValueError(f"{where} must be a dict. Received: {str(settings)[:200]!r}")
     for name, entry in settings.items():
@@ -303,8 +342,9 @@ def _parsed(preset, settings, where):
         raise ValueError(f"{where} lacks {', '.join(missing)}. Add them.")
     values = {name: entry["value"] for name, entry in settings.items()}
     sources = {name: entry["source"] for name, entry in settings.items()}
-    recipe = Recipe(**_from_layer(where, values))
-    return Resolved(preset, recipe, {**dict.fromkeys(SETTINGS, DEFAULT), **sources})
+    recipe = Recipe(**_checked_values(where, values))
+    sources = {**dict.fromkeys(SETTINGS, DEFAULT), **sources}
+    return ResolvedRecipe(preset, recipe, sources)
 
 
 def _read_yaml(path):
@@ -315,8 +355,8 @@ def _read_yaml(path):
         values = yaml.safe_load(text)
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if values is None:  # Nothing but comments.
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if values is None:  # The file has only comments.
         return {}
     if not isinstance(values, dict):
         raise ValueError(
@@ -324,24 +364,27 @@ def _read_yaml(path):
             f"{str(values)[:200]!r}"
         )
     keys = [key.value for key, _ in node.value]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:  # YAML would let the last one win.
-        raise ValueError(f"{path} sets {', '.join(twice)} twice. Remove one of them.")
+    duplicates = sorted({key for key in keys if keys.count(key) > 1})
+    if duplicates:  # PyYAML silently takes the last one.
+        raise ValueError(
+            f"{path} sets {', '.join(duplicates)} twice. Remove one of them."
+        )
     return values
 
 
-# ----- The table
+# ----- Formatting of the table
 
 
-def _shown(name, value):
+def _format_value(name, value):
     if name in ("meshes", "planned") and value:
-        chips = [int(number) for number in value]
-        value = f"{'-'.join(map(str, sorted({min(chips), max(chips)})))} chips"
+        counts = [int(number) for number in value]
+        span = "-".join(map(str, sorted({min(counts), max(counts)})))
+        value = f"{span} chips"
     return _shortened("none" if value in (None, {}) else str(value), 24)
 
 
 def _short_source(source):
-    """Addresses on GitHub as `owner/repository/path` and `owner/repository#number`."""
+    """Shortens GitHub URLs to `owner/repository/path` or `owner/repository#number`."""
     source = re.sub(r"https://github\.com/(\S+?/\S+?)/issues/(\d+)", r"\1#\2", source)
     return re.sub(
         r"https://github\.com/([^/\s]+/[^/\s]+)(/blob/[^/\s]+)?", r"\1", source
@@ -349,7 +392,7 @@ def _short_source(source):
 
 
 def _shortened(text, width):
-    """Prose loses its end, and what has no spaces, such as a path, its middle."""
+    """Cuts prose at its end, and text without spaces, such as a path, in its middle."""
     if len(text) <= width:
         return text
     if " " in text[:width]:

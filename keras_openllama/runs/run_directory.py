@@ -1,10 +1,14 @@
-"""The directory of a run: what the run is, and that one process at a time trains."""
+"""The directory of a run: its description (`run.json`), settings checks and lock."""
+
+from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,32 +17,35 @@ import keras_openllama
 from keras_openllama.checkpoints.training_run import RUN, RUN_FORMAT, TOKENIZER
 from keras_openllama.data import mixture as mixtures
 from keras_openllama.utils import files, locks
+from keras_openllama.utils.types import PathLike
 
 PRETRAINING, FINETUNING = "pretraining", "finetuning"
 
 _LOCK = ".lock"
-# What decides which tokens a step sees: another value would repeat or leave out data.
-# And the optimizer, since another one has other moments.
+# These settings decide which tokens a step reads; changing one would repeat or omit
+# data. The optimizer is fixed too, because another one has other moments.
 _FIXED = (
     *("batch_size", "sequence_length", "seed", "packing", "mask_documents"),
     "optimizer",
-    # Of fine-tuning: its sequences, and the kinds and shapes of what is trained.
+    # Of fine-tuning: its sequences, and the kinds and shapes of trainable variables.
     *("pack", "chat_template", "lora_rank", "lora_targets", "int8"),
 )
-# What does not change the course of a run.
+# These settings do not affect the numerical results of a run.
 _FREE = (
     *("meshes", "planned", "micro_batches", "rematerialize"),
     *("milestone_every", "save_every", "keep_last"),
     *("validate_every", "validation_batches", "sample_every"),
     "max_skipped_steps",
-    "mixture",  # Whose weights are compared, see `mixture_from`.
+    "mixture",  # `resumed_mixture` compares the weights instead.
 )
 
 
-def versions():
-    """Versions of what a run depends on, as far as it is installed: dict of strings.
+def installed_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run depends on.
 
-    Fine-tuning has no use for Grain.
+    Returns:
+        Version by package. Packages that are not installed are omitted; fine-tuning
+        does not need Grain.
     """
     found = {
         "keras_openllama": keras_openllama.__version__,
@@ -50,11 +57,22 @@ def versions():
     return found
 
 
-def read(directory):
-    """What a run is: the dict that `write` wrote, or `None` where there is no run.
+def read_run(directory: PathLike) -> dict[str, Any] | None:
+    """Reads the description of a run.
+
+    Args:
+        directory: The run's directory.
+
+    Returns:
+        The dict that `write_run` wrote, or `None` if the directory holds no run.
 
     Raises:
         ValueError: if the file is damaged, or of another format.
+
+    Example:
+
+    >>> read_run("runs/3b_v3") is None
+    True
     """
     path = files.join(directory, RUN)
     if not files.exists(path):
@@ -62,68 +80,75 @@ def read(directory):
     try:
         run = json.loads(files.read_bytes(path))
         if "format" not in run and "lora_rank" in run:
-            raise _OldRun
+            raise _UnsupportedRunError
         if run["format"] != RUN_FORMAT:
             raise ValueError(f"its format is {run['format']}, not {RUN_FORMAT}")
-    except _OldRun:
+    except _UnsupportedRunError:
         raise ValueError(
             f"{directory} holds a fine-tuning run of keras_openllama 0.1, which this "
             "version cannot resume. If that run was complete, load its results: "
             f"{directory}/adapters (`lm.load_adapters`) or {directory}/model "
-            "(`from_preset`). Else start again in another output directory, or finish "
-            "it with keras_openllama 0.1."
+            "(`from_preset`). Otherwise start again in another output directory, or "
+            "finish it with keras_openllama 0.1."
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}.") from error
     return run
 
 
-class _OldRun(Exception):
+class _UnsupportedRunError(Exception):
     """A fine-tuning run whose checkpoint is `state.npz`."""
 
 
-def write(directory, run, tokenizer):
-    """Writes what a run is, and its tokenizer.
+def write_run(directory: PathLike, run: Mapping[str, Any], tokenizer: bytes) -> None:
+    """Writes the description of a run, and its tokenizer.
 
     Args:
-        directory: string.
-        run: dict, as JSON: `preset`, `recipe`, `architecture`, `data`.
-        tokenizer: bytes of the SentencePiece model.
+        directory: The run's directory.
+        run: Dict that JSON can store: `preset`, `recipe`, `architecture`, `data`.
+        tokenizer: The SentencePiece model.
     """
     files.write_bytes(files.join(directory, TOKENIZER), tokenizer)
-    run = {"format": RUN_FORMAT, **run, "versions": versions()}
+    run = {"format": RUN_FORMAT, **run, "versions": installed_versions()}
     data = json.dumps(run, indent=1).encode()
     files.write_bytes(files.join(directory, RUN), data)
 
 
-def write_once(directory, run, tokenizer, changed):
-    """`write` on the first process if the run is new or changed; all wait for that.
+def write_run_once(
+    directory: PathLike, run: Mapping[str, Any], tokenizer: bytes, changed: bool
+) -> None:
+    """Calls `write_run` on process 0 if the run is new or changed; all processes wait.
 
-    Every process calls it: one that reads the directory late sees what the first has
-    just written, and no change.
+    Every process must call it, whatever its own `changed` is: a process that reads the
+    directory late finds what process 0 has just written, and sees no change.
 
     Args:
-        directory, run, tokenizer: see `write`.
-        changed: bool, whether this process saw another run, or none.
+        directory: The run's directory.
+        run: See `write_run`.
+        tokenizer: See `write_run`.
+        changed: Whether this process found another run, or none.
     """
     if changed and jax.process_index() == 0:
-        write(directory, run, tokenizer)
+        write_run(directory, run, tokenizer)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run")
 
 
-def check_unchanged(before, now, accept_changes=False):
-    """Whether a run may be resumed with other settings than it began with.
+def check_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], accept_changes: bool = False
+) -> list[str]:
+    """Checks that a run may be resumed with the current settings.
 
     Args:
-        before, now: dicts, see `write`.
-        accept_changes: bool, whether settings may change that the course depends on.
+        before: The run in the directory, see `read_run`.
+        now: The run as it is requested now, see `write_run`.
+        accept_changes: Whether settings that affect the results may change.
 
     Returns:
-        List of lines that say what changes.
+        A line for each setting that changes.
 
     Raises:
-        ValueError: if something changes that must not, or was not accepted.
+        ValueError: if a change is impossible, or was not accepted.
     """
     before, now = ({"kind": PRETRAINING, **run} for run in (before, now))
     changed = {
@@ -133,9 +158,9 @@ def check_unchanged(before, now, accept_changes=False):
     }
     if changed:
         raise ValueError(
-            "The run in this directory is another one: "
+            "The directory holds a different run: "
             + "; ".join(f"{k} was {a} and is {b}" for k, (a, b) in changed.items())
-            + ". Name another output directory."
+            + ". Choose another output directory."
         )
     old = {name: entry["value"] for name, entry in before["recipe"].items()}
     new = {name: entry["value"] for name, entry in now["recipe"].items()}
@@ -147,73 +172,82 @@ def check_unchanged(before, now, accept_changes=False):
     fixed = [line for name, line in lines.items() if name in _FIXED]
     if fixed:
         raise ValueError(
-            f"The run in this directory began otherwise: {'; '.join(fixed)}. Tokens "
-            "would be repeated or left out, or moments would be of another kind. Name "
-            "another output directory."
+            "The run in this directory was started with settings that cannot change: "
+            f"{'; '.join(fixed)}. Tokens would be repeated or omitted, or the "
+            "checkpoint's variables would not match. Choose another output directory."
         )
-    course = [line for name, line in lines.items() if name not in _FREE]
-    if course and not accept_changes:
+    unaccepted = [line for name, line in lines.items() if name not in _FREE]
+    if unaccepted and not accept_changes:
         raise ValueError(
-            f"The run in this directory has other settings: {'; '.join(course)}. Give "
-            "the same ones, or --accept-changes to go on with these from here on."
+            "The run in this directory has other settings: "
+            f"{'; '.join(unaccepted)}. Pass the same ones, or --accept-changes to "
+            "resume with the new ones."
         )
     return list(lines.values())
 
 
-def mixture_from(before, chosen, step, accept_changes=False):
-    """The mixture of a resumed run: its own, changed where it was asked to.
+def resumed_mixture(
+    before: Mapping[str, Any],
+    chosen: mixtures.Mixture,
+    step: int,
+    accept_changes: bool = False,
+) -> tuple[mixtures.Mixture, list[str]]:
+    """Returns the mixture of a resumed run: its own, with any accepted change.
 
     Args:
-        before: dict, see `read`.
-        chosen: `mixture.Mixture` that is asked for now.
-        step: int, from where on other weights count.
-        accept_changes: bool.
+        before: The run in the directory, see `read_run`.
+        chosen: The mixture that is requested now.
+        step: The first step that new weights apply to.
+        accept_changes: Whether the weights may change.
 
     Returns:
-        The mixture, and a list of lines that say what changes.
+        The mixture, and a line for each change.
 
     Raises:
-        ValueError: if the weights are others, and that was not accepted.
+        ValueError: if the weights differ, and that was not accepted.
     """
     own = mixtures.from_json(before["mixture"])
     weights = chosen.schedule[-1][1]
-    if _same(own.schedule[-1][1], weights):
+    if _same_weights(own.schedule[-1][1], weights):
         return own, []
     if not accept_changes:
         raise ValueError(
-            f"The run in this directory mixes its sources by {own.schedule[-1][1]}, "
-            f"and {weights} is asked for. Give the same ones, or --accept-changes to "
-            "go on with these from here on."
+            "The run in this directory has the mixture weights "
+            f"{own.schedule[-1][1]}, and {weights} are requested. Pass the same ones, "
+            "or --accept-changes to resume with the new ones."
         )
-    line = f"the sources are mixed by {weights} from step {step} on"
+    line = f"the mixture weights are {weights} from step {step} on"
     return own.changed(step, weights), [line]
 
 
-def _same(weights, others):
-    # They are divided by their sum, and rounded, each time that they are read.
+def _same_weights(weights, others):
+    # Reading a mixture normalizes its weights, which rounds them each time.
     return weights.keys() == others.keys() and all(
         math.isclose(weights[name], others[name], rel_tol=1e-9) for name in weights
     )
 
 
-class Busy(RuntimeError):
-    """Another process has the directory of a run."""
+class RunBusyError(RuntimeError):
+    """Another process holds the lock of a run's directory."""
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Keeps a second process from the same run.
+def lock_directory(directory: PathLike) -> Iterator[None]:
+    """Holds the lock of a run's directory; a remote directory is not locked.
+
+    Args:
+        directory: The run's directory; created if it does not exist.
 
     Raises:
-        Busy: if another process has it.
+        RunBusyError: if another process holds the lock.
     """
-    if files.is_remote(directory):  # No lock is known there.
+    if files.is_remote(directory):  # Object stores have no locks.
         yield
         return
     files.make_directory(directory)
-    busy = Busy(
-        f"Another process trains in {directory}. Wait for it, or name another output "
-        "directory."
+    busy = RunBusyError(
+        f"Another process trains in {directory}. Wait for it, or choose another "
+        "output directory."
     )
     with locks.locked(files.join(directory, _LOCK), busy):
         yield

@@ -1,50 +1,79 @@
-"""Reports the steps of a run while they are computed: log, bar, skipped steps."""
+"""Reports the steps of a run: metrics log, progress bar, skipped steps."""
+
+from __future__ import annotations
 
 import collections
 import hashlib
 import json
 import sys
 import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 from tqdm import tqdm
 
 from keras_openllama.runs import throughput
-from keras_openllama.runs.interruption import Skipped
+from keras_openllama.runs.interruption import SkippedSteps
 from keras_openllama.runs.metrics_log import RunLog
+from keras_openllama.runs.train_config import TrainConfig
+from keras_openllama.training.step_metrics import StepMetrics
 
-# Ours: steps that are under way while the one before them is looked at.
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+
+# Heuristic: steps that may still be computed while an earlier one is reported.
 _STEPS_AHEAD = 1
-_TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 30.0  # Ours: between two looks of the bar.
+# Heuristic: seconds between updates of the bar, on a terminal and in a file.
+_TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 30.0
+
+
+class ReportedData(Protocol):
+    """The part of `trainer.TrainData` that a report needs."""
+
+    def sequences_read(self, step: int) -> list:
+        """Identifies the sequences of step `step` (from 0) on all processes."""
+
+    def tokens(self, steps: int) -> int:
+        """Returns the number of tokens in the first `steps` steps."""
 
 
 class StepReporter:
-    """Looks at each step once it has been computed, while the next one is under way.
+    """Reports each step when it has been computed, while the next one is running.
 
-    Use as a context manager around the steps. The first process writes and shows, the
-    others count skipped steps only.
+    Use it as a context manager around the steps. Process 0 writes and prints; the
+    others only count skipped steps.
 
     Args:
-        lm: `OpenLlamaCausalLM`.
-        config: `TrainConfig`.
-        data: `trainer.TrainData`.
-        output: string, the run's directory.
-        from_step: int, the step that the run continues from.
-        began: float, see `throughput.Clock`.
+        lm: The model.
+        config: The settings of the steps.
+        data: The batches.
+        output: The run's directory.
+        from_step: Step of the checkpoint that the run resumes from; 0 for a new run.
+        start_time: See `throughput.Clock`.
 
     Attributes:
-        clock: `throughput.Clock`.
+        clock: The `throughput.Clock` of the run.
 
     Raises:
-        interruption.Diverged: when too many steps in a row had to be skipped.
+        interruption.DivergedError: if too many consecutive steps were skipped.
         OSError: if the log cannot be written.
     """
 
-    def __init__(self, lm, config, data, output, from_step, began=None):
+    def __init__(
+        self,
+        lm: OpenLlamaCausalLM,
+        config: TrainConfig,
+        data: ReportedData,
+        output: str,
+        from_step: int,
+        start_time: float | None = None,
+    ):
         self._config, self._data = config, data
         self._output, self._step = output, from_step
         self._pending = collections.deque()
-        self._skipped = Skipped(config.max_skipped_steps)
+        self._skipped = SkippedSteps(config.max_skipped_steps)
         sizes = lm.backbone
         self._flops = throughput.flops_per_token(
             lm.count_params(),
@@ -52,10 +81,10 @@ class StepReporter:
             config.sequence_length,
         )
         self._peak = throughput.peak_flops(jax.devices()[0].device_kind)
-        self.clock = throughput.Clock(began)
+        self.clock = throughput.Clock(start_time)
         self._log = self._bar = None
 
-    def __enter__(self):
+    def __enter__(self) -> StepReporter:
         self._last = time.monotonic()
         if jax.process_index() == 0:
             self._log = RunLog(self._output, self._step)
@@ -69,60 +98,75 @@ class StepReporter:
             )
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._log is not None:
             self._bar.close()
             self._log.close()
 
-    def add(self, step, metrics):
-        """Takes what a step tells, which is still being computed.
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Adds a step, whose metrics may still be being computed.
 
         Args:
-            step: int, steps done.
-            metrics: `step_metrics.StepMetrics`.
+            step: Steps done.
+            metrics: Metrics of the step.
         """
         self._pending.append((step, metrics))
         while len(self._pending) > _STEPS_AHEAD:
-            self._look_at(*self._pending.popleft())
+            self._report_step(*self._pending.popleft())
 
-    def settle(self):
-        """Waits for all steps that are under way; the log is on the disk afterwards."""
+    def flush(self) -> None:
+        """Waits for all steps, reports them, and syncs the log to disk."""
         while self._pending:
-            self._look_at(*self._pending.popleft())
+            self._report_step(*self._pending.popleft())
         if self._log is not None:
             self._log.sync()
 
-    def validation(self, result):
-        """Writes what `ValidationData.measure` found after the last step."""
+    def log_validation(self, result: Mapping[str, Any]) -> None:
+        """Writes and prints a validation after the last step.
+
+        Args:
+            result: The record that `ValidationData.measure` returned.
+        """
         if self._log is None:
             return
         step, tokens = self._step, self._data.tokens(self._step)
         record = {"kind": "validation", "step": step, "tokens": tokens, **result}
         if step != self._log.last_validation_step:
-            self._log.write(record)
+            self._log.write_record(record)
         bits = result.get("bits_per_byte")
-        self.say(
+        self.print_line(
             f"step {step}: validation loss {result['loss']:.4f}, perplexity "
             f"{result['perplexity']:.2f}"
             + ("" if bits is None else f", bits per byte {bits:.4f}")
         )
 
-    def text(self, tag, text, show=False):
-        """Writes a text that the model wrote after the last step; prints it, too."""
-        if self._log is not None:
-            self._log.text(tag, self._step, text)
-        if show:
-            self.say(f"--- {tag}\n{text}")
+    def log_sample(self, tag: str, text: str, show: bool = False) -> None:
+        """Writes a text that the model generated after the last step.
 
-    def say(self, line):
-        """Prints a line above the bar."""
+        Args:
+            tag: Name of the prompt, a single line.
+            text: The generated text.
+            show: Whether to print it too.
+        """
+        if self._log is not None:
+            self._log.write_sample(tag, self._step, text)
+        if show:
+            self.print_line(f"--- {tag}\n{text}")
+
+    def print_line(self, line: str) -> None:
+        """Prints a line above the progress bar, on process 0."""
         if self._bar is not None:
-            # A text of the model may have what the terminal cannot show.
+            # Generated text may hold characters that the terminal cannot encode.
             encoding = sys.stderr.encoding or "utf-8"
             line = line.encode(encoding, "backslashreplace").decode(encoding)
             self._bar.write(line, file=sys.stderr)
 
-    def _look_at(self, step, metrics):
+    def _report_step(self, step, metrics):
         with self.clock.measure("compute"):
             metrics = jax.device_get(metrics)
         metrics = {
@@ -135,7 +179,7 @@ class StepReporter:
         self._step = step
         if self._log is not None:
             self._write(metrics, applied, seconds)
-        self._skipped.note(step, applied, metrics["loss"], metrics["grad_norm"])
+        self._skipped.record(step, applied, metrics["loss"], metrics["grad_norm"])
 
     def _write(self, metrics, applied, seconds):
         total = self._data.tokens(self._step)
@@ -144,21 +188,23 @@ class StepReporter:
             "step": self._step,
             **metrics,
             "tokens": total,
-            **throughput.rates(
+            **throughput.speed_metrics(
                 *(tokens, seconds, jax.device_count(), self._flops, self._peak)
             ),
             **self.clock.step(applied),
             "skipped": not applied,
             "batch": self._batch_id(),
         }
-        self._log.write(record)
+        self._log.write_record(record)
         if not applied:
             keys = ("step", "loss", "grad_norm", "batch")
             rows = self._data.sequences_read(self._step - 1)
-            self._log.skip({**{key: record[key] for key in keys}, "rows": rows})
-            self.say(
-                f"step {self._step} was skipped: loss {record['loss']}, gradient norm "
-                f"{record['grad_norm']}. What it read is in skipped.jsonl."
+            self._log.write_skipped_step(
+                {**{key: record[key] for key in keys}, "rows": rows}
+            )
+            self.print_line(
+                f"Skipped step {self._step}: loss {record['loss']}, gradient norm "
+                f"{record['grad_norm']}. Its sequences are listed in skipped.jsonl."
             )
         shown = {
             "loss": f"{record['loss']:.4f}",
@@ -171,6 +217,6 @@ class StepReporter:
         self._bar.update()
 
     def _batch_id(self):
-        """Which tokens the last step has read, in 16 digits."""
+        """Identifies the sequences of the last step by 16 hexadecimal digits."""
         rows = json.dumps(self._data.sequences_read(self._step - 1)).encode()
         return hashlib.sha256(rows).hexdigest()[:16]

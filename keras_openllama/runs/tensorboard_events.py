@@ -1,25 +1,40 @@
-"""A run's records as TensorBoard's events, written by the thread that calls."""
+"""Writes a run's records as TensorBoard events, in the calling thread."""
+
+from __future__ import annotations
 
 import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
 
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
-# Heuristic: how long TensorBoard may lag, and a full disk go unnoticed by its file.
+# Heuristic: seconds that TensorBoard may lag behind, and that an error of its file,
+# such as a full disk, may go unnoticed.
 _TENSORBOARD_SECONDS = 30.0
 
 
 class TensorBoardEvents:
-    """Event files, written by the thread that calls.
+    """TensorBoard event files, written in the calling thread.
 
-    tensorboardX's `SummaryWriter` writes in a thread behind a queue of ten. On a full
-    disk that thread dies, and once the queue is full the run hangs for ever. So its
-    queue is left out; its events and its file are used.
+    tensorboardX's `SummaryWriter` writes in a thread behind a queue of ten events. On a
+    full disk that thread dies, and the run hangs as soon as the queue is full. This
+    class uses tensorboardX's events and its file writer without the queue.
+
+    Args:
+        directory: Directory of the event files; created if it does not exist.
+        from_step: Step of the checkpoint that the run resumes from. TensorBoard
+            discards later steps of other files in the directory.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
 
-    def __init__(self, directory, from_step):
+    def __init__(self, directory: PathLike, from_step: int):
         with _without_torch():
             from tensorboardX import summary
             from tensorboardX.event_file_writer import EventsWriter
@@ -27,55 +42,74 @@ class TensorBoardEvents:
         self._proto, self._summary, self._text = event_pb2, summary_pb2, summary.text
         self._directory = directory
         files.make_directory(directory)
-        # The name ends in a number: two starts within a second would share the rest.
+        # A number makes the name unique: two starts within a second share the rest.
         number = len(os.listdir(directory))
-        with naming_file(directory):
+        with add_path_to_errors(directory):
             self._writer = EventsWriter(
                 os.path.join(directory, "events"), f".{number:04d}"
             )
-        # TensorBoard forgets what other files say of this step and later ones.
+        # On a START event, TensorBoard discards this step and later ones.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(from_step + 1, session_log=start)
         self.sync()
 
-    def scalars(self, step, values):
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars.
+
+        Args:
+            step: Steps done.
+            values: Scalars by tag.
+        """
         value = self._summary.Summary.Value
         parts = [value(tag=tag, simple_value=number) for tag, number in values.items()]
         self._write(step, summary=self._summary.Summary(value=parts))
 
-    def text(self, step, tag, text):
-        # Markdown would change it; indented it is shown as it is.
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        """Writes a text under `samples/`.
+
+        Args:
+            step: Steps done.
+            tag: Name of the text.
+            text: The text, shown verbatim.
+        """
+        # TensorBoard renders Markdown; an indented block is shown verbatim.
         shown = "\n".join("    " + line for line in text.split("\n"))
         shown = shown.encode("utf-8", "backslashreplace").decode()
         self._write(step, summary=self._text(f"samples/{tag}", shown))
 
     def _write(self, step, **content):
         event = self._proto.Event(wall_time=time.time(), step=step, **content)
-        with naming_file(self._directory):
+        with add_path_to_errors(self._directory):
             self._writer.write_event(event)
         if content.get("summary") and time.monotonic() > self._next_sync:
             self.sync()
 
-    def sync(self):
-        with naming_file(self._directory):
+    def sync(self) -> None:
+        """Flushes the events to the file."""
+        with add_path_to_errors(self._directory):
             self._writer.flush()
         self._next_sync = time.monotonic() + _TENSORBOARD_SECONDS
 
-    def __enter__(self):
+    def __enter__(self) -> TensorBoardEvents:
         return self
 
-    def __exit__(self, *_):
-        with naming_file(self._directory):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with add_path_to_errors(self._directory):
             self._writer.close()
 
 
 @contextlib.contextmanager
 def _without_torch():
-    """Spares JAX's users PyTorch, which tensorboardX imports if it can: two seconds."""
+    """Prevents tensorboardX from importing PyTorch, which takes two seconds."""
     if "torch" in sys.modules:
         yield
         return
-    sys.modules["torch"] = None  # Python's own way of saying "not importable".
+    sys.modules["torch"] = None  # Makes `import torch` raise `ImportError`.
     try:
         yield
     finally:
@@ -83,23 +117,43 @@ def _without_torch():
 
 
 @contextlib.contextmanager
-def naming_file(path):
-    """Lets an `OSError` say which file could not be written."""
+def add_path_to_errors(path: PathLike) -> Iterator[None]:
+    """Adds a path to the `OSError`s of a block.
+
+    Args:
+        path: The file or directory that the block writes to.
+
+    Raises:
+        OSError: the error of the block, with `path` as its `filename`.
+    """
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error
 
 
-def scalars_of(record, training):
-    """TensorBoard's tags, and the numbers under them."""
+def scalars_from_record(record: Mapping[str, Any], training: bool) -> dict[str, float]:
+    """Returns the numbers of a record by TensorBoard tag.
+
+    Args:
+        record: A training or validation record, see `metrics_log`.
+        training: Whether it is a training record.
+
+    Returns:
+        Scalars by tag.
+
+    Example:
+
+    >>> scalars_from_record({"step": 1, "loss": 2.5, "mfu": 0.3}, training=True)
+    {'train/loss': 2.5, 'speed/mfu': 0.3}
+    """
     if not training:
         tags = {f"validation/{name}": value for name, value in record.items()}
         for source, values in record.get("sources", {}).items():
             for name, value in values.items():
                 tags[f"validation/{name}/{source}"] = value
     else:
-        tags = {f"{_group(name)}/{name}": value for name, value in record.items()}
+        tags = {f"{_tag_group(name)}/{name}": value for name, value in record.items()}
     return {
         tag: value
         for tag, value in tags.items()
@@ -107,7 +161,7 @@ def scalars_of(record, training):
     }
 
 
-def _group(name):
+def _tag_group(name):
     if name.endswith("_seconds") or name == "goodput":
         return "time"
     if name.startswith("tokens_per_second") or name == "mfu":

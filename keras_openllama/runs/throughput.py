@@ -1,11 +1,14 @@
-"""How fast a run trains, against what the chip could do and the time that passed."""
+"""Throughput of a run: tokens per second, model FLOPs utilization, goodput."""
+
+from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Iterator
 
-# Dense bfloat16 FLOP/s of one device, by JAX's `device_kind`. TPU kinds as in
-# jax/_src/pallas/mosaic/tpu_info.py, GPU kinds as CUDA names them. NVIDIA states tensor
-# cores with 2:4 sparsity since H100: half of that is dense.
+# Dense bfloat16 FLOP/s of one device, by JAX's `device_kind`. TPU kinds are named as
+# in jax/_src/pallas/mosaic/tpu_info.py, GPU kinds as in CUDA. Since H100, NVIDIA states
+# the peak with 2:4 sparsity: half of it is dense.
 PEAK_FLOPS = {
     # https://cloud.google.com/tpu/docs/v4: "275 teraflops (bf16 or int8)".
     "TPU v4": 275e12,
@@ -31,133 +34,163 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device_kind):
-    """Dense bfloat16 FLOP/s of a device.
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the peak dense bfloat16 FLOP/s of a device.
 
     Args:
-        device_kind: string, `jax.devices()[0].device_kind`.
+        device_kind: `jax.devices()[0].device_kind`.
 
     Returns:
-        Float, or `None` where no published figure is known here (a CPU, say): a run
-        then reports no MFU.
+        FLOP/s, or `None` if no published figure is known, as for CPUs; a run then
+        reports no MFU.
 
     Example:
-        peak_flops("TPU v4")  # 275e12
+
+    >>> peak_flops("TPU v4")
+    275000000000000.0
     """
     return PEAK_FLOPS.get(device_kind)
 
 
-def flops_per_token(parameters, num_layers, num_query_heads, head_dim, sequence_length):
-    """FLOPs that the model itself needs to train on one token, forward and backward.
+def flops_per_token(
+    parameters: int,
+    num_layers: int,
+    num_query_heads: int,
+    head_dim: int,
+    sequence_length: int,
+) -> int:
+    """Returns the model FLOPs of training on one token, forward and backward.
 
-    6 for each parameter, and 12 x layers x heads x head_dim x sequence_length for
-    attention, which counts the whole square of a causal mask. Rematerialisation does
-    not count. Every parameter does, the embedding too: so OpenLLaMA's published speed
-    comes out at 34.9 %.
+    They are 6 per parameter, plus 12 x layers x heads x head_dim x sequence_length for
+    attention, which counts the full square of the causal mask. Rematerialization does
+    not count. All parameters count, including the embedding: this convention yields
+    the 34.9 % that OpenLLaMA published for its speed.
 
     Args:
-        parameters: int, of the whole model.
-        num_layers, num_query_heads, head_dim: ints.
-        sequence_length: int, tokens in a row.
+        parameters: Parameters of the whole model.
+        num_layers: Decoder layers.
+        num_query_heads: Query heads per layer.
+        head_dim: Size of a head.
+        sequence_length: Tokens per sequence.
 
     Returns:
-        Int, FLOPs per token.
+        FLOPs per token.
 
     Source:
         Chowdhery et al., PaLM, appendix B (arXiv:2204.02311).
 
     Example:
-        flops_per_token(6_738_415_616, 32, 32, 128, 2048)  # 43_651_719_168
+
+    >>> flops_per_token(6_738_415_616, 32, 32, 128, 2048)
+    43651719168
     """
     attention = 12 * num_layers * num_query_heads * head_dim * sequence_length
     return 6 * parameters + attention
 
 
-def rates(tokens, seconds, chips, flops_per_token=None, peak=None):
-    """The speed of some steps, as a training record has it.
+def speed_metrics(
+    tokens: int,
+    seconds: float,
+    chips: int,
+    flops_per_token: int | None = None,
+    peak: float | None = None,
+) -> dict[str, float]:
+    """Returns the throughput of some steps, as in a training record.
 
     Args:
-        tokens: int, trained on by all chips.
-        seconds: float, that it took.
-        chips: int, devices of the whole run, on all hosts.
-        flops_per_token: int, see `flops_per_token`.
-        peak: float, FLOP/s of one device, see `peak_flops`; or `None`.
+        tokens: Tokens trained on by all devices.
+        seconds: Wall time of the steps.
+        chips: Devices of the run, on all hosts.
+        flops_per_token: Model FLOPs per token, see `flops_per_token`.
+        peak: Peak FLOP/s of one device, see `peak_flops`.
 
     Returns:
-        Dict: `tokens_per_second`, `tokens_per_second_per_chip`, and `mfu` (model FLOPs
-        utilization, 0 to 1, of the bfloat16 peak whatever the run's own precision)
-        if both of the last arguments are known.
+        `tokens_per_second`, `tokens_per_second_per_chip` and, if the last two arguments
+        are given, `mfu`: the model FLOPs utilization, 0 to 1.
 
     Raises:
         ValueError: if `seconds` or `chips` is not positive.
 
     Example:
-        rates(4 * 2**20, 7.4, 256, 43_651_719_168, peak_flops("TPU v4"))
+
+    >>> peak = peak_flops("TPU v4")
+    >>> speed = speed_metrics(2200 * 256, 1.0, 256, 43_651_719_168, peak)
+    >>> round(speed["mfu"], 3)
+    0.349
     """
     for name, value in (("seconds", seconds), ("chips", chips)):
         if value <= 0:
-            raise ValueError(f"{name}={value!r}; it must be positive")
-    a_chip = tokens / seconds / chips
+            raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
+    per_chip = tokens / seconds / chips
     result = {
         "tokens_per_second": tokens / seconds,
-        "tokens_per_second_per_chip": a_chip,
+        "tokens_per_second_per_chip": per_chip,
     }
     if flops_per_token is not None and peak is not None:
-        result["mfu"] = a_chip * flops_per_token / peak
+        result["mfu"] = per_chip * flops_per_token / peak
     return result
 
 
 class Clock:
-    """Splits the time of a run into data, compute, checkpoint, and the rest.
+    """Splits the wall time of a run into data, compute, checkpoint and other time.
 
-    Goodput is the share of the time since the run's process began that went into
-    computing steps whose update was applied. What lowers it: imports and compilation,
-    waiting for data, checkpoints, evaluation, and steps that were skipped.
+    Goodput is the share of the time since the process started that was spent computing
+    steps whose update was applied. Imports, compilation, waiting for data, checkpoints,
+    validation and skipped steps lower it.
 
-    Compile before the first measured step, and wait for the step's result inside
-    `measure("compute")`: JAX gives it back before it is there.
+    Compile before the first measured step, and wait for the result of the step inside
+    `measure("compute")`, because JAX dispatches asynchronously.
 
     Args:
-        began: float, seconds by `now`, when the process began; by default, now. The
-            first line of a script takes it, before the imports.
-        now: function that returns seconds.
+        start_time: When the process started, in seconds of `now`; by default, the
+            current time. Take it before the imports.
+        now: Function that returns the time in seconds.
 
     Example:
-        clock = Clock(began)
-        with clock.measure("data"):
-            batch = next(batches)
-        with clock.measure("compute"):
-            loss = float(step(batch))
-        log.write({"step": 1, "loss": loss, **clock.step(applied=True)})
+
+    >>> clock = Clock()
+    >>> with clock.measure("data"):
+    ...     batch = [1, 2, 3]
+    >>> with clock.measure("compute"):
+    ...     loss = sum(batch)
+    >>> list(clock.step(applied=True))
+    ['data_seconds', 'compute_seconds', 'checkpoint_seconds', 'goodput']
     """
 
     PARTS = ("data", "compute", "checkpoint")
 
-    def __init__(self, began=None, now=time.monotonic):
+    def __init__(
+        self,
+        start_time: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
         self._now = now
-        self._began = now() if began is None else began
+        self._start_time = now() if start_time is None else start_time
         self._totals = dict.fromkeys(self.PARTS, 0.0)
         self._since = dict(self._totals)
         self._applied = 0.0
         self._part = None
 
     @contextlib.contextmanager
-    def measure(self, part):
-        """Counts the time of the block as a part's.
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time of a block to a part.
 
         Args:
-            part: "data", "compute" or "checkpoint".
+            part: `"data"`, `"compute"` or `"checkpoint"`.
 
         Raises:
             ValueError: if there is no such part.
-            RuntimeError: if a part is being measured already.
+            RuntimeError: if a part is already being measured.
         """
         if part not in self.PARTS:
-            raise ValueError(f"part={part!r}; it is one of {', '.join(self.PARTS)}")
+            raise ValueError(
+                f"`part` must be one of {', '.join(self.PARTS)}. Received: "
+                f"part={part!r}"
+            )
         if self._part:
             raise RuntimeError(
-                f"part={part!r} begins inside {self._part!r}, and its time would count "
-                "twice; end that first"
+                f"{part!r} cannot be measured inside {self._part!r}, because its time "
+                "would count twice. End that block first."
             )
         self._part, start = part, self._now()
         try:
@@ -168,15 +201,15 @@ class Clock:
             self._totals[part] += spent
             self._since[part] += spent
 
-    def step(self, applied=True):
+    def step(self, applied: bool = True) -> dict[str, float]:
         """Ends a step.
 
         Args:
-            applied: bool, whether the update was applied.
+            applied: Whether the update was applied.
 
         Returns:
-            Dict of floats: `data_seconds`, `compute_seconds` and `checkpoint_seconds`
-            since the call before, and `goodput` of the process so far, 0 to 1.
+            `data_seconds`, `compute_seconds` and `checkpoint_seconds` since the last
+            call, and `goodput` of the process so far, 0 to 1.
         """
         since, self._since = self._since, dict.fromkeys(self.PARTS, 0.0)
         if applied:
@@ -184,12 +217,12 @@ class Clock:
         seconds = {f"{part}_seconds": spent for part, spent in since.items()}
         return {**seconds, "goodput": self.goodput()}
 
-    def goodput(self):
-        """The share of the time since the process began that was not lost, 0 to 1."""
-        passed = self._now() - self._began
+    def goodput(self) -> float:
+        """Returns the goodput since the process started, 0 to 1."""
+        passed = self._now() - self._start_time
         return self._applied / passed if passed > 0 else 0.0
 
-    def totals(self):
-        """Seconds since the process began: dict by part, and `other` for the rest."""
-        passed = self._now() - self._began
+    def totals(self) -> dict[str, float]:
+        """Returns the seconds since the process started by part, and `other`."""
+        passed = self._now() - self._start_time
         return {**self._totals, "other": passed - sum(self._totals.values())}

@@ -1,26 +1,32 @@
-"""The batches of pretraining: prepared tokens, and those that were set aside."""
+"""The batches of pretraining, from prepared data, and its validation."""
+
+from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 from keras_openllama.data import mixture as mixtures
+from keras_openllama.data.prepared_data import PreparedData
 from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.runs.interruption import reading_data
-from keras_openllama.training.step_metrics import perplexity_from_loss
+from keras_openllama.runs.recipe import Recipe
+from keras_openllama.training.step_metrics import LossSums, perplexity_from_loss
 
 
 class TokenData:
-    """`trainer.TrainData` of prepared tokens.
+    """`trainer.TrainData` of prepared data.
 
     Args:
-        data: `prepared_data.PreparedData`.
-        recipe: `recipe.Recipe`.
-        mixture: `mixture.Mixture`.
+        data: The prepared data.
+        recipe: The recipe.
+        mixture: The mixture of the sources.
     """
 
-    def __init__(self, data, recipe, mixture):
+    def __init__(self, data: PreparedData, recipe: Recipe, mixture: mixtures.Mixture):
         self._data, self._recipe, self._mixture = data, recipe, mixture
 
     def _stream(self, **hosts):
@@ -37,41 +43,46 @@ class TokenData:
         )
 
     @functools.cached_property
-    def _own(self):
+    def _host_stream(self):
         return self._stream()
 
     @functools.cached_property
-    def _of_all_hosts(self):
-        alone = jax.process_count() == 1
-        return self._own if alone else self._stream(hosts=1, host=0)
+    def _global_stream(self):
+        if jax.process_count() == 1:
+            return self._host_stream
+        return self._stream(hosts=1, host=0)
 
     @functools.cached_property
-    def validation(self):
+    def validation(self) -> TokenValidation:
+        """The held-out documents."""
         return TokenValidation(self._data, self._recipe, self._mixture)
 
-    def batches(self, from_step):
-        return self._own.dataset(from_step=from_step)
+    def batches(self, from_step: int) -> Iterable[Any]:
+        """Returns the batches of this process after `from_step` steps."""
+        return self._host_stream.dataset(from_step=from_step)
 
-    def sequences_read(self, step):
-        return self._of_all_hosts.sequences_read(step)
+    def sequences_read(self, step: int) -> list:
+        """Identifies the sequences of step `step` (from 0) on all processes."""
+        return self._global_stream.sequences_read(step)
 
-    def tokens(self, steps):
+    def tokens(self, steps: int) -> int:
+        """Returns the number of tokens in the first `steps` steps."""
         return steps * self._recipe.tokens_per_step
 
 
 class TokenValidation:
-    """`trainer.ValidationData` of prepared tokens: the same batches each time.
+    """`trainer.ValidationData` of prepared data; evaluates the same batches each time.
 
     Args:
-        data: `prepared_data.PreparedData`.
-        recipe: `recipe.Recipe`.
-        mixture: `mixture.Mixture`; means are by its last weights.
+        data: The prepared data.
+        recipe: The recipe.
+        mixture: The mixture; its last weights weight the means over sources.
 
     Attributes:
-        sources: names of the sources that have documents set aside.
+        sources: Names of the sources that have held-out documents.
     """
 
-    def __init__(self, data, recipe, mixture):
+    def __init__(self, data: PreparedData, recipe: Recipe, mixture: mixtures.Mixture):
         self._data, self._recipe = data, recipe
         self._weights = dict(mixture.schedule[-1][1])
         self._streams = {
@@ -94,19 +105,21 @@ class TokenValidation:
             split="validation",
         )
 
-    def measure(self, evaluate):
-        """Evaluates.
+    def measure(
+        self, evaluate: Callable[[Any], tuple[LossSums, Any]]
+    ) -> dict[str, Any]:
+        """Evaluates the held-out batches of each source.
 
         Args:
-            evaluate: function from a batch to `step_metrics.LossSums` and the sum of
-                weights.
+            evaluate: Function from a batch to the sums over its targets, and the sum
+                of their weights.
 
         Returns:
-            Dict: `loss` (nats per token), `perplexity`, `bits_per_byte`, means by the
-            weights of the sources, and `sources`, the same of each.
+            `loss` (nats per token), `perplexity` and `bits_per_byte`, means weighted by
+            the mixture, and `sources`, the same of each source.
         """
         sources = {
-            name: self._of_source(name, stream, evaluate)
+            name: self._measure_source(name, stream, evaluate)
             for name, stream in self._streams.items()
         }
         total = sum(self._weights[name] for name in sources)
@@ -122,9 +135,9 @@ class TokenValidation:
             "sources": sources,
         }
 
-    def _of_source(self, name, stream, evaluate):
-        # Not more than there is: a small source would only be read again.
-        once = math.ceil(1 / stream.epochs_at(1)[name] - 1e-6)  # Without rounding up.
+    def _measure_source(self, name, stream, evaluate):
+        # At most one epoch: a small source would only repeat.
+        once = math.ceil(1 / stream.epochs_at(1)[name] - 1e-6)  # Tolerates rounding.
         nats = targets = 0.0
         for step in range(min(self._recipe.validation_batches, once)):
             with reading_data():
@@ -134,7 +147,9 @@ class TokenValidation:
         loss = nats / targets
         split = self._data.split(name, "validation")
         predicted = split["tokens"]
-        if self._recipe.mask_documents:  # The first token of a document is not.
+        if (
+            self._recipe.mask_documents
+        ):  # The first token of a document is not a target.
             predicted -= split["documents"]
         return {
             "loss": loss,

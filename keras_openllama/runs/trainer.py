@@ -1,181 +1,217 @@
-"""The trainer: the one loop of pretraining and fine-tuning.
+"""The trainer: one training loop for pretraining and fine-tuning.
 
-A run is five parts, and `Trainer` drives them without knowing which kind it is:
+A run has five parts. `Trainer` drives them and does not know which kind of run it is:
 
-    config    `TrainConfig`: what decides the course of the steps
-    state     `TrainState`: the model and its optimizer. `JaxTrainState` compiles the
-              step; `KerasTrainState` has Keras do it, on TensorFlow and PyTorch
+    config    `TrainConfig`: the settings of the steps
+    state     `TrainState`: model and optimizer. `JaxTrainState` compiles its own step;
+              `KerasTrainState` uses Keras's, on TensorFlow and PyTorch
     data      `TrainData`: the batch of each step, a function of the seed and the step
-              alone. `token_data.TokenData` and `instruction_data.InstructionData`
-    output    the run's directory: log, checkpoints, samples, loss picture
-    options   `RunOptions`: where and how it runs; nothing of it changes the course
+              only. `token_data.TokenData` and `instruction_data.InstructionData`
+    output    the run's directory: log, checkpoints, samples, loss plot
+    options   `RunOptions`: where and how it runs; they do not affect the results
 
-`pretraining.open_run` and `finetuning.open_run` put these together. A step is: take the
-batch, compute, report, and then what is due: validation, samples, a checkpoint. The log
-is on the disk before a checkpoint that knows of its steps, so that a resumed run drops
-what came later and continues as if it had never stopped. The samples at the end come
-after the last checkpoint: whatever fails there, the trained weights are safe, and the
-same command writes the samples.
+`pretraining.open_run` and `finetuning.open_run` assemble these. A step takes a batch,
+trains on it and reports its metrics. Then follow validation, samples and a checkpoint,
+each when it is due. The log is synced to disk before a checkpoint is saved, so that a
+resumed run can drop later records and continue bit-exactly. The samples at the end come
+after the last checkpoint: if they fail, the trained weights are safe, and running the
+command again writes the samples.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
 import time
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 
 from keras_openllama.runs import loss_plot, metrics_log, run_directory
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 from keras_openllama.runs.interruption import StopRequest, reading_data
 from keras_openllama.runs.step_reporter import StepReporter
+from keras_openllama.runs.train_config import TrainConfig
+from keras_openllama.training.step_metrics import LossSums, StepMetrics
 from keras_openllama.utils import files
+
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 PICTURE = "loss.png"
 PROFILE = "profile"
 
 
 class TrainState(Protocol):
-    """A model, its optimizer, and how a step changes them."""
+    """A model with its optimizer, and the programs that train and evaluate it.
 
-    lm: object
+    A batch is `(x, y, sample_weight)`: `x` a dict of `token_ids` and `padding_mask`;
+    all are arrays of shape `(sequences, sequence_length)`.
+    """
 
-    def put(self, batch):
-        """This process's sequences as a part of the global batch on the devices."""
+    lm: OpenLlamaCausalLM
 
-    def compile(self, batch, evaluation):
-        """Prepares the step, and the evaluation if wanted, for batches like this."""
+    def put_batch(self, batch: Any) -> Any:
+        """Puts this process's sequences on the devices, as part of the global batch."""
 
-    def step(self, batch):
-        """Trains; returns `step_metrics.StepMetrics`, which may still be computed."""
+    def compile(self, batch: Any, evaluation: bool) -> None:
+        """Compiles the step, and the evaluation if wanted, for batches like this."""
 
-    def evaluate(self, batch):
-        """Returns `step_metrics.LossSums` and the sum of the targets' weights."""
+    def train_step(self, batch: Any) -> StepMetrics:
+        """Runs a step; the metrics may still be being computed when it returns."""
 
-    def wait(self):
-        """Returns when all steps are computed."""
+    def evaluate_batch(self, batch: Any) -> tuple[LossSums, Any]:
+        """Returns the sums over a batch's targets, and the sum of their weights."""
 
-    def arrays(self):
-        """What training changes, as a dict of dicts of arrays by variable path."""
+    def block_until_ready(self) -> None:
+        """Waits until all steps have been computed."""
 
-    def restore(self, checkpoints):
-        """Takes the newest whole checkpoint; returns its marker, or `None`."""
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """Returns the arrays of a checkpoint, by part and variable path."""
 
-    def generate(self, prompts, **options):
-        """Texts that the model writes now, see `OpenLlamaCausalLM.generate`."""
+    def restore(self, checkpoints: CheckpointManager) -> dict[str, Any] | None:
+        """Restores the newest intact checkpoint; returns its marker, or `None`."""
+
+    def generate(self, prompts: list, **options: Any) -> list[str]:
+        """Generates with the current weights, see `OpenLlamaCausalLM.generate`."""
 
 
 class ValidationData(Protocol):
-    """Batches that were set aside, by source."""
+    """Held-out data, by source.
 
-    sources: list
+    Attributes:
+        sources: Names of the sources that have held-out data.
+    """
 
-    def measure(self, evaluate):
-        """Returns the record of a validation, see `metrics_log`."""
+    sources: list[str]
+
+    def measure(
+        self, evaluate: Callable[[Any], tuple[LossSums, Any]]
+    ) -> dict[str, Any]:
+        """Evaluates all batches; returns a validation record, see `metrics_log`."""
 
 
 class TrainData(Protocol):
-    """What a run reads."""
+    """The batches of a run.
+
+    Attributes:
+        validation: The held-out data.
+    """
 
     validation: ValidationData
 
-    def batches(self, from_step):
-        """An iterator of this process's batches, `from_step` steps into the run."""
+    def batches(self, from_step: int) -> Iterable[Any]:
+        """Returns the batches of this process after `from_step` steps."""
 
-    def sequences_read(self, step):
-        """Which sequences all processes read in a step, from 0 on, for JSON."""
+    def sequences_read(self, step: int) -> list:
+        """Identifies the sequences of step `step` (from 0) on all processes."""
 
-    def tokens(self, steps):
-        """How many tokens the first steps read: int."""
+    def tokens(self, steps: int) -> int:
+        """Returns the number of tokens in the first `steps` steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where and how a run is carried out; its course does not depend on it.
+    """Where and how a run is executed; the results do not depend on it.
 
     Attributes:
-        output: string, the run's directory; all processes see it.
-        mesh: dict of `"data"`, `"fsdp"`, `"model"`; the default's if `None`.
-        accept_changes: bool, whether a run may be resumed with other settings.
-        profile: pair of ints, first and last step that JAX's profiler records.
-        began: float, `time.monotonic()` when the process began.
-        report: called with lines of text, on the first process.
+        output: The run's directory, shared by all processes.
+        mesh: Sizes of the mesh axes `"data"`, `"fsdp"` and `"model"`; `None` selects
+            the default mesh.
+        accept_changes: Whether a run may be resumed with other settings.
+        profile: First and last step that JAX's profiler records.
+        start_time: `time.monotonic()` when the process started.
+        report: Function that prints a line; called on process 0 only.
     """
 
     output: str
-    mesh: dict | None = None
+    mesh: dict[str, int] | None = None
     accept_changes: bool = False
-    profile: tuple | None = None
-    began: float | None = None
-    report: object = print
+    profile: tuple[int, int] | None = None
+    start_time: float | None = None
+    report: Callable[[str], None] = print
 
-    def say(self, line):
-        """Reports a line, on the first process."""
+    def log(self, line: str) -> None:
+        """Reports a line, on process 0 only."""
         if jax.process_index() == 0:
             self.report(line)
 
 
 class Sampling(NamedTuple):
-    """The texts that the model writes during a run.
+    """The prompts that are completed during a run, and how.
 
     Attributes:
-        prompts: dict of prompts (strings, or chats) by tag, one line each.
-        max_new_tokens: int.
-        max_length: int or `None`, see `generate`.
-        before_and_after: bool, whether it writes before the first step and at the end.
+        prompts: Prompts (strings or chats) by tag; a tag is a single line.
+        max_new_tokens: Limit of generated tokens per prompt.
+        max_length: Limit including the prompt, see `generate`.
+        before_and_after: Whether samples are generated before the first step and after
+            the last one.
     """
 
-    prompts: dict
+    prompts: Mapping[str, Any]
     max_new_tokens: int = 48
     max_length: int | None = None
     before_and_after: bool = False
 
 
 @contextlib.contextmanager
-def exclusive(output):
-    """Keeps other processes out of a run's directory.
+def lock_run(output: str) -> Iterator[None]:
+    """Locks a run's directory against other runs, on process 0.
+
+    Args:
+        output: The run's directory.
 
     Raises:
         ValueError: if the directory is remote.
-        run_directory.Busy: if another process trains in it.
+        run_directory.RunBusyError: if another process trains in it.
     """
     if files.is_remote(output):
         raise ValueError(
-            "`output` is a directory on this machine, or on a file system that all "
-            "hosts have mounted (NFS, gcsfuse): logs are appended to. Received: "
+            "`output` must be a local directory, or a file system that all hosts have "
+            "mounted (NFS, gcsfuse), because logs are appended to. Received: "
             f"output={output!r}"
         )
-    alone = contextlib.nullcontext()
+    lock = contextlib.nullcontext()
     if jax.process_index() == 0:
-        alone = run_directory.locked(output)
-    with alone:
+        lock = run_directory.lock_directory(output)
+    with lock:
         yield
 
 
 class Trainer:
-    """A run, from its newest checkpoint to its last step.
+    """Trains a run from its newest checkpoint to its last step.
 
     Args:
-        config: `TrainConfig`.
-        state: `TrainState`, its optimizer built.
-        data: `TrainData`.
-        options: `RunOptions`; the process has the directory to itself.
-        info: dict, what a checkpoint's marker tells beside the step, as JSON.
-        sampling: `Sampling`.
+        config: The settings of the steps.
+        state: The model and its optimizer, which must be built.
+        data: The batches.
+        options: Where and how the run is executed; the caller holds the lock of the
+            directory, see `lock_run`.
+        info: Dict that JSON can store, added to each checkpoint's marker.
+        sampling: The prompts to complete.
 
     Attributes:
-        step: int, steps done.
+        step: Steps done.
 
     Raises:
-        checkpoint_manager.CheckpointError: if no checkpoint can be read.
+        checkpoint_manager.CheckpointError: if checkpoints exist, but none is intact.
     """
 
-    def __init__(self, config, state, data, options, info, sampling):
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        data: TrainData,
+        options: RunOptions,
+        info: Mapping[str, Any],
+        sampling: Sampling,
+    ):
         self.config, self.state, self.data = config, state, data
         self.options, self.info, self.sampling = options, info, sampling
         self._profiling = False
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             options.output, config.keep_last, config.milestone_every
         )
         self.step = self._restore()
@@ -184,126 +220,126 @@ class Trainer:
         marker = self.state.restore(self.checkpoints)
         if marker is None:
             return 0
-        self.options.say(f"Resuming from the checkpoint of step {marker['step']}.")
+        self.options.log(f"Resuming from the checkpoint of step {marker['step']}.")
         return marker["step"]
 
-    # ----- The loop
+    # ----- The training loop
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         """Whether the last step is done."""
         return self.step >= self.config.steps
 
-    def train(self):
-        """Trains until the last step, or until a signal asks to stop.
+    def train(self) -> str | None:
+        """Trains until the last step, or until a signal requests to stop.
 
         Returns:
             `None` if the run is complete, or the name of the signal.
 
         Raises:
-            interruption.Diverged: if too many steps in a row had to be skipped.
-            interruption.DataNotRead: if a file of the data is damaged or missing.
+            interruption.DivergedError: if too many consecutive steps were skipped.
+            interruption.DataReadError: if training data cannot be read.
             checkpoint_manager.CheckpointError: if a checkpoint cannot be written.
             OSError: if the log cannot be written.
         """
         if self.complete:
-            self.options.say(f"The run in {self.options.output} is complete.")
-            if not self._sampled():
-                with self._reporter() as self.reporter:
-                    self._sample()
+            self.options.log(f"The run in {self.options.output} is complete.")
+            if not self._samples_written():
+                with self._make_reporter() as self.reporter:
+                    self._generate_samples()
             return None
         self._batches = iter(self.data.batches(self.step))
         batch = self._next_batch()
-        self._check_validation()
+        self._disable_empty_validation()
         self._compile(batch)
         try:
-            with self._reporter() as self.reporter, StopRequest() as stop:
+            with self._make_reporter() as self.reporter, StopRequest() as stop:
                 if self.step == 0:
-                    self._begin()
+                    self._before_first_step()
                 while not self._take_step(batch, stop):
                     with self.reporter.clock.measure("data"):
                         batch = self._next_batch()
                 self.checkpoints.wait()
-                if self.complete and not self._sampled():
-                    self._sample()
+                if self.complete and not self._samples_written():
+                    self._generate_samples()
         finally:
-            self._end_profile()
+            self._stop_profiler()
             self.checkpoints.close()
-        self._draw()
+        self._save_loss_plot()
         return None if self.complete else stop.signal
 
-    def _begin(self):
-        """What is measured before the first step."""
+    def _before_first_step(self):
+        """Validates and samples the untrained model, if requested."""
         if self.sampling.before_and_after:
             self._validate()
-            if not self._sampled():
-                self._sample()
+            if not self._samples_written():
+                self._generate_samples()
 
     def _take_step(self, batch, stop):
-        """One step and what is due after it; returns whether it was the last."""
+        """Runs a step and what is due after it; returns whether to stop."""
         config, reporter = self.config, self.reporter
-        self._begin_profile()
-        batch = self.state.put(batch)
+        self._start_profiler()
+        batch = self.state.put_batch(batch)
         with reporter.clock.measure("compute"):
-            metrics = self.state.step(batch)
+            metrics = self.state.train_step(batch)
         self.step += 1
         reporter.add(self.step, metrics)
         if self.options.profile and self.step == self.options.profile[1]:
-            self.state.wait()
-            self._end_profile()
-        stopped = stop.at(self.step)
-        if stopped:  # There may be seconds left before a kill.
-            self._save()
+            self.state.block_until_ready()
+            self._stop_profiler()
+        stopped = stop.requested(self.step)
+        if stopped:  # The process may be killed within seconds: save first.
+            self._save_checkpoint()
             self.checkpoints.wait()
         last = self.complete and config.validate_every > 0
-        if last or _due(config.validate_every, self.step):
+        if last or _is_due(config.validate_every, self.step):
             self._validate()
-        if _due(config.sample_every, self.step):
-            self._sample()
+        if _is_due(config.sample_every, self.step):
+            self._generate_samples()
         intervals = config.save_every, config.milestone_every
-        due = self.complete or any(_due(every, self.step) for every in intervals)
+        due = self.complete or any(_is_due(every, self.step) for every in intervals)
         if due and not stopped:
-            self._save()
+            self._save_checkpoint()
         self.checkpoints.check()
         return stopped or self.complete
 
-    # ----- Its parts
+    # ----- Parts of the loop
 
     def _next_batch(self):
         with reading_data():
             return next(self._batches)
 
-    def _check_validation(self):
+    def _disable_empty_validation(self):
         if self.config.validate_every and not self.data.validation.sources:
-            self.options.say("No data were set aside: there is no validation.")
+            self.options.log("No held-out data: validation is disabled.")
             self.config = dataclasses.replace(self.config, validate_every=0)
 
     def _compile(self, batch):
-        self.options.say("Compiling the training step …")
+        self.options.log("Compiling the training step …")
         start = time.monotonic()
         evaluation = self.config.validate_every > 0
-        self.state.compile(self.state.put(batch), evaluation)
-        self.options.say(f"Compiled in {time.monotonic() - start:.1f} s.")
+        self.state.compile(self.state.put_batch(batch), evaluation)
+        self.options.log(f"Compiled in {time.monotonic() - start:.1f} s.")
 
-    def _reporter(self):
+    def _make_reporter(self):
         options = self.options
         return StepReporter(
             *(self.state.lm, self.config, self.data),
-            *(options.output, self.step, options.began),
+            *(options.output, self.step, options.start_time),
         )
 
     def _validate(self):
         if not self.config.validate_every:
             return
-        self.reporter.settle()
+        self.reporter.flush()
         result = self.data.validation.measure(
-            lambda batch: self.state.evaluate(self.state.put(batch))
+            lambda batch: self.state.evaluate_batch(self.state.put_batch(batch))
         )
-        self.reporter.validation(result)
-        self._draw()
+        self.reporter.log_validation(result)
+        self._save_loss_plot()
 
-    def _sample(self):
-        self.reporter.settle()
+    def _generate_samples(self):
+        self.reporter.flush()
         when = ""
         if self.sampling.before_and_after:
             when = ", after" if self.complete else ", before" if not self.step else ""
@@ -313,41 +349,42 @@ class Trainer:
         prompts = self.sampling.prompts
         texts = self.state.generate(list(prompts.values()), **options)
         for tag, prompt, text in zip(prompts, prompts.values(), texts, strict=True):
-            if isinstance(prompt, dict):  # A chat's reply comes without the chat.
+            if isinstance(prompt, dict):  # `generate` returns only the reply of a chat.
                 text = f"{prompt['messages']}\n{text}"
-            self.reporter.text(f"{tag}{when}", text, show=bool(when))
+            self.reporter.log_sample(f"{tag}{when}", text, show=bool(when))
 
-    def _sampled(self):
-        """Whether nothing is left to write before the first step, or at the end."""
+    def _samples_written(self):
+        """Whether the samples before the first or after the last step are written."""
         if not (self.sampling.before_and_after and self.sampling.prompts):
             return True
         return metrics_log.has_sample(self.options.output, self.step)
 
-    def _save(self):
-        self.reporter.settle()
+    def _save_checkpoint(self):
+        self.reporter.flush()
         info = {**self.info, "tokens": self.data.tokens(self.step)}
         info["data"] = {"next_step": self.step, **info.get("data", {})}
-        info["versions"] = run_directory.versions()
+        info["versions"] = run_directory.installed_versions()
         with self.reporter.clock.measure("checkpoint"):
             self.checkpoints.save(self.step, self.state.arrays(), info)
 
-    def _begin_profile(self):
-        """Starts JAX's profiler before the next step, if that is to be recorded."""
+    def _start_profiler(self):
+        """Starts JAX's profiler if it is to record the next step."""
         first, last = self.options.profile or (0, 0)
         if not self._profiling and first <= self.step + 1 <= last:
             jax.profiler.start_trace(os.path.join(self.options.output, PROFILE))
             self._profiling = True
 
-    def _end_profile(self):
+    def _stop_profiler(self):
         if self._profiling:
             self._profiling = False
             jax.profiler.stop_trace()
 
-    def _draw(self):
-        if jax.process_index() == 0 and self.step:  # There is a loss to draw.
+    def _save_loss_plot(self):
+        if jax.process_index() == 0 and self.step:  # Before step 1 there is no loss.
             output = self.options.output
-            loss_plot.draw(loss_plot.read_runs([output]), os.path.join(output, PICTURE))
+            runs = loss_plot.read_runs([output])
+            loss_plot.save_loss_plot(runs, os.path.join(output, PICTURE))
 
 
-def _due(every, step):
+def _is_due(every, step):
     return every > 0 and step % every == 0

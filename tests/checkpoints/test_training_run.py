@@ -55,7 +55,7 @@ from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.optimizers import AdamW
 from keras_openllama.runs import jax_train_program, run_directory
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 
 directory, arguments, *steps = sys.argv[1:]
 directory, arguments = Path(directory), json.loads(arguments)
@@ -69,12 +69,13 @@ def write(name, steps, scope):
         lm.optimizer.build(lm.trainable_variables)
     run = {"preset": "open_llama_nano", "recipe": {}, "data": {}}
     run["architecture"] = arguments
-    checkpoints = Checkpoints(str(directory / name), keep_last=len(steps))
+    checkpoints = CheckpointManager(str(directory / name), keep_last=len(steps))
     proto = (directory / "proto").read_bytes()
-    run_directory.write(str(directory / name), run, proto)
+    run_directory.write_run(str(directory / name), run, proto)
     for step in steps:
         values = {}
-        arrays = jax_train_program.named(lm, jax_train_program.state_of(lm))
+        state = jax_train_program.initial_state(lm)
+        arrays = jax_train_program.state_to_dict(lm, state)
         for path, value in arrays["model"].items():
             values[path] = 0.1 * random.standard_normal(value.shape, "float32")
             arrays["model"][path] = jax.device_put(values[path], value.sharding)

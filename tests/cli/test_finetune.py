@@ -83,7 +83,7 @@ def test_adapters_are_trained_and_exported_alone_and_merged(
     more = ("--preset", "nano", "--lora-rank", 4, "--epochs", 6)
     more = (*more, "--validation-share", 0.2)
     assert finetune().main(arguments(data, output, *more)) == 0
-    losses = [record["loss"] for record in metrics_log.read(output)]
+    losses = [record["loss"] for record in metrics_log.read_metrics(output)]
     assert np.mean(losses[-4:]) < 0.5 * losses[0]
     before, *_, after = metrics_log.read_validation(output)
     assert after["bits_per_byte"] < 0.8 * before["bits_per_byte"]
@@ -100,7 +100,7 @@ def test_adapters_are_trained_and_exported_alone_and_merged(
     assert str(output / "model") in capsys.readouterr().out
     # Again: there is nothing left to do.
     assert finetune().main(arguments(data, output, *more)) == 0
-    assert len(metrics_log.read(output)) == len(losses)
+    assert len(metrics_log.read_metrics(output)) == len(losses)
 
 
 def test_all_weights_are_trained_packed(arguments, data, tmp_path):
@@ -167,7 +167,7 @@ def test_stopped_and_gone_on_it_is_the_run_that_was_not(
     assert 12 <= steps_of(tmp_path / "stopped") < steps_of(whole), "it was over"
     assert finetune().main(arguments(data, tmp_path / "stopped", *LONG)) == 0
     assert "Resuming from the checkpoint of step" in capsys.readouterr().out
-    for read in (metrics_log.read, metrics_log.read_validation):
+    for read in (metrics_log.read_metrics, metrics_log.read_validation):
         expected, found = read(whole), read(tmp_path / "stopped")
         assert [(r["step"], r["loss"]) for r in found] == [
             (r["step"], r["loss"]) for r in expected
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 ):
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none", "--save-every", 1)
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    expected = metrics_log.read(tmp_path)
+    expected = metrics_log.read_metrics(tmp_path)
     before, last = checkpoints(tmp_path)[1]
     newest = tmp_path / "checkpoints" / str(last)
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     assert f"checkpoint of step {last} is damaged" in caplog.text
     assert f"Resuming from the checkpoint of step {before}" in capsys.readouterr().out
-    found = metrics_log.read(tmp_path)
+    found = metrics_log.read_metrics(tmp_path)
     assert [r["loss"] for r in found] == [r["loss"] for r in expected]
 
 
@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "it has no 'answer'"),
         (("--mesh", "fsdp=3"), "fsdp = 3 does not divide"),
-        (("--preset", "nano", "--length", 5000), "The context of nano is"),
+        (("--preset", "nano", "--length", 5000), "the context length of nano"),
         (("--preset", "hf://nobody/nothing"), "is unavailable"),
         # Before anything is downloaded.
         (("--preset", "13b", "--batch-size", 512), "Training takes about"),
@@ -261,7 +261,7 @@ def test_a_rate_that_diverges_ends_the_run(arguments, data, tmp_path, capsys):
     assert finetune().main(arguments(data, tmp_path, *more)) == 70
     error = capsys.readouterr().err
     assert "not finite" in error and "--learning-rate" in error
-    assert any(record["skipped"] for record in metrics_log.read(tmp_path))
+    assert any(record["skipped"] for record in metrics_log.read_metrics(tmp_path))
     assert not checkpoints(tmp_path)[1]
 
 
@@ -284,7 +284,7 @@ def test_samples_that_fail_at_the_end_do_not_lose_the_run(
     arguments, data, tmp_path, monkeypatch
 ):
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
-    text = StepReporter.text
+    text = StepReporter.log_sample
 
     def broken(self, tag, *rest, **options):
         if "after" in tag:
@@ -292,11 +292,11 @@ def test_samples_that_fail_at_the_end_do_not_lose_the_run(
         text(self, tag, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StepReporter, "text", broken)
+        patch.setattr(StepReporter, "log_sample", broken)
         assert finetune().main(arguments(data, tmp_path, *more)) == 1
-    losses = [r["loss"] for r in metrics_log.read(tmp_path)]
+    losses = [r["loss"] for r in metrics_log.read_metrics(tmp_path)]
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    assert [r["loss"] for r in metrics_log.read(tmp_path)] == losses
+    assert [r["loss"] for r in metrics_log.read_metrics(tmp_path)] == losses
     assert "question 1, after" in (tmp_path / "samples.txt").read_text()
 
 
@@ -319,7 +319,8 @@ def test_a_mesh_trains_as_one_device_does(arguments, data, tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     losses = [
-        [r["loss"] for r in metrics_log.read(tmp_path / n)] for n in ("one", "four")
+        [r["loss"] for r in metrics_log.read_metrics(tmp_path / n)]
+        for n in ("one", "four")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert list((tmp_path / "four" / "profile").rglob("*.xplane.pb"))

@@ -113,8 +113,8 @@ def test_a_complete_run_is_0_and_a_stopped_one_is_told(capsys):
     ("error", "code"),
     [
         (WrongArgument("no mesh"), 2),
-        (interruption.DataNotRead("no data"), 1),
-        (interruption.Diverged("no loss"), 70),
+        (interruption.DataReadError("no data"), 1),
+        (interruption.DivergedError("no loss"), 70),
         (CheckpointError("no room"), 74),
         (OSError("no disk"), 74),
     ],
@@ -143,7 +143,7 @@ def test_a_traceback_can_be_asked_for(capsys):
 def test_an_error_on_the_way_out_does_not_hide_the_first(capsys):
     def run():
         try:
-            raise interruption.Diverged("no loss")
+            raise interruption.DivergedError("no loss")
         finally:
             raise OSError("no disk")
 

@@ -40,7 +40,7 @@ def test_v2_is_refinedweb_starcoder_and_parts_of_redpajama():
 def test_every_weight_says_where_it_is_from(name):
     mixture = mixtures.load(name)
     for source in mixture.sources.values():
-        assert "published" in source["weight_is"] or "ours" in source["weight_is"]
+        assert "published" in source["weight_is"] or "heuristic" in source["weight_is"]
         assert source["url"].startswith("https://")
 
 

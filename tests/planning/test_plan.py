@@ -62,7 +62,7 @@ SEVEN_B = {
     "intermediate_dim": 11008,
     "head_dim": 128,
 }
-RECIPE = recipes.from_preset("7b_v2")
+RECIPE = recipes.preset_recipe("7b_v2")
 CHOICE = alternatives.Choice({"data": 4, "fsdp": 64, "model": 1}, "products", 2)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: bit by bit what was saved, whenever the process or the disk gives up."""
+"""CheckpointManager: bit-exact restores despite kills, damage and full disks."""
 
 import functools
 import gc
@@ -27,8 +27,8 @@ from fake_devices import run_on_eight_devices
 from small_disk import small_disk
 
 from keras_openllama.runs import checkpoint_manager as module
-from keras_openllama.runs.checkpoint_manager import CheckpointError, Checkpoints
-from keras_openllama.runs.jax_train_program import abstract
+from keras_openllama.runs.checkpoint_manager import CheckpointError, CheckpointManager
+from keras_openllama.runs.jax_train_program import abstract_arrays
 from keras_openllama.utils import files
 
 pytestmark = [
@@ -38,14 +38,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited"),
 ]
 
-HERE = Path(__file__).parent  # Where the programs find this module.
-SECONDS = 60  # After which nothing more is expected of another process.
-# What a comparison of values, or a detour by another dtype, would not bring back.
+HERE = Path(__file__).parent  # Subprocesses import this module from here.
+SECONDS = 60  # Timeout for other threads.
+# Values that a cast to another dtype, or a comparison, would not preserve.
 SPECIAL = (-0.0, np.inf, -np.inf, np.nan, 1e-40, 3.3895314e38, 1 + 2**-23)
 
 
 def values(step, rows=16):
-    """A state as it is saved; every array has other bits at every step."""
+    """A state to save; every array has different bits at every step."""
     rng = np.random.default_rng(step)
     kernel = rng.standard_normal((rows, 8), "float32")
     special = np.array([*SPECIAL, step], "float32")
@@ -69,21 +69,21 @@ def arrays(step, rows=16):
 
 
 def bits(tree):
-    """All that arrays are, for a comparison."""
+    """Dtypes, shapes and bytes of arrays, for comparison."""
     return jax.tree.map(
         lambda a: (str(a.dtype), a.shape, np.asarray(a).tobytes()), tree
     )
 
 
-def like(rows=16):
-    """What `restore_latest` wants to know."""
-    wanted = abstract(arrays(0, rows))
-    return lambda marker: wanted
+def target_for(rows=16):
+    """The argument of `restore_latest`."""
+    target = abstract_arrays(arrays(0, rows))
+    return lambda marker: target
 
 
 def save(directory, *steps, **options):
-    """Saves some steps, and leaves."""
-    checkpoints = Checkpoints(directory, **options)
+    """Saves some steps and closes."""
+    checkpoints = CheckpointManager(directory, **options)
     for step in steps:
         checkpoints.save(step, arrays(step), {"tokens": 100 * step})
     checkpoints.close()
@@ -91,8 +91,8 @@ def save(directory, *steps, **options):
 
 
 def restored_step(directory, rows=16):
-    """The step that is restored, which has the arrays of that step and no other."""
-    marker, found = Checkpoints(directory).restore_latest(like(rows))
+    """The step that is restored; checks that its arrays are those of the step."""
+    marker, found = CheckpointManager(directory).restore_latest(target_for(rows))
     assert bits(found) == bits(values(marker["step"], rows))
     return marker["step"]
 
@@ -109,9 +109,9 @@ def names(directory):
 
 @pytest.fixture
 def swept():
-    """Where Orbax fails it leaves coroutines, which complain when they are collected.
+    """Collects the coroutines that a failed Orbax leaves, which warn when collected.
 
-    Not in the middle of another test, where Python 3.11 stumbles over it (gh-106905).
+    Collecting them in another test may crash Python 3.11 (gh-106905).
     """
     yield
     gc.collect()
@@ -119,61 +119,61 @@ def swept():
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run's directory with the checkpoints of steps 1 and 2, to be copied."""
+    """A run's directory with checkpoints of steps 1 and 2; tests copy it."""
     directory = tmp_path_factory.mktemp("two")
     save(directory, 1, 2)
     return directory
 
 
-# --- What comes back ---
+# --- Saving and restoring ---
 
 
-def test_the_newest_comes_back_bit_by_bit_with_what_was_noted(tmp_path):
+def test_restore_latest_returns_the_newest_checkpoint_bit_exactly(tmp_path):
     save(tmp_path, 3, 20, 100)
-    marker, found = Checkpoints(tmp_path).restore_latest(like())
+    marker, found = CheckpointManager(tmp_path).restore_latest(target_for())
     assert (marker["step"], marker["tokens"]) == (100, 10_000)
     assert bits(found) == bits(values(100))
     assert bits(found) != bits(values(20))
 
 
-def test_without_a_checkpoint_there_is_nothing(tmp_path):
-    assert Checkpoints(tmp_path).restore_latest(like()) is None
+def test_restore_latest_returns_none_without_checkpoints(tmp_path):
+    assert CheckpointManager(tmp_path).restore_latest(target_for()) is None
 
 
-def test_what_is_wanted_may_depend_on_the_marker(two):
+def test_restore_latest_restores_a_part_chosen_by_the_marker(two):
     def part(marker):
         assert marker["step"] == 2
-        return {"guard": abstract(arrays(0))["guard"]}
+        return {"guard": abstract_arrays(arrays(0))["guard"]}
 
-    _, found = Checkpoints(two).restore_latest(part)
+    _, found = CheckpointManager(two).restore_latest(part)
     assert bits(found) == bits({"guard": values(2)["guard"]})
 
 
-def test_the_marker_has_the_size_and_checksum_of_each_file(two):
+def test_marker_has_size_and_checksum_of_each_file(two):
     path = two / "checkpoints" / "2"
     marker = json.loads((path / "checkpoint.json").read_text())
     there = {name for name in contents(path) if name != "checkpoint.json"}
     assert {*marker["files"]} == there and len(there) > 5
     for name, known in marker["files"].items():
-        # By another program than Python's.
+        # Computed by an independent program.
         found = subprocess.check_output(["sha256sum", path / name], text=True)
         assert found.split()[0] == known["sha256"]
         assert (path / name).stat().st_size == known["bytes"]
 
 
-def test_notes_come_back_as_json_has_them(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+def test_save_stores_info_in_the_marker_as_json(tmp_path):
+    checkpoints = CheckpointManager(tmp_path)
     info = {"meshes": {8: "a", 16: "b"}, "pair": (1, 2.5), "none": None, "é": "ü"}
     checkpoints.save(1, arrays(1), info)
     checkpoints.close()
-    marker, _ = checkpoints.restore_latest(like())
+    marker, _ = checkpoints.restore_latest(target_for())
     for name, value in json.loads(json.dumps(info)).items():
         assert marker[name] == value
 
 
-def wanted(path, shape):
-    """`like` with another shape for one array of the model, or one more."""
-    tree = abstract(arrays(0))
+def target_with(path, shape):
+    """`target_for` with another shape for one array, or one more array."""
+    tree = abstract_arrays(arrays(0))
     sharding = tree["guard"]["mean_loss"].sharding
     tree["model"][path] = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
     return lambda marker: tree
@@ -181,35 +181,35 @@ def wanted(path, shape):
 
 @pytest.mark.usefixtures("swept")
 @pytest.mark.parametrize("shape", [(8, 16), (15, 8), (17, 8)], ids=str)
-def test_an_array_of_another_shape_is_refused(shape, two):
+def test_restore_latest_rejects_another_shape(shape, two):
     with pytest.raises(ValueError, match="not compatible with the stored shape"):
-        Checkpoints(two).restore_latest(wanted("layer_1/kernel", shape))
+        CheckpointManager(two).restore_latest(target_with("layer_1/kernel", shape))
 
 
 @pytest.mark.usefixtures("swept")
-def test_an_array_that_was_not_saved_is_named(two):
+def test_restore_latest_names_an_array_that_was_not_saved(two):
     with pytest.raises(ValueError, match=r"2 has no arrays .*layer_2/kernel"):
-        Checkpoints(two).restore_latest(wanted("layer_2/kernel", (16, 8)))
+        CheckpointManager(two).restore_latest(target_with("layer_2/kernel", (16, 8)))
 
 
-# --- In the background ---
+# --- Background saves ---
 
 
 class Gate:
-    """Holds up calls of a function until it is opened, and notes their threads."""
+    """Blocks calls of a function until opened, and records their threads."""
 
     def __init__(self, monkeypatch, owner, name):
         function = getattr(owner, name)
         self._open, self.reached = threading.Event(), threading.Event()
         self.open, self.threads = self._open.set, set()
 
-        def held_up(*arguments, **options):
+        def blocked(*arguments, **options):
             self.threads.add(threading.current_thread())
             self.reached.set()
             assert self._open.wait(SECONDS)
             return function(*arguments, **options)
 
-        monkeypatch.setattr(owner, name, held_up)
+        monkeypatch.setattr(owner, name, blocked)
 
 
 @pytest.mark.parametrize(
@@ -217,14 +217,14 @@ class Gate:
     [(os, "rename"), (files, "sha256"), (os, "replace")],
     ids=["arrays", "checksums", "marker"],
 )
-def test_save_returns_while_the_writing_goes_on(owner, name, tmp_path, monkeypatch):
+def test_save_returns_before_files_are_written(owner, name, tmp_path, monkeypatch):
     gate = Gate(monkeypatch, owner, name)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointManager(tmp_path)
     checkpoints.save(1, arrays(1), {})
     assert gate.reached.wait(SECONDS)
-    checkpoints.check()  # It does not wait.
+    checkpoints.check()  # Does not wait.
     assert checkpoints.steps() == []
-    assert Checkpoints(tmp_path).restore_latest(like()) is None
+    assert CheckpointManager(tmp_path).restore_latest(target_for()) is None
     gate.open()
     checkpoints.close()
     assert threading.main_thread() not in gate.threads
@@ -233,7 +233,7 @@ def test_save_returns_while_the_writing_goes_on(owner, name, tmp_path, monkeypat
 
 @functools.partial(jax.jit, donate_argnums=0)
 def overwrite(state):
-    """Other values into the memory of the arrays, as a step of training does."""
+    """Overwrites the buffers of the arrays, as a train step does."""
     return jax.tree.map(lambda a: jnp.ones_like(a) - a, state)
 
 
@@ -246,11 +246,11 @@ def addresses(state):
 
 
 def save_and_overwrite(directory, states):
-    """Saves states by step, each of which is overwritten as soon as `save` returns."""
+    """Saves a state per step, and overwrites each as soon as `save` returns."""
     before = addresses(states[0])
-    after = overwrite(states[0])  # Compiled by now, and in place as a rule.
+    after = overwrite(states[0])  # Compiles it, and checks that it works in place.
     assert before & addresses(after)
-    checkpoints = Checkpoints(directory, keep_last=len(states))
+    checkpoints = CheckpointManager(directory, keep_last=len(states))
     for step, state in enumerate(states[1:], 1):
         checkpoints.save(step, state, {})
         after = jax.block_until_ready(overwrite(state))
@@ -259,21 +259,23 @@ def save_and_overwrite(directory, states):
     assert checkpoints.steps() == [*range(1, len(states))]
 
 
-def test_what_is_overwritten_after_a_save_does_not_reach_the_files(tmp_path):
+def test_save_is_not_affected_by_overwriting_the_arrays(tmp_path):
     save_and_overwrite(tmp_path, [arrays(step) for step in range(9)])
     for step in range(1, 9):
-        path = Checkpoints(tmp_path).path(step)
-        assert bits(module.read_arrays(path, abstract(arrays(0)))) == bits(values(step))
+        path = CheckpointManager(tmp_path).path(step)
+        assert bits(module.read_arrays(path, abstract_arrays(arrays(0)))) == bits(
+            values(step)
+        )
 
 
-def test_not_even_if_they_are_large(tmp_path):
+def test_save_is_not_affected_by_overwriting_large_arrays(tmp_path):
     rows = 1 << 16
     save_and_overwrite(tmp_path, [arrays(0, rows), arrays(1, rows)])
     assert restored_step(tmp_path, rows) == 1
 
 
-def test_one_save_ends_before_the_next_begins(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=9)
+def test_save_waits_for_the_previous_save(tmp_path):
+    checkpoints = CheckpointManager(tmp_path, keep_last=9)
     for step in range(1, 6):
         checkpoints.save(step, arrays(step), {})
         assert [*range(1, step)] == [s for s in checkpoints.steps() if s < step]
@@ -282,11 +284,11 @@ def test_one_save_ends_before_the_next_begins(tmp_path):
     checkpoints.close()
 
 
-# --- What is kept ---
+# --- Retention ---
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"),
+    ("options", "retained"),
     [
         (dict(keep_last=1), [10]),
         (dict(keep_last=3), [8, 9, 10]),
@@ -295,40 +297,40 @@ def test_one_save_ends_before_the_next_begins(tmp_path):
     ],
     ids=str,
 )
-def test_the_last_ones_and_milestones_are_kept(options, kept, tmp_path):
-    checkpoints = Checkpoints(tmp_path, **options)
+def test_save_retains_the_last_checkpoints_and_milestones(options, retained, tmp_path):
+    checkpoints = CheckpointManager(tmp_path, **options)
     for step in (2, 4, 5, 8, 9, 10):
         checkpoints.save(step, {"x": {"y": jnp.ones(2)}}, {})
         checkpoints.wait()
     checkpoints.close()
-    assert checkpoints.steps() == kept
-    assert names(tmp_path) == sorted(map(str, kept))
+    assert checkpoints.steps() == retained
+    assert names(tmp_path) == sorted(map(str, retained))
 
 
-def cut_short(directory, step, like_step):
-    """Makes what a kill during a save leaves behind."""
+def write_incomplete(directory, step, copied_step):
+    """Creates the incomplete checkpoint that a kill during a save leaves behind."""
     path = directory / "checkpoints"
     unfinished = path / str(step) / "arrays.orbax-checkpoint-tmp"
-    shutil.copytree(path / str(like_step) / "arrays", unfinished)
+    shutil.copytree(path / str(copied_step) / "arrays", unfinished)
     (unfinished / "manifest.ocdbt").unlink()
     (path / str(step) / ".checkpoint.json.unfinished-1").write_text("{")
 
 
-def test_what_a_kill_left_is_told_is_not_used_and_goes_with_the_next_save(
+def test_incomplete_checkpoints_are_reported_and_removed_by_the_next_save(
     two, tmp_path, caplog
 ):
     run = shutil.copytree(two, tmp_path / "run")
-    cut_short(run, 0, 2)
-    cut_short(run, 3, 2)
+    write_incomplete(run, 0, 2)
+    write_incomplete(run, 3, 2)
     assert restored_step(run) == 2
     for step in (0, 3):
-        assert f"The checkpoint of step {step} was cut short" in caplog.text
+        assert f"The checkpoint of step {step} is incomplete" in caplog.text
     save(run, 3)
     assert names(run) == ["2", "3"]
     assert restored_step(run) == 3
 
 
-def test_that_the_old_ones_cannot_be_removed_does_not_cost_the_new_one(
+def test_save_succeeds_if_old_checkpoints_cannot_be_removed(
     tmp_path, monkeypatch, caplog
 ):
     save(tmp_path, 1, keep_last=1)
@@ -363,7 +365,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
+def test_restore_latest_names_a_damaged_file_and_restores_the_previous_checkpoint(
     damage, two, tmp_path, caplog
 ):
     for number, name in enumerate(contents(two / "checkpoints" / "2")):
@@ -374,7 +376,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
         caplog.clear()
         assert restored_step(run) == 1
         if (name, damage) == ("checkpoint.json", Path.unlink):
-            assert "step 2 was cut short" in caplog.text
+            assert "step 2 is incomplete" in caplog.text
             assert "it has no checkpoint.json" in caplog.text
             assert contents(run / "checkpoints") == before
             continue
@@ -384,13 +386,13 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(
         assert names(run) == ["1", "2.damaged"]
         after = contents(run / "checkpoints")
         assert after == {k.replace("2/", "2.damaged/", 1): before[k] for k in before}
-        # The run goes on, and comes by this step again.
+        # The resumed run reaches this step again.
         save(run, 2)
         assert restored_step(run) == 2
         assert names(run) == ["1", "2", "2.damaged"]
 
 
-def test_no_bit_of_a_marker_can_be_flipped_unnoticed(two, tmp_path):
+def test_read_marker_detects_every_flipped_bit(two, tmp_path):
     file = tmp_path / "checkpoint.json"
     data = (two / "checkpoints" / "2" / file.name).read_bytes()
     file.write_bytes(data)
@@ -404,7 +406,9 @@ def test_no_bit_of_a_marker_can_be_flipped_unnoticed(two, tmp_path):
     module.read_marker(str(tmp_path))
 
 
-def test_a_marker_of_another_format_is_not_read(two, tmp_path, monkeypatch, caplog):
+def test_restore_latest_skips_a_marker_of_another_format(
+    two, tmp_path, monkeypatch, caplog
+):
     run = shutil.copytree(two, tmp_path / "run")
     monkeypatch.setattr(module, "FORMAT", 2)
     save(run, 2)
@@ -413,19 +417,19 @@ def test_a_marker_of_another_format_is_not_read(two, tmp_path, monkeypatch, capl
     assert "has format 2, and this version reads 1" in caplog.text
 
 
-def test_if_all_are_damaged_it_is_said_each_time_and_nothing_is_lost(two, tmp_path):
+def test_restore_latest_raises_every_time_if_all_are_damaged(two, tmp_path):
     run = shutil.copytree(two, tmp_path / "run")
     for step in "12":
         truncate(run / "checkpoints" / step / "arrays" / "manifest.ocdbt")
     before = contents(run / "checkpoints")
-    for _ in range(2):  # Else the same command, once more, would begin anew.
-        with pytest.raises(CheckpointError, match=r"None of the checkpoints .* whole"):
-            Checkpoints(run).restore_latest(like())
+    for _ in range(2):  # The second call must not start a new run.
+        with pytest.raises(CheckpointError, match=r"All checkpoints .* are damaged"):
+            CheckpointManager(run).restore_latest(target_for())
     assert names(run) == ["1.damaged", "2.damaged"]
     assert sorted(contents(run / "checkpoints").values()) == sorted(before.values())
 
 
-# --- A full disk ---
+# --- Full disks and other errors ---
 
 
 @pytest.fixture
@@ -440,9 +444,9 @@ def used_pages(disk):
 
 
 @pytest.mark.usefixtures("swept")
-def test_however_much_room_is_missing_the_checkpoints_before_stay_whole(mount):
+def test_save_on_a_full_disk_leaves_earlier_checkpoints_intact(mount):
     disk, rows = mount(4000), 1 << 10
-    checkpoints = Checkpoints(disk)
+    checkpoints = CheckpointManager(disk)
     checkpoints.save(1, arrays(1, rows), {})
     checkpoints.wait()
     before, used = contents(disk), used_pages(disk)
@@ -457,19 +461,19 @@ def test_however_much_room_is_missing_the_checkpoints_before_stay_whole(mount):
             message = str(error)
         assert "step 2 could not be written" in message
         assert "No space left on device" in message
-        assert "before it are untouched: [1]" in message
+        assert "Earlier checkpoints are unchanged: [1]" in message
         assert contents(disk) == before and names(disk) == ["1"]
         assert used_pages(disk) == used
         failures += 1
     checkpoints.close()
-    # From the first page to the last one, which is the marker's.
+    # It failed at every size, up to the last page, which is the marker's.
     assert failures >= 15 and used_pages(disk) - used <= failures
     assert restored_step(disk, rows) == 2
 
 
 @pytest.fixture
 def small_files():
-    """Lets no file grow beyond 64 KB, which is for this process what a full disk is."""
+    """Limits files of this process to 64 KB, to simulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit():
@@ -500,15 +504,15 @@ def by_save(checkpoints):
 
 @pytest.mark.usefixtures("swept")
 @pytest.mark.parametrize(
-    "notice", [by_check, by_save, Checkpoints.wait, Checkpoints.close]
+    "notice", [by_check, by_save, CheckpointManager.wait, CheckpointManager.close]
 )
-def test_the_next_call_tells_that_a_file_could_not_be_written(
+def test_the_next_call_raises_the_error_of_a_background_save(
     notice, two, tmp_path, small_files
 ):
     run = shutil.copytree(two, tmp_path / "run")
     before = contents(run)
     limit, lift = small_files
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointManager(run)
     large = arrays(3, 1 << 16)
     limit()
     checkpoints.save(3, large, {})
@@ -517,8 +521,8 @@ def test_the_next_call_tells_that_a_file_could_not_be_written(
     lift()
     assert "File too large" in str(error.value)
     assert contents(run) == before and names(run) == ["1", "2"]
-    checkpoints.check()  # It is told once,
-    checkpoints.save(3, arrays(3), {})  # and is no hindrance to the next save.
+    checkpoints.check()  # The error is raised once,
+    checkpoints.save(3, arrays(3), {})  # and the next save succeeds.
     checkpoints.close()
     assert names(run) == ["2", "3"] and restored_step(run) == 3
 
@@ -532,7 +536,9 @@ def test_the_next_call_tells_that_a_file_could_not_be_written(
     ],
     ids=["checksum", "marker", "Orbax"],
 )
-def test_any_error_of_the_background_is_told(owner, name, two, tmp_path, monkeypatch):
+def test_check_raises_any_error_of_the_background(
+    owner, name, two, tmp_path, monkeypatch
+):
     run = shutil.copytree(two, tmp_path / "run")
     before = contents(run)
 
@@ -543,7 +549,7 @@ def test_any_error_of_the_background_is_told(owner, name, two, tmp_path, monkeyp
             return original(*arguments)
         raise RuntimeError("the disk is on fire")
 
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointManager(run)
     monkeypatch.setattr(owner, name, fail)
     checkpoints.save(3, arrays(3), {})
     with pytest.raises(CheckpointError, match="the disk is on fire") as e:
@@ -554,9 +560,9 @@ def test_any_error_of_the_background_is_told(owner, name, two, tmp_path, monkeyp
     checkpoints.close()
 
 
-def test_a_save_that_cannot_even_begin_is_told_at_once(two, tmp_path, monkeypatch):
+def test_save_raises_at_once_if_it_cannot_start(two, tmp_path, monkeypatch):
     run = shutil.copytree(two, tmp_path / "run")
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointManager(run)
     with pytest.raises(CheckpointError, match="step 3 could not be written"):
         checkpoints.save(3, {"model": {"a": object()}}, {})
     assert names(run) == ["1", "2"]
@@ -566,15 +572,15 @@ def test_a_save_that_cannot_even_begin_is_told_at_once(two, tmp_path, monkeypatc
 
 # --- Kills ---
 
-# A process that has imported all and not yet begun to compute, so that it can be forked
-# for each death. The first child lives: it shows what there is to die at.
-DEATHS = """
+# The program imports everything and computes nothing, so that it can be forked for each
+# kill. The first child survives: it records the events at which to kill the others.
+KILLS = """
 import json, os, random, re, shutil, sys, threading, time
 from pathlib import Path
 
 sys.path.append(sys.argv[1])
 from test_checkpoint_manager import arrays
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 
 template, output, rows = *sys.argv[2:4], int(sys.argv[4])
 
@@ -583,7 +589,7 @@ def fork(number, begin):
     directory = shutil.copytree(template, f"{output}/{number:03}")
     child = os.fork()
     if not child:
-        checkpoints = Checkpoints(directory, keep_last=1)
+        checkpoints = CheckpointManager(directory, keep_last=1)
         state = arrays(3, rows)
         begin(directory)
         checkpoints.save(3, state, {})
@@ -597,12 +603,12 @@ def watch(directory, act):
     lock = threading.Lock()
 
     def note(event, path=""):
-        # `rmtree` gives names, others paths.
+        # `rmtree` reports names, other events report paths.
         path = str(path).removeprefix(f"{directory}/checkpoints")
         with lock:
             act(re.sub("unfinished-[0-9]+", "unfinished", f"{event} {path}"))
 
-    def look(event, arguments):
+    def hook(event, arguments):
         if event in events:
             note(event, arguments[0])
         elif event == "open" and arguments[0] != os.devnull:
@@ -614,7 +620,7 @@ def watch(directory, act):
         fsync(descriptor)
 
     os.fsync = fsync
-    sys.addaudithook(look)
+    sys.addaudithook(hook)
 
 
 def at_each_step(inside_removals):
@@ -679,22 +685,22 @@ slow = pytest.mark.slow
 
 @pytest.fixture
 def left_by_kills(tmp_path):
-    """A whole checkpoint of step 2, and what kills have left of 1 and 3."""
+    """A complete checkpoint of step 2, and incomplete ones of steps 1 and 3."""
 
     def make(rows):
         directory = tmp_path / "template"
-        checkpoints = Checkpoints(directory)
+        checkpoints = CheckpointManager(directory)
         checkpoints.save(2, arrays(2, rows), {})
         checkpoints.close()
-        cut_short(directory, 1, 2)
-        cut_short(directory, 3, 2)
+        write_incomplete(directory, 1, 2)
+        write_incomplete(directory, 3, 2)
         return directory
 
     return make
 
 
-def run_alone(program, *arguments):
-    """Runs a program in a process of its own; returns what it printed."""
+def run_program(program, *arguments):
+    """Runs a program in its own process; returns its output."""
     result = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={
@@ -711,7 +717,7 @@ def run_alone(program, *arguments):
 
 
 def steps_after(output, rows):
-    """What is restored after each death; then the run goes on, and cleans up."""
+    """Steps restored after each kill; then saves again, which must clean up."""
     steps = {}
     for directory in output.iterdir():
         steps[directory.name] = restored_step(directory, rows)
@@ -724,16 +730,16 @@ def steps_after(output, rows):
 @pytest.mark.parametrize(
     "inside_removals", [False, pytest.param(True, marks=slow)], ids=str
 )
-def test_a_death_at_each_step_of_a_save_leaves_the_old_one_or_the_new_one(
+def test_a_kill_at_each_event_of_a_save_leaves_the_old_or_the_new_checkpoint(
     inside_removals, left_by_kills, tmp_path
 ):
     rows, output = 1 << 10, tmp_path / "output"
     how = ("at_each_step", int(inside_removals))
-    printed = run_alone(DEATHS, HERE, left_by_kills(rows), output, rows, *how)
+    printed = run_program(KILLS, HERE, left_by_kills(rows), output, rows, *how)
     died = {int(number): what for number, what in json.loads(printed).items()}
     restored = steps_after(output, rows)
     assert len(restored) - 3 <= len(died) >= (60 if inside_removals else 20)
-    # Whoever dies before the marker gets its name has the old one.
+    # Processes killed before the marker is renamed leave the old one.
     [marked] = [n for n, what in died.items() if what.startswith("os.rename /3/.c")]
     before, after = [], []
     for number, what in died.items():
@@ -745,11 +751,11 @@ def test_a_death_at_each_step_of_a_save_leaves_the_old_one_or_the_new_one(
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(150, marks=slow)], ids=str)
-def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(
+def test_a_kill_at_a_random_moment_leaves_the_old_or_the_new_checkpoint(
     count, left_by_kills, tmp_path
 ):
     rows, output = 1 << 17, tmp_path / "output"
-    run_alone(DEATHS, HERE, left_by_kills(rows), output, rows, "at_any_moment", count)
+    run_program(KILLS, HERE, left_by_kills(rows), output, rows, "at_any_moment", count)
     restored = steps_after(output, rows)
     assert len(restored) == count + 1 and {*restored.values()} == {2, 3}
 
@@ -763,8 +769,8 @@ sys.path.append(sys.argv[1])
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from test_checkpoint_manager import abstract, bits, save_and_overwrite, values
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from test_checkpoint_manager import abstract_arrays, bits, save_and_overwrite, values
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 
 directory, devices = sys.argv[2], np.array(jax.devices())
 assert len(devices) == 8
@@ -793,17 +799,17 @@ layouts = {
     "all on each": (devices, ()),
 }
 for name, layout in layouts.items():
-    like = abstract(sharded(0, *layout))
-    marker, found = Checkpoints(directory).restore_latest(lambda marker: like)
+    target = abstract_arrays(sharded(0, *layout))
+    marker, found = CheckpointManager(directory).restore_latest(lambda marker: target)
     assert bits(found) == bits(values(3)), name
-    for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+    for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target)):
         assert array.sharding == wanted.sharding, name
         assert array.committed, name
     print(name, "agrees")
 """
 
 
-def test_what_eight_devices_saved_comes_back_on_any_number_of_them(tmp_path):
+def test_restore_latest_reshards_to_any_number_of_devices(tmp_path):
     assert run_on_eight_devices(DEVICES, HERE, tmp_path).count("agrees") == 8
     assert restored_step(tmp_path) == 3  # And in this process.
 
@@ -822,7 +828,9 @@ jax.distributed.initialize(f"localhost:{port}", 2, int(number))
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from test_checkpoint_manager import Checkpoints, abstract, overwrite, values
+from test_checkpoint_manager import (
+    CheckpointManager, abstract_arrays, overwrite, values
+)
 
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 assert jax.process_count() == 2 and len(mesh.devices) == 2
@@ -845,7 +853,7 @@ def local(state):
     ]
 
 
-checkpoints = Checkpoints(directory)
+checkpoints = CheckpointManager(directory)
 if what == "save":
     for step in (1, 2):
         saved = state(step)
@@ -853,28 +861,28 @@ if what == "save":
         overwrite(saved)
     checkpoints.close()
 else:
-    like = abstract(state(0))
-    marker, found = checkpoints.restore_latest(lambda marker: like)
+    target = abstract_arrays(state(0))
+    marker, found = checkpoints.restore_latest(lambda marker: target)
     assert local(found) == local(state(marker["step"]))
     print(marker["step"])
 """
 
 
 def in_two_processes(directory, what):
-    """The last line that each of them printed, if any."""
+    """Runs `PROCESSES` in two processes; returns the last line of each, if any."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with ThreadPoolExecutor() as pool:
         started = [
-            pool.submit(run_alone, PROCESSES, HERE, directory, port, number, what)
+            pool.submit(run_program, PROCESSES, HERE, directory, port, number, what)
             for number in range(2)
         ]
         return [process.result().splitlines()[-1:] for process in started]
 
 
 @pytest.mark.slow
-def test_two_processes_save_and_check_their_parts(tmp_path):
+def test_two_processes_save_and_verify_their_shares(tmp_path):
     in_two_processes(tmp_path, "save")
     assert in_two_processes(tmp_path, "restore") == [["2"], ["2"]]
     path = tmp_path / "checkpoints" / "2"

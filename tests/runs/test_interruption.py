@@ -1,4 +1,4 @@
-"""A signal asks a run to end; many steps left out in a row end it."""
+"""Signals stop a run; too many consecutive skipped steps end it."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from keras_openllama.runs import interruption
-from keras_openllama.runs.interruption import Diverged, Skipped, StopRequest
+from keras_openllama.runs.interruption import DivergedError, SkippedSteps, StopRequest
 
 pytestmark = pytest.mark.backend_free
 
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def send(number):
-    """To this process; Python runs the handler before it goes on."""
+    """Sends a signal to this process; Python runs the handler before it continues."""
     os.kill(os.getpid(), number)
 
 
@@ -24,7 +24,7 @@ def handlers():
 
 @pytest.fixture(autouse=True)
 def own_handlers():
-    """Handlers of the tests, so that a signal that nobody catches ends nothing else."""
+    """Installs handlers that collect signals, so that none ends the test run."""
     before = handlers()
     caught = []
     for number in SIGNALS:
@@ -34,38 +34,38 @@ def own_handlers():
         signal.signal(number, handler)
 
 
-# --- Signals ---
+# --- StopRequest ---
 
 
-def test_without_a_signal_a_run_goes_on():
+def test_stop_request_is_false_without_a_signal():
     with StopRequest() as stop:
-        assert [stop.at(step) for step in (1, 2, 3)] == [False] * 3
+        assert [stop.requested(step) for step in (1, 2, 3)] == [False] * 3
         assert stop.signal is None
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_the_run_after_the_step(number, own_handlers):
+def test_stop_request_is_true_after_a_signal(number, own_handlers):
     with StopRequest() as stop:
-        assert not stop.at(1)
+        assert not stop.requested(1)
         send(number)
-        assert stop.at(2) and stop.at(3)
+        assert stop.requested(2) and stop.requested(3)
     assert stop.signal == number.name
     assert own_handlers == []
 
 
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
-def test_a_second_signal_ends_it_at_once(first, second):
+def test_stop_request_raises_on_a_second_signal(first, second):
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         send(first)
-        assert stop.at(1)
+        assert stop.requested(1)
         send(second)
-        raise AssertionError("It went on.")
+        raise AssertionError("The second signal did not raise.")
     assert stop.signal == first.name
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_afterwards_signals_do_what_they_did_before(error, own_handlers):
+def test_stop_request_restores_previous_handlers(error, own_handlers):
     before = handlers()
     try:
         with StopRequest() as stop:
@@ -81,7 +81,7 @@ def test_afterwards_signals_do_what_they_did_before(error, own_handlers):
     assert stop.signal is None
 
 
-def test_a_handler_that_python_did_not_set_is_no_error(monkeypatch):
+def test_stop_request_tolerates_a_handler_not_set_by_python(monkeypatch):
     original = signal.signal
 
     def foreign(number, handler):
@@ -89,46 +89,48 @@ def test_a_handler_that_python_did_not_set_is_no_error(monkeypatch):
             raise TypeError("signal handler must be signal.SIG_IGN, …")
         original(number, handler)
 
-    monkeypatch.setattr(interruption.signal, "signal", foreign)  # It returns None.
+    monkeypatch.setattr(interruption.signal, "signal", foreign)  # Returns None.
     with StopRequest() as stop:
         send(signal.SIGTERM)
     assert stop.signal == "SIGTERM"
 
 
-# --- Steps that were left out ---
+# --- SkippedSteps ---
 
 
-def note(skipped, pattern):
-    """One step a letter, from step 1 on: `k`ept, or left out."""
+def record(skipped, pattern):
+    """Records a step per letter, from step 1: `a` is applied, `-` skipped."""
     for step, letter in enumerate(pattern, 1):
-        skipped.note(step, letter == "k", 12.5, float("inf"))
+        skipped.record(step, letter == "a", 12.5, float("inf"))
 
 
-@pytest.mark.parametrize("pattern", ["", "k", "--", "--k--k--", "k--k-"])
-def test_few_in_a_row_are_counted_and_no_more(pattern):
-    skipped = Skipped(3)
-    note(skipped, pattern)
+@pytest.mark.parametrize("pattern", ["", "a", "--", "--a--a--", "a--a-"])
+def test_skipped_steps_counts_a_few_consecutive_steps(pattern):
+    skipped = SkippedSteps(3)
+    record(skipped, pattern)
     assert skipped.total == pattern.count("-")
 
 
-@pytest.mark.parametrize("pattern", ["---", "k---", "--k---"])
-def test_too_many_in_a_row_end_the_run(pattern):
-    skipped = Skipped(3)
-    with pytest.raises(Diverged, match=r"last 3 steps .*loss 12\.5.*norm inf") as error:
-        note(skipped, pattern)
+@pytest.mark.parametrize("pattern", ["---", "a---", "--a---"])
+def test_skipped_steps_raises_after_too_many_consecutive_steps(pattern):
+    skipped = SkippedSteps(3)
+    with pytest.raises(
+        DivergedError, match=r"last 3 steps .*loss 12\.5.*norm inf"
+    ) as error:
+        record(skipped, pattern)
     assert f"up to step {len(pattern)} " in str(error.value)
     assert "skipped.jsonl" in str(error.value)
     assert skipped.total == pattern.count("-")
 
 
-def test_one_is_too_many_where_none_is_allowed():
-    with pytest.raises(Diverged):
-        note(Skipped(1), "kkk-")
+def test_skipped_steps_raises_at_once_if_the_limit_is_one():
+    with pytest.raises(DivergedError):
+        record(SkippedSteps(1), "aaa-")
 
 
-def test_the_exit_codes_tell_the_endings_apart():
-    codes = {interruption.STOPPED, interruption.DIVERGED, interruption.NOT_WRITTEN}
+def test_exit_codes_are_distinct_and_follow_sysexits():
+    codes = {interruption.STOPPED, interruption.DIVERGED, interruption.WRITE_FAILED}
     assert len(codes) == 3
-    # sysexits.h: what may be tried again, an error of the software, one of the disk.
+    # sysexits.h: temporary failure, internal software error, input/output error.
     assert codes == {os.EX_TEMPFAIL, os.EX_SOFTWARE, os.EX_IOERR}
     assert interruption.STOPPED == os.EX_TEMPFAIL

@@ -10,7 +10,7 @@ from tiny_models import TinyShape, batch, random_lm
 
 from keras_openllama.optimizers import AdamW
 from keras_openllama.runs import jax_train_program as module
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 from keras_openllama.training.train_step_jax import TrainStepOptions
 
 pytestmark = pytest.mark.backend_free  # It is JAX, whatever Keras runs on.
@@ -34,7 +34,7 @@ def lm():
 
 def fresh(lm):
     """The state before the first step; a step takes it over."""
-    return jax.tree.map(jnp.array, module.state_of(lm))
+    return jax.tree.map(jnp.array, module.initial_state(lm))
 
 
 def bits(tree):
@@ -79,7 +79,7 @@ def loss_of(lm, batch):
 def step(lm, easy):
     """A compiled step that knows the loss after few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LOSS_MEMORY", MEMORY)
+        patch.setattr(module, "LOSS_AVERAGE_STEPS", MEMORY)
         return module.compile_step(lm, fresh(lm), easy, TrainStepOptions(), THRESHOLD)
 
 
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(
 
 def test_without_a_threshold_no_spike_is_left_out(lm, step, easy, hard):
     without = module.compile_step(lm, fresh(lm), easy, TrainStepOptions())
-    many = jnp.float32(10 * module.LOSS_MEMORY)
+    many = jnp.float32(10 * module.LOSS_AVERAGE_STEPS)
     guard = {"mean_loss": jnp.float32(1e-3), "steps": many}
     metrics, _ = without(fresh(lm)._replace(guard=guard), hard)
     assert metrics.applied
@@ -185,7 +185,7 @@ def test_a_step_takes_over_the_memory_of_the_state(lm, step, easy):
 
 
 def test_the_memory_of_the_loss_is_that_of_many_steps():
-    assert module.LOSS_MEMORY >= 100
+    assert module.LOSS_AVERAGE_STEPS >= 100
 
 
 # --- Evaluation ---
@@ -211,7 +211,7 @@ def test_an_evaluation_is_the_sum_over_the_targets(lm, hard, micro_batches):
 
 
 def test_a_state_is_that_of_the_variables(lm):
-    state = module.state_of(lm)
+    state = module.initial_state(lm)
     for variables, values in (
         (lm.trainable_variables, state.trainable),
         (lm.non_trainable_variables, state.non_trainable),
@@ -232,7 +232,7 @@ def numbered(lm):
 
 def test_the_names_of_a_state_are_the_paths_of_its_variables(lm):
     state = numbered(lm)
-    found = module.named(lm, state)
+    found = module.state_to_dict(lm, state)
     assert {*found} == {"model", "optimizer", "guard"}
     variables = [*lm.trainable_variables, *lm.non_trainable_variables]
     assert {*found["model"]} == {v.path for v in variables}
@@ -245,47 +245,47 @@ def test_a_state_comes_back_from_its_names_in_whatever_order(lm):
     state = numbered(lm)
     names = {
         part: dict(reversed(arrays.items()))
-        for part, arrays in module.named(lm, state).items()
+        for part, arrays in module.state_to_dict(lm, state).items()
     }
-    again = module.unnamed(lm, names)
-    assert isinstance(again, module.State)
+    again = module.state_from_dict(lm, names)
+    assert isinstance(again, module.StepState)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     assert jax.tree.all(jax.tree.map(lambda x, y: x is y, again, state))
 
 
 def test_a_state_that_lacks_a_variable_is_refused(lm):
-    names = module.named(lm, fresh(lm))
+    names = module.state_to_dict(lm, fresh(lm))
     del names["model"]["lm_head/kernel"]
     with pytest.raises(KeyError, match="lm_head/kernel"):
-        module.unnamed(lm, names)
+        module.state_from_dict(lm, names)
 
 
 def test_two_variables_of_one_path_are_refused():
     twins = [types.SimpleNamespace(path="a/kernel")] * 2
     lm = types.SimpleNamespace(trainable_variables=twins, non_trainable_variables=[])
     with pytest.raises(ValueError, match="same path"):
-        module.named(lm, module.State([jnp.ones(1)] * 2, [], [], {}))
+        module.state_to_dict(lm, module.StepState([jnp.ones(1)] * 2, [], [], {}))
 
 
 def test_the_model_gets_the_very_arrays_back(lm):
-    before = module.state_of(lm)
+    before = module.initial_state(lm)
     state = numbered(lm)
     try:
-        module.put_back(lm, state)
-        after = module.state_of(lm).trainable
+        module.assign_to_model(lm, state)
+        after = module.initial_state(lm).trainable
         assert jax.tree.all(jax.tree.map(lambda x, y: x is y, after, state.trainable))
     finally:
-        module.put_back(lm, before)
+        module.assign_to_model(lm, before)
 
 
 def test_a_state_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
     lm, step, easy, hard, tmp_path
 ):
     _, state = after(step, fresh(lm), easy, hard)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, module.named(lm, state), {})
+    checkpoints = CheckpointManager(tmp_path)
+    checkpoints.save(2, module.state_to_dict(lm, state), {})
     expected = bits(after(step, state, easy, hard))  # Into the same memory.
     checkpoints.close()
-    like = module.abstract(module.named(lm, module.state_of(lm)))
+    like = module.abstract_arrays(module.state_to_dict(lm, module.initial_state(lm)))
     _, arrays = checkpoints.restore_latest(lambda marker: like)
-    assert bits(after(step, module.unnamed(lm, arrays), easy, hard)) == expected
+    assert bits(after(step, module.state_from_dict(lm, arrays), easy, hard)) == expected

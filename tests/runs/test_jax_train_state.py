@@ -7,7 +7,7 @@ from small_config import small_config
 from tiny_models import TinyShape, batch, random_lm
 from tokenizer_models import trained_model
 
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 from keras_openllama.runs.jax_train_state import JaxTrainState
 from keras_openllama.runs.optimizer import compile_model
 
@@ -30,7 +30,7 @@ def state_of(rank=None):
     state = JaxTrainState(lm, CONFIG, save_frozen=rank is None)
     ids = batch(SHAPE, ROWS, LENGTH + 1)
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((ROWS, LENGTH), "int32")}
-    put = state.put((x, ids[:, 1:], np.ones((ROWS, LENGTH), "float32")))
+    put = state.put_batch((x, ids[:, 1:], np.ones((ROWS, LENGTH), "float32")))
     state.compile(put, evaluation=True)
     return state, put
 
@@ -45,19 +45,21 @@ def copied(arrays):
 
 def test_steps_lower_the_loss_and_an_evaluation_changes_nothing():
     state, data = state_of()
-    losses = [float(state.step(data).loss) for _ in range(3)]
+    losses = [float(state.train_step(data).loss) for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
     before = copied(state.arrays())
-    sums, weight = state.evaluate(data)
+    sums, weight = state.evaluate_batch(data)
     assert weight == ROWS * LENGTH
     jax.tree.map(np.testing.assert_array_equal, copied(state.arrays()), before)
-    assert sums.loss / weight == pytest.approx(float(state.step(data).loss), rel=1e-5)
+    assert sums.loss / weight == pytest.approx(
+        float(state.train_step(data).loss), rel=1e-5
+    )
 
 
 def test_the_model_has_the_values_of_the_steps_once_it_is_updated():
     state, data = state_of()
     before = values(state.lm)
-    state.step(data)
+    state.train_step(data)
     state.update_model()
     arrays = state.arrays()["model"]
     after = values(state.lm)
@@ -70,7 +72,7 @@ def test_a_text_is_written_by_the_newest_weights():
     state, data = state_of()
     before = state.generate(["The"], max_new_tokens=4)
     for _ in range(30):
-        state.step(data)
+        state.train_step(data)
     found = state.generate(["The"], max_new_tokens=4)
     state.update_model()
     assert found == state.lm.generate(["The"], max_new_tokens=4) != before
@@ -79,21 +81,21 @@ def test_a_text_is_written_by_the_newest_weights():
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, tmp_path):
     state, data = state_of(rank)
-    state.step(data)
-    checkpoints = Checkpoints(tmp_path)
+    state.train_step(data)
+    checkpoints = CheckpointManager(tmp_path)
     checkpoints.save(1, state.arrays(), {"note": "mine"})
     checkpoints.wait()
-    expected = copied(state.step(data))
+    expected = copied(state.train_step(data))
     again, data = state_of(rank)
     assert again.restore(checkpoints)["step"] == 1
     checkpoints.close()
-    assert copied(again.step(data)) == expected
+    assert copied(again.train_step(data)) == expected
 
 
 def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     state, _ = state_of()
     before = copied(state.arrays())
-    assert state.restore(Checkpoints(tmp_path)) is None
+    assert state.restore(CheckpointManager(tmp_path)) is None
     jax.tree.map(np.testing.assert_array_equal, copied(state.arrays()), before)
 
 

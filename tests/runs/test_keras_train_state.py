@@ -5,7 +5,7 @@ import pytest
 from small_config import small_config
 from tiny_models import TinyShape, batch, random_lm
 
-from keras_openllama.runs.checkpoint_manager import Checkpoints
+from keras_openllama.runs.checkpoint_manager import CheckpointManager
 from keras_openllama.runs.keras_train_state import KerasTrainState
 from keras_openllama.runs.optimizer import make_optimizer
 
@@ -43,7 +43,7 @@ def data():
 def test_a_step_returns_its_metrics(data):
     state = state_of()
     rate = float(state.lm.optimizer.learning_rate)
-    first, second = state.step(data), state.step(data)
+    first, second = state.train_step(data), state.train_step(data)
     assert second.loss < first.loss
     assert first.targets == data[2].sum() and first.applied
     assert second.learning_rate < first.learning_rate == np.float32(rate)
@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(data):
     weights[0, 3] = np.inf
     state = state_of()
     before = state.arrays()
-    metrics = state.step((x, targets, weights))
+    metrics = state.train_step((x, targets, weights))
     assert not metrics.applied
     assert not changed(state.arrays()["model"], before["model"])
 
@@ -63,17 +63,17 @@ def test_a_loss_that_is_not_finite_is_not_applied(data):
 def test_an_evaluation_is_the_sum_over_the_targets(data):
     state = state_of()
     before = state.arrays()["model"]
-    sums, targets = state.evaluate(data)
+    sums, targets = state.evaluate_batch(data)
     assert targets == data[2].sum()
     assert not changed(state.arrays()["model"], before)
-    assert sums.loss / targets == pytest.approx(state.step(data).loss, rel=1e-5)
+    assert sums.loss / targets == pytest.approx(state.train_step(data).loss, rel=1e-5)
 
 
 def test_later_steps_do_not_change_arrays_that_are_being_saved(data):
     state = state_of()
     arrays = state.arrays()
     before = {path: array.copy() for path, array in arrays["model"].items()}
-    state.step(data)
+    state.train_step(data)
     assert not changed(arrays["model"], before)
     assert changed(state.arrays()["model"], before)
 
@@ -81,19 +81,19 @@ def test_later_steps_do_not_change_arrays_that_are_being_saved(data):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, data, tmp_path):
     state = state_of(rank)
-    state.step(data)
-    checkpoints = Checkpoints(tmp_path)
+    state.train_step(data)
+    checkpoints = CheckpointManager(tmp_path)
     checkpoints.save(1, state.arrays(), {})
     checkpoints.wait()
-    expected = state.step(data)
+    expected = state.train_step(data)
     again = state_of(rank)
     assert again.restore(checkpoints)["step"] == 1
     checkpoints.close()
-    assert again.step(data) == expected
+    assert again.train_step(data) == expected
 
 
 def test_without_a_checkpoint_nothing_is_restored(tmp_path):
-    assert state_of().restore(Checkpoints(tmp_path)) is None
+    assert state_of().restore(CheckpointManager(tmp_path)) is None
 
 
 def test_frozen_weights_are_saved_only_if_wanted():

@@ -1,3 +1,5 @@
+"""Loss plots: smoothing, axes, files and the `plot` command."""
+
 import math
 
 import numpy as np
@@ -5,7 +7,13 @@ import pytest
 
 from keras_openllama.cli.plot import main
 from keras_openllama.runs import loss_plot
-from keras_openllama.runs.loss_plot import Run, draw, loss_figure, read_runs, smoothed
+from keras_openllama.runs.loss_plot import (
+    PlottedRun,
+    exponential_average,
+    loss_figure,
+    read_runs,
+    save_loss_plot,
+)
 from keras_openllama.runs.metrics_log import RunLog
 
 pytestmark = pytest.mark.backend_free
@@ -25,15 +33,15 @@ def made_run(name, steps=200, tokens=1000, level=2.0, validation=()):
         for step in range(1, steps + 1)
     ]
     evaluated = [{"step": step, "loss": level + 0.1} for step in validation]
-    return Run(name, records, evaluated)
+    return PlottedRun(name, records, evaluated)
 
 
 def write(directory, run):
     with RunLog(directory, 0) as log:
         for record in run.records:
-            log.write(record)
+            log.write_record(record)
         for record in run.validation:
-            log.write({"kind": "validation", **record})
+            log.write_record({"kind": "validation", **record})
 
 
 def lines(figure):
@@ -41,19 +49,19 @@ def lines(figure):
     return axes.get_lines()
 
 
-def test_smoothing_is_an_exponential_average_that_begins_at_the_first_value():
-    assert smoothed([4.0, 1.0, 1.0], 2) == pytest.approx([4, 2, 10 / 7])
-    assert list(smoothed([3.0, 5.0, 4.0], 1)) == [3, 5, 4]
-    assert smoothed([7.0] * 500, 100) == pytest.approx([7] * 500)
+def test_exponential_average_starts_at_the_first_value():
+    assert exponential_average([4.0, 1.0, 1.0], 2) == pytest.approx([4, 2, 10 / 7])
+    assert list(exponential_average([3.0, 5.0, 4.0], 1)) == [3, 5, 4]
+    assert exponential_average([7.0] * 500, 100) == pytest.approx([7] * 500)
 
 
-def test_smoothing_passes_over_what_is_not_finite():
-    got = smoothed([math.nan, 4.0, math.inf, 1.0], 2)
+def test_exponential_average_ignores_non_finite_values():
+    got = exponential_average([math.nan, 4.0, math.inf, 1.0], 2)
     assert math.isnan(got[0])
     assert got[1:] == pytest.approx([4, 4, 2])
 
 
-def test_a_run_is_a_colour_with_a_faint_and_a_smooth_line_and_points():
+def test_loss_figure_draws_faint_and_smooth_lines_and_validation_points():
     runs = [made_run("3b", validation=[100, 200]), made_run("7b", level=1.5)]
     figure = loss_figure(runs, smooth=10)
     faint, line, points, other_faint, other_line = lines(figure)
@@ -61,15 +69,15 @@ def test_a_run_is_a_colour_with_a_faint_and_a_smooth_line_and_points():
     assert {other_faint.get_color(), other_line.get_color()} == {"C1"}
     losses = [record["loss"] for record in runs[0].records]
     assert list(faint.get_ydata()) == losses
-    assert list(line.get_ydata()) == list(smoothed(losses, 10))
+    assert list(line.get_ydata()) == list(exponential_average(losses, 10))
     assert list(points.get_xdata()) == [100_000, 200_000]
     [legend] = figure.legends
-    said = [text.get_text() for text in legend.get_texts()]
-    assert said == ["3b", "7b", "validation"]
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["3b", "7b", "validation"]
     assert "10 steps" in figure.axes[0].get_title(loc="right")
 
 
-def test_smooth_1_draws_every_step_once():
+def test_loss_figure_without_smoothing_draws_one_line():
     [line] = lines(loss_figure([made_run("a")], smooth=1))
     assert line.get_alpha() is None
 
@@ -82,13 +90,13 @@ def test_smooth_1_draws_every_step_once():
         (10, 1, "tokens"),
     ],
 )
-def test_tokens_are_counted_in_what_fits(tokens, scale, label):
+def test_loss_figure_scales_the_token_axis(tokens, scale, label):
     figure = loss_figure([made_run("a", tokens=tokens)])
     assert figure.axes[0].get_xlabel() == label
     assert lines(figure)[0].get_xdata()[-1] == 200 * tokens / scale
 
 
-def test_the_loss_is_drawn_against_steps_or_hours():
+def test_loss_figure_plots_against_steps_or_hours():
     run = made_run("a", validation=[50])
     *_, points = lines(loss_figure([run], x="step"))
     assert list(points.get_xdata()) == [50]
@@ -97,45 +105,48 @@ def test_the_loss_is_drawn_against_steps_or_hours():
     assert list(points.get_xdata()) == pytest.approx([0.5])
 
 
-def test_the_height_is_that_of_the_curve_without_its_first_steps():
+def test_loss_figure_excludes_the_first_steps_from_the_y_range():
     run = made_run("a", steps=1000)
     low, high = loss_figure([run]).axes[0].get_ylim()
     assert 1.7 < low < 2.0
     assert 2.3 < high < 4
 
 
-def test_a_run_that_diverged_is_drawn(tmp_path):
+def test_save_loss_plot_draws_a_diverged_run(tmp_path):
     run = made_run("a")
     for record in run.records[100:]:
         record["loss"] = math.nan
-    draw([run], tmp_path / "loss.png")
+    save_loss_plot([run], tmp_path / "loss.png")
     for record in run.records:
         record["loss"] = math.inf
-    draw([run], tmp_path / "loss.png")
+    save_loss_plot([run], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
-        ({"runs": []}, "runs is empty"),
-        ({"x": "days"}, "x='days'; it is one of tokens, step, hours"),
-        ({"smooth": 0}, "smooth=0; it is a number of steps"),
-        ({"path": "loss.pdf"}, r"path='loss\.pdf'; it must end in \.png or \.svg"),
+        ({"runs": []}, "`runs` must not be empty"),
+        ({"x": "days"}, "must be one of tokens, step, hours. Received: x='days'"),
+        ({"smooth": 0}, "must be a positive number of steps. Received: smooth=0"),
         (
-            {"runs": [Run("a", [{"step": 1, "loss": 2.0}])], "x": "hours"},
-            "a record of a has no 'data_seconds'; choose another x",
+            {"path": "loss.pdf"},
+            r"must end in \.png or \.svg\. Received: path='loss\.pdf'",
+        ),
+        (
+            {"runs": [PlottedRun("a", [{"step": 1, "loss": 2.0}])], "x": "hours"},
+            "A record of a has no 'data_seconds'. Choose another x",
         ),
     ],
 )
-def test_bad_arguments_are_refused(tmp_path, arguments, said):
+def test_save_loss_plot_rejects_invalid_arguments(tmp_path, arguments, message):
     good = {"runs": [made_run("a")], "path": tmp_path / "loss.png"}
-    with pytest.raises(ValueError, match=said):
-        draw(**{**good, **arguments})
+    with pytest.raises(ValueError, match=message):
+        save_loss_plot(**{**good, **arguments})
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_runs_of_one_name_are_named_by_their_paths(tmp_path):
+def test_read_runs_names_colliding_runs_by_their_paths(tmp_path):
     directories = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
     for directory in directories:
         write(directory, made_run("", steps=3, validation=[2]))
@@ -144,7 +155,7 @@ def test_runs_of_one_name_are_named_by_their_paths(tmp_path):
     assert [record["step"] for record in runs[0].validation] == [2]
 
 
-def test_the_script_draws_runs(tmp_path, capsys):
+def test_plot_command_saves_a_figure(tmp_path, capsys):
     write(tmp_path / "one", made_run("", validation=[10, 200]))
     write(tmp_path / "two", made_run("", steps=loss_plot._MANY + 1))
     for name, beginning in (("loss.png", b"\x89PNG"), ("loss.svg", b"<?xml")):
@@ -158,10 +169,10 @@ def test_the_script_draws_runs(tmp_path, capsys):
     assert f"drawn: {output}" in printed
 
 
-def test_the_script_says_what_is_wrong(tmp_path, capsys):
+def test_plot_command_reports_missing_metrics(tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert main([str(tmp_path / "none")]) == 2
-    assert "none has no metrics.jsonl; give" in capsys.readouterr().err
+    assert "none has no metrics.jsonl. Pass" in capsys.readouterr().err
     RunLog(tmp_path / "new", 0).close()
     assert main([str(tmp_path / "new")]) == 2
     assert "new has no step yet" in capsys.readouterr().err

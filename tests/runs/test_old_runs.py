@@ -69,7 +69,9 @@ def test_a_run_of_the_version_before_resumes_as_if_this_one_had_begun_it(
         if name == "old":
             shutil.copytree(OLD / "run", output)
         for steps in stages:
-            resolved = recipe.resolve("nano", overrides={**SETTINGS, "steps": steps})
+            resolved = recipe.resolve_recipe(
+                "nano", overrides={**SETTINGS, "steps": steps}
+            )
             options = RunOptions(str(output), accept_changes=True, report=lambda _: ())
             data = PreparedData.open(str(OLD / "data"))
             assert pretrain(resolved, data, options) is None

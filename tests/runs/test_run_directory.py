@@ -1,4 +1,4 @@
-"""A run's directory: what it remembers, what may change, and who trains in it."""
+"""A run's directory: description, settings checks, mixture and lock."""
 
 import copy
 import importlib.metadata
@@ -17,12 +17,12 @@ from keras_openllama.runs import recipe, run_directory
 
 pytestmark = pytest.mark.backend_free
 
-SECONDS = 60  # After which nothing more is expected of another process.
+SECONDS = 60  # Timeout for another process.
 
 
 def run(preset="nano", mixture=None, **overrides):
-    """What a run is, as the first process writes it."""
-    resolved = recipe.resolve(preset, overrides=overrides)
+    """The description of a run, as process 0 writes it."""
+    resolved = recipe.resolve_recipe(preset, overrides=overrides)
     return {
         **resolved.to_json(),
         "architecture": dict(presets.find(preset).config),
@@ -32,20 +32,20 @@ def run(preset="nano", mixture=None, **overrides):
 
 
 def stored(directory, **options):
-    """The same as the next process finds it."""
-    run_directory.write(str(directory), run(**options), b"tokenizer")
-    return run_directory.read(str(directory))
+    """The same description, written and read again."""
+    run_directory.write_run(str(directory), run(**options), b"tokenizer")
+    return run_directory.read_run(str(directory))
 
 
-# --- What is remembered ---
+# --- Reading and writing ---
 
 
-def test_a_run_comes_back_with_the_versions_that_it_ran_on(tmp_path):
+def test_read_run_returns_what_write_run_wrote_with_versions(tmp_path):
     found = stored(tmp_path)
     versions = found.pop("versions")
     assert found == {"format": 1, **run()}
     assert (tmp_path / "tokenizer.model").read_bytes() == b"tokenizer"
-    assert versions == run_directory.versions()
+    assert versions == run_directory.installed_versions()
     here = {"python": sys.version.split()[0], "jax": sys.modules["jax"].__version__}
     assert here.items() <= versions.items()
     assert {"keras_openllama", "jaxlib", "orbax-checkpoint", "grain"} <= {*versions}
@@ -53,20 +53,20 @@ def test_a_run_comes_back_with_the_versions_that_it_ran_on(tmp_path):
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("changed", [True, False])
-def test_write_once_waits_for_all_and_writes_once(
+def test_write_run_once_synchronizes_processes_and_writes_on_the_first(
     changed, index, tmp_path, monkeypatch
 ):
-    """The second process may see what the first has just written: it waits, too."""
+    """A process that sees no change waits too."""
     waited = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: index)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
-    run_directory.write_once(str(tmp_path), run(), b"tokenizer", changed)
+    run_directory.write_run_once(str(tmp_path), run(), b"tokenizer", changed)
     assert waited == ["run"]
     assert (tmp_path / "run.json").exists() == (changed and index == 0)
 
 
-def test_a_version_is_left_out_where_a_package_is_not_installed(monkeypatch):
+def test_installed_versions_omits_missing_packages(monkeypatch):
     known = importlib.metadata.version
 
     def version(name):
@@ -75,36 +75,36 @@ def test_a_version_is_left_out_where_a_package_is_not_installed(monkeypatch):
         return known(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    versions = run_directory.versions()
+    versions = run_directory.installed_versions()
     assert "grain" not in versions and versions["jax"] == known("jax")
 
 
-def test_where_nothing_was_written_there_is_no_run(tmp_path):
-    assert run_directory.read(str(tmp_path)) is None
-    assert run_directory.read(str(tmp_path / "nowhere")) is None
+def test_read_run_returns_none_without_a_run(tmp_path):
+    assert run_directory.read_run(str(tmp_path)) is None
+    assert run_directory.read_run(str(tmp_path / "nowhere")) is None
 
 
 @pytest.mark.parametrize("content", ["", '{"format": 1', "[]", "{}", '{"format": 2}'])
-def test_a_file_that_is_no_run_is_named(content, tmp_path):
+def test_read_run_rejects_damaged_files(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
-        run_directory.read(str(tmp_path))
+        run_directory.read_run(str(tmp_path))
 
 
-def test_a_cut_at_any_byte_is_noticed(tmp_path):
+def test_read_run_detects_truncation_at_any_byte(tmp_path):
     stored(tmp_path)
     data = (tmp_path / "run.json").read_bytes()
     for size in range(0, len(data), 97):
         (tmp_path / "run.json").write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"run\.json is damaged"):
-            run_directory.read(str(tmp_path))
+            run_directory.read_run(str(tmp_path))
 
 
-# --- What may change ---
+# --- check_settings ---
 
 
-def test_the_same_settings_change_nothing(tmp_path):
-    assert run_directory.check_unchanged(stored(tmp_path), run()) == []
+def test_check_settings_accepts_unchanged_settings(tmp_path):
+    assert run_directory.check_settings(stored(tmp_path), run()) == []
 
 
 @pytest.mark.parametrize("accept_changes", [False, True])
@@ -116,10 +116,12 @@ def test_the_same_settings_change_nothing(tmp_path):
         ("data", {"manifest_sha256": "4567"}),
     ],
 )
-def test_another_model_or_other_data_are_refused(name, value, accept_changes, tmp_path):
+def test_check_settings_rejects_another_model_or_other_data(
+    name, value, accept_changes, tmp_path
+):
     before, now = stored(tmp_path), {**run(), name: value}
-    with pytest.raises(ValueError, match="Name another output directory") as error:
-        run_directory.check_unchanged(before, now, accept_changes)
+    with pytest.raises(ValueError, match="Choose another output directory") as error:
+        run_directory.check_settings(before, now, accept_changes)
     assert f"{name} was {before[name]} and is {value}" in str(error.value)
 
 
@@ -131,7 +133,7 @@ FIXED = {
     "mask_documents": True,
     "optimizer": "muon",
 }
-COURSE = {
+NEEDS_ACCEPTANCE = {
     "steps": 123_456,
     "learning_rate": 0.5,
     "final_learning_rate": 1e-9,
@@ -161,97 +163,101 @@ FREE = {
 
 
 def changed(name, value):
-    """A run with another value for a setting, and the line that tells of it."""
+    """A run with another value for a setting, and the line that reports it."""
     now = run(**{name: value})
     old = run()["recipe"][name]["value"]
     assert now["recipe"][name]["value"] != old
     return now, f"{name} was {old} and is {now['recipe'][name]['value']}"
 
 
-def test_every_setting_is_fixed_or_of_the_course_or_free():
-    names = [*FIXED, *COURSE, *FREE, "mixture"]
+def test_every_setting_is_fixed_or_affects_results_or_is_free():
+    names = [*FIXED, *NEEDS_ACCEPTANCE, *FREE, "mixture"]
     assert sorted(names) == sorted(recipe.SETTINGS)
 
 
 @pytest.mark.parametrize("accept_changes", [False, True])
 @pytest.mark.parametrize("name", FIXED)
-def test_what_decides_about_the_tokens_of_a_step_stays(name, accept_changes, tmp_path):
+def test_check_settings_never_accepts_changes_of_fixed_settings(
+    name, accept_changes, tmp_path
+):
     now, line = changed(name, FIXED[name])
     with pytest.raises(ValueError, match="Tokens would be repeated") as error:
-        run_directory.check_unchanged(stored(tmp_path), now, accept_changes)
+        run_directory.check_settings(stored(tmp_path), now, accept_changes)
     assert line in str(error.value)
 
 
-@pytest.mark.parametrize("name", COURSE)
-def test_what_decides_about_the_course_changes_only_if_that_is_accepted(name, tmp_path):
-    now, line = changed(name, COURSE[name])
+@pytest.mark.parametrize("name", NEEDS_ACCEPTANCE)
+def test_check_settings_needs_acceptance_if_results_change(name, tmp_path):
+    now, line = changed(name, NEEDS_ACCEPTANCE[name])
     before = stored(tmp_path)
     with pytest.raises(ValueError, match="--accept-changes") as error:
-        run_directory.check_unchanged(before, now)
+        run_directory.check_settings(before, now)
     assert line in str(error.value)
-    assert run_directory.check_unchanged(before, now, accept_changes=True) == [line]
+    assert run_directory.check_settings(before, now, accept_changes=True) == [line]
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_what_does_not_is_free_and_told(name, tmp_path):
+def test_check_settings_reports_changes_of_free_settings(name, tmp_path):
     now, line = changed(name, FREE[name])
-    assert run_directory.check_unchanged(stored(tmp_path), now) == [line]
+    assert run_directory.check_settings(stored(tmp_path), now) == [line]
 
 
-def test_all_changes_of_a_kind_are_told_at_once(tmp_path):
+def test_check_settings_names_all_changes_of_a_kind(tmp_path):
     now = run(weight_decay=0.7, clip_norm=7.0, keep_last=7)
     before = stored(tmp_path)
     with pytest.raises(
         ValueError, match=r"weight_decay was .*; clip_norm was"
     ) as error:
-        run_directory.check_unchanged(before, now)
+        run_directory.check_settings(before, now)
     assert "keep_last" not in str(error.value)
-    assert len(run_directory.check_unchanged(before, now, True)) == 3
+    assert len(run_directory.check_settings(before, now, True)) == 3
 
 
-def test_that_a_value_comes_from_elsewhere_is_no_change(tmp_path):
+def test_check_settings_ignores_the_source_of_a_value(tmp_path):
     value = run()["recipe"]["batch_size"]["value"]
     now = run(batch_size=value)
     assert now != run()
-    assert run_directory.check_unchanged(stored(tmp_path), now) == []
+    assert run_directory.check_settings(stored(tmp_path), now) == []
 
 
-def test_a_setting_that_is_newer_than_the_run_counts_as_changed(tmp_path):
+def test_check_settings_treats_a_setting_newer_than_the_run_as_changed(tmp_path):
     before = stored(tmp_path)
     del before["recipe"]["z_loss"]
     with pytest.raises(ValueError, match="z_loss was None"):
-        run_directory.check_unchanged(before, run())
+        run_directory.check_settings(before, run())
 
 
-# --- The mixture ---
+# --- resumed_mixture ---
 
 EQUAL = mixtures.from_weights({"web": 1, "code": 1})
 OTHER = mixtures.from_weights({"web": 3, "code": 1})
 
 
-def test_a_run_keeps_its_mixture_with_its_whole_schedule(tmp_path):
+def test_resumed_mixture_preserves_the_schedule_of_the_run(tmp_path):
     own = EQUAL.changed(10, {"web": 3, "code": 1})
     before = stored(tmp_path, mixture=own)
-    # What came last is asked for, by weights alone or by the same schedule.
-    assert run_directory.mixture_from(before, OTHER, 20) == (own, [])
-    assert run_directory.mixture_from(before, own, 20) == (own, [])
+    # The last weights are requested, alone or with the same schedule.
+    assert run_directory.resumed_mixture(before, OTHER, 20) == (own, [])
+    assert run_directory.resumed_mixture(before, own, 20) == (own, [])
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
-def test_a_published_mixture_is_no_other_one_after_a_restart(name, tmp_path):
-    # Its weights are rounded when they are divided by their sum.
+def test_resumed_mixture_tolerates_rounding_of_weights(name, tmp_path):
+    # Normalization rounds the weights.
     chosen = mixtures.load(name)
-    own, lines = run_directory.mixture_from(stored(tmp_path, mixture=chosen), chosen, 9)
+    own, lines = run_directory.resumed_mixture(
+        stored(tmp_path, mixture=chosen), chosen, 9
+    )
     assert lines == [] and own.names == chosen.names
     assert own.weights_at(9) == pytest.approx(chosen.weights_at(9), rel=1e-12)
 
 
-def test_the_rows_of_a_run_come_in_the_same_order_after_a_restart(tmp_path):
+def test_resumed_mixture_preserves_the_order_of_sequences(tmp_path):
     names = [f"source {number}" for number in range(8)]
     chosen = mixtures.from_weights(
         dict(zip(names, (2, 12, 10, 2, 7, 8, 2, 5), strict=True))
     )
-    own, _ = run_directory.mixture_from(stored(tmp_path, mixture=chosen), chosen, 9)
+    own, _ = run_directory.resumed_mixture(stored(tmp_path, mixture=chosen), chosen, 9)
     before, after = (
         mixtures.Interleaving(mixture.schedule, names).rows(0, mixtures.PERIOD)[0]
         for mixture in (chosen, own)
@@ -259,13 +265,15 @@ def test_the_rows_of_a_run_come_in_the_same_order_after_a_restart(tmp_path):
     assert (before == after).all()
 
 
-def test_other_weights_count_from_the_next_step_on_if_that_is_accepted(tmp_path):
+def test_resumed_mixture_applies_accepted_weights_from_the_next_step(tmp_path):
     before = stored(tmp_path, mixture=EQUAL)
     unchanged = copy.deepcopy(before)
     with pytest.raises(ValueError, match="--accept-changes") as error:
-        run_directory.mixture_from(before, OTHER, 20)
+        run_directory.resumed_mixture(before, OTHER, 20)
     assert "0.5" in str(error.value) and "0.75" in str(error.value)
-    mixture, [line] = run_directory.mixture_from(before, OTHER, 20, accept_changes=True)
+    mixture, [line] = run_directory.resumed_mixture(
+        before, OTHER, 20, accept_changes=True
+    )
     assert mixture.weights_at(19) == EQUAL.weights_at(0)
     assert mixture.weights_at(20) == OTHER.weights_at(0)
     assert "0.75" in line and "from step 20 on" in line
@@ -275,27 +283,27 @@ def test_other_weights_count_from_the_next_step_on_if_that_is_accepted(tmp_path)
 @pytest.mark.parametrize(
     "weights", [{"web": 1}, {"web": 1, "code": 1, "books": 1}, {"web": 1, "books": 1}]
 )
-def test_other_sources_are_other_weights(weights, tmp_path):
+def test_resumed_mixture_treats_other_sources_as_other_weights(weights, tmp_path):
     before = stored(tmp_path, mixture=EQUAL)
     chosen = mixtures.from_weights(weights)
     with pytest.raises(ValueError, match="--accept-changes"):
-        run_directory.mixture_from(before, chosen, 20)
+        run_directory.resumed_mixture(before, chosen, 20)
 
 
-# --- One process at a time ---
+# --- lock_directory ---
 
 HOLDER = """
 import sys, time
 from keras_openllama.runs import run_directory
 
-with run_directory.locked(sys.argv[1]):
+with run_directory.lock_directory(sys.argv[1]):
     print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    directory = str(tmp_path / "run")  # It is not there yet.
+def test_lock_directory_excludes_a_second_process_until_the_first_ends(tmp_path):
+    directory = str(tmp_path / "run")  # Does not exist yet.
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, directory],
         stdin=subprocess.PIPE,
@@ -307,27 +315,30 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
         assert holder.stdout.readline() == "locked\n"
         with (
             pytest.raises(RuntimeError, match=f"Another process trains in {directory}"),
-            run_directory.locked(directory),
+            run_directory.lock_directory(directory),
         ):
             pass
-        with run_directory.locked(str(tmp_path / "other")):
+        with run_directory.lock_directory(str(tmp_path / "other")):
             pass
     finally:
         holder.kill()
         holder.communicate(timeout=SECONDS)
-    with run_directory.locked(directory):
+    with run_directory.lock_directory(directory):
         pass
 
 
-def test_a_lock_ends_with_what_it_was_for(tmp_path):
+def test_lock_directory_is_released_on_errors(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyError), run_directory.locked(str(tmp_path)):
-            with pytest.raises(RuntimeError), run_directory.locked(str(tmp_path)):
+        with pytest.raises(KeyError), run_directory.lock_directory(str(tmp_path)):
+            with (
+                pytest.raises(RuntimeError),
+                run_directory.lock_directory(str(tmp_path)),
+            ):
                 pass
             raise KeyError
 
 
-def test_a_failure_while_it_is_written_leaves_the_run_as_it_was(tmp_path, monkeypatch):
+def test_write_run_leaves_the_old_run_if_writing_fails(tmp_path, monkeypatch):
     before = stored(tmp_path)
 
     def fail(*_):
@@ -336,5 +347,5 @@ def test_a_failure_while_it_is_written_leaves_the_run_as_it_was(tmp_path, monkey
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
         stored(tmp_path, batch_size=8)
-    assert run_directory.read(str(tmp_path)) == before
+    assert run_directory.read_run(str(tmp_path)) == before
     assert json.loads((tmp_path / "run.json").read_bytes()) == before

@@ -5,17 +5,17 @@ from keras_openllama.runs.throughput import (
     Clock,
     flops_per_token,
     peak_flops,
-    rates,
+    speed_metrics,
 )
 
 pytestmark = pytest.mark.backend_free
 
-# open_llama_7b, rows of 2048 tokens.
-A_TOKEN = flops_per_token(6_738_415_616, 32, 32, 128, 2048)
+# open_llama_7b, sequences of 2048 tokens.
+FLOPS = flops_per_token(6_738_415_616, 32, 32, 128, 2048)
 
 
-class Time:
-    """Stands still until told."""
+class FakeTime:
+    """A time that advances only when `spend` is called."""
 
     def __init__(self):
         self.seconds = 100.0
@@ -28,14 +28,14 @@ class Time:
             self.seconds += seconds
 
 
-def test_openllamas_published_speed_is_the_published_utilization():
-    speed = rates(2200 * 256, 1.0, 256, A_TOKEN, peak_flops("TPU v4"))
+def test_speed_metrics_reproduces_the_published_utilization():
+    speed = speed_metrics(2200 * 256, 1.0, 256, FLOPS, peak_flops("TPU v4"))
     assert speed["tokens_per_second_per_chip"] == 2200
     assert round(speed["mfu"], 3) == 0.349
 
 
-def test_flops_are_those_counted_by_hand():
-    assert A_TOKEN == 6 * 6_738_415_616 + 12 * 32 * 4096 * 2048
+def test_flops_per_token_matches_the_formula():
+    assert FLOPS == 6 * 6_738_415_616 + 12 * 32 * 4096 * 2048
 
 
 @pytest.mark.parametrize(
@@ -46,28 +46,30 @@ def test_flops_are_those_counted_by_hand():
         ("TPU v6 lite", "TPU v6e"),
     ],
 )
-def test_both_names_of_a_chip_have_one_peak(one, other):
+def test_peak_flops_is_equal_for_both_names_of_a_chip(one, other):
     assert peak_flops(one) == peak_flops(other) == PEAK_FLOPS[one]
 
 
-def test_where_the_peak_is_unknown_there_is_no_utilization():
+def test_speed_metrics_has_no_mfu_if_the_peak_is_unknown():
     assert peak_flops("cpu") is None
-    assert rates(100, 2.0, 5, A_TOKEN, peak_flops("cpu")) == {
+    assert speed_metrics(100, 2.0, 5, FLOPS, peak_flops("cpu")) == {
         "tokens_per_second": 50,
         "tokens_per_second_per_chip": 10,
     }
 
 
 @pytest.mark.parametrize("name", ["seconds", "chips"])
-def test_no_time_and_no_chips_are_refused(name):
+def test_speed_metrics_requires_positive_seconds_and_chips(name):
     arguments = {"tokens": 1, "seconds": 1.0, "chips": 1, name: 0}
-    with pytest.raises(ValueError, match=f"{name}=0; it must be positive"):
-        rates(**arguments)
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be positive. Received: {name}=0"
+    ):
+        speed_metrics(**arguments)
 
 
-def test_time_is_split_and_goodput_is_that_of_kept_steps():
-    now = Time()
-    clock = Clock(began=90.0, now=now)  # Ten seconds of imports.
+def test_clock_splits_time_and_counts_applied_steps_as_goodput():
+    now = FakeTime()
+    clock = Clock(start_time=90.0, now=now)  # Ten seconds of imports.
     now.spend(clock, "data", 1)
     now.spend(clock, "compute", 6)
     now.spend(clock, "data", 0.5)
@@ -94,16 +96,16 @@ def test_time_is_split_and_goodput_is_that_of_kept_steps():
     }
 
 
-def test_a_clock_begins_when_it_is_made():
-    now = Time()
+def test_clock_starts_when_it_is_created():
+    now = FakeTime()
     clock = Clock(now=now)
     assert clock.goodput() == 0
     now.spend(clock, "compute", 3)
     assert clock.step()["goodput"] == 1
 
 
-def test_a_part_that_fails_is_counted_and_ended():
-    now = Time()
+def test_measure_counts_and_ends_a_block_that_raises():
+    now = FakeTime()
     clock = Clock(now=now)
     with pytest.raises(OSError), clock.measure("data"):
         now.seconds += 2
@@ -112,11 +114,11 @@ def test_a_part_that_fails_is_counted_and_ended():
     assert clock.step()["data_seconds"] == 2
 
 
-def test_parts_do_not_nest_and_have_known_names():
+def test_measure_rejects_nested_and_unknown_parts():
     clock = Clock()
     with clock.measure("compute"), pytest.raises(RuntimeError, match="'compute'"):
         with clock.measure("data"):
             pass
-    with pytest.raises(ValueError, match="part='evaluation'; it is one of data, "):
+    with pytest.raises(ValueError, match=r"must be one of data, .*part='evaluation'"):
         with clock.measure("evaluation"):
             pass

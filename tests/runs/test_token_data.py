@@ -37,7 +37,7 @@ def validation(data, weights=WEIGHTS, **settings):
         "packing": "best_fit",
         "mask_documents": True,
     } | settings
-    chosen = recipe.resolve("nano", overrides=settings).recipe
+    chosen = recipe.resolve_recipe("nano", overrides=settings).recipe
     return TokenValidation(data, chosen, mixtures.from_weights(weights))
 
 
@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
     shape = TinyShape("small", 4, 2, 8, hidden_dim=32, num_layers=1)
     size = data.manifest["tokenizer"]["vocabulary_size"]
     lm = random_lm(TinyShape(**{**vars(shape), "vocabulary_size": size}))
-    run = jax_train_program.State(
+    run = jax_train_program.StepState(
         [v.value for v in lm.trainable_variables],
         [v.value for v in lm.non_trainable_variables],
         *([], {}),
@@ -225,7 +225,7 @@ def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
 
 def test_the_last_weights_of_a_schedule_count(data):
     counting = Counting()
-    chosen = recipe.resolve("nano", overrides={"sequence_length": LENGTH}).recipe
+    chosen = recipe.resolve_recipe("nano", overrides={"sequence_length": LENGTH}).recipe
     mixture = mixtures.from_weights(WEIGHTS).changed(9, {"web": 1, "code": 3})
     ours = TokenValidation(data, chosen, mixture)
     found = ours.measure(counting)

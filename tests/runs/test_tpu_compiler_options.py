@@ -1,4 +1,4 @@
-"""The TPU compiler is asked to hide collectives, and where it cannot, that is said."""
+"""compile_lowered overlaps collectives on TPUs, and warns if it cannot."""
 
 import types
 
@@ -13,42 +13,45 @@ TPU, CPU = types.SimpleNamespace(platform="tpu"), types.SimpleNamespace(platform
 
 
 class Lowered:
-    """What `jax.jit(…).lower(…)` returns, with a compiler that has so much memory."""
+    """Stands for the result of `jax.jit(…).lower(…)`; may fail to compile."""
 
     def __init__(self, problem=None):
-        self.problem, self.asked = problem, []
+        self.problem, self.options = problem, []
 
     def compile(self, options=None):
-        self.asked.append(options)
+        self.options.append(options)
         if self.problem and "xla_enable_async_all_reduce" in (options or {}):
             raise jax.errors.JaxRuntimeError(self.problem)
         return "program"
 
 
-def test_gathers_and_reductions_are_hidden(caplog):
+def test_compile_lowered_overlaps_gathers_and_reductions_on_tpus(caplog):
     lowered = Lowered()
-    assert tpu_compiler_options.compiled(lowered, TPU) == "program"
-    assert lowered.asked == [
-        {**tpu_compiler_options.GATHERS, **tpu_compiler_options.REDUCTIONS}
+    assert tpu_compiler_options.compile_lowered(lowered, TPU) == "program"
+    assert lowered.options == [
+        {
+            **tpu_compiler_options.ALL_GATHER_OPTIONS,
+            **tpu_compiler_options.REDUCTION_OPTIONS,
+        }
     ]
     assert not caplog.records
 
 
-def test_reductions_that_need_too_much_are_not_hidden_and_that_is_said(caplog):
+def test_compile_lowered_warns_if_reductions_do_not_fit(caplog):
     lowered = Lowered("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
-    assert tpu_compiler_options.compiled(lowered, TPU) == "program"
-    assert lowered.asked[1:] == [tpu_compiler_options.GATHERS]
-    assert "Gradients are reduced while nothing else is computed" in caplog.text
+    assert tpu_compiler_options.compile_lowered(lowered, TPU) == "program"
+    assert lowered.options[1:] == [tpu_compiler_options.ALL_GATHER_OPTIONS]
+    assert "do not overlap with computation" in caplog.text
 
 
-def test_what_does_not_fit_at_all_is_not_tried_again():
+def test_compile_lowered_raises_other_errors():
     lowered = Lowered("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
     with pytest.raises(jax.errors.JaxRuntimeError, match="HBM"):
-        tpu_compiler_options.compiled(lowered, TPU)
-    assert len(lowered.asked) == 1
+        tpu_compiler_options.compile_lowered(lowered, TPU)
+    assert len(lowered.options) == 1
 
 
-def test_elsewhere_the_compiler_is_left_alone():
+def test_compile_lowered_passes_no_options_on_other_devices():
     lowered = Lowered()
-    tpu_compiler_options.compiled(lowered, CPU)
-    assert lowered.asked == [None]
+    tpu_compiler_options.compile_lowered(lowered, CPU)
+    assert lowered.options == [None]

@@ -1,4 +1,4 @@
-"""The settings of training are checked one by one and together."""
+"""TrainConfig validates each setting and combinations of settings."""
 
 import dataclasses
 import subprocess
@@ -10,12 +10,12 @@ from small_config import SETTINGS, small_config
 pytestmark = pytest.mark.backend_free
 
 
-def test_settings_come_back_as_they_were_given():
+def test_train_config_stores_valid_settings_unchanged():
     values = dataclasses.asdict(small_config())
     assert values.items() >= SETTINGS.items()
 
 
-def test_a_step_has_the_tokens_of_all_its_sequences():
+def test_tokens_per_step_is_batch_size_times_sequence_length():
     assert small_config().tokens_per_step == 4 * 32
 
 
@@ -33,7 +33,7 @@ def test_a_step_has_the_tokens_of_all_its_sequences():
         ("seed", "7"),
     ],
 )
-def test_a_setting_that_is_not_allowed_is_named(name, value):
+def test_train_config_names_an_invalid_setting(name, value):
     with pytest.raises(ValueError, match=f"`{name}`.*{value}"):
         small_config(**{name: value})
 
@@ -41,20 +41,20 @@ def test_a_setting_that_is_not_allowed_is_named(name, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"final_learning_rate": 2e-2}, "`final_learning_rate` must not be above"),
-        ({"warmup_steps": 10}, "`warmup_steps` must be below `steps`"),
+        ({"final_learning_rate": 2e-2}, "`final_learning_rate` must not exceed"),
+        ({"warmup_steps": 10}, "`warmup_steps` must be less than `steps`"),
         ({"micro_batches": 3}, "`micro_batches` must divide `batch_size`"),
     ],
 )
-def test_settings_that_do_not_fit_each_other_are_named(changes, message):
+def test_train_config_rejects_conflicting_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
 
 
-def test_it_is_imported_without_keras_and_without_a_backend():
+def test_importing_train_config_imports_no_backend():
     script = (
         "import sys, keras_openllama.runs.train_config\n"
         "print({'keras', 'jax', 'tensorflow', 'torch'} & {*sys.modules})"
     )
-    asked = [sys.executable, "-c", script]
-    assert subprocess.check_output(asked, text=True) == "set()\n"
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, text=True) == "set()\n"
