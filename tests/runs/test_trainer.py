@@ -195,7 +195,7 @@ def test_milestones_are_kept_whatever_is_saved_beside_them(run, tmp_path):
 
 def test_it_says_what_it_runs_on(run, whole):
     _, lines = run(whole)
-    mesh = "data 1, fsdp 1, model 1 (ours: one device; more of them share by FSDP)"
+    mesh = "data 1, fsdp 1, model 1 (heuristic: one device; FSDP on more)"
     assert f"1 x cpu in 1 process(es): {mesh}" in lines
 
 
