@@ -57,9 +57,7 @@ def main():
     path.parent.mkdir(exist_ok=True)
     try:
         plans = json.loads(path.read_text()) if path.exists() else {}
-        recipes = {
-            preset: recipe.preset_recipe(preset) for preset in options.presets
-        }
+        recipes = {preset: recipe.preset_recipe(preset) for preset in options.presets}
     except ValueError as error:
         parser.error(f"{error} (--presets, or what is in {path})")
     for preset in options.presets:

@@ -62,14 +62,14 @@ class CheckpointManager:
             disables this.
 
     Example:
-
-    >>> import jax
-    >>> checkpoints = CheckpointManager("runs/3b_v3", keep_last=2)
-    >>> checkpoints.save(1500, {"model": {"scale": jax.numpy.ones(4)}}, {"tokens": 64})
-    >>> checkpoints.wait()
-    >>> checkpoints.steps()
-    [1500]
-    >>> checkpoints.close()
+        >>> import jax
+        >>> checkpoints = CheckpointManager("runs/3b_v3", keep_last=2)
+        >>> arrays = {"model": {"scale": jax.numpy.ones(4)}}
+        >>> checkpoints.save(1500, arrays, {"tokens": 64})
+        >>> checkpoints.wait()
+        >>> checkpoints.steps()
+        [1500]
+        >>> checkpoints.close()
     """
 
     def __init__(

@@ -28,9 +28,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         ValueError: for an unknown axis, or a size below 1.
 
     Example:
-
-    >>> parse_mesh("data=4,fsdp=64")
-    {'data': 4, 'fsdp': 64}
+        >>> parse_mesh("data=4,fsdp=64")
+        {'data': 4, 'fsdp': 64}
     """
     mesh = {}
     for part in text.split(","):
@@ -57,9 +56,8 @@ def check_meshes(name: str, value: Any) -> dict[str, dict[str, int]]:
         ValueError: if an axis is unknown, or the sizes do not multiply to the number.
 
     Example:
-
-    >>> check_meshes("meshes", {8: {"fsdp": 8}})
-    {'8': {'data': 1, 'fsdp': 8, 'model': 1}}
+        >>> check_meshes("meshes", {8: {"fsdp": 8}})
+        {'8': {'data': 1, 'fsdp': 8, 'model': 1}}
     """
     if not isinstance(value, dict):
         validation.raise_invalid(
@@ -101,9 +99,8 @@ def check_planned(name: str, value: Any) -> dict[str, dict[str, Any]]:
         ValueError: if an entry is invalid.
 
     Example:
-
-    >>> check_planned("planned", {8: {"rows": 2, "rematerialize": "full"}})
-    {'8': {'rows': 2, 'rematerialize': 'full'}}
+        >>> check_planned("planned", {8: {"rows": 2, "rematerialize": "full"}})
+        {'8': {'rows': 2, 'rematerialize': 'full'}}
     """
     if not isinstance(value, dict) or not all(str(n).isdecimal() for n in value):
         validation.raise_invalid(

@@ -114,10 +114,9 @@ class FinetuneConfig:
             ValueError: if a setting is invalid.
 
         Example:
-
-        >>> config = FinetuneConfig("nano", ("examples.jsonl",), lora_rank=4)
-        >>> config.train_config(steps=100).warmup_steps
-        3
+            >>> config = FinetuneConfig("nano", ("examples.jsonl",), lora_rank=4)
+            >>> config.train_config(steps=100).warmup_steps
+            3
         """
         rate = self.learning_rate
         if rate is None:
@@ -183,13 +182,12 @@ def open_run(
         OSError: if a file cannot be read.
 
     Example:
-
-    ```python
-    config = FinetuneConfig("nano", ("examples.jsonl",), lora_rank=4)
-    with open_run(config, RunOptions("runs/answers")) as trainer:
-        trainer.train()
-        export_model(trainer, config, (ADAPTERS, MODEL), replace=False)
-    ```
+        ```python
+        config = FinetuneConfig("nano", ("examples.jsonl",), lora_rank=4)
+        with open_run(config, RunOptions("runs/answers")) as trainer:
+            trainer.train()
+            export_model(trainer, config, (ADAPTERS, MODEL), replace=False)
+        ```
     """
     on_jax = keras.config.backend() == "jax"
     with _reading_preset(config):
@@ -388,9 +386,8 @@ def prompt_from_example(example: str | Mapping[str, Any]) -> Any:
         messages.
 
     Example:
-
-    >>> prompt_from_example({"prompt": "2 + 2 =", "response": "4"})
-    '2 + 2 ='
+        >>> prompt_from_example({"prompt": "2 + 2 =", "response": "4"})
+        '2 + 2 ='
     """
     if isinstance(example, str):
         return example[:60]

@@ -39,14 +39,13 @@ class InstructionData:
         ValueError: if the processes cannot share a batch evenly.
 
     Example:
-
-    >>> ones = np.ones((3, 4), "int32")
-    >>> arrays = {"token_ids": ones, "padding_mask": ones}, ones, ones
-    >>> data = InstructionData(arrays, batch_size=2, seed=0)
-    >>> data.steps(epochs=2)
-    3
-    >>> data.tokens(steps=1)
-    8
+        >>> ones = np.ones((3, 4), "int32")
+        >>> arrays = {"token_ids": ones, "padding_mask": ones}, ones, ones
+        >>> data = InstructionData(arrays, batch_size=2, seed=0)
+        >>> data.steps(epochs=2)
+        3
+        >>> data.tokens(steps=1)
+        8
     """
 
     def __init__(

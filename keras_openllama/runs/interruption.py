@@ -55,13 +55,12 @@ class StopRequest:
         signal: Name of the signal that was received, or `None`.
 
     Example:
-
-    >>> with StopRequest() as stop:
-    ...     for step in range(1, 3):
-    ...         if stop.requested(step):
-    ...             break
-    >>> print(stop.signal)
-    None
+        >>> with StopRequest() as stop:
+        ...     for step in range(1, 3):
+        ...         if stop.requested(step):
+        ...             break
+        >>> print(stop.signal)
+        None
     """
 
     def __init__(self):
@@ -117,11 +116,10 @@ class SkippedSteps:
         total: Number of skipped steps.
 
     Example:
-
-    >>> skipped = SkippedSteps(max_consecutive=10)
-    >>> skipped.record(1, applied=False, loss=float("nan"), grad_norm=1.0)
-    >>> skipped.total
-    1
+        >>> skipped = SkippedSteps(max_consecutive=10)
+        >>> skipped.record(1, applied=False, loss=float("nan"), grad_norm=1.0)
+        >>> skipped.total
+        1
     """
 
     def __init__(self, max_consecutive: int):

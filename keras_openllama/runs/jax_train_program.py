@@ -134,9 +134,8 @@ def abstract_arrays(arrays: Any) -> Any:
         The same tree of `jax.ShapeDtypeStruct`.
 
     Example:
-
-    >>> abstract_arrays({"scale": jax.numpy.ones(4)})["scale"].shape
-    (4,)
+        >>> abstract_arrays({"scale": jax.numpy.ones(4)})["scale"].shape
+        (4,)
     """
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), arrays

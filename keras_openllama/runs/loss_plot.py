@@ -92,11 +92,10 @@ def loss_figure(
         training loss against tokens in billions.
 
     Example:
-
-    >>> records = [{"step": n, "tokens": 64 * n, "loss": 9 / n} for n in range(1, 9)]
-    >>> figure = loss_figure([PlottedRun("nano", records)])
-    >>> figure.axes[0].get_ylabel()
-    'training loss (nats per token)'
+        >>> records = [{"step": 1, "tokens": 64, "loss": 9.0}]
+        >>> figure = loss_figure([PlottedRun("nano", records)])
+        >>> figure.axes[0].get_ylabel()
+        'training loss (nats per token)'
     """
     if not runs:
         raise ValueError("`runs` must not be empty. Pass at least one run.")
@@ -174,9 +173,8 @@ def exponential_average(values: Sequence[float], steps: int) -> np.ndarray:
         Array of float64 with the length of `values`; NaN before the first finite value.
 
     Example:
-
-    >>> exponential_average([4.0, 1.0], 2).tolist()
-    [4.0, 2.0]
+        >>> exponential_average([4.0, 1.0], 2).tolist()
+        [4.0, 2.0]
     """
     decay = 1 - 1 / steps
     average, weight = 0.0, 0.0

@@ -77,14 +77,13 @@ class RunLog:
         OSError: if the files cannot be written.
 
     Example:
-
-    >>> with RunLog("runs/3b_v3", from_step=0) as log:
-    ...     log.write_record({"step": 1, "loss": 10.4, "tokens": 4194304})
-    ...     log.write_record({"kind": "validation", "step": 1, "loss": 9.8})
-    ...     log.write_sample("sea", 1, "The captain looked at the sea and said, …")
-    ...     log.sync()
-    >>> read_metrics("runs/3b_v3")
-    [{'step': 1, 'loss': 10.4, 'tokens': 4194304}]
+        >>> with RunLog("runs/3b_v3", from_step=0) as log:
+        ...     log.write_record({"step": 1, "loss": 10.4, "tokens": 4194304})
+        ...     log.write_record({"kind": "validation", "step": 1, "loss": 9.8})
+        ...     log.write_sample("sea", 1, "The captain looked at the sea and said, …")
+        ...     log.sync()
+        >>> read_metrics("runs/3b_v3")
+        [{'step': 1, 'loss': 10.4, 'tokens': 4194304}]
     """
 
     def __init__(self, directory: PathLike, from_step: int):
@@ -231,10 +230,9 @@ def read_metrics(directory: PathLike) -> list[dict[str, Any]]:
         ValueError: if a line is not a record; the message names it.
 
     Example:
-
-    >>> losses = [
-    ...     record["loss"] for record in read_metrics("runs/3b_v3")
-    ... ]  # doctest: +SKIP
+        >>> losses = [
+        ...     record["loss"] for record in read_metrics("runs/3b_v3")
+        ... ]  # doctest: +SKIP
     """
     path = files.join(directory, METRICS)
     if not os.path.exists(path):

@@ -23,10 +23,9 @@ def make_optimizer(config: TrainConfig) -> keras.optimizers.Optimizer:
         The optimizer, not built yet.
 
     Example:
-
-    >>> from keras_openllama.runs.recipe import preset_recipe
-    >>> make_optimizer(preset_recipe("nano")).name
-    'adamw'
+        >>> from keras_openllama.runs.recipe import preset_recipe
+        >>> make_optimizer(preset_recipe("nano")).name
+        'adamw'
     """
     schedule = WarmupCosine(
         config.learning_rate,

@@ -86,12 +86,11 @@ def open_run(
         checkpoint_manager.CheckpointError: if checkpoints exist, but none is intact.
 
     Example:
-
-    ```python
-    resolved, data = resolve_recipe("nano"), PreparedData.open("data")
-    with open_run(resolved, data, RunOptions("runs/nano")) as trainer:
-        trainer.train()
-    ```
+        ```python
+        resolved, data = resolve_recipe("nano"), PreparedData.open("data")
+        with open_run(resolved, data, RunOptions("runs/nano")) as trainer:
+            trainer.train()
+        ```
     """
     if keras.config.backend() != "jax":
         raise RuntimeError(

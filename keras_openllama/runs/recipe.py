@@ -50,12 +50,11 @@ class Recipe(TrainConfig):
         ValueError: if a setting is invalid, or conflicts with another one.
 
     Example:
-
-    >>> recipe = preset_recipe("7b").replace(batch_size=1024)
-    >>> recipe.tokens_per_step
-    2097152
-    >>> recipe.mesh_for(256)
-    {'data': 4, 'fsdp': 64, 'model': 1}
+        >>> recipe = preset_recipe("7b").replace(batch_size=1024)
+        >>> recipe.tokens_per_step
+        2097152
+        >>> recipe.mesh_for(256)
+        {'data': 4, 'fsdp': 64, 'model': 1}
     """
 
     mixture: str | None = checked_field(
@@ -156,10 +155,9 @@ class ResolvedRecipe:
             The recipe with these settings, or `self` if nothing was planned.
 
         Example:
-
-        >>> resolved = resolve_recipe("7b_v2")
-        >>> resolved.for_devices(256).recipe.rematerialize
-        'products'
+            >>> resolved = resolve_recipe("7b_v2")
+            >>> resolved.for_devices(256).recipe.rematerialize
+            'products'
         """
         recipe, base = self.recipe, _resolved_preset(self.preset)
         plan = recipe.planned.get(str(num_devices))
@@ -246,9 +244,8 @@ def preset_recipe(preset: str) -> Recipe:
         ValueError: if there is no such preset, or it has no recipe.
 
     Example:
-
-    >>> preset_recipe("13b").learning_rate
-    0.00015
+        >>> preset_recipe("13b").learning_rate
+        0.00015
     """
     return resolve_recipe(preset).recipe
 
@@ -278,12 +275,11 @@ def resolve_recipe(
         OSError: if the file cannot be read.
 
     Example:
-
-    >>> resolved = resolve_recipe("7b", overrides={"steps": 20})
-    >>> resolved.recipe.warmup_steps
-    2
-    >>> resolved.sources["steps"]
-    'command line'
+        >>> resolved = resolve_recipe("7b", overrides={"steps": 20})
+        >>> resolved.recipe.warmup_steps
+        2
+        >>> resolved.sources["steps"]
+        'command line'
     """
     base = _resolved_preset(preset)
     recipe = base.recipe

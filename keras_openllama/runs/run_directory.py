@@ -70,9 +70,8 @@ def read_run(directory: PathLike) -> dict[str, Any] | None:
         ValueError: if the file is damaged, or of another format.
 
     Example:
-
-    >>> read_run("runs/3b_v3") is None
-    True
+        >>> read_run("runs/3b_v3") is None
+        True
     """
     path = files.join(directory, RUN)
     if not files.exists(path):

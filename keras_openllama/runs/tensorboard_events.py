@@ -143,9 +143,8 @@ def scalars_from_record(record: Mapping[str, Any], training: bool) -> dict[str, 
         Scalars by tag.
 
     Example:
-
-    >>> scalars_from_record({"step": 1, "loss": 2.5, "mfu": 0.3}, training=True)
-    {'train/loss': 2.5, 'speed/mfu': 0.3}
+        >>> scalars_from_record({"step": 1, "loss": 2.5, "mfu": 0.3}, training=True)
+        {'train/loss': 2.5, 'speed/mfu': 0.3}
     """
     if not training:
         tags = {f"validation/{name}": value for name, value in record.items()}

@@ -45,9 +45,8 @@ def peak_flops(device_kind: str) -> float | None:
         reports no MFU.
 
     Example:
-
-    >>> peak_flops("TPU v4")
-    275000000000000.0
+        >>> peak_flops("TPU v4")
+        275000000000000.0
     """
     return PEAK_FLOPS.get(device_kind)
 
@@ -80,9 +79,8 @@ def flops_per_token(
         Chowdhery et al., PaLM, appendix B (arXiv:2204.02311).
 
     Example:
-
-    >>> flops_per_token(6_738_415_616, 32, 32, 128, 2048)
-    43651719168
+        >>> flops_per_token(6_738_415_616, 32, 32, 128, 2048)
+        43651719168
     """
     attention = 12 * num_layers * num_query_heads * head_dim * sequence_length
     return 6 * parameters + attention
@@ -112,11 +110,10 @@ def speed_metrics(
         ValueError: if `seconds` or `chips` is not positive.
 
     Example:
-
-    >>> peak = peak_flops("TPU v4")
-    >>> speed = speed_metrics(2200 * 256, 1.0, 256, 43_651_719_168, peak)
-    >>> round(speed["mfu"], 3)
-    0.349
+        >>> peak = peak_flops("TPU v4")
+        >>> speed = speed_metrics(2200 * 256, 1.0, 256, 43_651_719_168, peak)
+        >>> round(speed["mfu"], 3)
+        0.349
     """
     for name, value in (("seconds", seconds), ("chips", chips)):
         if value <= 0:
@@ -147,14 +144,13 @@ class Clock:
         now: Function that returns the time in seconds.
 
     Example:
-
-    >>> clock = Clock()
-    >>> with clock.measure("data"):
-    ...     batch = [1, 2, 3]
-    >>> with clock.measure("compute"):
-    ...     loss = sum(batch)
-    >>> list(clock.step(applied=True))
-    ['data_seconds', 'compute_seconds', 'checkpoint_seconds', 'goodput']
+        >>> clock = Clock()
+        >>> with clock.measure("data"):
+        ...     batch = [1, 2, 3]
+        >>> with clock.measure("compute"):
+        ...     loss = sum(batch)
+        >>> list(clock.step(applied=True))
+        ['data_seconds', 'compute_seconds', 'checkpoint_seconds', 'goodput']
     """
 
     PARTS = ("data", "compute", "checkpoint")
