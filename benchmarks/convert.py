@@ -1,17 +1,17 @@
-"""Memory and time of converting a checkpoint from each format into each other.
+"""Memory and time of converting a checkpoint between each pair of formats.
 
-    python benchmarks/convert.py                # 3B-sized: 21 GB of disk free
-    python benchmarks/convert.py --layers 4     # a smaller run
+    python benchmarks/convert.py                # 3B: needs 21 GB of disk
+    python benchmarks/convert.py --layers 4     # smaller
 
-Writes a random float16 checkpoint of the shape of `open_llama_3b` in each format, then
-for each pair, one after the other and with the source in the page cache:
+Writes a random float16 checkpoint with the sizes of `open_llama_3b` in each format.
+Then for each pair, one after the other and with the source in the page cache:
 
-- copies the source as `shutil.copyfile` does, and has the copy put on the disk;
-- runs `keras-openllama convert`, the whole command, imports included, in a process of
-  its own. It puts what it writes on the disk, too.
+- copies the source with `shutil.copyfile`, and calls `fsync` on the copy;
+- runs `keras-openllama convert` in a new process, imports included. It calls `fsync` on
+  its output, too.
 
-Prints the seconds of both, their ratio, and the peak of resident memory, pages of
-mapped files counted in. The goals are 2.5 x the time of the copy and 2.5 GB.
+Prints the seconds of both, their ratio, and the peak resident memory, which includes
+pages of mapped files. The goals are 2.5 x the time of the copy, and 2.5 GB.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main():
 
 
 def write_checkpoint(directory, layers):
-    """A directory in transformers' format with random weights; returns its path."""
+    """Writes random weights in transformers' format; returns the directory."""
     arguments = validate_architecture(
         {**presets.find("open_llama_3b").config, "num_layers": layers}
     )
@@ -101,10 +101,10 @@ def write_checkpoint(directory, layers):
 
 
 def measure(source, directory, to, dtype, preset):
-    """Seconds of a copy and of a conversion, and the conversion's peak of memory."""
+    """Measures a copy and a conversion: seconds, and the conversion's peak memory."""
     target = directory / "target"
     read(source)
-    os.sync()  # Nothing else is on its way to the disk.
+    os.sync()  # No other data waits to be written.
     start = time.perf_counter()
     copy(source, target)
     copied = time.perf_counter() - start
@@ -124,7 +124,7 @@ def measure(source, directory, to, dtype, preset):
 
 
 def convert(source, target, to, dtype, preset):
-    """Runs the command; returns the peak of its resident memory in bytes."""
+    """Runs the command; returns its peak resident memory in bytes."""
     command = [sys.executable, "-m", "keras_openllama", "convert"]
     command += [str(source), str(target), "--to", to, "--no-tokenizer"]
     command += ["--dtype", dtype] if dtype else []
@@ -137,6 +137,7 @@ def convert(source, target, to, dtype, preset):
 
 
 def copy(source, target):
+    """Copies a file or a flat directory, and waits until it is on the disk."""
     if source.is_dir():
         target.mkdir()
     for path in files(source):
@@ -147,6 +148,7 @@ def copy(source, target):
 
 
 def files(path):
+    """All files of a checkpoint, in order."""
     if path.is_file():
         return [path]
     return sorted(p for p in path.rglob("*") if p.is_file())
@@ -157,7 +159,7 @@ def total_bytes(path):
 
 
 def read(path):
-    """Brings files into the page cache."""
+    """Reads files, so that they are in the page cache."""
     buffer = bytearray(16 << 20)
     for name in files(path):
         with open(name, "rb", buffering=0) as file:
@@ -170,6 +172,8 @@ def remove(path):
 
 
 def report(first, second, rounds):
+    """Prints a line of the table; returns the figures."""
+
     def median(key):
         return float(np.median([figures[key] for figures in rounds]))
 
@@ -179,7 +183,7 @@ def report(first, second, rounds):
     print(
         f"{first:<13} {second:<13} {copied:>5.1f} {converted:>9.1f} "
         f"{converted / copied:>7.2f} {memory / 1e9:>5.2f} GB"
-        f"{'' if met else '   BEYOND the goal'}",
+        f"{'' if met else '   misses the goal'}",
         flush=True,
     )
     return {"from": first, "to": second, "rounds": rounds}

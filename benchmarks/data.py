@@ -1,17 +1,16 @@
-"""How fast text becomes tokens, and tokens become batches.
+"""Speed of tokenization and of loading batches.
 
     python benchmarks/data.py [tokenize load seek memory] [--rounds 5]
 
-tokenize  One core, a vocabulary of 32,000 pieces (mistral-common's), the stand-in
-          mixture of stand_in_mixture.py: what writes shards, SentencePiece alone, and
-          transformers' fast tokenizer on the same vocabulary, by turns.
-load      Tokens per second from prepared data, in one process and through Grain's
-          workers.
-seek      The rows of step 200,000 over an index of 100 million synthetic documents,
-          from opening it on.
+tokenize  MB/s on one core, for a vocabulary of 32,000 (mistral-common's) and text of
+          stand_in_mixture.py: tokenization into shards, SentencePiece alone, and the
+          fast tokenizer of transformers with the same vocabulary.
+load      Tokens per second from prepared data, in one process and with Grain workers.
+seek      Seconds to open an index of 100 million synthetic documents and find the
+          sequences of step 200,000.
 memory    Resident memory while batches are read.
 
-The figures are medians; what is compared alternates in one run.
+The figures are medians. The contenders of a comparison alternate within one run.
 """
 
 import argparse
@@ -34,16 +33,18 @@ from keras_openllama.data.mixture import Interleaving, load
 from keras_openllama.data.sequence_index import BestFit, Concatenated
 from keras_openllama.data.token_stream import TokenStream
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core, as the others have.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core, as for the others.
 
-logging.getLogger("keras_openllama").setLevel(logging.ERROR)  # Epochs that end.
-LENGTH, BATCH, STEP = 2048, 2048, 200_000  # Rows of the 7B recipe; near its end.
+logging.getLogger("keras_openllama").setLevel(
+    logging.ERROR
+)  # Hides messages about the end of epochs.
+LENGTH, BATCH, STEP = 2048, 2048, 200_000  # Sequences of the 7B recipe, near its end.
 DOCUMENTS = 100_000_000
-TEXT_BYTES = 4 << 20  # Of each source, what is tokenized in a round.
+TEXT_BYTES = 4 << 20  # Text of each source that a round tokenizes.
 
 
 def specs():
-    """The stand-in mixture: dict by source of lists of paths."""
+    """Paths of the stand-in mixture, by source."""
     built = stand_in_mixture.build(stand_in_mixture.DEFAULT_CACHE)
     return {
         name: [str(p) for p in (paths if isinstance(paths, list) else [paths])]
@@ -52,13 +53,13 @@ def specs():
 
 
 def large_model():
-    """The bytes of a real model of 32,000 pieces that keeps spaces."""
+    """Bytes of a real SentencePiece model with 32,000 pieces that preserves spaces."""
     data = importlib.resources.files("mistral_common") / "data"
     return (data / "tokenizer.model.v1").read_bytes()
 
 
 def alternate(candidates, rounds):
-    """Seconds of each candidate (dict of functions), medians of rounds by turns."""
+    """Median seconds of each function of a dict; rounds alternate between them."""
     seconds = {name: [] for name in candidates}
     for _ in tqdm(range(rounds), disable=None, leave=False):
         for name, run in candidates.items():
@@ -69,6 +70,7 @@ def alternate(candidates, rounds):
 
 
 def tokenize(rounds):
+    """Prints MB/s of tokenization."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -97,7 +99,7 @@ def tokenize(rounds):
         settings = tokenizing.Settings(proto)
 
         def transformers():
-            # In batches, as its documentation advises; one call for all holds all.
+            # In batches: one call for all texts would hold all results.
             for start in range(0, len(texts), 64):
                 fast(texts[start : start + 64], add_special_tokens=False)
 
@@ -115,20 +117,21 @@ def tokenize(rounds):
     print(f"tokenizing {size:.1f} MB on one core")
     for name, value in seconds.items():
         rate = size / value
-        print(f"    {name:<22}{rate:>8.2f} MB/s; ours is {value / ours:.2f} x")
+        print(f"    {name:<22}{rate:>8.2f} MB/s; ours is {value / ours:.2f} x as fast")
 
 
 def prepared(folder):
-    """The stand-in mixture, prepared with nano's tokenizer."""
+    """Prepares the stand-in mixture with the tokenizer of nano."""
     from keras_openllama.data.preparation import prepare
 
     return prepare(specs(), "open_llama_nano", folder, "v2", report=lambda line: None)
 
 
 def load_batches(rounds):
+    """Prints tokens/s of reading batches."""
     with tempfile.TemporaryDirectory() as folder:
         data = prepared(folder)
-        print(f"loading, {LENGTH} tokens a row, 32 rows a batch")
+        print(f"loading, batches of 32 sequences of {LENGTH} tokens")
         for packing in ("concatenate", "best_fit"):
             stream = TokenStream(data, LENGTH, 32, packing=packing)
             seconds = []
@@ -151,21 +154,22 @@ def load_batches(rounds):
 
 
 def seek(rounds):
-    del rounds  # Once from the start is what counts.
+    """Prints seconds from opening an index to the sequences of a late step."""
+    del rounds  # Only the first time counts.
     names = load("v2").names
     weights = load("v2").weights_at(0)
     with tempfile.TemporaryDirectory() as folder:
         random = np.random.default_rng(0)
         paths = {}
-        for name in names:  # As many documents of each source as its weight.
+        for name in names:  # The documents of a source in proportion to its weight.
             count = int(DOCUMENTS * weights[name])
             lengths = random.lognormal(6.2, 1.1, count).clip(3, 200_000)
             paths[name] = Path(folder, name)
             lengths.astype("<u4").tofile(paths[name])
         size = sum(path.stat().st_size for path in paths.values())
         print(
-            f"seeking step {STEP:,} of {BATCH} rows over {DOCUMENTS:,} documents; "
-            f"index {size / 1e6:.0f} MB, {size / DOCUMENTS:.1f} bytes a document"
+            f"seeking step {STEP:,} of {BATCH} sequences over {DOCUMENTS:,} documents; "
+            f"index {size / 1e6:.0f} MB, {size / DOCUMENTS:.1f} bytes per document"
         )
         for packing in (Concatenated, BestFit):
             for attempt in ("first", "again") if packing is BestFit else ("first",):
@@ -190,9 +194,10 @@ def seek(rounds):
 
 
 def memory(rounds):
+    """Prints resident memory after every 1,000 batches."""
     with tempfile.TemporaryDirectory() as folder:
         stream = TokenStream(prepared(folder), LENGTH, 32, packing="best_fit")
-        print("resident memory while reading, 1,000 batches of 32 rows each")
+        print("resident memory while reading, 1,000 batches of 32 sequences each")
         for step in range(0, 1000 * rounds + 1, 1000):
             status = Path("/proc/self/status").read_text()
             resident = int(status.split("VmRSS:")[1].split()[0]) / 1024

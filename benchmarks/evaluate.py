@@ -1,20 +1,21 @@
-"""How many requests a second lm-evaluation-harness gets answered on a CPU.
+"""Requests per second of lm-evaluation-harness on a CPU.
 
     python benchmarks/evaluate.py
     python benchmarks/evaluate.py --contender ours/torch hf/torch --dtype bfloat16
 
-The requests are shaped like HellaSwag's: a text of 15 to 90 words, and four endings of
-8 to 30 words, here of random words. Every contender is the same random LLaMA with the
-same real tokenizer (that of mistral-common), in a process of its own, and answers
-`loglikelihood` of all requests, tokenization included: ours through the adapter
-`keras_openllama`, its export through the harness's own `hf`. They go by turns:
+The requests are shaped like HellaSwag's: a text of 15 to 90 random words, and four
+endings of 8 to 30 words. Every contender is the same random LLaMA with the same real
+tokenizer (mistral-common's) in its own process. It computes `loglikelihood` for all
+requests, including tokenization: this package through its harness model
+`keras_openllama`, and its export through the harness's own `hf`. Rounds alternate
+between the contenders:
 
     requests/s  median of the rounds
     ratio       to hf on PyTorch, the median of the rounds' ratios
 
-The batch is of rows of 512 tokens here, which requests share, and of requests for hf;
---hf-batch gives hf another one. The default size has 58 million parameters: width 512,
-8 layers, 32,000 pieces.
+A batch is 8 sequences of 512 tokens for this package, which several requests share,
+and 8 requests for hf; --hf-batch sets another batch for hf. The default model has 58
+million parameters: width 512, 8 layers, vocabulary 32,000.
 """
 
 import argparse
@@ -33,7 +34,7 @@ REFERENCE = "hf/torch"
 
 
 def requests(count, seed):
-    """Instances of the harness: `count` texts with four endings each."""
+    """Requests of the harness: `count` texts with four endings each."""
     from pydoc_data.topics import topics
 
     from lm_eval.api.instance import Instance
@@ -71,6 +72,7 @@ def make_model(options, directory):
 
 
 def ours(options):
+    """The harness model of this package."""
     from lm_eval.api.registry import get_model
 
     import keras_openllama.evaluation  # noqa: F401
@@ -81,6 +83,7 @@ def ours(options):
 
 
 def hf(options):
+    """The harness's own model for transformers."""
     from lm_eval.api.registry import get_model
 
     batch_size = options.hf_batch or options.batch
@@ -93,14 +96,14 @@ def hf(options):
 
 
 def work(contender, options):
-    """A worker: answers new requests as often as its standard input says."""
-    kind, answers = workers.begin(contender)
+    """Runs a worker: answers new requests for each line of standard input."""
+    kind, answers = workers.start_worker(contender)
     model = globals()[kind](options)
     seed = 0
 
     def run():
         nonlocal seed
-        seed += 1  # Else they would be answered from memory.
+        seed += 1  # The same requests would be answered from a cache.
         asked = requests(options.questions, seed)
         start = time.perf_counter()
         found = model.loglikelihood(asked, disable_tqdm=True)
@@ -112,12 +115,13 @@ def work(contender, options):
 
 
 def compare(options):
+    """Measures all contenders and prints the table."""
     rates = {name: [] for name in options.contender}
     with tempfile.TemporaryDirectory() as directory:
         model = str(Path(directory, "model"))
         make_model(options, model)
         flags = ("--model", model)
-        rounds = workers.by_turns(
+        rounds = workers.alternate(
             options.contender, options.rounds, *flags, script=__file__
         )
         for found in rounds:
@@ -131,7 +135,7 @@ def compare(options):
 
 
 def check_agreement(found, dtype):
-    """Refuses a comparison of contenders that do not compute the same."""
+    """Exits if the contenders compute different log-likelihoods."""
     totals = [result["total"] for result in found.values()]
     allowed = (1e-6 if dtype == "float32" else 1e-2) * abs(totals[0])
     if max(totals) - min(totals) > allowed:
@@ -146,7 +150,7 @@ def main(arguments=None):
         "--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS)
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=32, help="of a round")
+    parser.add_argument("--questions", type=int, default=32, help="questions per round")
     workers.add_sizes(parser)
     parser.add_argument("--hf-batch", type=int)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -1,27 +1,27 @@
-"""How fast and how large fine-tuning is on a CPU, here and elsewhere.
+"""Speed and memory of fine-tuning on a CPU, compared with KerasHub and PEFT.
 
     python benchmarks/finetune.py speed
     python benchmarks/finetune.py memory --rank 16 --length 256
 
-Every contender trains the same random LLaMA on the same random batch, AdamW, float32,
-in a process of its own. LoRA is on queries and values, which all of them choose by
-default. Ours and KerasHub's `LlamaCausalLM` run their own `fit` after their own
-`enable_lora` (KerasHub's adapters are larger: those of a matrix that is cut by heads);
-peft's adapters on transformers run PyTorch's usual loop.
+Every contender trains the same random LLaMA on the same random batch with AdamW in
+float32, in its own process. LoRA is on queries and values, the default of all of them.
+This package and KerasHub's `LlamaCausalLM` run `enable_lora` and `fit` (KerasHub's
+adapters are larger, because its kernels have an axis of heads); PEFT on transformers
+runs a plain PyTorch loop.
 
-`speed` lets contenders train adapters by turns, a few steps each:
+`speed` trains adapters. The contenders alternate, a few steps each:
 
     tokens/s   median of the rounds
     ratio      to KerasHub on JAX, the median of the rounds' ratios
 
-`memory` trains adapters, and then everything, a few steps, in MiB:
+`memory` trains adapters, and then all weights, for a few steps. In MiB:
 
-    imports    resident memory when all is imported
-    model      what building the model adds to that
-    training   what the peak of training, compilation included, adds to imports
-    estimate   what `keras_openllama.planning.finetune_memory` says training would add
+    imports    resident memory after the imports
+    model      what the model adds to that
+    training   what the peak of training, including compilation, adds to the imports
+    estimate   what `keras_openllama.planning.finetune_memory` estimates for training
 
-The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
+The default model has 58 million parameters: width 512, 8 layers, vocabulary 32,000.
 """
 
 import argparse
@@ -40,7 +40,7 @@ import train  # benchmarks/train.py
 SPEED = ("ours/jax", "keras_hub/jax", "peft/torch")
 MEMORY = ("ours/jax", "ours/torch", "peft/torch")
 REFERENCE = "keras_hub/jax"
-# What a contender imports before it builds anything.
+# What a contender imports before it builds a model.
 MODULES = {
     "ours": ("keras_openllama.models.causal_lm", "keras_openllama.optimizers"),
     "keras_hub": ("keras_hub",),
@@ -48,30 +48,34 @@ MODULES = {
 }
 
 
-# ----- The contenders: each returns a function that trains some steps, and the number
-# of parameters that it trains. A rank of 0 trains them all.
+# ----- The contenders. Each returns a function that trains a number of steps, and the
+# number of trained parameters. A rank of 0 trains all weights.
 
 
 def ours(options):
+    """This package."""
     lm = train.our_lm(options, options.rank, rematerialize=options.rematerialize)
     return train.fit_steps(lm, *train.batches(options)), trained(lm)
 
 
 def keras_hub(options):
+    """KerasHub."""
     lm = train.lm_of_keras_hub(options, options.rank)
     return train.fit_steps(lm, *train.batches(options)), trained(lm)
 
 
 def trained(lm):
+    """The number of trainable parameters of a Keras model."""
     return sum(math.prod(variable.shape) for variable in lm.trainable_variables)
 
 
 def peft(options):
+    """PEFT on transformers."""
     import peft
 
     model = train.model_of_transformers(options)
     if options.rank:
-        targets = ["q_proj", "v_proj"]  # peft's own choice for LLaMA.
+        targets = ["q_proj", "v_proj"]  # PEFT's default for LLaMA.
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.rank, target_modules=targets
         )
@@ -84,9 +88,9 @@ def peft(options):
 
 
 def work(contender, options):
-    """A worker: measures as often as its standard input says."""
-    kind, answers = workers.begin(contender)
-    # Compiled anew each time, since compilation takes memory, too.
+    """Runs a worker: measures for each line of standard input."""
+    kind, answers = workers.start_worker(contender)
+    # No cache of compiled programs: compilation needs memory, too.
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
     for module in MODULES[kind]:
         importlib.import_module(module)
@@ -102,15 +106,16 @@ def work(contender, options):
 
 
 def seconds(run, steps, _):
+    """Measures the time of some steps."""
     start = time.perf_counter()
     run(steps)
     return {"seconds": time.perf_counter() - start}
 
 
 def peak(run, steps, imports):
-    """Bytes: of the imports, what is there beside them, and the most while it runs."""
+    """Measures memory in bytes: imports, model, and the peak while training."""
     model = resident("VmRSS") - imports
-    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     run(steps)
     return {
         "imports": imports,
@@ -125,13 +130,14 @@ def resident(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
-# ----- What is compared
+# ----- Comparisons
 
 
 def compare_speed(options):
+    """Prints tokens/s of LoRA training."""
     rates, parameters = {name: [] for name in options.contender}, {}
     tokens = options.steps * options.batch * options.length
-    rounds = workers.by_turns(options.contender, options.rounds, script=__file__)
+    rounds = workers.alternate(options.contender, options.rounds, script=__file__)
     for found in rounds:
         for name, result in found.items():
             rates[name].append(tokens / result["seconds"])
@@ -144,6 +150,7 @@ def compare_speed(options):
 
 
 def compare_memory(options):
+    """Prints the memory of training adapters, and of training all weights."""
     columns = ("imports", "model", "training", "estimate")
     print(f"{'':20}{'parameters':>13}" + "".join(f"{c:>10}" for c in columns))
     for rank in (options.rank, 0):
@@ -160,6 +167,7 @@ def compare_memory(options):
 
 
 def estimated(options, rank, backend):
+    """The estimate of the planner, in bytes."""
     from keras_openllama.planning import finetune_memory
 
     return finetune_memory.estimate(
@@ -181,12 +189,14 @@ def main(arguments=None):
     parser.add_argument(
         "--contender", nargs="+", choices=sorted({*SPEED, *MEMORY, "keras_hub/torch"})
     )
-    parser.add_argument("--rank", type=int, default=8, help="of the adapters")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
     workers.add_sizes(parser)
     parser.add_argument(
-        "--rematerialize", default="none", help="of ours, on JAX (default: none)"
+        "--rematerialize",
+        default="none",
+        help="for this package on JAX (default: none)",
     )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

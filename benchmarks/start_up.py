@@ -1,11 +1,11 @@
-"""From a fresh process to the first generated token, here and in transformers.
+"""Time from starting a process to the first token, compared with transformers.
 
     python benchmarks/start_up.py [--rounds 7]
 
-Both load the same float16 file, presets/open_llama_nano, into float32 on the CPU, read
-the prompt with SentencePiece and generate greedily; the clock runs from before the
-interpreter starts until the first new token is known. Rounds alternate between the two,
-after one round that only warms the disk cache. The figures are medians.
+Both load the same float16 file, presets/open_llama_nano, into float32 on the CPU,
+tokenize the prompt with SentencePiece and generate greedily. The time is measured from
+before the interpreter starts to the first new token. Rounds alternate between the two,
+after one round that only warms the page cache. The figures are medians.
 """
 
 import argparse
@@ -23,8 +23,8 @@ WEIGHTS = ROOT / "presets" / "open_llama_nano"
 PROMPT = "The old man looked at the sea, and"
 STAGES = ("imports", "loading", "first token")
 
-# Each prints the moments at which its stages ended. Python's monotonic clock is the
-# machine's, so that they can be compared with the moment the process was started.
+# Each prints the times at which its stages ended. Python's monotonic clock is the same
+# for all processes of a machine, so the start of the process can be subtracted.
 OURS = f"""
 import time
 from keras_openllama import OpenLlamaCausalLM
@@ -71,7 +71,7 @@ print(moments)
 
 
 def measure(script, backend):
-    """Runs a script in a new process. Returns the seconds of each stage."""
+    """Runs a script in a new process; returns the seconds of each stage."""
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,

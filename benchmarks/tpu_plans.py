@@ -1,11 +1,11 @@
-"""Plans of each size for slices of TPUs: a table, and a picture; none of it was run.
+"""Plans of pretraining for slices of TPU v4: a table and a plot. Nothing was run.
 
     python benchmarks/tpu_plans.py
-        compiles what is not yet in docs/tpu_plans.json, a minute each, and writes the
-        table and the picture beside it
+        compiles the plans that are missing from docs/tpu_plans.json, a minute each, and
+        writes the table and the plot next to it
 
-The recipe's own choice of mesh, rows and memory is taken; `keras-openllama pretrain
---plan` compares it with its neighbours. Needs the extra `plan`.
+Mesh, micro-batch and rematerialization are those of the recipe; `keras-openllama
+pretrain --plan` compares them with alternatives. Needs the extra `plan`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from keras_openllama.planning.aot_compile import DoesNotFit
 from keras_openllama.runs import recipe
 from keras_openllama.utils import plots
 
-# A v4-8 has 8 cores, which are 4 chips. One preset of each size: v1 and v2 are alike.
+# A v4-8 has 8 cores on 4 chips. One preset of each size: v1 and v2 have the same sizes.
 SLICES = {
     "v4-8": "v4:2x2x1",
     "v4-16": "v4:2x2x2",
@@ -36,8 +36,12 @@ SLICES = {
     "v4-256": "v4:4x4x8",
     "v4-512": "v4:4x8x8",
 }
+NOTE = (
+    "Written by `benchmarks/tpu_plans.py`. These are plans: nothing was run on a TPU. "
+    "[TPUs](tpu.md) explains the columns and the assumptions."
+)
 PRESETS = ("3b_v3", "7b_v2", "13b")
-KEPT = (
+SAVED = (
     *("preset", "topology", "chips", "mesh", "rematerialize", "micro_batches"),
     *("peak_memory_bytes", "step_seconds", "matmul_seconds", "compute_seconds"),
     *("kernel_seconds", "collective_seconds", "exposed_collective_seconds"),
@@ -59,41 +63,43 @@ def main():
         plans = json.loads(path.read_text()) if path.exists() else {}
         recipes = {preset: recipe.preset_recipe(preset) for preset in options.presets}
     except ValueError as error:
-        parser.error(f"{error} (--presets, or what is in {path})")
+        parser.error(f"{error} (--presets, or the contents of {path})")
     for preset in options.presets:
         for name in options.slices:
             key = f"{preset} {name}"
-            # Where the recipe has no plan for so many chips the model does not fit.
+            # A recipe has no plan for a number of chips that the model does not fit on.
             if key not in plans and chips_of(name) in recipes[preset].planned:
                 plans[key] = planned(preset, SLICES[name])
                 path.write_text(json.dumps(plans, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(plans) + "\n")
+    page = f"# Plans for TPU v4\n\n{NOTE}\n\n{table(plans)}\n"
+    path.with_suffix(".md").write_text(page)
     draw(plans, path.with_suffix(".png"))
     print(table(plans))
 
 
 def chips_of(name):
-    """How many chips a slice has, as recipes have it: a string."""
+    """The number of chips of a slice, a string as in recipes."""
     _, _, shape = SLICES[name].partition(":")
     return str(math.prod(map(int, shape.split("x"))))
 
 
 def planned(preset, topology):
-    """The figures of a plan that are kept, or why there is none."""
+    """The saved figures of a plan, or the reason why it does not fit."""
     try:
         found = planning.plan(
             recipe.resolve_recipe(preset), topology, alternatives=False
         )
     except DoesNotFit as error:
         return {"reason": str(error)}
-    return {name: found[name] for name in KEPT}
+    return {name: found[name] for name in SAVED}
 
 
 def table(plans):
-    """Lines of Markdown."""
+    """The plans as a table in Markdown."""
     lines = [
-        "| plan | chips | data x fsdp | rows at a time | peak GiB | s/step | "
-        "around products | other | kernels | waiting | tokens/s/chip | MFU | days |",
+        "| plan | chips | data x fsdp | micro-batch per device | peak GiB | s/step | "
+        "matrix products | other | kernels | exposed communication | "
+        "tokens/s/chip | MFU | days |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, plan in plans.items():

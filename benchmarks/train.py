@@ -1,20 +1,20 @@
-"""How fast models train on a CPU, here and elsewhere, against the machine's own speed.
+"""Speed of training on a CPU, compared with KerasHub, transformers and the CPU's peak.
 
     python benchmarks/train.py
     python benchmarks/train.py --contender ours/jax keras_hub/jax --rounds 7
 
-Every contender trains the same random LLaMA on the same random batches, AdamW, float32,
-in a process of its own; they take turns, a few steps each. Ours runs `fit`'s step, once
-with the plain settings of `compile` and once as `pretrain` compiles it; KerasHub's
-`LlamaCausalLM` runs its own `fit`; transformers runs PyTorch's usual loop.
+Every contender trains the same random LLaMA on the same random batches with AdamW in
+float32, in its own process; they alternate, a few steps each. This package runs `fit`
+with the default settings of `compile`, and the train step that `pretrain` compiles.
+KerasHub's `LlamaCausalLM` runs `fit`. transformers runs a plain PyTorch loop.
 
     tokens/s   median of the rounds
     ratio      to KerasHub on JAX, the median of the rounds' ratios
-    of peak    FLOPs of the model's matrices (6 a parameter of those that multiply, and
-               those of causal attention) by the fastest matrix product of float32 that
-               JAX reaches here between the rounds
+    of peak    FLOP/s (6 per parameter and token without the embeddings, plus causal
+               attention) divided by the fastest float32 matrix product of JAX, measured
+               between the rounds
 
-The default size has 58 million parameters: width 512, 8 layers, 32,000 pieces.
+The default model has 58 million parameters: width 512, 8 layers, vocabulary 32,000.
 """
 
 import argparse
@@ -36,17 +36,18 @@ REFERENCE = "keras_hub/jax"
 
 
 def batches(options):
-    """An endless random batch: token ids and targets, `(batch, length)`."""
+    """A random batch: token ids and targets, int32 `(batch, length)`."""
     random = np.random.default_rng(0)
     shape = options.batch, options.length + 1
     ids = random.integers(3, options.vocabulary, shape, "int32")
     return ids[:, :-1], ids[:, 1:]
 
 
-# ----- The contenders: each returns a function that trains some steps.
+# ----- The contenders. Each returns a function that trains a number of steps.
 
 
 def keras_sizes(options):
+    """Arguments of the backbones of this package and KerasHub."""
     return dict(
         vocabulary_size=options.vocabulary,
         num_layers=options.layers,
@@ -58,6 +59,7 @@ def keras_sizes(options):
 
 
 def fit_steps(lm, x, y):
+    """Trains with `keras.Model.fit`."""
     import keras
 
     weights = np.ones(y.shape, "float32")
@@ -74,7 +76,7 @@ def fit_steps(lm, x, y):
 
 
 def our_lm(options, rank=0, **compiled):
-    """Our model; with adapters of some rank, and more settings of `compile`."""
+    """A model of this package, with LoRA adapters unless `rank` is 0."""
     from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
     from keras_openllama.optimizers import AdamW
 
@@ -86,15 +88,17 @@ def our_lm(options, rank=0, **compiled):
 
 
 def ours(options):
+    """`fit` of this package."""
     return fit_steps(our_lm(options), *batches(options))
 
 
 def pretrain(options):
+    """The train step of `pretrain`."""
     return compiled_steps(our_lm(options), options)
 
 
 def compiled_steps(lm, options):
-    """Steps by the program that `pretrain` and `finetune` compile for this device."""
+    """Trains with the program that `pretrain` and `finetune` compile."""
     import jax
 
     from keras_openllama.runs import jax_train_program
@@ -124,7 +128,7 @@ def compiled_steps(lm, options):
 
 
 def lm_of_keras_hub(options, rank=0):
-    """The same of KerasHub."""
+    """A model of KerasHub, with LoRA adapters unless `rank` is 0."""
     import keras
     import keras_hub
 
@@ -139,10 +143,12 @@ def lm_of_keras_hub(options, rank=0):
 
 
 def keras_hub(options):
+    """`fit` of KerasHub."""
     return fit_steps(lm_of_keras_hub(options), *batches(options))
 
 
 def model_of_transformers(options):
+    """The same model in transformers."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -158,11 +164,12 @@ def model_of_transformers(options):
 
 
 def transformers(options):
+    """A plain PyTorch loop on transformers."""
     return steps_of_torch(model_of_transformers(options), options)
 
 
 def steps_of_torch(model, options):
-    """PyTorch's usual loop, over what is to be trained of a model."""
+    """Trains the parameters that require gradients with a plain PyTorch loop."""
     import torch
 
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -181,7 +188,7 @@ def steps_of_torch(model, options):
 
 
 def peak(options):
-    """GFLOP/s of the best product, in the sizes of the feed-forward network."""
+    """FLOP/s of the best matrix product with the sizes of the feed-forward network."""
     import jax
     import jax.numpy as jnp
 
@@ -201,8 +208,8 @@ def peak(options):
 
 
 def work(contender, options):
-    """A worker: trains as often as its standard input says."""
-    kind, answers = workers.begin(contender)
+    """Runs a worker: trains for each line of standard input."""
+    kind, answers = workers.start_worker(contender)
     if kind == "peak":
         workers.serve(answers, lambda: peak(options))
         return
@@ -218,17 +225,18 @@ def work(contender, options):
 
 
 def flops_per_token(options):
-    """Of the matrices that multiply, and of causal attention: forward and backward."""
+    """FLOPs per token of matrix products and causal attention, forward and backward."""
     layer = 4 * options.width**2 + 3 * options.width * options.intermediate
     matrices = options.layers * layer + options.width * options.vocabulary
     return 6 * matrices + 6 * options.layers * options.width * options.length
 
 
 def compare(options):
+    """Measures all contenders and prints the table."""
     probe = workers.Worker("peak/jax", script=__file__)
     rates, peaks = {name: [] for name in options.contender}, []
     tokens = options.steps * options.batch * options.length
-    rounds = workers.by_turns(options.contender, options.rounds, script=__file__)
+    rounds = workers.alternate(options.contender, options.rounds, script=__file__)
     for found in rounds:
         peaks.append(probe.measure())
         for name, seconds in found.items():
@@ -238,6 +246,7 @@ def compare(options):
 
 
 def report(options, rates, best):
+    """Prints the table."""
     print(f"fastest matrix product: {best / 1e9:.0f} GFLOP/s")
     print(f"{'':22}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}")
     for name, values in rates.items():
@@ -255,7 +264,7 @@ def main(arguments=None):
         "--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS)
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
     workers.add_sizes(parser)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, which measure by turns."""
+"""Contenders in separate processes, which measure alternately."""
 
 import json
 import os
@@ -8,12 +8,12 @@ import sys
 
 
 class Worker:
-    """A contender's process, which runs a script; flags overrule those given to it.
+    """The process of a contender. It runs a script with this process's arguments.
 
     Args:
-        contender: string, such as `"ours/jax"`, which the script gets as `--work`.
-        *flags: strings, further words of its command line.
-        script: path.
+        contender: string, such as `"ours/jax"`, passed to the script as `--work`.
+        *flags: strings, further arguments, which override earlier ones.
+        script: path of the script.
     """
 
     def __init__(self, contender, *flags, script):
@@ -27,41 +27,43 @@ class Worker:
             text=True,
         )
         if self._process.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"This did not start: python {' '.join(command)}")
+            raise RuntimeError(f"The worker did not start: python {' '.join(command)}")
 
     def measure(self):
+        """Lets the worker measure once; returns its answer."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
     def close(self):
+        """Ends the process."""
         self._process.stdin.close()
         self._process.wait()
 
 
-def begin(contender):
-    """In a worker: chooses Keras's backend, before anything has imported Keras.
+def start_worker(contender):
+    """Selects the Keras backend in a worker, before Keras is imported.
 
     Returns:
-        The contender's kind, and the stream for `serve`.
+        The name of the contender without the backend, and the stream for `serve`.
     """
     kind, backend = contender.split("/")
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print is no answer.
+    os.dup2(2, 1)  # Output of libraries goes to stderr.
     return kind, answers
 
 
 def serve(answers, measure):
-    """In a worker: measures as often as its standard input says."""
+    """Calls `measure` in a worker for each line of standard input."""
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         print(json.dumps(measure()), file=answers, flush=True)
 
 
-def by_turns(contenders, rounds, *flags, script):
-    """Lets contenders measure by turns.
+def alternate(contenders, rounds, *flags, script):
+    """Starts the contenders and lets them measure alternately.
 
     Args:
         contenders: list of strings, see `Worker`.
@@ -69,7 +71,7 @@ def by_turns(contenders, rounds, *flags, script):
         *flags, script: see `Worker`.
 
     Yields:
-        Dict by contender of what it has measured in a round.
+        The measurements of a round, by contender.
     """
     from tqdm import tqdm
 
@@ -77,7 +79,7 @@ def by_turns(contenders, rounds, *flags, script):
         Worker(name, *flags, script=script) for name in tqdm(contenders, "start")
     ]
     for number in tqdm(range(rounds), "rounds"):
-        # In another order each time: whoever is first has the coolest machine.
+        # In another order each time: the first one runs on the coolest CPU.
         first = number % len(workers)
         turns = workers[first:] + workers[:first]
         yield {worker.name: worker.measure() for worker in turns}
@@ -86,12 +88,14 @@ def by_turns(contenders, rounds, *flags, script):
 
 
 def ratio(rates, name, reference):
-    """A contender's rate by that of the reference, the median of the rounds, as text.
+    """The rate of a contender divided by that of a reference, as text.
+
+    This is the median of the ratios of the rounds.
 
     Args:
-        rates: dict by contender of lists of rates, one a round.
+        rates: dict of contender -> list of rates, one per round.
         name: string, the contender.
-        reference: string; without it among the rates there is no ratio.
+        reference: string. If it has no rates, the result is empty.
     """
     if reference not in rates:
         return ""
@@ -100,7 +104,7 @@ def ratio(rates, name, reference):
 
 
 def add_sizes(parser):
-    """Adds the flags of a model's sizes to argparse's parser."""
+    """Adds the flags for the sizes of the model to a parser."""
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)

@@ -1,25 +1,25 @@
-"""Check and measure keras_openllama on one GPU, on JAX and on PyTorch.
+"""Test and benchmark keras_openllama on one GPU, on JAX and on PyTorch.
 
     python benchmarks/gpu_check
     python benchmarks/gpu_check --minutes 9 --json gpu_check.json
     python benchmarks/gpu_check --only parity-jax decode-3b
     python benchmarks/gpu_check --list
 
-Checks pass or fail: logits, tokens and gradients against transformers, attention
-kernels against the plain formula, and a run that is killed and resumed. Speeds are
-reported with their share of what the device can do, measured in the same run, and
-beside those of transformers. The exit code is 1 if a check failed, or if a part of
-this package broke.
+Checks pass or fail: logits, tokens and gradients compared with transformers, attention
+kernels compared with the plain formula, and a run that is killed and resumed. Speeds
+are reported with their share of the device's limits, measured in the same run, and
+compared with transformers. The exit code is 1 if a check failed, or if a part that runs
+this package raised an error.
 
-Each part is a process of its own: what breaks, hangs or runs out of memory ends that
-part alone. Checks run side by side, then speeds one after the other, in the order of
---only or of --list. A part that would begin after --minutes is skipped, and one that is
-running then is stopped; what it had measured by then counts. A check that meets its own
-limit, or that of --limit, fails: its other cases were not tried. The device's name, and
-shares of what it can do, come from the parts `device`: name them in --only, too.
+Each part is a separate process, so an error, a hang or a lack of memory ends that part
+only. Checks run in parallel, then speeds run one after the other, in the order of
+--only or --list. A part that would start after --minutes is skipped, and a running part
+is stopped then; its earlier results count. A check that reaches its time limit, or that
+of --limit, fails, because its other cases did not run. The name and the limits of the
+device come from the parts `device`: include them in --only.
 
-Without a GPU the same parts run at tiny sizes, which tests the parts themselves: what
-needs a GPU is skipped, and the speeds mean nothing.
+Without a GPU the same parts run at tiny sizes. That tests the parts themselves: what
+needs a GPU is skipped, and the speeds are meaningless.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import paths  # noqa: F401  First: the others import from the checkout.
+import paths  # noqa: F401  First: it makes the other imports work.
 import runner
 from parts import PARTS
 from tables import tables
@@ -56,23 +56,25 @@ def main(arguments=None):
         "--only",
         nargs="+",
         metavar="NAME",
-        help="names of parts, or beginnings of them",
+        help="names of parts, or prefixes of names",
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=7.0,
-        help="for all parts (default: %(default)s)",
+        help="time limit of all parts (default: %(default)s)",
     )
     parser.add_argument(
         "--limit",
         type=float,
         metavar="SECONDS",
-        help="for each part, if less than its own; a check that is stopped by it "
-        "fails, and on 16 cores attention and resume need over 60",
+        help="time limit of each part, if less than its own; a check that reaches it "
+        "fails, and attention and resume need over 60 on 16 cores",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results here")
-    parser.add_argument("--list", action="store_true", help="list the parts, and end")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to FILE"
+    )
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -80,7 +82,7 @@ def main(arguments=None):
         return runner.work(PARTS[options.work], Path(options.directory))
     chosen = choose(options.only, options.limit)
     if not chosen:
-        parser.error(f"--only names no part: {' '.join(options.only)}. See --list.")
+        parser.error(f"no part matches --only {' '.join(options.only)}. See --list.")
     if options.list:
         for part in chosen:
             print(f"{part.name:24}{part.kind:8}{part.text}")
@@ -100,7 +102,7 @@ def main(arguments=None):
 
 
 def choose(only, limit):
-    """Parts whose names begin so, in that order, with no more seconds than `limit`."""
+    """The parts whose names start with one of `only`, with at most `limit` seconds."""
     names = [n for start in only or [""] for n in PARTS if n.startswith(start)]
     parts = [PARTS[name] for name in dict.fromkeys(names)]
     if limit is None:
@@ -109,7 +111,7 @@ def choose(only, limit):
 
 
 def save(path, results):
-    """Writes what is known by now; a reader never sees half of it."""
+    """Writes the results so far; readers never see a partial file."""
     if path is not None:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(results, indent=1) + "\n")

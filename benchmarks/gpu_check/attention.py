@@ -1,4 +1,4 @@
-"""Attention as a device gets it against the plain formula in float32."""
+"""The attention kernels of a device, compared with the plain formula in float32."""
 
 import dataclasses
 
@@ -6,25 +6,25 @@ import numpy as np
 import results
 from parity import error
 
-LIMIT = 0.02  # Of the norm; bfloat16 itself rounds by up to 0.004.
+LIMIT = 0.02  # Relative to the norm; bfloat16 rounds by up to 0.004.
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes of heads, and what is in the rows of a batch."""
+    """Sizes of the heads, and the contents of the sequences."""
 
     name: str
     heads: int
     key_value_heads: int
     head_dim: int
-    documents: str  # "whole", "padded" or "packed"
+    documents: str  # "full", "padded" or "packed"
 
 
 CASES = (
-    Case("heads of 128", 4, 4, 128, "whole"),
+    Case("heads of 128", 4, 4, 128, "full"),
     Case("heads of 128, padding", 4, 4, 128, "padded"),
     Case("heads of 128, packed documents", 4, 4, 128, "packed"),
-    Case("heads of 100", 4, 4, 100, "whole"),
+    Case("heads of 100", 4, 4, 100, "full"),
     Case("heads of 100, packed documents", 4, 4, 100, "packed"),
     Case("grouped heads of 64, packed", 8, 2, 64, "packed"),
 )
@@ -32,7 +32,7 @@ ROWS, LENGTH = 2, 256
 
 
 def inputs(case):
-    """Query, key, value and gradient of the context; NumPy, float32."""
+    """Query, key, value and gradient of the output: NumPy, float32."""
     random = np.random.default_rng(0)
     counts = (case.heads, case.key_value_heads, case.key_value_heads, case.heads)
     return [
@@ -42,19 +42,20 @@ def inputs(case):
 
 
 def documents_of(case):
-    """Number of the document of each token, 0 on padding: int `(ROWS, LENGTH)`."""
+    """The document number of each token, 0 for padding: int32 `(ROWS, LENGTH)`."""
     documents = np.ones((ROWS, LENGTH), "int32")
     if case.documents == "packed":
         documents[0, LENGTH // 3 :] = 2
         documents[1, LENGTH // 2 :] = 2
-    if case.documents != "whole":
+    if case.documents != "full":
         documents[1, -LENGTH // 5 :] = 0
-    if case.documents == "padded":  # Before the text, too: a row that sees nothing.
+    if case.documents == "padded":  # Left padding too: rows of the mask that are empty.
         documents[0, : LENGTH // 5] = 0
     return documents
 
 
 def compare(case, found, expected):
+    """Checks values and gradients."""
     names = ("values", "query", "key", "value")
     errors = dict(zip(names, map(error, found, expected), strict=True))
     gradients = max(errors[name] for name in names[1:])
@@ -66,6 +67,7 @@ def compare(case, found, expected):
 
 
 def check_jax():
+    """Checks the kernels on JAX."""
     for case in CASES:
         tensors, documents = inputs(case), documents_of(case)
         kernel, text = on_jax(case, tensors, documents, "bfloat16")
@@ -75,14 +77,14 @@ def check_jax():
             results.skip(f"{case.name}: kernel", "cuDNN needs a GPU")
             continue
         missing = 2 - min(2, text.count("__cudnn$fmha"))
-        results.check(f"{case.name}: kernels of cuDNN missing", missing, 0)
+        results.check(f"{case.name}: missing cuDNN kernels", missing, 0)
 
 
 def on_jax(case, tensors, documents, dtype):
-    """Values and gradients, float32; and the compiled program as text.
+    """Returns values and gradients in float32, and the compiled program as text.
 
-    In bfloat16 the device's kernel; in float32 the plain formula, of what bfloat16 has
-    rounded.
+    bfloat16 uses the kernel of the device; float32 uses the plain formula, on inputs
+    that were rounded to bfloat16.
     """
     import jax
     import jax.numpy as jnp
@@ -114,6 +116,7 @@ def on_jax(case, tensors, documents, dtype):
 
 
 def check_torch():
+    """Checks the kernels on PyTorch."""
     import torch
 
     from keras_openllama.layers.attention import causal_attention, causal_mask
@@ -126,26 +129,27 @@ def check_torch():
         mask = causal_mask(positions, documents)
         real = (documents > 0)[:, None, :, None]
         plain = on_torch(lambda *heads, m=mask: formula(*heads, m), tensors, real)
-        with kernels_noted() as kernels:
+        with recorded_kernels() as kernels:
             found = on_torch(
                 lambda *heads, m=mask: causal_attention(*heads, m), tensors, real, True
             )
         compare(case, found, plain)
-        results.tell(f"{case.name}: kernel", ", ".join(kernels))
-        if case.documents == "whole":
-            with kernels_noted() as kernels:
+        results.info(f"{case.name}: kernel", ", ".join(kernels))
+        if case.documents == "full":
+            with recorded_kernels() as kernels:
                 found = on_torch(fused_causal_attention, tensors, real, True)
             values = error(found[0], plain[0])
-            results.check(f"{case.name}: of a prompt", values, LIMIT)
-            results.tell(f"{case.name}: kernel of a prompt", ", ".join(kernels))
+            results.check(f"{case.name}: prefill", values, LIMIT)
+            results.info(f"{case.name}: kernel of prefill", ", ".join(kernels))
 
 
 def device():
+    """PyTorch's name of the device."""
     return "cuda" if results.has_gpu() else "cpu"
 
 
 def on_torch(attend, tensors, real, is_bfloat16=False):
-    """As `on_jax`, without a program."""
+    """As `on_jax`, without the program."""
     import torch
 
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
@@ -160,7 +164,7 @@ def on_torch(attend, tensors, real, is_bfloat16=False):
 
 
 def formula(query, key, value, mask):
-    """Attention written out."""
+    """Attention by its formula."""
     import torch
 
     group = query.shape[1] // key.shape[1]
@@ -170,29 +174,29 @@ def formula(query, key, value, mask):
     return torch.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
-class kernels_noted:
-    """Notes which kernel `scaled_dot_product_attention` takes, in a block."""
+class recorded_kernels:
+    """Context manager: a list of the kernels of `scaled_dot_product_attention`."""
 
     def __enter__(self):
         from torch.nn import functional
 
-        self._theirs, kernels = functional.scaled_dot_product_attention, []
+        self._original, kernels = functional.scaled_dot_product_attention, []
 
-        def noting(*heads, **options):
+        def recording(*heads, **options):
             kernels.append(chosen(*heads, **options))
-            return self._theirs(*heads, **options)
+            return self._original(*heads, **options)
 
-        functional.scaled_dot_product_attention = noting
+        functional.scaled_dot_product_attention = recording
         return kernels
 
     def __exit__(self, *_):
         from torch.nn import functional
 
-        functional.scaled_dot_product_attention = self._theirs
+        functional.scaled_dot_product_attention = self._original
 
 
 def chosen(*heads, **options):
-    """The name of the kernel that PyTorch takes for these arguments."""
+    """The name of the kernel that PyTorch selects for these arguments."""
     import torch
     from torch.nn.attention import SDPBackend
 

@@ -1,23 +1,25 @@
-"""What the kernels of attention take, next to the plain formula."""
+"""Speed of the attention kernels, compared with the plain formula."""
 
 import results
 from timing import median_seconds
 
 
 def sizes():
-    """Rows, heads, length, head_dim."""
+    """Batch size, heads, length, head_dim."""
     return (4, 32, 2048, 128) if results.has_gpu() else (1, 2, 64, 16)
 
 
 def report(name, milliseconds):
+    """Reports a time, and the FLOP/s of causal attention."""
     rows, heads, length, head_dim = sizes()
-    # Forward two products, backward five, half of each hidden by causality.
+    # Two products forward, five backward; the causal mask halves each.
     flops = 7 * 2 * rows * heads * length**2 * head_dim / 2
     rate = f"{flops / milliseconds / 1e9:.0f} TFLOP/s"
     results.measure(f"{name}, forward and backward", milliseconds, "ms", rate)
 
 
 def on_jax():
+    """Measures on JAX."""
     import jax
     import jax.numpy as jnp
 
@@ -42,25 +44,26 @@ def on_jax():
         heads = (jnp.swapaxes(x, 1, 2) for x in heads)
         return jax.nn.dot_product_attention(*heads, implementation="cudnn", **options)
 
-    ways = {
-        "ours, as training takes it": lambda *x: kernel(*x, mask, documents),
-        "ours, as scoring takes it": lambda *x: causal_attention(*x, mask),
+    variants = {
+        "ours in training": lambda *x: kernel(*x, mask, documents),
+        "ours in scoring": lambda *x: causal_attention(*x, mask),
         "plain formula": lambda *x: dot_product_attention(*x, mask),
     }
     if results.has_gpu():
-        ways |= {
-            "cuDNN, mask alone": lambda *x: cudnn(*x, mask=mask),
-            "cuDNN, causal without mask": lambda *x: cudnn(*x, is_causal=True),
+        variants |= {
+            "cuDNN with a mask": lambda *x: cudnn(*x, mask=mask),
+            "cuDNN with is_causal, no mask": lambda *x: cudnn(*x, is_causal=True),
         }
-    for name, attend_so in ways.items():
+    for name, attend in variants.items():
         gradient = jax.jit(
-            jax.grad(lambda *x, f=attend_so: jnp.sum(f(*x), dtype="float32"), (0, 1, 2))
+            jax.grad(lambda *x, f=attend: jnp.sum(f(*x), dtype="float32"), (0, 1, 2))
         )
         run = lambda g=gradient: jax.block_until_ready([g(*inputs) for _ in range(5)])  # noqa: E731
         report(name, 1e3 * median_seconds(run) / 5)
 
 
 def on_torch():
+    """Measures on PyTorch."""
     import torch
     from attention import device, formula
 
@@ -79,12 +82,12 @@ def on_torch():
     ]
     mask = causal_mask(torch.arange(length, device=device())[None])
     mask = mask.expand(rows, 1, length, length)
-    ways = {
-        "ours, as training takes it": lambda *x: causal_attention(*x, mask),
-        "ours, as a prompt takes it": fused_causal_attention,
+    variants = {
+        "ours in training": lambda *x: causal_attention(*x, mask),
+        "ours in prefill": fused_causal_attention,
         "plain formula": lambda *x: formula(*x, mask),
     }
-    for name, attend in ways.items():
+    for name, attend in variants.items():
 
         def run(attend=attend):
             for _ in range(5):

@@ -1,4 +1,4 @@
-"""Tokens per second of greedy decoding, batches of 1, 8 and 64, and a long prompt."""
+"""Speed of greedy decoding with batches of 1, 8 and 64, and of a long prefill."""
 
 import statistics
 import time
@@ -9,15 +9,15 @@ import results
 from timing import median_seconds, seconds
 
 PROMPT, NEW = 64, 128
-SHORT = 32  # New tokens of the call that is subtracted, with prompt and start.
+SHORT = 32  # New tokens of the call whose time is subtracted.
 ROUNDS = 3
 
 
 def ours(model):
-    """Decoding by `OpenLlamaCausalLM.generate`.
+    """Measures `OpenLlamaCausalLM.generate`.
 
     Args:
-        model: string, the preset whose sizes a random model gets.
+        model: string, the preset whose sizes the random model has.
     """
     sizes = models.sizes(model)
     generate = our_generate(sizes)
@@ -27,21 +27,21 @@ def ours(model):
         results.measure(f"batch {batch}: first call", first, "s", "with compilation")
         times = []
         for _ in range(ROUNDS):
-            whole = seconds(lambda ids=ids: generate(ids, NEW))
-            times.append(whole - seconds(lambda ids=ids: generate(ids, SHORT)))
+            long = seconds(lambda ids=ids: generate(ids, NEW))
+            times.append(long - seconds(lambda ids=ids: generate(ids, SHORT)))
         report(sizes, batch, statistics.median(times))
         if batch == 1:
             report_prompt(sizes, generate)
 
 
 def prompt(model):
-    """The longest prompt alone, see `ours`."""
+    """Measures the longest prompt only, see `ours`."""
     sizes = models.sizes(model)
     report_prompt(sizes, our_generate(sizes))
 
 
 def our_generate(sizes):
-    """A random model's `generate`, of token ids and a number of new ones."""
+    """Returns a function of token ids and the number of new tokens."""
     start = time.perf_counter()
     lm = models.ours(sizes, "bfloat16")
     results.measure("random model", time.perf_counter() - start, "s")
@@ -54,7 +54,7 @@ def our_generate(sizes):
 
 
 def transformers(model):
-    """Decoding by transformers with a static cache, which it compiles on a GPU.
+    """Measures transformers with a static cache, compiled on a GPU.
 
     Source: https://huggingface.co/docs/transformers/llm_optims (static KV cache).
     """
@@ -80,8 +80,8 @@ def transformers(model):
     report_prompt(sizes, generate)
     for batch in batches():
         ids = prompts(sizes, batch, PROMPT)
-        # The size of the cache goes by the new tokens, and what is compiled by the
-        # cache: so the short call is the beginning of the long one.
+        # Another number of new tokens would change the size of the cache, and compile
+        # again. So the short call is the first part of the long one.
         times = []
         for number in range(ROUNDS + 2):
             watch = Stopwatch(PROMPT + SHORT)
@@ -102,7 +102,7 @@ def transformers(model):
 
 
 class Stopwatch:
-    """Notes when a sequence has so many tokens; stops nothing."""
+    """Stopping criterion that records when `length` is reached, and never stops."""
 
     def __init__(self, length):
         self.length, self.seen = length, None
@@ -118,28 +118,30 @@ class Stopwatch:
 
 
 def batches():
+    """The batch sizes."""
     return (1, 8, 64) if results.has_gpu() else (1, 4)
 
 
 def prompts(sizes, batch, length):
+    """Random token ids, int32 `(batch, length)`."""
     random = np.random.default_rng(0)
     return random.integers(3, sizes["vocabulary_size"], (batch, length), "int32")
 
 
 def report_prompt(sizes, generate):
-    """Seconds until the first token after the longest prompt."""
+    """Reports the seconds to the first token after the longest prompt."""
     length = sizes["max_sequence_length"] - 1
     ids = prompts(sizes, 1, length)
-    took = median_seconds(lambda: generate(ids, 1), ROUNDS)
-    results.measure(f"prompt of {length:,} tokens, one new", took, "s")
+    duration = median_seconds(lambda: generate(ids, 1), ROUNDS)
+    results.measure(f"prompt of {length:,} tokens, one new", duration, "s")
 
 
-def report(sizes, batch, took):
-    """A rate of decoding; `took` seconds for all new tokens but the first `SHORT`."""
-    rate = batch * (NEW - SHORT) / took
-    note = f"{1e3 * took / (NEW - SHORT):.2f} ms a step"
-    read = results.ceiling("read")
+def report(sizes, batch, duration):
+    """Reports tokens/s; `duration` is in seconds, for `NEW - SHORT` steps."""
+    rate = batch * (NEW - SHORT) / duration
+    note = f"{1e3 * duration / (NEW - SHORT):.2f} ms per step"
+    read = results.limit_of("read")
     if read:
         limit = batch * read / (2 * models.multiplied(sizes))
-        note += f", {rate / limit:.0%} of {limit:.0f}, all weights read once a step"
+        note += f", {rate / limit:.0%} of {limit:.0f}, all weights read once per step"
     results.measure(f"batch {batch}: decoding", rate, "tokens/s", note)

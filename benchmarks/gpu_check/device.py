@@ -1,4 +1,4 @@
-"""What the device is, and what it can do at most."""
+"""The device, and the limits of its speed."""
 
 import functools
 import importlib.metadata
@@ -7,35 +7,36 @@ import platform
 import results
 from timing import median_seconds
 
-REPEATS = 10  # Calls that are timed together, so that starting them does not count.
+REPEATS = 10  # Calls that are timed together, to hide the launch time.
 
 
 def sizes():
-    """Side of the matrices, and numbers of the array that is copied and read."""
+    """Side of the matrices, and size of the array that is copied and read."""
     return (8192, 1 << 30) if results.has_gpu() else (512, 1 << 22)
 
 
 def measure(product, copy, read, side, numbers):
-    """Times the three, each a callable that does it `REPEATS` times and waits."""
+    """Measures three functions, which run `REPEATS` times and wait."""
     flops = REPEATS * 2 * side**3 / median_seconds(product)
     copied = REPEATS * 2 * 2 * numbers / median_seconds(copy)
     read_rate = REPEATS * 2 * numbers / median_seconds(read)
     results.measure(f"product of {side} x {side}, bfloat16", flops / 1e12, "TFLOP/s")
-    results.measure("copy, read and written", copied / 1e9, "GB/s")
-    results.measure("read: the sum of an array", read_rate / 1e9, "GB/s")
-    results.keep_ceilings(flops=flops, read=max(read_rate, copied))
+    results.measure("copy: read and write", copied / 1e9, "GB/s")
+    results.measure("read: sum of an array", read_rate / 1e9, "GB/s")
+    results.save_limits(flops=flops, read=max(read_rate, copied))
 
 
 def on_torch():
+    """Measures on PyTorch."""
     import torch
 
-    tell_versions("torch", "triton", "transformers", "keras", "numpy")
+    report_versions("torch", "triton", "transformers", "keras", "numpy")
     device = "cuda" if results.has_gpu() else "cpu"
     if results.has_gpu():
         properties = torch.cuda.get_device_properties(0)
         memory = properties.total_memory / 2**30
-        results.tell("device", f"{properties.name}, {memory:.1f} GiB")
-        results.tell(
+        results.info("device", f"{properties.name}, {memory:.1f} GiB")
+        results.info(
             "CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
         )
     side, numbers = sizes()
@@ -62,12 +63,13 @@ def on_torch():
 
 
 def on_jax():
+    """Measures on JAX."""
     import jax
     import jax.numpy as jnp
 
-    tell_versions("jax", "jaxlib")
+    report_versions("jax", "jaxlib")
     device = jax.devices()[0]
-    results.tell("device", f"{device.device_kind}, {device.client.platform_version}")
+    results.info("device", f"{device.device_kind}, {device.client.platform_version}")
     side, numbers = sizes()
     keys = jax.random.split(jax.random.key(0), 3)
     a, b = (jax.random.normal(key, (side, side), "bfloat16") for key in keys[:2])
@@ -92,8 +94,9 @@ def on_jax():
     )
 
 
-def tell_versions(*names):
+def report_versions(*names):
+    """Reports the versions of Python and of packages."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    results.tell(
+    results.info(
         "versions", ", ".join([f"Python {platform.python_version()}", *versions])
     )

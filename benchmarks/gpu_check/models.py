@@ -1,10 +1,10 @@
-"""Random models at the sizes of presets, made on the device."""
+"""Random models with the sizes of presets, created on the device."""
 
 import results
 
 from keras_openllama import presets
 
-# What a CPU runs in a moment.
+# Runs quickly on a CPU.
 TINY = dict(
     vocabulary_size=512,
     num_layers=2,
@@ -24,13 +24,14 @@ def sizes(name):
 
 
 def ours(sizes, dtype):
+    """A model of this package."""
     from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 
     return OpenLlamaCausalLM(OpenLlamaBackbone(**sizes, dtype=dtype))
 
 
 def transformers(sizes, dtype, **options):
-    """The same of transformers, on the device."""
+    """The same model in transformers, on the device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +58,7 @@ def transformers(sizes, dtype, **options):
 
 
 def multiplied(sizes):
-    """Parameters that a step of decoding multiplies by: all but the embeddings."""
+    """The number of parameters that a decoding step multiplies: no embeddings."""
     heads = sizes["head_dim"] * (
         sizes["num_query_heads"] + sizes["num_key_value_heads"]
     )

@@ -1,4 +1,4 @@
-"""The network on the device against transformers' LLaMA on the CPU, in float32."""
+"""The network on the device, compared with transformers' LLaMA on the CPU."""
 
 import tempfile
 
@@ -12,13 +12,14 @@ from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.checkpoints.weight_names import weights
 
 NEW_TOKENS = 200
-# Of the norm of the reference. In float32 sums in another order differ by some 1e-6;
-# TF32 would by 3e-4.
+# Relative to the norm of the reference. In float32 another order of summation differs
+# by about 1e-6, and TF32 by 3e-4.
 LOGITS_LIMIT, GRADIENTS_LIMIT = 1e-5, 1e-4
-BFLOAT16_LIMIT = 1.5  # Our error by transformers' own.
+BFLOAT16_LIMIT = 1.5  # Error divided by that of transformers.
 
 
 def run():
+    """Checks two shapes."""
     for shape in SHAPES:
         if shape.name in ("head_dim_100", "grouped_heads"):
             theirs = in_transformers(shape)
@@ -27,6 +28,7 @@ def run():
 
 
 def compare(shape, theirs, directory):
+    """Checks logits, gradients and greedy tokens of one shape."""
     ours = as_ours(theirs, directory, dtype="float32")
     ids = batch(shape, batch_size=8, length=100)
     expected = logits_of_theirs(theirs, ids)
@@ -38,7 +40,7 @@ def compare(shape, theirs, directory):
     of_ours = error(logits(ours_bfloat16, ids), expected)
     of_theirs = error(logits_of_theirs(theirs.to(torch.bfloat16), ids), expected)
     results.check(
-        f"{shape}: bfloat16, error by theirs",
+        f"{shape}: bfloat16, error relative to transformers",
         of_ours / of_theirs,
         BFLOAT16_LIMIT,
         f"{of_ours:.1e} by {of_theirs:.1e}",
@@ -46,6 +48,7 @@ def compare(shape, theirs, directory):
 
 
 def compare_tokens(shape, ours, theirs):
+    """Checks greedy tokens."""
     prompts = batch(shape, batch_size=3, length=12, seed=1)
     outputs = ours.generate(
         {"token_ids": prompts, "padding_mask": np.ones_like(prompts)},
@@ -71,6 +74,7 @@ def compare_tokens(shape, ours, theirs):
 
 
 def compare_gradients(shape, ours, theirs, ids):
+    """Checks the gradients of all weights."""
     x, y = ids[:, :-1], ids[:, 1:]
     found = gradients(ours, x, y)
     theirs.float().zero_grad()
@@ -91,7 +95,7 @@ def compare_gradients(shape, ours, theirs, ids):
 
 
 def gradients(lm, x, y):
-    """Gradients of the mean loss by path of the variable, NumPy."""
+    """Gradients of the mean loss: dict of variable path -> NumPy array."""
     if keras.config.backend() == "jax":
         import jax
 
@@ -99,7 +103,7 @@ def gradients(lm, x, y):
 
         options = step.options_for_devices(step.TrainStepOptions())
 
-        # As one program: each operation by itself is compiled by itself.
+        # One program: otherwise every operation is compiled separately.
         @jax.jit
         def program(trainable, non_trainable, batch):
             return step.compute_gradients(lm, trainable, non_trainable, batch, options)[
@@ -120,15 +124,17 @@ def gradients(lm, x, y):
 
 
 def logits(lm, ids):
+    """Logits of this package, float32."""
     found = lm.score(ids)
     return keras.ops.convert_to_numpy(keras.ops.cast(found, "float32"))
 
 
 @torch.no_grad()
 def logits_of_theirs(model, ids):
+    """Logits of transformers, float32."""
     return model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy()
 
 
 def error(found, expected):
-    """The norm of the difference by that of what is expected."""
+    """The norm of the difference, relative to the norm of `expected`."""
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)

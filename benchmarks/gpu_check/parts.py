@@ -1,23 +1,24 @@
-"""The parts of the check, in their order."""
+"""The parts of the check, in order."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One process.
+    """A part, which is one process.
 
     Attributes:
         name: string.
-        text: string, what it answers.
+        text: string, what it checks or measures.
         kind: `"check"` or `"speed"`.
         backend: `"jax"` or `"torch"`.
         module: string, a module of this folder.
         function: string, a function of it.
         arguments: dict, for the function.
-        seconds: float, after which it is stopped, on a GPU.
-        ours: bool, whether it runs this package: an error then fails the check.
-        needs_gpu: bool, whether tiny sizes would make it the same as another part.
+        seconds: float, its time limit on a GPU.
+        ours: bool, whether it runs this package. If so, an error fails the check.
+        needs_gpu: bool, whether it is skipped without a GPU, because it would equal
+            another part at tiny sizes.
     """
 
     name: str
@@ -41,10 +42,10 @@ def _by_backend(name, text, kind, module, functions, **more):
 
 
 def _decode(size):
-    """Decoding at the sizes of a preset, by us and by transformers."""
+    """Decoding with the sizes of a preset, by this package and by transformers."""
     model = {"model": f"open_llama_{size}_v2"}
     more = {"arguments": model, "needs_gpu": size != "3b"}
-    text = f"tokens/s at the sizes of {size}_v2, bfloat16, greedy"
+    text = f"tokens/s with the sizes of {size}_v2, bfloat16, greedy"
     functions = {"jax": "ours", "torch": "ours", "transformers": "transformers"}
     return [
         dataclasses.replace(part, backend="torch", ours=False)
@@ -67,7 +68,7 @@ _ALL = [
     ),
     *_by_backend(
         "parity",
-        "logits, 200 greedy tokens and gradients are those of transformers",
+        "logits, 200 greedy tokens and gradients equal those of transformers",
         "check",
         "parity",
         {"jax": "run", "torch": "run"},
@@ -75,7 +76,7 @@ _ALL = [
     ),
     *_by_backend(
         "attention",
-        "the kernels that a GPU gets compute what attention is",
+        "the attention kernels of the device equal the plain formula",
         "check",
         "attention",
         {"jax": "check_jax", "torch": "check_torch"},
@@ -83,7 +84,7 @@ _ALL = [
     ),
     Part(
         "resume-jax",
-        "a fine-tuning run, killed and resumed, is the run that was not",
+        "a fine-tuning run that is killed and resumed equals one that was not",
         "check",
         "jax",
         "resume",
@@ -92,7 +93,7 @@ _ALL = [
     ),
     *_by_backend(
         "attention-speed",
-        "the kernels against the plain formula: 2,048 tokens, 32 heads of 128",
+        "attention kernels and the plain formula: 2,048 tokens, 32 heads of 128",
         "speed",
         "attention_speed",
         {"jax": "on_jax", "torch": "on_torch"},
@@ -101,7 +102,7 @@ _ALL = [
     *_decode("3b"),
     Part(
         "train-jax",
-        "tokens/s of the program of `pretrain`, 0.9 billion parameters",
+        "tokens/s of the train step of `pretrain`, 0.9 billion parameters",
         "speed",
         "jax",
         "training",
@@ -110,7 +111,7 @@ _ALL = [
     ),
     Part(
         "train-transformers",
-        "the same of transformers, compiled, autocast, fused AdamW",
+        "the same for transformers: compiled, autocast, fused AdamW",
         "speed",
         "torch",
         "training",
@@ -121,7 +122,7 @@ _ALL = [
     *_decode("7b"),
     Part(
         "prefill-3b-jax",
-        "the longest prompt alone, 2,047 tokens",
+        "prefill of 2,047 tokens",
         "speed",
         "jax",
         "decode",
@@ -131,7 +132,7 @@ _ALL = [
     ),
     Part(
         "lora-jax",
-        "tokens/s of training adapters of rank 8 on 3b_v2 in bfloat16",
+        "tokens/s of LoRA training, rank 8, on 3b_v2 in bfloat16",
         "speed",
         "jax",
         "training",

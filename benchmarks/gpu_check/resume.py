@@ -1,4 +1,4 @@
-"""A run on the device that is killed and resumed, against one that was not."""
+"""A run that is killed and resumed, compared with one that is not."""
 
 import importlib.util
 import json
@@ -12,46 +12,48 @@ import time
 import results
 
 NEEDED = ("matplotlib", "orbax", "tensorboardX", "tensorstore", "yaml")
-SECONDS = 150  # For one run.
-# XLA on a GPU sums into an array in no fixed order, and each process takes the kernels
-# that it finds fastest (with `--xla_gpu_deterministic_ops=true` a run crashed). What
-# rounds differently grows from step to step: so those right after resuming count.
+SECONDS = 150  # Time limit of a run.
+# On a GPU the order of XLA's scatter-adds is not fixed, and each process selects the
+# kernels that it measures as fastest (with `--xla_gpu_deterministic_ops=true` a run
+# crashed). Rounding differences grow with each step, so only the steps right after
+# resuming count.
 LIMIT, STEPS = 1e-5, 20
 
 
 def run():
+    """Runs three processes, of which one is killed and resumed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         results.skip("resume", f"not installed: {', '.join(missing)}")
         return
     data = results.directory() / "opposites.jsonl"
     data.write_text("".join(json.dumps(x) + "\n" for x in examples()))
-    whole, again, stopped = (
-        results.directory() / name for name in ("whole", "again", "stopped")
+    complete, again, stopped = (
+        results.directory() / name for name in ("complete", "again", "stopped")
     )
-    processes = [start(data, output) for output in (whole, again, stopped)]
+    processes = [start(data, output) for output in (complete, again, stopped)]
     try:
-        if not kill_when_under_way(processes[-1], stopped):
+        if not kill_in_the_middle(processes[-1], stopped):
             text = processes[-1].communicate()[0]
             raise RuntimeError(f"The run was not killed:\n{text}")
-        finish("whole", processes[0])
+        finish("complete", processes[0])
         text = finish("resumed", start(data, stopped))
-        finish("undisturbed second", processes[1])
+        finish("uninterrupted second", processes[1])
     finally:
         for process in processes:
             process.kill()
     found = re.search("Resuming from the checkpoint of step ([0-9]+)", text)
     results.check("resumed from a checkpoint: no", int(found is None), 0)
-    compare("an undisturbed second run", whole, again, 0)
+    compare("an uninterrupted second run", complete, again, 0)
     first = int(found[1])
-    error = compare("killed and resumed", whole, stopped, first)
-    limit = LIMIT if results.has_gpu() else 0.0  # A CPU's programs repeat to the bit.
+    error = compare("killed and resumed", complete, stopped, first)
+    limit = LIMIT if results.has_gpu() else 0.0  # Programs on a CPU are deterministic.
     name = f"killed and resumed: losses of the {STEPS} steps after it"
     results.check(name, error, limit, f"resumed at step {first}")
 
 
 def examples():
-    """What the run learns."""
+    """The training examples."""
     pairs = "hot cold,up down,big small,day night,good bad,rich poor,old young"
     for pair in pairs.split(","):
         a, b = pair.split()
@@ -59,12 +61,12 @@ def examples():
 
 
 def course():
-    """Epochs, the steps between checkpoints, and after how many it is killed."""
+    """Epochs, steps between checkpoints, and steps after which the run is killed."""
     return (200, 20, 30) if results.has_gpu() else (20, 5, 12)
 
 
 def start(data, output):
-    """A process of `keras-openllama finetune`: all weights of nano."""
+    """Starts `keras-openllama finetune` on all weights of nano."""
     epochs, save_every, _ = course()
     command = [
         *(sys.executable, "-m", "keras_openllama", "finetune", "--preset", "nano"),
@@ -81,7 +83,7 @@ def start(data, output):
     )
 
 
-def kill_when_under_way(process, output):
+def kill_in_the_middle(process, output):
     """Kills a run in the middle; returns whether it was still running."""
     log = output / "metrics.jsonl"
     *_, killed_after = course()
@@ -96,7 +98,7 @@ def kill_when_under_way(process, output):
 
 
 def finish(name, process):
-    """What a run printed."""
+    """Waits for a run; returns its output."""
     text, _ = process.communicate(timeout=SECONDS)
     if process.returncode:
         code = process.returncode
@@ -105,12 +107,13 @@ def finish(name, process):
 
 
 def losses(output):
+    """The logged losses: dict of step -> loss."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return {r["step"]: r["loss"] for r in map(json.loads, lines)}
 
 
 def compare(name, expected, found, first):
-    """Tells how far a run is from another.
+    """Reports the difference between two runs.
 
     Returns:
         The largest relative difference of losses in the `STEPS` steps after `first`.
@@ -120,7 +123,7 @@ def compare(name, expected, found, first):
 
     of_expected, of_found = losses(expected), losses(found)
     if list(of_expected) != list(of_found):
-        raise RuntimeError(f"{name}: not the same steps in the log.")
+        raise RuntimeError(f"{name}: the logs have different steps.")
     errors = {
         step: abs(of_found[step] - loss) / abs(loss)
         for step, loss in of_expected.items()
@@ -128,11 +131,11 @@ def compare(name, expected, found, first):
     (*_, last), _ = checkpoints(expected)
     expected, found = arrays(expected, last), arrays(found, last)
     different = sum(not np.array_equal(expected[k], found[k]) for k in expected)
-    alike = sum(error == 0 for error in errors.values())
+    equal = sum(error == 0 for error in errors.values())
     _, *_, end = of_expected.values()
-    results.tell(
-        f"{name}: to the bit",
-        f"{alike} of {len(errors)} losses, {len(expected) - different} of "
+    results.info(
+        f"{name}: bit-exact",
+        f"{equal} of {len(errors)} losses, {len(expected) - different} of "
         f"{len(expected)} arrays; largest difference of a loss "
         f"{max(errors.values()):.1e}; loss {next(iter(of_expected.values())):.3f} to "
         f"{end:.3f}",

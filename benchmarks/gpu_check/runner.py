@@ -1,4 +1,4 @@
-"""Runs parts, each in a process of its own, and gathers what they find."""
+"""Runs each part in its own process, and collects the results."""
 
 import concurrent.futures
 import contextlib
@@ -15,19 +15,19 @@ from pathlib import Path
 import results
 from tables import line
 
-LEAST_SECONDS = 15  # Heuristic: in less no part finds anything.
-LOG_LINES = 40  # Of what a broken part has printed.
+LEAST_SECONDS = 15  # Heuristic: no part has a result in less time.
+LOG_LINES = 40  # Shown of the output of a part that failed.
 
 
 def work(part, directory):
-    """In a part's process: runs the function of the part."""
-    results.begin(part, directory)
+    """Runs the function of a part, in the process of the part."""
+    results.start(part, directory)
     getattr(importlib.import_module(part.module), part.function)(**part.arguments)
     return 0
 
 
 def environment(part, has_gpu):
-    """Environment variables of a part's process."""
+    """Environment variables of the process of a part."""
     variables = {
         **os.environ,
         "GPU_CHECK_HAS_GPU": str(int(has_gpu)),
@@ -36,14 +36,14 @@ def environment(part, has_gpu):
         "PYTHONUNBUFFERED": "1",
     }
     if not has_gpu:
-        # What is tiny is computed sooner than threads are started.
+        # Tiny sizes take less time than starting threads.
         one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         variables |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", **one}
     elif part.backend == "torch":
-        # JAX, which the package imports, would take most of the GPU's memory.
+        # The package imports JAX, which would allocate most of the GPU's memory.
         variables["JAX_PLATFORMS"] = "cpu"
     if part.kind == "check":
-        # Checks share the GPU; and float32 is to be float32, not TF32.
+        # Checks share the GPU, and need float32 instead of TF32.
         variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         variables.setdefault("OMP_NUM_THREADS", "2")  # They share the cores, too.
         variables["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -52,8 +52,8 @@ def environment(part, has_gpu):
     return variables
 
 
-class Gathered:
-    """Results of all parts, printed and saved as they come; for several threads."""
+class Results:
+    """Results of all parts, printed and saved as they arrive. Thread-safe."""
 
     def __init__(self, save):
         self.all = []
@@ -68,37 +68,38 @@ class Gathered:
 
 
 def run(parts, directory, has_gpu, seconds, save):
-    """Runs parts: checks side by side, speeds one after the other.
+    """Runs parts: checks in parallel, speeds one after the other.
 
     Args:
         parts: list of `parts.Part`.
-        directory: path of a directory for what they share.
+        directory: path of a directory that they share.
         has_gpu: bool.
-        seconds: float, for all of them.
-        save: called with the list of results whenever there is another.
+        seconds: float, time limit of all parts.
+        save: function of the list of results, called after each new result.
 
     Returns:
-        List of dicts of `"part"`, `"kind"`, `"name"`, `"note"` and more by kind.
+        List of dicts with `"part"`, `"kind"`, `"name"`, `"note"` and, depending on the
+        kind, more.
     """
     deadline = time.monotonic() + seconds
-    gathered = Gathered(save)
+    collected = Results(save)
 
     def run_one(part):
         if part.needs_gpu and not has_gpu:
-            reason = "needs a GPU: at tiny sizes it is a part that ran already"
-            gathered.add(part, {"kind": "skipped", "name": "all", "note": reason})
+            reason = "needs a GPU: at tiny sizes it equals another part"
+            collected.add(part, {"kind": "skipped", "name": "all", "note": reason})
             return
         left = deadline - time.monotonic()
         if left < LEAST_SECONDS:
-            reason = "the time of --minutes is spent"
-            gathered.add(part, {"kind": "skipped", "name": "all", "note": reason})
+            reason = "the time of --minutes is over"
+            collected.add(part, {"kind": "skipped", "name": "all", "note": reason})
             return
-        _run(part, directory, has_gpu, left, gathered)
+        _run(part, directory, has_gpu, left, collected)
 
-    # A device's ceilings come first, since later parts are compared with them.
+    # The limits of the device come first: later parts are compared with them.
     first = [part for part in parts if part.name.startswith("device")]
     rest = [part for part in parts if part not in first]
-    # Without a GPU speeds mean nothing, and a part has one thread.
+    # Without a GPU speeds are meaningless, and a part has one thread.
     together = [part for part in rest if part.kind == "check" or not has_gpu]
     jobs = (os.cpu_count() or 1) // (2 if has_gpu else 1)
     for part in first:
@@ -108,11 +109,11 @@ def run(parts, directory, has_gpu, seconds, save):
     for part in rest:
         if part not in together:
             run_one(part)
-    return gathered.all
+    return collected.all
 
 
-def _run(part, directory, has_gpu, left, gathered):
-    # On a CPU, with few cores and other work, only the whole has a limit.
+def _run(part, directory, has_gpu, left, collected):
+    # On a CPU only the total time has a limit.
     limit = min(part.seconds, left) if has_gpu else left
     log = directory / f"{part.name}.log"
     script = str(Path(__file__).parent)
@@ -125,7 +126,7 @@ def _run(part, directory, has_gpu, left, gathered):
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
-            start_new_session=True,  # So that what it starts ends with it.
+            start_new_session=True,  # To end its child processes with it.
         )
     timed_out = threading.Event()
 
@@ -137,33 +138,33 @@ def _run(part, directory, has_gpu, left, gathered):
     timer.start()
     try:
         for text in process.stdout:
-            gathered.add(part, json.loads(text))
+            collected.add(part, json.loads(text))
         code = process.wait()
     finally:
         timer.cancel()
         _kill(process)
-    took = time.monotonic() - start
+    duration = time.monotonic() - start
     if timed_out.is_set():
         late = limit < part.seconds
-        gathered.add(part, _stopped(part, late, took, log))
+        collected.add(part, _stopped(part, late, duration, log))
     elif code:
         kind = "failed" if part.ours else "broken"
-        note = f"exit code {code} after {took:.0f} s\n{_end_of(log)}"
-        gathered.add(part, {"kind": kind, "name": "process", "note": note})
+        note = f"exit code {code} after {duration:.0f} s\n{_end_of(log)}"
+        collected.add(part, {"kind": kind, "name": "process", "note": note})
     else:
-        gathered.add(
+        collected.add(
             part,
-            {"kind": "measured", "name": "whole part", "value": took, "unit": "s"},
+            {"kind": "measured", "name": "total", "value": duration, "unit": "s"},
         )
 
 
-def _stopped(part, late, took, log):
-    """The result of a part that was stopped; `late` if all of the time was over."""
+def _stopped(part, late, duration, log):
+    """The result of a part that was stopped; `late` if the total time was over."""
     if late:
-        note = f"stopped after {took:.0f} s: the time of --minutes is spent"
+        note = f"stopped after {duration:.0f} s: the time of --minutes is over"
         return {"kind": "skipped", "name": "the rest", "note": note}
     kind = "failed" if part.kind == "check" else "broken"
-    note = f"stopped after {took:.0f} s, its limit\n{_end_of(log)}"
+    note = f"stopped after {duration:.0f} s, its limit\n{_end_of(log)}"
     return {"kind": kind, "name": "process", "note": note}
 
 

@@ -2,7 +2,7 @@
 
 
 def line(result):
-    """A result as a line, with what a broken part printed below it."""
+    """A result as a line, followed by the output of a part that failed."""
     first, *rest = (result.get("note") or "").split("\n")
     text = f"{result['kind']:9}{result['part']:24}{result['name']:44}{_value(result)}"
     return "\n".join([f"{text}  {first}".rstrip(), *("    | " + x for x in rest)])
@@ -21,13 +21,13 @@ def _number(value):
 
 
 def tables(results):
-    """All results by kind: what failed last, where the eye falls."""
+    """All results by kind; failures come last, where they are seen."""
     titles = {
-        "told": "The machine",
+        "info": "The machine",
         "measured": "Speeds",
         "skipped": "Skipped",
         "passed": "Passed",
-        "broken": "Peers and speeds that broke",
+        "broken": "Errors in transformers and in speeds",
         "failed": "Failed",
     }
     lines = []

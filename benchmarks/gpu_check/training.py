@@ -1,4 +1,4 @@
-"""Tokens per second of training, here and by transformers."""
+"""Speed of training, compared with transformers."""
 
 import gc
 import types
@@ -9,12 +9,12 @@ from timing import median_seconds
 
 import train  # benchmarks/train.py
 
-STEPS = 3  # Of a timed round.
-NOMINAL = 989e12  # FLOP/s of an H100 in bfloat16, dense, by NVIDIA's data sheet.
+STEPS = 3  # Steps of a timed call.
+NOMINAL = 989e12  # FLOP/s of an H100, bfloat16, dense; NVIDIA's data sheet.
 
 
 def sizes(batch=8, length=2048):
-    """As `benchmarks/train.py` has them: 0.94 billion parameters, or tiny ones."""
+    """Options for `benchmarks/train.py`: 0.94 billion parameters, or tiny sizes."""
     if not results.has_gpu():
         return types.SimpleNamespace(
             batch=2, length=64, width=64, layers=2, heads=4, intermediate=96,
@@ -26,8 +26,8 @@ def sizes(batch=8, length=2048):
     )  # fmt: skip
 
 
-def what_fits(measure):
-    """Calls `measure` with a batch, smaller ones where memory is too small."""
+def with_largest_batch(measure):
+    """Calls `measure` with a batch size, and with smaller ones if memory is short."""
     for batch in (8, 4, 2, 1):
         try:
             return measure(batch)
@@ -35,20 +35,20 @@ def what_fits(measure):
             text = f"{type(error).__name__}: {error}"
             if "RESOURCE_EXHAUSTED" not in text and "OutOfMemory" not in text:
                 raise
-            results.tell(f"batch {batch}", f"does not fit: {text.splitlines()[0][:90]}")
-        gc.collect()  # What did not fit.
-    raise MemoryError("Not even one row fits.")
+            results.info(f"batch {batch}", f"does not fit: {text.splitlines()[0][:90]}")
+        gc.collect()  # Frees the model that did not fit.
+    raise MemoryError("Not even one sequence fits.")
 
 
 def report(name, options, run, flops_per_token):
-    """Times a function that trains some steps."""
+    """Measures a function that trains a number of steps."""
     tokens = STEPS * options.batch * options.length
     rate = tokens / median_seconds(lambda: run(STEPS))
     flops = rate * flops_per_token
     note = f"{flops / 1e12:.0f} TFLOP/s"
     if results.has_gpu():
         note += f", {flops / NOMINAL:.0%} of 989"
-    fastest = results.ceiling("flops")
+    fastest = results.limit_of("flops")
     if fastest:
         note += f", {flops / fastest:.0%} of the fastest product"
     name = f"{name}: {options.batch} x {options.length}"
@@ -56,7 +56,7 @@ def report(name, options, run, flops_per_token):
 
 
 def ours():
-    """The program that `pretrain` compiles, in mixed_bfloat16."""
+    """The train step of `pretrain`, in mixed_bfloat16."""
     import keras
 
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -66,11 +66,11 @@ def ours():
         run = train.pretrain(options)
         report("pretraining", options, run, train.flops_per_token(options))
 
-    what_fits(measure)
+    with_largest_batch(measure)
 
 
 def lora():
-    """Adapters of rank 8 on a base in bfloat16, as `finetune` compiles the step."""
+    """The train step of `finetune`: adapters of rank 8, bfloat16 weights."""
     from keras_openllama.optimizers import AdamW
 
     base = models.sizes("open_llama_3b_v2")
@@ -83,14 +83,14 @@ def lora():
         lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[])
         run = train.compiled_steps(lm, options)
         attention = base["num_layers"] * base["hidden_dim"] * options.length
-        # Forward 2 a parameter, and backward 2, for the inputs alone.
-        report("adapters of rank 8", options, run, 4 * parameters + 6 * attention)
+        # 2 FLOPs per parameter forward, and 2 backward for the inputs.
+        report("LoRA of rank 8", options, run, 4 * parameters + 6 * attention)
 
-    what_fits(measure)
+    with_largest_batch(measure)
 
 
 def transformers():
-    """`torch.compile`, autocast to bfloat16, fused AdamW, the gradient clipped."""
+    """transformers: `torch.compile`, autocast, fused AdamW, gradient clipping."""
     import torch
 
     device = "cuda" if results.has_gpu() else "cpu"
@@ -120,4 +120,4 @@ def transformers():
 
         report("transformers", options, run, train.flops_per_token(options))
 
-    what_fits(measure)
+    with_largest_batch(measure)
