@@ -17,8 +17,8 @@ that train a model on it; this command evaluates a model on the held-out text:
 
 Training and held-out text are cleaned in the same way: markup, notes, headings and
 stage directions such as "(Applause.)" are removed; hard-wrapped lines and lines of
-verse are joined into one line per paragraph, with one line feed between paragraphs; curly
-quotes and dashes become ' " and --, as half of the sources have them already.
+verse are joined into one line per paragraph, with one line feed between paragraphs;
+curly quotes and dashes become ' " and --, as half of the sources have them already.
 """
 
 import argparse
