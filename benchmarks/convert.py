@@ -28,7 +28,7 @@ import numpy as np
 
 from keras_openllama import presets
 from keras_openllama.checkpoints import transformers, weight_names
-from keras_openllama.checkpoints.contents import Contents
+from keras_openllama.checkpoints.contents import ModelContents
 from keras_openllama.checkpoints.formats import FORMATS
 from keras_openllama.config import validate_architecture
 
@@ -77,7 +77,7 @@ def write_checkpoint(directory, layers):
     )
     random = np.random.default_rng(0)
     pool = random.standard_normal(1 << 24, np.float32).astype(DTYPE)
-    sizes = weight_names.sizes(arguments)
+    sizes = weight_names.axis_sizes(arguments)
 
     class Random:
         dtype = DTYPE
@@ -89,11 +89,11 @@ def write_checkpoint(directory, layers):
             return np.resize(pool, self.shape)
 
     tensors = {
-        row.path: Random(row.shape(sizes)) for row in weight_names.weights(layers)
+        row.path: Random(row.shape(sizes)) for row in weight_names.weight_specs(layers)
     }
     directory.mkdir()
-    contents = Contents(arguments, tensors)
-    for output in transformers.plan(contents, DTYPE, 2 << 30):
+    contents = ModelContents(arguments, tensors)
+    for output in transformers.plan_files(contents, DTYPE, 2 << 30):
         values = (tensors[path].array() for path in output.tensors)
         with open(directory / output.name, "wb") as file:
             output.write(file, values)

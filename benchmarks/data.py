@@ -79,7 +79,9 @@ def tokenize(rounds):
     proto = large_model()
     processor = tokenizing.processor_of(proto)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer_json.build(proto, starts=False))
+        tokenizer_object=Tokenizer.from_str(
+            tokenizer_json.build_tokenizer_json(proto, add_start_token=False)
+        )
     )
     with tempfile.TemporaryDirectory() as folder:
         texts = []

@@ -9,7 +9,7 @@ import torch
 from tiny_models import SHAPES, as_ours, batch, in_transformers  # tests/support
 
 from keras_openllama.backend.arrays import to_numpy
-from keras_openllama.checkpoints.weight_names import weights
+from keras_openllama.checkpoints.weight_names import weight_specs
 
 NEW_TOKENS = 200
 # Relative to the norm of the reference. In float32 another order of summation differs
@@ -88,7 +88,7 @@ def compare_gradients(shape, ours, theirs, ids):
         row.transformers: error(
             found[row.path], parameters[row.transformers].grad.numpy()
         )
-        for row in weights(shape.num_layers)
+        for row in weight_specs(shape.num_layers)
     }
     worst = max(errors, key=errors.get)
     results.check(f"{shape}: gradients", errors[worst], GRADIENTS_LIMIT, worst)

@@ -1,5 +1,6 @@
-"""Weights in files: the formats, and what they share.
+"""Checkpoint formats.
 
-One module per format reads and writes it: `transformers`, `keras_hub`, `easylm`,
-`peft`; `training_run` is read only. The container formats are in `files`.
+One module per format reads and writes it: `transformers`, `keras_hub`, `easylm` and
+`peft`. `training_run` reads the checkpoints of a training run, which `runs` writes. The
+container formats (safetensors, PyTorch's zip files, msgpack) are in `files`.
 """

@@ -1,23 +1,38 @@
-"""Large NumPy arrays: turned, cast and written a block at a time.
+"""Transposes, casts and writes large NumPy arrays, one block at a time.
 
-NumPy turns a matrix row by row, and so fetches each line of the cache once for each of
-its elements. By tiles it is four times as fast (`benchmarks/README.md`).
+NumPy copies a transposed matrix row by row, so it loads each cache line once for every
+element of the line. Copying it in tiles is four times as fast
+(`benchmarks/README.md`).
 """
+
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from keras_openllama.checkpoints.formats import DTYPES as FLOATS
 from keras_openllama.checkpoints.tensors import numpy_dtype
 
-# Ours: a tile of 16-bit numbers, 64 KB, stays in a core's cache; measured best of 32
-# to 256 rows and columns.
+# A tile of 16-bit numbers takes 64 KB and fits into a core's cache. This was the
+# fastest of all combinations of 32 to 256 rows and columns.
 _TILE_ROWS, _TILE_COLUMNS = 128, 256
-_BLOCK_BYTES = 8 << 20  # Ours: what is cast and written at once.
+_BLOCK_BYTES = 8 << 20  # Heuristic: how much is cast and written at a time.
 
 
-def contiguous(array):
-    """The array with its last axis varying fastest; itself where it is so already."""
+def contiguous(array: NDArray) -> NDArray:
+    """Returns the array in C order, without a copy if it is contiguous already.
+
+    Args:
+        array: Array of any shape. A transposed matrix is copied in tiles.
+
+    Returns:
+        C-contiguous array of the same shape and values.
+
+    Example:
+        >>> contiguous(np.arange(6).reshape(2, 3).T).flags.c_contiguous
+        True
+    """
     if array.ndim != 2 or array.strides[0] >= array.strides[1]:
         return np.ascontiguousarray(array)
     result = np.empty(array.shape, array.dtype)
@@ -29,43 +44,75 @@ def contiguous(array):
     return result
 
 
-def write(file, array, shape, dtype):
-    """Writes an array's elements, the last axis varying fastest.
+def write_array(
+    file: BinaryIO, array: NDArray, shape: tuple[int, ...], dtype: str
+) -> None:
+    """Writes the elements of an array in C order.
 
     Args:
-        file: binary file, open for writing.
-        array: NumPy array of floats. Some MB of it are copied at a time.
-        shape: tuple of ints, the shape that is stated for it elsewhere in the file.
-        dtype: name of the dtype to write.
+        file: Binary file that is open for writing.
+        array: Array of floats. A few MB of it are copied at a time.
+        shape: The shape that the header of the file declares for it.
+        dtype: Name of the dtype to write.
 
     Raises:
-        ValueError: if the shape is another one, or a value is beyond the dtype's range.
-        OSError: if the file cannot be written.
+        ValueError: If the array has another shape, or a value exceeds the range of the
+            dtype.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> with open("numbers", "wb") as file:
+        ...     write_array(file, np.ones((2, 3), "float32"), (2, 3), "float16")
+        >>> np.fromfile("numbers", "float16").tolist()
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     if array.shape != tuple(shape):
-        raise ValueError(f"it has shape {array.shape}, and {tuple(shape)} is stated")
+        raise ValueError(f"it has shape {array.shape}, expected {tuple(shape)}")
     array = np.atleast_1d(array)
     for block in row_blocks(array):
         rows = array[block]
-        # A copy in any case: by the time that a thread writes it, a mapped file's pages
-        # have been given back, and would come again and stay. Turned before it is cast:
-        # a cast across lines of the cache is slow.
+        # Always copied: when a thread writes the block, the pages of a mapped file have
+        # been released, and would be read again and stay in memory. Transposed before
+        # the cast, since a strided cast is slow.
         rows = rows.copy() if rows.flags.c_contiguous else contiguous(rows)
         file.write(_as_bytes(cast(rows, numpy_dtype(dtype))))
 
 
-def row_blocks(array):
-    """Slices of the first axis, each of at most some MB and of whole tiles."""
+def row_blocks(array: NDArray) -> list[slice]:
+    """Splits the first axis of an array into blocks of a few MB.
+
+    Args:
+        array: Array of at least one axis.
+
+    Returns:
+        Slices of the first axis. All but the last are multiples of the tile size.
+
+    Example:
+        >>> row_blocks(np.zeros((30_000, 50)))
+        [slice(0, 20864, None), slice(20864, 41728, None)]
+    """
     row_bytes = max(1, array.nbytes // max(1, len(array)))
     rows = max(_TILE_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS)
     return [slice(start, start + rows) for start in range(0, len(array), rows)]
 
 
-def cast(array, dtype):
-    """Casts to a dtype that can hold the values.
+def cast(array: NDArray, dtype: DTypeLike) -> NDArray:
+    """Casts an array, and raises an error if a value overflows.
+
+    Args:
+        array: Array of floats.
+        dtype: A floating-point dtype.
+
+    Returns:
+        Array of the same shape; the array itself if it has the dtype already.
 
     Raises:
-        ValueError: if a number becomes infinite by it.
+        ValueError: If a finite value becomes infinite.
+
+    Example:
+        >>> cast(np.array([1e6]), "float16")
+        Traceback (most recent call last):
+        ValueError: it has values beyond float16's range of ±65504; use ...
     """
     dtype = np.dtype(dtype)
     if array.dtype == dtype:
@@ -78,14 +125,14 @@ def cast(array, dtype):
         largest = float(ml_dtypes.finfo(dtype).max)
         others = [f"dtype='{other}'" for other in FLOATS if other != name]
         raise ValueError(
-            f"it has values beyond {name}'s range of ±{largest:.6g}; take "
+            f"it has values beyond {name}'s range of ±{largest:.6g}; use "
             f"{' or '.join(others)}"
         )
     return result
 
 
-def check_range(array, dtype):
-    """Raises a `ValueError` if a number of the array is beyond the dtype's range."""
+def check_range(array: NDArray, dtype: DTypeLike) -> None:
+    """Raises a `ValueError` if a finite value exceeds the range of a dtype."""
     array = np.atleast_1d(array)
     for block in row_blocks(array):
         cast(contiguous(array[block]), dtype)
@@ -94,7 +141,7 @@ def check_range(array, dtype):
 def _infinite(array):
     if array.dtype.itemsize != 2:
         return np.isinf(array)
-    # By its bits: NumPy would make float32 of each number first.
+    # Compares bits, since NumPy would convert every number to float32 first.
     bits = array.view(np.uint16) & 0x7FFF
     return bits == np.array(np.inf, array.dtype).view(np.uint16)
 

@@ -1,108 +1,124 @@
-"""What a model consists of, wherever it is: what every export starts from."""
+"""The contents of a model, in memory or in files: the input of every export."""
+
+from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.checkpoints import weight_names
-from keras_openllama.checkpoints.matching import listed
-from keras_openllama.checkpoints.tensors import dense_bytes
+from keras_openllama.checkpoints.matching import format_names
+from keras_openllama.checkpoints.tensors import ReadableTensor, dense_bytes
 from keras_openllama.layers.lora import adapted_layers, merged_kernel
 from keras_openllama.text.sentencepiece_model import check_vocabulary
 
-# The preprocessor's settings that go along.
-PREPROCESSING = ("sequence_length", "add_start_token", "add_end_token")
+if TYPE_CHECKING:
+    import keras
+
+    from keras_openllama.utils.types import PathLike
+
+# The settings of the preprocessor that are exported with a model.
+PREPROCESSOR_SETTINGS = ("sequence_length", "add_start_token", "add_end_token")
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents:
-    """A model that is about to be written somewhere.
+class ModelContents:
+    """A model that is going to be exported.
 
     Attributes:
-        arguments: dict, as `config.validate_architecture` returns.
-        tensors: dict of `tensors.ReadableTensor`s by variable path, in the order of
-            `weight_names.weights`.
-        tokenizer: bytes of the SentencePiece model, or `None`.
-        origin: string, what the weights were loaded from, see `loading.load.origin`;
-            `None` for those that were made here.
-        control_ids: pair of ints, the tokens of start and end, where there is no
-            tokenizer that says so.
-        preprocessing: dict, settings of the preprocessor, some of `PREPROCESSING`.
-        paths: tuple of paths that are read, and so must not be written to.
+        arguments: Arguments of `OpenLlamaBackbone`, from `validate_architecture`.
+        tensors: The weights by variable path, in the order of
+            `weight_names.weight_specs`.
+        tokenizer: The serialized SentencePiece model, if any.
+        origin: What the weights were loaded from, see `loading.load.describe_origin`;
+            `None` for a model that was initialized at random.
+        control_ids: Ids of the start and end tokens, used if there is no tokenizer.
+        preprocessing: Settings of the preprocessor, some of `PREPROCESSOR_SETTINGS`.
+        paths: Paths that are read, which the export must not replace.
     """
 
-    arguments: dict
-    tensors: dict
+    arguments: dict[str, Any]
+    tensors: Mapping[str, ReadableTensor]
     tokenizer: bytes | None = None
     origin: str | None = None
-    control_ids: tuple = (1, 2)
-    preprocessing: dict = dataclasses.field(default_factory=dict)
-    paths: tuple = ()
+    control_ids: tuple[int, int] = (1, 2)
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    paths: tuple[PathLike, ...] = ()
 
     @property
-    def parameters(self):
+    def parameters(self) -> int:
         """Number of parameters."""
-        sizes = weight_names.sizes(self.arguments)
-        rows = weight_names.weights(self.arguments["num_layers"])
+        sizes = weight_names.axis_sizes(self.arguments)
+        rows = weight_names.weight_specs(self.arguments["num_layers"])
         return sum(int(np.prod(row.shape(sizes))) for row in rows)
 
-    def dtype(self):
-        """Name of the dtype that all tensors have.
+    def dtype(self) -> str:
+        """Returns the name of the dtype that all tensors have.
 
         Raises:
-            ValueError: if they have several.
+            ValueError: If they have several dtypes.
         """
         counts = collections.Counter(t.dtype for t in self.tensors.values())
         if len(counts) > 1:
             found = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise ValueError(
-                f"The tensors are of several dtypes ({found}), and one is written: "
+                f"The tensors have several dtypes ({found}), and an export has one: "
                 "choose it with `dtype`."
             )
         return next(iter(counts))
 
 
 class LiveTensor:
-    """A weight of a model in memory, a `tensors.ReadableTensor`.
+    """A weight of a model in memory, as a `tensors.ReadableTensor`.
 
     Args:
-        variable: `keras.Variable`.
-        layer: its layer, if that has LoRA adapters to be merged into it.
+        variable: The weight.
+        layer: Its layer, if LoRA adapters of the layer are to be merged into it.
     """
 
-    def __init__(self, variable, layer=None):
+    def __init__(
+        self, variable: keras.Variable, layer: keras.layers.Layer | None = None
+    ):
         self.name = variable.path
         self.dtype = variable.dtype
         self.nbytes = dense_bytes(variable.shape, self.dtype)
         self._variable = variable
         self._layer = layer
 
-    def array(self):
-        """The weight as a NumPy array, gathered from all devices; on a CPU no copy."""
+    def array(self) -> np.ndarray:
+        """Returns the weight, gathered from all devices; on a CPU without a copy."""
         if self._layer is None:
             return as_numpy(self._variable.value)
-        return merged_kernel(self._layer)  # float32: whoever writes it casts it.
+        return merged_kernel(self._layer)  # In float32; the writer casts it.
 
-    def touch(self):
-        """It is in memory."""
+    def prefetch(self) -> None:
+        """Does nothing: the weight is in memory."""
 
-    def drop(self):
-        """It stays there."""
+    def release(self) -> None:
+        """Does nothing: the model owns the memory."""
 
 
-def of_model(lm):
-    """The contents of a model in memory. LoRA adapters are merged as they are read.
+def contents_of_model(lm: keras.Model) -> ModelContents:
+    """Returns the contents of a model in memory.
+
+    LoRA adapters are merged into a weight when it is read.
 
     Args:
         lm: `OpenLlamaCausalLM`.
 
     Returns:
-        `Contents`.
+        Its contents.
 
     Raises:
-        ValueError: if the model is quantised, or its tokenizer another model's.
+        ValueError: If the model is quantized, or its tokenizer does not match it.
+
+    Example:
+        >>> contents_of_model(lm).dtype()
+        'float32'
     """
     arguments = lm.backbone.architecture()
     adapted = {layer.path: layer for layer in adapted_layers(lm)}
@@ -111,15 +127,15 @@ def of_model(lm):
         layer, _, name = weight.path.rpartition("/")
         if layer not in adapted or not name.startswith("lora_"):
             own[weight.path] = LiveTensor(weight, adapted.get(layer))
-    rows = weight_names.weights(arguments["num_layers"])
+    rows = weight_names.weight_specs(arguments["num_layers"])
     unnamed = set(own) ^ {row.path for row in rows}
     if unnamed:
         raise ValueError(
-            "Only floating-point models can be written in other formats, and this one "
-            f"was quantised or altered: {listed(sorted(unnamed))}. Load it again "
-            "without `quantize`."
+            "Only floating-point models can be exported, and this one was quantized or "
+            f"modified: {format_names(sorted(unnamed))}. Load it again and do not call "
+            "`quantize`."
         )
-    contents = Contents(
+    contents = ModelContents(
         arguments, {row.path: own[row.path] for row in rows}, origin=lm.loaded_from
     )
     if lm.preprocessor is None:
@@ -130,5 +146,5 @@ def of_model(lm):
         contents,
         tokenizer=tokenizer.proto,
         control_ids=(tokenizer.start_token_id, tokenizer.end_token_id),
-        preprocessing={n: getattr(lm.preprocessor, n) for n in PREPROCESSING},
+        preprocessing={n: getattr(lm.preprocessor, n) for n in PREPROCESSOR_SETTINGS},
     )

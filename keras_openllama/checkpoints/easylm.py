@@ -1,43 +1,56 @@
-"""Models in EasyLM's checkpoints, in and out.
+"""Reads and writes EasyLM checkpoints.
 
-The only module that knows of EasyLM's conventions: matrices lie as
-`(inputs, outputs)`, and in queries and keys the two numbers that a rotary angle turns
-stand side by side, where ours (and those of transformers) are half a head apart.
+Only this module depends on EasyLM's conventions. EasyLM stores matrices as
+`(inputs, outputs)`. In the kernels of queries and keys, the two elements of a rotary
+pair are adjacent (interleaved). Here and in transformers, they are half a head apart
+(half-split).
 
 Source: https://github.com/young-geng/EasyLM, `EasyLM/models/llama/llama_model.py` and
 `convert_easylm_to_hf.py`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
 from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.array_io import contiguous
 from keras_openllama.checkpoints.files import msgpack, msgpack_writer
 from keras_openllama.checkpoints.formats import EASYLM_CONTENTS
-from keras_openllama.checkpoints.matching import match
-from keras_openllama.checkpoints.outputs import Output
+from keras_openllama.checkpoints.matching import match_tensors
+from keras_openllama.checkpoints.outputs import OutputFile
 from keras_openllama.checkpoints.tensors import RearrangedTensor
 
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.contents import ModelContents
+    from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.utils.types import PathLike
 
-def read_tensors(path, arguments, head=True):
-    """Describes the tensors of a checkpoint; none is read yet.
+
+def read_tensors(
+    path: PathLike, arguments: dict[str, Any], head: bool = True
+) -> dict[str, StoredTensor]:
+    """Opens a checkpoint and lists its tensors, without reading their values.
 
     Args:
-        path: path of the file.
-        arguments: dict, arguments of `OpenLlamaBackbone`.
-        head: bool, whether the language-model head is wanted.
+        path: Path of the file.
+        arguments: Arguments of `OpenLlamaBackbone`.
+        head: Whether to include the language-model head.
 
     Returns:
-        Dict of `tensors.StoredTensor`s by variable path, laid out as ours.
+        The tensors by variable path, in the layout of the Keras variables.
 
     Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if it is damaged, or its tensors are not those of the network that
-            the arguments describe.
+        OSError: If the file cannot be opened.
+        ValueError: If it is damaged, or its tensors do not match the arguments.
     """
-    found = msgpack.read(path)
+    found = msgpack.read_msgpack(path)
     prefix = EASYLM_CONTENTS["trainstate_params"]
     if not any(key[: len(prefix)] == prefix for key in found):
         prefix = ()
-    # The rest of a train state belongs to its optimizer.
+    # The rest of a train state is the state of the optimizer.
     tensors = {
         "/".join(key[len(prefix) :]): stored
         for key, stored in found.items()
@@ -45,28 +58,28 @@ def read_tensors(path, arguments, head=True):
     }
     if not head:
         tensors.pop(weight_names.HEAD.easylm, None)
-    rows = weight_names.weights(arguments["num_layers"], head)
-    sizes = weight_names.sizes(arguments)
-    matched = match(
+    rows = weight_names.weight_specs(arguments["num_layers"], head)
+    sizes = weight_names.axis_sizes(arguments)
+    matched = match_tensors(
         tensors, {row.path: (row.easylm, _shape_of(row, sizes)) for row in rows}, path
     )
     head_dim = arguments["head_dim"]
-    return {row.path: _as_ours(row, matched[row.path], head_dim) for row in rows}
+    return {row.path: _from_easylm(row, matched[row.path], head_dim) for row in rows}
 
 
-def plan(contents, dtype, content):
-    """The one file of a checkpoint.
+def plan_files(contents: ModelContents, dtype: str, content: str) -> list[OutputFile]:
+    """Describes the single file of an export as an EasyLM checkpoint.
 
     Args:
-        contents: `contents.Contents`.
-        dtype: string, of the weights to write.
-        content: one of `EASYLM_CONTENTS`.
+        contents: The model.
+        dtype: Name of the dtype of the exported weights.
+        content: The kind of checkpoint, one of `EASYLM_CONTENTS`.
 
     Returns:
-        List of one `outputs.Output`.
+        A list of one file.
     """
-    rows = weight_names.weights(contents.arguments["num_layers"])
-    sizes = weight_names.sizes(contents.arguments)
+    rows = weight_names.weight_specs(contents.arguments["num_layers"])
+    sizes = weight_names.axis_sizes(contents.arguments)
     head_dim = contents.arguments["head_dim"]
     specs = {
         (*EASYLM_CONTENTS[content], *row.easylm.split("/")): (
@@ -79,70 +92,81 @@ def plan(contents, dtype, content):
 
     def write(file, values):
         arranged = (
-            _as_easylm(row, value, head_dim)
+            _to_easylm(row, value, head_dim)
             for row, value in zip(rows, values, strict=True)
         )
-        msgpack_writer.write(file, specs, arranged, streaming)
+        msgpack_writer.write_msgpack(file, specs, arranged, streaming)
 
-    size = msgpack_writer.size(specs, streaming)
-    return [Output("", size, write, tuple(row.path for row in rows))]
+    size = msgpack_writer.msgpack_size(specs, streaming)
+    return [OutputFile("", size, write, tuple(row.path for row in rows))]
 
 
 def _shape_of(row, sizes):
-    """The shape of a weight in EasyLM.
-
-    Args:
-        row: `weight_names.Weight`.
-        sizes: `weight_names.sizes(arguments)`.
-    """
+    """Returns the shape of a weight in EasyLM."""
     shape = row.shape(sizes)
     return shape if row.easylm_layout == weight_names.SAME else shape[::-1]
 
 
-def _as_ours(row, stored, head_dim):
+def _from_easylm(row, stored, head_dim):
     if row.easylm_layout == weight_names.SAME:
         return stored
     stored = stored.transposed()
-    if row.easylm_layout == weight_names.TURNED:
+    if row.easylm_layout == weight_names.TRANSPOSED:
         return stored
     return RearrangedTensor(
-        stored, stored.shape, lambda array: halves_apart(array, head_dim)
+        stored, stored.shape, lambda array: interleaved_to_half_split(array, head_dim)
     )
 
 
-def _as_easylm(row, array, head_dim):
-    """A weight as it lies in EasyLM's checkpoints.
-
-    Args:
-        row: `weight_names.Weight`.
-        array: NumPy array, laid out as ours.
-        head_dim: int, size of a head.
-
-    Returns:
-        NumPy array; a matrix comes as a transposed view.
-    """
+def _to_easylm(row, array, head_dim):
+    """Returns a weight in EasyLM's layout; a matrix as a transposed view."""
     if row.easylm_layout == weight_names.ROTARY:
-        array = pairs_together(array, head_dim)
+        array = half_split_to_interleaved(array, head_dim)
     return array if row.easylm_layout == weight_names.SAME else array.T
 
 
-def halves_apart(kernel, head_dim):
-    """Rows of each head from pairs side by side to first halves, then second halves.
+def interleaved_to_half_split(kernel: NDArray, head_dim: int) -> NDArray:
+    """Reorders the rows of each head from interleaved to half-split rotary pairs.
+
+    Interleaved rows are `[x0, y0, x1, y1, …]`, where `(xi, yi)` is a rotary pair.
+    Half-split rows are `[x0, x1, …, y0, y1, …]`.
 
     Args:
-        kernel: NumPy array `(heads * head_dim, inputs)`, as EasyLM orders the rows.
-        head_dim: int, even.
+        kernel: Kernel of queries or keys in EasyLM's order, of shape
+            `(num_heads * head_dim, inputs)`.
+        head_dim: Size of a head. Must be even.
 
     Returns:
-        NumPy array of the same shape, rows as ours.
+        Array of the same shape in the order of the Keras variables.
+
+    Example:
+        >>> import numpy as np
+        >>> interleaved_to_half_split(np.arange(6)[:, None], head_dim=6)[:, 0].tolist()
+        [0, 2, 4, 1, 3, 5]
     """
     outputs, inputs = kernel.shape
     pairs = contiguous(kernel).reshape(-1, head_dim // 2, 2, inputs)
     return pairs.swapaxes(1, 2).reshape(outputs, inputs)
 
 
-def pairs_together(kernel, head_dim):
-    """The inverse of `halves_apart`."""
+def half_split_to_interleaved(kernel: NDArray, head_dim: int) -> NDArray:
+    """Reorders the rows of each head from half-split to interleaved rotary pairs.
+
+    This is the inverse of `interleaved_to_half_split`.
+
+    Args:
+        kernel: Kernel of queries or keys in the order of the Keras variables, of shape
+            `(num_heads * head_dim, inputs)`.
+        head_dim: Size of a head. Must be even.
+
+    Returns:
+        Array of the same shape in EasyLM's order.
+
+    Example:
+        >>> import numpy as np
+        >>> half_split_to_interleaved(np.arange(6)[:, None], head_dim=6)[:, 0].tolist()
+        [0, 3, 1, 4, 2, 5]
+    """
     outputs, inputs = kernel.shape
     halves = contiguous(kernel).reshape(-1, 2, head_dim // 2, inputs)
     return halves.swapaxes(1, 2).reshape(outputs, inputs)

@@ -1,22 +1,27 @@
-"""Directories in KerasHub's format, read and written tensor by tensor.
+"""Reads and writes directories in KerasHub's format, tensor by tensor.
 
-Keras keeps weights in HDF5 files under names that follow from a walk through the
-model's layers. Here that walk is Keras's own, through a model without weights, so that
-the names are right by construction; and the tensors lie in the files in one piece each,
-so that they are mapped and written like those of any other format.
+Keras saves weights in HDF5 files. It derives the name of each dataset from a traversal
+of the model's layers. This module obtains the names from Keras's own traversal of a
+model without weights, so they are correct by construction. Each tensor is a contiguous
+range of the file, so it is memory-mapped and written like those of the other formats.
 """
+
+from __future__ import annotations
 
 import io
 import json
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import h5py
+import numpy as np
 
 from keras_openllama.backend import keras_private
 from keras_openllama.checkpoints import array_io, weight_names
-from keras_openllama.checkpoints.matching import match
-from keras_openllama.checkpoints.outputs import Output, small_file
+from keras_openllama.checkpoints.matching import match_tensors
+from keras_openllama.checkpoints.outputs import OutputFile, small_file
 from keras_openllama.checkpoints.shards import check_file_names, read_weight_map
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
@@ -25,23 +30,36 @@ from keras_openllama.checkpoints.tensors import (
     numpy_dtype,
 )
 
-REGISTERED_NAME = "keras_openllama>OpenLlamaBackbone"  # Keras's, of the backbone.
+if TYPE_CHECKING:
+    import keras
+
+    from keras_openllama.checkpoints.contents import ModelContents
+    from keras_openllama.checkpoints.repository import Repository
+    from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.utils.types import PathLike
+
+REGISTERED_NAME = "keras_openllama>OpenLlamaBackbone"  # Of Keras's serialization.
 TOKENIZER = "assets/tokenizer/vocabulary.spm"
-# KerasHub's files: the weights of the backbone, in one file or (their index) in
-# several, and those that the task adds.
+# KerasHub's files: the weights of the backbone, in one file or in several that an index
+# lists, and the weights that the task adds.
 _BACKBONE, _BACKBONE_INDEX = "model.weights.h5", "model.weights.json"
 _TASK = "task.weights.h5"
 
 
-def backbone_arguments(config, path="config.json"):
-    """Arguments of `OpenLlamaBackbone` for a `config.json` of KerasHub's format.
+def backbone_arguments(
+    config: dict[str, Any], path: PathLike = "config.json"
+) -> dict[str, Any]:
+    """Converts a `config.json` of KerasHub's format to arguments of the backbone.
 
     Args:
-        config: dict, the file's contents.
-        path: where it is from, for messages.
+        config: Contents of the file.
+        path: Its path, for error messages.
+
+    Returns:
+        Keyword arguments of `OpenLlamaBackbone`.
 
     Raises:
-        ValueError: if it is another model's.
+        ValueError: If the file belongs to another model or to a quantized one.
     """
     found = config.get("registered_name")
     if found != REGISTERED_NAME:
@@ -51,18 +69,18 @@ def backbone_arguments(config, path="config.json"):
         raise ValueError(f"{path} has no 'config' with the model's settings.")
     if "quantiz" in json.dumps(settings.get("dtype")).lower():
         raise ValueError(
-            f"{path} is of a quantised model, and only floating-point ones can be "
-            "converted."
+            f"{path} belongs to a quantized model, and only floating-point models can "
+            "be converted."
         )
-    own = ("name", "trainable", "dtype")  # Of the Keras model, not of the network.
-    return {name: value for name, value in settings.items() if name not in own}
+    of_keras = ("name", "trainable", "dtype")  # Of `keras.Model`, not of the backbone.
+    return {name: value for name, value in settings.items() if name not in of_keras}
 
 
 # ----- Names
 
 
-class _Names(keras_private.H5IOStore):
-    """Takes the place of Keras's file, and notes where each variable would go."""
+class _NameRecorder(keras_private.H5IOStore):
+    """Stands in for Keras's HDF5 file, and records the name of each variable."""
 
     def __init__(self):
         self.variables = {}  # By name in the file.
@@ -72,7 +90,8 @@ class _Names(keras_private.H5IOStore):
     def __bool__(self):
         return True
 
-    def make(self, path, metadata=None):
+    def make(self, path: str, metadata: dict[str, Any] | None = None) -> _NameRecorder:
+        """Starts a group of variables, as `H5IOStore.make`."""
         self._group = f"{path}/vars" if path else "vars"
         self.groups[self._group] = metadata or {}
         return self
@@ -82,8 +101,8 @@ class _Names(keras_private.H5IOStore):
 
 
 def _names(saved, skipped=()):
-    """Where Keras would put the variables of a model, see `_Names`."""
-    names = _Names()
+    """Returns the names under which Keras would save the variables of a model."""
+    names = _NameRecorder()
     keras_private.save_state(saved, names, skipped)
     return names
 
@@ -99,25 +118,29 @@ def _task_names(task):
 # ----- Reading
 
 
-def read_tensors(repository, arguments, build_task, head=True):
-    """Describes the tensors of a directory; none is read yet.
+def read_tensors(
+    repository: Repository,
+    arguments: dict[str, Any],
+    build_empty_task: Callable[..., keras.Model],
+    head: bool = True,
+) -> dict[str, StoredTensor]:
+    """Opens a directory and lists its tensors, without reading their values.
 
     Args:
-        repository: `repository.Repository`.
-        arguments: dict, arguments of `OpenLlamaBackbone`.
-        build_task: function `(arguments, dtype)` that returns an `OpenLlamaCausalLM`
-            whose variables have no values.
-        head: bool, whether the language-model head is wanted.
+        repository: The directory.
+        arguments: Arguments of `OpenLlamaBackbone`.
+        build_empty_task: Function `(arguments, dtype)` that returns an
+            `OpenLlamaCausalLM` whose variables have no values.
+        head: Whether to include the language-model head.
 
     Returns:
-        Dict of `tensors.StoredTensor`s by variable path.
+        The tensors by variable path.
 
     Raises:
-        OSError: if a file is missing or cannot be read.
-        ValueError: if a file is damaged, or its tensors are not those of the network
-            that the arguments describe.
+        OSError: If a file is missing or cannot be read.
+        ValueError: If a file is damaged, or its tensors do not match the arguments.
     """
-    task = build_task(arguments, "float32")
+    task = build_empty_task(arguments, "float32")
     found, expected = {}, {}
     parts = [(_backbone_files(repository), _backbone_names(task))]
     if head:
@@ -127,10 +150,10 @@ def read_tensors(repository, arguments, build_task, head=True):
             found.update(_read_file(path))
         for name, variable in names.variables.items():
             expected[variable.path] = (name, tuple(variable.shape))
-    # What an optimizer kept there is of no use.
+    # The state of an optimizer is not loaded.
     found = {name: t for name, t in found.items() if not name.startswith("optimizer/")}
-    matched = match(found, expected, repository)
-    rows = weight_names.weights(arguments["num_layers"], head)
+    matched = match_tensors(found, expected, repository)
+    rows = weight_names.weight_specs(arguments["num_layers"], head)
     return {row.path: matched[row.path] for row in rows}
 
 
@@ -139,8 +162,8 @@ def _task_file(repository):
         return repository.file(_TASK)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error} A backbone that was saved alone has no language-model head: save "
-            "the OpenLlamaCausalLM."
+            f"{error} An OpenLlamaBackbone is saved without the language-model head: "
+            "save the OpenLlamaCausalLM."
         ) from error
 
 
@@ -156,7 +179,7 @@ def _backbone_files(repository):
 
 
 def _read_file(path):
-    """The tensors of one HDF5 file, by name."""
+    """Returns the tensors of one HDF5 file by name."""
     mapped = MappedFile(path)
     tensors = {}
 
@@ -164,15 +187,15 @@ def _read_file(path):
         if not isinstance(item, h5py.Dataset):
             return
         if not item.dtype.isnative:
-            raise ValueError(f"{name} is in the byte order of another machine")
+            raise ValueError(f"{name} does not have the byte order of this machine")
         dtype = item.dtype.name
         if item.attrs.get("dtype") == "bfloat16" and item.dtype.itemsize == 2:
             dtype = "bfloat16"
         offset = item.id.get_offset()
         if offset is None and item.size:
-            raise ValueError(f"{name} is not in one piece, as Keras writes it")
+            raise ValueError(f"{name} is not contiguous, as Keras writes it")
         if offset is not None and offset + item.nbytes > mapped.size:
-            raise ValueError(f"{name} reaches beyond the end of the file")
+            raise ValueError(f"{name} extends beyond the end of the file")
         strides = contiguous_strides(item.shape)
         tensors[name] = MappedTensor(
             name, dtype, item.shape, strides, offset or 0, mapped
@@ -183,7 +206,7 @@ def _read_file(path):
             file.visititems(visit)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{path} ({mapped.size:,} bytes) cannot be read as weights of Keras: "
+            f"{path} ({mapped.size:,} bytes) cannot be read as Keras weights: "
             f"{error}. {mapped.remedy}"
         ) from error
     return tensors
@@ -192,20 +215,22 @@ def _read_file(path):
 # ----- Writing
 
 
-def plan(contents, dtype, build_task):
-    """The files of a directory.
+def plan_files(
+    contents: ModelContents, dtype: str, build_empty_task: Callable[..., keras.Model]
+) -> list[OutputFile]:
+    """Lists the files of an export in KerasHub's format.
 
     Args:
-        contents: `contents.Contents`.
-        dtype: string, of the weights to write.
-        build_task: function `(arguments, dtype, tokenizer, preprocessing)` that returns
-            an `OpenLlamaCausalLM` whose variables have no values; the last two are
-            those of `contents`.
+        contents: The model.
+        dtype: Name of the dtype of the exported weights.
+        build_empty_task: Function `(arguments, dtype, tokenizer, preprocessing)` that
+            returns an `OpenLlamaCausalLM` whose variables have no values. The last two
+            arguments are attributes of `contents`.
 
     Returns:
-        List of `outputs.Output`.
+        The files of the directory.
     """
-    task = build_task(
+    task = build_empty_task(
         contents.arguments, dtype, contents.tokenizer, contents.preprocessing
     )
     weights = {_BACKBONE: _backbone_names(task), _TASK: _task_names(task)}
@@ -216,7 +241,7 @@ def plan(contents, dtype, build_task):
 
 
 def _small_files(task):
-    """Configurations and tokenizer: bytes by name."""
+    """Returns the contents of configuration and tokenizer files by name."""
     from keras_openllama.backend.keras_hub import save_configurations
 
     with tempfile.TemporaryDirectory() as directory:
@@ -226,85 +251,89 @@ def _small_files(task):
 
 
 def _weights(name, names, dtype):
-    frame = _Frame(names, dtype)
-    return Output(
+    layout = _HDF5Layout(names, dtype)
+    return OutputFile(
         name,
-        frame.size,
-        frame.write,
+        layout.size,
+        layout.write_file,
         tuple(variable.path for variable in names.variables.values()),
     )
 
 
-class _Frame:
-    """A file of weights without the weights: what HDF5 writes around them.
+class _HDF5Layout:
+    """The metadata of an HDF5 file, and the offsets of its datasets.
 
-    HDF5 makes the frame in memory, and the weights are written to their places as to
-    any file. HDF5 itself, where a disk is full, can neither finish nor close a file.
+    HDF5 creates the metadata in memory. The weights are then written to their offsets
+    by ordinary file operations, because HDF5 can neither finish nor close a file when
+    the disk is full.
 
     Args:
-        names: `_Names`, what the file holds.
-        dtype: string, of the weights.
+        names: Names of the variables.
+        dtype: Name of the dtype of the weights.
     """
 
-    def __init__(self, names, dtype):
+    def __init__(self, names: _NameRecorder, dtype: str):
         self._dtype = dtype
-        self._recording = _Recording()
-        with h5py.File(self._recording, "w") as file:
+        self._metadata = _RecordingFile()
+        with h5py.File(self._metadata, "w") as file:
             for group, attributes in names.groups.items():
                 file.create_group(group).attrs.update(attributes)
             datasets = [
                 self._dataset(file, name, variable)
                 for name, variable in names.variables.items()
             ]
-            self._places = [(d.id.get_offset(), d.shape) for d in datasets]
-        self.size = self._recording.size
+            self._datasets = [(d.id.get_offset(), d.shape) for d in datasets]
+        self.size = self._metadata.size
 
     def _dataset(self, file, name, variable):
-        place = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        place.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        place.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         dataset = file.create_dataset(
-            name, variable.shape, numpy_dtype(self._dtype), dcpl=place
+            name, variable.shape, numpy_dtype(self._dtype), dcpl=properties
         )
-        if self._dtype == "bfloat16":  # HDF5 has no name for it.
+        if self._dtype == "bfloat16":  # HDF5 has no such type.
             dataset.attrs["dtype"] = "bfloat16"
         return dataset
 
-    def write(self, file, values):
-        """Writes the file; `values` are NumPy arrays in the order of the names."""
+    def write_file(self, file: BinaryIO, values: Iterable[np.ndarray]) -> None:
+        """Writes the file; `values` are in the order of the names."""
         file.truncate(self.size)
-        for start, data in self._recording.writes:
+        for start, data in self._metadata.writes:
             file.seek(start)
             file.write(data)
-        for (offset, shape), value in zip(self._places, values, strict=True):
+        for (offset, shape), value in zip(self._datasets, values, strict=True):
             file.seek(offset)
-            array_io.write(file, value, shape, self._dtype)
+            array_io.write_array(file, value, shape, self._dtype)
 
 
-class _Recording(io.RawIOBase):
-    """A file that remembers what is written, however large the gaps between."""
+class _RecordingFile(io.RawIOBase):
+    """A sparse in-memory file that records each write."""
 
     def __init__(self):
-        self.writes = []  # Start and bytes of each.
+        self.writes = []  # Offset and bytes of each.
         self.size = 0
         self._position = 0
 
-    def seek(self, offset, whence=io.SEEK_SET):
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves the position, as `io.RawIOBase.seek`."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
         self._position = start[whence] + offset
         return self._position
 
-    def tell(self):
+    def tell(self) -> int:
+        """Returns the position."""
         return self._position
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
+        """Records a write at the position."""
         self.writes.append((self._position, bytes(data)))
         self._position += len(data)
         self.size = max(self.size, self._position)
         return len(data)
 
-    def readinto(self, buffer):
-        """HDF5 reads back what it has written; gaps are zeros."""
+    def readinto(self, buffer: bytearray) -> int:
+        """Reads back what was written, as HDF5 does. Gaps are zeros."""
         begin, count = self._position, len(buffer)
         view = memoryview(buffer)
         view[:] = bytes(count)
@@ -315,6 +344,7 @@ class _Recording(io.RawIOBase):
         self._position += count
         return count
 
-    def truncate(self, size=None):
+    def truncate(self, size: int | None = None) -> int:
+        """Sets the size of the file."""
         self.size = self._position if size is None else size
         return self.size

@@ -1,56 +1,84 @@
-"""Every tensor of a file finds its weight and every weight its tensor, or it raises."""
+"""Matches the tensors of a checkpoint with the weights of a model, one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.tensors import StoredTensor
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 _MAX_LISTED = 20
 
 
-def match(tensors, expected, where):
-    """Assigns the tensors of a checkpoint to the weights of a network.
+def match_tensors(
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[str, tuple[int, ...]]],
+    where: Any,
+) -> dict[str, StoredTensor]:
+    """Assigns the tensors of a checkpoint to the weights of a model.
 
     Args:
-        tensors: dict of `tensors.StoredTensor`s by their names in the checkpoint.
-        expected: dict by variable path of `(name, shape)`, both as in the checkpoint.
-        where: what holds the tensors, for the message.
+        tensors: The tensors by their names in the checkpoint.
+        expected: For each variable path, the name and the shape that the tensor has in
+            the checkpoint.
+        where: Names the checkpoint in the error message.
 
     Returns:
-        Dict of the tensors by variable path, in the order of `expected`.
+        The tensors by variable path, in the order of `expected`.
 
     Raises:
-        ValueError: if tensors are missing, unexpected, of the wrong shape or no floats;
-            the message lists them.
+        ValueError: If tensors are missing or unexpected, or have the wrong shape or a
+            dtype that is not floating point. The message lists them.
     """
-    left = dict(tensors)
-    matched, missing, misshapen, other = {}, [], [], []
+    unmatched = dict(tensors)
+    matched, missing, wrong_shape, wrong_dtype = {}, [], [], []
     for path, (name, shape) in expected.items():
-        stored = left.pop(name, None)
+        stored = unmatched.pop(name, None)
         if stored is None:
             missing.append(name)
         elif tuple(stored.shape) != shape:
-            misshapen.append(f"{name} has {stored.shape} where {shape} is expected")
+            wrong_shape.append(f"{name} has {stored.shape}, expected {shape}")
         elif stored.dtype not in FLOATS:
-            other.append(f"{name} has {stored.dtype}")
+            wrong_dtype.append(f"{name} has {stored.dtype}")
         else:
             matched[path] = stored
     problems = {
         "missing": missing,
-        "unexpected": left,
-        "misshapen": misshapen,
-        "no floating-point numbers": other,
+        "unexpected": unmatched,
+        "wrong shape": wrong_shape,
+        "not floating point": wrong_dtype,
     }
-    found = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    found = [
+        f"{problem}: {format_names(names)}"
+        for problem, names in problems.items()
+        if names
+    ]
     if found:
-        cut_off = missing and matched and len(found) == 1
-        whole = ", and that the file is whole" if cut_off else ""
+        may_be_truncated = missing and matched and len(found) == 1
+        remedy = ", and that the file is complete" if may_be_truncated else ""
         raise ValueError(
-            f"The weights in {where} are not those of this model. {'; '.join(found)}. "
+            f"The weights in {where} do not match this model. {'; '.join(found)}. "
             "Check that config.json (or the preset, and any argument that overrides "
-            f"it) belongs to the weights{whole}."
+            f"it) belongs to the weights{remedy}."
         )
     return matched
 
 
-def listed(names):
-    """Names in a row; where there are very many, the first of them."""
+def format_names(names: Iterable[str]) -> str:
+    """Joins names by commas for a message, and abbreviates a long list.
+
+    Args:
+        names: The names. At most 20 are listed.
+
+    Returns:
+        The first names, and how many more there are.
+
+    Example:
+        >>> format_names(["embedding", "lm_head"])
+        'embedding, lm_head'
+    """
     names = list(names)
     more = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

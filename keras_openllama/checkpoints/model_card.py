@@ -1,32 +1,40 @@
-"""The README.md of an exported model: licence, provenance, and how to use it."""
+"""Writes the README.md of an exported model: usage, license and provenance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from keras_openllama import __version__, presets
 
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.contents import ModelContents
+
 _NOT_LLAMA_TOKENIZER_V1 = """
-**Not `LlamaTokenizer`**, which OpenLLaMA's own README shows. This tokenizer merges runs
-of spaces into one; `LlamaTokenizer` of transformers 5 (tried: 5.23) keeps them, and so
-gives ids that the model has never seen. In transformers 4 `LlamaTokenizer` was
-SentencePiece itself, and right. Since spaces are merged, the model is unfit for code.
+**Do not use `LlamaTokenizer`**, which OpenLLaMA's own README shows. This tokenizer
+merges runs of spaces into one. `LlamaTokenizer` of transformers 5 (tested: 5.23) does
+not, and so returns ids that the model was not trained on. In transformers 4
+`LlamaTokenizer` used SentencePiece and was correct. Since it merges spaces, the model
+is not suitable for code.
 """
 _NOT_LLAMA_TOKENIZER_V2 = """
-**Not `LlamaTokenizer`**, which OpenLLaMA's own README shows. Before a text that begins
-with a space `LlamaTokenizer` of transformers 5 (tried: 5.23) leaves out the space that
-SentencePiece puts before each text, and so gives other ids; it was right for the other
-texts that were tried. In transformers 4 `LlamaTokenizer` was SentencePiece itself.
+**Do not use `LlamaTokenizer`**, which OpenLLaMA's own README shows. If a text begins
+with a space, `LlamaTokenizer` of transformers 5 (tested: 5.23) omits the space that
+SentencePiece prepends to each text, and so returns different ids. It was correct for
+the other texts that were tested. In transformers 4 `LlamaTokenizer` used SentencePiece.
 """
 
 
-def model_card(contents, dtype, merges_spaces):
-    """Writes the card.
+def model_card(contents: ModelContents, dtype: str, merges_spaces: bool | None) -> str:
+    """Returns the model card of an export.
 
     Args:
-        contents: `contents.Contents`.
-        dtype: string, of the exported weights.
-        merges_spaces: bool, whether its tokenizer merges runs of spaces; `None` if
-            there is no tokenizer.
+        contents: The model.
+        dtype: Name of the dtype of the exported weights.
+        merges_spaces: Whether the tokenizer merges runs of spaces. `None` if the export
+            has no tokenizer.
 
     Returns:
-        String, Markdown with a YAML header as the Hugging Face Hub reads it.
+        Markdown with a YAML header, as the Hugging Face Hub expects it.
     """
     preset = presets.registry().get(contents.origin)
     sections = [
@@ -101,11 +109,11 @@ def _tokenizer(merges_spaces):
     text = """\
 ## Tokenizer
 
-`tokenizer.json` gives the token ids of `tokenizer.model` under SentencePiece, compared
-with it when it was written. Take **AutoTokenizer**. It puts the start token before a
-text where the Keras model's preprocessor did. Unlike SentencePiece, transformers takes
-strings such as `<s>` and `</s>` in a text for control tokens;
-`split_special_tokens=True` makes them text.
+`tokenizer.json` returns the same token ids as SentencePiece with `tokenizer.model`; the
+two were compared during the export. Use **AutoTokenizer**. It prepends the start token
+to a text if the preprocessor of the Keras model did. Unlike SentencePiece, transformers
+treats strings such as `<s>` and `</s>` in a text as control tokens; with
+`split_special_tokens=True` they are ordinary text.
 """
     return text + (
         _NOT_LLAMA_TOKENIZER_V1 if merges_spaces else _NOT_LLAMA_TOKENIZER_V2
@@ -124,27 +132,27 @@ python convert_hf_to_gguf.py PATH --outfile model.gguf --outtype f16
 """
     if hidden_dim % 256:
         text += f"""
-The width, {hidden_dim}, is no multiple of 256, the block of llama.cpp's K-quants
-(`Q4_K_M` and the like): llama-quantize puts larger types in their place. `Q8_0`, `Q5_0`
-and `Q4_0`, of blocks of 32, do as they say.
+The hidden size, {hidden_dim}, is not a multiple of 256, the block size of llama.cpp's
+K-quants (such as `Q4_K_M`): llama-quantize replaces them by larger types. `Q8_0`,
+`Q5_0` and `Q4_0` have blocks of 32 and work as expected.
 """
     if merges_spaces:
         text += """
-llama.cpp does not merge runs of spaces as this tokenizer does: merge them in the text
-before you give it to llama.cpp.
+llama.cpp does not merge runs of spaces as this tokenizer does: merge them before you
+pass a text to llama.cpp.
 """
     return text
 
 
 def _provenance(contents, preset):
     if preset is None:
-        where = "It is not known here where the weights are from."
+        where = "The origin of the weights is unknown."
         if contents.origin:
             where = f"The weights were loaded from {contents.origin}."
         return f"""\
-## Licence and provenance
+## License and provenance
 
-{where} State their licence and training data here before you publish
+{where} State their license and training data here before you publish
 this model.
 """
     provenance = preset.provenance
@@ -158,10 +166,10 @@ this model.
     where = f" (https://huggingface.co/{link})" if handle.startswith("hf://") else ""
     notice = f"\n{preset.notice}\n" if preset.notice else ""
     return f"""\
-## Licence and provenance
+## License and provenance
 
-The weights were loaded from `{preset.name}`{where}, whose licence is {preset.license}.
-If they were changed since, by fine-tuning for instance, that is not told here.
+The weights were loaded from `{preset.name}`{where}, whose license is {preset.license}.
+This card does not record later changes, such as fine-tuning.
 {notice}
 {preset.description}
 

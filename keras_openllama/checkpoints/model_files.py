@@ -1,10 +1,11 @@
-"""Which directories a conversion may replace: those that hold a model alone."""
+"""Decides which directories an export may replace: those that hold only a model."""
 
 import json
+from pathlib import Path
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _ASSETS = "assets"
-# Names of the files that conversions and `save_adapters` write.
+# Names of the files that exports and `save_adapters` write.
 _NAMES = (
     *_CONFIGS,
     "adapter_model.safetensors",
@@ -27,14 +28,23 @@ _NAMES = (
 )
 
 
-def foreign_content(directory):
-    """What a directory holds that no conversion writes; see `staging.staged`.
+def foreign_content(directory: Path) -> str | None:
+    """Describes what a directory contains that no export writes.
+
+    `utils.staging.staged` refuses to replace a directory for which this returns a
+    description.
 
     Args:
-        directory: `pathlib.Path`.
+        directory: Path of an existing directory.
 
     Returns:
-        String such as `"holds 'thesis.tex'"`, or `None` for a model's directory.
+        A description such as `"holds 'thesis.tex'"`, or `None` if the directory holds
+        only a model.
+
+    Example:
+        >>> _ = Path("thesis.tex").write_text("")
+        >>> foreign_content(Path("."))
+        "holds 'thesis.tex'"
     """
     paths = sorted(directory.iterdir())
     if (directory / _ASSETS).is_dir():
@@ -43,7 +53,7 @@ def foreign_content(directory):
         if not any(map(path.match, _NAMES)):
             return f"holds {str(path.relative_to(directory))!r}"
     if not any(_is_config(directory / name) for name in _CONFIGS):
-        return f"holds no {_CONFIGS[0]} of a model"
+        return f"has no {_CONFIGS[0]} of a model"
     return None
 
 

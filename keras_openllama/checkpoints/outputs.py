@@ -1,29 +1,45 @@
-"""The files that are going to be written: planned first, written one by one."""
+"""Descriptions of the files that an export writes, made before any is written."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Output:
-    """A file to be.
+class OutputFile:
+    """A file that an export is going to write.
 
     Attributes:
-        name: string, its path in the target directory.
-        size: int, its bytes.
-        write: function `(file, values)` that writes it to an open file; `values` is an
-            iterator of NumPy arrays.
-        tensors: tuple of the variable paths whose values it takes, in order.
+        name: Its path in the target directory.
+        size: Its size in bytes.
+        write: Function `(file, values)` that writes the contents to an open binary
+            file. `values` iterates over NumPy arrays, one for each of `tensors`.
+        tensors: The variable paths of the weights that the file holds, in the order
+            in which they are written.
     """
 
     name: str
     size: int
-    write: Callable
-    tensors: tuple = ()
+    write: Callable[[BinaryIO, Iterator[np.ndarray]], Any]
+    tensors: tuple[str, ...] = ()
 
 
-def small_file(name, data):
-    """An `Output` whose contents, bytes or a string, are known already."""
+def small_file(name: str, data: bytes | str) -> OutputFile:
+    """Returns an `OutputFile` whose contents are already in memory.
+
+    Args:
+        name: Its path in the target directory.
+        data: The contents. A string is encoded as UTF-8.
+
+    Returns:
+        The file, which holds no tensors.
+
+    Example:
+        >>> small_file("config.json", "{}").size
+        2
+    """
     data = data.encode("utf-8") if isinstance(data, str) else data
 
-    return Output(name, len(data), lambda file, values: file.write(data))
+    return OutputFile(name, len(data), lambda file, values: file.write(data))

@@ -1,55 +1,72 @@
-"""Where the files of a model are: what every reader of a format is given."""
+"""The interface through which the readers of every format open a model's files."""
 
 from pathlib import Path
 from typing import Protocol
 
+from keras_openllama.utils.types import PathLike
+
 
 class Repository(Protocol):
-    """The files of a model by name, wherever they are: see `Directory`, `loading.hub`.
+    """The files of a model, by name.
 
-    `str(repository)` names it in messages.
+    `LocalRepository` and `loading.hub.HubRepository` implement it. `str(repository)`
+    names the repository in messages.
     """
 
     def optional(self, name: str) -> Path | None:
-        """Path of a file, or `None` where there is none of this name."""
+        """Returns the path of a file, or `None` if there is no such file."""
 
     def file(self, name: str) -> Path:
-        """Path of a file; raises `FileNotFoundError` if there is none of this name."""
+        """Returns the path of a file; raises `FileNotFoundError` if there is none."""
 
     def glob(self, pattern: str) -> list[str]:
-        """Names of the files that match a pattern such as `"assets/**/*"`."""
+        """Returns the names of files that match a pattern such as `"assets/**/*"`."""
 
 
-class Directory:
-    """The files of a model in a directory.
+class LocalRepository:
+    """The files of a model in a local directory.
 
     Args:
-        path: path of the directory.
+        path: Path of the directory.
+
+    Example:
+        >>> _ = Path("config.json").write_text("{}")
+        >>> repository = LocalRepository(".")
+        >>> repository.file("config.json").read_text()
+        '{}'
+        >>> repository.optional("tokenizer.model") is None
+        True
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike):
         self.path = Path(path)
 
     def __str__(self):
         return f"the directory {self.path}"
 
-    def optional(self, name):
-        """Path of a file, or `None` where there is none of this name."""
+    def optional(self, name: str) -> Path | None:
+        """Returns the path of a file, or `None` if there is no such file."""
         path = self.path / name
         return path if path.is_file() else None
 
-    def file(self, name):
-        """Path of a file.
+    def file(self, name: str) -> Path:
+        """Returns the path of a file.
+
+        Args:
+            name: Path of the file, relative to the directory.
+
+        Returns:
+            Path of the existing file.
 
         Raises:
-            FileNotFoundError: if the directory has none of this name.
+            FileNotFoundError: If the directory has no such file.
         """
         path = self.optional(name)
         if path is None:
             raise FileNotFoundError(f"{name} is missing from {self}.")
         return path
 
-    def glob(self, pattern):
-        """Names of the files that match a pattern such as `"assets/**/*"`."""
+    def glob(self, pattern: str) -> list[str]:
+        """Returns the names of files that match a pattern such as `"assets/**/*"`."""
         paths = sorted(self.path.glob(pattern))
         return [str(path.relative_to(self.path)) for path in paths if path.is_file()]

@@ -1,46 +1,62 @@
-"""The marker of a checkpoint: what is known of it, and what its files have to be.
+"""The marker file of a training checkpoint: its metadata, and checksums of its files.
 
-It is written last, by `runs.checkpoint_manager`, and read there and in `training_run`.
+`runs.checkpoint_manager` writes the marker after all other files of a checkpoint.
+`runs.checkpoint_manager` and `training_run` read it.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
+
+from keras_openllama.utils.types import PathLike
 
 MARKER = "checkpoint.json"
 FORMAT = 1
-_SEAL = "sha256"  # Of the rest of the marker.
+_CHECKSUM_KEY = "sha256"  # Of the rest of the marker.
 
 
-def sealed(marker):
-    """A marker with a checksum of itself.
+def add_checksum(marker: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a marker with a checksum of its contents.
 
     Args:
-        marker: dict, as JSON: `format`, `step`, `files`, and whatever else is known.
+        marker: JSON object with `format`, `step`, `files` and other metadata.
+
+    Returns:
+        The marker with a SHA-256 checksum under `"sha256"`.
+
+    Example:
+        >>> marker = add_checksum({"format": 1, "step": 7, "files": {}})
+        >>> parse_marker(json.dumps(marker), "checkpoint.json")
+        {'format': 1, 'step': 7, 'files': {}}
     """
-    return {**marker, _SEAL: _seal(marker)}
+    return {**marker, _CHECKSUM_KEY: _checksum(marker)}
 
 
-def _seal(marker):
+def _checksum(marker):
     return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
-def parse_marker(data, file):
-    """The marker that `sealed` made.
+def parse_marker(data: bytes | str, file: PathLike) -> dict[str, Any]:
+    """Parses a marker and verifies its checksum.
 
     Args:
-        data: bytes of the file.
-        file: string or path, for messages.
+        data: Contents of the file.
+        file: Its path, for error messages.
+
+    Returns:
+        The marker that was passed to `add_checksum`.
 
     Raises:
-        ValueError: if it is damaged or of another format.
+        ValueError: If the marker is damaged or has another format version.
     """
     try:
         marker = json.loads(data)
-        seal = marker.pop(_SEAL)
+        checksum = marker.pop(_CHECKSUM_KEY)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}.") from error
-    if _seal(marker) != seal:
-        raise ValueError(f"{file} is not what was written (SHA-256 differs).")
+    if _checksum(marker) != checksum:
+        raise ValueError(f"{file} is damaged (its SHA-256 differs).")
     if marker["format"] != FORMAT:
         raise ValueError(
             f"{file} has format {marker['format']}, and this version reads {FORMAT}."
@@ -48,21 +64,24 @@ def parse_marker(data, file):
     return marker
 
 
-def check_file(file, expected, size, sha256):
-    """Compares a file of a checkpoint with what the marker says of it.
+def check_file(
+    file: PathLike, expected: dict[str, Any], size: int, sha256: Callable[[], str]
+) -> None:
+    """Checks a file of a checkpoint against its entry in the marker.
 
     Args:
-        file: string or path, for messages.
-        expected: dict of `"bytes"` and `"sha256"`.
-        size: int, bytes of the file.
-        sha256: function that returns its SHA-256; not called if the size is wrong.
+        file: Its path, for error messages.
+        expected: The entry: `"bytes"` and `"sha256"`.
+        size: Size of the file in bytes.
+        sha256: Function that returns its SHA-256 in hexadecimal. It is not called if
+            the size differs.
 
     Raises:
-        ValueError: if the file is not what was written.
+        ValueError: If the file is damaged.
     """
     if size != expected["bytes"]:
         raise ValueError(
-            f"{file} has {size} bytes, and {expected['bytes']} were written."
+            f"{file} has {size} bytes, but {expected['bytes']} bytes were written."
         )
     if sha256() != expected["sha256"]:
-        raise ValueError(f"{file} is not what was written (SHA-256 differs).")
+        raise ValueError(f"{file} is damaged (its SHA-256 differs).")

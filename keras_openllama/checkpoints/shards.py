@@ -1,44 +1,53 @@
-"""The tensors of a checkpoint, whichever files they are in."""
+"""Opens checkpoints of one or more files, in safetensors or PyTorch format."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints.files import safetensors, torch_zip
+from keras_openllama.utils.types import PathLike
 
-# Preferred first: safetensors, where a repository has both. Only one is fetched.
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.repository import Repository
+    from keras_openllama.checkpoints.tensors import StoredTensor
+
+# In order of preference: if a repository has both, only safetensors is downloaded.
 _FORMATS = (
-    ("model.safetensors", "model.safetensors.index.json", safetensors.read),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_zip.read),
+    ("model.safetensors", "model.safetensors.index.json", safetensors.read_safetensors),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_zip.read_torch_file),
 )
 
 
-def open_checkpoint(repository):
-    """Describes all tensors of a checkpoint; none is read yet.
+def open_checkpoint(repository: Repository) -> dict[str, StoredTensor]:
+    """Opens a checkpoint and lists its tensors, without reading their values.
 
     Args:
-        repository: `repository.Repository`.
+        repository: The repository that holds the checkpoint.
 
     Returns:
-        Dict of `StoredTensor` by name, in the order of the files.
+        The tensors by name, in the order of the files.
 
     Raises:
-        OSError: if there are no weights, or a file of them is missing or cannot be
-            fetched.
-        ValueError: if a file is damaged, or the index does not agree with the files.
+        OSError: If there are no weights, or a file is missing or cannot be downloaded.
+        ValueError: If a file is damaged, or the index does not match the files.
     """
     for single, index, read in _FORMATS:
         if path := repository.optional(index):
             return _open_shards(repository, path, read)
         if path := repository.optional(single):
             return read(path)
-    # Neither is there, so that asking for one says what is wrong.
+    # There are no weights. Requesting a file raises an error that says why.
     try:
         path = repository.file(_FORMATS[1][1])
     except FileNotFoundError as error:
         names = [name for single, index, _ in _FORMATS for name in (single, index)]
         raise FileNotFoundError(
-            f"No weights found, which are in one of {', '.join(names)}: {error}"
+            f"No weights were found in any of {', '.join(names)}: {error}"
         ) from error
-    return _open_shards(repository, path, torch_zip.read)
+    return _open_shards(repository, path, torch_zip.read_torch_file)
 
 
 def _open_shards(repository, index, read):
@@ -57,8 +66,9 @@ def _open_shards(repository, index, read):
     missing = sorted(set(files_of) - set(tensors))
     if missing:
         raise ValueError(
-            f"{index} names tensors that its files do not have: {', '.join(missing)}. "
-            "Index and files are of different checkpoints, or a file is damaged."
+            f"{index} names tensors that its files do not contain: "
+            f"{', '.join(missing)}. The index belongs to another checkpoint, or a file "
+            "is damaged."
         )
     return tensors
 
@@ -69,11 +79,17 @@ def _weight_map(index):
     return files_of
 
 
-def read_weight_map(index):
-    """The dict that an index, a path, has under `"weight_map"`.
+def read_weight_map(index: Path) -> dict[str, Any]:
+    """Reads the index of a sharded checkpoint.
+
+    Args:
+        index: Path of the index, such as `model.safetensors.index.json`.
+
+    Returns:
+        The contents of `"weight_map"`: file names by tensor name.
 
     Raises:
-        ValueError: if the file has no such dict.
+        ValueError: If the file is damaged or has no weight map.
     """
     try:
         files_of = json.loads(index.read_bytes())["weight_map"]
@@ -81,16 +97,29 @@ def read_weight_map(index):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} cannot be read as the index of a sharded checkpoint "
-            f"({type(error).__name__}: {error}). Delete {index.resolve()} and get it "
-            "again."
+            f"({type(error).__name__}: {error}). Delete {index.resolve()} and download "
+            "it again."
         ) from error
     return files_of
 
 
-def check_file_names(index, names):
-    """Raises a `ValueError` if an index names files that are not beside it."""
+def check_file_names(index: PathLike, names: Iterable[Any]) -> None:
+    """Checks that an index names only files of its own directory.
+
+    Args:
+        index: Path of the index, for the error message.
+        names: The names that it contains.
+
+    Raises:
+        ValueError: If a name is not a plain file name.
+
+    Example:
+        >>> check_file_names("index.json", ["../x.safetensors"])
+        Traceback (most recent call last):
+        ValueError: index.json names a file outside its directory: '../x.safetensors'.
+    """
     for name in names:
-        # A name such as ../../other would reach beyond the checkpoint.
+        # A name such as ../../other would escape the directory of the checkpoint.
         if (
             not isinstance(name, str)
             or "/" in name

@@ -1,4 +1,6 @@
-"""Tensors that lie in a file: described first, mapped on demand, never copied here."""
+"""Memory-mapped tensors of checkpoint files, and reading them ahead of their use."""
+
+from __future__ import annotations
 
 import collections
 import concurrent.futures
@@ -6,24 +8,28 @@ import dataclasses
 import math
 import mmap
 import os
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from keras_openllama.utils.types import PathLike
 
 _PAGE = mmap.PAGESIZE
 _READ_AHEAD_BYTES = 8 << 20
 _TENSORS_AHEAD = 4
-_MOST_AXES = 32  # Heuristic: no weight has more than three.
+_MAX_AXES = 32  # Heuristic: no weight has more than three.
 
 
 class ReadableTensor(Protocol):
-    """A tensor that can be read one at a time: what every writer of weights takes.
+    """A tensor that is read on demand: what the writer of every format takes.
 
     Attributes:
-        name: string, what it is called where it is.
-        dtype: string, name of its dtype.
-        nbytes: int, bytes that reading it takes.
+        name: Its name in the checkpoint or the model that it comes from.
+        dtype: Name of its dtype, such as `"bfloat16"`.
+        nbytes: Number of bytes that are read for it.
     """
 
     name: str
@@ -31,41 +37,41 @@ class ReadableTensor(Protocol):
     nbytes: int
 
     def array(self) -> np.ndarray:
-        """The tensor as a NumPy array. Not to be written to: it may lie on a file."""
+        """Returns the tensor as an array. Do not write to it: it may map a file."""
 
-    def touch(self) -> None:
-        """Reads it into memory, where that can be done ahead; called from a thread."""
+    def prefetch(self) -> None:
+        """Reads the tensor into memory if that is possible; called from a thread."""
 
-    def drop(self) -> None:
-        """Gives back the memory that `touch` and `array` took."""
+    def release(self) -> None:
+        """Releases the memory that `prefetch` and `array` use."""
 
 
 class StoredTensor(ReadableTensor, Protocol):
-    """A tensor in a file: what every reader of weights returns.
+    """A tensor in a checkpoint: what the reader of every format returns.
 
     Attributes:
-        shape: tuple of ints.
-        offset: int, its place in the file, for sorting.
-        file: the file or checkpoint that holds it, which has a `path`.
+        shape: Its shape.
+        offset: Its position in the file, by which tensors are sorted.
+        file: The file or checkpoint that holds it, which has a `path`.
     """
 
-    shape: tuple
+    shape: tuple[int, ...]
     offset: int
-    file: object
+    file: Any
 
 
 class MappedFile:
-    """A file mapped read-only, whose pages can be asked for and given back.
+    """A file that is mapped into memory read-only.
 
     Args:
-        path: path of the file.
+        path: Path of the file.
 
     Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if the file is empty.
+        OSError: If the file cannot be opened.
+        ValueError: If the file is empty.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike):
         self.path = os.fspath(path)
         with open(self.path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
@@ -74,35 +80,52 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @property
-    def remedy(self):
-        """What a user can do about a damaged file."""
-        # In the cache of huggingface_hub, the name is a link: deleting that alone
-        # would bring the damaged file back.
+    def remedy(self) -> str:
+        """A sentence for error messages: what to do about a damaged file."""
+        # In the cache of huggingface_hub, the path is a symbolic link. If only the
+        # link were deleted, the damaged file would be used again.
         real = os.path.realpath(self.path)
-        return f"If it is truncated or damaged, delete {real} and get it again."
+        return f"If it is truncated or damaged, delete {real} and download it again."
 
-    def bytes(self, start, length):
-        """The bytes `[start, start + length)`, copied; fewer at the file's end."""
+    def bytes(self, start: int, length: int) -> bytes:
+        """Returns a copy of the bytes `[start, start + length)`.
+
+        Args:
+            start: Offset of the first byte.
+            length: Number of bytes.
+
+        Returns:
+            The bytes; fewer than `length` at the end of the file.
+        """
         return self._map[start : start + length]
 
-    def array(self, start, count, dtype):
-        """`count` elements from byte `start`, as a 1-D read-only array on the map."""
+    def array(self, start: int, count: int, dtype: DTypeLike) -> NDArray:
+        """Returns a range of the file as an array that shares the mapped memory.
+
+        Args:
+            start: Offset of the first element, in bytes.
+            count: Number of elements.
+            dtype: Their dtype.
+
+        Returns:
+            Read-only array of shape `(count,)`.
+        """
         return np.frombuffer(self._map, dtype, count, start)
 
-    def touch(self, start, length):
-        """Reads a range into memory; to be called from a thread that runs ahead."""
+    def prefetch(self, start: int, length: int) -> None:
+        """Reads the bytes `[start, start + length)` into memory; blocks until done."""
         for begin in range(start, start + length, _READ_AHEAD_BYTES):
             count = min(_READ_AHEAD_BYTES, start + length - begin)
             self._advise("MADV_WILLNEED", begin, count)
-            # One byte of each page is enough; NumPy lets other threads run meanwhile.
+            # Reading one byte of each page is enough. NumPy releases the GIL.
             self.array(begin, count, np.uint8)[::_PAGE].max()
 
-    def drop(self, start, length):
-        """Gives a range's pages back; reading the range again fetches it again."""
+    def release(self, start: int, length: int) -> None:
+        """Releases the memory of a range. The range can still be read again."""
         self._advise("MADV_DONTNEED", start, length)
 
     def _advise(self, advice, start, length):
-        if length and hasattr(mmap, advice):  # Not every system takes advice.
+        if length and hasattr(mmap, advice):  # Not every system supports it.
             first_page = start - start % _PAGE
             length += start - first_page
             self._map.madvise(getattr(mmap, advice), first_page, length)
@@ -110,35 +133,44 @@ class MappedFile:
 
 @dataclasses.dataclass(frozen=True)
 class MappedTensor:
-    """A `StoredTensor` in one piece; nothing is read before `array()` is used.
+    """A `StoredTensor` that is one range of a file. Reading is lazy.
 
     Attributes:
-        name: the tensor's name in the file.
-        dtype: name of its dtype, such as `"float16"`.
-        shape: tuple of ints.
-        strides: tuple of ints, in elements.
-        offset: where its first element lies, in bytes from the file's start.
-        file: the `MappedFile` that holds it.
+        name: Its name in the file.
+        dtype: Name of its dtype, such as `"float16"`.
+        shape: Its shape.
+        strides: Its strides, in elements.
+        offset: Offset of its first element, in bytes from the start of the file.
+        file: The file that holds it.
+
+    Example:
+        >>> with open("numbers", "wb") as file:
+        ...     _ = file.write(np.arange(6, dtype="float32").tobytes())
+        >>> file = MappedFile("numbers")
+        >>> tensor = MappedTensor("x", "float32", (2, 3), (3, 1), 0, file)
+        >>> tensor.transposed().array().tolist()
+        [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
 
     name: str
     dtype: str
-    shape: tuple
-    strides: tuple
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     offset: int
     file: MappedFile
 
     @property
-    def itemsize(self):
+    def itemsize(self) -> int:
+        """Number of bytes of an element."""
         return numpy_dtype(self.dtype).itemsize
 
     @property
-    def nbytes(self):
-        """Bytes of the file that the tensor spans."""
+    def nbytes(self) -> int:
+        """Number of bytes of the file that the tensor spans."""
         return extent(self.shape, self.strides) * self.itemsize
 
-    def array(self):
-        """The tensor as a read-only NumPy array on the mapped file, without a copy."""
+    def array(self) -> NDArray:
+        """Returns a read-only array that shares the memory of the mapped file."""
         dtype = numpy_dtype(self.dtype)
         count = extent(self.shape, self.strides)
         flat = self.file.array(self.offset, count, dtype)
@@ -149,55 +181,62 @@ class MappedTensor:
             flat, self.shape, strides, writeable=False
         )
 
-    def transposed(self):
-        """The same tensor with its axes in the opposite order."""
+    def transposed(self) -> MappedTensor:
+        """Returns the same tensor with its axes reversed."""
         return dataclasses.replace(
             self, shape=self.shape[::-1], strides=self.strides[::-1]
         )
 
-    def touch(self):
-        self.file.touch(self.offset, self.nbytes)
+    def prefetch(self) -> None:
+        """Reads the tensor into memory."""
+        self.file.prefetch(self.offset, self.nbytes)
 
-    def drop(self):
-        self.file.drop(self.offset, self.nbytes)
+    def release(self) -> None:
+        """Releases the memory of the tensor."""
+        self.file.release(self.offset, self.nbytes)
 
 
 class RearrangedTensor:
-    """A stored tensor whose elements are put in another order when it is read.
+    """A `StoredTensor` whose elements are reordered when it is read.
 
     Args:
-        stored: `MappedTensor` or `JoinedTensor`.
-        shape: tuple of ints, the shape that results.
-        rearrange: function from its array to one of that shape.
+        stored: The tensor as the file stores it.
+        shape: The shape of the result.
+        rearrange: Function that takes the stored array and returns the result.
     """
 
-    def __init__(self, stored, shape, rearrange):
+    def __init__(
+        self,
+        stored: MappedTensor | JoinedTensor,
+        shape: tuple[int, ...],
+        rearrange: Callable[[NDArray], NDArray],
+    ):
         self.name = stored.name
         self.dtype = stored.dtype
         self.shape = shape
         self.offset = stored.offset
         self.file = stored.file
         self.nbytes = stored.nbytes
-        self.touch = stored.touch
-        self.drop = stored.drop
+        self.prefetch = stored.prefetch
+        self.release = stored.release
         self._array = stored.array
         self._rearrange = rearrange
 
-    def array(self):
-        """The tensor in its new order, a copy."""
+    def array(self) -> NDArray:
+        """Returns a copy of the tensor in the new order."""
         return self._rearrange(self._array())
 
 
 class JoinedTensor:
-    """A tensor that lies in several pieces in a file.
+    """A `StoredTensor` that a file stores in several chunks.
 
     Args:
-        name: string, its name.
-        shape: tuple of ints.
-        parts: list of 1-D `MappedTensor`s, its elements in order.
+        name: Its name.
+        shape: Its shape.
+        parts: Its elements in order, as tensors of one axis.
     """
 
-    def __init__(self, name, shape, parts):
+    def __init__(self, name: str, shape: tuple[int, ...], parts: list[MappedTensor]):
         self.name = name
         self.shape = shape
         self.dtype = parts[0].dtype
@@ -206,48 +245,48 @@ class JoinedTensor:
         self.nbytes = sum(part.nbytes for part in parts)
         self._parts = parts
 
-    def transposed(self):
+    def transposed(self) -> RearrangedTensor:
+        """Returns the same tensor with its axes reversed."""
         return RearrangedTensor(self, self.shape[::-1], np.transpose)
 
-    def array(self):
-        """The tensor in one piece, a copy."""
+    def array(self) -> NDArray:
+        """Returns a copy of the tensor in one array."""
         parts = [part.array() for part in self._parts]
         return np.concatenate(parts).reshape(self.shape)
 
-    def touch(self):
+    def prefetch(self) -> None:
+        """Reads the tensor into memory."""
         for part in self._parts:
-            part.touch()
+            part.prefetch()
 
-    def drop(self):
+    def release(self) -> None:
+        """Releases the memory of the tensor."""
         for part in self._parts:
-            part.drop()
+            part.release()
 
 
-def in_file_order(tensors):
-    """Tensors in the order in which they lie in their files, which disks like best."""
+def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """Sorts tensors by file and offset, so that the disk is read sequentially."""
     return sorted(tensors, key=lambda tensor: (tensor.file.path, tensor.offset))
 
 
 class ReadAhead:
-    """Reads tensors from the disk in a thread, a little ahead of their use.
+    """Reads tensors from the disk in a thread, a few tensors ahead of their use.
 
-    Use as a context manager, and iterate over it once: it yields the tensors in the
-    order given, as their bytes have come into memory.
+    Use it as a context manager, and iterate over it once. It yields the tensors in the
+    given order, each after its bytes were read into memory.
 
     Args:
-        tensors: list of `ReadableTensor`s.
+        tensors: The tensors, in the order in which they are used.
 
     Example:
-
-    ```python
-    with ReadAhead(torch_zip.read(path).values()) as ahead:
-        for stored in ahead:
-            use(stored.array())
-            stored.drop()
-    ```
+        with ReadAhead(torch_zip.read_torch_file(path).values()) as ahead:
+            for stored in ahead:
+                use(stored.array())
+                stored.release()
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: Iterable[ReadableTensor]):
         self._waiting = iter(list(tensors))
         self._reading = collections.deque()
 
@@ -260,7 +299,7 @@ class ReadAhead:
     def __exit__(self, *_):
         self._pool.shutdown(cancel_futures=True)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[ReadableTensor]:
         while self._reading:
             tensor, read = self._reading.popleft()
             read.result()
@@ -269,41 +308,73 @@ class ReadAhead:
 
     def _read_next(self):
         for tensor in self._waiting:
-            self._reading.append((tensor, self._pool.submit(tensor.touch)))
+            self._reading.append((tensor, self._pool.submit(tensor.prefetch)))
             return
 
 
-def numpy_dtype(name):
-    """NumPy's dtype of that name, bfloat16 included."""
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the NumPy dtype of a name, which may be `"bfloat16"`.
+
+    Example:
+        >>> numpy_dtype("bfloat16").itemsize
+        2
+    """
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def dense_bytes(shape, dtype):
-    """Bytes of a tensor without gaps."""
+def dense_bytes(shape: Iterable[int], dtype: str) -> int:
+    """Returns the size of a contiguous tensor in bytes.
+
+    Example:
+        >>> dense_bytes((3, 5), "bfloat16")
+        30
+    """
     return math.prod(shape) * numpy_dtype(dtype).itemsize
 
 
-def is_shape(value):
-    """Whether a value from a file can be a tensor's shape."""
+def is_shape(value: Any) -> bool:
+    """Returns whether a value that was read from a file is a valid shape.
+
+    Example:
+        >>> is_shape([3, 5]), is_shape([3, -5]), is_shape("35")
+        (True, False, False)
+    """
     return (
         isinstance(value, (list, tuple))
-        and len(value) <= _MOST_AXES
+        and len(value) <= _MAX_AXES
         and all(map(is_size, value))
     )
 
 
-def is_size(value):
-    """Whether a value from a file can be a size or an offset."""
+def is_size(value: Any) -> bool:
+    """Returns whether a value that was read from a file is a valid size or offset."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def contiguous_strides(shape):
-    """Strides, in elements, of a tensor whose last axis varies fastest."""
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the strides, in elements, of a C-contiguous tensor.
+
+    Example:
+        >>> contiguous_strides((2, 3, 4))
+        (12, 4, 1)
+    """
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def extent(shape, strides):
-    """Number of elements from a tensor's first to its last, both included."""
+def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Returns the number of elements that a strided tensor spans in memory.
+
+    Args:
+        shape: Its shape.
+        strides: Its strides, in elements; not negative.
+
+    Returns:
+        The distance from the first to the last element, both included.
+
+    Example:
+        >>> extent((2, 3), (10, 1))
+        13
+    """
     if 0 in shape:
         return 0
     return 1 + sum(

@@ -1,83 +1,86 @@
-"""`tokenizer.json` for a SentencePiece model, equal to SentencePiece or refused.
+"""Converts a SentencePiece model to an equivalent `tokenizer.json`, or raises an error.
 
-The `tokenizers` library applies merges by rank, the leftmost pair first; SentencePiece
-joins the pair whose piece has the highest score, the leftmost first among equals. So
-merges are ranked by score. Among equal scores (the runs of spaces of some models) the
-longest left part comes first, since SentencePiece, going from the left, grows one run
-to the end before it begins the next. That this is right for the model at hand is not
-taken for granted: `build` compares the two on texts made of the model's own pieces.
+The `tokenizers` library applies merges by rank, leftmost pair first. SentencePiece
+merges the pair whose piece has the highest score, the leftmost of equal scores first.
+Therefore merges are ranked by score. Among equal scores (the runs of spaces of some
+models) the longest left part comes first, because SentencePiece extends one run from
+the left to its end before it starts the next one. `build_tokenizer_json` verifies the
+result: it compares both tokenizers on texts that consist of the model's own pieces.
 """
 
 import random
 
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # Types of pieces in SentencePiece.
-_BPE = 2  # SentencePiece's number of the model type.
-_SPACE = "▁"  # What SentencePiece writes for a space.
-_ALL = 1 << 30  # More spaces than any text begins with.
-_TEXTS = 2000  # Ours: the comparison takes about a second.
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # Piece types of SentencePiece.
+_BPE = 2  # SentencePiece's enum value of the model type.
+_SPACE = "▁"  # SentencePiece's symbol for a space.
+_ALL = 1 << 30  # More spaces than any text starts with.
+_NUM_TEXTS = 2000  # Heuristic: the comparison takes about a second.
 
 
-def build(proto, starts=True):
-    """Makes a `tokenizer.json` for a SentencePiece model.
+def build_tokenizer_json(proto: bytes, add_start_token: bool = True) -> str:
+    """Converts a SentencePiece model to a `tokenizer.json`.
 
     Args:
-        proto: bytes of the model.
-        starts: bool, whether the start token stands before each text.
+        proto: The serialized model.
+        add_start_token: Whether the start token is prepended to each text.
 
     Returns:
-        String, the JSON text.
+        The contents of the file.
 
     Raises:
-        ValueError: if the library cannot do what SentencePiece does with this model.
-            The message says what.
+        ValueError: If the `tokenizers` library cannot reproduce this model. The message
+            gives the reason.
 
     Example:
-
-    ```python
-    Path("tokenizer.json").write_text(fast_tokenizer.build(tokenizer.proto))
-    ```
+        >>> import tokenizers
+        >>> proto = lm.preprocessor.tokenizer.proto
+        >>> tokenizer = tokenizers.Tokenizer.from_str(build_tokenizer_json(proto))
+        >>> tokenizer.encode("The sea").ids == lm.preprocessor.tokenizer(
+        ...     "The sea", add_bos=True
+        ... )
+        True
     """
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-    complaint = _complaint(model)
-    if complaint:
-        raise _refusal(complaint)
-    tokenizer = _tokenizer(model, starts)
+    reason = _unsupported_feature(model)
+    if reason:
+        raise _conversion_error(reason)
+    tokenizer = _tokenizer(model, add_start_token)
     _compare(tokenizer, proto, [piece.piece for piece in model.pieces])
     return tokenizer.to_str(pretty=True)
 
 
-def _refusal(complaint):
+def _conversion_error(reason):
     return ValueError(
-        f"No tokenizer.json can be written that equals this SentencePiece model: "
-        f"{complaint}. Without one transformers would make its own, with wrong ids. "
-        "Leave the tokenizer out (tokenizer=False, or --no-tokenizer) and use "
+        f"This SentencePiece model cannot be converted to tokenizer.json: {reason}. "
+        "Without that file transformers would build its own, with wrong ids. Export "
+        "the model without a tokenizer (tokenizer=False, or --no-tokenizer) and use "
         "SentencePiece itself."
     )
 
 
-def _complaint(model):
-    """What of a model the library cannot express, or `None`."""
+def _unsupported_feature(model):
+    """Returns why the library cannot represent a model, or `None` if it can."""
     normalizer, trainer = model.normalizer_spec, model.trainer_spec
     kinds = {piece.type for piece in model.pieces}
     bytes_found = sum(piece.type == _BYTE for piece in model.pieces)
-    unfit = {
-        "it is no BPE model": trainer.model_type != _BPE,
-        f"its normaliser, {normalizer.name!r}, rewrites characters": bool(
+    unsupported = {
+        "it is not a BPE model": trainer.model_type != _BPE,
+        f"its normalizer, {normalizer.name!r}, rewrites characters": bool(
             normalizer.precompiled_charsmap
         ),
         "it does not escape spaces": not normalizer.escape_whitespaces,
-        "it writes spaces behind words": trainer.treat_whitespace_as_suffix,
+        "it writes spaces after words": trainer.treat_whitespace_as_suffix,
         "it has user-defined or unused pieces": not kinds
         <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE},
-        # There an unknown character comes back as " ⁇ ", in the library as nothing.
+        # SentencePiece decodes an unknown character as " ⁇ ", the library as nothing.
         "it does not fall back to bytes for unknown characters": bytes_found != 256,
     }
-    return next((complaint for complaint, holds in unfit.items() if holds), None)
+    return next((reason for reason, applies in unsupported.items() if applies), None)
 
 
-def _tokenizer(model, starts):
+def _tokenizer(model, add_start_token):
     from tokenizers import AddedToken, Tokenizer, models, processors
 
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -96,7 +99,7 @@ def _tokenizer(model, starts):
     tokenizer.add_special_tokens(
         [AddedToken(piece, special=True, normalized=False) for piece in specials]
     )
-    if starts:
+    if add_start_token:
         start = model.trainer_spec.bos_piece
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{start} $A",
@@ -107,7 +110,7 @@ def _tokenizer(model, starts):
 
 
 def _merges(model, ids):
-    """Pairs of pieces, in the order in which SentencePiece prefers their joins."""
+    """Returns pairs of pieces in the order in which SentencePiece merges them."""
     normal = {p.piece: p.score for p in model.pieces if p.type == _NORMAL}
     merges = [
         (-score, -cut, ids[piece], (piece[:cut], piece[cut:]))
@@ -123,7 +126,7 @@ def _normalizer(spec):
 
     steps = []
     if spec.remove_extra_whitespaces:
-        # Of all white space the space alone, and at the end also what it is written as.
+        # Strips only spaces, no other white space; at the end also their symbol.
         for pattern in (r"\A +", rf"[ {_SPACE}]+\z"):
             steps.append(normalizers.Replace(Regex(pattern), ""))
         steps.append(normalizers.Replace(Regex(" +"), " "))
@@ -145,29 +148,32 @@ def _decoder(spec):
 
 
 def _compare(tokenizer, proto, pieces):
-    """Raises a `ValueError` if the tokenizer differs from SentencePiece on a text."""
+    """Raises a `ValueError` if a text has other ids than with SentencePiece."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     texts = list(_texts(pieces))
-    # Control strings are ordinary text for SentencePiece.
+    # SentencePiece treats strings such as "<s>" as ordinary text.
     tokenizer.encode_special_tokens = True
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     tokenizer.encode_special_tokens = False
     expected = processor.encode(texts)
     decoded = tokenizer.decode_batch(expected)
-    for text, ours, ids, back in zip(texts, encoded, expected, decoded, strict=True):
-        if ours.ids != ids:
-            raise _refusal(f"{text!r} would become {ours.ids}, and is {ids}")
+    for text, found, ids, back in zip(texts, encoded, expected, decoded, strict=True):
+        if found.ids != ids:
+            raise _conversion_error(
+                f"{text!r} would be encoded as {found.ids} instead of {ids}"
+            )
         if back != processor.decode(ids):
-            raise _refusal(
-                f"{ids} would become {back!r}, and is {processor.decode(ids)!r}"
+            raise _conversion_error(
+                f"{ids} would be decoded as {back!r} instead of "
+                f"{processor.decode(ids)!r}"
             )
 
 
 def _texts(pieces):
-    """Texts that put the order of merges to the test."""
-    chance = random.Random(0)  # The same texts each time.
+    """Yields texts that exercise the order of merges."""
+    rng = random.Random(0)  # The same texts each time.
     pieces = [piece.replace(_SPACE, " ") for piece in pieces]
     repeated = [p for p in pieces if len(p) > 1 and len(set(p)) == 1]
     letters = sorted({character for piece in pieces for character in piece})
@@ -184,9 +190,9 @@ def _texts(pieces):
     )
     for length in range(1, 101):
         yield " " * length + "x" + " " * (101 - length)
-    for _ in range(_TEXTS):
-        length = chance.randint(1, 30)
-        yield "".join(chance.choices(pieces, k=length))
-        yield "".join(chance.choices(letters, k=length))
+    for _ in range(_NUM_TEXTS):
+        length = rng.randint(1, 30)
+        yield "".join(rng.choices(pieces, k=length))
+        yield "".join(rng.choices(letters, k=length))
         if repeated:
-            yield "".join(chance.choices(repeated, k=length % 7 + 1))
+            yield "".join(rng.choices(repeated, k=length % 7 + 1))

@@ -1,78 +1,88 @@
-"""Pretraining runs, whose checkpoints are read tensor by tensor on any backend.
+"""Reads the checkpoints of a pretraining run, tensor by tensor, on any backend.
 
-    runs/nano/run.json                          what the run is, architecture included
+    runs/nano/run.json                          configuration and architecture
     runs/nano/tokenizer.model
-    runs/nano/checkpoints/300/arrays/           what Orbax wrote, read by TensorStore
+    runs/nano/checkpoints/300/arrays/           written by Orbax, read by TensorStore
     runs/nano/checkpoints/300/checkpoint.json   written last: SHA-256 of each file
 
-`runs.checkpoint_manager` and `runs.run_directory` write them, and take the names from
-here.
+`runs.checkpoint_manager` and `runs.run_directory` write these files. They import the
+file names from this module.
 
 Source: https://orbax.readthedocs.io/en/latest/guides/checkpoint/checkpoint_format.html
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_openllama.checkpoints import weight_names
-from keras_openllama.checkpoints.matching import FLOATS, match
+from keras_openllama.checkpoints.matching import FLOATS, match_tensors
 from keras_openllama.checkpoints.seal import MARKER, check_file, parse_marker
 from keras_openllama.checkpoints.tensors import dense_bytes
 from keras_openllama.utils.files import read_json_object, sha256
 from keras_openllama.utils.progress import progress_bar
+from keras_openllama.utils.types import PathLike
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_Result = TypeVar("_Result")
 
 RUN, RUN_FORMAT = "run.json", 1
 TOKENIZER = "tokenizer.model"
 DIRECTORY = "checkpoints"
 ARRAYS = "arrays"
-# Orbax joins the keys of the tree, the part and the variable's path, by a dot.
+# Orbax joins the keys of the tree ("model" and the variable path) by a dot.
 _MODEL = "model."
-_ARRAY_METADATA = "/.zarray"  # Of each array there is one.
+_ARRAY_METADATA = "/.zarray"  # There is one for each array.
 
 
 # ----- Runs
 
 
-def is_run(path):
-    """Whether a path is the directory of a run, or of a checkpoint in one."""
+def is_run(path: PathLike) -> bool:
+    """Returns whether a path is the directory of a run or of one of its checkpoints."""
     path = Path(path).resolve()
     if (path / RUN).is_file() or (path / MARKER).is_file():
         return True
-    # A checkpoint whose writing was cut short has no marker.
+    # An incomplete checkpoint has no marker.
     return path.parent.name == DIRECTORY and (path.parents[1] / RUN).is_file()
 
 
 class TrainingRun:
-    """A run on the disk, which may be going on; see `open`.
+    """A training run on disk, which may be in progress. Create it with `open`.
 
     Args:
-        path: `pathlib.Path` of its directory.
-        chosen: `pathlib.Path` of the checkpoint that is wanted; `None` is the newest.
+        path: Path of its directory.
+        chosen: Path of the checkpoint to load. `None` is the newest one.
 
     Example:
-
-    ```python
-    run = TrainingRun.open("runs/nano")
-    checkpoint = run.checkpoint()
-    tensors = checkpoint.read_tensors(validate_architecture(run.architecture()))
-    ```
+        run = TrainingRun.open("runs/nano")
+        checkpoint = run.checkpoint()
+        tensors = checkpoint.read_tensors(validate_architecture(run.architecture()))
     """
 
-    def __init__(self, path, chosen=None):
+    def __init__(self, path: Path, chosen: Path | None = None):
         self.path = path
         self._chosen = chosen
 
     @classmethod
-    def open(cls, path):
+    def open(cls, path: PathLike) -> TrainingRun:
         """Opens a run, or one of its checkpoints.
 
         Args:
-            path: path of the run's directory, or of the checkpoint that is wanted.
+            path: Path of the directory of the run, or of one of its checkpoints.
+
+        Returns:
+            The run.
 
         Raises:
-            FileNotFoundError: if there is no `run.json`.
+            FileNotFoundError: If there is no `run.json`.
         """
         path = Path(path).resolve()
         if (path / RUN).is_file():
@@ -80,25 +90,26 @@ class TrainingRun:
         run = path.parent.parent
         if not (run / RUN).is_file():
             raise FileNotFoundError(
-                f"{RUN}, which says what the model is, is missing from {run}. "
-                f"The checkpoint {path} belongs into its run, as "
+                f"{RUN}, which describes the model, is missing from {run}. "
+                f"The checkpoint {path} must be inside the directory of its run, at "
                 f"RUN/{DIRECTORY}/{path.name}."
             )
         return cls(run, chosen=path)
 
-    def architecture(self):
-        """Arguments of `OpenLlamaBackbone`.
+    def architecture(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`.
 
         Raises:
-            OSError: if `run.json` cannot be read.
-            ValueError: if it is damaged, of another format, or no run's.
+            OSError: If `run.json` cannot be read.
+            ValueError: If it is damaged, has another format version, or belongs to a
+                run whose checkpoints contain only adapters.
         """
         path = self.path / RUN
         run = read_json_object(path)
         if run.get("weights") == "adapters" or "lora_rank" in run:
             raise ValueError(
-                f"{self.path} is a fine-tuning run whose checkpoints do not hold a "
-                f"whole model. Load what it exported: {self.path}/model, or "
+                f"{self.path} is a fine-tuning run whose checkpoints do not contain a "
+                f"complete model. Load its export instead: {self.path}/model, or "
                 f"{self.path}/adapters with `lm.load_adapters`."
             )
         if run.get("format") != RUN_FORMAT:
@@ -110,40 +121,40 @@ class TrainingRun:
             raise ValueError(f"{path} has no 'architecture'.")
         return run["architecture"]
 
-    def tokenizer_file(self):
-        """Path of the SentencePiece model.
+    def tokenizer_file(self) -> Path:
+        """Returns the path of the SentencePiece model.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: If there is none.
         """
         path = self.path / TOKENIZER
         if not path.is_file():
             raise FileNotFoundError(f"{TOKENIZER} is missing from the run {self.path}.")
         return path
 
-    def checkpoint(self):
-        """The checkpoint that was chosen, or else the newest one that is whole.
+    def checkpoint(self) -> Checkpoint:
+        """Verifies and returns the chosen checkpoint, or else the newest intact one.
 
-        Where a newer one is damaged, a warning names what is wrong with it.
+        It warns about each newer checkpoint that is damaged.
 
         Returns:
-            `Checkpoint`.
+            The checkpoint.
 
         Raises:
-            OSError: if there is none, or the chosen one is unfinished.
-            ValueError: if the chosen one, or every one, is damaged.
+            OSError: If there is no checkpoint, or the chosen one is incomplete.
+            ValueError: If the chosen checkpoint is damaged, or all of them are.
         """
-        return self._newest() if self._chosen is None else self._only(self._chosen)
+        return self._newest() if self._chosen is None else self._verify(self._chosen)
 
-    def _only(self, path):
-        remedy = f"Name the run, {self.path}, for its newest whole checkpoint."
+    def _verify(self, path):
+        remedy = f"Pass the run, {self.path}, to load its newest intact checkpoint."
         if not (path / MARKER).is_file():
             raise FileNotFoundError(
-                f"{path} has no {MARKER}: its writing has not ended, or was cut short. "
-                f"{remedy}"
+                f"{path} has no {MARKER}: it is incomplete, and may still be being "
+                f"written. {remedy}"
             )
         try:
-            return _whole(path)
+            return _verified_checkpoint(path)
         except (OSError, ValueError) as error:
             if not (path / MARKER).is_file():
                 raise FileNotFoundError(
@@ -155,50 +166,50 @@ class TrainingRun:
 
     def _newest(self):
         damaged = {}
-        # Listed anew each time: a run that goes on writes new ones, and removes old.
+        # Listed each time: a run in progress writes new ones and removes old ones.
         while paths := [p for p in self._checkpoints() if p not in damaged]:
             try:
-                checkpoint = _whole(paths[-1])
+                checkpoint = _verified_checkpoint(paths[-1])
             except (OSError, ValueError) as error:
                 if (paths[-1] / MARKER).is_file():
                     damaged[paths[-1]] = _sentence(error)
                 continue
             for path, problem in damaged.items():
                 warnings.warn(
-                    f"The checkpoint of step {path.name} in {self.path} is damaged, "
-                    f"and that of step {checkpoint.step} is taken: {problem}",
+                    f"The checkpoint of step {path.name} in {self.path} is damaged; "
+                    f"loading step {checkpoint.step} instead. {problem}",
                     stacklevel=2,
                 )
             return checkpoint
         if damaged:
             raise ValueError(
-                f"None of the checkpoints in {self.path} is whole: "
+                f"All checkpoints in {self.path} are damaged. "
                 + " ".join(f"Step {p.name}: {why}" for p, why in damaged.items())
             )
         raise FileNotFoundError(
-            f"The run {self.path} has no checkpoint yet. For its model with random "
-            "weights, pass load_weights=False."
+            f"The run {self.path} has no checkpoint yet. To build its model with "
+            "random weights, pass load_weights=False."
         )
 
     def _checkpoints(self):
-        """Paths of the checkpoints, damaged ones included, by step."""
+        """Returns the paths of complete checkpoints by step; some may be damaged."""
         paths = (self.path / DIRECTORY).glob("*")
         steps = [path for path in paths if path.name.isdecimal()]
-        # Without a marker it is being written, or its writing was cut short.
-        whole = [path for path in steps if (path / MARKER).is_file()]
-        return sorted(whole, key=lambda path: int(path.name))
+        # A checkpoint without a marker is incomplete.
+        complete = [path for path in steps if (path / MARKER).is_file()]
+        return sorted(complete, key=lambda path: int(path.name))
 
 
 def _sentence(error):
     return f"{str(error).removesuffix('.')}."
 
 
-def _whole(path):
-    """A checkpoint, once its files are found to be what was written.
+def _verified_checkpoint(path):
+    """Returns a checkpoint after it verified the checksums of its files.
 
     Raises:
-        OSError: if a file is missing or cannot be read.
-        ValueError: if a file is damaged.
+        OSError: If a file is missing or cannot be read.
+        ValueError: If a file is damaged.
     """
     marker = parse_marker((path / MARKER).read_bytes(), path / MARKER)
 
@@ -221,37 +232,38 @@ def _whole(path):
 
 
 class Checkpoint:
-    """A checkpoint on the disk, found to be whole.
+    """A checkpoint of a training run whose checksums were verified.
 
-    Attributes:
-        path: string, its directory.
-        step: int, steps done.
+    Args:
+        path: Path of its directory.
+        step: Number of training steps that were completed.
     """
 
-    def __init__(self, path, step):
+    def __init__(self, path: PathLike, step: int):
         self.path = str(path)
         self.step = step
 
-    def read_tensors(self, arguments, head=True):
-        """Describes the weights; none is read yet.
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, ArrayTensor]:
+        """Opens the checkpoint and lists its weights, without reading their values.
 
         Args:
-            arguments: dict, arguments of `OpenLlamaBackbone`.
-            head: bool, whether the language-model head is wanted.
+            arguments: Arguments of `OpenLlamaBackbone`.
+            head: Whether to include the language-model head.
 
         Returns:
-            Dict of `ArrayTensor`s by variable path.
+            The weights by variable path.
 
         Raises:
-            ImportError: if TensorStore is not installed.
-            OSError: if the checkpoint cannot be read, or was removed meanwhile.
-            ValueError: if its weights are not those of the network that the arguments
-                describe.
+            ImportError: If TensorStore is not installed.
+            OSError: If the checkpoint cannot be read, or has been removed.
+            ValueError: If its weights do not match the arguments.
         """
-        sizes = weight_names.sizes(arguments)
+        sizes = weight_names.axis_sizes(arguments)
         expected = {
             row.path: (row.path, row.shape(sizes))
-            for row in weight_names.weights(arguments["num_layers"], head)
+            for row in weight_names.weight_specs(arguments["num_layers"], head)
         }
         stores = self._open()
         if not head:
@@ -259,20 +271,20 @@ class Checkpoint:
         tensors = {
             name: ArrayTensor(name, store.dtype.name, store.shape, i, self, store)
             for i, (name, store) in enumerate(stores.items())
-            # States of random generators are no weights.
+            # Excludes states of random number generators.
             if name in expected or store.dtype.name in FLOATS
         }
-        return match(tensors, expected, self.path)
+        return match_tensors(tensors, expected, self.path)
 
     def _open(self):
-        """The model's arrays by name, as TensorStore opens them."""
+        """Returns the TensorStore of each of the model's arrays by name."""
         ts = _tensorstore()
         context = ts.Context()
         base = {"driver": "file", "path": f"{self.path}/{ARRAYS}/"}
 
         def store(name):
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{_MODEL}{name}/"}
-            # What is missing would be read as zeros.
+            # By default missing chunks are read as zeros.
             spec = {"driver": "zarr", "fill_missing_data_reads": False}
             return ts.open({**spec, "kvstore": kvstore}, context=context, read=True)
 
@@ -289,70 +301,80 @@ class Checkpoint:
             opening = {name: store(name) for name in names}
             return {name: future.result() for name, future in opening.items()}
 
-        return self.read(open_all)
+        return self.call_reader(open_all)
 
-    def read(self, function):
-        """What a function returns that reads the checkpoint.
+    def call_reader(self, function: Callable[[], _Result]) -> _Result:
+        """Calls a function that reads the checkpoint, and translates its errors.
+
+        Args:
+            function: Function without arguments.
+
+        Returns:
+            Its result.
 
         Raises:
-            OSError: if TensorStore cannot read, or the checkpoint is there no more.
+            OSError: If TensorStore fails, or the checkpoint has been removed.
         """
         try:
             result = function()
-        except (ValueError, NotImplementedError) as error:  # Of TensorStore.
-            self._check_there(error)
+        except (ValueError, NotImplementedError) as error:  # Raised by TensorStore.
+            self._check_exists(error)
             raise OSError(
                 f"The checkpoint {self.path} cannot be read: {error}"
             ) from error
-        # The marker goes before the arrays do: while it is there, they are whole.
-        self._check_there()
+        # The marker is removed before the arrays: if it exists, they are complete.
+        self._check_exists()
         return result
 
-    def _check_there(self, error=None):
+    def _check_exists(self, error=None):
         if not Path(self.path, MARKER).is_file():
             raise FileNotFoundError(
-                f"The checkpoint {self.path} was removed while it was read. A run that "
-                "goes on removes its old checkpoints: load it again, for its newest."
+                f"The checkpoint {self.path} was removed while it was read. A training "
+                "run removes its old checkpoints: load the run again to get the newest."
             ) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayTensor:
-    """One array of a checkpoint, in place of a `tensors.StoredTensor`.
+    """One array of a checkpoint, as a `tensors.StoredTensor`.
 
     Attributes:
-        name: the variable's path.
-        dtype: name of its dtype.
-        shape: tuple of ints.
-        offset: int, its place among the others.
-        file: the `Checkpoint` that holds it.
-        store: `tensorstore.TensorStore`.
+        name: The variable path.
+        dtype: Name of its dtype.
+        shape: Its shape.
+        offset: Its index among the arrays of the checkpoint.
+        file: The checkpoint that holds it.
+        store: `tensorstore.TensorStore` that reads it.
     """
 
     name: str
     dtype: str
-    shape: tuple
+    shape: tuple[int, ...]
     offset: int
     file: Checkpoint
-    store: object
+    store: Any
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
+        """Number of bytes that are read for it."""
         return dense_bytes(self.shape, self.dtype)
 
-    def array(self):
-        """The tensor as a NumPy array, put together from the parts of all devices.
+    def array(self) -> np.ndarray:
+        """Reads the tensor, joined from the shards of all devices.
+
+        Returns:
+            The array.
 
         Raises:
-            OSError: if it cannot be read, or the checkpoint was removed meanwhile.
+            OSError: If it cannot be read, or the checkpoint has been removed.
         """
-        return self.file.read(lambda: self.store.read(order="C").result())
+        return self.file.call_reader(lambda: self.store.read(order="C").result())
 
-    def touch(self):
-        """It is read by `array`: several read ahead would be in memory at once."""
+    def prefetch(self) -> None:
+        """Does nothing: several tensors would be in memory at the same time."""
 
-    def drop(self):
-        """Nobody but the reader keeps it."""
+    def release(self) -> None:
+        """Does nothing: only the caller of `array` holds a reference to the data."""
 
 
 def _tensorstore():
@@ -360,7 +382,7 @@ def _tensorstore():
         import tensorstore
     except ImportError as error:
         raise ImportError(
-            "The checkpoints of a training run are read by TensorStore, which the "
-            "extra 'train' brings: pip install 'keras-openllama[train]'."
+            "TensorStore is required to read the checkpoints of a training run. "
+            "Install the extra 'train': pip install 'keras-openllama[train]'."
         ) from error
     return tensorstore

@@ -1,24 +1,33 @@
-"""Models in the format of transformers, read and written tensor by tensor."""
+"""Reads and writes checkpoints in the format of transformers, tensor by tensor."""
+
+from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_openllama import __version__
 from keras_openllama.checkpoints import tokenizer_json, weight_names
 from keras_openllama.checkpoints.files import safetensors
-from keras_openllama.checkpoints.matching import match
+from keras_openllama.checkpoints.matching import match_tensors
 from keras_openllama.checkpoints.model_card import model_card
-from keras_openllama.checkpoints.outputs import Output, small_file
+from keras_openllama.checkpoints.outputs import OutputFile, small_file
 from keras_openllama.checkpoints.shards import open_checkpoint
 from keras_openllama.text.sentencepiece_model import keeps_spaces, load_processor
+
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.contents import ModelContents
+    from keras_openllama.checkpoints.repository import Repository
+    from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.utils.types import PathLike
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-# Settings of transformers that our network has no counterpart for, and the values with
-# which they change nothing.
-_WITHOUT_COUNTERPART = {
+# Settings of transformers that `OpenLlamaBackbone` does not implement, and the values
+# with which they have no effect.
+_UNSUPPORTED = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -38,32 +47,31 @@ _REQUIRED = {
 # ----- Reading
 
 
-def backbone_arguments(config, path="config.json"):
-    """Arguments of `OpenLlamaBackbone` for a `config.json` of transformers.
+def backbone_arguments(
+    config: dict[str, Any], path: PathLike = "config.json"
+) -> dict[str, Any]:
+    """Converts a `config.json` of transformers to arguments of `OpenLlamaBackbone`.
 
     Args:
-        config: dict, as `read_json_object` returns.
-        path: where it is from, for messages.
+        config: Contents of the file.
+        path: Its path, for error messages.
 
     Returns:
-        Dict of keyword arguments.
+        Keyword arguments. Settings that are absent have the defaults of `LlamaConfig`.
 
     Raises:
-        ValueError: if a setting is missing, or cannot be represented here.
+        ValueError: If a required setting is missing, or a setting is not supported.
 
     Example:
+        OpenLlamaBackbone(**backbone_arguments(read_json_object(path)))
 
-    ```python
-    OpenLlamaBackbone(**backbone_arguments(read_json_object(path)))
-    ```
-
-    Source: `LlamaConfig` of transformers, whose defaults stand in for what is absent.
+    Source: `LlamaConfig` of transformers.
     """
-    for name, allowed in _WITHOUT_COUNTERPART.items():
+    for name, allowed in _UNSUPPORTED.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(
-                f"{path} sets {name}={config[name]!r}, which OpenLLaMA's network does "
-                f"not have; {name} may be {' or '.join(map(repr, allowed))}."
+                f"{path} sets {name}={config[name]!r}, which OpenLlamaBackbone does "
+                f"not support; {name} must be {' or '.join(map(repr, allowed))}."
             )
     missing = [name for name in _REQUIRED.values() if name not in config]
     if missing:
@@ -88,13 +96,13 @@ def _or_default(config, name, default):
 
 
 def _rope(config, path):
-    """Base of the rotary frequencies, and our `rope_scaling`."""
-    # transformers 5 writes `rope_parameters`, base included; before, it was
-    # `rope_theta` and `rope_scaling`, whose "rope_type" once was called "type".
+    """Returns `rope_max_wavelength` and `rope_scaling`."""
+    # transformers 5 writes `rope_parameters`, which contains `rope_theta`. Earlier
+    # versions wrote `rope_theta` and `rope_scaling`, with "rope_type" or "type".
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise ValueError(
-            f"{path} sets the RoPE scaling {settings!r}, which is no dict."
+            f"{path} sets the RoPE scaling {settings!r}, which must be a dict."
         )
     wavelength = settings.get("rope_theta", config.get("rope_theta"))
     kind = settings.get("rope_type", settings.get("type", "default"))
@@ -104,91 +112,96 @@ def _rope(config, path):
         scaling = {"rope_type": kind, "factor": settings.get("factor")}
     else:
         raise ValueError(
-            f"{path} sets the RoPE scaling {settings}, of which only the types "
-            "'linear' and 'dynamic' are supported here."
+            f"{path} sets the RoPE scaling {settings}. Only the types 'linear' and "
+            "'dynamic' are supported."
         )
     return 10000.0 if wavelength is None else wavelength, scaling
 
 
-def read_tensors(repository, arguments, head=True, tied=False):
-    """Describes the tensors of a checkpoint; none is read yet.
+def read_tensors(
+    repository: Repository,
+    arguments: dict[str, Any],
+    head: bool = True,
+    tied: bool = False,
+) -> dict[str, StoredTensor]:
+    """Opens a checkpoint and lists its tensors, without reading their values.
 
     Args:
-        repository: `repository.Repository`.
-        arguments: dict, arguments of `OpenLlamaBackbone`.
-        head: bool, whether the language-model head is wanted.
-        tied: bool, whether the head's weights are those of the embedding.
+        repository: The repository that holds the checkpoint.
+        arguments: Arguments of `OpenLlamaBackbone`.
+        head: Whether to include the language-model head.
+        tied: Whether the head shares the weights of the embedding.
 
     Returns:
-        Dict of `tensors.StoredTensor`s by variable path.
+        The tensors by variable path.
 
     Raises:
-        OSError: if a file is missing, or cannot be fetched or opened.
-        ValueError: if a file is damaged, or its tensors are not those of the network
-            that the arguments describe.
+        OSError: If a file is missing, or cannot be downloaded or opened.
+        ValueError: If a file is damaged, or its tensors do not match the arguments.
     """
     tensors = _base_names(open_checkpoint(repository))
     tensors = {name: t for name, t in tensors.items() if not _is_buffer(name)}
-    if not head:  # A backbone alone has no use for it.
+    if not head:
         tensors.pop(weight_names.HEAD.transformers, None)
     elif tied:
         _tie_head(tensors)
-    sizes = weight_names.sizes(arguments)
+    sizes = weight_names.axis_sizes(arguments)
     expected = {
         row.path: (row.transformers, row.shape(sizes))
-        for row in weight_names.weights(arguments["num_layers"], head)
+        for row in weight_names.weight_specs(arguments["num_layers"], head)
     }
-    return match(tensors, expected, repository)
+    return match_tensors(tensors, expected, repository)
 
 
 def _base_names(tensors):
-    """A checkpoint of `LlamaModel` alone has names without `model.`."""
+    """Adds the prefix `model.`, which a checkpoint of a `LlamaModel` lacks."""
     if "embed_tokens.weight" not in tensors:
         return tensors
     return {f"model.{name}": stored for name, stored in tensors.items()}
 
 
 def _is_buffer(name):
-    """Old versions saved the rotary frequencies, which follow from the config."""
+    """Returns whether a tensor is a buffer of RoPE, which old versions saved."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def _tie_head(tensors):
-    """Lets the head be read from the embedding."""
+    """Makes the head an alias of the embedding."""
     embedding = tensors.get(weight_names.EMBEDDING.transformers)
     head = tensors.setdefault(weight_names.HEAD.transformers, embedding)
     if embedding is None or head is None:
         tensors.pop(weight_names.HEAD.transformers)
     elif not np.array_equal(embedding.array(), head.array()):
         raise ValueError(
-            f"config.json sets tie_word_embeddings, and {head.file.path} has a "
-            f"{head.name} that differs from {embedding.name}. Set it to false to load "
-            "both."
+            f"config.json sets tie_word_embeddings=true, but in {head.file.path} "
+            f"{head.name} differs from {embedding.name}. Set it to false to load both."
         )
 
 
 # ----- Writing
 
 
-def plan(contents, dtype, max_shard_bytes):
-    """The files of the directory.
+def plan_files(
+    contents: ModelContents, dtype: str, max_shard_bytes: int
+) -> list[OutputFile]:
+    """Lists the files of an export in the format of transformers.
 
     Args:
-        contents: `contents.Contents`.
-        dtype: string, of the weights to write.
-        max_shard_bytes: int, bytes of tensors that one file holds at most; a larger
-            tensor has a file of its own.
+        contents: The model.
+        dtype: Name of the dtype of the exported weights.
+        max_shard_bytes: Largest number of bytes of tensors in one file. A tensor that
+            is larger gets a file of its own.
 
     Returns:
-        List of `outputs.Output`.
+        The files of the directory.
 
     Raises:
-        ValueError: if the tokenizer cannot be expressed as `tokenizer.json`.
+        ValueError: If the tokenizer cannot be represented as `tokenizer.json`.
     """
     tokenizer = None
     if contents.tokenizer:
-        starts = contents.preprocessing.get("add_start_token", True)
-        tokenizer = _Tokenizer(contents.tokenizer, starts)
+        add_start_token = contents.preprocessing.get("add_start_token", True)
+        tokenizer = _Tokenizer(contents.tokenizer, add_start_token)
     control_ids = contents.control_ids
     if tokenizer:
         control_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
@@ -209,8 +222,8 @@ def _json(data):
 
 
 def _weight_files(contents, dtype, max_shard_bytes):
-    rows = weight_names.weights(contents.arguments["num_layers"])
-    sizes = weight_names.sizes(contents.arguments)
+    rows = weight_names.weight_specs(contents.arguments["num_layers"])
+    sizes = weight_names.axis_sizes(contents.arguments)
     shards = [{}]
     room = max_shard_bytes
     for row in rows:
@@ -232,11 +245,13 @@ def _weight_files(contents, dtype, max_shard_bytes):
     paths = {row.transformers: row.path for row in rows}
     for name, specs in zip(names, shards, strict=True):
         tensors = tuple(paths[tensor] for tensor in specs)
-        yield Output(name, safetensors.size(specs), _writer(specs), tensors)
+        yield OutputFile(
+            name, safetensors.safetensors_size(specs), _writer(specs), tensors
+        )
 
 
 def _writer(specs):
-    return lambda file, values: safetensors.write(file, specs, values)
+    return lambda file, values: safetensors.write_safetensors(file, specs, values)
 
 
 def _index(names, shards, parameters):
@@ -254,10 +269,10 @@ def _index(names, shards, parameters):
 
 
 def _config(arguments, dtype, control_ids):
-    """`config.json`, with names that transformers 4 and 5 and llama.cpp read."""
+    """Returns `config.json` with the names that transformers and llama.cpp read."""
     scaling = arguments["rope_scaling"]
     if scaling is not None:
-        scaling = {**scaling, "type": scaling["rope_type"]}  # Its name until 4.43.
+        scaling = {**scaling, "type": scaling["rope_type"]}  # The name before 4.43.
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -280,13 +295,13 @@ def _config(arguments, dtype, control_ids):
         "use_cache": True,
         **_as_settings(control_ids),
         "dtype": dtype,
-        "torch_dtype": dtype,  # Its name in transformers 4.
+        "torch_dtype": dtype,  # The name in transformers 4.
         "keras_openllama_version": __version__,
     }
 
 
 def _generation_config(control_ids, tokenizer):
-    # No token is for padding: what stands in, behind a mask, is the unknown token.
+    # The vocabulary has no padding token. The unknown token is used, and masked.
     pad = tokenizer.ids["unk_token"] if tokenizer else 0
     return {**_as_settings(control_ids), "pad_token_id": pad}
 
@@ -296,18 +311,18 @@ def _as_settings(control_ids):
 
 
 class _Tokenizer:
-    """What the export tells of a SentencePiece model.
+    """The files and special tokens that are exported for a SentencePiece model.
 
     Args:
-        proto: bytes of the model.
-        starts: bool, whether the start token stands before each text.
+        proto: The serialized model.
+        add_start_token: Whether the start token is prepended to each text.
     """
 
-    def __init__(self, proto, starts):
+    def __init__(self, proto, add_start_token):
         processor = load_processor(proto, "The tokenizer")
         self.proto = proto
-        self.starts = starts
-        self.fast = tokenizer_json.build(proto, starts)
+        self.add_start_token = add_start_token
+        self.json = tokenizer_json.build_tokenizer_json(proto, add_start_token)
         self.merges_spaces = not keeps_spaces(processor)
         self.ids = {
             "bos_token": processor.bos_id(),
@@ -322,15 +337,15 @@ class _Tokenizer:
 def _tokenizer_files(tokenizer, arguments):
     tokens = {**tokenizer.tokens, "pad_token": tokenizer.tokens["unk_token"]}
     config = {
-        # The one class that uses all of tokenizer.json as it is: LlamaTokenizer puts
-        # its own normaliser in its place.
+        # Only this class uses tokenizer.json as it is. LlamaTokenizer replaces its
+        # normalizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokens,
-        "add_bos_token": tokenizer.starts,
+        "add_bos_token": tokenizer.add_start_token,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": arguments["max_sequence_length"],
-        "padding_side": "left",  # As generation needs it.
+        "padding_side": "left",  # Required for generation.
         "added_tokens_decoder": {
             str(tokenizer.ids[name]): {
                 "content": tokenizer.tokens[name],
@@ -345,7 +360,7 @@ def _tokenizer_files(tokenizer, arguments):
     }
     return [
         small_file("tokenizer.model", tokenizer.proto),
-        small_file("tokenizer.json", tokenizer.fast),
+        small_file("tokenizer.json", tokenizer.json),
         small_file("tokenizer_config.json", _json(config)),
         small_file("special_tokens_map.json", _json(tokens)),
     ]

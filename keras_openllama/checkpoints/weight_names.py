@@ -1,38 +1,40 @@
-"""What each weight is called, here and elsewhere: one row for each kind of weight.
+"""The name of each weight in every checkpoint format: one table for all of them.
 
-Import and export of every format read this table, so none can know a weight that the
-others do not.
+Readers and writers of every format use this table, so all formats cover the same
+weights.
 """
 
 import dataclasses
+from typing import Any
 
-# How a matrix lies in EasyLM's checkpoints, next to ours, `(outputs, inputs)` with the
-# two halves of each head's rotary pairs one after the other.
+# How EasyLM stores a matrix. This package, like transformers, stores kernels as
+# `(outputs, inputs)`, with the rows of each query and key head in half-split order:
+# the first elements of all rotary pairs, then the second elements.
 SAME = "same"
-TURNED = "turned"  # (inputs, outputs)
-ROTARY = "rotary"  # (inputs, outputs), and the two numbers of a pair side by side
+TRANSPOSED = "transposed"  # (inputs, outputs)
+ROTARY = "rotary"  # (inputs, outputs), with the elements of a rotary pair interleaved
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """One weight of the network under its names; `{i}` stands for the layer.
+class WeightSpec:
+    """One weight of the model. In names, `{i}` stands for the index of the layer.
 
     Attributes:
-        path: path of the Keras variable.
-        transformers: name in a checkpoint of transformers.
-        easylm: name in a checkpoint of EasyLM, its keys joined by `/`.
-        axes: tuple of names of sizes, see `sizes`: the shape, here and in transformers.
-        easylm_layout: `SAME`, `TURNED` or `ROTARY`.
+        path: Path of the Keras variable.
+        transformers: Its name in a transformers checkpoint.
+        easylm: Its name in an EasyLM checkpoint, the nested keys joined by `/`.
+        axes: Its shape in Keras and transformers, as keys of `axis_sizes`.
+        easylm_layout: `SAME`, `TRANSPOSED` or `ROTARY`.
     """
 
     path: str
     transformers: str
     easylm: str
-    axes: tuple
+    axes: tuple[str, ...]
     easylm_layout: str = SAME
 
-    def in_layer(self, index):
-        """The row with the layer's number in its names."""
+    def in_layer(self, index: int | str) -> "WeightSpec":
+        """Returns the weight of one decoder layer, with the index in its names."""
         return dataclasses.replace(
             self,
             path=self.path.format(i=index),
@@ -40,13 +42,18 @@ class Weight:
             easylm=self.easylm.format(i=index),
         )
 
-    def shape(self, sizes):
-        """Its shape, here and in transformers, for `sizes(arguments)`."""
+    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """Returns the shape in Keras and transformers, given `axis_sizes(arguments)`.
+
+        Example:
+            >>> LAYER[0].shape({"hidden": 64})
+            (64,)
+        """
         return tuple(sizes[axis] for axis in self.axes)
 
 
 def _in_each_layer(path, transformers, easylm, *more):
-    return Weight(
+    return WeightSpec(
         "transformer_layer_{i}/" + path,
         "model.layers.{i}." + transformers,
         "transformer/h/{i}/" + easylm,
@@ -54,7 +61,7 @@ def _in_each_layer(path, transformers, easylm, *more):
     )
 
 
-EMBEDDING = Weight(
+EMBEDDING = WeightSpec(
     "token_embedding/embeddings",
     "model.embed_tokens.weight",
     "transformer/wte/embedding",
@@ -86,14 +93,14 @@ LAYER = (
         "self_attn.v_proj.weight",
         "attention/wv/kernel",
         ("key_value", "hidden"),
-        TURNED,
+        TRANSPOSED,
     ),
     _in_each_layer(
         "self_attention/output/kernel",
         "self_attn.o_proj.weight",
         "attention/wo/kernel",
         ("hidden", "query"),
-        TURNED,
+        TRANSPOSED,
     ),
     _in_each_layer(
         "feedforward_norm/scale",
@@ -106,59 +113,63 @@ LAYER = (
         "mlp.gate_proj.weight",
         "feed_forward/w1/kernel",
         ("intermediate", "hidden"),
-        TURNED,
+        TRANSPOSED,
     ),
     _in_each_layer(
         "feedforward/up/kernel",
         "mlp.up_proj.weight",
         "feed_forward/w3/kernel",
         ("intermediate", "hidden"),
-        TURNED,
+        TRANSPOSED,
     ),
     _in_each_layer(
         "feedforward/down/kernel",
         "mlp.down_proj.weight",
         "feed_forward/w2/kernel",
         ("hidden", "intermediate"),
-        TURNED,
+        TRANSPOSED,
     ),
 )
-FINAL_NORM = Weight(
+FINAL_NORM = WeightSpec(
     "final_norm/scale", "model.norm.weight", "transformer/ln_f/kernel", ("hidden",)
 )
-HEAD = Weight(
-    "lm_head/kernel", "lm_head.weight", "lm_head/kernel", EMBEDDING.axes, TURNED
+HEAD = WeightSpec(
+    "lm_head/kernel", "lm_head.weight", "lm_head/kernel", EMBEDDING.axes, TRANSPOSED
 )
 
 
-def weights(num_layers, head=True):
-    """Rows of a whole network, in the order of its layers.
+def weight_specs(num_layers: int, head: bool = True) -> list[WeightSpec]:
+    """Lists all weights of a model, in the order of its layers.
 
     Args:
-        num_layers: int, number of decoder layers.
-        head: bool, whether the language-model head is among them.
+        num_layers: Number of decoder layers.
+        head: Whether to include the language-model head.
 
     Returns:
-        List of `Weight`s, with layer numbers filled in.
+        The weights, with layer indices filled in.
 
     Example:
-
-    ```python
-    names = [weight.transformers for weight in weights(num_layers=26)]
-    ```
+        >>> len(weight_specs(num_layers=26))
+        237
+        >>> weight_specs(num_layers=26)[1].transformers
+        'model.layers.0.input_layernorm.weight'
     """
     layers = [row.in_layer(i) for i in range(num_layers) for row in LAYER]
     return [EMBEDDING, *layers, FINAL_NORM, *([HEAD] if head else [])]
 
 
-def sizes(arguments):
-    """The sizes that `Weight.axes` names.
+def axis_sizes(arguments: dict[str, Any]) -> dict[str, int]:
+    """Returns the size of each axis that `WeightSpec.axes` names.
 
     Args:
-        arguments: dict, as `config.validate_architecture` returns.
+        arguments: Arguments of `OpenLlamaBackbone`, from `validate_architecture`.
 
     Returns:
-        Dict of ints.
+        The sizes by name.
+
+    Example:
+        >>> axis_sizes(lm.backbone.architecture())["key_value"]
+        128
     """
     head_dim = arguments["head_dim"]
     return {

@@ -1,4 +1,6 @@
-"""Writes a model in a format, tensor by tensor: whole, or not at all."""
+"""Exports a model to any format, tensor by tensor and atomically."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -6,7 +8,11 @@ import errno
 import itertools
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from keras_openllama.checkpoints import easylm, keras_hub, transformers
 from keras_openllama.checkpoints.formats import (
@@ -21,30 +27,40 @@ from keras_openllama.utils.background_writer import open_in_background
 from keras_openllama.utils.progress import progress_bar
 from keras_openllama.utils.staging import check_target, staged
 
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.contents import ModelContents
+    from keras_openllama.checkpoints.outputs import OutputFile
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_TOO_LARGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteRequest:
-    """What is to be written, and where.
+class ExportConfig:
+    """The options of an export.
 
-    Values are checked when it is made, the target by `check_target`.
+    The constructor validates them, except for the target: see `check_target`.
 
     Attributes:
-        target: path of the directory to write; for EasyLM, of the file.
-        to: one of `formats.FORMATS`.
-        dtype: one of `formats.DTYPES`; `None` is that of the model's tensors.
-        max_shard_size: for transformers, bytes that one file of weights holds at most:
-            int, or a string such as `"5GB"`; `None` is 5 GB.
-        content: for EasyLM, one of `formats.EASYLM_CONTENTS`; `None` is `"params"`.
-        tokenizer: bool, whether to write the tokenizer, where the format has one.
-        force: bool, whether to replace what is there.
+        target: Path of the directory to write; for EasyLM, of the file.
+        to: The format, one of `formats.FORMATS`.
+        dtype: The dtype of the weights, one of `formats.DTYPES`. `None` is the dtype of
+            the model's tensors.
+        max_shard_size: Largest size of a file of weights in the transformers format,
+            in bytes or as a string such as `"5GB"`. `None` is 5 GB.
+        content: The kind of EasyLM checkpoint, one of `formats.EASYLM_CONTENTS`. `None`
+            is `"params"`.
+        tokenizer: Whether to write the tokenizer, if the format includes one.
+        force: Whether to replace an existing target.
 
     Raises:
-        ValueError: for an unknown format, dtype, size or content, or an option that
-            the format has no use for.
+        ValueError: If the format, dtype, size or content is unknown, or an option does
+            not apply to the format.
+
+    Example:
+        >>> ExportConfig("out", "transformers", max_shard_size="500MB").max_shard_bytes
+        500000000
     """
 
     target: Path
@@ -64,7 +80,7 @@ class WriteRequest:
             if value not in known:
                 names = ", ".join(k for k in known if k)
                 raise ValueError(
-                    f"`{name}` is one of {names}. Received: {name}={value!r}"
+                    f"`{name}` must be one of {names}. Received: {name}={value!r}"
                 )
         for name, value, to in (
             ("max_shard_size", self.max_shard_size, "transformers"),
@@ -72,136 +88,154 @@ class WriteRequest:
         ):
             if value is not None and self.to != to:
                 raise ValueError(
-                    f"`{name}` means something to {to} only. Received: "
+                    f"`{name}` applies to the format {to} only. Received: "
                     f"{name}={value!r}, to={self.to!r}"
                 )
-        _ = self.max_shard_bytes  # Raises for what is no size.
+        _ = self.max_shard_bytes  # Raises an error if the size is invalid.
         object.__setattr__(self, "target", Path(self.target))
 
-    def check_target(self):
-        """Raises an `OSError` if the target exists, or is no place to write to."""
+    def check_target(self) -> None:
+        """Raises an `OSError` if the target exists or cannot be written."""
         check_target(self.target, self.single_file, self.force, foreign_content)
 
     @property
-    def single_file(self):
+    def single_file(self) -> bool:
+        """Whether the target is a file rather than a directory."""
         return self.to == "easylm"
 
     @property
-    def max_shard_bytes(self):
+    def max_shard_bytes(self) -> int:
+        """Largest size of a file of weights in bytes."""
         size = self.max_shard_size
-        return as_bytes(MAX_SHARD_SIZE if size is None else size)
+        return parse_size(MAX_SHARD_SIZE if size is None else size)
 
 
-def write_model(contents, request, dry_run=False, build_task=None):
-    """Writes a model. The target takes its place when it is whole.
+def write_model(
+    contents: ModelContents,
+    config: ExportConfig,
+    dry_run: bool = False,
+    build_empty_task: Callable | None = None,
+) -> list[OutputFile]:
+    """Exports a model. The target appears atomically, when it is complete.
 
     Args:
-        contents: `contents.Contents`.
-        request: `WriteRequest`.
-        dry_run: bool, whether to only tell what would be written.
-        build_task: function that Keras's format needs, see `keras_hub.plan`.
+        contents: The model.
+        config: The options of the export.
+        dry_run: Whether to only return the list of files, and write nothing.
+        build_empty_task: Function that builds a task without weights. The Keras format
+            requires it: see `keras_hub.plan_files`.
 
     Returns:
-        List of `outputs.Output`.
+        The files that were (or would be) written.
 
     Raises:
-        ValueError: if a value is beyond the range of the dtype, if tensors are of
-            several dtypes and none is asked for, or if the tokenizer cannot be
-            expressed.
-        OSError: if the target exists, holds the source, or cannot be written.
+        ValueError: If a value exceeds the range of the dtype, if the tensors have
+            several dtypes and the configuration has none, or if the format cannot
+            represent the tokenizer.
+        OSError: If the target exists, contains the source, or cannot be written.
     """
-    request.check_target()
-    _check_source_stays(contents.paths, request.target)
-    plan = _plan(contents, request, build_task)
+    config.check_target()
+    _check_source_is_not_replaced(contents.paths, config.target)
+    plan = _plan(contents, config, build_empty_task)
     if not dry_run:
-        _write(plan, contents, request)
+        _write(plan, contents, config)
     return plan
 
 
-def _plan(contents, request, build_task):
-    dtype = request.dtype or contents.dtype()
+def _plan(contents, config, build_empty_task):
+    dtype = config.dtype or contents.dtype()
     if dtype not in DTYPES:
         raise ValueError(
-            f"The tensors are {dtype}, which is not written: choose `dtype` among "
-            f"{', '.join(DTYPES)}."
+            f"The tensors have the dtype {dtype}, which cannot be exported: set "
+            f"`dtype` to one of {', '.join(DTYPES)}."
         )
-    if not request.tokenizer:
+    if not config.tokenizer:
         contents = dataclasses.replace(contents, tokenizer=None)
-    if request.to == "transformers":
-        return transformers.plan(contents, dtype, request.max_shard_bytes)
-    if request.to == "easylm":
-        return easylm.plan(contents, dtype, request.content or "params")
-    return keras_hub.plan(contents, dtype, build_task)
+    if config.to == "transformers":
+        return transformers.plan_files(contents, dtype, config.max_shard_bytes)
+    if config.to == "easylm":
+        return easylm.plan_files(contents, dtype, config.content or "params")
+    return keras_hub.plan_files(contents, dtype, build_empty_task)
 
 
-def as_bytes(size):
-    """Bytes that a size stands for: an int, or a string such as `"5GB"` or `"500MB"`.
+def parse_size(size: str | int) -> int:
+    """Parses a size in bytes.
+
+    Args:
+        size: A number of bytes, or a string such as `"5GB"`, `"500MB"` or `"2GiB"`.
+
+    Returns:
+        The number of bytes.
 
     Raises:
-        ValueError: if it is something else, or not positive.
+        ValueError: If the size is malformed or not positive.
+
+    Example:
+        >>> parse_size("1.5GB")
+        1500000000
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", str(size).strip())
     unit = _UNITS.get(match[2].upper()) if match else None
     if unit is None or float(match[1]) * unit < 1:
         raise ValueError(
-            "`max_shard_size` is a number of bytes, or one with a unit such as '5GB' "
-            f"or '500MB'. Received: max_shard_size={size!r}"
+            "`max_shard_size` must be a positive number of bytes, or a string with a "
+            f"unit such as '5GB' or '500MB'. Received: max_shard_size={size!r}"
         )
     return int(float(match[1]) * unit)
 
 
-def _check_source_stays(paths, target):
-    """Refuses a target in whose place something stands that is read."""
+def _check_source_is_not_replaced(paths, target):
+    """Raises an error if writing the target would delete a file that is read."""
     targets = {target.absolute(), target.resolve()}
     for path in map(Path, paths):
-        for read in {path.absolute(), path.resolve()}:
-            within = target.exists() and any(read in t.parents for t in targets)
-            if within or targets & {read, *read.parents}:
+        for source in {path.absolute(), path.resolve()}:
+            within = target.exists() and any(source in t.parents for t in targets)
+            if within or targets & {source, *source.parents}:
                 raise FileExistsError(
-                    f"{target} holds the source, {path}, or is a part of it, which "
-                    "would be lost. Choose another target."
+                    f"{target} contains the source {path} or is a part of it, and "
+                    "replacing it would delete the source. Choose another target."
                 )
 
 
-def _write(plan, contents, request):
+def _write(plan, contents, config):
     order = [contents.tensors[path] for output in plan for path in output.tensors]
     total = sum(output.size for output in plan)
-    work = f"Writing {request.target.name}"
+    description = f"Writing {config.target.name}"
     with (
-        _said_plainly(request.target, total),
+        _errors_about_target(config.target, total),
         staged(
-            request.target, request.single_file, request.force, foreign_content
+            config.target, config.single_file, config.force, foreign_content
         ) as path,
         ReadAhead(order) as ahead,
-        progress_bar(work, sum(tensor.nbytes for tensor in order)) as bar,
+        progress_bar(description, sum(tensor.nbytes for tensor in order)) as bar,
     ):
-        _check_room(path.parent, total)
-        values = _Values(ahead, bar)
+        _check_free_space(path.parent, total)
+        values = _TensorValues(ahead, bar)
         for output in plan:
             _write_file(path / output.name, output, values)
 
 
 @contextlib.contextmanager
-def _said_plainly(target, total):
-    """Errors of the system tell of the target, not of files beside it."""
+def _errors_about_target(target, total):
+    """Makes system errors name the target instead of the staging directory."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # One of ours, which says it all.
+        if error.errno is None:  # Raised by this package, with a complete message.
             raise
-        needs = f" It needs {total:,} bytes." if error.errno in _TOO_LARGE else ""
+        needs = f" It needs {total:,} bytes." if error.errno in _OUT_OF_SPACE else ""
         raise OSError(
-            f"{target} cannot be written: {error.strerror}.{needs} It is as it was "
-            "before."
+            f"{target} cannot be written: {error.strerror}.{needs} The target was not "
+            "changed."
         ) from error
 
 
-def _check_room(directory, total):
+def _check_free_space(directory, total):
     free = shutil.disk_usage(directory).free
     if free < total:
         raise OSError(
-            f"There is no room for the target: it needs {total:,} bytes, and the disk "
-            f"has {free:,} left."
+            f"Not enough disk space for the target: it needs {total:,} bytes, and "
+            f"{free:,} bytes are free."
         )
 
 
@@ -214,33 +248,33 @@ def _write_file(path, output, values):
         if values.current is None:
             raise
         raise ValueError(f"{values.current}: {error}.") from error
-    values.finish()
+    values.release_current()
 
 
-class _Values:
-    """Hands out the tensors' values one by one, and knows which one is in use."""
+class _TensorValues:
+    """Iterates over the values of tensors, and keeps track of the current tensor."""
 
     def __init__(self, tensors, bar):
         self._tensors = iter(tensors)
         self._bar = bar
-        self._last = None
+        self._current = None
 
     @property
-    def current(self):
-        """Name of the tensor in use, or `None`."""
-        return self._last and self._last.name
+    def current(self) -> str | None:
+        """Name of the current tensor, if any."""
+        return self._current and self._current.name
 
     def __iter__(self):
         return self
 
-    def __next__(self):
-        self.finish()
-        self._last = next(self._tensors)
-        return self._last.array()
+    def __next__(self) -> np.ndarray:
+        self.release_current()
+        self._current = next(self._tensors)
+        return self._current.array()
 
-    def finish(self):
-        """Lets go of the tensor in use."""
-        if self._last is not None:
-            self._last.drop()
-            self._bar.update(self._last.nbytes)
-            self._last = None
+    def release_current(self) -> None:
+        """Releases the memory of the current tensor."""
+        if self._current is not None:
+            self._current.release()
+            self._bar.update(self._current.nbytes)
+            self._current = None

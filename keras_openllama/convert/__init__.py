@@ -1,77 +1,93 @@
-"""Models from one format into another.
+"""Converts models between checkpoint formats.
 
-from keras_openllama.convert import convert, easylm
-convert("open_llama_3b_v2", "3b_v2.msgpack", to="easylm", dtype="bfloat16")
-lm = easylm.load("3b_v2.msgpack", "open_llama_3b_v2")
+>>> from keras_openllama.convert import convert, easylm
+>>> _ = convert("open_llama_nano", "params", to="easylm")
+>>> lm = easylm.load("params", "open_llama_nano")
 """
 
 from pathlib import Path
+from typing import Any
 
 from keras_openllama import presets
-from keras_openllama.checkpoints.writer import WriteRequest, write_model
+from keras_openllama.checkpoints.outputs import OutputFile
+from keras_openllama.checkpoints.writer import ExportConfig, write_model
 from keras_openllama.convert import easylm
-from keras_openllama.convert.empty_task import build_task
-from keras_openllama.convert.source_contents import contents_of
+from keras_openllama.convert.empty_task import build_empty_task
+from keras_openllama.convert.source_contents import contents_of_source
 from keras_openllama.loading import load
 from keras_openllama.loading.sources import EasyLMSource
+from keras_openllama.utils.types import PathLike
 
 __all__ = ["convert", "easylm"]
 
 
 def convert(
-    source, target, to, *, preset=None, revision=None, dry_run=False, **options
-):
-    """Converts a model; memory holds a few tensors at a time.
+    source: PathLike,
+    target: PathLike,
+    to: str,
+    *,
+    preset: PathLike | None = None,
+    revision: str | None = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> list[OutputFile]:
+    """Converts a model to another format, with only a few tensors in memory at a time.
 
     Args:
-        source: what `OpenLlamaCausalLM.from_preset` takes, or the path of a file of
-            EasyLM. From the Hub it is downloaded first.
-        target, to: see `checkpoints.writer.WriteRequest`.
-        preset: for a file of EasyLM, the model whose weights they are: a name, a
-            directory or `"hf://user/repo"`, for architecture and tokenizer.
-        revision: branch, tag or commit of a repository on the Hub.
-        dry_run: bool, whether to only tell what would be written.
-        **options: see `checkpoints.writer.WriteRequest`.
+        source: A preset of `OpenLlamaCausalLM.from_preset`, or the path of an EasyLM
+            file. A repository on the Hub is downloaded first.
+        target: Path of the directory to write; for EasyLM, of the file.
+        to: The target format: `"transformers"`, `"easylm"` or `"keras"`.
+        preset: Source of architecture and tokenizer for an EasyLM file: a name, a
+            directory or `"hf://user/repo"`.
+        revision: Branch, tag or commit of a repository on the Hub.
+        dry_run: Whether to only return the list of files, and write nothing.
+        **options: `dtype`, `max_shard_size`, `content`, `tokenizer` and `force`, see
+            `checkpoints.writer.ExportConfig`.
 
     Returns:
-        List of `outputs.Output`, the files that were (or would be) written.
+        The files that were (or would be) written.
 
     Raises:
-        ValueError: for an unknown preset, format, dtype or size; if files are damaged
-            or not this model's; if a value is beyond the range of the dtype.
-        OSError: if a file cannot be had, read or written, or the target exists.
+        ValueError: If the preset, format, dtype or size is unknown, files are damaged
+            or belong to another model, or a value exceeds the range of the dtype.
+        OSError: If a file is unavailable or cannot be read or written, or the target
+            exists.
 
     Example:
-
-    ```python
-    convert("open_llama_3b_v2", "3b_v2.msgpack", to="easylm", dtype="bfloat16")
-    convert("3b_v2.msgpack", "3b_v2_hf", to="transformers", preset="3b_v2")
-    ```
+        >>> _ = convert("open_llama_nano", "nano.msgpack", to="easylm")
+        >>> files = convert(
+        ...     "nano.msgpack", "nano_hf", to="transformers", preset="open_llama_nano"
+        ... )
+        >>> files[-1].name
+        'model.safetensors'
     """
-    request = WriteRequest(target, to, **options)
-    request.check_target()
-    known = presets.find(str(source))  # A name comes before a file of that name.
+    config = ExportConfig(target, to, **options)
+    config.check_target()
+    known = presets.find(str(source))  # A preset takes precedence over a file.
     easylm_file = Path(source) if not known and Path(source).is_file() else None
     if easylm_file is None and preset is not None:
         raise ValueError(
-            "`preset` tells the architecture of a file of EasyLM, and there is no file "
+            "`preset` applies only to EasyLM files, and there is no file "
             f"{str(source)!r}. Received: preset={preset!r}"
         )
     if easylm_file is not None and preset is None:
         raise ValueError(
-            f"{source} is a file, as EasyLM writes it, which says neither how many "
-            "heads its model has nor which tokenizer: name the model with `preset` "
-            "(--preset), such as open_llama_3b_v2 or a directory with a config.json."
+            f"{source} is an EasyLM file, which contains neither the architecture nor "
+            "the tokenizer: pass the model as `preset` (--preset), such as "
+            "open_llama_3b_v2 or a directory with a config.json."
         )
-    model = load.find_source(preset if easylm_file else source, revision, build_task)
-    contents = contents_of(
+    model = load.find_source(
+        preset if easylm_file else source, revision, build_empty_task
+    )
+    contents = contents_of_source(
         EasyLMSource(easylm_file, model) if easylm_file else model,
-        tokenizer=request.tokenizer and not request.single_file,
-        origin=load.origin(source, revision, easylm_file is not None),
+        tokenizer=config.tokenizer and not config.single_file,
+        origin=load.describe_origin(source, revision, easylm_file is not None),
         paths=[
             path
             for path in (source, preset)
             if path and not presets.find(str(path)) and Path(path).exists()
         ],
     )
-    return write_model(contents, request, dry_run, build_task)
+    return write_model(contents, config, dry_run, build_empty_task)

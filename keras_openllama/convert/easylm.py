@@ -1,77 +1,103 @@
-"""Models from and to checkpoints of EasyLM, which hold weights alone.
+"""Loads and saves checkpoints of EasyLM, which contain only weights.
 
 Source: https://github.com/young-geng/EasyLM.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from keras_openllama.checkpoints import contents, writer
-from keras_openllama.loading.load import find_source, load_task_from, origin
+from keras_openllama.loading.load import (
+    describe_origin,
+    find_source,
+    load_task_from_source,
+)
 from keras_openllama.loading.sources import EasyLMSource
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
+if TYPE_CHECKING:
+    import keras
 
-def load(path, preset, *, dtype=None, preprocessor="auto", revision=None, **kwargs):
+    from keras_openllama.utils.types import PathLike
+
+
+def load(
+    path: PathLike,
+    preset: PathLike,
+    *,
+    dtype: str | keras.DTypePolicy | None = None,
+    preprocessor: Any = "auto",
+    revision: str | None = None,
+    **kwargs: Any,
+) -> OpenLlamaCausalLM:
     """Loads a model from a checkpoint of EasyLM, tensor by tensor.
 
     Args:
-        path: path of the file: a stream of parameters or of a whole train state, or
-            Flax's plain msgpack. Which it is shows itself.
-        preset: the model whose weights they are, which says what the file does not:
-            architecture and tokenizer. A name of `OpenLlamaCausalLM.presets`, a
-            directory or `"hf://user/repo"`; no weights are read from there.
-        dtype: dtype or dtype policy; `None` is Keras's global policy.
-        revision: branch, tag or commit of a repository on the Hub.
-        preprocessor: `"auto"` loads the preset's; `None` loads no tokenizer.
-        **kwargs: arguments of `OpenLlamaBackbone` in place of the preset's.
+        path: Path of the file: a stream of parameters or of a train state, or Flax's
+            msgpack. The kind is detected.
+        preset: Source of the architecture and the tokenizer, which the file does not
+            contain: a name of `OpenLlamaCausalLM.presets`, a directory or
+            `"hf://user/repo"`. Its weights are not read.
+        dtype: Dtype or dtype policy. `None` is Keras's global policy.
+        preprocessor: A preprocessor. `"auto"` loads that of the preset. `None` loads no
+            tokenizer.
+        revision: Branch, tag or commit of a repository on the Hub.
+        **kwargs: Arguments of `OpenLlamaBackbone`, which override those of the preset.
 
     Returns:
-        An `OpenLlamaCausalLM`.
+        The model.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is truncated or damaged, or holds another model's weights.
+        OSError: If the file cannot be read.
+        ValueError: If it is truncated or damaged, or contains weights of another model.
 
     Example:
-
-    ```python
-    lm = easylm.load("open_llama_3b_v2_easylm/params", "open_llama_3b_v2")
-    ```
+        >>> save(lm, "nano.msgpack", dtype=None)
+        >>> loaded = load("nano.msgpack", "open_llama_nano")
+        >>> loaded.count_params() == lm.count_params()
+        True
     """
-    return load_task_from(
+    return load_task_from_source(
         OpenLlamaCausalLM,
         EasyLMSource(path, find_source(preset, revision)),
-        origin(path, is_file=True),
+        describe_origin(path, is_file=True),
         dtype=dtype,
         preprocessor=preprocessor,
         **kwargs,
     )
 
 
-def save(lm, path, dtype="bfloat16", content="params", force=False):
-    """Writes a model as a checkpoint of EasyLM, tensor by tensor.
+def save(
+    lm: OpenLlamaCausalLM,
+    path: PathLike,
+    dtype: str | None = "bfloat16",
+    content: str = "params",
+    force: bool = False,
+) -> None:
+    """Saves a model as a checkpoint of EasyLM, tensor by tensor and atomically.
 
-    EasyLM loads it as `params::PATH`, `trainstate_params::PATH` or
-    `flax_params::PATH`. The file takes the place of `path` when it is whole.
+    EasyLM loads the file as `params::PATH`, `trainstate_params::PATH` or
+    `flax_params::PATH`.
 
     Args:
-        lm: `OpenLlamaCausalLM`.
-        path: path of the file.
-        dtype: `"bfloat16"`, `"float16"`, `"float32"`, or `None` for the model's own.
-        content: `"params"` or `"trainstate_params"`, EasyLM's streams, or
-            `"flax_params"`, Flax's plain msgpack.
-        force: bool, whether to replace a file that exists.
+        lm: The model.
+        path: Path of the file.
+        dtype: `"bfloat16"`, `"float16"` or `"float32"`. `None` is the dtype of the
+            model.
+        content: `"params"` or `"trainstate_params"` for EasyLM's streams, or
+            `"flax_params"` for Flax's msgpack.
+        force: Whether to replace an existing file.
 
     Raises:
-        ValueError: for an unknown dtype or content; if a value is beyond the
-            dtype's range; if the model is quantised.
-        OSError: if the path exists already, or cannot be written.
+        ValueError: If the dtype or the content is unknown, a value exceeds the range of
+            the dtype, or the model is quantized.
+        OSError: If the file exists already, or cannot be written.
 
     Example:
-
-    ```python
-    easylm.save(lm, "open_llama_3b_v2.msgpack")
-    ```
+        >>> save(lm, "nano_bfloat16.msgpack")
     """
-    request = writer.WriteRequest(
+    config = writer.ExportConfig(
         path, "easylm", dtype=dtype, content=content, force=force
     )
-    writer.write_model(contents.of_model(lm), request)
+    writer.write_model(contents.contents_of_model(lm), config)

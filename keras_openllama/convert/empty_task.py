@@ -1,4 +1,6 @@
-"""Models without weights, from which Keras's format takes names and configurations."""
+"""Builds models without weights, for the names and configurations of Keras's format."""
+
+from typing import Any
 
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.models.backbone import OpenLlamaBackbone
@@ -7,17 +9,27 @@ from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPrepr
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 
 
-def build_task(arguments, dtype, tokenizer=None, preprocessing=None):
+def build_empty_task(
+    arguments: dict[str, Any],
+    dtype: str,
+    tokenizer: bytes | None = None,
+    preprocessing: dict[str, Any] | None = None,
+) -> OpenLlamaCausalLM:
     """Builds a task whose variables have no values.
 
     Args:
-        arguments: dict, as `config.validate_architecture` returns.
-        dtype: string.
-        tokenizer: bytes of the SentencePiece model; `None` is no preprocessor.
-        preprocessing: dict, settings of the preprocessor.
+        arguments: Arguments of `OpenLlamaBackbone`, from `validate_architecture`.
+        dtype: Name of the dtype.
+        tokenizer: The serialized SentencePiece model. `None` builds no preprocessor.
+        preprocessing: Settings of the preprocessor.
 
     Returns:
-        `OpenLlamaCausalLM`.
+        The task.
+
+    Example:
+        >>> task = build_empty_task(lm.backbone.architecture(), "float32")
+        >>> task.lm_head.kernel.shape
+        (3072, 256)
     """
     preprocessor = None
     if tokenizer is not None:

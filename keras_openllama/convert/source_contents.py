@@ -1,31 +1,50 @@
-"""A source of models as the contents that every format is written from."""
+"""Converts a source of models to `ModelContents`, the input of every export."""
 
-from keras_openllama.checkpoints.contents import Contents
-from keras_openllama.checkpoints.matching import listed
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from keras_openllama.checkpoints.contents import ModelContents
+from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.config import validate_architecture
 from keras_openllama.text.sentencepiece_model import check_vocabulary, load_processor
 
+if TYPE_CHECKING:
+    from keras_openllama.loading.sources import ModelSource
+    from keras_openllama.utils.types import PathLike
 
-def contents_of(source, tokenizer=True, origin=None, paths=()):
-    """What the model of a source consists of. No tensor is read yet.
+
+def contents_of_source(
+    source: ModelSource,
+    tokenizer: bool = True,
+    origin: str | None = None,
+    paths: Iterable[PathLike] = (),
+) -> ModelContents:
+    """Returns the contents of the model of a source, without reading its tensors.
 
     Args:
-        source: `loading.sources.ModelSource`.
-        tokenizer: bool, whether its tokenizer is wanted.
-        origin: string, see `load.origin`.
-        paths: list of further paths that are read.
+        source: The source.
+        tokenizer: Whether to include the tokenizer.
+        origin: Description of the weights, as `load.describe_origin` returns it.
+        paths: Paths that are read, in addition to the files of the tensors.
 
     Returns:
-        `Contents`.
+        The contents.
 
     Raises:
-        OSError: if a file is missing or cannot be read.
-        ValueError: if a file is damaged, or its tensors are not those of the network.
+        OSError: If a file is missing or cannot be read.
+        ValueError: If a file is damaged, or does not match the model.
+
+    Example:
+        >>> from keras_openllama.loading.load import find_source
+        >>> contents_of_source(find_source("open_llama_nano")).parameters
+        4524288
     """
     arguments = validate_architecture(source.arguments())
     proto = _proto(source, arguments) if tokenizer else None
     tensors = source.read_tensors(arguments)
-    return Contents(
+    return ModelContents(
         arguments,
         tensors,
         tokenizer=proto,
@@ -41,7 +60,7 @@ def _proto(source, arguments):
         path = source.tokenizer_file()
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error} To convert the weights alone, leave the tokenizer out "
+            f"{error} To convert only the weights, skip the tokenizer "
             "(tokenizer=False, or --no-tokenizer)."
         ) from error
     proto = path.read_bytes()
@@ -50,9 +69,9 @@ def _proto(source, arguments):
     added = source.added_tokens(pieces)
     if added:
         raise ValueError(
-            f"Beside {path}, which has {pieces} pieces, the model has tokens that were "
-            f"added to it: {listed(added)}. SentencePiece has no place for them. To "
-            "convert the weights alone, leave the tokenizer out (tokenizer=False, or "
-            "--no-tokenizer)."
+            f"In addition to the {pieces} pieces of {path}, the model has added "
+            f"tokens: {format_names(added)}. A SentencePiece model cannot represent "
+            "them. To convert only the weights, skip the tokenizer (tokenizer=False, "
+            "or --no-tokenizer)."
         )
     return proto

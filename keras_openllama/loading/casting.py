@@ -1,39 +1,47 @@
-"""From an array on a mapped file to a tensor of the backend: cast and placed.
+"""Converts arrays of memory-mapped files to tensors of the backend: cast and sharded.
 
-The source is read where it lies, and what comes out is the only copy. NumPy casts
-float16 on one core and slowly, so large tensors are cast by the backend, whose
-operations use all cores.
+The array is read from the mapped file, and the result is the only copy. NumPy casts
+float16 slowly and on one core, so the backend, which uses all cores, casts large
+arrays.
 """
 
 import functools
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from keras_openllama.backend.keras_private import torch_device, torch_dtype
 from keras_openllama.checkpoints.array_io import check_range, contiguous
 from keras_openllama.checkpoints.tensors import numpy_dtype
 from keras_openllama.loading.uninitialized import layout_of
+from keras_openllama.utils.types import Tensor
 
-# Below this NumPy is done before the backend has compiled anything.
+# In bytes. NumPy casts smaller arrays in less time than the backend compiles a cast.
 _SMALL = 4 << 20
 
 
-def value_for(variable, array):
-    """The value of a variable, from an array in a file.
+def value_for(variable: keras.Variable, array: NDArray) -> Tensor:
+    """Converts an array of a checkpoint to the value of a variable.
 
     Args:
-        variable: a `keras.Variable` without a value, see
-            `uninitialized.without_weights`.
-        array: NumPy array of the variable's shape. It may lie on a mapped file; the
-            result never does.
+        variable: Variable without a value, see `uninitialized.without_weights`.
+        array: Array of the variable's shape. It may share the memory of a mapped file;
+            the result does not.
 
     Returns:
-        A tensor of the backend, of the variable's shape and dtype, on its device; on
-        JAX, sharded as the distribution says.
+        Tensor of the backend with the variable's shape and dtype, on its device. On JAX
+        it has the sharding of `keras.distribution`.
 
     Raises:
-        ValueError: if the variable is float16 and a value is beyond its range.
+        ValueError: If the variable is float16 and a value exceeds its range.
+
+    Example:
+        >>> from keras_openllama.loading.uninitialized import without_weights
+        >>> with without_weights():
+        ...     variable = keras.Variable("zeros", shape=(2,), dtype="float16")
+        >>> value_for(variable, np.ones(2, "float32")).dtype
+        dtype('float16')
     """
     dtype = variable.dtype
     if dtype == "float16" and array.dtype != np.float16:
@@ -59,7 +67,7 @@ def _jax(variable, array, dtype):
             return value
         return jax.device_put(np.asarray(value))
 
-    shards = {}  # Devices that hold the same part share its cast.
+    shards = {}  # Devices with the same shard share its cast.
 
     def shard(index):
         key = str(index)
@@ -71,20 +79,20 @@ def _jax(variable, array, dtype):
 
 
 def _default_devices():
-    """Where JAX puts an array, `keras.device` counted in."""
+    """Returns the devices on which JAX creates an array, which `keras.device` sets."""
     import jax
 
     return jax.numpy.zeros(()).devices()
 
 
 def _jax_cast(array, dtype):
-    """Casts in the host's memory, so that an accelerator only sees the result."""
+    """Casts in the memory of the host, so that only the result is transferred."""
     import jax
 
     same = array.dtype == numpy_dtype(dtype)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if same or array.nbytes <= _SMALL:
-            # A copy in any case: `jax.jit` would hand the file's own pages on.
+            # Always copied: `jax.jit` would return an array on the pages of the file.
             return jax.numpy.asarray(_numpy(array, dtype))
         return _jitted_cast()(array, dtype).block_until_ready()
 
@@ -109,7 +117,7 @@ def _torch(variable, array, dtype):
     import torch
 
     bits = array.view(np.int16) if array.dtype == numpy_dtype("bfloat16") else array
-    # `torch.from_numpy` would warn that the array may not be written to.
+    # `torch.from_numpy` would warn that the array is read-only.
     source = torch.from_dlpack(bits)
     if bits is not array:
         source = source.view(torch.bfloat16)

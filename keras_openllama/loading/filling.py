@@ -1,67 +1,73 @@
-"""Models that were built without weights are given those of a checkpoint."""
+"""Assigns the weights of a checkpoint to a model that was built without weights."""
 
-from keras_openllama.checkpoints.matching import listed
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tensors import ReadAhead, in_file_order
 from keras_openllama.loading.casting import value_for
-from keras_openllama.loading.uninitialized import fill, finish
+from keras_openllama.loading.uninitialized import assign_value, finish_loading
 from keras_openllama.utils.progress import progress_bar
 
+if TYPE_CHECKING:
+    import keras
 
-class Weights:
-    """The weights of a checkpoint, for one model that was built without any.
+    from keras_openllama.checkpoints.tensors import StoredTensor
 
-    Use as a context manager around the building of the model: they are read from the
-    disk meanwhile.
+
+class CheckpointWeights:
+    """The weights of a checkpoint, which are loaded into one model.
+
+    Use it as a context manager and build the model inside the block: the first weights
+    are read from the disk in the meantime.
 
     Args:
-        tensors: dict of `tensors.StoredTensor`s by variable path.
+        tensors: The tensors by variable path.
 
     Example:
-
-    ```python
-    tensors = transformers.read_tensors(Directory(path), arguments)
-    with Weights(tensors) as weights:
-        with without_weights() as variables:
-            model = OpenLlamaCausalLM(OpenLlamaBackbone(**arguments))
-        weights.fill(model, variables)
-    ```
+        tensors = transformers.read_tensors(LocalRepository(path), arguments)
+        with CheckpointWeights(tensors) as weights:
+            with without_weights() as variables:
+                model = OpenLlamaCausalLM(OpenLlamaBackbone(**arguments))
+            weights.assign_to(model, variables)
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
-        # The head of a tied model is the embedding: one tensor, two weights.
+        # If head and embedding are tied, one tensor is the value of two weights.
         unique = {id(stored): stored for stored in tensors.values()}
         self._ahead = ReadAhead(in_file_order(unique.values()))
         self._bytes = sum(stored.nbytes for stored in unique.values())
 
-    def __enter__(self):
+    def __enter__(self) -> CheckpointWeights:
         self._ahead.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any):
         self._ahead.__exit__(*error)
 
-    def fill(self, model, variables):
-        """Puts each tensor into its variable, one at a time.
+    def assign_to(self, model: keras.Model, variables: list[keras.Variable]) -> None:
+        """Assigns each tensor to its variable, one at a time.
 
-        At any moment there is at most one tensor in memory beside the model's own.
+        At most one tensor is in memory in addition to the model's weights.
 
         Args:
             model: `OpenLlamaBackbone` or `OpenLlamaCausalLM`.
-            variables: the list that `without_weights` yielded.
+            variables: The list that `without_weights` yielded.
 
         Raises:
-            ValueError: if the model has other weights than the checkpoint, or a value
-                does not fit into its dtype.
+            ValueError: If model and checkpoint have different weights, or a value
+                exceeds the range of the variable's dtype.
         """
         own = {weight.path: weight for weight in model.weights}
         unnamed = set(own) ^ set(self._tensors)
         if unnamed:
             raise ValueError(
-                "These weights of the model are not those of an OpenLLaMA network "
-                f"without adapters or quantisation: {listed(unnamed)}. Load it as "
-                "floating-point numbers, and call `enable_lora` or `quantize` "
-                "afterwards."
+                "Weights can be loaded only into a floating-point model without "
+                f"adapters. These do not match: {format_names(unnamed)}. Load the "
+                "model first, and call `enable_lora` or `quantize` afterwards."
             )
         targets = {}
         for path, stored in self._tensors.items():
@@ -69,10 +75,10 @@ class Weights:
         with progress_bar("Loading weights", self._bytes) as bar:
             for stored in self._ahead:
                 for variable in targets[id(stored)]:
-                    fill(variable, _value(variable, stored))
-                stored.drop()
+                    assign_value(variable, _value(variable, stored))
+                stored.release()
                 bar.update(stored.nbytes)
-        finish(model, variables)
+        finish_loading(model, variables)
 
 
 def _value(variable, stored):

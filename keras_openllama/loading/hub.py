@@ -1,71 +1,73 @@
-"""Models on the Hugging Face Hub, behind the interface of `repository.Repository`.
+"""Model repositories on the Hugging Face Hub, as a `repository.Repository`.
 
-Downloads, the cache, resuming and progress
-bars are `huggingface_hub`'s; `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` hold.
+`huggingface_hub` downloads and caches the files, resumes downloads and shows progress
+bars. It reads `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE`.
 """
 
 import re
 from pathlib import Path
 
-from keras_openllama.checkpoints.repository import Directory
+from keras_openllama.checkpoints.repository import LocalRepository, Repository
+from keras_openllama.utils.types import PathLike
 
 HUB_PREFIX = "hf://"
-_API_TIMEOUT = 10.0  # seconds, as huggingface_hub waits for a file's metadata
+_API_TIMEOUT = 10.0  # In seconds; huggingface_hub's timeout for file metadata.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_repository(path, revision=None):
-    """The files of a directory, or of a repository on the Hub.
+def open_repository(path: PathLike, revision: str | None = None) -> Repository:
+    """Opens a local directory or a repository on the Hub, without reading any file.
 
     Args:
-        path: path of a directory, or string `"hf://user/repo"`.
-        revision: string, branch, tag or commit of the repository.
+        path: Path of a directory, or `"hf://user/repo"`.
+        revision: Branch, tag or commit of the repository on the Hub.
 
     Returns:
-        `Directory` or `HubRepository`. Nothing is looked at yet.
+        `LocalRepository` or `HubRepository`.
+
+    Example:
+        >>> str(open_repository("hf://openlm-research/open_llama_3b", revision="main"))
+        'the repository openlm-research/open_llama_3b on the Hugging Face Hub'
     """
     if str(path).startswith(HUB_PREFIX):
         return HubRepository(str(path), revision)
-    return Directory(path)
+    return LocalRepository(path)
 
 
 class HubRepository:
-    """The files of a model repository on the Hugging Face Hub, fetched as needed.
+    """The files of a model repository on the Hugging Face Hub, downloaded on demand.
 
-    The revision is resolved at the first use, once, and every file is taken from that
-    commit. What is in
-    the cache is used without asking again; without a network, or with
-    `HF_HUB_OFFLINE=1`, the cache alone is used.
-
-    Args:
-        handle: string, `hf://user/repo`.
-        revision: string, a branch, tag or commit. Defaults to the main branch.
+    The first access resolves the revision to a commit, and all files are read from that
+    commit. A cached file is used without a request. Without a network connection, or
+    with `HF_HUB_OFFLINE=1`, only the cache is used.
 
     Every method raises `ValueError` if the handle is malformed or the repository has no
-    such revision, and `OSError` if it does not exist or may not be read.
+    such revision, and `OSError` if the repository does not exist or access is denied.
+
+    Args:
+        handle: `"hf://user/repo"`.
+        revision: A branch, tag or commit. Defaults to the main branch.
 
     Example:
-
-    ```python
-    repository = HubRepository("hf://openlm-research/open_llama_3b")
-    repository.file("tokenizer.model")
-    ```
+        >>> repository = HubRepository("hf://openlm-research/open_llama_3b")
+        >>> repository.file("tokenizer.model")  # doctest: +SKIP
     """
 
-    def __init__(self, handle, revision=None):
+    def __init__(self, handle: str, revision: str | None = None):
         self.name = handle.removeprefix(HUB_PREFIX)
         self._revision = revision or "main"
-        # The commit, once known; without a network the cache knows the revision.
+        # The commit, after it was resolved. Without a network connection it stays the
+        # revision, which the cache resolves.
         self._pin = self._revision
         self._resolved = False
         self._names = None
         self._unreachable = None
 
     def _resolve(self):
-        """Finds the commit that every file is taken from, once."""
+        """Resolves the revision to a commit, on the first call."""
         if self._resolved:
             return
-        # Takes half a second to import; a directory has no use for it.
+        # The import takes half a second, and local directories do not need it.
         from huggingface_hub import constants, utils
 
         try:
@@ -75,60 +77,74 @@ class HubRepository:
             valid = False
         if not valid:
             raise ValueError(
-                "`preset` names a repository on the Hugging Face Hub like "
+                "`preset` must name a repository on the Hugging Face Hub as "
                 "'hf://openlm-research/open_llama_3b'. Received: "
                 f"preset='{HUB_PREFIX}{self.name}'"
             )
         if constants.HF_HUB_OFFLINE:
             self._unreachable = "HF_HUB_OFFLINE is set"
         elif not _COMMIT.fullmatch(self._revision):
-            self._ask()
+            self._request_info()
         self._resolved = True
 
     def __str__(self):
         revision = "" if self._revision == "main" else f" at {self._revision}"
         return f"the repository {self.name}{revision} on the Hugging Face Hub"
 
-    def optional(self, name):
-        """Path of a file in the cache, or `None` where the repository has none.
+    def optional(self, name: str) -> Path | None:
+        """Returns the path of a file, after downloading it if it is not cached.
 
-        Without a network, `None` also where the cache has none.
+        Args:
+            name: Path of the file inside the repository.
+
+        Returns:
+            Path in the cache. `None` if the repository has no such file; without a
+            network connection, also if the file is not cached.
+
+        Raises:
+            OSError: If the file exists and cannot be downloaded.
         """
         self._resolve()
         cached = self._cached(name)
         if cached or self._unreachable:
             return cached
         if self._names is None:
-            self._ask()
+            self._request_info()
         return self.file(name) if name in (self._names or ()) else None
 
-    def file(self, name):
-        """Path of a file in the cache, after downloading it if need be.
+    def file(self, name: str) -> Path:
+        """Returns the path of a file, after downloading it if it is not cached.
+
+        Args:
+            name: Path of the file inside the repository.
+
+        Returns:
+            Path in the cache.
 
         Raises:
-            FileNotFoundError: if the repository has no such file.
-            OSError: if it is not in the cache and cannot be fetched. The message says
-                from where it would come, and how to fetch it by hand.
+            FileNotFoundError: If the repository has no such file.
+            OSError: If the file is not cached and cannot be downloaded. The message has
+                its URL, and the command to download it.
         """
         self._resolve()
         cached = self._cached(name)
         if cached:
             return cached
         if self._names is None and not self._unreachable:
-            self._ask()
+            self._request_info()
         if self._unreachable:
-            raise self._not_fetched(name, self._unreachable)
+            raise self._unavailable(name, self._unreachable)
         if name not in self._names:
             raise FileNotFoundError(
                 f"{name} is missing from {self}, which has {', '.join(self._names)}."
             )
         return self._download(name)
 
-    def glob(self, pattern):
-        """Names of the files that match a pattern such as `"assets/**/*"`."""
+    def glob(self, pattern: str) -> list[str]:
+        """Returns the names of files that match a pattern such as `"assets/**/*"`."""
         self._resolve()
         if self._names is None and not self._unreachable:
-            self._ask()
+            self._request_info()
         if self._names is None:
             from huggingface_hub import constants
 
@@ -136,13 +152,13 @@ class HubRepository:
             cache = Path(constants.HF_HUB_CACHE, folder)
             reference = cache / "refs" / self._pin
             commit = reference.read_text("utf-8") if reference.is_file() else self._pin
-            return Directory(cache / "snapshots" / commit).glob(pattern)
+            return LocalRepository(cache / "snapshots" / commit).glob(pattern)
         expression = re.escape(pattern).replace(r"\*\*/", "(.*/)?")
         expression = re.compile(expression.replace(r"\*", "[^/]*"))
         return [name for name in self._names if expression.fullmatch(name)]
 
-    def _ask(self):
-        """Asks the Hub for the commit of the revision and the names of its files."""
+    def _request_info(self):
+        """Requests the commit of the revision and the names of its files."""
         from huggingface_hub import HfApi, errors
 
         try:
@@ -157,9 +173,9 @@ class HubRepository:
         except errors.HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise self._denied(error) from error
-            self._unreachable = f"the Hub answers {_first_line(error)}"
+            self._unreachable = f"the Hub returned {_first_line(error)}"
         except Exception as error:
-            # Whatever the HTTP client raises where there is no network.
+            # The HTTP client raises many types of errors without a network connection.
             self._unreachable = f"the Hub cannot be reached ({_first_line(error)})"
         else:
             self._pin = info.sha
@@ -175,20 +191,20 @@ class HubRepository:
         from huggingface_hub import errors, hf_hub_download
 
         try:
-            # By the revision's name, so that the cache remembers which commit it was …
+            # By the name of the revision, so that the cache stores its commit.
             path = Path(hf_hub_download(self.name, name, revision=self._revision))
             commit = path.parents[name.count("/")].name
-            if commit != self._pin:  # … unless the branch has moved in the meantime.
+            if commit != self._pin:  # The branch has moved in the meantime.
                 path = Path(hf_hub_download(self.name, name, revision=self._pin))
         except errors.LocalEntryNotFoundError as error:
             reason = f"the Hub cannot be reached ({_first_line(error.__cause__)})"
-            raise self._not_fetched(name, reason) from error
+            raise self._unavailable(name, reason) from error
         except errors.HfHubHTTPError as error:
             raise self._denied(error, name) from error
         except Exception as error:
-            # A connection that breaks off, a full disk. Nothing half-written stays.
+            # Such as a lost connection or a full disk. No partial file is left behind.
             reason = f"the download failed ({_first_line(error)})"
-            raise self._not_fetched(name, reason) from error
+            raise self._unavailable(name, reason) from error
         return path
 
     def _denied(self, error, name="its list of files"):
@@ -199,29 +215,29 @@ class HubRepository:
             remedy = f"Accept its terms at {page}, then log in with `hf auth login`."
         elif isinstance(error, errors.RepositoryNotFoundError):
             remedy = (
-                f"There is none at {page}, or it is private: check the name in "
-                f"`preset`, here '{HUB_PREFIX}{self.name}', or log in with "
+                f"There is no repository at {page}, or it is private: check the name "
+                f"in `preset`, here '{HUB_PREFIX}{self.name}', or log in with "
                 "`hf auth login`."
             )
         else:
             remedy = f"See {page}."
         return OSError(
-            f"The Hugging Face Hub denies {name} of the repository {self.name}: "
-            f"{_first_line(error)}. {remedy}"
+            f"The Hugging Face Hub denied access to {name} of the repository "
+            f"{self.name}: {_first_line(error)}. {remedy}"
         )
 
-    def _not_fetched(self, name, reason):
+    def _unavailable(self, name, reason):
         from huggingface_hub import constants, hf_hub_url
 
         url = hf_hub_url(self.name, name, revision=self._revision)
         revision = "" if self._revision == "main" else f" --revision {self._revision}"
         folder = self.name.split("/")[-1]
         return OSError(
-            f"{name} of {self} is needed and not in the cache "
-            f"({constants.HF_HUB_CACHE}); it comes from {url}, and {reason}. Where "
-            f"there is a network, run `hf download {self.name}{revision} --local-dir "
-            f"{folder}`, bring the directory here, and give its path in the place of "
-            "the preset's name."
+            f"{name} of {self} is required and not in the cache "
+            f"({constants.HF_HUB_CACHE}). It could not be downloaded from {url}: "
+            f"{reason}. On a machine with a network connection, run `hf download "
+            f"{self.name}{revision} --local-dir {folder}`, copy the directory to this "
+            "machine, and pass its path as the preset."
         )
 
 

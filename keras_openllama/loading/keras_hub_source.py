@@ -1,6 +1,11 @@
-"""Directories in KerasHub's format as a source of models, see `sources`."""
+"""The source for directories in KerasHub's format, see `sources`."""
+
+from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.backend.keras_hub import (
     KerasPresetLoader,
@@ -8,68 +13,106 @@ from keras_openllama.backend.keras_hub import (
     without_tensorflow,
 )
 from keras_openllama.checkpoints import keras_hub
-from keras_openllama.checkpoints.contents import PREPROCESSING
+from keras_openllama.checkpoints.contents import PREPROCESSOR_SETTINGS
 from keras_openllama.loading.sources import SourceDefaults
 from keras_openllama.utils.files import read_json_object
+
+if TYPE_CHECKING:
+    import keras
+
+    from keras_openllama.checkpoints.repository import Repository
+    from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.loading.sources import Dtype
 
 _CONFIG = "config.json"
 
 
 class KerasHubSource(SourceDefaults):
-    """A directory or repository that `save_to_preset` wrote; KerasHub loads it.
+    """A directory or repository that `save_to_preset` wrote. KerasHub loads it.
 
     Args:
-        repository: `repository.Repository`.
-        build_task: function that makes an empty task, see `keras_hub.read_tensors`;
-            `None` where no tensors are read one by one.
+        repository: The directory or repository.
+        build_empty_task: Function that builds a task without weights, see
+            `keras_hub.read_tensors`. Only `read_tensors` requires it.
     """
 
-    def __init__(self, repository, build_task=None):
+    def __init__(
+        self,
+        repository: Repository,
+        build_empty_task: Callable[..., keras.Model] | None = None,
+    ):
         self._repository = repository
-        self._build_task = build_task
+        self._build_empty_task = build_empty_task
 
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         path = self._repository.file(_CONFIG)
         return keras_hub.backbone_arguments(read_json_object(path), path)
 
-    def tokenizer_file(self):
+    def tokenizer_file(self) -> Path:
+        """Returns the path of the SentencePiece model."""
         return self._repository.file(keras_hub.TOKENIZER)
 
-    def preprocessing(self):
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns the settings of the saved preprocessor."""
         path = self._repository.optional("preprocessor.json")
         settings = read_json_object(path).get("config", {}) if path else {}
-        return {name: settings[name] for name in PREPROCESSING if name in settings}
+        return {
+            name: settings[name] for name in PREPROCESSOR_SETTINGS if name in settings
+        }
 
-    def read_tensors(self, arguments, head=True):
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Lists the weights by variable path, without reading their values."""
         return keras_hub.read_tensors(
-            self._repository, arguments, self._build_task, head
+            self._repository, arguments, self._build_empty_task, head
         )
 
-    def backbone(self, cls, load_weights, dtype, overrides):
+    def backbone(
+        self, cls: type, load_weights: bool, dtype: Dtype, overrides: Mapping[str, Any]
+    ) -> Any:
+        """Loads a backbone, see `ModelSource`."""
         with self._loader(load_weights, overrides) as loader:
-            own = loader.check_backbone_class()
-            if not issubclass(own, cls):
-                raise ValueError(f"it holds a {own.__name__}, not a {cls.__name__}")
+            saved = loader.check_backbone_class()
+            if not issubclass(saved, cls):
+                raise ValueError(
+                    f"it contains a {saved.__name__}, not a {cls.__name__}"
+                )
             dtype = resolve_dtype(loader, dtype)
-            return loader.load_backbone(own, load_weights, dtype=dtype)
+            return loader.load_backbone(saved, load_weights, dtype=dtype)
 
-    def tokenizer(self, cls, kwargs):
+    def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a tokenizer, see `ModelSource`."""
         with self._loader() as loader:
             return loader.load_tokenizer(cls, **kwargs)
 
-    def preprocessor(self, cls, kwargs):
+    def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a preprocessor, see `ModelSource`."""
         with self._loader() as loader:
             return loader.load_preprocessor(cls, **kwargs)
 
-    def task(self, cls, load_weights, dtype, preprocessor, overrides, kwargs):
+    def task(
+        self,
+        cls: type,
+        load_weights: bool,
+        dtype: Dtype,
+        preprocessor: Any,
+        overrides: Mapping[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Loads a task, see `ModelSource`."""
         if preprocessor is None or not isinstance(preprocessor, str):
             kwargs["preprocessor"] = preprocessor
-        # The state of an optimizer that a new one has no use for would be warned of.
-        compile_it = kwargs.pop("compile", True)
+        # Not compiled by KerasHub: it would warn about the saved state of an optimizer,
+        # which is not loaded.
+        compile_task = kwargs.pop("compile", True)
         with self._loader(load_weights, overrides) as loader:
-            own = loader.check_backbone_class()
-            if not issubclass(own, cls.backbone_cls):
-                raise ValueError(f"it holds a {own.__name__}, not a {cls.__name__}")
+            saved = loader.check_backbone_class()
+            if not issubclass(saved, cls.backbone_cls):
+                raise ValueError(
+                    f"it contains a {saved.__name__}, not a {cls.__name__}"
+                )
             task = loader.load_task(
                 cls,
                 load_weights,
@@ -78,15 +121,16 @@ class KerasHubSource(SourceDefaults):
                 compile=False,
                 **kwargs,
             )
-        if compile_it:
+        if compile_task:
             task.compile()
         return task
 
     @contextlib.contextmanager
     def _loader(self, load_weights=False, overrides=()):
-        """Fetches the files, and yields KerasHub's loader for their directory."""
+        """Downloads the files, and yields KerasHub's loader of their directory."""
 
-        # Here, since it takes seconds: a conversion does without.
+        # Defined here because it imports KerasHub, which takes seconds and which a
+        # conversion does not need.
         class Loader(KerasPresetLoader):
             def get_backbone_kwargs(self, **kwargs):
                 arguments, kwargs = super().get_backbone_kwargs(**kwargs)
@@ -101,7 +145,7 @@ class KerasHubSource(SourceDefaults):
             with without_tensorflow():
                 yield Loader(str(config.parent), read_json_object(config))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            # What KerasHub and h5py raise seldom says which file it is about.
+            # The errors of KerasHub and h5py seldom name the file.
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(
                 f"{config.parent}, in KerasHub's format, cannot be loaded: {error}"

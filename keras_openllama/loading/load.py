@@ -1,9 +1,13 @@
-"""Where `from_preset` of each class leads: names, directories, the Hub, runs."""
+"""Implements `from_preset` of the public classes: finds a source, loads from it."""
+
+from __future__ import annotations
 
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_openllama import presets
 from keras_openllama.checkpoints.training_run import TrainingRun, is_run
@@ -11,87 +15,158 @@ from keras_openllama.loading import hub, sources
 from keras_openllama.loading.keras_hub_source import KerasHubSource
 from keras_openllama.utils.files import read_json_object
 
+if TYPE_CHECKING:
+    import keras
+
+    from keras_openllama.utils.types import PathLike
+
 _CONFIG = "config.json"
+_Loaded = TypeVar("_Loaded")
 
 
 def load_backbone(
-    cls, preset, *, load_weights=True, dtype=None, revision=None, **kwargs
-):
-    """`from_preset` of the backbone.
+    cls: type[_Loaded],
+    preset: PathLike,
+    *,
+    load_weights: bool = True,
+    dtype: str | keras.DTypePolicy | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> _Loaded:
+    """Implements `from_preset` of the backbone.
 
     Args:
-        cls: the class to make.
-        preset: string, a name of the registry, a directory in KerasHub's or
-            transformers' format, that of a training run or of one of its checkpoints,
-            or `"hf://user/repo"`.
-        load_weights: bool, whether to load the weights, rather than initialise them.
-        dtype: dtype or dtype policy; `None` is Keras's global policy.
-        revision: string, branch, tag or commit of a repository on the Hub.
-        **kwargs: arguments of the backbone, in place of the preset's.
+        cls: The class of the backbone.
+        preset: Name of a preset; path of a directory in KerasHub's or transformers'
+            format, of a training run or of one of its checkpoints; or
+            `"hf://user/repo"`.
+        load_weights: Whether to load the weights. Otherwise they are initialized at
+            random.
+        dtype: Dtype or dtype policy. `None` is Keras's global policy.
+        revision: Branch, tag or commit of a repository on the Hub.
+        **kwargs: Arguments of the backbone, which override those of the preset.
 
     Returns:
         An instance of `cls`.
 
     Raises:
-        ValueError: for an unknown preset or argument, or files that are not this model.
-        OSError: if a file cannot be had or read.
+        ValueError: If the preset or an argument is unknown, or the files do not belong
+            to this model.
+        OSError: If a file is unavailable or cannot be read.
     """
     _check_names(cls, kwargs, arguments_of(cls))
     return find_source(preset, revision).backbone(cls, load_weights, dtype, kwargs)
 
 
-def load_tokenizer(cls, preset, *, revision=None, **kwargs):
-    """`from_preset` of the tokenizer; `**kwargs` are its arguments.
+def load_tokenizer(
+    cls: type[_Loaded], preset: PathLike, *, revision: str | None = None, **kwargs: Any
+) -> _Loaded:
+    """Implements `from_preset` of the tokenizer.
 
-    Arguments, returns and errors as `load_backbone`.
+    Args:
+        cls: The class of the tokenizer.
+        preset: As for `load_backbone`.
+        revision: As for `load_backbone`.
+        **kwargs: Arguments of the tokenizer.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: As for `load_backbone`.
+        OSError: As for `load_backbone`.
     """
     return find_source(preset, revision).tokenizer(cls, kwargs)
 
 
-def load_preprocessor(cls, preset, *, revision=None, **kwargs):
-    """`from_preset` of the preprocessor; `**kwargs` are its arguments.
+def load_preprocessor(
+    cls: type[_Loaded], preset: PathLike, *, revision: str | None = None, **kwargs: Any
+) -> _Loaded:
+    """Implements `from_preset` of the preprocessor.
 
-    `sequence_length` is the model's context unless given. Arguments, returns and errors
-    as `load_backbone`.
+    Args:
+        cls: The class of the preprocessor.
+        preset: As for `load_backbone`.
+        revision: As for `load_backbone`.
+        **kwargs: Arguments of the preprocessor. `sequence_length` defaults to the
+            context length of the model.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: As for `load_backbone`.
+        OSError: As for `load_backbone`.
     """
     return find_source(preset, revision).preprocessor(cls, kwargs)
 
 
-def load_task(cls, preset, *, revision=None, **options):
-    """`from_preset` of the task.
+def load_task(
+    cls: type[_Loaded],
+    preset: PathLike,
+    *,
+    revision: str | None = None,
+    **options: Any,
+) -> _Loaded:
+    """Implements `from_preset` of the task.
 
     Args:
-        **options: see `load_task_from`.
+        cls: The class of the task.
+        preset: As for `load_backbone`.
+        revision: As for `load_backbone`.
+        **options: As for `load_task_from_source`.
 
-    Further arguments, returns and errors as `load_backbone`.
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: As for `load_backbone`.
+        OSError: As for `load_backbone`.
     """
     source = find_source(preset, revision)
-    return load_task_from(cls, source, origin(preset, revision), **options)
+    return load_task_from_source(
+        cls, source, describe_origin(preset, revision), **options
+    )
 
 
-def load_task_from(
-    cls, source, origin, *, load_weights=True, dtype=None, preprocessor="auto", **kwargs
-):
+def load_task_from_source(
+    cls: type[_Loaded],
+    source: sources.ModelSource,
+    origin: str,
+    *,
+    load_weights: bool = True,
+    dtype: str | keras.DTypePolicy | None = None,
+    preprocessor: Any = "auto",
+    **kwargs: Any,
+) -> _Loaded:
     """Loads a task from a source.
 
     Args:
-        cls: the class to make.
-        source: `sources.ModelSource`.
-        origin: string, what to call the weights by, see `origin`.
-        load_weights, dtype: see `load_backbone`.
-        preprocessor: `"auto"` loads it, with the model's context as its
-            `sequence_length`; `None` looks for no tokenizer; or a preprocessor.
-        **kwargs: arguments of the backbone, in place of the preset's, and of `cls`.
+        cls: The class of the task.
+        source: The source.
+        origin: Description of the weights, as `describe_origin` returns it.
+        load_weights: As for `load_backbone`.
+        dtype: As for `load_backbone`.
+        preprocessor: A preprocessor. `"auto"` loads it from the source, with the
+            context length of the model as its `sequence_length`. `None` loads no
+            tokenizer.
+        **kwargs: Arguments of the task, and arguments of the backbone that override
+            those of the source.
 
-    Returns and errors as `load_backbone`.
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: As for `load_backbone`.
+        OSError: As for `load_backbone`.
     """
     if isinstance(preprocessor, str) and preprocessor != "auto":
         raise ValueError(
-            "`preprocessor` takes 'auto', None, or a preprocessor. Received: "
+            "`preprocessor` must be 'auto', None, or a preprocessor. Received: "
             f"preprocessor={preprocessor!r}"
         )
     of_backbone = arguments_of(cls.backbone_cls)
-    _check_names(cls, kwargs, {*of_backbone, *arguments_of(cls), *_OF_TASK})
+    _check_names(cls, kwargs, {*of_backbone, *arguments_of(cls), *_KERAS_ARGUMENTS})
     overrides = {n: kwargs.pop(n) for n in list(kwargs) if n in of_backbone}
     task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
     if load_weights:
@@ -99,11 +174,16 @@ def load_task_from(
     return task
 
 
-_OF_TASK = ("compile", "name", "trainable")  # What Keras's own classes take.
+_KERAS_ARGUMENTS = ("compile", "name", "trainable")  # Of the task's base classes.
 
 
-def arguments_of(cls):
-    """Names of the arguments of a class's constructor."""
+def arguments_of(cls: type) -> list[str]:
+    """Returns the names of the arguments of a class's constructor.
+
+    Example:
+        >>> arguments_of(hub.HubRepository)
+        ['handle', 'revision']
+    """
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = inspect.signature(cls).parameters.values()
     return [p.name for p in parameters if p.kind in kinds]
@@ -114,27 +194,33 @@ def _check_names(cls, kwargs, known):
     if unknown:
         raise ValueError(
             f"`{cls.__name__}.from_preset` has no argument "
-            f"{', '.join(map(repr, unknown))}. Beside its own it takes those of the "
-            f"backbone: {', '.join(sorted(known))}."
+            f"{', '.join(map(repr, unknown))}. In addition to its own arguments it "
+            f"takes those of the backbone: {', '.join(sorted(known))}."
         )
 
 
-def origin(source, revision=None, is_file=False):
-    """What to call weights by what they were loaded from: no path of this machine.
+def describe_origin(
+    source: PathLike, revision: str | None = None, is_file: bool = False
+) -> str:
+    """Describes the origin of weights, without a path of this machine.
 
     Args:
-        source: what `from_preset` takes, or the path of a file.
-        revision: what `from_preset` takes.
-        is_file: bool, whether `source` is the path of a file.
+        source: The preset that was passed to `from_preset`, or the path of a file.
+        revision: The revision that was passed to `from_preset`.
+        is_file: Whether `source` is the path of a file.
 
     Returns:
-        String: the name of a preset, if the weights are what it publishes and nothing
-        else; or `"hf://user/repo"`, or a phrase such as `"the directory out"`.
+        The name of a preset if the weights are those that it publishes. Otherwise
+        `"hf://user/repo"`, or a description such as `"the directory out"`.
+
+    Example:
+        >>> describe_origin("3b_v2"), describe_origin("/home/me/out")
+        ('open_llama_3b_v2', 'the directory out')
     """
     name = str(source)
     if is_file:
         return f"the file {Path(name).name}"
-    # open_llama_3b_v3 has the weights of open_llama_3b_v2, which comes first.
+    # open_llama_3b_v3 has the weights of open_llama_3b_v2, which is listed first.
     by_handle = [
         p for p in presets.registry().values() if p.handles["transformers"] == name
     ]
@@ -147,24 +233,34 @@ def origin(source, revision=None, is_file=False):
     return f"the directory {Path(name).resolve().name}"
 
 
-def find_source(preset, revision=None, build_task=None):
-    """What a preset's name stands for.
+def find_source(
+    preset: PathLike,
+    revision: str | None = None,
+    build_empty_task: Callable[..., keras.Model] | None = None,
+) -> sources.ModelSource:
+    """Finds the source that a preset refers to.
 
     Args:
-        preset, revision: see `load_backbone`.
-        build_task: see `keras_hub_source.KerasHubSource`; only conversions need it.
+        preset: As for `load_backbone`.
+        revision: As for `load_backbone`.
+        build_empty_task: As for `keras_hub_source.KerasHubSource`. Only conversions
+            require it.
 
     Returns:
-        `sources.ModelSource`.
+        The source. Its weights are not opened yet.
 
     Raises:
-        ValueError: for an unknown preset.
-        OSError: if it is a directory or repository without `config.json`, or a
-            checkpoint of a training run without the run.
+        ValueError: If the preset is unknown.
+        OSError: If it is a directory or repository without `config.json`, or a
+            checkpoint outside the directory of its training run.
+
+    Example:
+        >>> find_source("open_llama_nano").arguments()["num_layers"]
+        4
     """
     if not isinstance(preset, (str, Path)):
         raise ValueError(
-            "`preset` takes a name, a path, or 'hf://user/repo'. Received: "
+            "`preset` must be a name, a path, or 'hf://user/repo'. Received: "
             f"preset={preset!r}"
         )
     name = str(preset)
@@ -173,8 +269,8 @@ def find_source(preset, revision=None, build_task=None):
     on_hub = handle.startswith(hub.HUB_PREFIX)
     if revision is not None and not on_hub:
         raise ValueError(
-            "`revision` is for repositories on the Hugging Face Hub, and "
-            f"preset={name!r} is none. Received: revision={revision!r}"
+            "`revision` applies to repositories on the Hugging Face Hub, and "
+            f"preset={name!r} is not one. Received: revision={revision!r}"
         )
     if known:
         _warn_once(known.name)
@@ -185,20 +281,21 @@ def find_source(preset, revision=None, build_task=None):
     repository = hub.open_repository(name, revision)
     if not on_hub and repository.optional(_CONFIG) is None and is_run(name):
         return sources.TrainingRunSource(TrainingRun.open(name))
-    return _source_of(repository, build_task)
+    return _source_of(repository, build_empty_task)
 
 
-def _source_of(repository, build_task):
-    """The source for the format that a directory or repository is in."""
+def _source_of(repository, build_empty_task):
+    """Returns the source for the format of a directory or repository."""
     path = repository.file(_CONFIG)
     config = read_json_object(path)
     if "registered_name" in config:
-        return KerasHubSource(repository, build_task)
+        return KerasHubSource(repository, build_empty_task)
     if "model_type" in config:
         return sources.TransformersSource(repository, config, path)
     raise ValueError(
-        f"{path} is neither KerasHub's, which has a 'registered_name', nor that of "
-        f"transformers, which has a 'model_type'. It has: {', '.join(config)}."
+        f"{path} is neither in KerasHub's format, which has a 'registered_name', nor "
+        "in that of transformers, which has a 'model_type'. It has: "
+        f"{', '.join(config)}."
     )
 
 

@@ -1,16 +1,19 @@
-"""The kinds of things that a model is loaded from, behind one interface.
+"""The sources that models are loaded from, with one interface.
 
-That of KerasHub's format is in `keras_hub_source`.
+The source for KerasHub's format is in `keras_hub_source`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
 from keras_openllama.config import validate_architecture
-from keras_openllama.loading.filling import Weights
+from keras_openllama.loading.filling import CheckpointWeights
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.text.sentencepiece_model import (
     check_vocabulary,
@@ -19,96 +22,129 @@ from keras_openllama.text.sentencepiece_model import (
 )
 from keras_openllama.utils.files import read_json_object
 
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.repository import Repository
+    from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.checkpoints.training_run import TrainingRun
+    from keras_openllama.presets import Preset
+    from keras_openllama.utils.types import PathLike
+
+Dtype = str | keras.DTypePolicy | None
+
 _TOKENIZER = "tokenizer.model"
 
 
 class ModelSource(Protocol):
-    """What `from_preset` and conversions load models from.
+    """The files of one model, from which it is loaded or converted.
 
-    `from_preset` calls `backbone`, `tokenizer`, `preprocessor` and `task`; a conversion
-    calls the others. Each raises `OSError` if a file is missing or cannot be read, and
-    `ValueError` if one is damaged or not this model's.
+    `from_preset` calls `backbone`, `tokenizer`, `preprocessor` and `task`. A conversion
+    calls the other methods. Each method raises `OSError` if a file is missing or cannot
+    be read, and `ValueError` if a file is damaged or belongs to another model.
 
     Attributes:
-        origin: string, what the weights are called where the source knows more than
-            `load.origin`, or `None`.
+        origin: Description of the weights, if the source provides a more precise one
+            than `load.describe_origin`; otherwise `None`.
     """
 
     origin: str | None
 
-    def backbone(self, cls, load_weights: bool, dtype, overrides: dict):
-        """Loads a backbone of class `cls`; `overrides` are arguments of it."""
+    def backbone(
+        self, cls: type, load_weights: bool, dtype: Dtype, overrides: Mapping[str, Any]
+    ) -> Any:
+        """Loads a backbone of class `cls`; `overrides` are arguments of the class."""
 
-    def tokenizer(self, cls, kwargs: dict):
-        """Loads a tokenizer of class `cls`; `kwargs` are arguments of it."""
+    def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a tokenizer of class `cls`; `kwargs` are arguments of the class."""
 
-    def preprocessor(self, cls, kwargs: dict):
-        """Loads a preprocessor of class `cls`; `kwargs` are arguments of it."""
+    def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a preprocessor of class `cls`; `kwargs` are arguments of the class."""
 
     def task(
-        self, cls, load_weights: bool, dtype, preprocessor, overrides: dict, kwargs
-    ):
+        self,
+        cls: type,
+        load_weights: bool,
+        dtype: Dtype,
+        preprocessor: Any,
+        overrides: Mapping[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Loads a task; `overrides` are arguments of its backbone, `kwargs` its own."""
 
-    def arguments(self) -> dict:
-        """Arguments of `OpenLlamaBackbone`, before `config.validate_architecture`."""
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`, before validation."""
 
     def tokenizer_file(self) -> Path:
-        """Path of the SentencePiece model."""
+        """Returns the path of the SentencePiece model."""
 
-    def control_ids(self) -> tuple:
-        """Ids of the tokens of start and end, of a model without tokenizer."""
+    def control_ids(self) -> tuple[int, int]:
+        """Returns the ids of the start and end tokens of a model without tokenizer."""
 
-    def preprocessing(self) -> dict:
-        """Settings of the preprocessor, see `contents.PREPROCESSING`."""
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns settings of the preprocessor, see `PREPROCESSOR_SETTINGS`."""
 
-    def added_tokens(self, pieces: int) -> list:
-        """Tokens that the model has beyond the `pieces` of SentencePiece."""
+    def added_tokens(self, pieces: int) -> list[str]:
+        """Returns the tokens that follow the `pieces` of the SentencePiece model."""
 
-    def read_tensors(self, arguments: dict, head: bool = True) -> dict:
-        """Describes the weights: dict of `tensors.StoredTensor`s by variable path."""
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Lists the weights by variable path, without reading their values."""
 
 
 class SourceDefaults:
-    """What most sources answer to a conversion; see `ModelSource`."""
+    """Defaults of the methods that a conversion calls; see `ModelSource`."""
 
-    origin = None  # Of the weights, where it knows more than `load.origin`.
+    origin = None
 
-    def control_ids(self):
-        """Ids of the tokens of start and end, of a model without tokenizer."""
-        return 1, 2  # Of all OpenLLaMA models.
+    def control_ids(self) -> tuple[int, int]:
+        """Returns the ids of the start and end tokens of all OpenLLaMA models."""
+        return 1, 2
 
-    def preprocessing(self):
-        """Settings of the preprocessor, see `contents.PREPROCESSING`."""
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns no settings of the preprocessor."""
         return {}
 
-    def added_tokens(self, pieces):
-        """Tokens that the model has beyond so many of SentencePiece."""
+    def added_tokens(self, pieces: int) -> list[str]:
+        """Returns no tokens."""
         return []
 
 
 class StreamedSource(SourceDefaults):
-    """A source that is read tensor by tensor into a model that was built empty."""
+    """A source whose tensors are read one by one into a model without weights."""
 
-    def backbone(self, cls, load_weights, dtype, overrides):
+    def backbone(
+        self, cls: type, load_weights: bool, dtype: Dtype, overrides: Mapping[str, Any]
+    ) -> Any:
+        """Loads a backbone, see `ModelSource`."""
         arguments = self._all_arguments(overrides)
         policy = _policy(dtype)
         return self._load(
             lambda: cls(**arguments, dtype=policy), load_weights, arguments, head=False
         )
 
-    def tokenizer(self, cls, kwargs):
-        return cls(str(self._needed_tokenizer_file()), **kwargs)
+    def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a tokenizer, see `ModelSource`."""
+        return cls(str(self._required_tokenizer_file()), **kwargs)
 
-    def preprocessor(self, cls, kwargs):
+    def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a preprocessor, see `ModelSource`."""
         kwargs.setdefault("sequence_length", self.arguments()["max_sequence_length"])
         return cls(self.tokenizer(cls.tokenizer_cls, {}), **kwargs)
 
-    def task(self, cls, load_weights, dtype, preprocessor, overrides, kwargs):
+    def task(
+        self,
+        cls: type,
+        load_weights: bool,
+        dtype: Dtype,
+        preprocessor: Any,
+        overrides: Mapping[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Loads a task, see `ModelSource`."""
         arguments = self._all_arguments(overrides)
         policy = _policy(dtype)
         if isinstance(preprocessor, str) and preprocessor == "auto":
-            # First, since it fails soonest.
+            # Loaded first, so that an error is raised before weights are read.
             preprocessor = self.preprocessor(
                 cls.preprocessor_cls,
                 {"sequence_length": arguments["max_sequence_length"]},
@@ -117,16 +153,16 @@ class StreamedSource(SourceDefaults):
                 preprocessor.tokenizer.vocabulary_size(), arguments["vocabulary_size"]
             )
 
-        # An optimizer's variables have values from the start, so cannot be made inside
-        # `without_weights`.
-        compile_it = kwargs.pop("compile", True)
+        # The variables of an optimizer are created with values, which is not possible
+        # inside `without_weights`.
+        compile_task = kwargs.pop("compile", True)
 
         def build():
             backbone = cls.backbone_cls(**arguments, dtype=policy)
             return cls(backbone, preprocessor, compile=False, **kwargs)
 
         task = self._load(build, load_weights, arguments, head=True)
-        if compile_it:
+        if compile_task:
             task.compile()
         return task
 
@@ -136,13 +172,13 @@ class StreamedSource(SourceDefaults):
     def _load(self, build, load_weights, arguments, head):
         if not load_weights:
             return build()
-        with Weights(self.read_tensors(arguments, head)) as weights:
+        with CheckpointWeights(self.read_tensors(arguments, head)) as weights:
             with without_weights() as variables:
                 model = build()
-            weights.fill(model, variables)
+            weights.assign_to(model, variables)
         return model
 
-    def _needed_tokenizer_file(self):
+    def _required_tokenizer_file(self):
         try:
             return self.tokenizer_file()
         except FileNotFoundError as error:
@@ -156,8 +192,8 @@ def _policy(dtype):
     policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
     if policy.quantization_mode is not None:
         raise ValueError(
-            "`dtype` takes a floating-point dtype or policy here; to quantise, "
-            "load the model and call its method `quantize` afterwards. Received: "
+            "`dtype` must be a floating-point dtype or policy. To quantize a model, "
+            "load it and call its method `quantize` afterwards. Received: "
             f"dtype={policy.name!r}"
         )
     return policy
@@ -167,30 +203,34 @@ class TransformersSource(StreamedSource):
     """A directory or repository in the format of transformers.
 
     Args:
-        repository: `repository.Repository`.
-        config: dict, its `config.json`.
-        path: path of it.
+        repository: The directory or repository.
+        config: Contents of its `config.json`.
+        path: Path of its `config.json`.
     """
 
-    def __init__(self, repository, config, path):
+    def __init__(self, repository: Repository, config: dict[str, Any], path: Path):
         self._repository = repository
         self._config = config
         self._path = path
 
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return transformers.backbone_arguments(self._config, self._path)
 
-    def tokenizer_file(self):
+    def tokenizer_file(self) -> Path:
+        """Returns the path of the SentencePiece model."""
         return self._repository.file(_TOKENIZER)
 
-    def control_ids(self):
+    def control_ids(self) -> tuple[int, int]:
+        """Returns the ids of the start and end tokens in `config.json`."""
         ids = [self._config.get(name) for name in ("bos_token_id", "eos_token_id")]
-        usual = super().control_ids()
-        # The end may be a list of several; what writes one takes the first.
+        defaults = super().control_ids()
+        # There may be a list of end tokens. An export has only the first of them.
         ids = [i[0] if isinstance(i, list) and i else i for i in ids]
-        return tuple(u if i is None else i for i, u in zip(ids, usual, strict=True))
+        return tuple(d if i is None else i for i, d in zip(ids, defaults, strict=True))
 
-    def added_tokens(self, pieces):
+    def added_tokens(self, pieces: int) -> list[str]:
+        """Returns the tokens that were added to the SentencePiece model."""
         ids = {}
         for name in ("added_tokens.json", "tokenizer_config.json"):
             path = self._repository.optional(name)
@@ -201,75 +241,92 @@ class TransformersSource(StreamedSource):
                 ids.update(found)
         return sorted(token for token, i in ids.items() if i >= pieces)
 
-    def read_tensors(self, arguments, head=True):
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Lists the weights by variable path, without reading their values."""
         tied = bool(self._config.get("tie_word_embeddings"))
         return transformers.read_tensors(self._repository, arguments, head, tied)
 
 
 class RegistrySource(StreamedSource):
-    """A preset of the registry, which knows its architecture without any file.
+    """A preset of the registry, which contains the architecture.
 
     Args:
-        preset: `presets.Preset`.
-        repository: `repository.Repository` with its files.
+        preset: The preset.
+        repository: The repository that holds its tokenizer and weights.
     """
 
-    def __init__(self, preset, repository):
+    def __init__(self, preset: Preset, repository: Repository):
         self._preset = preset
         self._repository = repository
 
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return dict(self._preset.config)
 
-    def tokenizer_file(self):
+    def tokenizer_file(self) -> Path:
+        """Returns the path of the SentencePiece model, after checking its version."""
         path = self._repository.file(_TOKENIZER)
         found = keeps_spaces(load_processor(path.read_bytes(), str(path)))
         expected = self._preset.tokenizer["keeps_spaces"]
         if found != expected:
-            does = {True: "keeps runs of spaces", False: "merges runs of spaces"}
+            does = {True: "preserves runs of spaces", False: "merges runs of spaces"}
             raise ValueError(
-                f"{path} {does[found]}, and the tokenizer "
+                f"{path} {does[found]}, but the tokenizer "
                 f"{self._preset.tokenizer_version} of {self._preset.name} "
                 f"{does[expected]}: it is another model's tokenizer. Delete the file "
-                "and get it again."
+                "and download it again."
             )
         return path
 
-    def read_tensors(self, arguments, head=True):
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Lists the weights by variable path, without reading their values."""
         return transformers.read_tensors(self._repository, arguments, head)
 
 
 class EasyLMSource(StreamedSource):
-    """A file of EasyLM, which holds weights alone.
+    """A file of EasyLM, which contains only weights.
 
     Args:
-        path: path of the file.
-        model: a source of the rest: architecture and tokenizer.
+        path: Path of the file.
+        model: Source of the architecture and the tokenizer.
     """
 
-    def __init__(self, path, model):
+    def __init__(self, path: PathLike, model: ModelSource):
         self._path = path
         self._model = model
 
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return self._model.arguments()
 
-    def tokenizer(self, cls, kwargs):
+    def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads the tokenizer of the other source."""
         return self._model.tokenizer(cls, kwargs)
 
-    def tokenizer_file(self):
+    def tokenizer_file(self) -> Path:
+        """Returns the path of the SentencePiece model of the other source."""
         return self._model.tokenizer_file()
 
-    def control_ids(self):
+    def control_ids(self) -> tuple[int, int]:
+        """Returns the ids of the start and end tokens of the other source."""
         return self._model.control_ids()
 
-    def preprocessing(self):
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns the settings of the preprocessor of the other source."""
         return self._model.preprocessing()
 
-    def added_tokens(self, pieces):
+    def added_tokens(self, pieces: int) -> list[str]:
+        """Returns the added tokens of the other source."""
         return self._model.added_tokens(pieces)
 
-    def read_tensors(self, arguments, head=True):
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Lists the weights by variable path, without reading their values."""
         return easylm.read_tensors(self._path, arguments, head)
 
 
@@ -277,19 +334,24 @@ class TrainingRunSource(StreamedSource):
     """A pretraining run, or one of its checkpoints.
 
     Args:
-        run: `training_run.TrainingRun`.
+        run: The run.
     """
 
-    def __init__(self, run):
+    def __init__(self, run: TrainingRun):
         self._run = run
 
-    def arguments(self):
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return self._run.architecture()
 
-    def tokenizer_file(self):
+    def tokenizer_file(self) -> Path:
+        """Returns the path of the SentencePiece model."""
         return self._run.tokenizer_file()
 
-    def read_tensors(self, arguments, head=True):
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        """Verifies the checkpoint and lists its weights by variable path."""
         checkpoint = self._run.checkpoint()
         tensors = checkpoint.read_tensors(arguments, head)
         name = self._run.path.name

@@ -1,35 +1,40 @@
-"""Models that are built without weights, and then given each weight once.
+"""Builds models without weights, so that each weight is allocated once.
 
-A model that is built as usual allocates its variables and fills them with random
-numbers, only for a checkpoint to replace them: twice the memory, and minutes of random
-numbers for the large ones. Here variables stay empty until their value comes.
+The constructor of a model usually allocates the variables and initializes them at
+random, before a checkpoint replaces the values. That takes twice the memory, and for
+large models minutes. Here variables have no value until it is loaded.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
 from keras_openllama.backend import keras_private
+from keras_openllama.utils.types import Tensor
 
 
 @contextlib.contextmanager
-def without_weights():
-    """Inside the block, models are built but their variables hold no value.
+def without_weights() -> Iterator[list[keras.Variable]]:
+    """Creates variables without values inside the block.
 
     Yields:
-        A list that has, after the block, the variables that were made in it. Give each
-        weight its value with `fill`, then call `finish`.
+        A list. After the block it contains the variables that were created inside it.
+        Assign a value to each with `assign_value`, then call `finish_loading`.
 
     Raises:
-        RuntimeError: inside a `keras.StatelessScope`, where variables cannot be made.
+        RuntimeError: Inside a `keras.StatelessScope`, where variables cannot be
+            created.
 
     Example:
-
-    ```python
-    with without_weights() as variables:
-        backbone = OpenLlamaBackbone(**config)
-    backbone.count_params()
-    ```
+        >>> with without_weights() as variables:
+        ...     dense = keras.layers.Dense(1000)
+        ...     dense.build((None, 1000))
+        >>> [variable.shape for variable in variables]
+        [(1000, 1000), (1000,)]
     """
     if keras_private.in_stateless_scope():
         raise RuntimeError("A model cannot be loaded inside a keras.StatelessScope.")
@@ -38,11 +43,15 @@ def without_weights():
             yield made
 
 
-def layout_of(variable):
-    """The sharding that `keras.distribution` has for a variable, or `None`.
+def layout_of(variable: keras.Variable) -> Any:
+    """Returns the sharding that `keras.distribution` assigns to a variable.
+
+    Args:
+        variable: The variable. It does not need to have a value.
 
     Returns:
-        A `jax.sharding.Sharding`, or `None` outside a distribution.
+        A `jax.sharding.Sharding`. `None` without a distribution, and on backends other
+        than JAX.
     """
     distribution = keras.distribution.distribution()
     if distribution is None or keras.config.backend() != "jax":
@@ -52,22 +61,29 @@ def layout_of(variable):
     return getattr(layout, "backend_layout", layout)
 
 
-def fill(variable, value):
-    """Gives an empty variable its value, which it keeps without a copy.
+def assign_value(variable: keras.Variable, value: Tensor) -> None:
+    """Assigns its value to a variable that has none, without a copy.
 
     Args:
-        variable: a `keras.Variable` made inside `without_weights`.
-        value: tensor of the backend, of the variable's shape and dtype, on its device,
-            and sharded as `layout_of(variable)`.
+        variable: Variable that was created inside `without_weights`.
+        value: Tensor of the backend with the variable's shape and dtype, on its device,
+            with the sharding `layout_of(variable)`.
 
     Raises:
-        ValueError: if the variable has a value already, or the shapes differ.
+        ValueError: If the variable has a value already, or the shapes differ.
+
+    Example:
+        >>> with without_weights() as variables:
+        ...     variable = keras.Variable("zeros", shape=(2,))
+        >>> assign_value(variable, keras.ops.ones((2,)))
+        >>> variable.numpy().tolist()
+        [1.0, 1.0]
     """
     if keras_private.stored_value(variable) is not None:
-        raise ValueError(f"{variable.path} has its value already.")
+        raise ValueError(f"{variable.path} already has a value.")
     if tuple(value.shape) != tuple(variable.shape):
         raise ValueError(
-            f"{variable.path} has shape {tuple(variable.shape)}. Received a value of "
+            f"{variable.path} has shape {tuple(variable.shape)}. Received: a value of "
             f"shape {tuple(value.shape)}."
         )
     if keras.config.backend() == "torch":
@@ -77,24 +93,24 @@ def fill(variable, value):
     keras_private.initialize_with(variable, value)
 
 
-def finish(model, variables):
-    """Ends the loading of a model: what is not a weight is initialised as usual.
+def finish_loading(model: keras.Model, variables: list[keras.Variable]) -> None:
+    """Initializes the remaining variables, which are not weights, as usual.
 
     Args:
-        model: the `keras.Model` that was built inside `without_weights`.
-        variables: the list that `without_weights` yielded.
+        model: The model that was built inside `without_weights`.
+        variables: The list that `without_weights` yielded.
 
     Raises:
-        RuntimeError: if a weight of the model has been given no value.
+        RuntimeError: If a weight of the model has no value.
     """
     empty = [v for v in variables if keras_private.stored_value(v) is None]
     weights = {id(weight) for weight in model.weights}
-    forgotten = [variable.path for variable in empty if id(variable) in weights]
-    if forgotten:
-        raise RuntimeError(f"Weights that were given no value: {', '.join(forgotten)}")
-    for variable in empty:  # States of random generators.
+    missing = [variable.path for variable in empty if id(variable) in weights]
+    if missing:
+        raise RuntimeError(f"No value was assigned to weights: {', '.join(missing)}")
+    for variable in empty:  # States of random number generators.
         keras_private.initialize_deferred(variable)
     if keras.config.backend() == "torch":
-        # Layers register their variables as torch parameters when they are built,
-        # except in a stateless scope.
+        # A layer registers its variables as torch parameters when it is built, except
+        # in a stateless scope.
         keras_private.register_torch_parameters(model)

@@ -365,7 +365,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         """
         from keras_openllama.checkpoints import contents, writer
 
-        request = writer.WriteRequest(
+        request = writer.ExportConfig(
             path,
             "transformers",
             dtype=dtype,
@@ -373,7 +373,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             tokenizer=tokenizer,
             force=force,
         )
-        writer.write_model(contents.of_model(self), request)
+        writer.write_model(contents.contents_of_model(self), request)
 
     # ----- Adapters
 
@@ -398,7 +398,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         """
         from keras_openllama.checkpoints import peft
 
-        peft.save(self, path, force)
+        peft.save_adapters(self, path, force)
 
     def load_adapters(self, path: PathLike, revision: str | None = None) -> None:
         """Loads LoRA adapters that were saved by `save_adapters` or by PEFT.
@@ -427,7 +427,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         from keras_openllama.checkpoints import peft
         from keras_openllama.loading.hub import open_repository
 
-        peft.load(self, open_repository(path, revision))
+        peft.load_adapters(self, open_repository(path, revision))
 
     # ----- Scoring
 

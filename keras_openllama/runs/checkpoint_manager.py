@@ -27,9 +27,9 @@ from jax.experimental import multihost_utils
 from keras_openllama.checkpoints.seal import (
     FORMAT,
     MARKER,
+    add_checksum,
     check_file,
     parse_marker,
-    sealed,
 )
 from keras_openllama.checkpoints.training_run import ARRAYS, DIRECTORY
 from keras_openllama.utils import files
@@ -174,7 +174,9 @@ class CheckpointManager:
         for peer in range(1, jax.process_count()):
             sums.update(_read_when_written(_checksums_file(path, peer)))
         marker = {"format": FORMAT, "step": step, **info, "files": sums}
-        marker = sealed(json.loads(json.dumps(marker)))  # In the form that is read.
+        marker = add_checksum(
+            json.loads(json.dumps(marker))
+        )  # In the form that is read.
         data = json.dumps(marker, indent=1).encode()
         files.write_bytes(files.join(path, MARKER), data)
         try:

@@ -22,7 +22,11 @@ from keras_openllama.backend import jit
 from keras_openllama.config import validate_architecture
 from keras_openllama.data import instructions
 from keras_openllama.distribution import check_mesh
-from keras_openllama.loading.load import find_source, load_task_from, origin
+from keras_openllama.loading.load import (
+    describe_origin,
+    find_source,
+    load_task_from_source,
+)
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.runs import run_directory
 from keras_openllama.runs.instruction_data import InstructionData
@@ -289,8 +293,11 @@ def _reading_preset(config):
 def _build(config, source):
     """Loads the model of a run, with adapters if the config has them."""
     with _reading_preset(config):
-        lm = load_task_from(
-            OpenLlamaCausalLM, source, origin(config.preset), dtype=config.dtype
+        lm = load_task_from_source(
+            OpenLlamaCausalLM,
+            source,
+            describe_origin(config.preset),
+            dtype=config.dtype,
         )
     if config.sequence_length > lm.backbone.context_length:
         raise ValueError(

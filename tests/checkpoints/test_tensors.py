@@ -1,4 +1,4 @@
-"""Tensors are read ahead in a thread, in the order of the files."""
+"""`MappedTensor` maps files; `ReadAhead` reads tensors in a thread before their use."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.backend_free
 
 @pytest.fixture
 def tensors(tmp_path):
-    """Nine tensors of one file, not in the file's order."""
+    """Nine tensors of one file, not sorted by offset."""
     path = tmp_path / "numbers"
     path.write_bytes(np.arange(9 * 1000, dtype="float32").tobytes())
     file = MappedFile(path)
@@ -30,18 +30,18 @@ def tensors(tmp_path):
     ]
 
 
-def test_tensors_come_in_the_order_of_the_file_where_asked(tensors):
+def test_read_ahead_yields_tensors_in_file_order(tensors):
     with ReadAhead(in_file_order(tensors)) as ahead:
         seen = []
         for stored in ahead:
             seen.append(stored.name)
             assert stored.array()[0, 0] == 1000 * int(stored.name)
-            stored.drop()
+            stored.release()
             assert stored.array()[9, 99] == 1000 * int(stored.name) + 999
     assert seen == [str(i) for i in range(9)]
 
 
-def test_leaving_early_ends_the_thread(tensors):
+def test_read_ahead_stops_its_thread_when_the_block_is_left_early(tensors):
     before = threading.active_count()
     with ReadAhead(tensors):
         pass
@@ -50,27 +50,29 @@ def test_leaving_early_ends_the_thread(tensors):
     assert threading.active_count() == before
 
 
-def test_reading_stays_a_few_tensors_ahead(tensors, monkeypatch):
-    touched = []
-    monkeypatch.setattr(MappedTensor, "touch", lambda self: touched.append(self.name))
+def test_read_ahead_reads_at_most_four_tensors_ahead(tensors, monkeypatch):
+    prefetched = []
+    monkeypatch.setattr(
+        MappedTensor, "prefetch", lambda self: prefetched.append(self.name)
+    )
     with ReadAhead(tensors) as ahead:
         time.sleep(0.2)
-        assert touched == ["3", "1", "4", "0"]
-        assert len(list(ahead)) == len(touched) == 9
+        assert prefetched == ["3", "1", "4", "0"]
+        assert len(list(ahead)) == len(prefetched) == 9
 
 
-def test_an_error_of_the_thread_reaches_the_reader(tensors, monkeypatch):
+def test_read_ahead_raises_the_errors_of_its_thread(tensors, monkeypatch):
     def fail(self):
         if self.name == "2":
             raise OSError("the disk is gone")
 
-    monkeypatch.setattr(MappedTensor, "touch", fail)
+    monkeypatch.setattr(MappedTensor, "prefetch", fail)
     with ReadAhead(tensors) as ahead, pytest.raises(OSError, match="disk is gone"):
         list(ahead)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 3), (3, 0)])
-def test_contiguous_tensors_span_their_elements(shape):
+def test_extent_of_a_contiguous_tensor_is_its_size(shape):
     array = np.zeros(shape)
     strides = contiguous_strides(shape)
     assert extent(shape, strides) == array.size

@@ -1,4 +1,4 @@
-"""tokenizer.json gives SentencePiece's ids and texts, or is refused."""
+"""`build_tokenizer_json` reproduces SentencePiece, or raises an error."""
 
 import inspect
 import io
@@ -39,14 +39,16 @@ SCRIPTS = {
 
 
 def texts():
-    """More than 20,000 different texts of every kind."""
-    chance = random.Random(0)
+    """Returns more than 20,000 different texts of many kinds."""
+    rng = random.Random(0)
     found = set()
-    # Prose and code as they stand, whole and in lines, indentation included.
+    # Prose and code, complete and by line, with indentation.
     for text in [*topics.values(), *map(inspect.getsource, (json, random, string))]:
         found.update(text.splitlines(keepends=True))
         found.update(text.split("\n\n"))
-    for length in range(1, 201):  # Runs of white space, alone, around and within.
+    for length in range(
+        1, 201
+    ):  # Runs of white space, alone, before, after and inside text.
         run = " " * length
         found.update((run, run + "x", "x" + run, f"x{run}y", f"\n{run}def f():\n"))
         found.update(
@@ -67,20 +69,20 @@ def texts():
         " ▁",
     ]
     for _ in range(4000):
-        row = [chance.choice(words) + chance.choice(white) for _ in range(12)]
+        row = [rng.choice(words) + rng.choice(white) for _ in range(12)]
         found.add("".join(row))
-        found.add(chance.choice(white) + "".join(row[:3]) + chance.choice(white))
+        found.add(rng.choice(white) + "".join(row[:3]) + rng.choice(white))
     for first, last in SCRIPTS.values():
         for _ in range(400):
-            length = chance.randint(1, 20)
-            letters = [chr(chance.randint(first, last)) for _ in range(length)]
+            length = rng.randint(1, 20)
+            letters = [chr(rng.randint(first, last)) for _ in range(length)]
             found.add("".join(letters))
             found.add("a" + " b".join(letters))
     for _ in range(2000):  # Digits, and whatever can be encoded.
-        found.add(str(chance.randrange(10 ** chance.randint(1, 40))))
-        points = (chance.randrange(0x110000) for _ in range(chance.randint(1, 30)))
+        found.add(str(rng.randrange(10 ** rng.randint(1, 40))))
+        points = (rng.randrange(0x110000) for _ in range(rng.randint(1, 30)))
         found.add("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
-        found.add(chance.randbytes(chance.randint(1, 40)).decode("utf-8", "ignore"))
+        found.add(rng.randbytes(rng.randint(1, 40)).decode("utf-8", "ignore"))
     for letters in ("a", "ab", "xyz", "é", "日", string.ascii_letters):
         found.update((letters * 2000)[:length] for length in (50, 257, 1000, 2000))
     found.update(
@@ -96,17 +98,17 @@ def all_texts():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_ids_and_texts_are_those_of_sentencepiece(name, all_texts):
+def test_build_tokenizer_json_encodes_and_decodes_like_sentencepiece(name, all_texts):
     proto = MODELS[name]()
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build(proto))
+    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build_tokenizer_json(proto))
     fast.encode_special_tokens = True  # "<s>" in a text is text for SentencePiece.
     expected = processor.encode(all_texts)
     encoded = fast.encode_batch_fast(all_texts, add_special_tokens=False)
     wrong = [
         text
-        for text, ours, ids in zip(all_texts, encoded, expected, strict=True)
-        if ours.ids != ids
+        for text, found, ids in zip(all_texts, encoded, expected, strict=True)
+        if found.ids != ids
     ]
     assert not wrong, f"{len(wrong)} texts, {wrong[:3]}"
     back = fast.decode_batch(expected)
@@ -120,8 +122,10 @@ def test_ids_and_texts_are_those_of_sentencepiece(name, all_texts):
     assert not wrong, f"{len(wrong)} texts, {wrong[:3]}"
 
 
-def test_start_stands_before_each_text():
-    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build(MODELS["v2"]()))
+def test_build_tokenizer_json_prepends_the_start_token():
+    fast = tokenizers.Tokenizer.from_str(
+        tokenizer_json.build_tokenizer_json(MODELS["v2"]())
+    )
     processor = sentencepiece.SentencePieceProcessor(model_proto=MODELS["v2"]())
     assert fast.encode("the sea").ids == [1, *processor.encode("the sea")]
     assert fast.decode(fast.encode("  the sea").ids) == "  the sea"
@@ -149,7 +153,10 @@ def trained(**options):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda: trained(model_type="unigram", hard_vocab_limit=False), "no BPE model"),
+        (
+            lambda: trained(model_type="unigram", hard_vocab_limit=False),
+            "not a BPE model",
+        ),
         (lambda: trained(model_type="bpe"), "'nmt_nfkc', rewrites characters"),
         (
             lambda: trained(model_type="bpe", normalization_rule_name="identity"),
@@ -168,7 +175,7 @@ def trained(**options):
             lambda: altered(
                 lambda m: setattr(m.trainer_spec, "treat_whitespace_as_suffix", True)
             ),
-            "spaces behind words",
+            "spaces after words",
         ),
         (
             lambda: altered(
@@ -178,22 +185,22 @@ def trained(**options):
         ),
     ],
 )
-def test_what_the_library_cannot_express_is_refused(make, reason):
+def test_build_tokenizer_json_rejects_unsupported_models(make, reason):
     with pytest.raises(ValueError, match=f"{reason}.*--no-tokenizer"):
-        tokenizer_json.build(make())
+        tokenizer_json.build_tokenizer_json(make())
 
 
-def test_scores_that_no_order_of_merges_can_follow_are_refused():
-    # Equal scores for all: SentencePiece joins from the left, whatever the pieces.
+def test_build_tokenizer_json_rejects_scores_without_an_equivalent_merge_order():
+    # With equal scores, SentencePiece merges from the left, regardless of the pieces.
     def flatten(model):
         for piece in model.pieces:
             piece.score = 0.0
 
-    with pytest.raises(ValueError, match=r"would become \[.*and is \["):
-        tokenizer_json.build(altered(flatten))
+    with pytest.raises(ValueError, match=r"would be encoded as \[.*instead of \["):
+        tokenizer_json.build_tokenizer_json(altered(flatten))
 
 
-def test_a_model_without_dummy_prefix_is_expressed(all_texts):
+def test_build_tokenizer_json_supports_models_without_dummy_prefix(all_texts):
     proto = trained(
         model_type="bpe",
         normalization_rule_name="identity",
@@ -201,7 +208,7 @@ def test_a_model_without_dummy_prefix_is_expressed(all_texts):
         byte_fallback=True,
         remove_extra_whitespaces=False,
     )
-    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build(proto))
+    fast = tokenizers.Tokenizer.from_str(tokenizer_json.build_tokenizer_json(proto))
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     fast.encode_special_tokens = True
     for text in all_texts[::20]:

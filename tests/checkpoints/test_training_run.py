@@ -1,4 +1,4 @@
-"""A run's directory is a source of models, on every backend; its damage is noticed."""
+"""Models load from training runs on every backend; damaged checkpoints are detected."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from keras_openllama.checkpoints.seal import MARKER
 from keras_openllama.checkpoints.training_run import TrainingRun
 from keras_openllama.convert import convert, easylm
 
-SHAPE = SHAPES[2]  # With fewer heads for keys and values than for queries.
+SHAPE = SHAPES[2]  # With grouped-query attention.
 VOCABULARY = 512
 ARCHITECTURE = {
     "vocabulary_size": VOCABULARY,
@@ -42,10 +42,10 @@ ARCHITECTURE = {
     "intermediate_dim": SHAPE.intermediate_dim,
     "max_sequence_length": SHAPE.context,
 }
-STEPS = (90, 100, 200)  # By their names, 90 would be the newest.
+STEPS = (90, 100, 200)  # Sorted as strings, 90 would be the newest.
 TEXT = "The import statement"
 
-# Writes what a pretraining run writes: on one device, and on all of them.
+# Writes the files of a pretraining run: on one device, and on all of them.
 PROGRAM = """
 import contextlib, json, sys
 from pathlib import Path
@@ -79,7 +79,7 @@ def write(name, steps, scope):
         for path, value in arrays["model"].items():
             values[path] = 0.1 * random.standard_normal(value.shape, "float32")
             arrays["model"][path] = jax.device_put(values[path], value.sharding)
-        # What a model with dropout would have as well.
+        # As in a model with dropout.
         arrays["model"]["dropout/seed_generator_state"] = np.zeros(2, "uint32")
         checkpoints.save(int(step), arrays, {"tokens": 1000 * int(step)})
         flat = {path.replace("/", "|"): value for path, value in values.items()}
@@ -106,7 +106,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def run(runs, tmp_path):
-    """A copy of the run "one" that may be damaged."""
+    """A copy of the run "one" that a test may damage."""
     return shutil.copytree(runs / "one", tmp_path / "run")
 
 
@@ -115,7 +115,7 @@ def checkpoint(run, step):
 
 
 def assert_values(model, file):
-    """The model's weights are those of the file, bit by bit."""
+    """Asserts that the model has exactly the weights of a file."""
     expected = np.load(file)
     weights = {w.path: keras.ops.convert_to_numpy(w.value) for w in model.weights}
     for path, value in weights.items():
@@ -125,24 +125,24 @@ def assert_values(model, file):
     return len(expected) - len(weights)
 
 
-# What a run gives
+# ----- Loading
 
 
 @pytest.mark.parametrize("name, step", [("one", 200), ("eight", 7)])
-def test_the_weights_are_those_of_the_newest_checkpoint(runs, name, step):
+def test_from_preset_of_a_run_loads_its_newest_checkpoint(runs, name, step):
     lm = OpenLlamaCausalLM.from_preset(str(runs / name))
     assert assert_values(lm, runs / f"{name}-{step}.npz") == 0
     assert lm.loaded_from == f"the training run {name} at step {step}"
 
 
-def test_one_checkpoint_can_be_named(runs):
+def test_from_preset_loads_a_chosen_checkpoint(runs):
     lm = OpenLlamaCausalLM.from_preset(str(checkpoint(runs / "one", 100)))
     assert_values(lm, runs / "one-100.npz")
     assert lm.loaded_from == "the training run one at step 100"
     assert lm.preprocessor.sequence_length == SHAPE.context
 
 
-def test_a_run_has_all_parts_of_a_model(runs):
+def test_from_preset_of_a_run_loads_each_class(runs):
     run = str(runs / "one")
     backbone = OpenLlamaBackbone.from_preset(run)
     assert assert_values(backbone, runs / "one-200.npz") == 1  # Without the head.
@@ -154,7 +154,7 @@ def test_a_run_has_all_parts_of_a_model(runs):
     assert preprocessor.tokenizer.proto == proto
 
 
-def test_transformers_computes_the_same_from_an_export(runs, tmp_path):
+def test_export_of_a_run_computes_the_same_logits_in_transformers(runs, tmp_path):
     convert(runs / "one", tmp_path / "converted", "transformers")
     lm = OpenLlamaCausalLM.from_preset(str(checkpoint(runs / "one", 200)))
     lm.export_to_transformers(tmp_path / "exported")
@@ -172,7 +172,7 @@ def test_transformers_computes_the_same_from_an_export(runs, tmp_path):
     assert_close(lm.score(ids), expected)
 
 
-def test_the_command_line_takes_runs(runs, tmp_path, capsys, monkeypatch):
+def test_commands_accept_a_run_as_preset(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
     run = str(runs / "one")
     assert main(["generate", TEXT, "--preset", run, "--max-new-tokens", "3"]) == 0
@@ -180,7 +180,7 @@ def test_the_command_line_takes_runs(runs, tmp_path, capsys, monkeypatch):
     for to in ("easylm", "keras"):
         assert main(["convert", run, str(tmp_path / to), "--to", to]) == 0
     for lm in (
-        # Architecture and tokenizer are the run's.
+        # The run is the source of architecture and tokenizer.
         easylm.load(tmp_path / "easylm", preset=run),
         OpenLlamaCausalLM.from_preset(str(tmp_path / "keras")),
     ):
@@ -188,7 +188,7 @@ def test_the_command_line_takes_runs(runs, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="it is TensorFlow")
-def test_neither_tensorflow_nor_the_training_is_imported(runs):
+def test_from_preset_of_a_run_imports_neither_tensorflow_nor_training_code(runs):
     script = (
         "import sys\n"
         "from keras_openllama import OpenLlamaCausalLM\n"
@@ -203,7 +203,7 @@ def test_neither_tensorflow_nor_the_training_is_imported(runs):
 
 
 @pytest.mark.backend_free
-def test_a_run_without_checkpoints_is_a_model_without_weights(run):
+def test_from_preset_of_a_run_without_checkpoints_needs_load_weights_false(run):
     shutil.rmtree(run / "checkpoints")
     lm = OpenLlamaCausalLM.from_preset(str(run), load_weights=False)
     assert lm.loaded_from is None
@@ -213,14 +213,14 @@ def test_a_run_without_checkpoints_is_a_model_without_weights(run):
 
 
 @pytest.mark.backend_free
-def test_a_model_beside_a_stray_run_json_is_still_a_model(runs, tmp_path):
+def test_from_preset_prefers_config_json_to_run_json(runs, tmp_path):
     convert(checkpoint(runs / "one", 90), tmp_path / "out", "transformers")
     (tmp_path / "out" / "run.json").write_text("{}")
     lm = OpenLlamaCausalLM.from_preset(str(tmp_path / "out"))
     assert lm.loaded_from == "the directory out"
 
 
-# Damage
+# ----- Damaged runs
 
 
 def truncate(file):
@@ -239,9 +239,9 @@ def files_of(path):
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
+def test_checkpoint_warns_of_a_damaged_checkpoint_and_returns_an_older_one(run, damage):
     newest = checkpoint(run, 200)
-    kept = shutil.copytree(newest, run / "kept")
+    backup = shutil.copytree(newest, run / "backup")
     names = [file.relative_to(newest) for file in files_of(newest)]
     assert len(names) > 5
     for name in names:
@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
             continue
         damage(newest / name)
         if damage is Path.unlink and name.name == MARKER:
-            # As a checkpoint that is being written: nothing is wrong with the run.
+            # Like a checkpoint that is being written, which is not damage.
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 assert TrainingRun.open(run).checkpoint().step == 100
@@ -258,11 +258,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, damage):
                 assert TrainingRun.open(run).checkpoint().step == 100
             assert str(newest / name) in str(caught[0].message)
         shutil.rmtree(newest)
-        shutil.copytree(kept, newest)
+        shutil.copytree(backup, newest)
     assert TrainingRun.open(run).checkpoint().step == 200
 
 
-def test_a_model_comes_from_the_checkpoint_before_a_damaged_one(run, runs):
+def test_from_preset_loads_the_checkpoint_before_a_damaged_one(run, runs):
     largest = max(files_of(checkpoint(run, 200)), key=lambda file: file.stat().st_size)
     flip(largest)
     with pytest.warns(UserWarning, match=rf"step 200 .*damaged.*{largest.name}"):
@@ -272,28 +272,30 @@ def test_a_model_comes_from_the_checkpoint_before_a_damaged_one(run, runs):
 
 
 @pytest.mark.backend_free
-def test_nothing_is_taken_where_every_checkpoint_is_damaged(run):
+def test_checkpoint_raises_if_all_checkpoints_are_damaged(run):
     for step in STEPS:
         flip(checkpoint(run, step) / MARKER)
-    with pytest.raises(ValueError, match=r"None .*whole: Step 200: .* Step 90: "):
+    with pytest.raises(ValueError, match=r"All .*damaged\. Step 200: .* Step 90: "):
         TrainingRun.open(run).checkpoint()
 
 
 @pytest.mark.backend_free
-def test_a_damaged_checkpoint_that_was_named_is_refused(run):
+def test_from_preset_rejects_a_chosen_checkpoint_that_is_damaged(run):
     path = checkpoint(run, 200)
     truncate(path / "arrays" / "manifest.ocdbt")
     with pytest.raises(ValueError, match=r"200 is damaged: .*manifest\.ocdbt has "):
         OpenLlamaCausalLM.from_preset(str(path))
     (path / MARKER).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"has no {MARKER}: .*cut short"):
+    with pytest.raises(FileNotFoundError, match=rf"has no {MARKER}: it is incomplete"):
         OpenLlamaCausalLM.from_preset(str(path))
 
 
 @pytest.mark.backend_free
-def test_a_checkpoint_outside_of_its_run_is_refused(run, tmp_path):
+def test_from_preset_rejects_a_checkpoint_outside_of_its_run(run, tmp_path):
     shutil.move(checkpoint(run, 200), tmp_path / "200")
-    with pytest.raises(FileNotFoundError, match=r"run\.json, which says .*RUN/check"):
+    with pytest.raises(
+        FileNotFoundError, match=r"run\.json, which describes .*RUN/check"
+    ):
         OpenLlamaCausalLM.from_preset(str(tmp_path / "200"))
 
 
@@ -305,7 +307,7 @@ def test_a_checkpoint_outside_of_its_run_is_refused(run, tmp_path):
         ({"architecture": None}, r"run\.json has no 'architecture'"),
     ],
 )
-def test_a_run_json_of_another_kind_is_refused(run, change, match):
+def test_from_preset_rejects_an_invalid_run_json(run, change, match):
     file = run / "run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ValueError, match=match):
@@ -318,16 +320,16 @@ def test_a_run_json_of_another_kind_is_refused(run, change, match):
     [
         ({"num_layers": 1}, "unexpected: transformer_layer_1/"),
         ({"num_layers": 3}, "missing: transformer_layer_2/"),
-        ({"intermediate_dim": 95}, "misshapen: .*gate/kernel has"),
+        ({"intermediate_dim": 95}, "wrong shape: .*gate/kernel has"),
     ],
 )
-def test_weights_of_another_network_are_refused(run, change, match):
+def test_from_preset_rejects_weights_of_another_architecture(run, change, match):
     with pytest.raises(ValueError, match=match):
         OpenLlamaBackbone.from_preset(str(run), **change)
 
 
 @pytest.mark.backend_free
-def test_a_missing_tokenizer_is_named(run):
+def test_from_preset_names_a_missing_tokenizer(run):
     (run / "tokenizer.model").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model .*preprocessor="):
         OpenLlamaCausalLM.from_preset(str(run))
@@ -336,7 +338,9 @@ def test_a_missing_tokenizer_is_named(run):
 
 
 @pytest.mark.backend_free
-def test_the_extra_that_is_missing_is_named(runs, monkeypatch, capsys):
+def test_from_preset_names_the_extra_that_provides_tensorstore(
+    runs, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     run = str(runs / "one")
     with pytest.raises(ImportError, match=r"pip install 'keras-openllama\[train\]'"):
@@ -347,37 +351,39 @@ def test_the_extra_that_is_missing_is_named(runs, monkeypatch, capsys):
     assert "keras-openllama[train]" in error and error.count("\n") == 1
 
 
-# Runs that go on meanwhile
+# ----- Runs in progress
 
 
 @pytest.mark.backend_free
-def test_the_newest_is_taken_where_one_is_removed_while_it_is_checked(run, monkeypatch):
+def test_checkpoint_returns_the_newest_if_another_is_removed_while_it_is_verified(
+    run, monkeypatch
+):
     newer = shutil.move(checkpoint(run, 200), run / "newer")
     check_file = training_run.check_file
 
-    def removed_meanwhile(file, *arguments):
+    def check_removed_file(file, *arguments):
         if checkpoint(run, 100) in file.parents:
             shutil.rmtree(checkpoint(run, 100))
             shutil.move(newer, checkpoint(run, 200))
         check_file(file, *arguments)
 
-    monkeypatch.setattr(training_run, "check_file", removed_meanwhile)
+    monkeypatch.setattr(training_run, "check_file", check_removed_file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert TrainingRun.open(run).checkpoint().step == 200
 
 
 @pytest.mark.backend_free
-def test_a_checkpoint_that_is_removed_while_it_is_read_gives_no_zeros(run):
+def test_array_raises_if_the_checkpoint_was_removed(run):
     checkpoint = TrainingRun.open(run).checkpoint()
     tensors = list(
         checkpoint.read_tensors(TrainingRun.open(run).architecture()).values()
     )
     assert tensors[0].array().any()
     path = Path(checkpoint.path)
-    # As the run does it: the marker first, then the rest, in whichever order.
+    # A run removes the marker first, then the other files in any order.
     (path / MARKER).rename(run / MARKER)
-    with pytest.raises(FileNotFoundError, match=r"was removed .*load it again"):
+    with pytest.raises(FileNotFoundError, match=r"was removed .*load the run again"):
         tensors[1].array()
     (run / MARKER).rename(path / MARKER)
     assert tensors[1].array().any()
@@ -385,5 +391,5 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_gives_no_zeros(run):
     with pytest.raises(OSError, match="200 cannot be read: "):
         tensors[2].array()
     shutil.rmtree(path)
-    with pytest.raises(FileNotFoundError, match=r"was removed .*load it again"):
+    with pytest.raises(FileNotFoundError, match=r"was removed .*load the run again"):
         tensors[3].array()

@@ -1,4 +1,4 @@
-"""Models in transformers format: the whole of them is loaded, or an error says why."""
+"""`from_preset` loads directories in transformers format, or says why it cannot."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def theirs():
 
 
 def write(model, directory, form="bin", state=None):
-    """Saves a model as transformers does, or once did."""
+    """Saves a model as current or old versions of transformers do."""
     shards = {"max_shard_size": "100KB"} if "sharded" in form else {}
     model.save_pretrained(directory, **shards)
     if "bin" in form:
@@ -36,13 +36,13 @@ def write(model, directory, form="bin", state=None):
 
 
 def to_bin(directory, state=None):
-    """Puts `.bin` files in the place of safetensors, with the same tensors in each."""
+    """Replaces safetensors by `.bin` files with the same tensors."""
     from safetensors.torch import load_file
 
     index = directory / "model.safetensors.index.json"
     for number, path in enumerate(sorted(directory.glob("*.safetensors"))):
         tensors = state if state is not None else load_file(path)
-        # Not every tensor begins where its storage does.
+        # Not every tensor begins at the start of its storage.
         first, *_ = tensors
         tensors[first] = torch.cat([tensors[first][:1], tensors[first]])[1:]
         name = path.name.replace("model", "pytorch_model").replace("safetensors", "bin")
@@ -77,18 +77,18 @@ def logits_of(model):
         return model(torch.tensor(inputs()["token_ids"])).logits
 
 
-# ----- What is loaded is what was saved
+# ----- Loading
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_logits_are_those_of_transformers(theirs, tmp_path, form):
+def test_from_preset_computes_the_logits_of_transformers(theirs, tmp_path, form):
     ours = load(write(theirs, tmp_path, form))
     assert_close(ours(inputs()), logits_of(theirs))
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
-def test_weights_are_cast_to_the_dtype_asked_for(tmp_path, stored, dtype):
+def test_from_preset_casts_weights_to_the_dtype(tmp_path, stored, dtype):
     theirs = in_transformers(SHAPE).to(getattr(torch, stored))
     ours = load(write(theirs, tmp_path), dtype=dtype)
     policy = keras.dtype_policies.get(dtype)
@@ -102,22 +102,22 @@ def test_weights_are_cast_to_the_dtype_asked_for(tmp_path, stored, dtype):
     np.testing.assert_array_equal(got, expected.float().numpy())
 
 
-def test_a_tied_head_is_the_embedding(tmp_path):
+def test_from_preset_loads_a_tied_head_from_the_embedding(tmp_path):
     theirs = in_transformers(SHAPE, tie_word_embeddings=True)
-    write(theirs, tmp_path, "safetensors")  # which leaves the head out
+    write(theirs, tmp_path, "safetensors")  # Without the head.
     assert_close(load(tmp_path)(inputs()), logits_of(theirs))
-    to_bin(tmp_path, theirs.state_dict())  # which has it twice, on one storage
+    to_bin(tmp_path, theirs.state_dict())  # With the head, on the same storage.
     assert_close(load(tmp_path)(inputs()), logits_of(theirs))
 
 
-def test_a_tied_head_that_differs_is_refused(theirs, tmp_path):
+def test_from_preset_rejects_a_tied_head_that_differs(theirs, tmp_path):
     write(theirs, tmp_path)
     set_config(tmp_path, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"lm_head\.weight that differs"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
         load(tmp_path)
 
 
-def test_a_backbone_alone_leaves_the_head_aside(theirs, tmp_path, recwarn):
+def test_from_preset_of_the_backbone_ignores_the_head(theirs, tmp_path, recwarn):
     write(theirs, tmp_path)
     backbone = OpenLlamaBackbone.from_preset(str(tmp_path))
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_a_backbone_alone_leaves_the_head_aside(theirs, tmp_path, recwarn):
     assert not [w for w in recwarn if "head" in str(w.message)]
 
 
-def test_a_checkpoint_of_the_bare_network_gives_a_backbone_and_no_task(
+def test_from_preset_loads_a_llama_model_without_head_as_backbone_only(
     theirs, tmp_path
 ):
     write(theirs.model, tmp_path, "safetensors")
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_the_bare_network_gives_a_backbone_and_no_task(
         load(tmp_path)
 
 
-def test_rotary_frequencies_in_the_file_are_passed_over(theirs, tmp_path):
+def test_from_preset_ignores_rotary_frequencies(theirs, tmp_path):
     extra = {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(10)
         for i in range(SHAPE.num_layers)
@@ -144,26 +144,26 @@ def test_rotary_frequencies_in_the_file_are_passed_over(theirs, tmp_path):
     assert_close(load(tmp_path)(inputs()), logits_of(theirs))
 
 
-def test_without_weights_asked_for_none_are_read(theirs, tmp_path):
+def test_from_preset_reads_no_weights_with_load_weights_false(theirs, tmp_path):
     write(theirs, tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     model = load(tmp_path, load_weights=False)
     assert model.count_params() == sum(p.numel() for p in theirs.parameters())
 
 
-def test_safetensors_are_preferred_and_the_other_format_not_opened(theirs, tmp_path):
+def test_from_preset_prefers_safetensors(theirs, tmp_path):
     write(theirs, tmp_path, "safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"not to be opened")
     assert_close(load(tmp_path)(inputs()), logits_of(theirs))
 
 
-def test_a_model_can_be_loaded_onto_a_device(theirs, tmp_path):
+def test_from_preset_loads_onto_a_device(theirs, tmp_path):
     write(theirs, tmp_path)
     with keras.device("cpu:0"):
         assert_close(load(tmp_path)(inputs()), logits_of(theirs))
 
 
-# ----- What does not fit is listed
+# ----- Mismatches
 
 
 def changed(theirs, **changes):
@@ -181,16 +181,18 @@ def changed(theirs, **changes):
         ({"model.layers.0.mlp.up_proj.bias": torch.ones(2)}, "unexpected: model.lay"),
         (
             {NORM: torch.ones(61)},
-            rf"misshapen: {NORM} has \(61,\) where \(60,\) is expected",
+            rf"wrong shape: {NORM} has \(61,\), expected \(60,\)",
         ),
         (
             {QUERY: torch.ones(60, 120)},
-            rf"misshapen: {QUERY} has \(60, 120\) where \(120, 60\) is expected",
+            rf"wrong shape: {QUERY} has \(60, 120\), expected \(120, 60\)",
         ),
     ],
 )
 @pytest.mark.backend_free
-def test_tensors_that_do_not_fit_are_listed(theirs, tmp_path, changes, message):
+def test_from_preset_lists_tensors_that_do_not_match(
+    theirs, tmp_path, changes, message
+):
     write(theirs, tmp_path, "bin", changed(theirs, **changes))
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path)
@@ -198,15 +200,15 @@ def test_tensors_that_do_not_fit_are_listed(theirs, tmp_path, changes, message):
 
 
 @pytest.mark.backend_free
-def test_everything_that_does_not_fit_is_listed_at_once(theirs, tmp_path):
+def test_from_preset_lists_all_mismatches_in_one_error(theirs, tmp_path):
     state = changed(theirs, **{NORM: None, "more": torch.ones(1), QUERY: torch.ones(2)})
     write(theirs, tmp_path, "bin", state)
-    with pytest.raises(ValueError, match=r"missing: .*unexpected: .*misshapen: "):
+    with pytest.raises(ValueError, match=r"missing: .*unexpected: .*wrong shape: "):
         load(tmp_path)
 
 
 @pytest.mark.backend_free
-def test_an_architecture_of_another_size_is_refused(theirs, tmp_path):
+def test_from_preset_rejects_another_number_of_layers(theirs, tmp_path):
     write(theirs, tmp_path)
     with pytest.raises(ValueError, match=r"missing: model\.layers\.3\."):
         load(tmp_path, num_layers=4)
@@ -215,14 +217,14 @@ def test_an_architecture_of_another_size_is_refused(theirs, tmp_path):
 
 
 @pytest.mark.backend_free
-def test_a_quantised_dtype_is_refused_with_the_remedy(theirs, tmp_path):
+def test_from_preset_rejects_a_quantized_dtype(theirs, tmp_path):
     write(theirs, tmp_path)
     with pytest.raises(ValueError, match=r"`quantize`.*int8_from_float32"):
         load(tmp_path, dtype="int8_from_float32")
 
 
 @pytest.mark.backend_free
-def test_values_beyond_float16_are_named(theirs, tmp_path):
+def test_from_preset_rejects_values_beyond_float16(theirs, tmp_path):
     write(theirs, tmp_path, "bin", changed(theirs, **{NORM: torch.full((60,), 1e6)}))
     with pytest.raises(ValueError, match=rf"{NORM} in .*beyond float16's range"):
         load(tmp_path, dtype="float16")
@@ -230,7 +232,7 @@ def test_values_beyond_float16_are_named(theirs, tmp_path):
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("form", ["sharded safetensors", "sharded bin"])
-def test_damaged_shards_and_indexes_are_named(theirs, tmp_path, form):
+def test_from_preset_names_damaged_shards_and_indexes(theirs, tmp_path, form):
     write(theirs, tmp_path, form)
     index = next(tmp_path.glob("*.index.json"))
     content = json.loads(index.read_text())
@@ -238,9 +240,9 @@ def test_damaged_shards_and_indexes_are_named(theirs, tmp_path, form):
     assert len(names) > 2
     shard = tmp_path / names[1]
 
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"{names[1]}.*get it again"):
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"{names[1]}.*download it again"):
         load(tmp_path)
     shard.unlink()
     with pytest.raises(OSError, match=f"names the file {names[1]}"):
@@ -248,11 +250,11 @@ def test_damaged_shards_and_indexes_are_named(theirs, tmp_path, form):
     shutil.copy(tmp_path / names[0], shard)
     with pytest.raises(ValueError, match="is in two files"):
         load(tmp_path)
-    shard.write_bytes(whole)
+    shard.write_bytes(data)
     load(tmp_path)
 
     for weight_map, message in (
-        ({**content["weight_map"], "more": names[0]}, "files do not have: more"),
+        ({**content["weight_map"], "more": names[0]}, "files do not contain: more"),
         ({"x": "../other.bin"}, "outside its directory: '../other.bin'"),
         ({"x": 3}, "outside its directory: 3"),
         ([], "cannot be read as the index"),
@@ -266,10 +268,12 @@ def test_damaged_shards_and_indexes_are_named(theirs, tmp_path, form):
 
 
 @pytest.mark.backend_free
-def test_a_directory_without_weights_is_named(theirs, tmp_path):
+def test_from_preset_names_a_directory_without_weights(theirs, tmp_path):
     write(theirs, tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(OSError, match=r"No weights found.*model\.safetensors.*missing"):
+    with pytest.raises(
+        OSError, match=r"No weights were found.*model\.safetensors.*missing"
+    ):
         load(tmp_path)
 
 
@@ -293,7 +297,7 @@ OPENLLAMA_3B = {  # as published: neither rope_theta nor num_key_value_heads
 
 
 @pytest.mark.backend_free
-def test_what_the_published_config_leaves_out_is_filled_in():
+def test_backbone_arguments_fills_in_the_defaults_of_transformers():
     from keras_openllama import presets
 
     arguments = validate_architecture(backbone_arguments(OPENLLAMA_3B))
@@ -335,7 +339,9 @@ def test_what_the_published_config_leaves_out_is_filled_in():
         ),
     ],
 )
-def test_rope_settings_of_old_and_new_configs_are_read(settings, wavelength, scaling):
+def test_backbone_arguments_reads_rope_settings_of_old_and_new_configs(
+    settings, wavelength, scaling
+):
     arguments = backbone_arguments({**OPENLLAMA_3B, **settings})
     assert arguments["rope_max_wavelength"] == wavelength
     assert arguments["rope_scaling"] == scaling
@@ -354,13 +360,13 @@ def test_rope_settings_of_old_and_new_configs_are_read(settings, wavelength, sca
         ({"rope_parameters": {"rope_type": "llama3"}}, "llama3"),
     ],
 )
-def test_settings_that_cannot_be_represented_are_named(settings, message):
+def test_backbone_arguments_rejects_unsupported_settings(settings, message):
     with pytest.raises(ValueError, match=rf"config\.json sets .*{message}"):
         backbone_arguments({**OPENLLAMA_3B, **settings})
 
 
 @pytest.mark.backend_free
-def test_settings_that_are_missing_are_named():
+def test_backbone_arguments_names_missing_settings():
     config = dict(OPENLLAMA_3B)
     del config["vocab_size"], config["hidden_size"]
     with pytest.raises(ValueError, match="does not set vocab_size, hidden_size"):
@@ -368,7 +374,7 @@ def test_settings_that_are_missing_are_named():
 
 
 @pytest.mark.backend_free
-def test_a_config_that_is_no_json_or_of_no_known_format_is_named(tmp_path):
+def test_from_preset_rejects_an_invalid_config_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load(tmp_path)
@@ -376,11 +382,11 @@ def test_a_config_that_is_no_json_or_of_no_known_format_is_named(tmp_path):
     with pytest.raises(ValueError, match="must hold a JSON object"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "resnet"}')
-    with pytest.raises(ValueError, match="neither KerasHub's"):
+    with pytest.raises(ValueError, match="neither in KerasHub's"):
         load(tmp_path)
 
 
-def test_a_scaled_model_and_one_with_an_old_config_load_alike(tmp_path):
+def test_from_preset_loads_rope_scaling_of_old_and_new_configs(tmp_path):
     scaling = {"rope_type": "linear", "factor": 2.0}
     theirs = in_transformers(SHAPE, rope_parameters={"rope_theta": 5000.0, **scaling})
     write(theirs, tmp_path)
@@ -395,9 +401,9 @@ def test_a_scaled_model_and_one_with_an_old_config_load_alike(tmp_path):
     assert_close(load(tmp_path)(inputs()), expected)
 
 
-def test_transformers_agrees_that_these_are_its_names(theirs):
-    from keras_openllama.checkpoints.weight_names import weights
+def test_weight_specs_have_the_names_of_transformers(theirs):
+    from keras_openllama.checkpoints.weight_names import weight_specs
 
     assert isinstance(theirs, transformers.LlamaForCausalLM)
-    rows = weights(SHAPE.num_layers)
+    rows = weight_specs(SHAPE.num_layers)
     assert {row.transformers for row in rows} == set(theirs.state_dict())

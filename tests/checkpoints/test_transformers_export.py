@@ -1,4 +1,4 @@
-"""The exported directory: all that transformers, llama.cpp and people look for."""
+"""Exports in transformers format are complete, and llama.cpp can convert them."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from keras_openllama import (
     presets,
 )
 from keras_openllama.checkpoints import model_card
-from keras_openllama.checkpoints.contents import Contents
+from keras_openllama.checkpoints.contents import ModelContents
 from keras_openllama.convert import convert
-from keras_openllama.loading.load import origin
+from keras_openllama.loading.load import describe_origin
 
 pytestmark = pytest.mark.backend_free
 
@@ -41,24 +41,24 @@ FILES = {
 
 @pytest.fixture(scope="module", params=[True, False], ids=["v2", "v1"])
 def exported(request, tmp_path_factory):
-    """An export of a random model: whether it keeps spaces, and its directory."""
+    """An export of a random model: whether it preserves spaces, and its directory."""
     out = tmp_path_factory.mktemp("export") / "out"
     random_lm(SHAPE, trained_model(request.param)).export_to_transformers(out)
     return request.param, out
 
 
-def read(path):
+def read_json(path):
     return json.loads(path.read_text())
 
 
-def test_every_file_is_there(exported):
+def test_export_writes_every_file(exported):
     keep_spaces, out = exported
     assert set(os.listdir(out)) == FILES
     assert (out / "tokenizer.model").read_bytes() == trained_model(keep_spaces)
 
 
-def test_config_states_every_size(exported):
-    config = read(exported[1] / "config.json")
+def test_export_writes_every_size_to_config_json(exported):
+    config = read_json(exported[1] / "config.json")
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["rope_theta"] == 10000.0
     assert config["num_key_value_heads"] == 2
@@ -67,11 +67,11 @@ def test_config_states_every_size(exported):
     assert config["max_position_embeddings"] == 64
     assert config["dtype"] == "float32"
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-    generation = read(exported[1] / "generation_config.json")
+    generation = read_json(exported[1] / "generation_config.json")
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def test_weights_are_what_safetensors_reads(exported):
+def test_export_writes_weights_that_safetensors_reads(exported):
     lm = OpenLlamaCausalLM.from_preset(str(exported[1]))
     tensors = safetensors.numpy.load_file(exported[1] / "model.safetensors")
     norm = np.asarray(lm.backbone.final_norm.scale.value)
@@ -80,7 +80,7 @@ def test_weights_are_what_safetensors_reads(exported):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_ids_of_auto_tokenizer_are_those_of_sentencepiece(exported):
+def test_auto_tokenizer_encodes_like_sentencepiece(exported):
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1])
     processor = sentencepiece.SentencePieceProcessor(
         model_file=str(exported[1] / "tokenizer.model")
@@ -95,16 +95,16 @@ def test_ids_of_auto_tokenizer_are_those_of_sentencepiece(exported):
     assert tokenizer.model_max_length == 64
 
 
-def test_llama_tokenizer_is_as_the_model_card_says(exported):
+def test_llama_tokenizer_differs_as_the_model_card_says(exported):
     keep_spaces, out = exported
-    card = (out / "README.md").read_text()
-    assert "**Not `LlamaTokenizer`**" in card
+    card = " ".join((out / "README.md").read_text().split())
+    assert "**Do not use `LlamaTokenizer`**" in card
     right = transformers.AutoTokenizer.from_pretrained(out)
     theirs = transformers.LlamaTokenizer.from_pretrained(out)
     plain = ["The import statement", "def f():\n  return", "日本 🙂\n\n"]
     wrong = " begins with a space" if keep_spaces else "a run  of spaces"
-    assert ("begins\nwith a space" in card) == keep_spaces
-    assert ("merges runs\nof spaces" in card) != keep_spaces
+    assert ("begins with a space" in card) == keep_spaces
+    assert ("merges runs of spaces" in card) != keep_spaces
     assert right(wrong)["input_ids"] != theirs(wrong)["input_ids"]
     if keep_spaces:
         assert right(plain)["input_ids"] == theirs(plain)["input_ids"]
@@ -112,7 +112,7 @@ def test_llama_tokenizer_is_as_the_model_card_says(exported):
         assert right(plain[0])["input_ids"] == theirs(plain[0])["input_ids"]
 
 
-def test_a_model_without_preprocessor_has_no_tokenizer_files(tmp_path):
+def test_export_without_preprocessor_has_no_tokenizer_files(tmp_path):
     lm = random_lm(SHAPE)
     lm.export_to_transformers(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*token*"))
@@ -122,13 +122,13 @@ def test_a_model_without_preprocessor_has_no_tokenizer_files(tmp_path):
     assert not list((tmp_path / "out").glob("*token*"))
 
 
-# The model card
+# ----- The model card
 
 
 @pytest.mark.parametrize("name", presets.registry())
-def test_the_card_of_a_preset_tells_licence_and_sources(name):
+def test_model_card_of_a_preset_has_license_and_sources(name):
     preset = presets.find(name)
-    contents = Contents(dict(preset.config), {}, origin=name)
+    contents = ModelContents(dict(preset.config), {}, origin=name)
     card = model_card.model_card(contents, "float16", preset.version == "v1")
     _, header, _ = card.split("---\n", 2)
     assert "license: apache-2.0" in header
@@ -138,12 +138,14 @@ def test_the_card_of_a_preset_tells_licence_and_sources(name):
         assert f"https://huggingface.co/{link}" in card
     assert "RedPajama" in card or name == "open_llama_nano"
     assert preset.notice is None or preset.notice in card
-    assert ("no multiple of 256" in card) == (preset.config["hidden_dim"] == 3200)
+    assert ("not a multiple of 256" in card) == (preset.config["hidden_dim"] == 3200)
     assert "None" not in card and "{" not in card.split("```")[-1]
 
 
 @pytest.mark.parametrize("name", ["3b_v2", "open_llama_3b_v2"])
-def test_a_directory_named_as_a_preset_is_none(name, tmp_path, monkeypatch):
+def test_model_card_of_a_directory_named_like_a_preset_has_no_license(
+    name, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     random_lm(SHAPE, trained_model(True)).export_to_transformers(name)
     lm = OpenLlamaCausalLM.from_preset(f"./{name}")
@@ -166,11 +168,13 @@ def test_a_directory_named_as_a_preset_is_none(name, tmp_path, monkeypatch):
         ("/home/me/model", {}, "the directory model"),
     ],
 )
-def test_only_published_weights_have_the_name_of_a_preset(source, options, expected):
-    assert origin(source, **options) == expected
+def test_describe_origin_names_a_preset_only_for_published_weights(
+    source, options, expected
+):
+    assert describe_origin(source, **options) == expected
 
 
-def test_the_settings_of_the_preprocessor_go_along(tmp_path):
+def test_export_preserves_the_settings_of_the_preprocessor(tmp_path):
     lm = random_lm(SHAPE, trained_model(True))
     lm.preprocessor.add_start_token = False
     lm.preprocessor.sequence_length = 31
@@ -184,7 +188,7 @@ def test_the_settings_of_the_preprocessor_go_along(tmp_path):
     assert again.sequence_length == 31
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+def test_export_rejects_a_tokenizer_of_another_model(tmp_path):
     tokenizer = OpenLlamaTokenizer(trained_model(True))
     backbone = random_lm(SHAPE).backbone  # Of 199 embeddings.
     lm = OpenLlamaCausalLM(backbone, OpenLlamaCausalLMPreprocessor(tokenizer))
@@ -192,7 +196,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         lm.export_to_transformers(tmp_path / "out")
 
 
-def test_tokens_that_were_added_are_not_lost_in_silence(tmp_path):
+def test_convert_rejects_added_tokens(tmp_path):
     lm = random_lm(SHAPE, trained_model(True))
     lm.export_to_transformers(tmp_path / "a")
     (tmp_path / "a" / "added_tokens.json").write_text('{"<|im_start|>": 512}')
@@ -201,29 +205,29 @@ def test_tokens_that_were_added_are_not_lost_in_silence(tmp_path):
     convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
 
 
-def test_what_was_trained_from_scratch_has_no_origin(tmp_path):
+def test_model_card_of_random_weights_has_no_origin(tmp_path):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano", load_weights=False)
     lm.export_to_transformers(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "not known here" in card and "license:" not in card
+    assert "weights is unknown" in card and "license:" not in card
 
 
-def test_without_a_tokenizer_the_source_tells_the_end(tmp_path):
+def test_convert_without_tokenizer_preserves_the_control_ids(tmp_path):
     lm = random_lm(SHAPE)
     lm.export_to_transformers(tmp_path / "a")
-    config = read(tmp_path / "a" / "config.json")
+    config = read_json(tmp_path / "a" / "config.json")
     config.update(bos_token_id=7, eos_token_id=8)
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
-    generation = read(tmp_path / "b" / "generation_config.json")
+    generation = read_json(tmp_path / "b" / "generation_config.json")
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (7, 8)
 
 
-def test_the_card_of_an_unknown_model_makes_no_claims(tmp_path):
+def test_model_card_of_an_unknown_model_has_no_license(tmp_path):
     lm = random_lm(SHAPE, trained_model(True))
     lm.export_to_transformers(tmp_path / "secret_folder")
     card = (tmp_path / "secret_folder" / "README.md").read_text()
-    assert "license:" not in card and "not known here" in card
+    assert "license:" not in card and "weights is unknown" in card
     lm = OpenLlamaCausalLM.from_preset(str(tmp_path / "secret_folder"))
     lm.export_to_transformers(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -232,10 +236,10 @@ def test_the_card_of_an_unknown_model_makes_no_claims(tmp_path):
     )
 
 
-# llama.cpp
+# ----- llama.cpp
 
 
-def test_llama_cpp_knows_every_tensor_and_token(exported):
+def test_gguf_maps_every_tensor_and_token(exported):
     _, out = exported
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE.num_layers)
     tensors = safetensors.numpy.load_file(out / "model.safetensors")
@@ -249,8 +253,8 @@ def test_llama_cpp_knows_every_tensor_and_token(exported):
         "output.weight",
         *(f"blk.{i}.{b}.weight" for i in range(3) for b in blocks.split()),
     }
-    # Of these shapes its converter makes heads, by num_attention_heads and
-    # num_key_value_heads of the configuration.
+    # Its converter splits these shapes into heads by num_attention_heads and
+    # num_key_value_heads.
     assert tensors["model.layers.0.self_attn.q_proj.weight"].shape == (6 * 20, 60)
     assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (2 * 20, 60)
     special = gguf.SpecialVocab(out, n_vocab=512)
@@ -262,7 +266,7 @@ def test_llama_cpp_knows_every_tensor_and_token(exported):
     assert vocabulary.fname_tokenizer == out / "tokenizer.model"
 
 
-# Sharded models
+# ----- Sharded models
 
 SHARDED = """
 import sys
@@ -284,15 +288,15 @@ with distribution.scope():
 """
 
 
-def test_a_model_on_eight_devices_is_exported_bit_by_bit(tmp_path):
+def test_export_of_a_model_on_eight_devices_is_bit_exact(tmp_path):
     shape = TinyShape("sharded", 4, 4, 16)
     random_lm(shape, trained_model(True)).export_to_transformers(tmp_path / "a")
     run_on_eight_devices(SHARDED, tmp_path / "a", tmp_path / "b")
-    whole = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
+    expected = safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors")
     shards = list((tmp_path / "b").glob("*.safetensors"))
     assert len(shards) > 2
     parts = {}
     for shard in shards:
         parts.update(safetensors.numpy.load_file(shard))
-    assert parts.keys() == whole.keys()
-    assert all(np.array_equal(parts[name], array) for name, array in whole.items())
+    assert parts.keys() == expected.keys()
+    assert all(np.array_equal(parts[name], array) for name, array in expected.items())

@@ -1,4 +1,4 @@
-"""Checkpoints of EasyLM compute there what the model computes here, and come back."""
+"""`easylm.save` and `easylm.load` are exact, and follow EasyLM's conventions."""
 
 import easylm_model
 import flax.serialization
@@ -10,16 +10,19 @@ from easylm_files import write_stream
 from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
-from keras_openllama.checkpoints.easylm import halves_apart, pairs_together
+from keras_openllama.checkpoints.easylm import (
+    half_split_to_interleaved,
+    interleaved_to_half_split,
+)
 from keras_openllama.convert import convert, easylm
 
-SHAPE = SHAPES[2]  # With fewer heads for keys and values than for queries.
+SHAPE = SHAPES[2]  # With grouped-query attention.
 CONTENTS = ("params", "trainstate_params", "flax_params")
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Where the architecture and a tokenizer of `SHAPE` can be read."""
+    """A directory with the architecture and a tokenizer of `SHAPE`."""
     path = tmp_path_factory.mktemp("model") / "out"
     random_lm(SHAPE, trained_model(True)).export_to_transformers(path)
     return path
@@ -30,7 +33,7 @@ def values(lm):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_forward_pass_in_easylms_conventions_gives_the_same_logits(shape, tmp_path):
+def test_save_writes_weights_that_give_the_same_logits_in_easylm(shape, tmp_path):
     lm = random_lm(shape)
     easylm.save(lm, tmp_path / "params", dtype="float32")
     arrays = easylm_model.read_stream(tmp_path / "params")
@@ -43,7 +46,7 @@ def test_a_forward_pass_in_easylms_conventions_gives_the_same_logits(shape, tmp_
 
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.slow_on_tensorflow
-def test_what_is_saved_comes_back(content, directory, tmp_path):
+def test_load_reads_what_save_wrote(content, directory, tmp_path):
     lm = random_lm(SHAPE, trained_model(True), seed=1)
     easylm.save(lm, tmp_path / "file", dtype="float32", content=content)
     back = easylm.load(tmp_path / "file", directory)
@@ -54,7 +57,7 @@ def test_what_is_saved_comes_back(content, directory, tmp_path):
     assert back.generate(text, max_new_tokens=5) == lm.generate(text, max_new_tokens=5)
 
 
-def test_a_whole_train_state_is_read_for_its_parameters(directory, tmp_path):
+def test_load_reads_the_parameters_of_a_train_state(directory, tmp_path):
     lm = random_lm(SHAPE, trained_model(True), seed=1)
     easylm.save(lm, tmp_path / "params", dtype="float32")
     state = {("step",): np.int32(3)}
@@ -69,9 +72,7 @@ def test_a_whole_train_state_is_read_for_its_parameters(directory, tmp_path):
 
 
 @pytest.mark.backend_free
-def test_arrays_in_chunks_are_converted_in_their_shape(
-    directory, tmp_path, monkeypatch
-):
+def test_convert_reads_chunked_arrays(directory, tmp_path, monkeypatch):
     easylm.save(random_lm(SHAPE, trained_model(True)), tmp_path / "params", None)
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 5000)
     arrays = easylm_model.read_stream(tmp_path / "params")
@@ -86,7 +87,7 @@ def test_arrays_in_chunks_are_converted_in_their_shape(
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_dtype_is_the_one_asked_for(dtype, tmp_path):
+def test_save_writes_the_dtype(dtype, tmp_path):
     lm = random_lm(SHAPE)
     easylm.save(lm, tmp_path / "file", dtype=dtype)
     arrays = easylm_model.read_stream(tmp_path / "file")
@@ -97,17 +98,17 @@ def test_the_dtype_is_the_one_asked_for(dtype, tmp_path):
 
 
 @pytest.mark.backend_free
-def test_bfloat16_is_the_default(tmp_path):
+def test_save_writes_bfloat16_by_default(tmp_path):
     easylm.save(random_lm(SHAPE), tmp_path / "file")
     arrays = easylm_model.read_stream(tmp_path / "file")
     assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
 
 
 @pytest.mark.backend_free
-def test_reordering_follows_easylms_own_converter():
+def test_interleaved_to_half_split_follows_the_converter_of_easylm():
     # Its `permute` takes (heads, head_dim / 2, 2, …) to (heads, 2, head_dim / 2, …).
     rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))
-    assert halves_apart(rows, 6)[:, 0].tolist() == [
+    assert interleaved_to_half_split(rows, 6)[:, 0].tolist() == [
         0,
         2,
         4,
@@ -121,10 +122,12 @@ def test_reordering_follows_easylms_own_converter():
         9,
         11,
     ]
-    assert np.array_equal(pairs_together(halves_apart(rows, 6), 6), rows)
+    assert np.array_equal(
+        half_split_to_interleaved(interleaved_to_half_split(rows, 6), 6), rows
+    )
 
 
-# Bad input
+# ----- Invalid input
 
 
 @pytest.fixture(scope="module")
@@ -134,44 +137,44 @@ def file(tmp_path_factory):
     return path
 
 
-def load(path, directory, **arguments):
+def load_weights(path, directory, **arguments):
     return easylm.load(path, directory, preprocessor=None, **arguments)
 
 
 @pytest.mark.backend_free
-def test_a_wrong_number_of_heads_is_told_by_the_shapes(file, directory):
+def test_load_rejects_another_architecture(file, directory):
     wrong = {"num_query_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
     with pytest.raises(
-        ValueError, match=r"misshapen: .*wq/kernel has \(96, 96\) where"
+        ValueError, match=r"wrong shape: .*wq/kernel has \(96, 96\), expected"
     ):
-        load(file, directory, **wrong)
+        load_weights(file, directory, **wrong)
     with pytest.raises(ValueError, match="missing: transformer/h/2/attention_norm"):
-        load(file, directory, num_layers=3)
+        load_weights(file, directory, num_layers=3)
 
 
 @pytest.mark.backend_free
-def test_a_stream_that_ends_early_is_told_by_what_is_missing(file, directory, tmp_path):
+def test_load_rejects_a_truncated_stream(file, directory, tmp_path):
     records = list(msgpack.Unpacker(open(file, "rb"), max_buffer_size=0))
     short = tmp_path / "short"
     short.write_bytes(b"".join(map(msgpack.packb, records[:-1])))
     with pytest.raises(ValueError, match=f"{short} .*missing: lm_head/kernel"):
-        load(short, directory)
+        load_weights(short, directory)
     short.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{short} .*get it again"):
-        load(short, directory)
+    with pytest.raises(ValueError, match=f"{short} .*download it again"):
+        load_weights(short, directory)
 
 
 @pytest.mark.backend_free
-def test_a_file_that_is_missing_or_another_models_is_named(directory, tmp_path):
+def test_load_names_a_missing_file_and_one_of_another_model(directory, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        load(tmp_path / "nowhere", directory)
+        load_weights(tmp_path / "nowhere", directory)
     easylm.save(random_lm(TinyShape("other", 2, 2, 16)), tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other are not those of this model"):
-        load(tmp_path / "other", directory)
+    with pytest.raises(ValueError, match=r"other do not match this model"):
+        load_weights(tmp_path / "other", directory)
 
 
 @pytest.mark.backend_free
-def test_unknown_content_and_dtype_are_refused(tmp_path):
+def test_save_rejects_an_unknown_content_and_dtype(tmp_path):
     lm = random_lm(SHAPE)
     with pytest.raises(ValueError, match="Received: content='trainstate'"):
         easylm.save(lm, tmp_path / "file", content="trainstate")

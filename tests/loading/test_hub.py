@@ -1,4 +1,4 @@
-"""Files come from the Hub once, from one commit, and errors say what to do."""
+"""`HubRepository` downloads files once, from one commit, with helpful errors."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from checkout import ROOT
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from keras_openllama.checkpoints.repository import Directory
+from keras_openllama.checkpoints.repository import LocalRepository
 from keras_openllama.loading.hub import HubRepository
 
 pytestmark = pytest.mark.backend_free
@@ -33,7 +33,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, cache):
-    """A running server that this process takes for the Hub, and an empty cache."""
+    """A local server in place of the Hub, and an empty cache."""
     with HubServer().running() as server:
         use_endpoint(monkeypatch, server.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -49,107 +49,107 @@ def use_endpoint(monkeypatch, endpoint):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def unplug(monkeypatch):
-    """From here on, nobody listens where the Hub was."""
+def disconnect(monkeypatch):
+    """Replaces the server by an address on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         use_endpoint(monkeypatch, f"http://127.0.0.1:{free.getsockname()[1]}")
 
 
-def small(revision=None):
+def open_small(revision=None):
     return HubRepository(f"hf://{REPOSITORY}", revision)
 
 
-def test_only_the_files_asked_for_are_downloaded_and_only_once(hub):
-    assert small().file("tokenizer.model").read_bytes() == b"pieces"
-    assert small().file("tokenizer.model").read_bytes() == b"pieces"
+def test_file_downloads_only_requested_files_and_only_once(hub):
+    assert open_small().file("tokenizer.model").read_bytes() == b"pieces"
+    assert open_small().file("tokenizer.model").read_bytes() == b"pieces"
     assert hub.downloads() == ["tokenizer.model"]
 
 
-def test_optional_files_are_there_or_not_without_a_download(hub):
-    repository = small()
+def test_optional_returns_none_without_a_download(hub):
+    repository = open_small()
     assert repository.optional("model.safetensors") is None
     assert not hub.downloads()
     assert repository.optional("config.json").read_bytes() == b"{}"
 
 
-def test_a_missing_file_is_named_with_those_that_exist(hub):
+def test_file_names_a_missing_file_and_the_existing_ones(hub):
     with pytest.raises(FileNotFoundError, match=r"x\.bin is missing.*tokenizer\.model"):
-        small().file("x.bin")
+        open_small().file("x.bin")
 
 
-def test_files_are_found_by_pattern(hub):
-    assert small().glob("*.json") == ["config.json"]
-    assert small().glob("assets/**/*") == ["assets/more/vocabulary.spm"]
+def test_glob_returns_names_that_match(hub):
+    assert open_small().glob("*.json") == ["config.json"]
+    assert open_small().glob("assets/**/*") == ["assets/more/vocabulary.spm"]
 
 
-def test_all_files_are_of_the_commit_that_was_first_seen(hub):
-    repository = small()
+def test_file_uses_one_commit_for_all_files(hub):
+    repository = open_small()
     repository.file("config.json")
     hub.publish(REPOSITORY, {**FILES, "tokenizer.model": b"other pieces"})
     assert repository.file("tokenizer.model").read_bytes() == b"pieces"
-    assert small().file("tokenizer.model").read_bytes() == b"other pieces"
+    assert open_small().file("tokenizer.model").read_bytes() == b"other pieces"
 
 
-def test_a_branch_that_moves_between_listing_and_first_file_does_not_mix(hub):
-    repository = small()
+def test_file_uses_the_commit_that_glob_listed(hub):
+    repository = open_small()
     assert "tokenizer.model" in repository.glob("*")
     hub.publish(REPOSITORY, {**FILES, "tokenizer.model": b"other pieces"})
     assert repository.file("tokenizer.model").read_bytes() == b"pieces"
 
 
 @pytest.mark.parametrize("by", ["branch", "commit"])
-def test_a_revision_is_used_instead_of_main(hub, by):
+def test_file_uses_the_revision(hub, by):
     commit = hub.publish(REPOSITORY, {"config.json": b"[]"}, branch="older")
-    repository = small("older" if by == "branch" else commit)
+    repository = open_small("older" if by == "branch" else commit)
     assert repository.file("config.json").read_bytes() == b"[]"
 
 
-def test_a_cached_commit_needs_no_request_at_all(hub):
-    small(hub.commit).file("config.json")
+def test_file_of_a_cached_commit_sends_no_request(hub):
+    open_small(hub.commit).file("config.json")
     hub.requests.clear()
-    assert small(hub.commit).file("config.json").read_bytes() == b"{}"
+    assert open_small(hub.commit).file("config.json").read_bytes() == b"{}"
     assert not hub.requests
 
 
-def test_an_unknown_revision_is_named(hub):
+def test_file_names_an_unknown_revision(hub):
     with pytest.raises(ValueError, match="revision='v9'"):
-        small("v9").file("config.json")
+        open_small("v9").file("config.json")
 
 
 # ----- Without a network
 
 
-def test_offline_the_cache_is_enough(hub, monkeypatch):
-    small().file("config.json")
+def test_file_uses_only_the_cache_offline(hub, monkeypatch):
+    open_small().file("config.json")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert small().file("config.json").read_bytes() == b"{}"
-    assert small().optional("pytorch_model.bin") is None
-    assert small().glob("*.json") == ["config.json"]
+    assert open_small().file("config.json").read_bytes() == b"{}"
+    assert open_small().optional("pytorch_model.bin") is None
+    assert open_small().glob("*.json") == ["config.json"]
     assert not hub.requests
 
 
 @pytest.mark.parametrize("revision", [None, "commit"])
-def test_without_a_network_the_cache_is_enough(hub, monkeypatch, revision):
+def test_file_uses_the_cache_without_a_network(hub, monkeypatch, revision):
     revision = revision and hub.commit
-    small(revision).file("config.json")
-    unplug(monkeypatch)
-    assert small(revision).file("config.json").read_bytes() == b"{}"
+    open_small(revision).file("config.json")
+    disconnect(monkeypatch)
+    assert open_small(revision).file("config.json").read_bytes() == b"{}"
 
 
-def test_when_the_hub_is_down_the_cache_is_enough(hub):
-    small().file("config.json")
+def test_file_uses_the_cache_if_the_hub_is_down(hub):
+    open_small().file("config.json")
     hub.down = True
-    assert small().file("config.json").read_bytes() == b"{}"
+    assert open_small().file("config.json").read_bytes() == b"{}"
     with pytest.raises(OSError, match="503"):
-        small().file("tokenizer.model")
+        open_small().file("tokenizer.model")
 
 
-def test_offline_an_error_names_file_address_and_how_to_fetch_it(hub, monkeypatch):
+def test_file_offline_raises_an_error_with_url_and_command(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError) as error:
-        small().file("tokenizer.model")
+        open_small().file("tokenizer.model")
     message = str(error.value)
     assert "tokenizer.model of the repository someone/small" in message
     assert f"{hub.endpoint}/someone/small/resolve/main/tokenizer.model" in message
@@ -158,60 +158,60 @@ def test_offline_an_error_names_file_address_and_how_to_fetch_it(hub, monkeypatc
     assert not hub.requests
 
 
-def test_without_a_network_an_error_comes_soon_and_names_the_revision(
+def test_file_without_a_network_raises_an_error_with_the_revision(
     hub, monkeypatch, cache
 ):
-    unplug(monkeypatch)
+    disconnect(monkeypatch)
     with pytest.raises(
         OSError, match=r"cannot be reached.*hf download .*--revision v1"
     ):
-        small("v1").file("tokenizer.model")
+        open_small("v1").file("tokenizer.model")
     assert not list(cache.glob("**/blobs/*"))
 
 
-# ----- Denied
+# ----- Access denied
 
 
-def test_a_repository_that_does_not_exist_is_named(hub):
+def test_file_names_a_repository_that_does_not_exist(hub):
     with pytest.raises(OSError, match=r"nobody/nothing.*hf auth login"):
         HubRepository("hf://nobody/nothing").file("config.json")
 
 
-def test_a_gated_repository_says_how_to_get_in(hub):
+def test_file_of_a_gated_repository_says_how_to_get_access(hub):
     hub.gated.add(REPOSITORY)
     with pytest.raises(OSError, match=r"Accept its terms at http.*hf auth login"):
-        small().file("config.json")
+        open_small().file("config.json")
 
 
 @pytest.mark.parametrize("handle", ["hf://", "hf://one", "hf://a/b/c", "hf://a/../b"])
-def test_a_malformed_handle_is_a_value_error(hub, handle):
+def test_optional_rejects_a_malformed_handle(hub, handle):
     with pytest.raises(ValueError, match="hf://openlm-research/open_llama_3b"):
         HubRepository(handle).optional("config.json")
 
 
-# ----- Interrupted
+# ----- Interrupted downloads
 
 
-def test_a_download_that_breaks_off_is_resumed(hub):
+def test_file_resumes_an_interrupted_download(hub):
     name = "pytorch_model.bin"
     hub.break_after = {name: [100_000, 300_000]}
-    assert small().file(name).read_bytes() == FILES[name]
+    assert open_small().file(name).read_bytes() == FILES[name]
     assert hub.downloads().count(name) == 3
 
 
-def test_a_download_that_fails_leaves_nothing_half_written(hub, cache, monkeypatch):
+def test_file_leaves_no_partial_file_if_the_download_fails(hub, cache, monkeypatch):
     name = "pytorch_model.bin"
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.break_after = {name: [0] * 50}
     with pytest.raises(OSError, match=r"pytorch_model\.bin of .* the download failed"):
-        small().file(name)
+        open_small().file(name)
     assert not [p for p in cache.glob("**/blobs/*") if p.is_file()]
     assert not list(cache.glob(f"**/snapshots/*/{name}"))
     hub.break_after = {}
-    assert small().file(name).read_bytes() == FILES[name]
+    assert open_small().file(name).read_bytes() == FILES[name]
 
 
-def test_a_process_killed_while_downloading_leaves_a_usable_cache(hub, cache):
+def test_file_recovers_from_a_process_that_was_killed(hub, cache):
     name = "pytorch_model.bin"
     program = (
         "import os\n"
@@ -231,16 +231,16 @@ def test_a_process_killed_while_downloading_leaves_a_usable_cache(hub, cache):
     killed = subprocess.run([sys.executable, "-c", program], env=environment)
     assert killed.returncode == 9
     assert not list(cache.glob(f"**/snapshots/*/{name}"))
-    assert small().file(name).read_bytes() == FILES[name]
+    assert open_small().file(name).read_bytes() == FILES[name]
 
 
-# ----- Directories
+# ----- Local directories
 
 
-def test_a_directory_answers_the_same_questions(tmp_path):
+def test_local_repository_has_the_same_interface(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.json").write_text(json.dumps({}))
-    directory = Directory(tmp_path)
+    directory = LocalRepository(tmp_path)
     assert directory.file("a/x.json").read_text() == "{}"
     assert directory.glob("**/*.json") == ["a/x.json"]
     assert directory.optional("y.json") is None

@@ -1,4 +1,4 @@
-"""`from_preset`: every kind of preset, for every class, and what goes wrong."""
+"""`from_preset` of every class, for every kind of preset, and its errors."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def inputs():
 
 
 @pytest.mark.backend_free
-def test_the_registry_has_the_published_models():
+def test_presets_has_the_published_models():
     assert {
         "open_llama_3b",
         "open_llama_7b",
@@ -70,16 +70,16 @@ def test_the_registry_has_the_published_models():
         "open_llama_7b_v2",
         "open_llama_3b_v3",
     } <= set(presets.registry())
-    listed = OpenLlamaCausalLM.presets
-    assert set(listed) == set(presets.registry())
-    assert listed["open_llama_7b_v2"]["parameters"] == 6_738_415_616
-    assert listed["open_llama_7b_v2"]["description"]
-    handles = listed["open_llama_3b_v3"]["handles"]
+    descriptions = OpenLlamaCausalLM.presets
+    assert set(descriptions) == set(presets.registry())
+    assert descriptions["open_llama_7b_v2"]["parameters"] == 6_738_415_616
+    assert descriptions["open_llama_7b_v2"]["description"]
+    handles = descriptions["open_llama_3b_v3"]["handles"]
     assert handles["transformers"] == f"hf://{HANDLE}"
 
 
 @pytest.mark.backend_free
-def test_short_forms_drop_the_prefix():
+def test_find_accepts_names_without_prefix():
     assert presets.find("7b_v2") is presets.find("open_llama_7b_v2")
     assert presets.find("3b_v9") is None
 
@@ -94,14 +94,14 @@ def test_short_forms_drop_the_prefix():
         ("/no/such/directory", "open_llama_3b_v2, .*Received: preset='/no/such/dir"),
     ],
 )
-def test_an_unknown_preset_is_answered_with_the_list_and_the_nearest(name, message):
+def test_from_preset_of_an_unknown_name_lists_presets_and_the_closest(name, message):
     for cls in (OpenLlamaCausalLM, OpenLlamaBackbone, OpenLlamaTokenizer):
         with pytest.raises(ValueError, match=message):
             cls.from_preset(name)
 
 
 @pytest.mark.backend_free
-def test_arguments_that_make_no_sense_are_named(directory):
+def test_from_preset_rejects_invalid_arguments(directory):
     with pytest.raises(ValueError, match="preset=3"):
         OpenLlamaCausalLM.from_preset(3)
     with pytest.raises(ValueError, match="revision='main'"):
@@ -111,7 +111,7 @@ def test_arguments_that_make_no_sense_are_named(directory):
 
 
 @pytest.mark.backend_free
-def test_the_registry_is_read_without_keras_or_a_network_library():
+def test_registry_imports_neither_keras_nor_huggingface_hub():
     program = (
         "import sys; from keras_openllama.presets import registry; registry()\n"
         "print([m for m in ('keras', 'huggingface_hub') if m in sys.modules])"
@@ -125,7 +125,7 @@ def test_the_registry_is_read_without_keras_or_a_network_library():
 # ----- Directories in transformers format
 
 
-def test_the_task_is_loaded_with_its_tokenizer(theirs, directory, inputs):
+def test_from_preset_loads_a_task_with_its_tokenizer(theirs, directory, inputs):
     import torch
 
     lm = OpenLlamaCausalLM.from_preset(directory)
@@ -138,7 +138,7 @@ def test_the_task_is_loaded_with_its_tokenizer(theirs, directory, inputs):
     assert text.startswith("a word")
 
 
-def test_each_class_is_loaded_on_its_own(directory):
+def test_from_preset_loads_each_class(directory):
     backbone = OpenLlamaBackbone.from_preset(str(directory), dtype="bfloat16")
     assert (backbone.num_key_value_heads, backbone.head_dim) == (2, 16)
     assert backbone.token_embedding.embeddings.dtype == "bfloat16"
@@ -152,7 +152,7 @@ def test_each_class_is_loaded_on_its_own(directory):
     assert preprocessor.sequence_length == 7
 
 
-def test_arguments_of_the_backbone_override_the_presets(directory):
+def test_from_preset_overrides_arguments_of_the_backbone(directory):
     scaling = {"rope_type": "linear", "factor": 2.0}
     lm = OpenLlamaCausalLM.from_preset(
         str(directory), rope_scaling=scaling, max_sequence_length=96
@@ -162,7 +162,7 @@ def test_arguments_of_the_backbone_override_the_presets(directory):
 
 
 @pytest.mark.backend_free
-def test_a_preprocessor_can_be_given_or_left_out(directory, tmp_path, theirs):
+def test_from_preset_accepts_a_preprocessor_or_none(directory, tmp_path, theirs):
     own = OpenLlamaCausalLMPreprocessor(
         OpenLlamaTokenizer(trained_model(keep_spaces=False)), sequence_length=9
     )
@@ -177,7 +177,9 @@ def test_a_preprocessor_can_be_given_or_left_out(directory, tmp_path, theirs):
 
 
 @pytest.mark.backend_free
-def test_a_tokenizer_with_more_pieces_than_embeddings_is_refused(directory, tmp_path):
+def test_from_preset_rejects_a_tokenizer_with_more_pieces_than_embeddings(
+    directory, tmp_path
+):
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     larger = trained_model(keep_spaces=True, vocab_size=600)
@@ -196,7 +198,7 @@ def saved(directory, tmp_path_factory):
     return path
 
 
-def test_what_was_saved_to_a_preset_comes_back(directory, saved, inputs):
+def test_from_preset_loads_what_save_to_preset_saved(directory, saved, inputs):
     before = OpenLlamaCausalLM.from_preset(str(directory))
     after = OpenLlamaCausalLM.from_preset(str(saved))
     np.testing.assert_array_equal(
@@ -210,7 +212,7 @@ def test_what_was_saved_to_a_preset_comes_back(directory, saved, inputs):
     assert OpenLlamaCausalLMPreprocessor.from_preset(str(saved)).sequence_length == 48
 
 
-def test_saved_presets_take_overrides_dtype_and_no_preprocessor(saved, tmp_path):
+def test_from_preset_of_a_saved_preset_accepts_overrides_and_dtype(saved, tmp_path):
     lm = OpenLlamaCausalLM.from_preset(
         str(saved), preprocessor=None, dtype="bfloat16", max_sequence_length=96
     )
@@ -220,7 +222,7 @@ def test_saved_presets_take_overrides_dtype_and_no_preprocessor(saved, tmp_path)
 
 
 @pytest.mark.backend_free
-def test_a_damaged_saved_preset_is_named(saved, tmp_path):
+def test_from_preset_names_a_damaged_saved_preset(saved, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in saved.glob("*.*"):
@@ -258,7 +260,7 @@ print(repr(lm.generate("a word", max_new_tokens=8)))
 
 @pytest.fixture(scope="module")
 def hub_files(theirs, directory):
-    """The files of a repository as the published ones are: sharded float16 `.bin`."""
+    """The files of a repository like the published ones: sharded float16 `.bin`."""
     import torch
 
     state = {name: tensor.half() for name, tensor in theirs.state_dict().items()}
@@ -291,8 +293,8 @@ def hub(hub_files):
         yield server
 
 
-def run(hub, home, program, **variables):
-    """Runs a program in a new process whose Hub is the server."""
+def run_program(hub, home, program, **variables):
+    """Runs a program in a new process that uses the server as the Hub."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.endpoint,
@@ -311,20 +313,20 @@ def run(hub, home, program, **variables):
 
 
 @pytest.mark.backend_free
-def test_a_registered_preset_is_downloaded_once_and_then_works_offline(
+def test_from_preset_downloads_a_preset_once_and_then_works_offline(
     hub, hub_files, directory, tmp_path
 ):
     program = GENERATE.format(preset="open_llama_3b_v3", dtype="float32")
     hub.break_after = {"pytorch_model-00001-of-00002.bin": [50_000]}
-    first = run(hub, tmp_path, program)
+    first = run_program(hub, tmp_path, program)
     assert first.returncode == 0, first.stderr
-    needed = {"tokenizer.model", *(n for n in hub_files if "pytorch_model" in n)}
-    assert set(hub.downloads()) == needed
+    required = {"tokenizer.model", *(n for n in hub_files if "pytorch_model" in n)}
+    assert set(hub.downloads()) == required
     assert first.stderr.count("one release") == 1  # the notice of 3b_v3
     assert "pytorch_model-00001-of-00002.bin:" in first.stderr  # a progress bar
 
     hub.requests.clear()
-    offline = run(hub, tmp_path, program, HF_HUB_OFFLINE="1")
+    offline = run_program(hub, tmp_path, program, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert not hub.requests
     assert offline.stdout == first.stdout
@@ -333,7 +335,7 @@ def test_a_registered_preset_is_downloaded_once_and_then_works_offline(
 
 @pytest.fixture
 def in_process(hub, monkeypatch, tmp_path):
-    """This process takes the server for the Hub."""
+    """Makes this process use the server as the Hub."""
     from huggingface_hub import constants
 
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -346,7 +348,7 @@ def in_process(hub, monkeypatch, tmp_path):
 
 
 def small_registry(monkeypatch, **changes):
-    """Lets `open_llama_3b_v2` have the architecture of the small repository."""
+    """Gives `open_llama_3b_v2` the architecture of the small repository."""
     known = presets.registry()["open_llama_3b_v2"]
     monkeypatch.setitem(
         presets.registry(),
@@ -356,7 +358,7 @@ def small_registry(monkeypatch, **changes):
 
 
 @pytest.mark.backend_free
-def test_a_repository_is_loaded_by_its_handle(in_process, theirs, inputs):
+def test_from_preset_loads_a_repository(in_process, theirs, inputs):
     import torch
 
     lm = OpenLlamaCausalLM.from_preset(f"hf://{HANDLE}", dtype="float32")
@@ -369,7 +371,7 @@ def test_a_repository_is_loaded_by_its_handle(in_process, theirs, inputs):
 
 
 @pytest.mark.backend_free
-def test_only_what_is_asked_for_is_downloaded(in_process, monkeypatch):
+def test_from_preset_downloads_only_required_files(in_process, monkeypatch):
     small_registry(monkeypatch)
     OpenLlamaTokenizer.from_preset("3b_v2")
     assert in_process.downloads() == ["tokenizer.model"]
@@ -378,7 +380,7 @@ def test_only_what_is_asked_for_is_downloaded(in_process, monkeypatch):
 
 
 @pytest.mark.backend_free
-def test_one_weight_format_is_downloaded(in_process, directory, hub_files):
+def test_from_preset_downloads_only_one_weight_format(in_process, directory, hub_files):
     safetensors = {
         path.name: path.read_bytes() for path in directory.glob("*safetensors*")
     }
@@ -388,11 +390,11 @@ def test_one_weight_format_is_downloaded(in_process, directory, hub_files):
 
 
 @pytest.mark.backend_free
-def test_a_revision_is_pinned(in_process, monkeypatch, hub_files):
+def test_from_preset_uses_the_revision(in_process, monkeypatch, hub_files):
     small_registry(monkeypatch)
     commit = in_process.publish(HANDLE, hub_files, branch="v1")
     in_process.publish(HANDLE, {"README.md": b"taken down"})
-    with pytest.raises(OSError, match=r"No weights found.*README\.md"):
+    with pytest.raises(OSError, match=r"No weights were found.*README\.md"):
         OpenLlamaBackbone.from_preset("open_llama_3b_v2")
     for revision in ("v1", commit):
         OpenLlamaBackbone.from_preset("open_llama_3b_v2", revision=revision)
@@ -401,7 +403,7 @@ def test_a_revision_is_pinned(in_process, monkeypatch, hub_files):
 
 
 @pytest.mark.backend_free
-def test_a_truncated_file_in_the_cache_is_named(in_process, tmp_path):
+def test_from_preset_names_a_truncated_file_of_the_cache(in_process, tmp_path):
     OpenLlamaBackbone.from_preset(f"hf://{HANDLE}")
     name = "pytorch_model-00002-of-00002.bin"
     shard = next((tmp_path / "cache").glob(f"**/snapshots/*/{name}")).resolve()
@@ -413,17 +415,19 @@ def test_a_truncated_file_in_the_cache_is_named(in_process, tmp_path):
 
 
 @pytest.mark.backend_free
-def test_the_other_versions_tokenizer_is_refused(in_process, monkeypatch, hub_files):
+def test_from_preset_rejects_the_tokenizer_of_another_version(
+    in_process, monkeypatch, hub_files
+):
     small_registry(monkeypatch)
     v1 = trained_model(keep_spaces=False)
     in_process.publish(HANDLE, {**hub_files, "tokenizer.model": v1})
     with pytest.raises(ValueError, match=r"tokenizer\.model merges runs of spaces"):
         OpenLlamaCausalLM.from_preset("open_llama_3b_v2")
-    OpenLlamaCausalLM.from_preset(f"hf://{HANDLE}")  # which promises no version
+    OpenLlamaCausalLM.from_preset(f"hf://{HANDLE}")  # Which has no expected version.
 
 
 @pytest.mark.backend_free
-def test_a_repository_in_keras_hub_format_is_loaded(in_process, saved, inputs):
+def test_from_preset_loads_a_repository_in_keras_hub_format(in_process, saved, inputs):
     files = {
         str(path.relative_to(saved)): path.read_bytes()
         for path in saved.rglob("*")
@@ -440,9 +444,7 @@ def test_a_repository_in_keras_hub_format_is_loaded(in_process, saved, inputs):
 
 
 @pytest.mark.backend_free
-def test_without_a_network_and_a_cache_the_file_and_its_address_are_named(
-    in_process, monkeypatch
-):
+def test_from_preset_without_network_and_cache_names_the_url(in_process, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -454,7 +456,7 @@ def test_without_a_network_and_a_cache_the_file_and_its_address_are_named(
 
 
 @pytest.mark.backend_free
-def test_the_notice_of_3b_v3_is_given_once(in_process):
+def test_from_preset_warns_once_of_3b_v3(in_process):
     load._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="one release") as warnings:
         for _ in range(2):

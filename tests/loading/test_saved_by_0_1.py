@@ -1,4 +1,4 @@
-"""What version 0.1.0 saved loads, and generates the text that it generated then."""
+"""Models that version 0.1.0 saved load, and generate the same text as before."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Under a `keras.distribution` variables are made already sharded."""
+"""`from_preset` under a `keras.distribution` creates sharded variables."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.loading import casting
 
 directory, kind, dtype = sys.argv[1:]
-casting._SMALL = 0  # so that the jitted casts run, too
+casting._SMALL = 0  # To test the jitted casts, too.
 devices = keras.distribution.list_devices()
 assert len(devices) == 8
 if kind == "model":
@@ -50,7 +50,7 @@ np.savez(
 
 
 @pytest.mark.parametrize("kind, dtype", [("model", "bfloat16"), ("data", "float32")])
-def test_each_device_gets_its_part(tmp_path, kind, dtype):
+def test_from_preset_gives_each_device_its_shard(tmp_path, kind, dtype):
     ours = as_ours(in_transformers(SHAPE), tmp_path, dtype=dtype)
     run_on_eight_devices(PROGRAM, tmp_path, kind, dtype)
     loaded = np.load(tmp_path / "loaded.npz")

@@ -1,4 +1,4 @@
-"""Models are built without weights, and filled with each weight once."""
+"""`without_weights` builds models whose values are assigned later, once."""
 
 import gc
 import resource
@@ -12,7 +12,11 @@ from keras_openllama.backend.keras_private import (
     stored_value,
     uninitialized_variables,
 )
-from keras_openllama.loading.uninitialized import fill, finish, without_weights
+from keras_openllama.loading.uninitialized import (
+    assign_value,
+    finish_loading,
+    without_weights,
+)
 
 SIZES = {
     "vocabulary_size": 50,
@@ -39,7 +43,7 @@ def numbers_for(variable):
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("name", FULL_SIZES)
-def test_full_size_presets_have_their_published_number_of_parameters(name):
+def test_without_weights_builds_full_size_presets_in_little_memory(name):
     preset = presets.registry()[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with without_weights():
@@ -47,16 +51,16 @@ def test_full_size_presets_have_their_published_number_of_parameters(name):
         model = OpenLlamaCausalLM(backbone, compile=False)
     assert model.count_params() == FULL_SIZES[name] == preset.parameters
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown < 500e6  # The smallest of the models has 13.7 GB.
+    assert grown < 500e6  # The smallest of the models takes 13.7 GB.
 
 
-def test_a_filled_model_holds_the_values_and_computes_with_them():
+def test_assign_value_gives_a_model_that_computes_with_the_values():
     with without_weights() as variables:
         model = OpenLlamaBackbone(**SIZES)
     assert all(stored_value(variable) is None for variable in model.weights)
     for variable in model.weights:
-        fill(variable, numbers_for(variable))
-    finish(model, variables)
+        assign_value(variable, numbers_for(variable))
+    finish_loading(model, variables)
 
     usual = OpenLlamaBackbone(**SIZES)
     for variable in usual.weights:
@@ -69,12 +73,12 @@ def test_a_filled_model_holds_the_values_and_computes_with_them():
     )
 
 
-def test_a_filled_model_trains_like_any_other():
+def test_finish_loading_gives_a_model_that_trains():
     with without_weights() as variables:
         model = OpenLlamaCausalLM(OpenLlamaBackbone(**SIZES), compile=False)
     for variable in model.weights:
-        fill(variable, numbers_for(variable))
-    finish(model, variables)
+        assign_value(variable, numbers_for(variable))
+    finish_loading(model, variables)
     model.compile(optimizer=keras.optimizers.SGD(0.1))
     x = {"token_ids": np.ones((2, 5), "int32"), "padding_mask": np.ones((2, 5), bool)}
     before = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
@@ -83,14 +87,14 @@ def test_a_filled_model_trains_like_any_other():
     assert any((a != b).any() for a, b in zip(after, before, strict=True))
 
 
-def test_torch_finds_the_parameters_of_a_filled_model():
+def test_finish_loading_registers_torch_parameters():
     if keras.config.backend() != "torch":
-        pytest.skip("Only PyTorch has parameters beside variables.")
+        pytest.skip("Only PyTorch has parameters in addition to variables.")
     with without_weights() as variables:
         model = OpenLlamaBackbone(**SIZES)
     for variable in model.weights:
-        fill(variable, numbers_for(variable))
-    finish(model, variables)
+        assign_value(variable, numbers_for(variable))
+    finish_loading(model, variables)
     own = {id(variable.value) for variable in model.weights}
     assert {id(parameter) for parameter in model.parameters()} == own
     usual = OpenLlamaBackbone(**SIZES)
@@ -99,7 +103,7 @@ def test_torch_finds_the_parameters_of_a_filled_model():
         assert names == [name for name, _ in built.named_parameters()]
 
 
-def test_keras_forgets_the_model_and_initialises_nothing_later():
+def test_without_weights_leaves_nothing_for_keras_to_initialize():
     before = uninitialized_variables()
     with without_weights():
         OpenLlamaBackbone(**SIZES)
@@ -109,24 +113,24 @@ def test_keras_forgets_the_model_and_initialises_nothing_later():
     after = uninitialized_variables()
     assert after == before
     gc.collect()
-    usual = OpenLlamaBackbone(**SIZES)  # and building goes on as usual
+    usual = OpenLlamaBackbone(**SIZES)  # Models are built as usual again.
     assert all(stored_value(variable) is not None for variable in usual.weights)
 
 
-def test_a_weight_is_filled_once_and_none_is_forgotten():
+def test_finish_loading_requires_exactly_one_value_per_weight():
     with without_weights() as variables:
         model = OpenLlamaBackbone(**SIZES)
     first, *others = model.weights
-    with pytest.raises(ValueError, match=r"Received a value of shape \(3,\)"):
-        fill(first, keras.ops.zeros((3,)))
-    fill(first, numbers_for(first))
+    with pytest.raises(ValueError, match=r"Received: a value of shape \(3,\)"):
+        assign_value(first, keras.ops.zeros((3,)))
+    assign_value(first, numbers_for(first))
     with pytest.raises(ValueError, match="already"):
-        fill(first, numbers_for(first))
+        assign_value(first, numbers_for(first))
     with pytest.raises(RuntimeError, match=others[0].path):
-        finish(model, variables)
+        finish_loading(model, variables)
 
 
-def test_states_that_are_no_weights_are_initialised():
+def test_finish_loading_initializes_states_that_are_not_weights():
     with without_weights() as variables:
         inputs = keras.Input((4,))
         outputs = keras.layers.Dense(2, use_bias=False)(
@@ -134,13 +138,13 @@ def test_states_that_are_no_weights_are_initialised():
         )
         model = keras.Model(inputs, outputs)
     for variable in model.weights:
-        fill(variable, numbers_for(variable))
-    finish(model, variables)
+        assign_value(variable, numbers_for(variable))
+    finish_loading(model, variables)
     assert all(stored_value(variable) is not None for variable in model.variables)
     model(np.ones((1, 4)), training=True)
 
 
-def test_a_model_cannot_be_loaded_in_a_stateless_scope():
+def test_without_weights_raises_in_a_stateless_scope():
     with keras.StatelessScope(), pytest.raises(RuntimeError, match="StatelessScope"):
         with without_weights():
             pass

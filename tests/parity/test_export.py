@@ -1,4 +1,4 @@
-"""What is exported computes in transformers what it computes here."""
+"""Exported models compute the same in transformers as in Keras."""
 
 import json
 
@@ -16,12 +16,12 @@ GREEDY = [shape for shape in SHAPES if shape.name != "multi_head"]
 
 
 def in_transformers(directory):
-    """Loaded with no other argument, as a user would."""
+    """Loads a model without further arguments, as a user would."""
     return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 def greedy(model, prompt, count):
-    """The next tokens that transformers chooses."""
+    """Returns the prompt and the greedy continuation of transformers."""
     ids = torch.tensor(prompt)[None]
     out = model.generate(
         ids,
@@ -34,7 +34,7 @@ def greedy(model, prompt, count):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_agree(shape, tmp_path):
+def test_logits_of_an_export_match(shape, tmp_path):
     lm = random_lm(shape)
     lm.export_to_transformers(tmp_path / "out")
     ids = batch(shape, length=60)
@@ -44,7 +44,7 @@ def test_logits_agree(shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", GREEDY, ids=str)
-def test_200_greedy_tokens_agree(shape, tmp_path):
+def test_generate_matches_200_greedy_tokens_of_an_export(shape, tmp_path):
     lm = random_lm(shape)
     lm.export_to_transformers(tmp_path / "out")
     prompt = batch(shape, 1, 8)
@@ -54,7 +54,7 @@ def test_200_greedy_tokens_agree(shape, tmp_path):
     assert ours["token_ids"][0].tolist() == expected
 
 
-def test_nano_agrees_and_so_does_its_tokenizer(tmp_path):
+def test_export_of_nano_matches_with_its_tokenizer(tmp_path):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     lm.export_to_transformers(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -71,7 +71,7 @@ def test_nano_agrees_and_so_does_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
-def test_rope_scaling_is_exported(kind, tmp_path):
+def test_export_preserves_rope_scaling(kind, tmp_path):
     shape = TinyShape("scaled", 4, 2, 16, context=32)
     lm = random_lm(
         shape,
@@ -79,14 +79,16 @@ def test_rope_scaling_is_exported(kind, tmp_path):
         rope_max_wavelength=50_000.0,
     )
     lm.export_to_transformers(tmp_path / "out")
-    ids = batch(shape, length=50)  # Beyond the context, where the two kinds differ.
+    ids = batch(
+        shape, length=50
+    )  # Longer than the context, where the two kinds differ.
     with torch.no_grad():
         expected = in_transformers(tmp_path / "out")(torch.tensor(ids)).logits
     assert_close(lm.score(ids), expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_dtype_written_is_the_one_stated(dtype, tmp_path):
+def test_export_writes_the_dtype_of_config_json(dtype, tmp_path):
     lm = random_lm(SHAPES[0])
     lm.export_to_transformers(tmp_path / "out", dtype=dtype)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -100,7 +102,7 @@ def test_the_dtype_written_is_the_one_stated(dtype, tmp_path):
     assert torch.equal(theirs, torch.tensor(ours).to(getattr(torch, dtype)))
 
 
-def test_merged_adapters_that_float16_cannot_hold_are_refused(tmp_path):
+def test_export_rejects_merged_adapters_beyond_float16(tmp_path):
     lm = random_lm(SHAPES[2], dtype="float16")
     lm.backbone.enable_lora(2)
     for weight in lm.trainable_weights:
@@ -111,14 +113,16 @@ def test_merged_adapters_that_float16_cannot_hold_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_lora_adapters_are_merged(dtype, tmp_path):
+def test_export_merges_lora_adapters(dtype, tmp_path):
     lm = random_lm(SHAPES[2], dtype=dtype)
     lm.backbone.enable_lora(2)
     random = np.random.default_rng(0)
-    for weight in lm.trainable_weights:  # One of each pair begins as zeros.
+    for (
+        weight
+    ) in lm.trainable_weights:  # One factor of each pair is initialized with zeros.
         weight.assign(0.1 * random.standard_normal(weight.shape))
     lm.export_to_transformers(tmp_path / "out")
-    # In float32, whatever this model computes in: its weights are float32.
+    # Compared in float32, the dtype of the weights, for each compute dtype.
     wide = random_lm(SHAPES[2])
     wide.backbone.enable_lora(2)
     for ours, theirs in zip(wide.weights, lm.weights, strict=True):
@@ -130,7 +134,7 @@ def test_lora_adapters_are_merged(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("keep_spaces", [True, False], ids=["v2", "v1"])
-def test_auto_tokenizer_pads_on_the_left_and_masks(keep_spaces, tmp_path):
+def test_auto_tokenizer_of_an_export_pads_on_the_left_and_masks(keep_spaces, tmp_path):
     lm = random_lm(SHAPES[0], trained_model(keep_spaces))
     lm.export_to_transformers(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

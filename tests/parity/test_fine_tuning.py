@@ -1,4 +1,4 @@
-"""Adapters take the steps of `peft` with `torch.optim.AdamW`, on responses alone."""
+"""`fit` with LoRA on responses has the losses of `peft` with `torch.optim.AdamW`."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,17 @@ from keras_openllama.optimizers import AdamW
 
 peft = pytest.importorskip("peft")
 
-STEPS, ROWS, LENGTH, RATE = 20, 4, 32, 1e-2
+STEPS, BATCH_SIZE, LENGTH, RATE = 20, 4, 32, 1e-2
 
 
 def batches(shape):
-    """Ids of few tokens, so that there is something to learn, and prompts' lengths."""
+    """Returns ids of 32 different tokens, which can be learned, and prompt lengths."""
     random = np.random.default_rng(0)
     return [
-        (3 + batch(shape, ROWS, LENGTH, seed) % 32, random.integers(1, LENGTH, ROWS))
+        (
+            3 + batch(shape, BATCH_SIZE, LENGTH, seed) % 32,
+            random.integers(1, LENGTH, BATCH_SIZE),
+        )
         for seed in range(STEPS)
     ]
 
@@ -45,7 +48,7 @@ def losses_of_ours(lm, batches):
     for ids, prompts in batches:
         x = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, 1:])}
         weights = (np.arange(1, LENGTH)[None] >= prompts[:, None]).astype("float32")
-        options = dict(batch_size=ROWS, verbose=0)
+        options = dict(batch_size=BATCH_SIZE, verbose=0)
         history = lm.fit(x, ids[:, 1:], sample_weight=weights, **options).history
         losses.append(history["loss"][0])
     return losses
@@ -53,11 +56,13 @@ def losses_of_ours(lm, batches):
 
 @pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
-def test_each_of_20_steps_with_adapters_has_the_loss_of_peft(shape, targets, tmp_path):
+def test_fit_with_adapters_has_the_losses_of_peft_for_20_steps(
+    shape, targets, tmp_path
+):
     base = in_transformers(shape)
     ours = as_ours(base, tmp_path / "base")
     ours.backbone.enable_lora(4, list(targets), alpha=8)
-    ours.save_adapters(tmp_path / "adapters")  # The same start.
+    ours.save_adapters(tmp_path / "adapters")  # Both start with the same adapters.
     theirs = peft.PeftModel.from_pretrained(
         base, tmp_path / "adapters", is_trainable=True
     )
@@ -67,7 +72,7 @@ def test_each_of_20_steps_with_adapters_has_the_loss_of_peft(shape, targets, tmp
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_each_of_20_steps_of_full_fine_tuning_has_the_loss_of_transformers(tmp_path):
+def test_fit_of_all_weights_has_the_losses_of_transformers_for_20_steps(tmp_path):
     theirs = in_transformers(SHAPES[2])
     ours = as_ours(theirs, tmp_path)
     expected = losses_of_theirs(theirs, batches(SHAPES[2]))

@@ -1,4 +1,4 @@
-"""Training takes the steps of `transformers` with `torch.optim.AdamW`."""
+"""`fit` has the losses of `transformers` with `torch.optim.AdamW`."""
 
 import math
 
@@ -9,12 +9,12 @@ from tiny_models import SHAPES, as_ours, batch, in_transformers
 
 from keras_openllama.optimizers import AdamW, WarmupCosine
 
-STEPS, ROWS, LENGTH = 20, 4, 32
+STEPS, BATCH_SIZE, LENGTH = 20, 4, 32
 PEAK, FINAL, WARMUP_STEPS = 3e-3, 3e-4, 5
 
 
 def factor(step):
-    """The learning rate of a step, as a part of the peak."""
+    """Returns the learning rate of a step, relative to the peak."""
     if step + 1 < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     along = (step + 1 - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
@@ -47,17 +47,17 @@ def losses_of_ours(lm, batches):
     losses = []
     for ids in batches:
         x = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, 1:])}
-        history = lm.fit(x, ids[:, 1:], batch_size=ROWS, verbose=0).history
+        history = lm.fit(x, ids[:, 1:], batch_size=BATCH_SIZE, verbose=0).history
         losses.append(history["loss"][0])
     return losses
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
-def test_each_of_20_steps_has_the_loss_of_transformers(shape, tmp_path):
+def test_fit_has_the_losses_of_transformers_for_20_steps(shape, tmp_path):
     theirs = in_transformers(shape)
     ours = as_ours(theirs, tmp_path)
-    # Of few tokens, so that there is something to learn.
-    batches = [3 + batch(shape, ROWS, LENGTH, seed) % 32 for seed in range(STEPS)]
+    # Only 32 different tokens, so that the loss can decrease.
+    batches = [3 + batch(shape, BATCH_SIZE, LENGTH, seed) % 32 for seed in range(STEPS)]
     expected = losses_of_theirs(theirs, batches)
     assert expected[-1] < 0.8 * expected[0], "the reference does not learn"
     np.testing.assert_allclose(losses_of_ours(ours, batches), expected, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The network computes what `transformers.LlamaForCausalLM` computes."""
+"""The model computes what `transformers.LlamaForCausalLM` computes."""
 
 import keras
 import numpy as np
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.parametrize("pair", SHAPES, ids=str, indirect=True)
 
 @pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
-    """A shape, the reference, and ours with the same weights."""
+    """A shape, the reference, and the Keras model with the same weights."""
     theirs = in_transformers(request.param)
     ours = as_ours(theirs, tmp_path_factory.mktemp(request.param.name))
     return request.param, theirs, ours
 
 
-def test_logits_agree(pair):
+def test_logits_match_transformers(pair):
     shape, theirs, ours = pair
     ids = batch(shape, length=100)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def test_logits_agree(pair):
     assert_close(ours.score(ids), expected)
 
 
-def test_logits_agree_on_padded_rows(pair):
+def test_logits_of_padded_sequences_match_transformers(pair):
     shape, theirs, ours = pair
     ids = batch(shape, length=40)
     mask = padded([40, 23, 1], 40)
@@ -40,21 +40,21 @@ def test_logits_agree_on_padded_rows(pair):
     assert_close(ours[mask], expected[mask])
 
 
-def test_each_layer_agrees(pair):
+def test_output_of_each_layer_matches_transformers(pair):
     shape, theirs, ours = pair
     ids = batch(shape, length=30)
     with torch.no_grad():
         reference = theirs.model(torch.tensor(ids), output_hidden_states=True)
     seen = []
 
-    def look(x, index):
+    def record(x, index):
         seen.append(x)
         return x
 
     mask = np.ones_like(ids, "bool")
-    ours.score(ids, mask, layer_intercept_fn=look)
+    ours.score(ids, mask, layer_intercept_fn=record)
     names = ["embedding", *(f"layer {i}" for i in range(shape.num_layers))]
-    # transformers gives its last layer only behind the final norm.
+    # transformers returns the output of the last layer only after the final norm.
     for name, x, expected in zip(
         names[:-1], seen[:-1], reference.hidden_states[:-1], strict=True
     ):
@@ -63,7 +63,7 @@ def test_each_layer_agrees(pair):
     assert_close(normed, reference.last_hidden_state, where="final norm")
 
 
-def test_parts_of_a_layer_agree(pair):
+def test_sublayers_match_transformers(pair):
     shape, theirs, ours = pair
     ours, theirs = ours.backbone.transformer_layers[0], theirs.model.layers[0]
     x = np.random.default_rng(1).normal(size=(2, 9, shape.hidden_dim)).astype("float32")
@@ -80,7 +80,7 @@ def test_parts_of_a_layer_agree(pair):
             )
 
 
-def test_200_greedy_tokens_are_identical(pair):
+def test_generate_matches_200_greedy_tokens_of_transformers(pair):
     shape, theirs, ours = pair
     ids = batch(shape, batch_size=2, length=10)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_200_greedy_tokens_are_identical(pair):
     np.testing.assert_array_equal(outputs["token_ids"], expected)
 
 
-def test_200_greedy_tokens_of_a_padded_batch_are_identical(pair):
+def test_generate_of_a_padded_batch_matches_200_greedy_tokens_of_transformers(pair):
     shape, theirs, ours = pair
     ids, mask = batch(shape, 2, length=12), padded([12, 7], 12)
     outputs = ours.generate(

@@ -1,1 +1,1 @@
-"""Container formats of tensors: safetensors, torch zip and pickle, msgpack."""
+"""Container formats of tensors: safetensors, PyTorch's zip and pickle, msgpack."""

@@ -1,22 +1,25 @@
-"""EasyLM's and Flax's msgpack files, read where they lie.
+"""Reads msgpack files of EasyLM and Flax, by memory-mapping their arrays.
 
-EasyLM streams: the file is a row of records `[key, bytes]`, where the key is a list of
-strings and the bytes are Flax's msgpack of one array. Flax itself writes one nested
-map of arrays. An array is an extension of type 1 that holds `[shape, dtype, bytes]`;
-Flax cuts those of more than 1 GB into chunks.
+EasyLM writes a stream of records `[key, bytes]`, where the key is a list of strings and
+the bytes are Flax's msgpack encoding of one array. Flax itself writes one nested map of
+arrays. An array is an extension of type 1 that contains `[shape, dtype, bytes]`. Flax
+splits arrays of more than 1 GB into chunks.
 
-Read here rather than with the `msgpack` library, which copies each array several times
-and cannot say where in the file it lies.
+The `msgpack` library is not used because it copies each array several times and does
+not report the offset of an array in the file.
 
 Sources: https://github.com/msgpack/msgpack/blob/master/spec.md,
 https://github.com/young-geng/EasyLM/blob/main/EasyLM/checkpoint.py,
 https://github.com/google/flax/blob/main/flax/serialization.py
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import math
 import struct
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints.tensors import (
     JoinedTensor,
@@ -25,56 +28,60 @@ from keras_openllama.checkpoints.tensors import (
     contiguous_strides,
     is_shape,
 )
+from keras_openllama.utils.types import PathLike
 
-ARRAY = 1  # Flax's type of extension for an array.
+if TYPE_CHECKING:
+    from keras_openllama.checkpoints.tensors import StoredTensor
+
+ARRAY = 1  # Flax's extension type of an array.
 _CHUNKED = "__msgpack_chunked_array__"
-# How files begin that people take for one of EasyLM.
-_OTHERS = {
+# Tests for other formats, which users may mistake for EasyLM's.
+_OTHER_FORMATS = {
     "a safetensors file": lambda file: file.bytes(8, 1) == b"{",
     "a PyTorch file": lambda file: file.bytes(0, 2) == b"PK",
     "a JSON file": lambda file: file.bytes(0, 1) == b"{",
     "an HDF5 file of Keras": lambda file: file.bytes(1, 3) == b"HDF",
 }
-# The dtypes that Flax may name, and the bytes of an element.
+# The dtypes of Flax, and the size of an element in bytes.
 _ITEMSIZES = {
     "bool": 1,
     **{f"{sign}int{8 * size}": size for sign in ("", "u") for size in (1, 2, 4, 8)},
     **{"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8},
     **{"complex64": 8, "complex128": 16},
 }
-# Ours: values in a file at most. A train state of 13B has some ten thousand.
-_MOST_VALUES = 1 << 20
+# Heuristic: the largest number of values in a file. A train state of 13B has some ten
+# thousand.
+_MAX_VALUES = 1 << 20
 
 
-def read(path):
-    """Describes the arrays of a file of EasyLM or Flax; none is read yet.
+def read_msgpack(path: PathLike) -> dict[tuple[str, ...], StoredTensor]:
+    """Opens a file of EasyLM or Flax and lists its arrays, without reading them.
 
     Args:
-        path: path of the file.
+        path: Path of the file.
 
     Returns:
-        Dict of `tensors.StoredTensor`s by key, a tuple of strings.
+        The arrays by key, a tuple of strings.
 
     Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if the file is truncated, damaged or something else. The message
+        OSError: If the file cannot be opened.
+        ValueError: If the file is truncated, damaged or in another format. The message
             names the file.
 
     Example:
-
-    ```python
-    tensors = msgpack.read("streaming_params")
-    tensors["transformer", "wte", "embedding"].array()
-    ```
+        tensors = read_msgpack("streaming_params")
+        tensors["transformer", "wte", "embedding"].array()
     """
     file = MappedFile(path)
     try:
         return _read(file)
     except (ValueError, RecursionError) as error:
-        other = next((o for o, holds in _OTHERS.items() if holds(file)), None)
+        other = next(
+            (name for name, matches in _OTHER_FORMATS.items() if matches(file)), None
+        )
         remedy = file.remedy
         if other:
-            remedy = f"It looks like {other}: give the directory that it is in."
+            remedy = f"It looks like {other}: pass its directory instead."
         raise ValueError(
             f"{file.path} ({file.size:,} bytes) cannot be read as a msgpack file of "
             f"EasyLM: {error}. {remedy}"
@@ -86,14 +93,14 @@ def _read(file):
     if _is_map(file.bytes(0, 1)[0]):
         leaves = _leaves(reader.value())
         if reader.position != file.size:
-            raise ValueError(f"something follows its map at byte {reader.position:,}")
+            raise ValueError(f"unexpected data after its map at {reader.position:,}")
     else:
         leaves = _records(reader)
     tensors = {}
     for key, leaf in leaves:
-        if isinstance(leaf, (_Array, _Chunked)):
+        if isinstance(leaf, (_Array, _ChunkedArray)):
             if key in tensors:
-                raise ValueError(f"{'/'.join(key)} is in it twice")
+                raise ValueError(f"it contains {'/'.join(key)} twice")
             tensors[key] = leaf.stored("/".join(key), file)
     return tensors
 
@@ -103,33 +110,33 @@ def _is_map(first):
 
 
 def _records(reader):
-    """Key and value of each record of a stream."""
+    """Yields key and value of each record of a stream."""
     while reader.position < reader.end:
         start = reader.position
         record = reader.value()
         if not isinstance(record, list) or len(record) != 2:
-            raise ValueError(f"byte {start:,} begins no pair of a key and bytes")
+            raise ValueError(f"the value at byte {start:,} is not a pair [key, bytes]")
         key, value = record
         if not isinstance(key, list) or not all(map(_is_name, key)):
-            raise ValueError(f"byte {start:,} begins a pair without a key of strings")
-        if not isinstance(value, _Bytes):
-            raise ValueError(f"{'/'.join(key)} is no bytes")
+            raise ValueError(f"the key at byte {start:,} is not a list of strings")
+        if not isinstance(value, _ByteRange):
+            raise ValueError(f"the value of {'/'.join(key)} is not of type bytes")
         inner = reader.within(value)
-        leaf = _joined(inner.value())
+        leaf = _chunked_or_node(inner.value())
         if inner.position != inner.end:
-            raise ValueError(f"something follows the value of {'/'.join(key)}")
+            raise ValueError(f"unexpected data after the value of {'/'.join(key)}")
         yield tuple(key), leaf
 
 
 def _leaves(node, key=()):
-    """Key and value of each leaf of a nested map."""
-    node = _joined(node)
+    """Yields key and value of each leaf of a nested map."""
+    node = _chunked_or_node(node)
     if not isinstance(node, dict):
         yield key, node
         return
     for name, child in node.items():
         if not _is_name(name):
-            raise ValueError(f"a key of its map is {name!r}")
+            raise ValueError(f"its map has the invalid key {name!r}")
         yield from _leaves(child, (*key, name))
 
 
@@ -138,7 +145,7 @@ def _is_name(key):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bytes:
+class _ByteRange:
     """A range of the file."""
 
     start: int
@@ -147,10 +154,10 @@ class _Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """An array: where its elements lie, and what they are."""
+    """An array in one range of the file that begins at `start`."""
 
     start: int
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: str
 
     def stored(self, name, file):
@@ -159,42 +166,42 @@ class _Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chunked:
-    """An array in several pieces."""
+class _ChunkedArray:
+    """An array in several chunks."""
 
-    shape: tuple
-    chunks: list
+    shape: tuple[int, ...]
+    chunks: list[_Array]
 
     def stored(self, name, file):
         parts = [chunk.stored(name, file) for chunk in self.chunks]
         found = sum(math.prod(part.shape) for part in parts)
         if found != math.prod(self.shape) or len({part.dtype for part in parts}) != 1:
             raise ValueError(
-                f"{name} has {found:,} elements in its chunks for shape {self.shape}"
+                f"the chunks of {name} have {found:,} elements for shape {self.shape}"
             )
         return JoinedTensor(name, self.shape, parts)
 
 
-def _joined(node):
-    """Flax's map for an array in chunks as one leaf; anything else as it is."""
+def _chunked_or_node(node):
+    """Converts Flax's map of a chunked array to a leaf; other nodes are unchanged."""
     if not isinstance(node, dict) or _CHUNKED not in node:
         return node
-    shape, chunks = (_row(node.get(part)) for part in ("shape", "chunks"))
+    shape, chunks = (_list_of(node.get(part)) for part in ("shape", "chunks"))
     if not is_shape(shape) or not chunks:
-        raise ValueError("an array in chunks has an impossible shape")
+        raise ValueError("a chunked array has an invalid shape")
     if not all(isinstance(c, _Array) and len(c.shape) == 1 for c in chunks):
-        raise ValueError("an array in chunks has a chunk that is no row of numbers")
-    return _Chunked(tuple(shape), chunks)
+        raise ValueError("a chunk of an array is not one-dimensional")
+    return _ChunkedArray(tuple(shape), chunks)
 
 
-def _row(node):
-    """A list that Flax wrote as a map from "0", "1" and so on."""
+def _list_of(node):
+    """Converts a list that Flax wrote as a map with the keys "0", "1" and so on."""
     if not isinstance(node, dict) or set(node) != set(map(str, range(len(node)))):
-        raise ValueError("an array in chunks lacks its shape or chunks")
+        raise ValueError("a chunked array has no shape or no chunks")
     return [node[str(i)] for i in range(len(node))]
 
 
-# By first byte: what follows, and the struct format of its length or value.
+# By first byte: the kind of value, and the struct format of its length or number.
 FORMATS = {
     0xC4: ("bin", "B"),
     0xC5: ("bin", "H"),
@@ -217,26 +224,28 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 class _Reader:
-    """Parses msgpack between two positions of a file, without copying its bytes."""
+    """Parses msgpack between two positions of a file, without copying binary data."""
 
-    def __init__(self, file, position, end, budget=None):
+    def __init__(self, file, position, end, counter=None):
         self.file = file
         self.position = position
         self.end = end
-        # Values that may still be read; readers within others share it.
-        self._budget = itertools.count() if budget is None else budget
+        # Counts the values of this reader and of those that `within` returned.
+        self._counter = itertools.count() if counter is None else counter
 
-    def within(self, span):
-        """A reader for the msgpack that some bytes hold."""
-        return _Reader(self.file, span.start, span.end, self._budget)
+    def within(self, span: _ByteRange) -> _Reader:
+        """Returns a reader of the msgpack in a range of bytes."""
+        return _Reader(self.file, span.start, span.end, self._counter)
 
-    def value(self):
-        """The next value: `None`, bool, number, string, list, dict, `_Bytes`, `_Array`.
+    def value(self) -> Any:
+        """Parses the next value.
 
-        Extensions of other types are `_Bytes`.
+        Returns:
+            `None`, bool, number, string, list or dict; `_Array` for an array;
+            `_ByteRange` for bytes and other extensions.
         """
-        if next(self._budget) > _MOST_VALUES:
-            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
+        if next(self._counter) > _MAX_VALUES:
+            raise ValueError(f"it contains more than {_MAX_VALUES:,} values")
         first = self._unpack("B")
         if first < 0x80:
             return first
@@ -244,7 +253,7 @@ class _Reader:
             return first - 0x100
         if first in _CONSTANTS:
             return _CONSTANTS[first]
-        if first < 0xC0:  # Short ones, with their length in the same byte.
+        if first < 0xC0:  # Short values, with their length in the same byte.
             if first >= 0xA0:
                 return self._string(first & 0x1F)
             kind = self._list if first >= 0x90 else self._map
@@ -252,19 +261,19 @@ class _Reader:
         if 0xD4 <= first <= 0xD8:
             return self._extension(1 << (first - 0xD4))
         if first not in FORMATS:
-            raise ValueError(f"byte {self.position - 1:,} is no msgpack")
+            raise ValueError(f"byte {self.position - 1:,} is not valid msgpack")
         kind, code = FORMATS[first]
         number = self._unpack(code)
         if kind == "number":
             return number
-        read = {
+        parse = {
             "bin": self._skip,
             "ext": self._extension,
             "str": self._string,
             "list": self._list,
             "map": self._map,
         }
-        return read[kind](number)
+        return parse[kind](number)
 
     def _unpack(self, code):
         span = self._skip(struct.calcsize(code))
@@ -275,10 +284,10 @@ class _Reader:
         start, self.position = self.position, self.position + length
         if self.position > self.end:
             raise ValueError(
-                f"{length:,} bytes are due at byte {start:,}, and there are "
-                f"{self.end - start:,}"
+                f"{length:,} bytes are expected at byte {start:,}, but only "
+                f"{self.end - start:,} are left"
             )
-        return _Bytes(start, self.position)
+        return _ByteRange(start, self.position)
 
     def _string(self, length):
         span = self._skip(length)
@@ -294,13 +303,16 @@ class _Reader:
         for _ in range(count):
             key = self.value()
             if not isinstance(key, (str, int)) or key in result:
-                raise ValueError(f"a map has the key {key!r}, or has it twice")
+                raise ValueError(f"a map has the invalid or duplicate key {key!r}")
             result[key] = self.value()
         return result
 
     def _check_count(self, count):
         if count > self.end - self.position:  # Each takes at least one byte.
-            raise ValueError(f"{count:,} values are due at byte {self.position:,}")
+            raise ValueError(
+                f"{count:,} values are expected at byte {self.position:,}, but only "
+                f"{self.end - self.position:,} bytes are left"
+            )
 
     def _extension(self, length):
         kind = self._unpack("b")
@@ -310,12 +322,14 @@ class _Reader:
         inner = self.within(span)
         parts = inner.value()
         if not isinstance(parts, list) or len(parts) != 3 or inner.position != span.end:
-            raise ValueError(f"the array at byte {span.start:,} is none of Flax's")
+            raise ValueError(
+                f"the array at byte {span.start:,} was not written by Flax"
+            )
         shape, dtype, data = parts
         if not isinstance(shape, list) or not is_shape(shape):
-            raise ValueError(f"the array at byte {span.start:,} has no possible shape")
+            raise ValueError(f"the array at byte {span.start:,} has an invalid shape")
         known = isinstance(dtype, str) and dtype in _ITEMSIZES
-        if not known or not isinstance(data, _Bytes):
+        if not known or not isinstance(data, _ByteRange):
             raise ValueError(f"the array at byte {span.start:,} has dtype {dtype!r}")
         if data.end - data.start != math.prod(shape) * _ITEMSIZES[dtype]:
             raise ValueError(

@@ -1,112 +1,148 @@
-"""EasyLM's and Flax's msgpack files, written piece by piece.
+"""Writes msgpack files of EasyLM and Flax, one array at a time.
 
-What stands around the arrays is made first; their elements are written as they come,
-so that none is in memory longer than it takes. See `msgpack` for the formats.
+The bytes around the arrays are computed first, so that the arrays can be streamed. See
+`msgpack` for the formats.
 """
 
 import itertools
 import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO
+
+from numpy.typing import NDArray
 
 from keras_openllama.checkpoints import array_io
 from keras_openllama.checkpoints.files.msgpack import ARRAY, FORMATS
 from keras_openllama.checkpoints.tensors import dense_bytes
 
-_LARGEST_ARRAY = (1 << 32) - 1024  # What a length can say, less room for the heads.
+# The largest length of 32 bits, less space for the headers inside an extension.
+_MAX_ARRAY_BYTES = (1 << 32) - 1024
+
+# Shape and dtype of each array, by key.
+ArraySpecs = Mapping[tuple[str, ...], tuple[tuple[int, ...], str]]
 
 
-def pieces(specs, streaming=True):
-    """What a file is made of: for each array what stands before its elements.
+def array_headers(
+    specs: ArraySpecs, streaming: bool = True
+) -> Iterator[tuple[bytes, tuple[str, ...]]]:
+    """Yields the bytes that precede the elements of each array in a file.
 
     Args:
-        specs: dict by key, a tuple of strings, of `(shape, dtype)`.
-        streaming: bool, EasyLM's stream of records rather than Flax's nested map.
+        specs: Shape and dtype of each array, by key.
+        streaming: Whether the file is EasyLM's stream of records rather than Flax's
+            nested map.
 
     Yields:
-        `(head, key)`: bytes, and the key of the array whose elements follow them.
+        `(header, key)`: the bytes, and the key of the array whose elements follow.
 
     Raises:
-        ValueError: if an array is larger than msgpack can hold.
+        ValueError: If an array is too large for msgpack.
     """
     if streaming:
         for key, (shape, dtype) in specs.items():
-            array = _array_head(key, shape, dtype)
+            array = _array_header(key, shape, dtype)
             length = len(array) + dense_bytes(shape, dtype)
-            yield b"\x92" + _key(key) + _head("bin", length) + array, key
+            yield b"\x92" + _key(key) + _header("bin", length) + array, key
     else:
-        yield from _map_pieces(specs, 0)
+        yield from _map_headers(specs, 0)
 
 
-def size(specs, streaming=True):
-    """Bytes of the file that `write` writes."""
-    heads = sum(len(head) for head, _ in pieces(specs, streaming))
-    return heads + sum(itertools.starmap(dense_bytes, specs.values()))
-
-
-def write(file, specs, values, streaming=True):
-    """Writes arrays, one at a time.
+def msgpack_size(specs: ArraySpecs, streaming: bool = True) -> int:
+    """Returns the size in bytes of the file that `write_msgpack` writes.
 
     Args:
-        file: binary file, open for writing.
-        specs, streaming: see `pieces`.
-        values: iterable of NumPy arrays, in the order of `specs`; each is cast.
+        specs: Shape and dtype of each array, by key.
+        streaming: As for `array_headers`.
+
+    Returns:
+        The size of headers and arrays.
+
+    Example:
+        >>> msgpack_size({("ln_f", "kernel"): ((64,), "float32")})
+        291
+    """
+    headers = sum(len(header) for header, _ in array_headers(specs, streaming))
+    return headers + sum(itertools.starmap(dense_bytes, specs.values()))
+
+
+def write_msgpack(
+    file: BinaryIO,
+    specs: ArraySpecs,
+    values: Iterable[NDArray],
+    streaming: bool = True,
+) -> None:
+    """Writes a file, one array at a time.
+
+    Args:
+        file: Binary file that is open for writing.
+        specs: Shape and dtype of each array, by key.
+        values: The arrays in the order of `specs`. Each is cast to its dtype.
+        streaming: As for `array_headers`.
 
     Raises:
-        ValueError: if an array is larger than msgpack can hold, or a value beyond the
-            range of float16.
-        OSError: if the file cannot be written.
+        ValueError: If an array is too large for msgpack, or a value exceeds the range
+            of its dtype.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> import numpy as np
+        >>> specs = {("ln_f", "kernel"): ((64,), "float32")}
+        >>> with open("params", "wb") as file:
+        ...     write_msgpack(file, specs, [np.ones(64)])
     """
-    for (head, key), value in zip(pieces(specs, streaming), values, strict=True):
-        file.write(head)
-        array_io.write(file, value, *specs[key])
+    headers = array_headers(specs, streaming)
+    for (header, key), value in zip(headers, values, strict=True):
+        file.write(header)
+        array_io.write_array(file, value, *specs[key])
 
 
-def _map_pieces(specs, depth):
-    """The pieces of the map of what follows a common part of the keys."""
+def _map_headers(specs, depth):
+    """Yields the headers of a nested map whose keys share `depth` leading names."""
     groups = itertools.groupby(specs.items(), key=lambda item: item[0][depth])
     children = {name: dict(items) for name, items in groups}
     if sum(map(len, children.values())) != len(specs):
-        raise ValueError("keys that begin alike must stand together")
-    head = _head("map", len(children))
+        raise ValueError("keys with a common prefix must be adjacent")
+    header = _header("map", len(children))
     for name, inner in children.items():
-        head += _string(name)
+        header += _string(name)
         first = next(iter(inner))
         if len(first) == depth + 1:
-            yield head + _array_head(first, *inner[first]), first
-            head = b""
+            yield header + _array_header(first, *inner[first]), first
+            header = b""
             continue
-        for more, key in _map_pieces(inner, depth + 1):
-            yield head + more, key
-            head = b""
+        for inner_header, key in _map_headers(inner, depth + 1):
+            yield header + inner_header, key
+            header = b""
 
 
 def _key(key):
-    return _head("list", len(key)) + b"".join(map(_string, key))
+    return _header("list", len(key)) + b"".join(map(_string, key))
 
 
 def _string(text):
     data = text.encode("utf-8")
-    return _head("str", len(data)) + data
+    return _header("str", len(data)) + data
 
 
-def _array_head(key, shape, dtype):
-    """All of an array's extension but its elements."""
+def _array_header(key, shape, dtype):
+    """Returns the extension of an array without its elements."""
     nbytes = dense_bytes(shape, dtype)
-    if nbytes > _LARGEST_ARRAY:
+    if nbytes > _MAX_ARRAY_BYTES:
         raise ValueError(
-            f"{'/'.join(key)} has {nbytes:,} bytes, and msgpack holds at most 4 GB in "
-            "one array. Write it in a smaller dtype."
+            f"{'/'.join(key)} has {nbytes:,} bytes, and msgpack stores at most 4 GB in "
+            "one array. Use a smaller dtype."
         )
-    inner = b"\x93" + _head("list", len(shape))
-    inner += b"".join(map(_number, shape)) + _string(dtype) + _head("bin", nbytes)
-    return _head("ext", len(inner) + nbytes) + struct.pack(">b", ARRAY) + inner
+    inner = b"\x93" + _header("list", len(shape))
+    inner += b"".join(map(_number, shape)) + _string(dtype) + _header("bin", nbytes)
+    return _header("ext", len(inner) + nbytes) + struct.pack(">b", ARRAY) + inner
 
 
 def _number(value):
     return struct.pack("B", value) if value < 0x80 else _shortest("number", value)
 
 
-def _head(kind, length):
-    """The shortest head of a string, bytes, list, map or extension."""
+def _header(kind, length):
+    """Returns the shortest header of a string, bytes, list, map or extension."""
     short = {"str": (0xA0, 32), "list": (0x90, 16), "map": (0x80, 16)}
     if kind in short and length < short[kind][1]:
         return struct.pack("B", short[kind][0] + length)
@@ -114,8 +150,8 @@ def _head(kind, length):
 
 
 def _shortest(kind, number):
-    """The first byte of a kind and a number, in as few bytes as hold it."""
+    """Returns the type byte of a kind and a number in the fewest possible bytes."""
     for first, (other, code) in FORMATS.items():
         if other == kind and code in "BHI" and number < 1 << 8 * struct.calcsize(code):
             return struct.pack(f">B{code}", first, number)
-    raise ValueError(f"{number:,} is more than msgpack can hold here")
+    raise ValueError(f"{number:,} is too large for msgpack")

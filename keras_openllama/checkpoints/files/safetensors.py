@@ -1,13 +1,16 @@
-"""Safetensors files: a length, a JSON header, and the tensors' bytes.
+"""Reads and writes safetensors files: a length, a JSON header, and tensor data.
 
-Read and written here rather than with the `safetensors` library, which cannot give
-bfloat16 to NumPy without copying, nor say where in the file a tensor lies, and writes
-only what is in memory whole.
+The `safetensors` library is not used because it copies bfloat16 tensors for NumPy, does
+not report the offset of a tensor, and can only write tensors that are all in memory.
 
 Source: https://github.com/huggingface/safetensors#format
 """
 
 import json
+from collections.abc import Iterable, Mapping
+from typing import BinaryIO
+
+from numpy.typing import NDArray
 
 from keras_openllama.checkpoints import array_io
 from keras_openllama.checkpoints.tensors import (
@@ -18,6 +21,7 @@ from keras_openllama.checkpoints.tensors import (
     is_shape,
     is_size,
 )
+from keras_openllama.utils.types import PathLike
 
 DTYPES = {
     "F64": "float64",
@@ -32,29 +36,31 @@ DTYPES = {
     "BOOL": "bool",
 }
 _LENGTH_BYTES = 8
-_ALIGNMENT = 8  # The reference implementation pads the header to as many bytes.
-_LARGEST_HEADER = 100_000_000  # The limit of the reference implementation.
+_ALIGNMENT = 8  # In bytes. The reference implementation pads the header to it.
+_MAX_HEADER_BYTES = 100_000_000  # The limit of the reference implementation.
 
 
-def read(path):
-    """Describes the tensors of a safetensors file; no tensor is read yet.
+def read_safetensors(path: PathLike) -> dict[str, MappedTensor]:
+    """Opens a safetensors file and lists its tensors, without reading their values.
 
     Args:
-        path: path of the file.
+        path: Path of the file.
 
     Returns:
-        Dict of `StoredTensor` by name, in the order of their bytes.
+        The tensors by name, in the order of their offsets.
 
     Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if the file is truncated or damaged. The message names the file.
+        OSError: If the file cannot be opened.
+        ValueError: If the file is truncated or damaged. The message names the file.
 
     Example:
-
-    ```python
-    tensors = safetensors.read("model.safetensors")
-    tensors["model.norm.weight"].array()
-    ```
+        >>> import numpy as np
+        >>> specs = {"norm.weight": ((3,), "float16")}
+        >>> with open("model.safetensors", "wb") as file:
+        ...     write_safetensors(file, specs, [np.ones(3)])
+        >>> tensors = read_safetensors("model.safetensors")
+        >>> tensors["norm.weight"].array()
+        array([1., 1., 1.], dtype=float16)
     """
     file = MappedFile(path)
     try:
@@ -69,8 +75,8 @@ def read(path):
 def _read(file):
     header_length = int.from_bytes(file.bytes(0, _LENGTH_BYTES), "little")
     data_start = _LENGTH_BYTES + header_length
-    if header_length > _LARGEST_HEADER or data_start > file.size:
-        raise ValueError(f"its header would have {header_length:,} bytes")
+    if header_length > _MAX_HEADER_BYTES or data_start > file.size:
+        raise ValueError(f"its header would take {header_length:,} bytes")
     header = json.loads(
         file.bytes(_LENGTH_BYTES, header_length).decode("utf-8"),
         object_pairs_hook=_without_duplicates,
@@ -80,10 +86,10 @@ def _read(file):
     header.pop("__metadata__", None)
     tensors = {}
     position = 0
-    for name, entry in sorted(header.items(), key=_begin):
-        dtype, shape, (begin, end) = _checked(name, entry)
+    for name, entry in sorted(header.items(), key=_offsets):
+        dtype, shape, (begin, end) = _checked_entry(name, entry)
         if begin != position:
-            raise ValueError(f"{name} begins at {begin:,} where {position:,} is due")
+            raise ValueError(f"{name} begins at {begin:,}, expected {position:,}")
         position = end
         tensors[name] = MappedTensor(
             name, dtype, shape, contiguous_strides(shape), data_start + begin, file
@@ -96,11 +102,11 @@ def _read(file):
 def _without_duplicates(pairs):
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("its header names something twice")
+        raise ValueError("its header has a duplicate key")
     return result
 
 
-def _begin(item):
+def _offsets(item):
     name, entry = item
     try:
         begin, end = entry["data_offsets"]
@@ -109,15 +115,16 @@ def _begin(item):
     return begin, end
 
 
-def _checked(name, entry):
+def _checked_entry(name, entry):
     begin, end = entry["data_offsets"]
     shape = entry.get("shape")
     if not is_shape(shape) or not is_size(begin) or not is_size(end):
-        raise ValueError(f"{name} has an impossible shape or data_offsets")
+        raise ValueError(f"{name} has an invalid shape or invalid data_offsets")
     dtype = DTYPES.get(entry.get("dtype"))
     if dtype is None:
         raise ValueError(
-            f"{name} has dtype {entry.get('dtype')}, and {', '.join(DTYPES)} are read"
+            f"{name} has dtype {entry.get('dtype')}; supported dtypes are "
+            f"{', '.join(DTYPES)}"
         )
     if dense_bytes(shape, dtype) != end - begin:
         raise ValueError(f"{name}, {dtype} of shape {shape}, has {end - begin:,} bytes")
@@ -127,43 +134,64 @@ def _checked(name, entry):
 # ----- Writing
 
 
-def size(specs):
-    """Bytes of the file that `write` writes."""
+# Shape and dtype of each tensor, by name.
+TensorSpecs = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+def safetensors_size(specs: TensorSpecs) -> int:
+    """Returns the size in bytes of the file that `write_safetensors` writes.
+
+    Args:
+        specs: Shape and dtype of each tensor, by name.
+
+    Returns:
+        The size of header and tensors.
+
+    Example:
+        >>> safetensors_size({"norm.weight": ((64,), "float16")})
+        240
+    """
     return len(_header(specs)) + tensor_bytes(specs)
 
 
-def tensor_bytes(specs):
-    """Bytes of the tensors alone."""
+def tensor_bytes(specs: TensorSpecs) -> int:
+    """Returns the size in bytes of the tensors, without the header.
+
+    Example:
+        >>> tensor_bytes({"norm.weight": ((64,), "float16")})
+        128
+    """
     return sum(dense_bytes(*spec) for spec in specs.values())
 
 
-def write(file, specs, values):
-    """Writes tensors, one at a time.
+def write_safetensors(
+    file: BinaryIO, specs: TensorSpecs, values: Iterable[NDArray]
+) -> None:
+    """Writes a safetensors file, one tensor at a time.
 
     Args:
-        file: binary file, open for writing.
-        specs: dict by name of `(shape, dtype)`.
-        values: iterable of NumPy arrays, in the order of `specs`; each is cast.
+        file: Binary file that is open for writing.
+        specs: Shape and dtype of each tensor, by name.
+        values: The tensors in the order of `specs`. Each is cast to its dtype.
 
     Raises:
-        ValueError: if a value is beyond the range of float16.
-        OSError: if the file cannot be written.
+        ValueError: If a value exceeds the range of its dtype.
+        OSError: If the file cannot be written.
 
     Example:
-
-    ```python
-    with open("model.safetensors", "wb") as file:
-        write(file, {"norm.weight": ((64,), "float16")}, [np.ones(64)])
-    ```
+        >>> import numpy as np
+        >>> specs = {"norm.weight": ((64,), "float16")}
+        >>> with open("model.safetensors", "wb") as file:
+        ...     write_safetensors(file, specs, [np.ones(64)])
     """
     file.write(_header(specs))
     for spec, value in zip(specs.values(), values, strict=True):
-        array_io.write(file, value, *spec)
+        array_io.write_array(file, value, *spec)
 
 
 def _header(specs):
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    # transformers refuses a file that does not say so.
+    # Without this entry transformers does not load the file.
     header = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (shape, dtype) in specs.items():

@@ -1,17 +1,18 @@
 """Reads the pickle in a PyTorch file without unpickling it.
 
-A pickle is a program for a small stack machine, and `pickle.Unpickler` runs whatever
-functions the program names. The machine below knows only the instructions that
-`torch.save` writes for a dict of tensors. A name in the program stays a name: nothing
-is imported and nothing is called, a "call" of `torch._utils._rebuild_tensor_v2` only
-yields a description of a tensor. Anything else refuses the file.
+A pickle is a program for a small stack machine, and `pickle.Unpickler` calls whatever
+functions the program names. The interpreter in this module implements only the
+instructions that `torch.save` writes for a dict of tensors. It imports nothing and
+calls nothing: names stay strings, and a call of `torch._utils._rebuild_tensor_v2`
+results in a description of a tensor. It rejects every other program.
 
-Source of the format: the Python documentation of `pickletools`, and
-`torch/serialization.py` and `torch/_utils.py` of PyTorch.
+Source: the Python documentation of `pickletools`, and `torch/serialization.py` and
+`torch/_utils.py` of PyTorch.
 """
 
 import dataclasses
 import pickletools
+from typing import Any
 
 # torch's storage classes and the dtype of their elements.
 STORAGE_DTYPES = {
@@ -35,20 +36,30 @@ _CALLABLE = {
 _KNOWN_NAMES = _CALLABLE | set(STORAGE_DTYPES)
 
 
-class RefusedPickle(ValueError):
-    """The pickle asks for something that a file of tensors has no need of."""
+class UnsafePickleError(ValueError):
+    """The pickle uses something that a file of tensors does not need."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
-    """A class or function that the pickle names; it is never looked up."""
+class GlobalName:
+    """The name of a class or function in the pickle. It is never imported.
+
+    Attributes:
+        name: Its qualified name, such as `"torch._utils._rebuild_tensor_v2"`.
+    """
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
-    """A run of elements in an entry of the file: `key` names the entry."""
+class TensorStorage:
+    """The buffer of one or more tensors.
+
+    Attributes:
+        key: Name of the entry of the zip file that holds the elements.
+        dtype: Name of their dtype.
+        count: Number of elements.
+    """
 
     key: str
     dtype: str
@@ -56,13 +67,20 @@ class Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A view of a storage; offset and strides in elements."""
+class TensorView:
+    """A tensor, as a view of a storage.
 
-    storage: Storage
+    Attributes:
+        storage: The storage.
+        offset: Index of its first element.
+        shape: Its shape.
+        strides: Its strides, in elements.
+    """
+
+    storage: TensorStorage
     offset: int
-    shape: tuple
-    strides: tuple
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 _MARK = object()
@@ -86,21 +104,30 @@ _VALUES = {
 }
 
 
-def interpret(program):
-    """Returns what a pickle describes, with `Tensor`s in the place of tensors.
+def interpret_pickle(program: bytes) -> Any:
+    """Interprets a pickle, without importing or calling anything that it names.
 
     Args:
-        program: bytes of the pickle.
+        program: The pickle.
 
     Returns:
-        Dicts, lists, tuples, strings, numbers and `Tensor`s.
+        The unpickled object. It consists of dicts, lists, tuples, strings, numbers, and
+        a `TensorView` for each tensor.
 
     Raises:
-        RefusedPickle: if the pickle names anything but tensors and what they are made
-            of, or uses an instruction that files of tensors do not use.
-        ValueError: if the pickle is damaged.
+        UnsafePickleError: If the pickle names anything but tensors and their parts, or
+            uses an instruction that files of tensors do not need.
+        ValueError: If the pickle is damaged.
+
+    Example:
+        >>> import pickle
+        >>> interpret_pickle(pickle.dumps({"step": 3}))
+        {'step': 3}
+        >>> interpret_pickle(pickle.dumps(print))
+        Traceback (most recent call last):
+        keras_openllama...UnsafePickleError: `builtins.print`
     """
-    machine = _Machine()
+    machine = _StackMachine()
     for opcode, argument, position in pickletools.genops(program):
         name = opcode.name
         if name in _CONSTANTS:
@@ -112,11 +139,11 @@ def interpret(program):
         elif name == "STOP":
             return machine.pop()
         elif name not in ("PROTO", "FRAME"):
-            raise RefusedPickle(f"the instruction {name} at byte {position}")
-    raise ValueError("the pickle has no end")
+            raise UnsafePickleError(f"the instruction {name} at byte {position}")
+    raise ValueError("the pickle is not terminated")
 
 
-class _Machine:
+class _StackMachine:
     """The stack, the memo, and one method for each instruction that uses them."""
 
     def __init__(self):
@@ -125,10 +152,10 @@ class _Machine:
 
     def pop(self, kind=object):
         if not self.stack or self.stack[-1] is _MARK:
-            raise ValueError("an instruction finds its stack empty")
+            raise ValueError("the stack is empty")
         value = self.stack.pop()
         if not isinstance(value, kind):
-            raise ValueError(f"an instruction finds a {type(value).__name__}")
+            raise ValueError(f"an operand has the wrong type, {type(value).__name__}")
         return value
 
     def pop_to_mark(self):
@@ -138,7 +165,7 @@ class _Machine:
             if value is _MARK:
                 return values[::-1]
             values.append(value)
-        raise ValueError("an instruction finds no mark on its stack")
+        raise ValueError("the stack has no mark")
 
     def top(self, kind):
         self.stack.append(self.pop(kind))
@@ -199,12 +226,12 @@ class _Machine:
 
     @staticmethod
     def _set(target, key, value):
-        # Only these are hashed: the hash of nested tuples can be made to take for ever.
+        # No other keys are hashed: nested tuples can be built whose hash takes forever.
         if not isinstance(key, (str, int)):
-            raise RefusedPickle(f"a dict key of type {type(key).__name__}")
+            raise UnsafePickleError(f"a dict key of type {type(key).__name__}")
         target[key] = value
 
-    # Names, calls, and what persistent ids stand for.
+    # Names, calls and persistent ids.
 
     def on_global(self, module_and_name):
         self._name(module_and_name.replace(" ", ".", 1))
@@ -215,45 +242,45 @@ class _Machine:
 
     def _name(self, name):
         if name not in _KNOWN_NAMES:
-            raise RefusedPickle(f"`{name}`")
-        self.stack.append(Name(name))
+            raise UnsafePickleError(f"`{name}`")
+        self.stack.append(GlobalName(name))
 
     def on_binpersid(self, _):
         kind, storage, key, _device, count = self.pop(tuple)
         dtype = STORAGE_DTYPES.get(getattr(storage, "name", None))
         if kind != "storage" or dtype is None or not isinstance(key, str):
-            raise ValueError("a persistent id is not a storage's")
-        self.stack.append(Storage(key, dtype, _size(count)))
+            raise ValueError("a persistent id is not that of a storage")
+        self.stack.append(TensorStorage(key, dtype, _size(count)))
 
     def on_reduce(self, _):
-        arguments, function = self.pop(tuple), self.pop(Name)
+        arguments, function = self.pop(tuple), self.pop(GlobalName)
         if function.name == "collections.OrderedDict":
             value = dict(arguments[0]) if arguments and arguments[0] else {}
         elif function.name == "torch._utils._rebuild_parameter":
             value = arguments[0]
-            if not isinstance(value, Tensor):
+            if not isinstance(value, TensorView):
                 raise ValueError("a parameter is not a tensor")
         elif function.name in _CALLABLE:
-            value = _tensor(*arguments[:4])
+            value = _tensor_view(*arguments[:4])
         else:
-            raise RefusedPickle(f"a call of `{function.name}`")
+            raise UnsafePickleError(f"a call of `{function.name}`")
         self.stack.append(value)
 
     def on_build(self, _):
-        # `state_dict()` returns an OrderedDict with an attribute `_metadata`: versions
-        # of modules, which no weight depends on. No other object has attributes here.
+        # `state_dict()` returns an OrderedDict with an attribute `_metadata`, the
+        # versions of modules, which is ignored. No other object has attributes.
         self.pop(dict)
         self.top(dict)
 
 
-def _tensor(storage, offset, shape, strides):
-    if not isinstance(storage, Storage):
+def _tensor_view(storage, offset, shape, strides):
+    if not isinstance(storage, TensorStorage):
         raise ValueError("a tensor has no storage")
     if len(shape) != len(strides):
         raise ValueError(f"a tensor has shape {shape} and strides {strides}")
     shape = tuple(_size(size) for size in shape)
     strides = tuple(_size(stride) for stride in strides)
-    return Tensor(storage, _size(offset), shape, strides)
+    return TensorView(storage, _size(offset), shape, strides)
 
 
 def _size(value):

@@ -1,4 +1,4 @@
-"""EasyLM's and Flax's files are written as the libraries write and read them."""
+"""`write_msgpack` writes the files that EasyLM and Flax write and read."""
 
 import io
 
@@ -19,13 +19,13 @@ def specs_of(arrays):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_msgpack_and_flax_read_the_stream_that_is_written(tmp_path, dtype):
+def test_write_msgpack_writes_a_stream_that_msgpack_and_flax_read(tmp_path, dtype):
     arrays = some_arrays()
     specs = {key: (shape, dtype) for key, (shape, _) in specs_of(arrays).items()}
     with open(tmp_path / "file", "wb") as file:
-        msgpack_writer.write(file, specs, arrays.values())
+        msgpack_writer.write_msgpack(file, specs, arrays.values())
     data = (tmp_path / "file").read_bytes()
-    assert len(data) == msgpack_writer.size(specs)
+    assert len(data) == msgpack_writer.msgpack_size(specs)
     found = {}
     for key, value in msgpack.Unpacker(io.BytesIO(data), max_buffer_size=0):
         shape, name, elements = msgpack.unpackb(msgpack.unpackb(value).data)
@@ -37,30 +37,30 @@ def test_msgpack_and_flax_read_the_stream_that_is_written(tmp_path, dtype):
         assert np.array_equal(found[key], array.astype(DTYPES[dtype]))
 
 
-def test_flax_reads_the_map_that_is_written(tmp_path):
+def test_write_msgpack_writes_a_map_that_flax_reads(tmp_path):
     arrays = some_arrays("bfloat16")
     specs = specs_of(arrays)
     with open(tmp_path / "file", "wb") as file:
-        msgpack_writer.write(file, specs, arrays.values(), streaming=False)
+        msgpack_writer.write_msgpack(file, specs, arrays.values(), streaming=False)
     data = (tmp_path / "file").read_bytes()
-    assert len(data) == msgpack_writer.size(specs, streaming=False)
+    assert len(data) == msgpack_writer.msgpack_size(specs, streaming=False)
     found = flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(data))
     assert found.keys() == arrays.keys()
     assert all(np.array_equal(found[key], array) for key, array in arrays.items())
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_the_bytes_are_those_of_the_libraries(tmp_path, streaming):
+def test_write_msgpack_writes_the_same_bytes_as_the_libraries(tmp_path, streaming):
     arrays = dict(sorted(some_arrays().items()))  # As Flax sorts them.
     write = write_stream if streaming else write_map
     write(tmp_path / "theirs", arrays)
     with open(tmp_path / "ours", "wb") as file:
-        msgpack_writer.write(file, specs_of(arrays), arrays.values(), streaming)
+        msgpack_writer.write_msgpack(file, specs_of(arrays), arrays.values(), streaming)
     ours, theirs = (tmp_path / "ours").read_bytes(), (tmp_path / "theirs").read_bytes()
     assert ours == theirs
 
 
-def test_arrays_beyond_4_gb_are_refused():
+def test_msgpack_size_rejects_arrays_of_more_than_4_gb():
     specs = {("lm_head", "kernel"): ((1 << 16, 1 << 15), "float32")}
     with pytest.raises(ValueError, match=r"lm_head/kernel .* at most 4 GB"):
-        msgpack_writer.size(specs)
+        msgpack_writer.msgpack_size(specs)

@@ -1,4 +1,4 @@
-"""PyTorch files are read exactly, and nothing in them is ever run."""
+"""`read_torch_file` reads PyTorch files exactly, and executes nothing in them."""
 
 import collections
 import os
@@ -31,7 +31,7 @@ def as_numpy(tensor):
 
 
 def archive(tmp_path, program, **entries):
-    """An archive as torch.save writes, with a pickle of our own."""
+    """Writes an archive like torch.save, with a custom pickle."""
     path = tmp_path / "weights.bin"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", program)
@@ -40,7 +40,7 @@ def archive(tmp_path, program, **entries):
     return path
 
 
-# ----- What is in the file comes out
+# ----- Reading
 
 
 @pytest.mark.parametrize(
@@ -48,15 +48,15 @@ def archive(tmp_path, program, **entries):
     ["float16", "bfloat16", "float32", "float64"]
     + ["int8", "uint8", "int16", "int32", "int64", "bool"],
 )
-def test_every_dtype_comes_back_bit_by_bit(tmp_path, dtype):
+def test_read_torch_file_reads_every_dtype_bit_exactly(tmp_path, dtype):
     tensor = (100 * torch.randn(5, 7)).to(getattr(torch, dtype))
-    stored = torch_zip.read(saved(tmp_path, {"x": tensor}))["x"]
+    stored = torch_zip.read_torch_file(saved(tmp_path, {"x": tensor}))["x"]
     assert stored.dtype == dtype
     assert stored.shape == (5, 7)
     assert stored.array().tobytes() == as_numpy(tensor).tobytes()
 
 
-def test_views_come_back_with_their_strides_and_offsets(tmp_path):
+def test_read_torch_file_reads_views_with_strides_and_offsets(tmp_path):
     whole = torch.arange(120.0).reshape(4, 5, 6)
     views = {
         "whole": whole,
@@ -67,46 +67,46 @@ def test_views_come_back_with_their_strides_and_offsets(tmp_path):
         "number": torch.tensor(7.0),
         "empty": torch.zeros(0, 3),
     }
-    tensors = torch_zip.read(saved(tmp_path, views))
+    tensors = torch_zip.read_torch_file(saved(tmp_path, views))
     assert list(tensors) == list(views)
     for name, view in views.items():
         np.testing.assert_array_equal(tensors[name].array(), view.numpy())
 
 
-def test_tensors_that_share_a_storage_lie_in_the_same_place(tmp_path):
+def test_read_torch_file_maps_a_shared_storage_once(tmp_path):
     tensor = torch.randn(3, 4)
-    tensors = torch_zip.read(saved(tmp_path, {"a": tensor, "b": tensor[1:]}))
+    tensors = torch_zip.read_torch_file(saved(tmp_path, {"a": tensor, "b": tensor[1:]}))
     assert tensors["b"].offset == tensors["a"].offset + 4 * tensor.itemsize
 
 
-def test_a_modules_state_dict_is_read_with_parameters_and_metadata(tmp_path):
+def test_read_torch_file_reads_a_state_dict_with_parameters_and_metadata(tmp_path):
     module = torch.nn.Linear(3, 2)
     parameters = collections.OrderedDict(module.named_parameters())
     for value in (module.state_dict(), parameters):
-        tensors = torch_zip.read(saved(tmp_path, value))
+        tensors = torch_zip.read_torch_file(saved(tmp_path, value))
         weight = module.weight.detach().numpy()
         np.testing.assert_array_equal(tensors["weight"].array(), weight)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_pickle_protocol_is_read(tmp_path, protocol):
+def test_read_torch_file_reads_every_pickle_protocol(tmp_path, protocol):
     path = saved(tmp_path, {"x": torch.ones(3)}, pickle_protocol=protocol)
-    assert torch_zip.read(path)["x"].array().tolist() == [1, 1, 1]
+    assert torch_zip.read_torch_file(path)["x"].array().tolist() == [1, 1, 1]
 
 
-def test_reading_describes_without_touching_and_arrays_are_not_copies(tmp_path):
+def test_read_torch_file_does_not_copy(tmp_path):
     path = saved(tmp_path, {"x": torch.zeros(1000)})
-    array = torch_zip.read(path)["x"].array()
+    array = torch_zip.read_torch_file(path)["x"].array()
     assert not array.flags.writeable
     assert not array.flags.owndata
 
 
-def test_torch_is_not_imported_to_read_its_files(tmp_path):
+def test_read_torch_file_does_not_import_torch(tmp_path):
     path = saved(tmp_path, {"x": torch.ones(3)})
     program = (
         "import sys; sys.modules['torch'] = sys.modules['keras'] = None\n"
         "from keras_openllama.checkpoints.files import torch_zip\n"
-        f"print(torch_zip.read({str(path)!r})['x'].array().sum())"
+        f"print(torch_zip.read_torch_file({str(path)!r})['x'].array().sum())"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -118,11 +118,11 @@ def test_torch_is_not_imported_to_read_its_files(tmp_path):
     assert result.stdout == "3.0\n"
 
 
-# ----- Nothing in the file runs
+# ----- Security
 
 
 class Payload:
-    """Pickles as a call."""
+    """An object whose pickle is a function call."""
 
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
@@ -135,7 +135,7 @@ def text(value):
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-# Each leaves a file behind in the working directory if pickle is let run it.
+# Each creates a file in the working directory when it is unpickled.
 TOUCH = Payload(os.system, "touch ran")
 HARMFUL = {
     "reduce": pickle.dumps(TOUCH, 2),
@@ -158,7 +158,7 @@ HARMFUL = {
     + b"cos\nsystem\n" + text("touch ran") + b"\x85Ru.",
 }  # fmt: skip
 
-# Harmless to try, and still nothing that a file of tensors has.
+# Harmless, but not part of a file of tensors.
 FOREIGN = {
     "extension": b"\x80\x02\x82\x01.",
     "persistent_id": b"Pcos\nsystem\n\n.",
@@ -172,18 +172,20 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("attack", HARMFUL)
-def test_a_file_that_would_run_something_is_refused(tmp_path, monkeypatch, attack):
+def test_read_torch_file_rejects_a_pickle_that_executes_code(
+    tmp_path, monkeypatch, attack
+):
     monkeypatch.chdir(tmp_path)
     path = archive(tmp_path, HARMFUL[attack])
-    with pytest.raises(ValueError) as refusal:
-        torch_zip.read(path)
-    assert str(path) in str(refusal.value)
-    assert "refused" in str(refusal.value)
+    with pytest.raises(ValueError) as error:
+        torch_zip.read_torch_file(path)
+    assert str(path) in str(error.value)
+    assert "rejected" in str(error.value)
     assert not os.path.exists("ran")
 
 
 @pytest.mark.parametrize("attack", HARMFUL)
-def test_the_attacks_of_these_tests_are_real(tmp_path, monkeypatch, attack):
+def test_attacks_execute_code_when_unpickled(tmp_path, monkeypatch, attack):
     monkeypatch.chdir(tmp_path)
     value = pickle.loads(HARMFUL[attack])
     if isinstance(value, subprocess.Popen):
@@ -192,35 +194,35 @@ def test_the_attacks_of_these_tests_are_real(tmp_path, monkeypatch, attack):
 
 
 @pytest.mark.parametrize("program", FOREIGN)
-def test_a_file_with_anything_but_tensors_is_refused(tmp_path, program):
+def test_read_torch_file_rejects_anything_but_tensors(tmp_path, program):
     with pytest.raises(ValueError, match=r"weights\.bin"):
-        torch_zip.read(archive(tmp_path, FOREIGN[program]))
+        torch_zip.read_torch_file(archive(tmp_path, FOREIGN[program]))
 
 
-def test_the_refusal_names_what_the_file_asks_for(tmp_path):
+def test_read_torch_file_names_the_function_that_the_pickle_uses(tmp_path):
     path = archive(tmp_path, HARMFUL["eval"])
-    with pytest.raises(ValueError, match=r"asks for `__builtin__\.eval`.*safetensors"):
-        torch_zip.read(path)
+    with pytest.raises(ValueError, match=r"uses `__builtin__\.eval`.*safetensors"):
+        torch_zip.read_torch_file(path)
 
 
-def test_a_whole_model_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"asks for `torch\.nn\.modules\.linear\.Linear`"
-    ):
-        torch_zip.read(saved(tmp_path, torch.nn.Linear(2, 2)))
+def test_read_torch_file_rejects_a_pickled_module(tmp_path):
+    with pytest.raises(ValueError, match=r"uses `torch\.nn\.modules\.linear\.Linear`"):
+        torch_zip.read_torch_file(saved(tmp_path, torch.nn.Linear(2, 2)))
 
 
-def test_keys_whose_hash_never_ends_do_not_hang(tmp_path):
+def test_read_torch_file_does_not_hash_nested_tuples(tmp_path):
     doubled = b")" + b"q\x00h\x00\x86" * 60  # (((), ()), ((), ())) … 60 levels deep
     with pytest.raises(ValueError, match="dict key of type tuple"):
-        torch_zip.read(archive(tmp_path, b"\x80\x02}" + doubled + b"K\x01s."))
+        torch_zip.read_torch_file(
+            archive(tmp_path, b"\x80\x02}" + doubled + b"K\x01s.")
+        )
 
 
-# ----- What is not as it should be is refused, and the file is named
+# ----- Damaged and unsupported files
 
 
 def tensor_program(count=4, offset=0, shape=(4,), strides=(1,), key="0"):
-    """The pickle of one float32 tensor with the sizes as given."""
+    """Returns the pickle of one float32 tensor with the given sizes."""
 
     def numbers(values):
         parts = [b"\x8a\x08" + struct.pack("<q", value) for value in values]
@@ -237,113 +239,115 @@ def tensor_program(count=4, offset=0, shape=(4,), strides=(1,), key="0"):
     )  # fmt: skip
 
 
-def test_the_hand_made_tensor_is_read(tmp_path):
+def test_read_torch_file_reads_the_handmade_tensor(tmp_path):
     data = np.arange(16, dtype="float32")
     path = archive(tmp_path, tensor_program(16, 2, (2, 3), (1, 4)), **{"data/0": data})
     np.testing.assert_array_equal(
-        torch_zip.read(path)["x"].array(), [[2, 6, 10], [3, 7, 11]]
+        torch_zip.read_torch_file(path)["x"].array(), [[2, 6, 10], [3, 7, 11]]
     )
 
 
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"count": 17}, "64 bytes, and its 17"),
-        ({"offset": 13, "count": 16}, "reaches beyond its storage of 16"),
-        ({"shape": (5,)}, "reaches beyond its storage of 4"),
-        ({"shape": (3,), "strides": (2,)}, "reaches beyond its storage"),
+        ({"count": 17}, "64 bytes, but its 17"),
+        ({"offset": 13, "count": 16}, "extends beyond its storage of 16"),
+        ({"shape": (5,)}, "extends beyond its storage of 4"),
+        ({"shape": (3,), "strides": (2,)}, "extends beyond its storage"),
         ({"shape": (2, 2)}, r"shape \(2, 2\) and strides \(1,\)"),
         ({"shape": (-1,)}, "-1"),
         ({"strides": (-1,)}, "-1"),
         ({"offset": -4}, "-4"),
-        ({"shape": (2**62 - 1,), "strides": (2**62 - 1,)}, "reaches beyond"),
+        ({"shape": (2**62 - 1,), "strides": (2**62 - 1,)}, "extends beyond"),
         ({"key": "1"}, "no entry data/1"),
         ({"key": "../0"}, "no entry"),
     ],
 )
-def test_sizes_beyond_the_storage_are_refused(tmp_path, sizes, message):
+def test_read_torch_file_rejects_sizes_beyond_the_storage(tmp_path, sizes, message):
     path = archive(tmp_path, tensor_program(**sizes))
     with pytest.raises(ValueError, match=rf"weights\.bin.*{message}"):
-        torch_zip.read(path)
+        torch_zip.read_torch_file(path)
 
 
-def test_compressed_entries_are_refused(tmp_path):
+def test_read_torch_file_rejects_compressed_entries(tmp_path):
     path = tmp_path / "weights.bin"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", tensor_program())
         file.writestr("archive/data/0", bytes(64))
     with pytest.raises(ValueError, match=r"weights\.bin.*compressed"):
-        torch_zip.read(path)
+        torch_zip.read_torch_file(path)
 
 
-def test_the_other_byte_order_is_refused(tmp_path):
+def test_read_torch_file_rejects_the_other_byte_order(tmp_path):
     other = {"little": "big", "big": "little"}[sys.byteorder]
     path = archive(tmp_path, tensor_program(), byteorder=other)
     with pytest.raises(ValueError, match=f"weights.bin.*byte order is '{other}'"):
-        torch_zip.read(path)
+        torch_zip.read_torch_file(path)
 
 
-def test_the_format_before_pytorch_1_6_is_named_with_a_remedy(tmp_path):
+def test_read_torch_file_rejects_the_format_before_pytorch_1_6(tmp_path):
     path = saved(tmp_path, {"x": torch.ones(2)}, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"before PyTorch 1\.6.*weights_only=True"):
-        torch_zip.read(path)
+        torch_zip.read_torch_file(path)
 
 
 @pytest.mark.parametrize(
     "value, message",
     [
-        ([torch.ones(2)], "holds a list"),
-        ({"state_dict": {"x": torch.ones(2)}}, "'state_dict' is a dict"),
-        ({"step": 3}, "'step' is a int"),
+        ([torch.ones(2)], "contains a list"),
+        ({"state_dict": {"x": torch.ones(2)}}, "'state_dict' is of type dict"),
+        ({"step": 3}, "'step' is of type int"),
     ],
 )
-def test_what_is_no_dict_of_tensors_is_named(tmp_path, value, message):
+def test_read_torch_file_rejects_other_objects_than_a_dict_of_tensors(
+    tmp_path, value, message
+):
     with pytest.raises(ValueError, match=message):
-        torch_zip.read(saved(tmp_path, value))
+        torch_zip.read_torch_file(saved(tmp_path, value))
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"no archive at all", bytes(4096)])
-def test_files_that_are_no_archives_are_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"PK", b"not an archive", bytes(4096)])
+def test_read_torch_file_rejects_files_that_are_not_archives(tmp_path, content):
     path = tmp_path / "weights.bin"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"weights\.bin"):
-        torch_zip.read(path)
+        torch_zip.read_torch_file(path)
 
 
-def test_a_missing_file_is_an_os_error(tmp_path):
+def test_read_torch_file_raises_os_error_for_a_missing_file(tmp_path):
     with pytest.raises(OSError, match=r"missing\.bin"):
-        torch_zip.read(tmp_path / "missing.bin")
+        torch_zip.read_torch_file(tmp_path / "missing.bin")
 
 
-def whole_file(tmp_path):
+def complete_file(tmp_path):
     tensors = {"a": torch.randn(8, 16), "b": torch.randn(100).half()}
     path = saved(tmp_path, tensors)
     expected = {name: as_numpy(tensor) for name, tensor in tensors.items()}
     return path, path.read_bytes(), expected
 
 
-def test_a_file_truncated_anywhere_is_named(tmp_path):
-    path, data, _ = whole_file(tmp_path)
+def test_read_torch_file_names_a_truncated_file(tmp_path):
+    path, data, _ = complete_file(tmp_path)
     for length in range(1, len(data), 7):
         path.write_bytes(data[:length])
-        with pytest.raises(ValueError, match=r"weights\.bin.*get it again"):
-            torch_zip.read(path)
+        with pytest.raises(ValueError, match=r"weights\.bin.*download it again"):
+            torch_zip.read_torch_file(path)
 
 
-def test_a_flipped_byte_is_named_or_changes_no_size(tmp_path):
-    path, data, expected = whole_file(tmp_path)
+def test_read_torch_file_detects_flipped_bytes_or_keeps_all_sizes(tmp_path):
+    path, data, expected = complete_file(tmp_path)
     refused = 0
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
         try:
-            tensors = torch_zip.read(path)
+            tensors = torch_zip.read_torch_file(path)
         except ValueError as error:
             refused += 1
             assert str(path) in str(error)
             continue
-        # Then it was a date, a name, or one of the numbers themselves.
+        # The byte was part of a date, a name, or a tensor value.
         arrays = {name: stored.array() for name, stored in tensors.items()}
         differing = sum(
             arrays[name].tobytes() != value.tobytes()
