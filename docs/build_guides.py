@@ -17,6 +17,7 @@ outputs.
 import argparse
 import ast
 import dataclasses
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -93,6 +94,20 @@ def links(name, repo_url):
     return f"[Colab]({colab}) · [Kaggle]({kaggle}) · [Source]({source})"
 
 
+def with_absolute_links(text, repo_url):
+    """Returns text of a notebook whose relative links lead to the repository.
+
+    Colab and Kaggle show a notebook without the files beside it.
+    """
+
+    def absolute(match):
+        path = posixpath.normpath(posixpath.join("examples", match[3]))
+        kind = "raw" if match[1] else "blob"
+        return f"{match[1]}{match[2]}({repo_url}/{kind}/main/{path})"
+
+    return re.sub(r"(!?)(\[[^]]*\])\((?![a-z]+:)([^)\s]+)\)", absolute, text)
+
+
 def introduction(name, header, repo_url):
     """Returns the first text of the notebook and of the page."""
     return "\n".join(
@@ -130,7 +145,7 @@ def notebook(path, repo_url):
     made = [text(introduction(path.stem, header, repo_url))]
     for cell in cells:
         if cell.kind == "text":
-            made.append(text(cell.source))
+            made.append(text(with_absolute_links(cell.source, repo_url)))
         elif cell.kind == "code":
             made.append(code(cell.source))
         else:
