@@ -29,8 +29,8 @@ import stand_in_mixture
 from tqdm import tqdm
 
 from keras_openllama.data import document_reader, shuffling, text_sources, tokenizing
-from keras_openllama.data.mixture import Interleaving, load
-from keras_openllama.data.sequence_index import BestFit, Concatenated
+from keras_openllama.data.mixture import Interleaving, load_mixture
+from keras_openllama.data.sequence_index import BestFitIndex, ConcatenatedIndex
 from keras_openllama.data.token_stream import TokenStream
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core, as for the others.
@@ -77,7 +77,7 @@ def tokenize(rounds):
     from keras_openllama.checkpoints import tokenizer_json
 
     proto = large_model()
-    processor = tokenizing.processor_of(proto)
+    processor = tokenizing.cached_processor(proto)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(
             tokenizer_json.build_tokenizer_json(proto, add_start_token=False)
@@ -87,8 +87,8 @@ def tokenize(rounds):
         texts = []
         for name, paths in specs().items():
             taken = 0
-            for unit in text_sources.units(name, paths):
-                for text in document_reader.documents(unit):
+            for unit in text_sources.find_units(name, paths):
+                for text in document_reader.read_documents(unit):
                     if taken < TEXT_BYTES and not isinstance(
                         text, document_reader.Skipped
                     ):
@@ -96,9 +96,9 @@ def tokenize(rounds):
                         taken += len(text)
         path = Path(folder, "text.jsonl")
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-        [unit] = text_sources.units("text", [str(path)])
+        [unit] = text_sources.find_units("text", [str(path)])
         size = sum(len(text.encode()) for text in texts) / 1e6
-        settings = tokenizing.Settings(proto)
+        settings = tokenizing.TokenizationSettings(proto)
 
         def transformers():
             # In batches: one call for all texts would hold all results.
@@ -124,9 +124,11 @@ def tokenize(rounds):
 
 def prepared(folder):
     """Prepares the stand-in mixture with the tokenizer of nano."""
-    from keras_openllama.data.preparation import prepare
+    from keras_openllama.data.preparation import prepare_dataset
 
-    return prepare(specs(), "open_llama_nano", folder, "v2", report=lambda line: None)
+    return prepare_dataset(
+        specs(), "open_llama_nano", folder, "v2", report=lambda line: None
+    )
 
 
 def load_batches(rounds):
@@ -158,8 +160,8 @@ def load_batches(rounds):
 def seek(rounds):
     """Prints seconds from opening an index to the sequences of a late step."""
     del rounds  # Only the first time counts.
-    names = load("v2").names
-    weights = load("v2").weights_at(0)
+    names = load_mixture("v2").names
+    weights = load_mixture("v2").weights_at(0)
     with tempfile.TemporaryDirectory() as folder:
         random = np.random.default_rng(0)
         paths = {}
@@ -173,21 +175,24 @@ def seek(rounds):
             f"seeking step {STEP:,} of {BATCH} sequences over {DOCUMENTS:,} documents; "
             f"index {size / 1e6:.0f} MB, {size / DOCUMENTS:.1f} bytes per document"
         )
-        for packing in (Concatenated, BestFit):
-            for attempt in ("first", "again") if packing is BestFit else ("first",):
+        for packing in (ConcatenatedIndex, BestFitIndex):
+            for attempt in (
+                ("first", "again") if packing is BestFitIndex else ("first",)
+            ):
                 start = time.perf_counter()
                 rows = []
                 for name in names:
                     documents = types.SimpleNamespace(
                         lengths=np.memmap(paths[name], "<u4", "r")
                     )
-                    key = shuffling.key(0, name, "train")
+                    key = shuffling.make_key(0, name, "train")
                     cache = f"{paths[name]}.rows"
-                    extra = {} if packing is Concatenated else {"cache": cache}
+                    extra = {} if packing is ConcatenatedIndex else {"cache": cache}
                     rows.append(packing(documents, LENGTH, key, **extra))
                 interleaving = Interleaving([(0, weights)], names)
                 numbers = zip(
-                    *interleaving.rows(STEP * BATCH, (STEP + 1) * BATCH), strict=True
+                    *interleaving.sequences(STEP * BATCH, (STEP + 1) * BATCH),
+                    strict=True,
                 )
                 for source, number in numbers:
                     rows[source].spans(int(number))

@@ -83,10 +83,10 @@ def verify(data):
     """Reads every file, and compares its checksum."""
     from keras_openllama.utils.progress import progress_bar
 
-    total = sum(size for _, size, _ in data.files())
+    total = sum(size for _, size, _ in data.iter_files())
     with progress_bar("Verifying", total) as bar:
-        data.verify(bar.update)
-    print(f"\nall {sum(1 for _ in data.files())} files are as they were prepared")
+        data.verify_checksums(bar.update)
+    print(f"\nall {sum(1 for _ in data.iter_files())} files are as they were prepared")
 
 
 def show(data, options):
@@ -101,24 +101,24 @@ def show(data, options):
         options.sequence_length,
         options.rows,
         seed=options.seed,
-        mixture=mixtures.load(options.mixture) if options.mixture else None,
+        mixture=mixtures.load_mixture(options.mixture) if options.mixture else None,
         packing=options.packing,
         mask_documents=options.mask_documents,
         split=options.split,
         hosts=1,
         host=0,
     )
-    processor = load_processor(data.proto(), data.directory)
+    processor = load_processor(data.tokenizer_proto(), data.directory)
     steps = options.step or [0]
     for step in steps:
         print("\n" + inspection.describe_batch(stream, step, processor))
-    realised = inspection.realised_mixture(stream, steps[0], options.sampled_steps)
+    realised = inspection.measure_mixture(stream, steps[0], options.sampled_steps)
     print(f"\nshares of the tokens of {options.sampled_steps} steps, and wanted:")
     for name, share in realised.items():
         wanted = stream.mixture.weights_at(steps[0]).get(name, 0)
         print(f"    {name:<16}{share:>8.2%}{wanted:>9.2%}")
     picture = options.picture or Path(f"{Path(data.directory).resolve().name}.png")
-    inspection.draw(stream, realised, steps[0], picture)
+    inspection.draw_overview(stream, realised, steps[0], picture)
     print(f"\ndrawn: {picture}")
 
 
@@ -127,11 +127,11 @@ def main(arguments, prog):
     """Runs the command; returns the exit code."""
     options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
-    from keras_openllama.data.inspection import table
+    from keras_openllama.data.inspection import format_manifest
     from keras_openllama.data.prepared_data import PreparedData
 
     data = PreparedData.open(options.directory)
-    print(table(data))
+    print(format_manifest(data))
     if options.verify:
         verify(data)
     else:

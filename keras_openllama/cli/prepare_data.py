@@ -6,7 +6,7 @@ from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.process import PROGRAM
 from keras_openllama.cli.source_options import add_source_options
 from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
-from keras_openllama.data.text_sources import UNIT_BYTES, parse
+from keras_openllama.data.text_sources import UNIT_BYTES, parse_sources
 
 DESCRIPTION = f"""\
 Prepare data to train on: tokenize sources of text into a directory.
@@ -111,16 +111,16 @@ def main(arguments, prog):
     options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # TensorFlow Datasets' chatter.
-    sources = parse(options.source)
+    sources = parse_sources(options.source)
     fields = {
         name: field
-        for name, fields in parse(options.text_field).items()
+        for name, fields in parse_sources(options.text_field).items()
         for field in fields
     }
-    from keras_openllama.data.preparation import prepare
+    from keras_openllama.data.preparation import prepare_dataset
 
     try:
-        data = prepare(
+        data = prepare_dataset(
             sources,
             options.tokenizer,
             options.output,
@@ -135,6 +135,6 @@ def main(arguments, prog):
         )
     except RuntimeError as error:  # Of Beam: a runner that there is not, or failed.
         raise ValueError(str(error)) from error
-    tokens = sum(data.split(name, "train")["tokens"] for name in data.sources)
+    tokens = sum(data.split_info(name, "train")["tokens"] for name in data.sources)
     print(f"{tokens:,} tokens to train on are in {options.output}. Look at them with:")
     print(f"    {PROGRAM} inspect-data {options.output}")

@@ -105,8 +105,8 @@ def parse_arguments(arguments, prog):
 
 
 def named(arguments):
-    """`text_sources.parse`, where PATHS without NAME= are the source `text`."""
-    return text_sources.parse(
+    """`text_sources.parse_sources`, where PATHS without NAME= are the source `text`."""
+    return text_sources.parse_sources(
         [
             argument if re.match(r"[^/=]*=", argument) else f"text={argument}"
             for argument in arguments
@@ -137,13 +137,13 @@ def plan(options):
     if options.mixture:
         from keras_openllama.data import mixture as mixtures
 
-        mixture = mixtures.load(options.mixture).restricted_to(specs)
+        mixture = mixtures.load_mixture(options.mixture).restricted_to(specs)
         weights = mixture.weights_at(0)
         fields = {
             name: fields.get(name, mixture.sources.get(name, {}).get("text_field"))
             for name in specs
         }
-    units = {name: text_sources.units(name, specs[name]) for name in sorted(specs)}
+    units = {name: text_sources.find_units(name, specs[name]) for name in sorted(specs)}
     return weights, fields, units
 
 
@@ -160,13 +160,13 @@ def read_sample(options):
             name: (
                 document
                 for unit in parts
-                for document in document_reader.documents(
+                for document in document_reader.read_documents(
                     unit, fields.get(name), progress=bar.update
                 )
             )
             for name, parts in units.items()
         }
-        samples = training.sample(
+        samples = training.sample_documents(
             documents,
             weights,
             options.sample_bytes,
@@ -220,7 +220,7 @@ def train(options):
     )
     with interruptible():
         proto = training.train_sentencepiece(
-            training.lines(samples), options.vocab_size, options.style
+            training.training_lines(samples), options.vocab_size, options.style
         )
     report = {
         "keras_openllama": keras_openllama.__version__,
@@ -230,16 +230,16 @@ def train(options):
         "sample_bytes": options.sample_bytes,
         "seed": options.seed,
         "sources": {name: kept.to_json() for name, kept in samples.items()},
-        **reporting.report(
-            samples, {"this tokenizer": proto, **reporting.tokenizers_at_hand()}
+        **reporting.measure_tokenizers(
+            samples, {"this tokenizer": proto, **reporting.installed_tokenizers()}
         ),
     }
-    print("\n" + reporting.table(report), flush=True)
+    print("\n" + reporting.format_table(report), flush=True)
     # The model comes last: where it is, the rest is.
     for name, data in {
-        "tokenizer.vocab": training.vocabulary_list(proto).encode(),
+        "tokenizer.vocab": training.format_vocabulary(proto).encode(),
         "report.json": (json.dumps(report, indent=1) + "\n").encode(),
-        "report.png": reporting.chart(report),
+        "report.png": reporting.draw_chart(report),
         MODEL_FILE: proto,
     }.items():
         files.write_bytes(files.join(options.output, name), data)

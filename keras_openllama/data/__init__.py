@@ -1,1 +1,1 @@
-"""From text files to batches of tokens. Needs the extra `train`."""
+"""The data pipeline from text to batches of token ids. Needs the extra `train`."""

@@ -1,40 +1,49 @@
-"""Prepared documents as a data set of TensorFlow Datasets."""
+"""Tokenized documents as a dataset of TensorFlow Datasets."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from keras_openllama.data import beam_pipeline, token_records, tokenizing
-from keras_openllama.data.prepared_data import lengths_file
-from keras_openllama.data.text_sources import hash_of
+from keras_openllama.data.prepared_data import lengths_file_name
+from keras_openllama.data.text_sources import Unit, hash_of
 from keras_openllama.utils import files
 
 UNFINISHED = "unfinished"
-# What a source's directory holds beside the files of TensorFlow Datasets.
+# Summary of a source, in addition to the files of TensorFlow Datasets.
 SUMMARY_FILE = "source.json"
 
 
-class Tokens(FileReaderBuilder):
-    """Token ids of the documents of one source, the builder's config.
+class TokenDatasetBuilder(FileReaderBuilder):
+    """TFDS builder of the token ids of one source. The source is the builder's config.
 
-    `download_and_prepare` runs a Beam pipeline over the units that are not finished
-    yet, and then puts the shards in their place. The result can be read by any user of
-    TensorFlow Datasets: `tfds.builder_from_directory(...).as_data_source("train")`.
+    `download_and_prepare` tokenizes the unfinished units with a Beam pipeline, and then
+    publishes the shards. TensorFlow Datasets alone can read the result:
+    `tfds.builder_from_directory(...).as_data_source("train")`.
 
     Args:
-        units: list of `text_sources.Unit`.
-        settings: `tokenizing.Settings`.
-        data_dir: string, directory of the whole data set.
-        workers: int or `None`, see `beam_pipeline.run`.
-        beam_flags: list of strings or `None`, see `beam_pipeline.run`.
+        units: all units of the source.
+        settings: tokenizer and filters.
+        data_dir: directory of the whole dataset.
+        workers: see `beam_pipeline.tokenize_units`.
+        beam_flags: see `beam_pipeline.tokenize_units`.
     """
 
     name = "tokens"
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, units, settings, data_dir, workers=None, beam_flags=None):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        settings: tokenizing.TokenizationSettings,
+        data_dir: str,
+        workers: int | None = None,
+        beam_flags: list[str] | None = None,
+    ):
         self._units, self._settings = units, settings
         self._workers, self._beam_flags = workers, beam_flags
         self._source = units[0].source
@@ -51,17 +60,17 @@ class Tokens(FileReaderBuilder):
             file_format="array_record",
         )
 
-    def prepare(self):
-        """Does what is not done yet."""
+    def prepare(self) -> None:
+        """Prepares all unfinished units and publishes the source."""
         self.download_and_prepare(download_dir=files.join(self._work, "downloads"))
 
     def _log_download_bytes(self):
-        """Says nothing: there is no download."""
+        """Logs nothing: there is no download."""
 
     _log_download_done = _log_download_bytes
 
     def _info(self):
-        size = tokenizing.processor_of(self._settings.proto).vocab_size()
+        size = tokenizing.cached_processor(self._settings.proto).vocab_size()
         dtype = np.dtype(token_records.token_dtype(size).name)
         features = {
             "tokens": tfds.features.Tensor(
@@ -80,28 +89,30 @@ class Tokens(FileReaderBuilder):
         missing = [
             unit
             for unit in self._units
-            if tokenizing.read_receipt(unit, self._work) is None
+            if tokenizing.read_unit_summary(unit, self._work) is None
         ]
         if missing:
-            beam_pipeline.run(
+            beam_pipeline.tokenize_units(
                 missing, self._settings, self._work, self._workers, self._beam_flags
             )
-        receipts = [tokenizing.read_receipt(unit, self._work) for unit in self._units]
-        if None in receipts:
-            unit = self._units[receipts.index(None)]
+        summaries = [
+            tokenizing.read_unit_summary(unit, self._work) for unit in self._units
+        ]
+        if None in summaries:
+            unit = self._units[summaries.index(None)]
             raise RuntimeError(
-                f"{unit.label} is not finished, though the pipeline has ended. Did the "
-                "file change, or another process remove what was written? Run the same "
-                "command again."
+                f"{unit.label} is not finished although the pipeline has ended. The "
+                "input may have changed, or another process may have removed files. "
+                "Run the same command again."
             )
-        self._check_skipped(receipts)
-        self._publish(receipts)
+        self._check_skipped(summaries)
+        self._publish(summaries)
 
-    def _check_skipped(self, receipts):
-        skipped = total_skipped(receipts)
+    def _check_skipped(self, summaries):
+        skipped = total_skipped(summaries)
         documents = sum(
-            receipt["splits"][split]["documents"]
-            for receipt in receipts
+            summary["splits"][split]["documents"]
+            for summary in summaries
             for split in tokenizing.SPLITS
         )
         tokenizing.check_skipped(
@@ -111,21 +122,20 @@ class Tokens(FileReaderBuilder):
             self._settings.max_skipped,
         )
 
-    def _publish(self, receipts):
-        """Puts the shards where TensorFlow Datasets expects them.
+    def _publish(self, summaries):
+        """Copies the shards to the paths of TensorFlow Datasets.
 
-        The originals stay until all is done, so that nothing is lost if this is cut
-        short.
+        The originals stay until everything is copied, so an interruption loses nothing.
         """
         splits, sums = [], {}
         for split in tokenizing.SPLITS:
             template = self._get_filename_template(split_name=split)
-            paths = template.sharded_filepaths(len(receipts))
+            paths = template.sharded_filepaths(len(summaries))
             shards = []
-            for unit, receipt, path in zip(self._units, receipts, paths, strict=True):
+            for unit, summary, path in zip(self._units, summaries, paths, strict=True):
                 name = tokenizing.shard_name(unit, split)
                 files.copy_file(files.join(self._work, name), str(path))
-                shards.append({"file": path.name, **receipt["splits"][split]})
+                shards.append({"file": path.name, **summary["splits"][split]})
             sums[split] = _sums(shards, self._publish_lengths(split))
             splits.append(
                 tfds.core.SplitInfo(
@@ -137,17 +147,17 @@ class Tokens(FileReaderBuilder):
             )
         self.info.set_splits(tfds.core.SplitDict(splits))
         summary = {
-            "fingerprint": fingerprint(self._units, self._settings),
-            "inputs": [receipt["input"] for receipt in receipts],
-            "skipped": total_skipped(receipts),
+            "fingerprint": source_fingerprint(self._units, self._settings),
+            "inputs": [summary["input"] for summary in summaries],
+            "skipped": total_skipped(summaries),
             "splits": sums,
         }
         path = files.join(self.data_dir, SUMMARY_FILE)
         files.write_bytes(path, json.dumps(summary, indent=1).encode())
 
     def _publish_lengths(self, split):
-        """The tokens of every document of a split, in one file; returns its SHA-256."""
-        target = files.join(self.data_dir, lengths_file(split))
+        """Writes the token counts of a split to one file; returns its SHA-256."""
+        target = files.join(self.data_dir, lengths_file_name(split))
         with files.atomic_write(target) as unfinished, open(unfinished, "wb") as file:
             for unit in self._units:
                 name = tokenizing.lengths_name(unit, split)
@@ -158,22 +168,30 @@ class Tokens(FileReaderBuilder):
         files.remove_directory(self._work)
 
 
-def source_directory(data_dir, source):
-    """Where a source's shards, lengths and summary are."""
-    return files.join(data_dir, Tokens.name, source, str(Tokens.VERSION))
+def source_directory(data_dir: str, source: str) -> str:
+    """Directory of a source's shards, lengths and summary."""
+    builder = TokenDatasetBuilder
+    return files.join(data_dir, builder.name, source, str(builder.VERSION))
 
 
-def fingerprint(units, settings):
-    """String that changes when the prepared source would."""
+def source_fingerprint(
+    units: Sequence[Unit], settings: tokenizing.TokenizationSettings
+) -> str:
+    """Hash that changes if the prepared source would change."""
     parts = [settings.fingerprint, *(unit.identity for unit in units)]
     return hash_of(parts)
 
 
-def total_skipped(receipts):
-    """Numbers of skipped documents by reason, over all units."""
+def total_skipped(summaries: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Sums the numbers of skipped documents by reason over all units.
+
+    Example:
+    >>> total_skipped([{"skipped": {"empty": 1}}, {"skipped": {"empty": 2}}])
+    {'empty': 3}
+    """
     total = {}
-    for receipt in receipts:
-        for reason, count in receipt["skipped"].items():
+    for summary in summaries:
+        for reason, count in summary["skipped"].items():
             total[reason] = total.get(reason, 0) + count
     return dict(sorted(total.items()))
 

@@ -1,15 +1,21 @@
-"""Documents out of the files of a source, and what is wrong with some of them."""
+"""Reading of documents from source files: JSONL, Parquet, plain text and TFDS."""
 
 import io
 import json
 import zlib
+from collections.abc import Callable, Iterator
 
-from keras_openllama.data.text_sources import SourceError, is_compressed, tfds_builder
+from keras_openllama.data.text_sources import (
+    SourceError,
+    Unit,
+    is_compressed,
+    tfds_builder,
+)
 from keras_openllama.utils import files
 
-# Ours: a document above this is skipped; the longest books have some 10 MB.
+# Heuristic: longer documents are skipped. The longest books have about 10 MB.
 MAX_DOCUMENT_BYTES = 32 << 20
-# Where no field is named: RedPajama has `text`, RefinedWeb and StarCoder `content`.
+# Default fields: RedPajama has `text`, RefinedWeb and StarCoder have `content`.
 TEXT_FIELDS = ("text", "content")
 
 # Reasons to skip a document.
@@ -19,43 +25,57 @@ NOT_OBJECT = "JSON, but not an object"
 NOT_UTF8 = "not UTF-8"
 NO_TEXT = "no text field"
 TOO_LONG = "too long"
-# An empty document is no damage: code has many empty files.
+# Empty documents do not count as damaged: code has many empty files.
 FAULTS = (NOT_JSON, NOT_OBJECT, NOT_UTF8, NO_TEXT, TOO_LONG)
 
-_CHUNK = 1 << 20  # More than the other fields of a line have.
-_ESCAPED = 6  # Bytes of JSON, at most, for one of text: \u0001.
-_COMPRESSED_CHUNK = 1 << 17  # Grows by an unknown factor.
+_CHUNK = 1 << 20  # More bytes than the other fields of a line.
+_ESCAPED = 6  # Maximum bytes of JSON per byte of text: \u0001.
+_COMPRESSED_CHUNK = 1 << 17  # Decompression grows it by an unknown factor.
 
 
 class Skipped(str):
-    """In place of a document: the reason why it is not there."""
+    """Takes the place of a skipped document; the string is the reason."""
 
     __slots__ = ()
 
 
-def documents(unit, text_field=None, limit=MAX_DOCUMENT_BYTES, progress=None):
-    """The documents of a unit, in order.
+def read_documents(
+    unit: Unit,
+    text_field: str | None = None,
+    max_bytes: int = MAX_DOCUMENT_BYTES,
+    progress: Callable[[float], object] | None = None,
+) -> Iterator[str | Skipped]:
+    """Reads the documents of a unit, in order.
 
     Args:
-        unit: `text_sources.Unit`.
-        text_field: string, or `None` for the first of `TEXT_FIELDS` that there is.
-        limit: int, bytes above which a document is skipped.
-        progress: called with the bytes of input that were read since the last call.
+        unit: the part of a source to read.
+        text_field: name of the field that holds the text. `None` takes the first of
+            `TEXT_FIELDS` that exists.
+        max_bytes: size in UTF-8 bytes above which a document is skipped.
+        progress: called with the number of input bytes read since the last call.
 
     Yields:
-        str, or `Skipped` with a reason.
+        The text of each document, or `Skipped` with a reason.
 
     Raises:
-        SourceError: if a file is damaged or has no such field; it names the file.
+        SourceError: if a file is damaged or does not have the field; the message names
+            the file.
+
+    Example:
+    >>> from keras_openllama.data.text_sources import find_units
+    >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n{"text": ""}\\n')
+    >>> [unit] = find_units("web", ["a.jsonl"])
+    >>> list(read_documents(unit))
+    ['A llama.', 'empty']
     """
     fields = (text_field,) if text_field else TEXT_FIELDS
-    read = {
+    read_unit = {
         "jsonl": _jsonl,
         "parquet": _parquet,
         "text": _text_files,
         "tfds": _tfds,
     }[unit.format]
-    for document in read(unit, fields, limit, progress or (lambda count: None)):
+    for document in read_unit(unit, fields, max_bytes, progress or (lambda n: None)):
         if isinstance(document, Skipped) or document.strip():
             yield document
         else:
@@ -85,8 +105,8 @@ def _jsonl(unit, fields, limit, progress):
                     yield _json_document(line, fields, limit)
     except (OSError, zlib.error, _zstd_error()) as error:
         raise SourceError(
-            f"Source {unit.source!r}: {path} cannot be read to its end: {error}. Fetch "
-            "it again, or leave it out."
+            f"Source {unit.source!r}: {path} could not be read completely: {error}. "
+            "Download it again, or remove it from the source."
         ) from error
 
 
@@ -108,15 +128,16 @@ def _json_document(line, fields, limit):
         return Skipped(NO_TEXT)
     try:
         size = len(text.encode())
-    except UnicodeEncodeError:  # Half of a surrogate pair, as an escape.
+    except UnicodeEncodeError:  # An escaped lone surrogate.
         return Skipped(NOT_UTF8)
     return Skipped(TOO_LONG) if size > limit else text
 
 
 def _lines(file, unit, limit, progress):
-    """Lines that begin in the unit's part of a file; `None` for one above the limit.
+    """Yields the lines that start in the unit's part of a file, `None` for a long one.
 
-    Escapes make a line longer than its text, so the limit is not the document's.
+    A line is longer than its text because of escapes, so `limit` is higher than the
+    limit of documents.
     """
     start, stop = unit.start, unit.stop
     if is_compressed(unit.paths[0]):
@@ -126,7 +147,7 @@ def _lines(file, unit, limit, progress):
         lines = file
     position = start
     if start:
-        # The line that a part begins within belongs to the part before.
+        # A line that starts before this part belongs to the previous part.
         lines.seek(start - 1)
         position = start - 1 + len(_skip_line(lines))
     while stop is None or position < stop:
@@ -145,7 +166,7 @@ def _lines(file, unit, limit, progress):
 
 
 class _Count:
-    """Stands for bytes that nobody keeps."""
+    """Has the length of bytes that were discarded."""
 
     def __init__(self, size):
         self._size = size
@@ -164,7 +185,7 @@ def _skip_line(lines):
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a gzip or zstd file, which must end where it says it does."""
+    """The decompressed content of a gzip or zstd file; a truncated file raises."""
 
     def __init__(self, file, progress):
         self._file, self._progress = file, progress
@@ -181,10 +202,10 @@ class _Decompressed(io.RawIOBase):
                 self._progress(len(self._input))
             if not self._input:
                 if self._decompressor is not None or self._is_empty:
-                    raise OSError("it is cut short")
+                    raise OSError("it is truncated")
                 return 0
             if self._decompressor is None:
-                if len(self._input) == 1:  # Two bytes tell what it is.
+                if len(self._input) == 1:  # The format shows in the first two bytes.
                     more = self._file.read(_COMPRESSED_CHUNK)
                     self._progress(len(more))
                     self._input += more
@@ -238,8 +259,8 @@ def _parquet(unit, fields, limit, progress):
                 progress(unit.num_bytes // len(groups))
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(
-            f"Source {unit.source!r}: {path} cannot be read to its end: {error}. Fetch "
-            "it again, or leave it out."
+            f"Source {unit.source!r}: {path} could not be read completely: {error}. "
+            "Download it again, or remove it from the source."
         ) from error
 
 
@@ -279,14 +300,14 @@ def _text_files(unit, fields, limit, progress):
                 data = _read_at_most(file, limit + 1)
         except OSError as error:
             raise SourceError(
-                f"Source {unit.source!r}: {path} cannot be read: {error}."
+                f"Source {unit.source!r}: {path} could not be read: {error}."
             ) from error
         progress(len(data))
         yield _decoded(data, limit)
 
 
 def _read_at_most(file, count):
-    """Up to so many bytes; `read(count)` itself would first clear as many."""
+    """Reads up to `count` bytes; `read(count)` itself would allocate them first."""
     data = b""
     while len(data) < count and (more := file.read(min(_CHUNK, count - len(data)))):
         data += more
@@ -307,16 +328,16 @@ def _tfds(unit, fields, limit, progress):
             f"{' or '.join(map(repr, fields))}. It has: {', '.join(names)}. Name the "
             "right one with --text-field."
         )
-    share = unit.num_bytes / max(1, unit.stop - unit.start)
+    mean_bytes = unit.num_bytes / max(1, unit.stop - unit.start)
     try:
         dataset = builder.as_dataset(split=f"{split}[{unit.start}:{unit.stop}]")
         for example in dataset.as_numpy_iterator():
-            progress(share)
+            progress(mean_bytes)
             data = example[field]
             is_text = isinstance(data, bytes)
             yield _decoded(data, limit) if is_text else Skipped(NO_TEXT)
     except Exception as error:  # TFDS and TensorFlow raise errors of many kinds.
         raise SourceError(
-            f"Source {unit.source!r}: {spec} cannot be read to its end: {error}. "
-            "Prepare that data set again, or leave it out."
+            f"Source {unit.source!r}: {spec} could not be read completely: {error}. "
+            "Prepare that dataset again, or remove it from the source."
         ) from error

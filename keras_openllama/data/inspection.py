@@ -1,23 +1,34 @@
-"""What a prepared data set holds, as text and as a picture."""
+"""Inspection of a prepared dataset, as text and as a plot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-# Ours: the longest documents shown, in tokens; longer ones are counted with them.
+from keras_openllama.data.prepared_data import Documents, PreparedData
+from keras_openllama.data.token_stream import TokenStream
+from keras_openllama.utils.types import PathLike
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+# Range of the length axis, in tokens. The last bin includes longer documents.
 _LENGTH_RANGE = (1, 1 << 20)
 _BINS = 60
 
 
-def table(data):
-    """The manifest as lines of text.
+def format_manifest(data: PreparedData) -> str:
+    """Formats the manifest of a prepared dataset as a table.
 
     Args:
-        data: `prepared_data.PreparedData`.
+        data: the prepared dataset.
 
     Returns:
-        String: tokenizer, mixture, and per source its documents, tokens, tokens per
-        document, bytes per token, weight, epochs that a trillion tokens would take,
-        and what was skipped.
+        Lines of text: the tokenizer, the mixture, and for each source and split its
+        documents, tokens, tokens per document, bytes per token, shards and weight, and
+        the skipped documents.
     """
     tokenizer, mixture = data.manifest["tokenizer"], data.mixture
     lines = [
@@ -32,12 +43,12 @@ def table(data):
         f"{'bytes/token':>13}{'shards':>8}{'weight':>9}",
     ]
     weights = mixture.weights_at(0)
-    here = sum(weights.get(name, 0) for name in data.sources) or 1
+    total = sum(weights.get(name, 0) for name in data.sources) or 1
     for name in data.sources:
         for split in ("train", "validation"):
-            sums = data.split(name, split)
+            sums = data.split_info(name, split)
             tokens, documents = sums["tokens"], sums["documents"]
-            weight = f"{weights.get(name, 0) / here:.2%}" if split == "train" else ""
+            weight = f"{weights.get(name, 0) / total:.2%}" if split == "train" else ""
             lines.append(
                 f"{name:<16}{split:<12}{documents:>14,}{tokens:>18,}"
                 f"{tokens / max(documents, 1):>9,.0f}"
@@ -51,33 +62,38 @@ def table(data):
         lines.append(f"{name}: skipped {reasons or 'nothing'}")
     missing = [name for name in mixture.names if name not in data.sources]
     if missing:
-        lines.append(f"not prepared, though in the mixture: {', '.join(missing)}")
+        lines.append(f"in the mixture but not prepared: {', '.join(missing)}")
     for step, entry in mixture.schedule[1:]:
         changed = ", ".join(f"{name} {weight:.2%}" for name, weight in entry.items())
         lines.append(f"from step {step} on: {changed}")
     return "\n".join(lines)
 
 
-def describe_batch(stream, step, processor, characters=300):
-    """The rows of a batch in words: source, documents, and where they meet.
+def describe_batch(
+    stream: TokenStream,
+    step: int,
+    processor: SentencePieceProcessor,
+    characters: int = 300,
+) -> str:
+    """Decodes a batch, with the source and the document boundaries of each sequence.
 
     Args:
-        stream: `token_stream.TokenStream`.
-        step: int.
+        stream: the batches.
+        step: index of the batch.
         processor: SentencePiece processor of the data.
-        characters: int, text shown of each stretch of a document.
+        characters: maximum number of characters per document.
 
     Returns:
-        String.
+        Lines of text.
     """
     x, targets, weights = stream.batch(step)
-    lines = [f"step {step}: {targets.shape[0]} rows of {targets.shape[1]} tokens"]
-    for row, (source, spans) in enumerate(stream.sequences_read(step)):
-        real = int(weights[row].sum())
-        lines.append(f"row {row}: {source}, {real} targets")
+    lines = [f"step {step}: {targets.shape[0]} sequences of {targets.shape[1]} tokens"]
+    for number, (source, spans) in enumerate(stream.sequences_read(step)):
+        num_targets = int(weights[number].sum())
+        lines.append(f"sequence {number}: {source}, {num_targets} targets")
         column = 0
-        # The last token of a row is a target only.
-        tokens = np.append(x["token_ids"][row], targets[row, -1])
+        # The last token of a sequence is a target only.
+        tokens = np.append(x["token_ids"][number], targets[number, -1])
         for document, first, size in spans:
             part = tokens[column : column + size].tolist()
             column += size
@@ -96,36 +112,47 @@ def describe_batch(stream, step, processor, characters=300):
     return "\n".join(lines)
 
 
-def realised_mixture(stream, first, steps):
-    """Shares of the tokens of some steps, padding left out: dict of floats."""
+def measure_mixture(stream: TokenStream, first: int, steps: int) -> dict[str, float]:
+    """Measures the share of tokens of each source, without padding.
+
+    Args:
+        stream: the batches.
+        first: first step.
+        steps: number of steps.
+
+    Returns:
+        Share by source, from 0 to 1.
+    """
     totals = dict.fromkeys(stream.sources, 0.0)
     for step in range(first, first + steps):
         for source, spans in stream.sequences_read(step):
             totals[source] += sum(size for *_, size in spans) - 1
-    everything = sum(totals.values())
-    return {name: total / everything for name, total in totals.items()}
+    all_tokens = sum(totals.values())
+    return {name: total / all_tokens for name, total in totals.items()}
 
 
-def draw(stream, realised, step, path):
-    """Draws the mixture, wanted and realised, and the lengths of documents.
+def draw_overview(
+    stream: TokenStream, measured: dict[str, float], step: int, path: PathLike
+) -> None:
+    """Plots the weights and shares of the mixture, and the lengths of documents.
 
     Args:
-        stream: `token_stream.TokenStream`.
-        realised: dict of shares by source, see `realised_mixture`.
-        step: int, whose weights are wanted.
-        path: where the PNG goes.
+        stream: the batches.
+        measured: share by source, see `measure_mixture`.
+        step: the step whose weights are plotted.
+        path: PNG file to write.
     """
-    wanted = stream.mixture.weights_at(step)
-    names = sorted(stream.sources, key=lambda name: wanted.get(name, 0))
+    weights = stream.mixture.weights_at(step)
+    names = sorted(stream.sources, key=lambda name: weights.get(name, 0))
     figure = Figure(figsize=(11, 1.8 + 0.45 * max(5, len(names))), layout="constrained")
     bars, lengths = figure.subplots(1, 2)
     places = np.arange(len(names))
-    for offset, shares, label, colour in (
-        (0.2, wanted, "wanted", "#9aa5b1"),
-        (-0.2, realised, "realised", "#2563eb"),
+    for offset, shares, label, color in (
+        (0.2, weights, "weights", "#9aa5b1"),
+        (-0.2, measured, "measured", "#2563eb"),
     ):
         values = [100 * shares.get(name, 0.0) for name in names]
-        drawn = bars.barh(places + offset, values, 0.38, label=label, color=colour)
+        drawn = bars.barh(places + offset, values, 0.38, label=label, color=color)
         bars.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
     bars.set_yticks(places, names)
     bars.set_xlabel("share of the tokens (%)")
@@ -148,8 +175,16 @@ def draw(stream, realised, step, path):
     figure.savefig(path, dpi=120)
 
 
-def length_histogram(documents, edges):
-    """Documents by length; those beyond the last edge count in the last bin."""
+def length_histogram(documents: Documents, edges: np.ndarray) -> np.ndarray:
+    """Counts documents by length. The last bin includes all longer documents.
+
+    Args:
+        documents: documents of a source.
+        edges: bin edges in tokens, `(bins + 1,)`.
+
+    Returns:
+        int64 array `(bins,)`.
+    """
     counts = np.zeros(len(edges) - 1, "int64")
     for start in range(0, len(documents), 1 << 24):
         part = np.clip(documents.lengths[start : start + (1 << 24)], None, edges[-1])

@@ -1,77 +1,85 @@
-"""Mixtures: how many of the tokens come from which source, and from which step on."""
+"""Mixtures: weights of sources, optionally changing during training."""
+
+from __future__ import annotations
 
 import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from keras_openllama import presets
 from keras_openllama.data import shuffling
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
-# Ours: weights are met exactly in this many rows, to 1/65536 = 0.0015 points in 100.
+# Heuristic: the source order repeats after this many sequences, so weights are exact to
+# 1/65536.
 PERIOD = 1 << 16
-_ROUNDING = 1e-9  # Weights that were stored add up to 1 within it.
+_ROUNDING = 1e-9  # Weights read from a file have a sum of 1 within this tolerance.
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Weights of sources, as a schedule.
+    """A schedule of source weights.
 
     Attributes:
-        name: string.
-        schedule: tuple of `(from_step, weights)`, the first from step 0 on; `weights`
-            is a dict of floats by source that add up to 1.
-        sources: dict by source of what else is known of it: `"title"`, `"text_field"`,
-            `"url"`, `"provenance"`.
+        name: name of the mixture.
+        schedule: tuple of `(from_step, weights)`, starting at step 0. `weights` is a
+            dict of shares of the tokens by source, and is normalized to a sum of 1.
+        sources: dict by source of metadata: `"title"`, `"text_field"`, `"url"`,
+            `"provenance"`.
 
     Example:
-
-    ```python
-    mixture = load("v2").restricted_to(["refinedweb", "starcoder"])
-    mixture = mixture.changed(200_000, {"refinedweb": 0.5, "starcoder": 0.5})
-    ```
+    >>> mixture = load_mixture("v2").select(["refinedweb", "starcoder"])
+    >>> mixture = mixture.with_weights(200_000, {"refinedweb": 3, "starcoder": 1})
+    >>> mixture.weights_at(200_000)
+    {'refinedweb': 0.75, 'starcoder': 0.25}
     """
 
     name: str
-    schedule: tuple
-    sources: dict
+    schedule: tuple[tuple[int, dict[str, float]], ...]
+    sources: dict[str, dict[str, Any]]
 
     def __post_init__(self):
         steps = [step for step, _ in self.schedule]
         if not steps or steps[0] != 0 or sorted({*steps}) != steps:
             raise ValueError(
-                f"The schedule of mixture {self.name!r} must begin at step 0 and rise. "
-                f"Received: from_step {steps}"
+                f"The schedule of mixture {self.name!r} must start at step 0 and "
+                f"increase. Received: from_step {steps}"
             )
-        normalised = tuple(
-            (int(step), _normalised(weights, self.name))
+        normalized = tuple(
+            (int(step), _normalize_weights(weights, self.name))
             for step, weights in self.schedule
         )
-        object.__setattr__(self, "schedule", normalised)
+        object.__setattr__(self, "schedule", normalized)
 
     @property
-    def names(self):
-        """Names of all sources that have a weight at any step, in order."""
+    def names(self) -> list[str]:
+        """Names of all sources with a weight at any step, in order."""
         return list(dict.fromkeys(name for _, w in self.schedule for name in w))
 
-    def weights_at(self, step):
-        """The weights at a step: dict of floats by source."""
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Returns the share of the tokens of each source at a step."""
         return [weights for start, weights in self.schedule if start <= step][-1]
 
-    def restricted_to(self, available):
-        """The same without the sources that are missing, which is said once.
+    def restricted_to(self, available: Collection[str]) -> Mixture:
+        """Removes unavailable sources, with a warning.
 
         Args:
-            available: names of the sources that there are.
+            available: names of the available sources.
+
+        Returns:
+            A mixture of the available sources, with normalized weights.
 
         Raises:
-            ValueError: if a source is not of this mixture, or none is left at some
+            ValueError: if a source is not in this mixture, or no source is left at some
                 step.
         """
         unknown = sorted({*available} - {*self.names})
@@ -90,33 +98,51 @@ class Mixture:
         restricted = Mixture(self.name, schedule, self.sources)
         weights = restricted.schedule[0][1]
         _log.warning(
-            "Mixture %s is without %s; the weights of the rest become %s.",
+            "Sources of mixture %s are not available: %s. The weights of the others "
+            "are now %s.",
             self.name,
             ", ".join(missing),
             ", ".join(f"{name} {weight:.2%}" for name, weight in weights.items()),
         )
         return restricted
 
-    def only(self, names):
-        """The mixture of some of its sources, by choice: nothing is said."""
+    def select(self, names: Collection[str]) -> Mixture:
+        """Selects some sources, without a warning.
+
+        Args:
+            names: names of the sources.
+
+        Returns:
+            A mixture of these sources, with normalized weights.
+
+        Raises:
+            ValueError: if no source is left at some step.
+        """
         schedule = tuple(
             (step, {name: w for name, w in weights.items() if name in names})
             for step, weights in self.schedule
         )
         return Mixture(self.name, schedule, self.sources)
 
-    def changed(self, from_step, weights):
-        """The same with other weights from a step on.
+    def with_weights(self, from_step: int, weights: dict[str, float]) -> Mixture:
+        """Changes the weights from a step on.
 
         Args:
-            from_step: int; what the schedule had from there on is dropped.
-            weights: dict of numbers by source.
-        """
-        kept = tuple(entry for entry in self.schedule if entry[0] < from_step)
-        return dataclasses.replace(self, schedule=(*kept, (from_step, weights)))
+            from_step: first step with the new weights. Later changes of the schedule
+                are dropped.
+            weights: numbers by source, of any sum.
 
-    def to_json(self):
-        """A dict that JSON can hold, and `from_json` reads."""
+        Returns:
+            The changed mixture.
+
+        Raises:
+            ValueError: if a weight is negative, or all are 0.
+        """
+        earlier = tuple(entry for entry in self.schedule if entry[0] < from_step)
+        return dataclasses.replace(self, schedule=(*earlier, (from_step, weights)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a dict for JSON, the input of `mixture_from_json`."""
         return {
             "name": self.name,
             "schedule": [
@@ -127,31 +153,38 @@ class Mixture:
         }
 
 
-def _normalised(weights, name):
-    good = all(
+def _normalize_weights(weights, name):
+    valid = all(
         isinstance(w, (int, float)) and 0 <= w < float("inf") for w in weights.values()
     )
-    total = sum(weights.values()) if good else 0
+    total = sum(weights.values()) if valid else 0
     if not total > 0:
         raise ValueError(
-            f"The weights of mixture {name!r} must be numbers from 0 on, and one of "
-            f"them above. Received: {weights}"
+            f"The weights of mixture {name!r} must be non-negative numbers, and at "
+            f"least one must be positive. Received: {weights}"
         )
-    if abs(total - 1) < _ROUNDING:  # Divided once more, they would not be the same.
+    if abs(total - 1) < _ROUNDING:  # Another division would change them.
         total = 1.0
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
-def from_json(data):
-    """The mixture of a dict: one of `presets/mixtures/`, or what `to_json` wrote.
+def mixture_from_json(data: dict[str, Any]) -> Mixture:
+    """Creates a mixture from a dict, such as a file of `presets/mixtures/`.
 
     Args:
-        data: dict with `"name"` and `"sources"`, a dict by source of dicts. The weights
-            are `"schedule"`, a list of `{"from_step": …, "weights": {…}}`, or else
-            each source's `"weight"`, whatever their sum.
+        data: dict with `"name"` and `"sources"`, a dict of dicts by source. The weights
+            are `"schedule"`, a list of `{"from_step": …, "weights": {…}}`, or, without
+            a schedule, each source's `"weight"`, of any sum.
+
+    Returns:
+        The mixture.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if `data` has another form.
+
+    Example:
+    >>> mixture_from_json({"name": "web", "sources": {"web": {"weight": 5}}}).names
+    ['web']
     """
     try:
         sources = data["sources"]
@@ -165,80 +198,117 @@ def from_json(data):
         return Mixture(data["name"], schedule, sources)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            "A mixture is a JSON object with 'name' and 'sources' that have a 'weight' "
-            f"each, such as presets/mixtures/v2.json. Received: {str(data)[:200]} "
+            "A mixture must be a JSON object with 'name' and 'sources', each with a "
+            f"'weight', such as presets/mixtures/v2.json. Received: {str(data)[:200]} "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
-def from_weights(weights, name="custom"):
-    """The mixture of a dict of numbers by source."""
+def mixture_from_weights(weights: dict[str, float], name: str = "custom") -> Mixture:
+    """Creates a mixture from weights that stay constant.
+
+    Args:
+        weights: numbers by source, of any sum.
+        name: name of the mixture.
+
+    Returns:
+        The mixture.
+
+    Raises:
+        ValueError: if a weight is negative, or all are 0.
+
+    Example:
+    >>> mixture_from_weights({"web": 3, "code": 1}).weights_at(0)
+    {'web': 0.75, 'code': 0.25}
+    """
     return Mixture(name, ((0, dict(weights)),), {source: {} for source in weights})
 
 
-def load(name):
-    """A mixture by name (`"v1"`, `"v2"`) or path of its JSON file.
+def load_mixture(name: PathLike) -> Mixture:
+    """Loads a mixture.
+
+    Args:
+        name: `"v1"`, `"v2"`, or the path of a JSON file.
+
+    Returns:
+        The mixture.
 
     Raises:
-        ValueError: if it is neither, or the file holds something else.
+        ValueError: if there is no such mixture or file, or the file has another form.
+
+    Example:
+    >>> load_mixture("v1").names[:2]
+    ['commoncrawl', 'c4']
     """
-    known = available()
+    known = available_mixtures()
     path = known.get(str(name), str(name))
     if not str(path).endswith(".json") or not files.exists(path):
         raise ValueError(
-            f"`mixture` takes one of {', '.join(known)}, or the path of a JSON file. "
+            f"`mixture` must be one of {', '.join(known)}, or the path of a JSON file. "
             f"Received: mixture={str(name)!r}"
         )
     try:
         data = json.loads(files.read_bytes(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    return from_json(data)
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    return mixture_from_json(data)
 
 
-def available():
-    """Paths of the mixtures that come with the package, by name."""
+def available_mixtures() -> dict[str, Path]:
+    """Returns the paths of the mixtures in this package, by name."""
     paths = sorted(Path(presets.folder(), "mixtures").glob("*.json"))
     return {path.stem: path for path in paths}
 
 
 class Interleaving:
-    """Which source each row of a run comes from.
+    """Assigns a source to each training sequence.
 
-    Rows of a source lie as evenly as they can, so any stretch of rows has the right
-    shares to a row or two. It is a pure function of the row's number.
+    Sequences of a source are spread evenly: in any range of sequences, each source has
+    its share to within one or two sequences. The assignment is a pure function of the
+    sequence's index.
 
     Args:
-        schedule: list of `(first_row, weights)`, the first from row 0 on; `weights` is
-            a dict of floats by source.
-        sources: list of names, in the order of the numbers that are returned.
+        schedule: tuples `(first_sequence, weights)`, starting at sequence 0. `weights`
+            is a dict of shares of the sequences by source.
+        sources: names of the sources. Sources are numbered in this order.
+
+    Example:
+    >>> interleaving = Interleaving([(0, {"web": 0.75, "code": 0.25})], ["web", "code"])
+    >>> interleaving.sequences_before(1000)
+    array([750, 250])
     """
 
-    def __init__(self, schedule, sources):
+    def __init__(
+        self, schedule: Sequence[tuple[int, dict[str, float]]], sources: Sequence[str]
+    ):
         self._starts = np.array([start for start, _ in schedule], "int64")
         self._patterns = [
             _Pattern(tuple(weights.get(name, 0.0) for name in sources))
             for _, weights in schedule
         ]
-        # Rows of each source before each part of the schedule.
+        # Sequences of each source before each part of the schedule.
         self._before = [np.zeros(len(sources), "int64")]
         for pattern, length in zip(
             self._patterns, np.diff(self._starts).tolist(), strict=False
         ):
             self._before.append(self._before[-1] + pattern.counts(length))
 
-    def rows_before(self, row):
-        """How many of the rows 0 … `row` - 1 each source has: int64 `(sources,)`."""
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+    def sequences_before(self, index: int) -> np.ndarray:
+        """Counts the sequences of each source before a sequence: int64 `(sources,)`."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
         start = int(self._starts[part])
-        return self._before[part] + self._patterns[part].counts(row - start)
+        return self._before[part] + self._patterns[part].counts(index - start)
 
-    def rows(self, first, last):
-        """Where the rows `first` … `last` - 1 come from.
+    def sequences(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sources of the sequences `first` to `last - 1`.
+
+        Args:
+            first: index of the first sequence.
+            last: index after the last sequence.
 
         Returns:
-            Two int64 arrays `(last - first,)`: the number of the source, and how many
-            rows of that source come before it.
+            Two int64 arrays `(last - first,)`: the number of the source, and the index
+            of the sequence among all sequences of that source.
         """
         sources = np.concatenate(
             [
@@ -253,49 +323,50 @@ class Interleaving:
             ]
         )
         numbers = np.empty(len(sources), "int64")
-        for source, before in enumerate(self.rows_before(first).tolist()):
+        for source, before in enumerate(self.sequences_before(first).tolist()):
             (places,) = np.nonzero(sources == source)
             numbers[places] = before + np.arange(len(places))
         return sources, numbers
 
 
 class _Pattern:
-    """The order of sources in `PERIOD` rows, which repeats."""
+    """The order of sources in `PERIOD` sequences, which repeats."""
 
     def __init__(self, weights):
         self._quota = _quota(np.array(weights))
         self._order = _even_order(tuple(self._quota.tolist()))
 
-    def counts(self, rows):
-        """Rows of each source among the first `rows`."""
-        whole, rest = divmod(rows, PERIOD)
+    def counts(self, count):
+        """Counts the sequences of each source among the first `count`."""
+        periods, rest = divmod(count, PERIOD)
         counted = np.bincount(self._order[:rest], minlength=len(self._quota))
-        return whole * self._quota + counted
+        return periods * self._quota + counted
 
     def sources(self, first, last):
-        """The sources of rows `first` … `last` - 1."""
+        """Returns the sources of the sequences `first` to `last - 1`."""
         return self._order[np.arange(first, last) % PERIOD]
 
 
 def _quota(weights):
-    """Whole numbers near `PERIOD` times the weights that add up to `PERIOD`."""
+    """Integers close to `PERIOD` times the weights, with a sum of `PERIOD`."""
     exact = weights / weights.sum() * PERIOD
-    # No source may vanish because it is small.
+    # Every source with a weight gets at least one sequence.
     quota = np.maximum(np.floor(exact), weights > 0).astype("int64")
-    short = PERIOD - quota.sum()
-    if short >= 0:
+    missing = PERIOD - quota.sum()
+    if missing >= 0:
         largest_remainder = np.argsort(-(exact - quota), kind="stable")
-        quota[largest_remainder[:short]] += 1
+        quota[largest_remainder[:missing]] += 1
     else:
-        quota[np.argmax(quota)] += short
+        quota[np.argmax(quota)] += missing
     return quota
 
 
 @functools.lru_cache(maxsize=16)
 def _even_order(quota):
-    """The numbers of sources, each as often as its quota and evenly spread."""
+    """Source numbers, each as often as its quota, and evenly spread."""
     times = [
-        (np.arange(count) + shuffling.key("offset", source) / 2**64) / max(count, 1)
+        (np.arange(count) + shuffling.make_key("offset", source) / 2**64)
+        / max(count, 1)
         for source, count in enumerate(quota)
     ]
     sources = np.repeat(np.arange(len(quota)), quota)

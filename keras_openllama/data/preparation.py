@@ -1,8 +1,10 @@
-"""Preparing a data set: sources in, tokenized shards and a manifest out."""
+"""Preparation of a dataset: from text sources to tokenized shards and a manifest."""
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,9 +13,9 @@ from keras_openllama.data import mixture as mixtures
 from keras_openllama.data.dataset_builder import (
     SUMMARY_FILE,
     UNFINISHED,
-    Tokens,
-    fingerprint,
+    TokenDatasetBuilder,
     source_directory,
+    source_fingerprint,
 )
 from keras_openllama.data.prepared_data import (
     FORMAT,
@@ -22,90 +24,93 @@ from keras_openllama.data.prepared_data import (
     PreparedData,
     read_manifest,
 )
-from keras_openllama.data.text_sources import SourceError, units
-from keras_openllama.data.tokenizing import Settings, processor_of
+from keras_openllama.data.text_sources import SourceError, find_units
+from keras_openllama.data.tokenizing import TokenizationSettings, cached_processor
 from keras_openllama.loading.load import find_source
 from keras_openllama.text.sentencepiece_model import keeps_spaces
 from keras_openllama.utils import files, locks
+from keras_openllama.utils.types import PathLike
 
-_BY_TOKENS = "by tokens"  # Name of the mixture where none was chosen.
+_BY_TOKENS = "by tokens"  # Name of the default mixture.
 
 
-def prepare(
-    sources,
-    tokenizer,
-    output,
-    mixture=None,
-    text_fields=None,
-    workers=None,
-    beam_flags=None,
-    report=print,
-    unit_bytes=None,
-    **settings,
-):
-    """Tokenizes sources into a directory that training reads from.
+def prepare_dataset(
+    sources: dict[str, list[str]],
+    tokenizer: PathLike,
+    output: str,
+    mixture: str | None = None,
+    text_fields: dict[str, str] | None = None,
+    workers: int | None = None,
+    beam_flags: list[str] | None = None,
+    report: Callable[[str], object] = print,
+    unit_bytes: int | None = None,
+    **settings: Any,
+) -> PreparedData:
+    """Tokenizes sources into a dataset for training.
 
-    What an interrupted run has finished is kept: the same call goes on from there.
-    Sources can be added to a finished directory by another call.
+    After an interruption, the same call resumes: it reuses all finished shards. Another
+    call can add sources to a finished dataset.
 
     Args:
-        sources: dict by name of lists of specs, see `text_sources.units`.
-        tokenizer: string, a preset, a directory with a `tokenizer.model`, or a
-            SentencePiece file.
-        output: string, directory to write, local or remote.
-        mixture: string, `"v1"`, `"v2"` or the path of a JSON file. `None` weighs each
-            source by its tokens.
-        text_fields: dict by source of the field that holds the text. The mixture's
-            unless given.
-        workers: int, processes on this machine. Defaults to all cores.
-        beam_flags: list of strings for another runner of Beam's, see
-            `beam_pipeline.run`.
+        sources: dict by source name of lists of specs, see `text_sources.find_units`.
+        tokenizer: a preset, a directory with a `tokenizer.model`, or a SentencePiece
+            file.
+        output: directory to write, local or remote.
+        mixture: `"v1"`, `"v2"` or the path of a JSON file. `None` weights each source
+            by its number of tokens.
+        text_fields: name of the text field by source. Defaults to those of the mixture.
+        workers: number of processes on this machine. Defaults to the number of cores.
+        beam_flags: flags for another Beam runner, see `beam_pipeline.tokenize_units`.
         report: called with lines of text.
-        unit_bytes: int, input that becomes one shard, see `text_sources.units`.
-        **settings: arguments of `tokenizing.Settings`.
+        unit_bytes: approximate bytes of input per shard, see `text_sources.find_units`.
+        **settings: arguments of `tokenizing.TokenizationSettings`.
 
     Returns:
-        `prepared_data.PreparedData`.
+        The prepared dataset.
 
     Raises:
-        SourceError: if a source cannot be had, or is damaged; the rest is finished.
-        ValueError: if `output` holds other data, or an argument is wrong.
-        OSError: if it cannot be written.
+        SourceError: if a source is missing or damaged. All other units are finished
+            first.
+        ValueError: if `output` holds another dataset, or an argument is invalid.
+        OSError: if `output` cannot be written.
 
     Example:
-
-    ```python
-    prepare({"wikipedia": ["wiki*.jsonl.gz"]}, "open_llama_3b_v2", "data")
-    ```
+    >>> data = prepare_dataset(
+    ...     {"wikipedia": ["wiki*.jsonl.gz"]}, "open_llama_3b_v2", "data"
+    ... )  # doctest: +SKIP
     """
     for name, value in (("workers", workers), ("unit_bytes", unit_bytes)):
         if value is not None and value < 1:
-            raise ValueError(f"`{name}` is a number from 1 on. Received: {value}")
-    proto = tokenizer_proto(tokenizer)
-    processor_of(proto)  # Raises where it is none, before anything is written.
-    known = mixtures.load(mixture) if mixture else None
+            raise ValueError(f"`{name}` must be a positive integer. Received: {value}")
+    proto = load_tokenizer_proto(tokenizer)
+    cached_processor(proto)  # Raises for an invalid model, before writing anything.
+    known = mixtures.load_mixture(mixture) if mixture else None
     text_fields = dict(text_fields or {})
     before = read_manifest(output) if _has_manifest(output) else None
     if before and known is None and before["mixture"]["name"] != _BY_TOKENS:
-        known = mixtures.from_json(before["mixture"])
+        known = mixtures.mixture_from_json(before["mixture"])
     _check_names(sources, before, known, text_fields)
     plans = {}
     for name, specs in sources.items():
         about = known.sources.get(name, {}) if known else {}
         plans[name] = (
-            units(name, specs, **({"unit_bytes": unit_bytes} if unit_bytes else {})),
-            Settings(proto, text_fields.get(name, about.get("text_field")), **settings),
+            find_units(
+                name, specs, **({"unit_bytes": unit_bytes} if unit_bytes else {})
+            ),
+            TokenizationSettings(
+                proto, text_fields.get(name, about.get("text_field")), **settings
+            ),
         )
     with _locked(output):
         _put_tokenizer(output, proto)
         damaged = []
-        for name, (parts, options) in plans.items():
-            size = sum(unit.num_bytes for unit in parts)
+        for name, (units, options) in plans.items():
+            size = sum(unit.num_bytes for unit in units)
             report(
-                f"{name}: {tqdm.format_sizeof(size)}B of input in {len(parts)} parts"
+                f"{name}: {tqdm.format_sizeof(size)}B of input in {len(units)} units"
             )
             try:
-                _prepare_source(output, parts, options, workers, beam_flags, report)
+                _prepare_source(output, units, options, workers, beam_flags, report)
             except SourceError as error:
                 damaged.append(str(error))
         if damaged:
@@ -116,11 +121,23 @@ def prepare(
     return PreparedData.open(output)
 
 
-def tokenizer_proto(tokenizer):
-    """The bytes of the SentencePiece model that a preset, directory or file has.
+def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
+    """Loads the SentencePiece model of a tokenizer.
+
+    Args:
+        tokenizer: a preset, a directory with a `tokenizer.model`, or a SentencePiece
+            file.
+
+    Returns:
+        The bytes of the model.
 
     Raises:
-        ValueError, OSError: if there is none.
+        OSError: if the file does not exist.
+        ValueError: if there is no such preset.
+
+    Example:
+    >>> len(load_tokenizer_proto("open_llama_nano")) > 0
+    True
     """
     tokenizer = str(tokenizer)
     inside = files.join(tokenizer, TOKENIZER_FILE)
@@ -137,8 +154,8 @@ def _check_names(sources, before, mixture, text_fields):
     unknown = sorted({*text_fields} - {*sources})
     if unknown:
         raise ValueError(
-            f"A text field was given for {', '.join(map(repr, unknown))}, which is no "
-            f"source of this call: {', '.join(sources)}."
+            "Text fields must name sources of this call: "
+            f"{', '.join(sources)}. Received: {', '.join(map(repr, unknown))}"
         )
     if mixture:
         mixture.restricted_to({*sources, *(before["sources"] if before else ())})
@@ -146,7 +163,7 @@ def _check_names(sources, before, mixture, text_fields):
 
 @contextlib.contextmanager
 def _locked(output):
-    """One process at a time, as far as one machine can tell."""
+    """Allows one process at a time. Detects other processes on this machine only."""
     files.make_directory(output)
     if files.is_remote(output):
         yield
@@ -164,33 +181,29 @@ def _put_tokenizer(output, proto):
     if not files.exists(path):
         files.write_bytes(path, proto)
         return
-    there, wanted = (
-        hashlib.sha256(data).hexdigest()
-        for data in (
-            files.read_bytes(path),
-            proto,
-        )
+    found, expected = (
+        hashlib.sha256(data).hexdigest() for data in (files.read_bytes(path), proto)
     )
-    if there != wanted:
+    if found != expected:
         raise ValueError(
-            f"{output} was prepared with another tokenizer (SHA-256 {there[:12]}…, not "
-            f"{wanted[:12]}…). Choose another --output, or remove it."
+            f"{output} was prepared with another tokenizer (SHA-256 {found[:12]}…, not "
+            f"{expected[:12]}…). Choose another --output, or remove it."
         )
 
 
-def _prepare_source(output, parts, settings, workers, beam_flags, report):
-    name = parts[0].source
+def _prepare_source(output, units, settings, workers, beam_flags, report):
+    name = units[0].source
     directory = source_directory(output, name)
     if files.exists(directory):
         summary = json.loads(files.read_bytes(files.join(directory, SUMMARY_FILE)))
-        if summary["fingerprint"] != fingerprint(parts, settings):
+        if summary["fingerprint"] != source_fingerprint(units, settings):
             raise ValueError(
                 f"{directory} was prepared from other files or with other settings. "
                 "Choose another --output, or remove it."
             )
-        report(f"{name}: is prepared already")
+        report(f"{name}: already prepared")
         return
-    Tokens(parts, settings, output, workers, beam_flags).prepare()
+    TokenDatasetBuilder(units, settings, output, workers, beam_flags).prepare()
     summary = json.loads(files.read_bytes(files.join(directory, SUMMARY_FILE)))
     for split, sums in summary["splits"].items():
         report(
@@ -202,7 +215,7 @@ def _prepare_source(output, parts, settings, workers, beam_flags, report):
 
 
 def _write_manifest(output, proto, mixture, plans, before):
-    processor = processor_of(proto)
+    processor = cached_processor(proto)
     sources = dict(before["sources"]) if before else {}
     for name, (_, settings) in plans.items():
         directory = source_directory(output, name)
@@ -215,7 +228,7 @@ def _write_manifest(output, proto, mixture, plans, before):
             **summary,
         }
     if mixture is None:
-        mixture = mixtures.from_weights(
+        mixture = mixtures.mixture_from_weights(
             {
                 name: source["splits"]["train"]["tokens"]
                 for name, source in sources.items()

@@ -1,47 +1,63 @@
-"""The sequences that the documents of a source make (rows of a batch), by number.
+"""Which parts of which documents each training sequence consists of.
 
-A row of `length` predictions holds `length + 1` tokens: what is read, and what is to be
-predicted, one token ahead. Rows are numbered through all epochs.
+A sequence of `sequence_length` predictions holds `sequence_length + 1` tokens: inputs
+and targets, which are one token ahead. Sequences are numbered through all epochs.
 """
 
 import collections
 import logging
 import threading
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from keras_openllama.data import document_packing, shuffling
-from keras_openllama.data.prepared_data import block_totals
+from keras_openllama.data.prepared_data import tokens_per_block
 from keras_openllama.data.shuffling import BLOCK
 from keras_openllama.utils import files
 
-_CHUNK = 1 << 22  # Documents that are counted at once.
-# A row may begin in one and end in the next, while other threads end the one before.
-_GROUPS_KEPT = 3
+_CHUNK = 1 << 22  # Documents that are counted at a time.
+# A sequence may span two groups while other threads still read the previous group.
+_CACHED_GROUPS = 3
 
 _log = logging.getLogger(__name__)
 
+# The index of a document, its first token, and the number of tokens.
+Span: TypeAlias = tuple[int, int, int]
 
-class _Rows:
-    """What both ways of packing share.
 
-    Args:
-        documents: `prepared_data.Documents`, or what has `lengths` as they do.
-        length: int, predictions a row makes.
-        key: int, decides about the order.
-        totals: int64 array `(blocks,)`, what each block holds.
+class HasLengths(Protocol):
+    """Documents whose numbers of tokens are known.
 
     Attributes:
-        epoch_rows: float, rows an epoch has.
+        lengths: unsigned array `(documents,)`, tokens of each document.
     """
 
-    def __init__(self, documents, length, key, totals):
-        self._documents, self._length = documents, length
-        self._order = shuffling.Order(totals, key)
-        self._begin()
+    lengths: Any
 
-    def _begin(self):
+
+class _SequenceIndex:
+    """Base class of both ways to make sequences of documents.
+
+    Args:
+        documents: `prepared_data.Documents`, or an object with the same `lengths`.
+        sequence_length: predictions per sequence.
+        key: decides the order, see `shuffling.make_key`.
+        totals: int64 array `(blocks,)`: tokens or sequences of each block.
+
+    Attributes:
+        sequences_per_epoch: number of sequences per epoch, a float.
+    """
+
+    def __init__(
+        self, documents: HasLengths, sequence_length: int, key: int, totals: np.ndarray
+    ):
+        self._documents, self._length = documents, sequence_length
+        self._order = shuffling.ShuffledOrder(totals, key)
+        self._clear_cache()
+
+    def _clear_cache(self):
         self._groups = collections.OrderedDict()
         self._lock = threading.Lock()  # Several threads read batches.
 
@@ -52,73 +68,87 @@ class _Rows:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._begin()
+        self._clear_cache()
 
-    def spans(self, row):
-        """What a row consists of.
+    def spans(self, index: int) -> list[Span]:
+        """Returns the parts of a sequence.
 
         Args:
-            row: int.
+            index: index of the sequence.
 
         Returns:
-            List of `(document, first token, tokens)`.
+            Tuples `(document, first token, number of tokens)`.
         """
         with self._lock:
-            return self._spans(row)
+            return self._spans(index)
 
     def _group(self, epoch, group):
-        """What is known of a group; the last ones are kept."""
+        """Opens a group of blocks; caches the last ones."""
         if (epoch, group) not in self._groups:
-            while len(self._groups) >= _GROUPS_KEPT:
+            while len(self._groups) >= _CACHED_GROUPS:
                 self._groups.popitem(last=False)
             blocks = self._order.blocks(epoch, group)
-            key = self._order.key_of(epoch, group)
+            key = self._order.group_key(epoch, group)
             self._groups[epoch, group] = self._open(blocks, key)
         return self._groups[epoch, group]
 
     def _numbers(self, block):
-        """Numbers of the documents of a block."""
+        """Indices of the documents of a block."""
         count = len(self._documents.lengths)
         return np.arange(block * BLOCK, min((block + 1) * BLOCK, count))
 
 
-class Concatenated(_Rows):
-    """All documents in a row, cut every `length` tokens, as LLaMA did.
+class ConcatenatedIndex(_SequenceIndex):
+    """Concatenates all documents and cuts every `sequence_length` tokens, as LLaMA did.
 
-    Every token of an epoch is predicted once; the last row of an epoch goes on with the
-    next. The rows that begin in a group are shuffled, so that those of a long document
-    are not all in one batch.
+    Every token of an epoch is predicted once. The last sequence of an epoch continues
+    into the next epoch. The sequences that start in a group are shuffled, so that the
+    parts of a long document are spread over many batches.
+
+    Args:
+        documents: `prepared_data.Documents`, or an object with the same `lengths`.
+        sequence_length: predictions per sequence.
+        key: decides the order, see `shuffling.make_key`.
+
+    Attributes:
+        sequences_per_epoch: number of sequences per epoch, a float.
+
+    Example:
+    >>> from types import SimpleNamespace
+    >>> documents = SimpleNamespace(lengths=np.array([12], "uint32"))
+    >>> ConcatenatedIndex(documents, sequence_length=4, key=0).spans(0)
+    [(0, 4, 5)]
     """
 
-    def __init__(self, documents, length, key):
-        totals = block_totals(documents.lengths)
-        super().__init__(documents, length, key, totals)
-        self.epoch_rows = self._order.total / length
+    def __init__(self, documents: HasLengths, sequence_length: int, key: int):
+        totals = tokens_per_block(documents.lengths)
+        super().__init__(documents, sequence_length, key, totals)
+        self.sequences_per_epoch = self._order.total / sequence_length
 
-    def row_tokens(self):
-        """Tokens a row predicts, on average."""
+    def tokens_per_sequence(self) -> float:
+        """Mean number of predicted tokens per sequence."""
         return float(self._length)
 
     def _open(self, blocks, key):
-        """The documents of a group in shuffled order, where each ends; rows' order."""
+        """Shuffled documents of a group, their ends, and the order of sequences."""
         numbers = np.concatenate([self._numbers(block) for block in blocks.tolist()])
         numbers = numbers[shuffling.permutation(len(numbers), key)]
         ends = np.cumsum(self._documents.lengths[numbers], dtype="int64")
-        rows = int(ends[-1]) // self._length
-        order = shuffling.permutation(rows, shuffling.key(key, "rows"))
+        count = int(ends[-1]) // self._length
+        order = shuffling.permutation(count, shuffling.make_key(key, "rows"))
         return numbers, ends, order
 
-    def _shuffled(self, row):
-        """The row that has the place of `row` in the shuffled order."""
-        epoch, group, within = self._order.locate(row * self._length)
+    def _shuffled(self, index):
+        """The sequence at the position of `index` in the shuffled order."""
+        epoch, group, within = self._order.locate(index * self._length)
         order = self._group(epoch, group)[2]
-        # The first row of a group begins less than a row behind the group's beginning.
-        # So there are as many as the order has, or one more, which stays the last.
-        index = within // self._length
-        return row + int(order[index]) - index if index < len(order) else row
+        # The first sequence of a group starts less than a sequence after the group. So
+        # the group has `len(order)` sequences, or one more, which stays the last.
+        place = within // self._length
+        return index + int(order[place]) - place if place < len(order) else index
 
-    def _spans(self, row):
-        position, missing = self._shuffled(row) * self._length, self._length + 1
+    def _spans(self, index):
+        position, missing = self._shuffled(index) * self._length, self._length + 1
         spans = []
         while missing:
             epoch, group, within = self._order.locate(position)
@@ -134,55 +164,79 @@ class Concatenated(_Rows):
         return spans
 
 
-class BestFit(_Rows):
-    """Documents share rows, and none is cut that fits into one; see
-    `document_packing`.
+class BestFitIndex(_SequenceIndex):
+    """Packs documents into sequences without cutting those that fit.
 
-    Documents of one block share rows, the same ones in every epoch; the rows are
-    shuffled. What is left of a row is padding.
+    Documents of one block share sequences, the same ones in every epoch. The sequences
+    are shuffled. The rest of a sequence is padding. See `document_packing`.
+
+    Args:
+        documents: `prepared_data.Documents`, or an object with the same `lengths`.
+        sequence_length: predictions per sequence.
+        key: decides the order, see `shuffling.make_key`.
+        cache: file for the number of sequences of each block, little-endian uint32.
+            Without it they are computed in each process.
+
+    Attributes:
+        sequences_per_epoch: number of sequences per epoch, a float.
+
+    Example:
+    >>> from types import SimpleNamespace
+    >>> documents = SimpleNamespace(lengths=np.array([3, 4, 2], "uint32"))
+    >>> index = BestFitIndex(documents, sequence_length=5, key=0)
+    >>> sorted(index.spans(i) for i in range(2))
+    [[(0, 0, 3)], [(1, 0, 4), (2, 0, 2)]]
     """
 
-    def __init__(self, documents, length, key, cache=None):
-        totals = _rows_per_block(documents.lengths, length, cache)
-        super().__init__(documents, length, key, totals.astype("int64"))
-        self.epoch_rows = float(self._order.total)
+    def __init__(
+        self,
+        documents: HasLengths,
+        sequence_length: int,
+        key: int,
+        cache: str | None = None,
+    ):
+        totals = _sequences_per_block(documents.lengths, sequence_length, cache)
+        super().__init__(documents, sequence_length, key, totals.astype("int64"))
+        self.sequences_per_epoch = float(self._order.total)
 
-    def row_tokens(self):
-        """As `Concatenated.row_tokens`."""
+    def tokens_per_sequence(self) -> float:
+        """Mean number of predicted tokens per sequence."""
         lengths, tokens = self._documents.lengths, 0
         for start in range(0, len(lengths), _CHUNK):
             predictions = lengths[start : start + _CHUNK].astype("int64") - 1
-            # Each piece but a row's last predicts the first token of the next.
+            # Each piece except a sequence's last predicts the first token of the next.
             pieces = -(-predictions // self._length)
             tokens += int(predictions.sum() + pieces.sum())
-        return tokens / self.epoch_rows - 1
+        return tokens / self.sequences_per_epoch - 1
 
     def _open(self, blocks, key):
-        """Pieces of the group's documents by row, and the shuffled order of rows."""
+        """Pieces of the group's documents by sequence, and the sequences' order."""
         pieces, starts, count = [], [np.zeros(1, "int64")], 0
         for block in blocks.tolist():
             numbers = self._numbers(block)
-            rows, of_piece, documents, firsts, sizes = document_packing.pack(
-                self._documents.lengths[numbers], self._length
+            num_sequences, sequences, documents, firsts, sizes = (
+                document_packing.pack_documents(
+                    self._documents.lengths[numbers], self._length
+                )
             )
-            ends = np.searchsorted(of_piece, np.arange(rows), side="right")
+            ends = np.searchsorted(sequences, np.arange(num_sequences), side="right")
             pieces.append(np.stack([numbers[documents], firsts, sizes], axis=1))
             starts.append(ends + count)
-            count += len(of_piece)
+            count += len(sequences)
         starts = np.concatenate(starts)
         order = shuffling.permutation(len(starts) - 1, key)
         return np.concatenate(pieces), starts, order
 
-    def _spans(self, row):
-        epoch, group, within = self._order.locate(row)
+    def _spans(self, index):
+        epoch, group, within = self._order.locate(index)
         pieces, starts, order = self._group(epoch, group)
         chosen = int(order[within])
-        row = pieces[starts[chosen] : starts[chosen + 1]]
-        return [tuple(span) for span in row.tolist()]
+        spans = pieces[starts[chosen] : starts[chosen + 1]]
+        return [tuple(span) for span in spans.tolist()]
 
 
-def _rows_per_block(lengths, length, cache):
-    """Reads from `cache` (path or `None`), or computes and writes it there."""
+def _sequences_per_block(lengths, sequence_length, cache):
+    """Reads the sequences per block from the cache, or computes and caches them."""
     blocks = -(-len(lengths) // BLOCK)
     if cache and files.exists(cache):
         totals = np.frombuffer(files.read_bytes(cache), "<u4")
@@ -190,7 +244,7 @@ def _rows_per_block(lengths, length, cache):
             return totals
     totals = np.empty(blocks, "<u4")
     bar = tqdm(
-        desc=f"Packing into rows of {length}, once for all runs",
+        desc=f"Packing into sequences of {sequence_length} tokens (cached)",
         total=len(lengths),
         unit="document",
         unit_scale=True,
@@ -200,11 +254,13 @@ def _rows_per_block(lengths, length, cache):
     with bar:
         for block in range(blocks):
             part = lengths[block * BLOCK : (block + 1) * BLOCK]
-            totals[block] = document_packing.pack(part, length)[0]
+            totals[block] = document_packing.pack_documents(part, sequence_length)[0]
             bar.update(len(part))
     if cache:
         try:
             files.write_bytes(cache, totals.tobytes())
         except OSError as error:
-            _log.warning("The packing is computed anew at each start: %s", error)
+            _log.warning(
+                "The packing could not be cached, so each start computes it: %s", error
+            )
     return totals

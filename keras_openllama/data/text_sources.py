@@ -1,4 +1,6 @@
-"""What a source consists of: its files, and the units of work that they are read in."""
+"""Text sources: their files, and their division into units of work."""
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -6,10 +8,15 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.utils import files
 
-# Ours: bytes of input that become one shard, where a file can be divided.
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
+# Heuristic: bytes of input per shard, if a file can be divided.
 UNIT_BYTES = 256 << 20
 
 TFDS_PREFIX = "tfds:"
@@ -19,36 +26,37 @@ _COMPRESSED = re.compile(r"\.(gz|zst|zstd)$", re.IGNORECASE)
 
 
 class SourceError(ValueError):
-    """A source or one of its files that cannot be used; the message names it."""
+    """A source or one of its files cannot be used; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a stretch, and what becomes one shard.
+    """The input that one worker reads and writes as one shard.
 
     Attributes:
-        source: string, name of the source.
-        number: int, position among the units of its source.
+        source: name of the source.
+        number: index among the units of its source.
         format: `"jsonl"`, `"parquet"`, `"text"` or `"tfds"`.
-        paths: tuple of strings; one, but for a text tree.
-        start, stop: ints, the part of it that is meant: bytes of JSONL, row groups of
-            Parquet, examples of TFDS. `stop` is `None` where it is all of it.
-        num_bytes: int, size of the input, for progress.
-        identity: string that changes when the input does.
+        paths: paths of the files. Only text files have more than one.
+        start: start of the part to read, in bytes of JSONL, row groups of Parquet, or
+            examples of TFDS.
+        stop: end of the part to read; `None` reads to the end.
+        num_bytes: size of the input, for progress.
+        identity: hash that changes if the input changes.
     """
 
     source: str
     number: int
     format: str
-    paths: tuple
+    paths: tuple[str, ...]
     start: int
     stop: int | None
     num_bytes: int
     identity: str
 
     @property
-    def label(self):
-        """What to call it in messages."""
+    def label(self) -> str:
+        """Description of the unit for messages."""
         if len(self.paths) > 1:
             return f"{self.paths[0]} and {len(self.paths) - 1} more files"
         if self.stop is None:
@@ -57,47 +65,59 @@ class Unit:
         return f"{self.paths[0]} ({what[self.format]} {self.start} to {self.stop})"
 
 
-def parse(arguments):
-    """Sorts `NAME=PATHS` arguments by name.
+def parse_sources(arguments: Iterable[str]) -> dict[str, list[str]]:
+    """Groups `NAME=PATHS` arguments by name.
 
     Args:
-        arguments: list of strings.
+        arguments: the arguments.
 
     Returns:
-        Dict of lists of strings.
+        Lists of paths by name.
 
     Raises:
-        SourceError: if one has another form.
+        SourceError: if an argument has another form.
+
+    Example:
+    >>> parse_sources(["web=a.jsonl", "code=src", "web=b.jsonl"])
+    {'web': ['a.jsonl', 'b.jsonl'], 'code': ['src']}
     """
     specs = {}
     for argument in arguments:
         name, equals, paths = argument.partition("=")
         if not equals or not paths or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise SourceError(
-                "A source is NAME=PATHS, such as wikipedia=data/wiki*.jsonl.gz, with a "
-                "name of small letters, digits and _. "
+                "A source must be NAME=PATHS, such as wikipedia=data/wiki*.jsonl.gz, "
+                "with a name of lowercase letters, digits and _. "
                 f"Received: {argument!r}"
             )
         specs.setdefault(name, []).append(paths)
     return specs
 
 
-def units(source, specs, unit_bytes=UNIT_BYTES):
-    """Finds a source's files, and divides them.
+def find_units(
+    source: str, specs: Iterable[str], unit_bytes: int = UNIT_BYTES
+) -> list[Unit]:
+    """Finds a source's files and divides them into units.
 
     Args:
-        source: string, its name.
-        specs: list of strings, each a file, a pattern, a directory, or
+        source: name of the source.
+        specs: each a file, a pattern, a directory, or
             `tfds:NAME[/CONFIG][:VERSION][@SPLIT]` or `tfds:DIRECTORY[@SPLIT]`. In a
-            directory JSONL and Parquet files are read; if it has none of these, each
-            file is a document.
-        unit_bytes: int, about how many bytes of input make a unit.
+            directory, JSONL and Parquet files are read. If there are none, each file is
+            a document.
+        unit_bytes: approximate bytes of input per unit.
 
     Returns:
-        List of `Unit`. The same files give the same list.
+        The units. The same files always give the same list.
 
     Raises:
         SourceError: if a spec matches nothing, or a file cannot be read.
+
+    Example:
+    >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n')
+    >>> [unit] = find_units("web", ["*.jsonl"])
+    >>> unit.format, unit.paths, unit.num_bytes
+    ('jsonl', ('a.jsonl',), 21)
     """
     found = []
     for spec in specs:
@@ -116,21 +136,27 @@ def units(source, specs, unit_bytes=UNIT_BYTES):
 def _identity(part):
     form, paths, start, stop, _ = part
     state = [
-        None
-        if form == "tfds"
-        else files.size_and_mtime(path)  # Never changes once made
+        # A TFDS dataset never changes.
+        None if form == "tfds" else files.size_and_mtime(path)
         for path in paths
     ]
     return hash_of([form, paths, start, stop, state])
 
 
-def hash_of(value):
-    """Short hash (string) of something that JSON can hold."""
+def hash_of(value: Any) -> str:
+    """Short hash of a value that can be stored as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def find_files(source, spec):
-    """Paths that a spec means: a file, a pattern or a directory.
+def find_files(source: str, spec: str) -> list[str]:
+    """Finds the files of a spec.
+
+    Args:
+        source: name of the source, for errors.
+        spec: a file, a pattern or a directory.
+
+    Returns:
+        Paths of the files.
 
     Raises:
         SourceError: if there are none.
@@ -144,23 +170,28 @@ def find_files(source, spec):
         found += [p for p in inside if format_of(p) != "text"] or inside
     if not found:
         raise SourceError(
-            f"Source {source!r}: {spec!r} matches no file. Give a file, a directory, a "
-            f"pattern in quotes, or {TFDS_PREFIX}NAME."
+            f"Source {source!r}: {spec!r} matches no files. Pass a file, a directory, "
+            f"a pattern in quotes, or {TFDS_PREFIX}NAME."
         )
-    # A pattern may match a directory and also what is in it.
+    # A pattern may match a directory and also its files.
     return list(dict.fromkeys(found))
 
 
-def format_of(path):
-    """Format of a file, by its name."""
+def format_of(path: str) -> str:
+    """Returns the format of a file according to its name.
+
+    Example:
+    >>> format_of("data/wiki.jsonl.gz"), format_of("README.md")
+    ('jsonl', 'text')
+    """
     name = os.path.basename(path)
     if _JSONL.search(name):
         return "jsonl"
     return "parquet" if _PARQUET.search(name) else "text"
 
 
-def is_compressed(path):
-    """Whether a name ends as a compressed file's does."""
+def is_compressed(path: str) -> bool:
+    """Returns whether a file is compressed according to its name."""
     return bool(_COMPRESSED.search(path))
 
 
@@ -171,7 +202,7 @@ def _file_parts(source, spec, unit_bytes):
             sized.append((path, files.size_and_mtime(path)[0]))
         except OSError as error:
             raise SourceError(
-                f"Source {source!r}: {path} cannot be read: {error}."
+                f"Source {source!r}: {path} could not be read: {error}."
             ) from error
     parts = _text_parts(
         [item for item in sized if format_of(item[0]) == "text"], unit_bytes
@@ -185,7 +216,7 @@ def _file_parts(source, spec, unit_bytes):
 
 
 def _text_parts(sized, unit_bytes):
-    """Many files make one part."""
+    """Groups many files into one part."""
     parts, paths, total = [], [], 0
     for path, size in sized:
         paths.append(path)
@@ -199,7 +230,7 @@ def _text_parts(sized, unit_bytes):
 
 
 def _jsonl_parts(path, size, unit_bytes):
-    """Lines that begin in the same stretch of bytes; a compressed file stays whole."""
+    """Divides the lines by the byte they start at. A compressed file is one part."""
     count = 1 if is_compressed(path) else max(1, round(size / unit_bytes))
     if count == 1:
         return [("jsonl", (path,), 0, None, size)]
@@ -222,8 +253,8 @@ def _parquet_parts(source, path, unit_bytes):
             ]
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(
-            f"Source {source!r}: {path} is not a readable Parquet file: {error}. Fetch "
-            "it again, or leave it out."
+            f"Source {source!r}: {path} is not a readable Parquet file: {error}. "
+            "Download it again, or remove it from the source."
         ) from error
     parts, start, total = [], 0, 0
     for group, size in enumerate(sizes):
@@ -234,8 +265,8 @@ def _parquet_parts(source, path, unit_bytes):
     return parts
 
 
-def tfds_builder(spec):
-    """The builder of a `tfds:` spec, and the name of the split."""
+def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
+    """Returns the TFDS builder of a `tfds:` spec, and the name of the split."""
     import tensorflow_datasets as tfds
 
     name, _, split = spec.removeprefix(TFDS_PREFIX).partition("@")
@@ -247,20 +278,20 @@ def tfds_builder(spec):
 def _tfds_parts(source, spec, unit_bytes):
     try:
         builder, split = tfds_builder(spec)
-        builder.download_and_prepare()  # Does nothing where it is prepared.
-        if split not in [*builder.info.splits]:  # TFDS would take a part of one, too.
+        builder.download_and_prepare()  # Does nothing if it is prepared.
+        if split not in [*builder.info.splits]:  # TFDS would accept slices, too.
             raise ValueError(f"its splits are {', '.join(builder.info.splits)}")
         info = builder.info.splits[split]
     except Exception as error:  # TFDS raises errors of many kinds.
         raise SourceError(
-            f"Source {source!r}: TensorFlow Datasets cannot give {spec!r}: {error}"
+            f"Source {source!r}: TensorFlow Datasets could not load {spec!r}: {error}"
         ) from error
     examples, size = info.num_examples, info.num_bytes
     if not examples:
         return []
     count = min(examples, max(1, round(size / unit_bytes)))
     bounds = [examples * i // count for i in range(count + 1)]
-    # By its directory: workers find the same wherever they look.
+    # By its directory, so that all workers find the same dataset.
     name = f"{TFDS_PREFIX}{builder.data_path}@{split}"
     return [
         ("tfds", (name,), start, stop, size // count)

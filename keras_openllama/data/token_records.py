@@ -1,39 +1,55 @@
-"""Documents as ArrayRecord files: token ids, and the bytes of text that they came from.
+"""ArrayRecord files of tokenized documents.
 
 A record is a `tf.train.Example` with the features `tokens` (the ids as little-endian
-bytes) and `num_bytes`, as TensorFlow Datasets reads it too.
+bytes) and `num_bytes` (the size of the text), which TensorFlow Datasets can read.
 """
 
+import array
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from array_record.python import array_record_module
+from numpy.typing import DTypeLike
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
-# One record a chunk, so that one can be read alone; the fastest level of zstd.
+# One record per chunk, for random access; the fastest level of zstd.
 _OPTIONS = "group_size:1,zstd:1"
 _NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 class DamagedFile(ValueError):
-    """A file of prepared data that is not what the manifest says; it is named."""
+    """A file of a prepared dataset does not match its manifest."""
 
 
-def token_dtype(vocabulary_size):
-    """Smallest type that holds the ids: little-endian uint16, or uint32."""
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """Returns the smallest dtype for token ids: little-endian uint16 or uint32.
+
+    Example:
+    >>> token_dtype(32_000)
+    dtype('uint16')
+    """
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
 
-def encode(tokens, num_bytes):
-    """A document as the bytes of a record.
+def encode_record(tokens: np.ndarray | array.array, num_bytes: int) -> bytes:
+    """Encodes a document as a record.
 
     Args:
-        tokens: array `(length,)` of `token_dtype`, NumPy's or Python's.
-        num_bytes: int, UTF-8 bytes of the text.
+        tokens: token ids `(length,)` with the dtype of `token_dtype`.
+        num_bytes: size of the text in UTF-8 bytes.
+
+    Returns:
+        The bytes of the record.
+
+    Example:
+    >>> decode_record(encode_record(np.array([1, 5, 2], "<u2"), num_bytes=4), "<u2")
+    (array([1, 5, 2], dtype=uint16), 4)
     """
     example = tf_example_generated_pb2.Example()
     feature = example.features.feature
@@ -42,19 +58,33 @@ def encode(tokens, num_bytes):
     return example.SerializeToString(deterministic=True)
 
 
-def decode(record, dtype):
-    """Tokens (array `(length,)`) and number of bytes of a record."""
+def decode_record(record: bytes, dtype: DTypeLike) -> tuple[np.ndarray, int]:
+    """Decodes a record.
+
+    Args:
+        record: output of `encode_record`.
+        dtype: dtype of the token ids, see `token_dtype`.
+
+    Returns:
+        Token ids `(length,)`, and the size of the text in UTF-8 bytes.
+    """
     feature = tf_example_generated_pb2.Example.FromString(record).features.feature
     tokens = np.frombuffer(feature["tokens"].bytes_list.value[0], dtype)
     return tokens, feature["num_bytes"].int64_list.value[0]
 
 
 @contextlib.contextmanager
-def writer(path):
-    """A writer of records (`.write(bytes)`) to a local file.
+def open_writer(path: PathLike) -> Iterator[array_record_module.ArrayRecordWriter]:
+    """Context manager of a writer of records, with `write(record)`, to a local file.
+
+    Args:
+        path: file to write.
+
+    Yields:
+        The writer.
 
     Raises:
-        OSError: if the disk is full, say.
+        OSError: if the file cannot be written, for example because the disk is full.
     """
     try:
         writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
@@ -66,12 +96,15 @@ def writer(path):
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-def open_reader(path, count):
-    """A reader of records by number (`.read([numbers])`).
+def open_reader(path: PathLike, count: int) -> array_record_module.ArrayRecordReader:
+    """Opens a reader of records by index, with `read(indices)`.
 
     Args:
-        path: string, local or `gs://…`.
-        count: int, how many records it must have.
+        path: local file, or `gs://…`.
+        count: expected number of records.
+
+    Returns:
+        The reader.
 
     Raises:
         DamagedFile: if the file is missing, damaged, or has another number of records.
@@ -79,24 +112,32 @@ def open_reader(path, count):
     reader = array_record_module.ArrayRecordReader(str(path))
     found = reader.num_records() if reader.ok() else None
     if found != count:
-        state = "cannot be read" if found is None else f"has {found} records"
+        state = "could not be read" if found is None else f"has {found} records"
         raise DamagedFile(
-            f"{path} {state}, but should have {count} records. Copy it again from "
-            "where it was prepared, or prepare the data anew."
+            f"{path} {state}, but should have {count} records. Restore it from the "
+            "original dataset, or prepare the data again."
         )
     return reader
 
 
-def check_written(path, count):
-    """Raises an `OSError` unless a file that was just written has so many records."""
+def check_written(path: PathLike, count: int) -> None:
+    """Checks the number of records of a new file.
+
+    Args:
+        path: the file.
+        count: expected number of records.
+
+    Raises:
+        OSError: if the file is damaged or has another number of records.
+    """
     try:
         open_reader(path, count)
     except DamagedFile as error:
-        raise OSError(errno.EIO, f"Written, but {error}", str(path)) from error
+        raise OSError(errno.EIO, f"Writing failed: {error}", str(path)) from error
 
 
-def size_of(path):
-    """Bytes of a file; `None` if there is none."""
+def file_size(path: str) -> int | None:
+    """Returns the size of a file in bytes; `None` if there is no such file."""
     try:
         return files.size_and_mtime(path)[0]
     except OSError:

@@ -1,75 +1,90 @@
-"""The stream of training batches: each a pure function of its step."""
+"""The stream of training batches. Each batch is a pure function of its step."""
 
 import logging
 import sys
+from collections.abc import Collection
+from typing import TypeAlias
 
 import grain
 import numpy as np
 from absl import flags
 
 from keras_openllama.config import PACKINGS
-from keras_openllama.data import sequence_index as rows
-from keras_openllama.data import shuffling
-from keras_openllama.data.mixture import Interleaving
+from keras_openllama.data import sequence_index, shuffling
+from keras_openllama.data.mixture import Interleaving, Mixture
 from keras_openllama.data.prepared_data import PreparedData
+from keras_openllama.data.sequence_index import Span
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
-_ENDLESS = 1 << 40  # Steps; Grain wants a number.
+_ENDLESS = 1 << 40  # Steps; Grain needs a number.
+
+Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 
 _log = logging.getLogger(__name__)
 
 
 class TokenStream:
-    """Batches of rows of a mixture, for one of the hosts of a run.
+    """Batches of training sequences from a mixture of sources.
 
-    Which rows the batch of a step holds depends on the seed, the step and the schedule
-    of the mixture alone: not on the number of hosts or workers, nor on where reading
-    began. To begin at any step costs the same.
+    The batch of a step depends only on the data, the seed, the step and the schedule of
+    the mixture: not on the number of hosts or workers, nor on the first step. Starting
+    at
+        any
+    step has the same cost.
 
     Args:
         data: `prepared_data.PreparedData`, or its directory.
-        sequence_length: int, tokens that a row reads and predicts.
-        batch_size: int, rows of a batch, over all hosts.
-        seed: int.
-        mixture: `mixture.Mixture`; the data's own unless given. Sources that the data
-            lack are left out, the others' weights grow.
-        packing: `"concatenate"` joins the documents of a source and cuts every
+        sequence_length: tokens per sequence that are read and predicted.
+        batch_size: sequences per batch, over all hosts.
+        seed: seed of the order.
+        mixture: the weights of the sources. Defaults to the data's own mixture. Sources
+            that the data does not have are removed with a warning.
+        packing: `"concatenate"` concatenates the documents of a source and cuts every
             `sequence_length` tokens, as LLaMA did. `"best_fit"` cuts no document that
-            fits into a row, and pads.
-        mask_documents: bool, whether tokens see their own document only. Then the
-            `padding_mask` numbers the documents of a row from 1, positions restart with
-            each, and the first token of a document is no target.
+            fits into a sequence, and pads.
+        mask_documents: whether tokens attend to their own document only. If so, the
+            `padding_mask` numbers the documents of a sequence from 1, positions restart
+            with each document, and the first token of a document is not a target.
         split: `"train"` or `"validation"`.
-        sources: list of names, to read nothing else of the mixture.
-        hosts, host: ints, how many processes share the batch, and which one this is.
-            Those of `jax.distributed` unless given, where it is in use.
+        sources: names of the sources to read. Defaults to all sources of the mixture.
+        hosts: number of processes that share a batch. Defaults to the processes of
+            `jax.distributed`, or 1 if it is not initialized.
+        host: index of this process.
+
+    Attributes:
+        data: the prepared dataset.
+        split: the argument.
+        sequence_length: the argument.
+        batch_size: the argument.
+        mask_documents: the argument.
+        mixture: the mixture of the available sources.
+        sources: names of the available sources.
 
     Raises:
-        ValueError: for arguments that do not fit the data or each other.
+        ValueError: if an argument is invalid or does not match the data.
 
     Example:
-
-    ```python
-    stream = TokenStream("data", sequence_length=2048, batch_size=8)
-    x, y, sample_weight = stream.batch(1000)
-    lm.fit(stream.dataset(from_step=1000, workers=2), steps_per_epoch=100)
-    ```
+    >>> stream = TokenStream("data", 2048, batch_size=8)  # doctest: +SKIP
+    >>> x, y, sample_weight = stream.batch(1000)  # doctest: +SKIP
+    >>> dataset = stream.dataset(from_step=1000, workers=2)  # doctest: +SKIP
+    >>> lm.fit(dataset, steps_per_epoch=100)  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        data,
-        sequence_length=2048,
-        batch_size=8,
+        data: PreparedData | PathLike,
+        sequence_length: int = 2048,
+        batch_size: int = 8,
         *,
-        seed=0,
-        mixture=None,
-        packing="concatenate",
-        mask_documents=False,
-        split="train",
-        sources=None,
-        hosts=None,
-        host=None,
+        seed: int = 0,
+        mixture: Mixture | None = None,
+        packing: str = "concatenate",
+        mask_documents: bool = False,
+        split: str = "train",
+        sources: Collection[str] | None = None,
+        hosts: int | None = None,
+        host: int | None = None,
     ):
         if not isinstance(data, PreparedData):
             data = PreparedData.open(data)
@@ -78,41 +93,45 @@ class TokenStream:
             ("batch_size", batch_size),
         ):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is an int from 1 on. Received: {value!r}")
+                raise ValueError(
+                    f"`{name}` must be a positive integer. Received: {value!r}"
+                )
         if packing not in PACKINGS:
             raise ValueError(
-                f"`packing` takes one of {', '.join(PACKINGS)}. Received: {packing!r}"
+                f"`packing` must be one of {', '.join(PACKINGS)}. Received: {packing!r}"
             )
         self.data, self.split = data, split
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.mask_documents = mask_documents
-        self._first_row, self._host_rows = _share(batch_size, hosts, host)
+        self._first, self._count = _share(batch_size, hosts, host)
         mixture = mixture or data.mixture
         if sources is not None:
-            mixture = mixture.only(sources)
-        available = _available(data, split, mixture, everything=sources is None)
+            mixture = mixture.select(sources)
+        available = _available(data, split, mixture, warn=sources is None)
         self.mixture = mixture.restricted_to(available)
         self.sources = self.mixture.names
         self._documents = [data.documents(name, split) for name in self.sources]
-        self._rows = [
+        self._indexes = [
             self._sequence_index(name, documents, packing, seed)
             for name, documents in zip(self.sources, self._documents, strict=True)
         ]
-        self._interleaving = Interleaving(self._row_schedule(), self.sources)
+        self._interleaving = Interleaving(self._sequence_schedule(), self.sources)
 
     def _sequence_index(self, name, documents, packing, seed):
-        key = shuffling.key(seed, name, self.split)
+        key = shuffling.make_key(seed, name, self.split)
         if packing == "concatenate":
-            return rows.Concatenated(documents, self.sequence_length, key)
+            return sequence_index.ConcatenatedIndex(
+                documents, self.sequence_length, key
+            )
         cache = f"{self.split}.rows-{self.sequence_length}"
-        cache = files.join(self.data.path_of(name), cache)
-        return rows.BestFit(documents, self.sequence_length, key, cache)
+        cache = files.join(self.data.source_path(name), cache)
+        return sequence_index.BestFitIndex(documents, self.sequence_length, key, cache)
 
-    def _row_schedule(self):
-        """The schedule in rows: weights are shares of tokens; rows may be padded."""
+    def _sequence_schedule(self):
+        """Converts shares of tokens to shares of sequences, which may have padding."""
         tokens = {
-            name: source.row_tokens()
-            for name, source in zip(self.sources, self._rows, strict=True)
+            name: index.tokens_per_sequence()
+            for name, index in zip(self.sources, self._indexes, strict=True)
         }
         return [
             (
@@ -122,19 +141,19 @@ class TokenStream:
             for step, weights in self.mixture.schedule
         ]
 
-    def batch(self, step):
-        """This host's rows of the batch of a step.
+    def batch(self, step: int) -> Batch:
+        """Returns this host's part of the batch of a step.
 
         Args:
-            step: int, from 0 on.
+            step: step of the run, from 0.
 
         Returns:
-            `(x, y, sample_weight)` as `fit` takes it: a dict of int32 `"token_ids"` and
-            `"padding_mask"`, int32 targets, and float32 weights, 1 on real targets; all
-            are `(rows of this host, sequence_length)`.
+            `(x, y, sample_weight)` as `fit` takes them: a dict of int32 `"token_ids"`
+            and `"padding_mask"`, int32 targets, and float32 weights, 1 on targets and 0
+            on padding. All have the shape `(batch_size / hosts, sequence_length)`.
 
         Raises:
-            DamagedFile: if a shard is.
+            DamagedFile: if a shard is damaged.
         """
         sources, numbers = self._host_part(step)
         shape = len(sources), self.sequence_length + 1
@@ -147,69 +166,81 @@ class TokenStream:
             weights[:, 1:] *= segments[:, 1:] == segments[:, :-1]
         else:
             segments = np.minimum(segments, 1)
-        # Grain puts whole arrays into shared memory, which it leaks at exit, but not
-        # parts of arrays.
+        # Return views: Grain puts arrays, but not views, into shared memory, which it
+        # leaks at exit.
         x = {"token_ids": tokens[:, :-1], "padding_mask": segments[:, :-1]}
         return x, tokens[:, 1:], weights[:, 1:]
 
     def _fill(self, source, places, numbers, tokens, segments):
-        """Reads the rows of a source into their places."""
-        spans = [self._rows[source].spans(number) for number in numbers.tolist()]
-        documents = sorted({span[0] for row in spans for span in row})
-        read = self._documents[source].read(documents)
-        texts = {
-            number: tokens for number, (tokens, _) in zip(documents, read, strict=True)
+        """Reads the sequences of a source into their places in the batch."""
+        spans = [self._indexes[source].spans(number) for number in numbers.tolist()]
+        documents = sorted({span[0] for sequence in spans for span in sequence})
+        contents = self._documents[source].read_many(documents)
+        token_ids = {
+            number: tokens
+            for number, (tokens, _) in zip(documents, contents, strict=True)
         }
-        for place, row in zip(places.tolist(), spans, strict=True):
+        for place, sequence in zip(places.tolist(), spans, strict=True):
             column = 0
-            for segment, (document, start, size) in enumerate(row, 1):
-                part = texts[document][start : start + size]
+            for segment, (document, start, size) in enumerate(sequence, 1):
+                part = token_ids[document][start : start + size]
                 tokens[place, column : column + size] = part
                 segments[place, column : column + size] = segment
                 column += size
 
     def _host_part(self, step):
-        first = step * self.batch_size + self._first_row
-        return self._interleaving.rows(first, first + self._host_rows)
+        first = step * self.batch_size + self._first
+        return self._interleaving.sequences(first, first + self._count)
 
-    def sequences_read(self, step):
-        """Where this host's rows of a step come from.
+    def sequences_read(self, step: int) -> list[tuple[str, list[Span]]]:
+        """Returns the origin of this host's sequences of a step.
+
+        Args:
+            step: step of the run, from 0.
 
         Returns:
-            List of pairs of the source's name and the row's spans, tuples of
-            `(document, first token, tokens)`.
+            For each sequence, the name of its source, and its spans: tuples
+            `(document, first token, number of tokens)`.
         """
         sources, numbers = self._host_part(step)
         return [
-            (self.sources[source], self._rows[source].spans(number))
+            (self.sources[source], self._indexes[source].spans(number))
             for source, number in zip(sources.tolist(), numbers.tolist(), strict=True)
         ]
 
-    def epochs_at(self, step):
-        """How often each source has been read before a step: dict of floats."""
-        before = self._interleaving.rows_before(step * self.batch_size).tolist()
+    def epochs_at(self, step: int) -> dict[str, float]:
+        """Returns the number of epochs of each source before a step."""
+        before = self._interleaving.sequences_before(step * self.batch_size).tolist()
         return {
-            name: count / source.epoch_rows
-            for name, count, source in zip(
-                self.sources, before, self._rows, strict=True
+            name: count / index.sequences_per_epoch
+            for name, count, index in zip(
+                self.sources, before, self._indexes, strict=True
             )
         }
 
-    def dataset(self, from_step=0, steps=None, *, workers=0, prefetch=2, threads=2):
-        """The batches in the order of their steps, as Grain gives them.
+    def dataset(
+        self,
+        from_step: int = 0,
+        steps: int | None = None,
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        threads: int = 2,
+    ) -> grain.IterDataset:
+        """Returns the batches in the order of their steps, as a Grain dataset.
 
-        When a source has been read to its end it begins again in another order, and
-        this is said.
+        At the end of a source's epoch, the dataset warns and continues with a new
+        order.
 
         Args:
-            from_step: int, the first step.
-            steps: int, how many; endless if `None`.
-            workers: int, processes that read; 0 reads in threads of this one.
-            prefetch: int, batches that a worker reads ahead.
-            threads: int, threads that read, in each process.
+            from_step: the first step.
+            steps: number of steps. Endless if `None`.
+            workers: number of reader processes. 0 reads in threads of this process.
+            prefetch: batches that each worker prefetches.
+            threads: reader threads per process.
 
         Returns:
-            A `grain.IterDataset` of what `batch` returns.
+            A dataset with elements as `batch` returns them.
         """
         last = from_step + (_ENDLESS if steps is None else steps)
         dataset = grain.MapDataset.range(from_step, last).map(self.batch)
@@ -219,7 +250,7 @@ class TokenStream:
             )
         )
         if workers:
-            if not flags.FLAGS.is_parsed():  # Grain looks at flags that nobody gave.
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags.
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -230,7 +261,7 @@ class TokenStream:
 
 
 class _Watch:
-    """Says when a source has been read to its end."""
+    """Warns at the end of a source's epoch."""
 
     def __init__(self, stream, from_step):
         self._stream, self._from_step = stream, from_step
@@ -241,47 +272,47 @@ class _Watch:
         for name, before in self._stream.epochs_at(step).items():
             if int(after[name]) > int(before):
                 _log.warning(
-                    "Step %d: source %s has been read %d times to its end, and begins "
-                    "again in another order.",
+                    "Step %d: source %s has completed %d epochs and continues in a new "
+                    "order.",
                     *(step, name, int(after[name])),
                 )
         return batch
 
 
 def _share(batch_size, hosts, host):
-    """First row and number of rows of a host's part of a batch."""
+    """First sequence and number of sequences of a host's part of a batch."""
     if (hosts is None) != (host is None):
         raise ValueError(
-            "`hosts` and `host` are given together or not at all. Received: "
+            "`hosts` and `host` must be passed together. Received: "
             f"hosts={hosts}, host={host}"
         )
     if hosts is None:
         hosts, host = _processes()
     if not 0 <= host < hosts or batch_size % hosts:
         raise ValueError(
-            "The hosts share a batch evenly and are numbered from 0 on. Received: "
-            f"batch_size={batch_size}, hosts={hosts}, host={host}"
+            "`batch_size` must be a multiple of `hosts`, and `host` must be from 0 to "
+            f"hosts - 1. Received: batch_size={batch_size}, hosts={hosts}, host={host}"
         )
-    rows = batch_size // hosts
-    return host * rows, rows
+    count = batch_size // hosts
+    return host * count, count
 
 
 def _processes():
-    """How many processes `jax.distributed` joins, and which one this is."""
+    """Process count and index of `jax.distributed`, if it is initialized."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return 1, 0
     return jax.process_count(), jax.process_index()
 
 
-def _available(data, split, mixture, everything=True):
+def _available(data, split, mixture, warn=True):
     """Names of the mixture's sources that have documents in a split."""
-    names = [name for name in data.sources if data.split(name, split)["documents"]]
-    left_out = [name for name in names if name not in mixture.names]
-    if left_out and everything:
+    names = [name for name in data.sources if data.split_info(name, split)["documents"]]
+    unused = [name for name in names if name not in mixture.names]
+    if unused and warn:
         _log.warning(
-            "Mixture %s does not have %s of %s, which is not read.",
-            *(mixture.name, ", ".join(left_out), data.directory),
+            "Sources of %s are not in mixture %s and are ignored: %s.",
+            *(data.directory, mixture.name, ", ".join(unused)),
         )
     names = [name for name in names if name in mixture.names]
     if not names:

@@ -1,19 +1,25 @@
-"""How many bytes of text a tokenizer's tokens stand for, beside other tokenizers."""
+"""Compression of held-out text by a tokenizer, compared with other tokenizers."""
 
 import hashlib
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
 from keras_openllama import presets
-from keras_openllama.data.tokenizer_training import size_of
+from keras_openllama.data.tokenizer_training import DocumentSample, count_texts
 from keras_openllama.text.sentencepiece_model import keeps_spaces, load_processor
 
-_ALL = "all sources"  # No source can be called so.
+_ALL = "all sources"  # Not a valid name of a source.
 
 
-def tokenizers_at_hand():
-    """Tokenizers to compare with that need no download: dict by name of their bytes."""
+def installed_tokenizers() -> dict[str, bytes]:
+    """Returns SentencePiece models for comparison that need no download, by name.
+
+    Example:
+    >>> "open_llama_nano" in installed_tokenizers()
+    True
+    """
     paths = {
         "open_llama_nano": Path(presets.folder(), "open_llama_nano", "tokenizer.model")
     }
@@ -24,22 +30,27 @@ def tokenizers_at_hand():
     return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
 
-def report(samples, tokenizers):
+def measure_tokenizers(
+    samples: dict[str, DocumentSample], tokenizers: dict[str, bytes]
+) -> dict[str, Any]:
     """Measures how many bytes of held-out text a token stands for.
 
+    `<s>` and `</s>` are not counted.
+
     Args:
-        samples: dict of `tokenizer_training.Sample` by source. Sources that hold
-            nothing out are left out.
-        tokenizers: dict by name of bytes of SentencePiece models.
+        samples: samples by source. Sources without held-out text are ignored.
+        tokenizers: bytes of SentencePiece models by name.
 
     Returns:
-        Dict with `"held_out"`, documents and bytes by source, and `"tokenizers"`, by
-        name a dict: `"pieces"`, `"keeps_spaces"`, `"sha256"`, `"bytes_per_token"` by
-        source, and `"overall"`, all bytes by all tokens (`None` if there are none).
-        `<s>` and `</s>` do not count.
+        Dict of `"held_out"`, the documents and bytes by source, and `"tokenizers"`, by
+        name a dict of `"pieces"`, `"keeps_spaces"`, `"sha256"`, `"bytes_per_token"` by
+        source, and `"overall"`, all bytes divided by all tokens (`None` without
+        tokens).
     """
-    held_out = {name: kept.held_out for name, kept in samples.items() if kept.held_out}
-    sizes = {name: size_of(texts) for name, texts in held_out.items()}
+    held_out = {
+        name: sample.held_out for name, sample in samples.items() if sample.held_out
+    }
+    sizes = {name: count_texts(texts) for name, texts in held_out.items()}
     total = sum(size["bytes"] for size in sizes.values())
     measured = {}
     for tokenizer, proto in tokenizers.items():
@@ -60,12 +71,19 @@ def report(samples, tokenizers):
 
 
 def _count_tokens(processor, texts):
-    rows = processor.encode([data.decode() for data in texts], num_threads=-1)
-    return sum(map(len, rows))
+    token_ids = processor.encode([data.decode() for data in texts], num_threads=-1)
+    return sum(map(len, token_ids))
 
 
-def table(report):
-    """What `report` returns as lines of text, in aligned columns."""
+def format_table(report: dict[str, Any]) -> str:
+    """Formats a report as a table.
+
+    Args:
+        report: output of `measure_tokenizers`.
+
+    Returns:
+        Lines of text in aligned columns.
+    """
     tokenizers, held_out = report["tokenizers"], report["held_out"]
     columns = [_values(measured) for measured in tokenizers.values()]
     rows = [
@@ -81,7 +99,7 @@ def table(report):
         cells = [cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True)]
         text += "  ".join([first.ljust(widths[0]), *cells]) + "\n"
     if not all(t["keeps_spaces"] for t in tokenizers.values()):
-        text += "* merges runs of spaces: its tokens do not give the whole text back.\n"
+        text += "* merges runs of spaces, so detokenization loses them.\n"
     return text
 
 
@@ -91,22 +109,29 @@ def _label(tokenizer, measured):
 
 
 def _marked(tokenizer, report):
-    kept = report["tokenizers"][tokenizer]["keeps_spaces"]
-    return tokenizer if kept else f"{tokenizer} *"
+    is_lossless = report["tokenizers"][tokenizer]["keeps_spaces"]
+    return tokenizer if is_lossless else f"{tokenizer} *"
 
 
 def _groups(report):
-    """The sources that hold something out, and all of them together."""
+    """The sources with held-out text, and all of them together."""
     return [*report["held_out"], _ALL] if report["held_out"] else []
 
 
 def _values(measured):
-    """A tokenizer's bytes per token, by what `_groups` returns."""
+    """A tokenizer's bytes per token, by the groups of `_groups`."""
     return {**measured["bytes_per_token"], _ALL: measured["overall"]}
 
 
-def chart(report):
-    """What `report` returns as a bar chart: bytes of a PNG file."""
+def draw_chart(report: dict[str, Any]) -> bytes:
+    """Plots a report as a bar chart.
+
+    Args:
+        report: output of `measure_tokenizers`.
+
+    Returns:
+        The bytes of a PNG file.
+    """
     from matplotlib.figure import Figure
 
     groups = _groups(report)

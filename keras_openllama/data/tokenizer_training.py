@@ -1,12 +1,4 @@
-"""Training a tokenizer: a sample of the text, and SentencePiece.
-
-Example:
-
-```python
-samples = sample({"wikipedia": texts, "code": sources}, {"wikipedia": 1, "code": 3})
-proto = train_sentencepiece(lines(samples), 32_000, "v2")
-```
-"""
+"""Tokenizer training with SentencePiece on a random sample of the text."""
 
 import collections
 import dataclasses
@@ -14,6 +6,8 @@ import hashlib
 import heapq
 import io
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 
@@ -24,16 +18,16 @@ from keras_openllama.data.tokenizing import check_skipped
 from keras_openllama.text.sentencepiece_model import load_processor
 
 UNK, BOS, EOS = 0, 1, 2
-# <unk>, <s>, </s> and the bytes: what there is before any text has been seen.
+# <unk>, <s>, </s> and the bytes, which do not depend on the text.
 FIXED_PIECES = 3 + 256
-# Ours: one document in so many is held out, to report on.
+# Heuristic: one document of this many is held out for the report.
 HELD_OUT_EVERY = 50
-# Ours. SentencePiece counts the characters of a word, or run of spaces, in 16 bits, and
-# ends the process where there are more, as in data that is written into code.
-_LONGEST_WORD = 30_000
-# It writes a space as ▁, so that to it the two are the same.
-_TOO_LONG = re.compile(rf"[^ ▁]{{{_LONGEST_WORD}}}|[ ▁]{{{_LONGEST_WORD}}}")
-# Documents between two checks of how many of them are damaged.
+# Heuristic. SentencePiece counts the characters of a word, or run of spaces, in 16
+# bits. It aborts the process if there are more, as in data embedded in code.
+_MAX_WORD_LENGTH = 30_000
+# SentencePiece writes a space as ▁ and does not distinguish the two.
+_TOO_LONG = re.compile(rf"[^ ▁]{{{_MAX_WORD_LENGTH}}}|[ ▁]{{{_MAX_WORD_LENGTH}}}")
+# Number of documents between checks of the fraction of damaged ones.
 _CHECK_EVERY = 1000
 
 
@@ -41,76 +35,82 @@ _CHECK_EVERY = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """What was kept of a source.
+class DocumentSample:
+    """A random sample of the documents of a source.
 
     Attributes:
-        training: list of bytes, documents to train on.
-        held_out: list of bytes, documents to report on; none of them is in `training`.
-        documents: int, how many the source has.
-        num_bytes: int, UTF-8 bytes of these.
-        share: int, bytes that the source was to give.
-        skipped: dict of numbers of skipped documents by reason.
+        training: UTF-8 documents to train on.
+        held_out: UTF-8 documents for evaluation; none of them is in `training`.
+        documents: number of documents of the source.
+        num_bytes: UTF-8 bytes of these documents.
+        share: requested bytes of the sample.
+        skipped: numbers of skipped documents by reason.
     """
 
-    training: list
-    held_out: list
+    training: list[bytes]
+    held_out: list[bytes]
     documents: int
     num_bytes: int
     share: int
-    skipped: dict
+    skipped: dict[str, int]
 
-    def to_json(self):
-        """A dict of numbers, without the texts."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the counts as a dict for JSON, without the texts."""
         return {
             "documents": self.documents,
             "bytes": self.num_bytes,
             "skipped": self.skipped,
             "share": self.share,
-            "training": size_of(self.training),
-            "held_out": size_of(self.held_out),
+            "training": count_texts(self.training),
+            "held_out": count_texts(self.held_out),
         }
 
 
-def sample(
-    documents_by_source, weights=None, max_bytes=10**9, seed=0, max_skipped=0.01
-):
-    """Draws documents at random, of each source as many bytes as its weight says.
+def sample_documents(
+    documents_by_source: dict[str, Iterable[str | document_reader.Skipped]],
+    weights: dict[str, float] | None = None,
+    max_bytes: int = 10**9,
+    seed: int = 0,
+    max_skipped: float = 0.01,
+) -> dict[str, DocumentSample]:
+    """Samples documents at random, with bytes per source in proportion to its weight.
 
-    Each document has a priority, the hash of its text and the seed, and the smallest
-    stay. So the sample depends neither on the order of the documents nor on chance; a
-    text that comes twice is taken once; and there is never more in memory than
-    `max_bytes` and a document of each source. A source that has less than its share
-    gives all.
+    The priority of a document is a hash of its text and the seed, and the documents
+    with the smallest priorities are sampled. So the sample does not depend on the order
+    of the documents, and duplicates are sampled once. The memory use is at most
+    `max_bytes` and one document per source. All documents of a source that is smaller
+    than its share are sampled.
 
     Args:
-        documents_by_source: dict by source of iterables of str, or of
-            `document_reader.Skipped`, which is counted.
-        weights: dict of numbers by source, whatever their sum. Equal by default.
-        max_bytes: int, UTF-8 bytes of all sources.
-        seed: int.
-        max_skipped: float, share of damaged documents above which a source is refused.
+        documents_by_source: documents of each source. `Skipped` documents are counted.
+        weights: numbers by source, of any sum. Equal by default.
+        max_bytes: UTF-8 bytes of the sample, over all sources.
+        seed: seed of the sample.
+        max_skipped: maximum fraction of damaged documents per source, from 0 to 1.
 
     Returns:
-        Dict of `Sample` by source, in the order of their names.
+        Samples by source, sorted by name.
 
     Raises:
         SourceError: if a source has no text, or too many damaged documents.
-        ValueError: if an argument is wrong.
+        ValueError: if an argument is invalid.
+
+    Example:
+    >>> samples = sample_documents({"web": ["A llama hums.", "An alpaca spits."]})
+    >>> len(samples["web"].training), len(samples["web"].held_out)
+    (1, 1)
     """
     names = sorted(documents_by_source)
     weights = dict.fromkeys(names, 1) if weights is None else weights
     if sorted(weights) != names or not all(weight > 0 for weight in weights.values()):
         raise ValueError(
-            f"`weights` must have a number above 0 for each of {', '.join(names)}. "
+            f"`weights` must have a positive number for each of {', '.join(names)}. "
             f"Received: {weights}"
         )
     if max_bytes < 1:
-        raise ValueError(f"`max_bytes` must be above 0. Received: {max_bytes}")
+        raise ValueError(f"`max_bytes` must be positive. Received: {max_bytes}")
     if not 0 <= max_skipped <= 1:
-        raise ValueError(
-            f"`max_skipped` is a share from 0 to 1. Received: {max_skipped}"
-        )
+        raise ValueError(f"`max_skipped` must be from 0 to 1. Received: {max_skipped}")
     total = sum(weights.values())
     return {
         name: _sample_source(
@@ -125,7 +125,7 @@ def sample(
 
 
 def _sample_source(name, documents, share, seed, max_skipped):
-    kept = _SmallestPriorities(share, seed)
+    sample = _SmallestPriorities(share, seed)
     skipped = collections.Counter()
     seen = num_bytes = 0
     for seen, document in enumerate(documents, 1):
@@ -134,19 +134,19 @@ def _sample_source(name, documents, share, seed, max_skipped):
         else:
             data = document.encode()
             num_bytes += len(data)
-            kept.add(data)
+            sample.add(data)
         if seen % _CHECK_EVERY == 0:
             check_skipped(f"Source {name!r}", seen, skipped, max_skipped)
     check_skipped(f"Source {name!r}", seen, skipped, max_skipped)
-    texts = kept.in_order()
+    texts = sample.in_order()
     if not texts:
         raise SourceError(
-            f"Source {name!r} has no text: {seen} documents, and none of them holds "
-            "any. Give other files, or leave the source out."
+            f"Source {name!r} has no text in its {seen} documents. Use other files, or "
+            "remove the source."
         )
-    # A single document is trained on; of two or more, one at least is held out.
+    # A single document is for training. Of two or more, at least one is held out.
     count = min(len(texts) - 1, -(-len(texts) // HELD_OUT_EVERY))
-    return Sample(
+    return DocumentSample(
         training=texts[count:],
         held_out=texts[:count],
         documents=seen - sum(skipped.values()),
@@ -156,17 +156,22 @@ def _sample_source(name, documents, share, seed, max_skipped):
     )
 
 
-def size_of(texts):
-    """Number of documents (list of bytes) and their bytes, as a dict."""
+def count_texts(texts: Sequence[bytes]) -> dict[str, int]:
+    """Counts documents and their bytes.
+
+    Example:
+    >>> count_texts([b"one", b"two"])
+    {'documents': 2, 'bytes': 6}
+    """
     return {"documents": len(texts), "bytes": sum(map(len, texts))}
 
 
 class _SmallestPriorities:
     """The documents of smallest priority that fill a number of bytes.
 
-    A document goes once those of smaller priority alone fill it. What comes later can
-    only push it further out, and what has gone never mattered to what stays: this is
-    why the order of documents is no matter.
+    A document is dropped once the documents of smaller priority fill all bytes. Later
+    documents cannot bring it back, and it never affected which others stay. So the
+    result does not depend on the order of the documents.
     """
 
     def __init__(self, max_bytes, seed):
@@ -177,7 +182,7 @@ class _SmallestPriorities:
     def add(self, data):
         digest = hashlib.blake2b(data, digest_size=16, key=self._key).digest()
         priority = int.from_bytes(digest, "big")
-        if priority in self._texts:  # The same text again.
+        if priority in self._texts:  # A duplicate.
             return
         self._texts[priority] = data
         self._num_bytes += len(data)
@@ -192,56 +197,61 @@ class _SmallestPriorities:
             self._num_bytes = rest
 
     def in_order(self):
-        """List of the documents, by priority."""
+        """The documents, sorted by priority."""
         return [data for _, data in sorted(self._texts.items())]
 
 
-def lines(samples):
-    """Yields the lines (bytes) of the documents to train on, in the order of `sample`.
+def training_lines(samples: dict[str, DocumentSample]) -> Iterator[bytes]:
+    """Yields the lines of the training documents, in the order of the samples.
 
-    A line's end is no part of it: the newline stays the byte piece 13.
+    Lines do not include their line ends, so the newline stays the byte piece 13.
+
+    Example:
+    >>> samples = sample_documents({"web": ["A llama\\nhums."]})
+    >>> list(training_lines(samples))
+    [b'A llama', b'hums.']
     """
-    for kept in samples.values():
-        for data in kept.training:
+    for sample in samples.values():
+        for data in sample.training:
             yield from data.split(b"\n")
 
 
 # --- SentencePiece ---
 
 
-def train_sentencepiece(lines, vocabulary_size, style, **overrides):
-    """Trains a tokenizer laid out as OpenLLaMA's.
+def train_sentencepiece(
+    lines: Iterable[str | bytes], vocabulary_size: int, style: str, **overrides: Any
+) -> bytes:
+    """Trains a tokenizer with the layout of OpenLLaMA's.
 
-    BPE with byte fallback: `<unk>` 0, `<s>` 1, `</s>` 2, the bytes 3 to 258, then what
-    was learnt; digits stand alone, and text is not normalised. The same lines give the
-    same bytes, on any number of cores.
+    The model is BPE with byte fallback. Ids 0 to 2 are `<unk>`, `<s>` and `</s>`, ids 3
+    to 258 are the bytes, and then come the trained pieces. Digits are single pieces,
+    and text is not normalized. The result is deterministic, on any number of cores.
 
     Args:
-        lines: iterable of str or UTF-8 bytes, without line ends.
-        vocabulary_size: int, number of pieces.
-        style: `"v1"` merges runs of spaces into one; `"v2"` keeps them, as code needs.
-        **overrides: options of `sentencepiece.SentencePieceTrainer`; `None` leaves one
-            at SentencePiece's own default. `num_threads` is written into the model.
+        lines: text without line ends; bytes are UTF-8.
+        vocabulary_size: number of pieces.
+        style: `"v1"` merges runs of spaces, `"v2"` preserves them, as code needs.
+        **overrides: options of `sentencepiece.SentencePieceTrainer`. `None` selects
+            SentencePiece's default. `num_threads` is written into the model.
 
     Returns:
         The bytes of the model file.
 
     Raises:
-        ValueError: if the text has too few pieces, or the vocabulary no room for its
-            characters; the message says how many there may be.
-
-    Example:
-
-    ```python
-    proto = train_sentencepiece(["def f(x):", "    return x"], 275, "v2")
-    OpenLlamaTokenizer(proto)
-    ```
+        ValueError: if the vocabulary is too large for the text, or too small for its
+            characters. The message says what size is possible.
 
     Source: Kudo and Richardson, SentencePiece (arXiv:1808.06226).
+
+    Example:
+    >>> proto = train_sentencepiece(["def f(x):", "    return x"], 275, "v2")
+    >>> len(format_vocabulary(proto).splitlines())
+    275
     """
     if style not in TOKENIZER_STYLES:
         raise ValueError(
-            f"`style` is one of {', '.join(TOKENIZER_STYLES)}. "
+            f"`style` must be one of {', '.join(TOKENIZER_STYLES)}. "
             f"Received: style={style!r}"
         )
     check_vocabulary_size(vocabulary_size)
@@ -253,8 +263,8 @@ def train_sentencepiece(lines, vocabulary_size, style, **overrides):
         "normalization_rule_name": "identity",
         **TOKENIZER_STYLES[style],
         "split_digits": True,
-        "character_coverage": 0.99995,  # Ours; the rest becomes bytes.
-        "max_sentence_length": 1 << 30,  # Ours: a longer line would be left out.
+        "character_coverage": 0.99995,  # Heuristic; other characters become bytes.
+        "max_sentence_length": 1 << 30,  # Longer lines would be skipped.
         "unk_id": UNK,
         "bos_id": BOS,
         "eos_id": EOS,
@@ -269,52 +279,71 @@ def train_sentencepiece(lines, vocabulary_size, style, **overrides):
             **{name: value for name, value in options.items() if value is not None},
         )
     except RuntimeError as error:
-        raise ValueError(_explained(str(error), vocabulary_size)) from error
+        raise ValueError(_explain(str(error), vocabulary_size)) from error
     return model.getvalue()
 
 
 def _with_short_words(lines):
-    """The lines, with those that have a word too long cut within it."""
+    """Splits lines with words that are too long for SentencePiece."""
     for line in lines:
-        if len(line) < _LONGEST_WORD:
+        if len(line) < _MAX_WORD_LENGTH:
             yield line
         else:
             text = line.decode() if isinstance(line, bytes) else line
             yield from _TOO_LONG.sub(r"\g<0>\n", text).split("\n")
 
 
-def check_vocabulary_size(vocabulary_size):
-    """Raises a `ValueError` for a size that is too small whatever the text."""
+def check_vocabulary_size(vocabulary_size: int) -> None:
+    """Checks that a vocabulary has room for the fixed pieces.
+
+    Args:
+        vocabulary_size: number of pieces.
+
+    Raises:
+        ValueError: if it is at most `FIXED_PIECES`.
+
+    Example:
+    >>> check_vocabulary_size(32_000)
+    """
     if vocabulary_size <= FIXED_PIECES:
         raise ValueError(
-            f"`vocabulary_size` must be above {FIXED_PIECES}: <unk>, <s>, </s> and 256 "
-            f"bytes come first. Received: vocabulary_size={vocabulary_size}"
+            f"`vocabulary_size` must be above {FIXED_PIECES}, the number of fixed "
+            "pieces: <unk>, <s>, </s> and 256 bytes. Received: "
+            f"vocabulary_size={vocabulary_size}"
         )
 
 
-def _explained(message, vocabulary_size):
-    """SentencePiece's complaint in terms of our arguments."""
+def _explain(message, vocabulary_size):
+    """Rephrases an error of SentencePiece in terms of the arguments."""
     received = f"Received: vocabulary_size={vocabulary_size}"
     if largest := re.search(r"size too high .* <= (\d+)", message):
         return (
-            f"The text has too few pieces: {largest[1]} is the largest vocabulary that "
-            f"it gives. Ask for no more, or give more text. {received}"
+            f"The vocabulary is too large for the text: {largest[1]} is the maximum. "
+            f"Use a smaller vocabulary or more text. {received}"
         )
     if smallest := re.search(r"smaller than required_chars.* vs (\d+)", message):
         return (
-            f"The text's characters and the {FIXED_PIECES} fixed pieces need a "
-            f"vocabulary of {smallest[1]} at least, and merges need more. {received}"
+            f"The vocabulary is too small for the text: its characters and the "
+            f"{FIXED_PIECES} fixed pieces need at least {smallest[1]}. {received}"
         )
     if "sentences_.empty()" in message:
         return "There is no text to train on: all lines are empty."
-    return f"SentencePiece cannot train: {message.strip()} {received}"
+    return f"SentencePiece training failed: {message.strip()} {received}"
 
 
-def vocabulary_list(proto):
-    """The pieces of a model and their scores, a line each, as SentencePiece lists them.
+def format_vocabulary(proto: bytes) -> str:
+    """Lists the pieces of a model, in the format of SentencePiece's `.vocab` files.
 
     Args:
         proto: bytes of the model file.
+
+    Returns:
+        One line per piece: the piece, a tab, and its score.
+
+    Example:
+    >>> proto = train_sentencepiece(["hum hum"], 265, "v2")
+    >>> format_vocabulary(proto).splitlines()[:2]
+    ['<unk>\\t0', '<s>\\t0']
     """
     processor = load_processor(proto, "the tokenizer")
     return "".join(

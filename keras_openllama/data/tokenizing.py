@@ -1,4 +1,4 @@
-"""One unit of a source tokenized into one shard of each split."""
+"""Tokenization of one unit of a source into one shard per split."""
 
 import array
 import contextlib
@@ -9,33 +9,36 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from keras_openllama.data import document_reader, token_records
-from keras_openllama.data.text_sources import SourceError, hash_of
+from keras_openllama.data.text_sources import SourceError, Unit, hash_of
 from keras_openllama.text.sentencepiece_model import load_processor
 from keras_openllama.utils import files
 
 SPLITS = ("train", "validation")
-# Text that is tokenized at once: enough that SentencePiece's call costs nothing.
+# Bytes of text per call of SentencePiece, large enough to hide the cost of a call.
 _BATCH_BYTES = 1 << 18
 _HASH_RANGE = 1 << 32
-# Documents after which a unit of nothing but faults is given up.
-_SAMPLE = 1000
+# Documents after which a unit with too many damaged ones is aborted.
+_MIN_CHECKED = 1000
 _SECONDS_BETWEEN_REPORTS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides about the prepared documents, beside the input.
+class TokenizationSettings:
+    """What the prepared documents depend on, besides the input.
 
     Attributes:
         proto: bytes of the SentencePiece model.
-        text_field: string, or `None` for the usual ones.
-        validation_fraction: float, part of the documents that is set aside.
-        max_document_bytes: int, above which a document is skipped.
-        max_skipped: float, share of damaged documents above which work is given up.
+        text_field: name of the text field; `None` takes the usual ones.
+        validation_fraction: fraction of the documents for validation, from 0 to 1.
+        max_document_bytes: size in UTF-8 bytes above which a document is skipped.
+        max_skipped: maximum fraction of damaged documents, from 0 to 1.
     """
 
     proto: bytes
@@ -48,12 +51,12 @@ class Settings:
         for name in ("validation_fraction", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
-                    f"`{name}` is a share from 0 to 1. Received: {getattr(self, name)}"
+                    f"`{name}` must be from 0 to 1. Received: {getattr(self, name)}"
                 )
 
     @property
-    def fingerprint(self):
-        """String that changes when the prepared documents would."""
+    def fingerprint(self) -> str:
+        """Hash of all settings that change the prepared documents."""
         decisive = [
             hashlib.sha256(self.proto).hexdigest(),
             self.text_field,
@@ -63,92 +66,107 @@ class Settings:
         return hash_of(decisive)
 
 
-def split_of(text_bytes, validation_fraction):
-    """The split that a document belongs to: equal texts are always in the same one.
+def split_of(text_bytes: bytes, validation_fraction: float) -> str:
+    """Returns the split of a document. Equal texts are always in the same split.
 
     Args:
-        text_bytes: bytes of the document.
-        validation_fraction: float.
+        text_bytes: UTF-8 text of the document.
+        validation_fraction: fraction of the documents for validation, from 0 to 1.
+
+    Returns:
+        `"train"` or `"validation"`.
+
+    Example:
+    >>> split_of(b"A llama hums.", validation_fraction=0.001)
+    'train'
     """
     digest = hashlib.blake2b(text_bytes, digest_size=4).digest()
     below = int.from_bytes(digest, "little") < validation_fraction * _HASH_RANGE
     return "validation" if below else "train"
 
 
-def shard_name(unit, split):
+def shard_name(unit: Unit, split: str) -> str:
     """Name of the file of a unit's shard, while a source is unfinished."""
     return f"{unit.number:05}.{split}.array_record"
 
 
-def lengths_name(unit, split):
-    """Name of the file with the tokens of each of the shard's documents."""
+def lengths_name(unit: Unit, split: str) -> str:
+    """Name of the file with the tokens per document of a unit's shard."""
     return f"{unit.number:05}.{split}.lengths"
 
 
-def receipt_name(unit):
-    """Name of the file that says that a unit is finished."""
+def unit_summary_name(unit: Unit) -> str:
+    """Name of the file that marks a unit as finished."""
     return f"{unit.number:05}.json"
 
 
-def progress_name(unit):
-    """Name of the file with bytes done and the worker's process."""
+def progress_name(unit: Unit) -> str:
+    """Name of the file with the finished bytes and the worker's process id."""
     return f"{unit.number:05}.progress"
 
 
-def read_receipt(unit, directory):
-    """The receipt of a finished unit; `None` where there is none, or it is stale.
+def read_unit_summary(unit: Unit, directory: str) -> dict[str, Any] | None:
+    """Reads the summary of a finished unit.
 
-    Stale is one whose input has changed, or whose shard is not there as it was.
+    Args:
+        unit: the unit.
+        directory: directory of the unfinished source.
+
+    Returns:
+        The summary, see `tokenize_unit`. `None` if there is none, the input has
+        changed, or a file of the unit is missing or has another size.
     """
     try:
-        receipt = json.loads(
-            files.read_bytes(files.join(directory, receipt_name(unit)))
+        summary = json.loads(
+            files.read_bytes(files.join(directory, unit_summary_name(unit)))
         )
     except (OSError, ValueError):
         return None
-    whole = receipt["unit"] == unit.identity and all(
-        token_records.size_of(files.join(directory, shard_name(unit, split)))
-        == receipt["splits"][split]["size"]
-        and token_records.size_of(files.join(directory, lengths_name(unit, split)))
-        == 4 * receipt["splits"][split]["documents"]
+    is_valid = summary["unit"] == unit.identity and all(
+        token_records.file_size(files.join(directory, shard_name(unit, split)))
+        == summary["splits"][split]["size"]
+        and token_records.file_size(files.join(directory, lengths_name(unit, split)))
+        == 4 * summary["splits"][split]["documents"]
         for split in SPLITS
     )
-    return receipt if whole else None
+    return summary if is_valid else None
 
 
-def tokenize_unit(unit, settings, directory):
-    """Writes a unit's shards, and then its receipt.
+def tokenize_unit(
+    unit: Unit, settings: TokenizationSettings, directory: str
+) -> dict[str, Any]:
+    """Writes a unit's shards, and then its summary.
 
     Args:
-        unit: `text_sources.Unit`.
-        settings: `Settings`.
-        directory: string, where to.
+        unit: the input.
+        settings: tokenizer and filters.
+        directory: directory to write to.
 
     Returns:
-        The receipt, a dict: `"splits"` with documents, tokens, bytes, size and SHA-256
-        of each shard, and `"skipped"`, numbers of documents by reason.
+        The summary: `"splits"` with documents, tokens, bytes, size and SHA-256 of each
+        shard, and `"skipped"`, the number of documents by reason.
 
     Raises:
-        SourceError: if the input is damaged, or most of its documents are.
+        SourceError: if the input, or too large a fraction of its documents, is damaged.
         OSError: if the output cannot be written.
     """
     skipped, seen = Counter(), 0
     with contextlib.ExitStack() as stack:
         shards = {
             split: stack.enter_context(
-                _Shard(unit, split, directory, processor_of(settings.proto))
+                _Shard(unit, split, directory, cached_processor(settings.proto))
             )
             for split in SPLITS
         }
         report = _Report(unit, directory)
         stack.callback(report.remove)
-        for document in document_reader.documents(
+        for document in document_reader.read_documents(
             unit, settings.text_field, settings.max_document_bytes, report
         ):
             seen += 1
             if isinstance(document, document_reader.Skipped):
                 skipped[str(document)] += 1
-                if seen >= _SAMPLE:
+                if seen >= _MIN_CHECKED:
                     check_skipped(unit.label, seen, skipped, settings.max_skipped)
                 continue
             data = document.encode()
@@ -156,25 +174,33 @@ def tokenize_unit(unit, settings, directory):
             shards[split].add(document, len(data))
         for shard in shards.values():
             shard.finish()
-    receipt = {
+    summary = {
         "unit": unit.identity,
         "input": unit.label,
         "splits": {split: shard.summary for split, shard in shards.items()},
         "skipped": dict(sorted(skipped.items())),
     }
-    path = files.join(directory, receipt_name(unit))
-    files.write_bytes(path, json.dumps(receipt).encode())
-    return receipt
+    path = files.join(directory, unit_summary_name(unit))
+    files.write_bytes(path, json.dumps(summary).encode())
+    return summary
 
 
-def check_skipped(what, seen, skipped, max_skipped):
-    """Raises a `SourceError` if too many of the documents are damaged.
+def check_skipped(
+    what: str, seen: int, skipped: Mapping[str, int], max_skipped: float
+) -> None:
+    """Checks the fraction of damaged documents.
 
     Args:
-        what: string, what they are of.
-        seen: int, documents in all.
-        skipped: dict of numbers by reason.
-        max_skipped: float, the share that is allowed.
+        what: description of the input, for errors.
+        seen: number of documents, with skipped ones.
+        skipped: numbers of skipped documents by reason.
+        max_skipped: maximum fraction of damaged documents, from 0 to 1.
+
+    Raises:
+        SourceError: if the fraction is larger.
+
+    Example:
+    >>> check_skipped("a.jsonl", 100, {"not JSON": 1, "empty": 9}, max_skipped=0.01)
     """
     faults = {
         name: skipped[name] for name in document_reader.FAULTS if skipped.get(name)
@@ -184,19 +210,20 @@ def check_skipped(what, seen, skipped, max_skipped):
         reasons = ", ".join(f"{name}: {count}" for name, count in faults.items())
         raise SourceError(
             f"{what}: {damaged} of {seen} documents would be skipped ({reasons}), more "
-            f"than the share of {max_skipped:g} that --max-skipped allows. Is the text "
-            "in another field (--text-field)? Else mend the input, or allow more."
+            f"than the fraction {max_skipped:g} that --max-skipped allows. If the text "
+            "is in another field, pass --text-field. Otherwise repair the input, or "
+            "increase --max-skipped."
         )
 
 
 @functools.lru_cache(maxsize=1)
-def processor_of(proto):
-    """The SentencePiece processor of a model, once a process."""
+def cached_processor(proto: bytes) -> SentencePieceProcessor:
+    """Loads a SentencePiece model, once per process."""
     return load_processor(proto, "the tokenizer")
 
 
 class _Shard:
-    """A shard being written: tokenizes in batches, and keeps count."""
+    """A shard that is being written. Tokenizes in batches and counts tokens."""
 
     def __init__(self, unit, split, directory, processor):
         self._path = files.join(directory, shard_name(unit, split))
@@ -212,7 +239,9 @@ class _Shard:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self._unfinished = stack.enter_context(files.atomic_write(self._path))
-            self._writer = stack.enter_context(token_records.writer(self._unfinished))
+            self._writer = stack.enter_context(
+                token_records.open_writer(self._unfinished)
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -233,15 +262,15 @@ class _Shard:
         ):
             # <s> before and </s> after each document, as EasyLM does.
             tokens = array.array(self._typecode, (bos,))
-            tokens.fromlist(ids)  # Faster than NumPy takes a list.
+            tokens.fromlist(ids)  # Faster than np.array(ids).
             tokens.append(eos)
-            self._writer.write(token_records.encode(tokens, num_bytes))
+            self._writer.write(token_records.encode_record(tokens, num_bytes))
             self._lengths.append(len(tokens))
         self._num_bytes += self._pending
         self._texts, self._sizes, self._pending = [], [], 0
 
     def finish(self):
-        """Writes what is pending, closes the file, checks it, and sums it up."""
+        """Writes pending documents, closes and checks the file, sets the summary."""
         if self._texts:
             self._write_pending()
         self._writer.close()
@@ -258,7 +287,7 @@ class _Shard:
 
 
 class _Report:
-    """Tells the process that shows the progress bar how far the unit is."""
+    """Reports the progress of a unit to the process with the progress bar."""
 
     def __init__(self, unit, directory):
         self._path = files.join(directory, progress_name(unit))
@@ -272,7 +301,7 @@ class _Report:
         if self._silent or now - self._time < _SECONDS_BETWEEN_REPORTS:
             return
         self._time = now
-        # Torn writes do no harm: what cannot be read is not shown.
+        # Partial writes are harmless: the reader ignores invalid content.
         with open(self._path, "w", encoding="utf-8") as file:
             file.write(f"{int(self._done)} {os.getpid()}")
 

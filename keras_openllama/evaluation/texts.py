@@ -115,7 +115,7 @@ def _prepared(path, lm):
             # Each is between <s> and </s>, which are no text.
             sources[name] = [
                 (tokens[1:-1], size)
-                for tokens, size in documents.read(range(len(documents)))
+                for tokens, size in documents.read_many(range(len(documents)))
             ]
     if not sources:
         raise ValueError(

@@ -17,7 +17,7 @@ from keras_openllama.text.inputs import (
     normalize_prompts,
     normalize_texts,
 )
-from keras_openllama.text.token_arrays import as_arrays
+from keras_openllama.text.token_arrays import pad_sequences
 
 if keras.config.backend() == "torch":
     from keras_openllama.generation.token_loop_torch import TorchTokenLoop as TokenLoop
@@ -102,13 +102,13 @@ def _generate_arrays(model, prompts, limits, strip_prompt):
             "`stop` finds strings in text, and here are token ids. Give "
             f"`stop_token_ids` instead. Received: stop={limits.stop!r}"
         )
-    rows, width = prompts.rows, prompts.width
+    rows, width = prompts.sequences, prompts.width
     numbers, end_ids = limits.resolve(model, rows, width)
     (new,) = _generate_tokens(model, rows, numbers, end_ids, None)
     longest = max(len(r) + n for r, n in zip(rows, numbers, strict=True))
     if not strip_prompt:
         new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
-    return as_arrays(new, max(width, longest))
+    return pad_sequences(new, max(width, longest))
 
 
 def _generate_tokens(model, rows, limits, stop_token_ids, stride):

@@ -32,7 +32,7 @@ from keras_openllama.generation.sharding import (
     to_device,
 )
 from keras_openllama.layers.cached_attention import MASKED_SCORE
-from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_arrays
+from keras_openllama.text.token_arrays import PAD_TOKEN_ID, pad_sequences
 
 SMALLEST_CACHE = 256  # Ours: below it, memory and time are those of the weights.
 STOP_SLOTS = 4  # Ours: stop ids are padded to a multiple, to compile once.
@@ -284,7 +284,7 @@ def pad_prompts(prompts, limits, columns):
     lengths = np.array([len(prompt) for prompt in prompts], "int32")
     limits = np.array(limits, "int32")
     start = lengths.max() - 1
-    tokens = as_arrays([prompt[:-1] for prompt in prompts], columns)["token_ids"]
+    tokens = pad_sequences([prompt[:-1] for prompt in prompts], columns)["token_ids"]
     tokens[:, start] = [prompt[-1] for prompt in prompts]
     rows = {
         "prefix_lengths": lengths - 1,

@@ -18,8 +18,8 @@ from keras_openllama.text.examples import (
     chat_exchanges,
     chat_prompt_ids,
     check_template,
-    exchanges_of,
-    tokenize,
+    to_exchanges,
+    tokenize_examples,
 )
 from keras_openllama.text.inputs import (
     Examples,
@@ -28,7 +28,7 @@ from keras_openllama.text.inputs import (
     normalize_examples,
     normalize_texts,
 )
-from keras_openllama.text.token_arrays import as_arrays
+from keras_openllama.text.token_arrays import pad_sequences
 from keras_openllama.utils.types import PathLike, Tensor
 
 
@@ -197,13 +197,13 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
 
         Example:
             >>> examples = lm.preprocessor.tokenize_examples(Texts(["The sea"], True))
-            >>> examples.ids
+            >>> examples.token_ids
             [[1, 357, 1239, 2]]
         """
         length = self._length_or_default(sequence_length)
-        examples = exchanges_of(data, self.chat_template)
+        examples = to_exchanges(data, self.chat_template)
         options = length, self.add_start_token, self.add_end_token
-        return tokenize(examples, self.tokenizer, *options)
+        return tokenize_examples(examples, self.tokenizer, *options)
 
     def pad_examples(
         self,
@@ -232,7 +232,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             >>> y
             array([[ 357, 1239,    2,    0,    0]], dtype=int32)
         """
-        x, y, weights = examples.filled()
+        x, y, weights = examples.padded()
         if sample_weight is not None:
             sample_weight = to_numpy(sample_weight)
             if not batched:
@@ -378,7 +378,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
                     f"`sequence_length`, {length}. Shorten it, or raise "
                     "`sequence_length`."
                 )
-        arrays = tuple(as_arrays(rows, length).values())
+        arrays = tuple(pad_sequences(rows, length).values())
         return arrays if prompts.batched else tuple(array[0] for array in arrays)
 
     def generate_postprocess(self, x: dict[str, Tensor]) -> str | list[str]:

@@ -19,14 +19,14 @@ from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.text.inputs import normalize_texts
 from keras_openllama.text.sentencepiece_model import (
-    from_base64,
     keeps_spaces,
     load_processor,
+    processor_without_dummy_prefix,
+    proto_from_base64,
     read_proto,
-    without_first_space,
 )
 from keras_openllama.text.stream_decoder import StreamDecoder
-from keras_openllama.text.token_arrays import as_id_rows
+from keras_openllama.text.token_arrays import as_id_sequences
 from keras_openllama.utils.types import PathLike, Tensor
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.id_to_token(1239)
             '▁sea'
         """
-        [[id]], _ = as_id_rows([id], self.vocabulary_size())
+        [[id]], _ = as_id_sequences([id], self.vocabulary_size())
         return self.processor.id_to_piece(id)
 
     def token_to_id(self, token: str) -> int:
@@ -383,7 +383,7 @@ class OpenLlamaTokenizer(Tokenizer):
         """
         self._require_proto()
         if self._continuation_processor is None:
-            self._continuation_processor = without_first_space(self.proto)
+            self._continuation_processor = processor_without_dummy_prefix(self.proto)
         return self._continuation_processor.encode(text)
 
     def call(
@@ -468,7 +468,7 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.detokenize([1, 357, 1239, 2])
             'The sea'
         """
-        rows, batched = as_id_rows(inputs, self.vocabulary_size())
+        rows, batched = as_id_sequences(inputs, self.vocabulary_size())
         texts = self.processor.decode(rows, num_threads=-1)
         return texts if batched else texts[0]
 
@@ -520,5 +520,5 @@ class OpenLlamaTokenizer(Tokenizer):
         """Creates a tokenizer from the result of `get_config`."""
         # Only base64: with a path, an untrusted configuration could read any file.
         if config.get("proto") is not None:
-            config = {**config, "proto": from_base64(config["proto"])}
+            config = {**config, "proto": proto_from_base64(config["proto"])}
         return cls(**config)

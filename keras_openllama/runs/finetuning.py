@@ -337,10 +337,14 @@ def read_examples(
     templates = None
     if config.prompt is not None or config.response is not None:
         templates = (config.prompt or "{prompt}", config.response or "{response}")
-    examples = instructions.read_sources(config.data, templates)
+    examples = instructions.read_examples_with_sources(config.data, templates)
     if config.validation is None:
-        return instructions.divide(examples, config.validation_share, config.seed)
-    return examples, instructions.read_sources([config.validation], templates)
+        return instructions.split_examples(
+            examples, config.validation_share, config.seed
+        )
+    return examples, instructions.read_examples_with_sources(
+        [config.validation], templates
+    )
 
 
 def _fingerprint(*parts):
@@ -352,7 +356,7 @@ def _instruction_data(lm, config, examples, validation):
     def arrays(examples, pack):
         rows = lm.preprocessor.tokenize_examples(normalize_examples(examples))
         rows.warn()
-        return rows.packed() if pack else rows.filled(), rows.bytes
+        return rows.packed() if pack else rows.padded(), rows.num_bytes
 
     by_source = {}
     for source, example in validation:

@@ -137,7 +137,7 @@ def _check_and_write_run(resolved, preset, data, options):
     """Checks against the run in the directory, or writes it; returns the mixture."""
     before = run_directory.read_run(options.output)
     name = resolved.recipe.mixture
-    mixture = mixtures.load(name) if name else data.mixture
+    mixture = mixtures.load_mixture(name) if name else data.mixture
     now = {
         **resolved.to_json(),
         "architecture": dict(preset.config),
@@ -155,7 +155,7 @@ def _check_and_write_run(resolved, preset, data, options):
             options.log(f"Changed: {line}.")
     now["mixture"] = mixture.to_json()
     changed = before is None or bool(changes)
-    run_directory.write_run_once(options.output, now, data.proto(), changed)
+    run_directory.write_run_once(options.output, now, data.tokenizer_proto(), changed)
     return mixture
 
 
@@ -166,7 +166,7 @@ def _build(preset, recipe, data, distribution):
         lm = OpenLlamaCausalLM(
             OpenLlamaBackbone(**preset.config, dtype=recipe.precision),
             OpenLlamaCausalLMPreprocessor(
-                OpenLlamaTokenizer(data.proto()),
+                OpenLlamaTokenizer(data.tokenizer_proto()),
                 sequence_length=recipe.sequence_length,
             ),
             compile=False,

@@ -205,7 +205,7 @@ def resumed_mixture(
     Raises:
         ValueError: if the weights differ, and that was not accepted.
     """
-    own = mixtures.from_json(before["mixture"])
+    own = mixtures.mixture_from_json(before["mixture"])
     weights = chosen.schedule[-1][1]
     if _same_weights(own.schedule[-1][1], weights):
         return own, []
@@ -216,7 +216,7 @@ def resumed_mixture(
             "or --accept-changes to resume with the new ones."
         )
     line = f"the mixture weights are {weights} from step {step} on"
-    return own.changed(step, weights), [line]
+    return own.with_weights(step, weights), [line]
 
 
 def _same_weights(weights, others):

@@ -88,7 +88,7 @@ class TokenValidation:
         self._streams = {
             name: self._stream(name)
             for name in self._weights
-            if name in data.sources and data.split(name, "validation")["documents"]
+            if name in data.sources and data.split_info(name, "validation")["documents"]
         }
         self.sources = list(self._streams)
 
@@ -98,7 +98,7 @@ class TokenValidation:
             self._recipe.sequence_length,
             self._recipe.batch_size,
             seed=self._recipe.seed,
-            mixture=mixtures.from_weights({source: 1.0}),
+            mixture=mixtures.mixture_from_weights({source: 1.0}),
             sources=[source],
             packing=self._recipe.packing,
             mask_documents=self._recipe.mask_documents,
@@ -145,7 +145,7 @@ class TokenValidation:
             sums, weight = evaluate(batch)
             nats, targets = nats + float(sums.loss), targets + float(weight)
         loss = nats / targets
-        split = self._data.split(name, "validation")
+        split = self._data.split_info(name, "validation")
         predicted = split["tokens"]
         if (
             self._recipe.mask_documents

@@ -1,1 +1,1 @@
-"""Text to token ids and back, and what users pass, in one form."""
+"""Text to token ids and back, and normalization of user inputs."""

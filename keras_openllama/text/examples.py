@@ -1,36 +1,66 @@
-"""What a model is fine-tuned on, as rows of tokens: texts, pairs, chats.
+"""Supervised fine-tuning examples as token ids: texts, pairs and chats.
 
-Everything becomes exchanges: a prompt, of which nothing is learned, and a response. A
-plain text is a response without a prompt.
+Every example becomes a list of exchanges: a prompt, which is masked out of the loss,
+and a response. A plain text is a response without a prompt.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from keras_openllama.text.inputs import Pair, Texts
-from keras_openllama.text.token_arrays import as_arrays
+from keras_openllama.text.inputs import Examples, Message, Pair, Texts
+from keras_openllama.text.token_arrays import pad_sequences
 from keras_openllama.utils.bin_packing import best_fit_decreasing
 
+# A prompt and the response to it; either may be empty.
+Exchange: TypeAlias = tuple[str, str]
+ChatTemplate: TypeAlias = dict[str, str]
+
 _TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
+
+
+class TextTokenizer(Protocol):
+    """The part of `OpenLlamaTokenizer` that is used here."""
+
+    start_token_id: int
+    end_token_id: int
+
+    def tokenize(self, inputs: list[str], **options: Any) -> list[list[int]]:
+        """Returns the token ids of each text."""
+
+    def tokenize_continuation(self, text: str) -> list[int]:
+        """Returns the token ids of a text that continues another one."""
+
+    def detokenize(self, inputs: list[int]) -> str:
+        """Returns the text of token ids."""
 
 
 # ----- Exchanges
 
 
-def exchanges_of(data, template=None):
-    """Texts, pairs or chats as lists of exchanges.
+def to_exchanges(
+    data: Texts | Examples, template: ChatTemplate | None = None
+) -> list[list[Exchange]]:
+    """Converts texts, pairs or chats to lists of exchanges.
 
     Args:
-        data: `inputs.Texts` or `inputs.Examples`.
-        template: dict of strings, see `OpenLlamaCausalLMPreprocessor`.
+        data: the normalized input.
+        template: a chat template, see `chat_exchanges`. Needed for chats only.
 
     Returns:
-        List with, for each example, a list of `(prompt, response)`.
+        One list of `(prompt, response)` per example.
 
     Raises:
-        ValueError: for a malformed chat.
+        ValueError: if a chat is malformed, or there is no template for it.
+
+    Example:
+    >>> to_exchanges(Texts(["Llamas hum."], batched=True))
+    [[('', 'Llamas hum.')]]
     """
     if isinstance(data, Texts):
         return [[("", text)] for text in data.texts]
@@ -42,56 +72,72 @@ def exchanges_of(data, template=None):
     ]
 
 
-def check_template(template):
-    """Raises a `ValueError` unless it is `None` or a template of chats."""
+def check_template(template: ChatTemplate | None) -> None:
+    """Checks a chat template.
+
+    Args:
+        template: see `chat_exchanges`; `None` is valid.
+
+    Raises:
+        ValueError: if `template` is not a dict of strings with the role `"assistant"`,
+            each with `{content}` exactly once.
+    """
     if template is None:
         return
     if not isinstance(template, dict) or "assistant" not in template:
         raise ValueError(
-            '`chat_template` is a dict of roles, "assistant" among them, such as '
-            f"{_TEMPLATE}. Received: {template!r}"
+            '`chat_template` must be a dict of strings with the role "assistant", '
+            f"such as {_TEMPLATE}. Received: {template!r}"
         )
     for role, text in template.items():
         if not isinstance(text, str) or text.count("{content}") != 1:
             raise ValueError(
-                f'`chat_template["{role}"]` is a text with {{content}} once. '
-                f"Received: {text!r}"
+                f'`chat_template["{role}"]` must be a string that has {{content}} '
+                f"exactly once. Received: {text!r}"
             )
 
 
-def chat_exchanges(messages, template, name="messages"):
-    """The exchanges of a chat, the last of them perhaps still without a response.
+def chat_exchanges(
+    messages: Sequence[Message], template: ChatTemplate | None, name: str = "messages"
+) -> list[Exchange]:
+    """Converts a chat to exchanges. The last one may lack a response.
 
     Args:
-        messages: list of `{"role": …, "content": …}`.
-        template: dict of strings by role, each with `{content}` once. What stands
-            before the content of the assistant belongs to the prompt, what stands
-            after it to the response.
+        messages: dicts `{"role": …, "content": …}`.
+        template: text by role, each with `{content}` exactly once. Text before the
+            assistant's content belongs to the prompt, text after it to the response.
+        name: name of the argument in error messages.
 
     Returns:
-        List of `(prompt, response)`; no response is `""`.
+        List of `(prompt, response)`. A missing response is `""`.
 
     Raises:
-        ValueError: for a role that the template has not, or a malformed message.
+        ValueError: if there is no template, the template does not have a role, or a
+            message is malformed.
+
+    Example:
+    >>> template = {"user": "Q: {content}\\n", "assistant": "A: {content}"}
+    >>> chat_exchanges([{"role": "user", "content": "Hi"}], template)
+    [('Q: Hi\\nA: ', '')]
     """
     if template is None:
         raise ValueError(
-            "Chats need a template: set `preprocessor.chat_template`, such as "
-            f"{_TEMPLATE}."
+            "Chats need a chat template. Set `preprocessor.chat_template`, for "
+            f"example to {_TEMPLATE}."
         )
     before, after = template["assistant"].split("{content}")
     exchanges, prompt = [], ""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(
-                f'`{name}[{i}]` is a dict of "role" and "content". Received: '
-                f"{message!r}"
+                f'`{name}[{i}]` must be a dict with the keys "role" and "content". '
+                f"Received: {message!r}"
             )
         role, content = message["role"], message["content"]
         if role not in template or not isinstance(content, str) or not content:
             raise ValueError(
-                f"`{name}[{i}]` has a role of {sorted(template)} and a content that is "
-                f"not empty. Received: {message!r}"
+                f"`{name}[{i}]` must have a role of {sorted(template)} and non-empty "
+                f"content. Received: {message!r}"
             )
         if role == "assistant":
             exchanges.append((prompt + before, content + after))
@@ -103,79 +149,100 @@ def chat_exchanges(messages, template, name="messages"):
     return exchanges
 
 
-# ----- Rows
+# ----- Tokens
 
 
-def tokenize(examples, tokenizer, length, add_start_token=True, add_end_token=True):
-    """The rows of examples.
+def tokenize_examples(
+    examples: Sequence[Sequence[Exchange]],
+    tokenizer: TextTokenizer,
+    sequence_length: int,
+    add_start_token: bool = True,
+    add_end_token: bool = True,
+) -> TrainingExamples:
+    """Tokenizes examples and masks their prompts out of the loss.
 
-    A prompt has the tokens that `generate` gives it, and a response those that follow;
-    each begins anew behind the `</s>` of the response before it.
+    A prompt is tokenized exactly as in `generate`, and a response as its continuation.
+    After the `</s>` of a response, the next prompt is tokenized as a new text.
 
     Args:
-        examples: list of lists of exchanges, see `exchanges_of`.
-        tokenizer: `OpenLlamaTokenizer`.
-        length: int, predictions of a row.
-        add_start_token, add_end_token: bools, `<s>` before each example, `</s>` after
-            each response.
+        examples: lists of exchanges, see `to_exchanges`.
+        tokenizer: usually an `OpenLlamaTokenizer`.
+        sequence_length: predictions per sequence. A sequence has one token more.
+        add_start_token: whether to add `<s>` before each example.
+        add_end_token: whether to add `</s>` after each response.
 
     Returns:
-        `TrainingExamples`.
+        The token ids and loss masks, truncated to `sequence_length + 1` tokens.
 
     Raises:
-        ValueError: if the response to a prompt is missing, or has no tokens.
+        ValueError: if a prompt has no response, or the response has no tokens.
+
+    Example:
+    >>> tokenizer = lm.preprocessor.tokenizer
+    >>> tokenized = tokenize_examples([[("2 + 2 =", " 4")]], tokenizer, 16)
+    >>> tokenizer.detokenize(tokenized.token_ids[0])
+    '2 + 2 = 4'
+    >>> sum(tokenized.loss_masks[0])  # The response and the end token.
+    3
     """
     exchanges = [exchange for example in examples for exchange in example]
     pairs = iter(_pairs_of_ids(exchanges, tokenizer))
     start = [tokenizer.start_token_id] if add_start_token else []
     end = [tokenizer.end_token_id] if add_end_token else []
-    rows = TrainingExamples([], [], length)
+    tokenized = TrainingExamples([], [], sequence_length)
     for number, example in enumerate(examples):
-        ids, learned = list(start), [False] * len(start)
+        ids, loss_mask = list(start), [False] * len(start)
         for prompt, response in example:
             prompt_ids, response_ids = next(pairs)
             if prompt and not response_ids:
                 raise ValueError(
-                    f"Example {number} has a prompt without a response, or one that "
-                    f"has no tokens: {prompt[-80:]!r}"
+                    f"Example {number} has a prompt without a response, or with a "
+                    f"response that has no tokens: {prompt[-80:]!r}"
                 )
-            room = length + 1 - len(ids) - len(prompt_ids)
+            room = sequence_length + 1 - len(ids) - len(prompt_ids)
             part = response, prompt_ids, response_ids, room
-            rows.bytes += _kept_bytes(*part, tokenizer)
+            tokenized.num_bytes += _visible_bytes(*part, tokenizer)
             ids += prompt_ids + response_ids + end
-            learned += [False] * len(prompt_ids)
-            learned += [bool(response_ids)] * len(response_ids + end)
-        rows.add(ids, learned)
-    return rows
+            loss_mask += [False] * len(prompt_ids)
+            loss_mask += [bool(response_ids)] * len(response_ids + end)
+        tokenized.add(ids, loss_mask)
+    return tokenized
 
 
-def _kept_bytes(response, prompt_ids, response_ids, room, tokenizer):
-    """Bytes of a response that are in its first `room` tokens."""
+def _visible_bytes(response, prompt_ids, response_ids, room, tokenizer):
+    """Bytes of a response that remain after truncation to `room` tokens."""
     if len(response_ids) <= room:
         return len(response.encode())
     if room <= 0:
         return 0
-    kept = tokenizer.detokenize(prompt_ids + response_ids[:room])
-    return len(kept.encode()) - len(tokenizer.detokenize(prompt_ids).encode())
+    text = tokenizer.detokenize(prompt_ids + response_ids[:room])
+    return len(text.encode()) - len(tokenizer.detokenize(prompt_ids).encode())
 
 
-def chat_prompt_ids(exchanges, tokenizer, add_start_token=True, add_end_token=True):
-    """Tokens of a chat that waits for a reply.
+def chat_prompt_ids(
+    exchanges: Sequence[Exchange],
+    tokenizer: TextTokenizer,
+    add_start_token: bool = True,
+    add_end_token: bool = True,
+) -> list[int]:
+    """Tokenizes a chat that ends with a prompt, for generation.
 
     Args:
-        exchanges: list, see `chat_exchanges`; the last one has no response.
-        tokenizer, add_start_token, add_end_token: see `tokenize`.
+        exchanges: see `chat_exchanges`; the last one has no response.
+        tokenizer: usually an `OpenLlamaTokenizer`.
+        add_start_token: whether to add `<s>` before the chat.
+        add_end_token: whether to add `</s>` after each response.
 
     Returns:
-        List of ints.
+        Token ids.
 
     Raises:
-        ValueError: if the chat does not wait for a reply.
+        ValueError: if the chat ends with a message of the assistant.
     """
     if not exchanges or exchanges[-1][1]:
         raise ValueError(
-            "A chat that is to be continued ends with a message that is not the "
-            f"assistant's. Received: {exchanges!r:.200}"
+            "A chat to continue must not end with a message of the assistant. "
+            f"Received: {exchanges!r:.200}"
         )
     ids = [tokenizer.start_token_id] if add_start_token else []
     end = [tokenizer.end_token_id] if add_end_token else []
@@ -188,15 +255,15 @@ def _pairs_of_ids(exchanges, tokenizer):
     """`(ids of the prompt, ids of the response)` of each exchange."""
     options = dict(add_bos=False, add_eos=False)
     prompts = tokenizer.tokenize([prompt for prompt, _ in exchanges], **options)
-    wholes = tokenizer.tokenize([p + r for p, r in exchanges], **options)
+    joined = tokenizer.tokenize([p + r for p, r in exchanges], **options)
     pairs = []
-    for (_, response), prompt, whole in zip(exchanges, prompts, wholes, strict=True):
-        follows = whole[: len(prompt)] == prompt
-        # Else a token reaches from the prompt into the response, and `generate` never
-        # sees that.
+    for (_, response), prompt, both in zip(exchanges, prompts, joined, strict=True):
+        is_prefix = both[: len(prompt)] == prompt
+        # Otherwise one token spans the end of the prompt and the start of the response.
+        # `generate` never produces such a token.
         rest = (
-            whole[len(prompt) :]
-            if follows
+            both[len(prompt) :]
+            if is_prefix
             else tokenizer.tokenize_continuation(response)
         )
         pairs.append((prompt, rest))
@@ -205,79 +272,90 @@ def _pairs_of_ids(exchanges, tokenizer):
 
 @dataclasses.dataclass
 class TrainingExamples:
-    """Tokens of examples, and which of them are learned.
+    """Token ids of examples, and which of them are prediction targets.
 
     Attributes:
-        ids: list of lists of ints.
-        learned: list of lists of bools, as long: whether a token is to be predicted.
-        length: int, predictions a row makes at most: one token less than it has.
-        bytes: int, UTF-8 bytes of the text that is learned, of what is not cut.
-        cut: int, examples that were too long and lost their end.
-        lost: int, examples of which nothing is learned: empty texts, and those whose
-            prompt fills the row.
-        longest: int, tokens of the longest, before it was cut.
+        token_ids: token ids of each example, at most `sequence_length + 1`.
+        loss_masks: for each token id, whether it is a prediction target.
+        sequence_length: maximum number of predictions per sequence, which is one less
+            than its tokens.
+        num_bytes: UTF-8 bytes of the target text, without truncated text.
+        num_truncated: number of examples that were too long.
+        num_without_targets: number of examples without a prediction target: empty
+            texts, and those whose prompt fills the sequence.
+        longest: tokens of the longest example before truncation.
     """
 
-    ids: list
-    learned: list
-    length: int
-    bytes: int = 0
-    cut: int = 0
-    lost: int = 0
+    token_ids: list[list[int]]
+    loss_masks: list[list[bool]]
+    sequence_length: int
+    num_bytes: int = 0
+    num_truncated: int = 0
+    num_without_targets: int = 0
     longest: int = 0
 
-    def add(self, ids, learned):
-        """Adds an example, cut to what a row holds."""
-        room = self.length + 1
-        self.longest = max(self.longest, len(ids))
-        self.cut += len(ids) > room
-        self.lost += not any(learned[1:room])
-        self.ids.append(ids[:room])
-        self.learned.append(learned[:room])
+    def add(self, token_ids: list[int], loss_mask: list[bool]) -> None:
+        """Adds an example, truncated to `sequence_length + 1` tokens."""
+        room = self.sequence_length + 1
+        self.longest = max(self.longest, len(token_ids))
+        self.num_truncated += len(token_ids) > room
+        self.num_without_targets += not any(loss_mask[1:room])
+        self.token_ids.append(token_ids[:room])
+        self.loss_masks.append(loss_mask[:room])
 
-    def filled(self):
-        """A row for each example: `(x, y, weights)` of NumPy arrays, as `fit` has it.
+    def padded(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Pads each example to a sequence of its own.
 
-        `x` is a dict of int32 `"token_ids"` and a `"padding_mask"`.
+        Returns:
+            `(x, y, sample_weight)` as `fit` takes them, all of shape
+            `(examples, sequence_length)`: a dict of int32 `"token_ids"` and bool
+            `"padding_mask"`, int32 targets, and float32 weights, 1 on targets.
         """
-        ids, mask = as_arrays(self.ids, self.length + 1).values()
-        weights, _ = as_arrays(self.learned, self.length + 1).values()
+        width = self.sequence_length + 1
+        ids, mask = pad_sequences(self.token_ids, width).values()
+        weights, _ = pad_sequences(self.loss_masks, width).values()
         x = {"token_ids": ids[:, :-1], "padding_mask": mask[:, :-1]}
         return x, ids[:, 1:], weights[:, 1:].astype("float32")
 
-    def packed(self):
-        """The same, several examples in a row; the mask numbers them, 1, 2, …
+    def packed(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Packs several examples into each sequence.
 
-        Each token sees its own example only, and none predicts the next one's first.
+        Tokens attend to their own example only, and no token predicts the first one of
+        the next example.
+
+        Returns:
+            As `padded`, with fewer sequences. The `"padding_mask"` is int32 and numbers
+            the examples of a sequence from 1; padding is 0.
         """
-        sizes = np.array([max(0, len(ids) - 1) for ids in self.ids])
-        bins = best_fit_decreasing(sizes, self.length)
-        shape = int(bins.max()) + 1, self.length
+        sizes = np.array([max(0, len(ids) - 1) for ids in self.token_ids])
+        bins = best_fit_decreasing(sizes, self.sequence_length)
+        shape = int(bins.max()) + 1, self.sequence_length
         ids, numbers, targets = (np.zeros(shape, "int32") for _ in range(3))
         weights = np.zeros(shape, "float32")
         ends, counts = np.zeros((2, len(ids)), "int64")
         for example, (row, size) in enumerate(zip(bins, sizes, strict=True)):
             here = np.s_[row, ends[row] : ends[row] + size]
-            tokens = self.ids[example]
+            tokens = self.token_ids[example]
             ids[here], targets[here] = tokens[:size], tokens[1:]
-            weights[here] = self.learned[example][1:]
+            weights[here] = self.loss_masks[example][1:]
             ends[row], counts[row] = ends[row] + size, counts[row] + 1
             numbers[here] = counts[row]
         return {"token_ids": ids, "padding_mask": numbers}, targets, weights
 
-    def warn(self):
-        """Warns of what was cut, and of what teaches nothing, with numbers."""
-        total = len(self.ids)
-        if self.cut:
+    def warn(self) -> None:
+        """Warns about truncated examples and examples without targets, with counts."""
+        total = len(self.token_ids)
+        if self.num_truncated:
             warnings.warn(
-                f"{self.cut} of {total} examples were cut to sequence_length="
-                f"{self.length} and lost their end. The longest has {self.longest} "
-                "tokens; set `preprocessor.sequence_length`.",
+                f"{self.num_truncated} of {total} examples were truncated to "
+                f"sequence_length={self.sequence_length}. The longest has "
+                f"{self.longest} tokens. To use all tokens, set "
+                "`preprocessor.sequence_length`.",
                 stacklevel=2,
             )
-        if self.lost:
+        if self.num_without_targets:
             warnings.warn(
-                f"{self.lost} of {total} examples teach nothing: they are empty, or "
-                "nothing of their response was left when they were cut.",
+                f"{self.num_without_targets} of {total} examples have no target "
+                "tokens: they are empty, or truncation removed their response.",
                 stacklevel=2,
             )

@@ -1,18 +1,21 @@
-"""What a user passes to `generate`, `score`, `fit` and the preprocessor: one door.
+"""Normalization of user inputs to `generate`, `score`, `fit` and the preprocessor.
 
 Users of KerasHub pass strings, bytes, lists, NumPy arrays and tensors of any backend.
-The functions `normalize_…` recognise and check them, and return one of a few classes,
-so that nothing behind them asks again what a user has passed:
+The `normalize_…` functions detect the kind of input, validate it, and return one of a
+few classes, so that no other module checks input types:
 
 - `normalize_prompts` (`generate`): `Texts`, `Chats`, `TokenArrays` or `Batches`;
 - `normalize_sequences` (`score`): `Texts` or `Arrays`;
 - `normalize_examples` (the preprocessor): `Texts`, `Examples` or `GraphTexts`;
-- `normalize_training_data` (`fit`): those, `Arrays` or `Batches`;
+- `normalize_training_data` (`fit`): `Texts`, `Examples`, `GraphTexts`, `Arrays` or
+  `Batches`;
 - `normalize_texts` (the tokenizer): `Texts`.
 """
 
 import dataclasses
 import inspect
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,11 +26,12 @@ from keras_openllama.backend.arrays import (
 )
 from keras_openllama.text.token_arrays import unpadded_ids
 
-PAIR = {"prompt", "response"}
-CHAT = {"messages"}
+PAIR_KEYS = {"prompt", "response"}
+CHAT_KEYS = {"messages"}
+Message: TypeAlias = dict[str, str]
 
 
-# ----- What it can be
+# ----- Kinds of input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,30 +39,30 @@ class Texts:
     """Texts.
 
     Attributes:
-        texts: list of strings.
-        batched: bool, false if the user passed one text by itself.
+        texts: the texts.
+        batched: whether the user passed a batch, not a single text.
     """
 
-    texts: list
+    texts: list[str]
     batched: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Chats:
-    """Chats that wait for a reply.
+    """Chats to continue.
 
     Attributes:
-        chats: list of lists of messages, `{"role": …, "content": …}`.
-        batched: bool, false if the user passed one chat by itself.
+        chats: lists of messages `{"role": …, "content": …}`.
+        batched: whether the user passed a batch, not a single chat.
     """
 
-    chats: list
+    chats: list[list[Message]]
     batched: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A prompt and the response to it; strings, neither of them empty."""
+    """A prompt and its response, both non-empty."""
 
     prompt: str
     response: str
@@ -66,15 +70,15 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A chat to learn from.
+    """A chat to train on.
 
     Attributes:
-        messages: list of `{"role": …, "content": …}`, not yet checked: which roles
-            there are depends on a template.
-        name: string, what error messages call it.
+        messages: dicts `{"role": …, "content": …}`. They are not validated yet: the
+            valid roles depend on a chat template.
+        name: name of the argument in error messages.
     """
 
-    messages: list
+    messages: list[Message]
     name: str
 
 
@@ -83,82 +87,93 @@ class Examples:
     """Supervised examples.
 
     Attributes:
-        examples: list of `Pair` and `Chat`.
-        batched: bool, false if the user passed one example by itself.
+        examples: the examples.
+        batched: whether the user passed a batch, not a single example.
     """
 
-    examples: list
+    examples: list[Pair | Chat]
     batched: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphTexts:
-    """Texts or examples within a TensorFlow graph, whose values are not known yet.
+    """Texts or examples inside a TensorFlow graph: symbolic tensors without values.
 
     Attributes:
         tensors: string tensor, or dict of string tensors with the keys of a pair.
     """
 
-    tensors: object
+    tensors: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenArrays:
-    """KerasHub's dict of arrays, with its padding on the right.
+    """Token ids of KerasHub's dict of right-padded arrays.
 
     Attributes:
-        rows: list of lists of int, the tokens of each sequence without padding.
-        width: int, length of the arrays.
+        sequences: token ids of each sequence, without padding.
+        width: length of the padded arrays, in tokens.
     """
 
-    rows: list
+    sequences: list[list[int]]
     width: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """No text: token ids, or a dict with them, as the user passed them."""
+    """Token ids, or a dict with token ids, as the user passed them.
 
-    arrays: object
+    Attributes:
+        arrays: the unchanged input.
+    """
+
+    arrays: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """A dataset, generator or the like, of batches.
+    """Batches of a dataset, generator or other iterable.
 
     Attributes:
-        batches: for prompts an iterator of `Texts`; for training the dataset itself,
-            whose batches `normalize_training_data` takes one by one.
+        batches: for prompts, an iterator of `Texts`. For training, the dataset itself;
+            pass each of its batches to `normalize_training_data`.
     """
 
-    batches: object
+    batches: Iterable[Any]
 
 
-# ----- The doors
+# ----- Normalization
 
 
-def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
-    """What a user passes to `generate`.
+def normalize_prompts(
+    inputs: Any, vocabulary_size: int, has_preprocessor: bool = True
+) -> Texts | Chats | TokenArrays | Batches:
+    """Normalizes the inputs of `generate`.
 
     Args:
         inputs: see `OpenLlamaCausalLM.generate`.
-        vocabulary_size: int; token ids are 0 to `vocabulary_size - 1`.
-        has_preprocessor: bool; without one only token ids can be used.
+        vocabulary_size: number of token ids; valid ids are 0 to `vocabulary_size - 1`.
+        has_preprocessor: whether the model has one. Without a preprocessor only token
+            ids are valid.
 
     Returns:
-        `Texts`, `Chats`, `TokenArrays` or `Batches`.
+        The normalized prompts.
 
     Raises:
-        ValueError: for anything else, an empty list or batch, or malformed arrays.
+        ValueError: if the input is of another kind, empty or malformed.
+
+    Example:
+    >>> normalize_prompts("Once upon a time", vocabulary_size=32_000)
+    Texts(texts=['Once upon a time'], batched=False)
     """
     if has_preprocessor and is_tf_dataset(inputs):
         batches = inputs.as_numpy_iterator()
-        return Batches(Texts(_some_prompts(batch).texts, True) for batch in batches)
+        return Batches(Texts(_nonempty_prompts(batch).texts, True) for batch in batches)
     chats = has_preprocessor and _is_chat(inputs)
     if not has_preprocessor or (isinstance(inputs, dict) and not chats):
         return TokenArrays(*unpadded_ids(inputs, vocabulary_size))
     if not chats:
-        return _some_prompts(inputs)
+        return _nonempty_prompts(inputs)
     if not isinstance(inputs, dict):
         return Chats([chat["messages"] for chat in inputs], True)
     messages = inputs["messages"]
@@ -166,73 +181,90 @@ def normalize_prompts(inputs, vocabulary_size, has_preprocessor=True):
     return Chats(list(messages) if batched else [messages], batched)
 
 
-def _some_prompts(inputs):
+def _nonempty_prompts(inputs):
     prompts = normalize_texts(inputs)
     if not prompts.texts:
         raise ValueError("`inputs` must hold at least one prompt. Received: []")
     return prompts
 
 
-def normalize_sequences(inputs, has_preprocessor=True):
-    """What a user passes to `score`.
+def normalize_sequences(inputs: Any, has_preprocessor: bool = True) -> Texts | Arrays:
+    """Normalizes the inputs of `score`.
 
     Args:
         inputs: see `OpenLlamaCausalLM.score`.
-        has_preprocessor: bool; without one only token ids can be used.
+        has_preprocessor: whether the model has one. Without a preprocessor only token
+            ids are valid.
 
     Returns:
-        `Texts` or `Arrays`.
+        The normalized sequences.
 
     Raises:
-        ValueError: if something is not valid UTF-8.
+        ValueError: if a text is not valid UTF-8.
+
+    Example:
+    >>> normalize_sequences([[1, 5, 6]])
+    Arrays(arrays=[[1, 5, 6]])
     """
     if has_preprocessor and _is_text(inputs):
         return normalize_texts(inputs)
     return Arrays(inputs)
 
 
-def normalize_training_data(x, y=None, has_preprocessor=True):
-    """What a user passes to `fit`, `evaluate` and `predict`, or a batch of it.
+def normalize_training_data(
+    x: Any, y: Any = None, has_preprocessor: bool = True
+) -> Texts | Examples | GraphTexts | Arrays | Batches:
+    """Normalizes the inputs of `fit`, `evaluate` and `predict`, or a batch of them.
 
     Args:
-        x, y: see `OpenLlamaCausalLM.fit`.
-        has_preprocessor: bool; without one only token ids can be used.
+        x: see `OpenLlamaCausalLM.fit`.
+        y: see `OpenLlamaCausalLM.fit`.
+        has_preprocessor: whether the model has one. Without a preprocessor only token
+            ids are valid.
 
     Returns:
-        `Texts`, `Examples`, `GraphTexts`, `Arrays` (of `x`; `y` is as it was) or
-        `Batches`.
+        The normalized data. `Arrays` holds `x` only; `y` stays as it is.
 
     Raises:
-        ValueError: for texts, pairs and chats that are malformed, empty or mixed, or
-            cannot be used since there is no preprocessor.
+        ValueError: if texts, pairs or chats are malformed, empty or mixed with other
+            kinds, or need a preprocessor that the model does not have.
+
+    Example:
+    >>> normalize_training_data({"prompt": "2 + 2 =", "response": " 4"})
+    Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
     """
     if _is_batches(x):
         return Batches(x)
     if has_preprocessor and (_is_text(x) or _is_supervised(x)):
         return normalize_examples(x, y)
-    # Keras would say something obscure about these.
+    # Keras would raise an obscure error for these.
     has_ids = isinstance(x, dict) and "token_ids" in x
     if isinstance(x, (str, bytes, list, tuple, dict)) and not has_ids:
         raise ValueError(
-            '`x` is texts, pairs with the keys "prompt" and "response", or chats with '
-            '"messages", all of one kind (these need a preprocessor); a dict of '
-            '"token_ids" and "padding_mask"; or batches of any of these. Received: '
+            '`x` must be texts, pairs with the keys "prompt" and "response", or chats '
+            'with the key "messages", all of one kind (these need a preprocessor); a '
+            'dict of "token_ids" and "padding_mask"; or batches of these. Received: '
             f"{x!r:.200}"
         )
     return Arrays(x)
 
 
-def normalize_examples(x, y=None):
-    """What a user passes to the preprocessor.
+def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
+    """Normalizes the inputs of the preprocessor.
 
     Args:
-        x, y: see the call of `OpenLlamaCausalLMPreprocessor`.
+        x: see the call of `OpenLlamaCausalLMPreprocessor`.
+        y: see the call of `OpenLlamaCausalLMPreprocessor`.
 
     Returns:
-        `Texts`, `Examples`, or within a TensorFlow graph `GraphTexts`.
+        The normalized examples; `GraphTexts` inside a TensorFlow graph.
 
     Raises:
-        ValueError: for what is no text, is empty, or lacks a part.
+        ValueError: if the input is not text, is empty, or lacks a part.
+
+    Example:
+    >>> normalize_examples("2 + 2 =", " 4")
+    Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
     """
     if y is not None:
         x = {"prompt": x, "response": y}
@@ -246,13 +278,13 @@ def normalize_examples(x, y=None):
 
 
 def _examples_of(x, name):
-    """A dict of a pair or a chat, or of several, as `Examples`."""
-    if set(x) == CHAT:
+    """Normalizes a dict of one or several pairs or chats."""
+    if set(x) == CHAT_KEYS:
         return _chats_of(x["messages"], f"{name}['messages']")
-    if set(x) != PAIR:
+    if set(x) != PAIR_KEYS:
         raise ValueError(
-            f'`{name}` has the keys {sorted(x)}; a pair has "prompt" and "response", a '
-            'chat "messages".'
+            f'`{name}` must have the keys "prompt" and "response", or the key '
+            f'"messages". Received: keys {sorted(x)}'
         )
     prompts = normalize_texts(x["prompt"], f"{name}['prompt']")
     responses = normalize_texts(x["response"], f"{name}['response']").texts
@@ -260,8 +292,8 @@ def _examples_of(x, name):
         raise ValueError(
             f"`{name}` has {len(prompts.texts)} prompts and {len(responses)} responses."
         )
-    _refuse_empty(prompts.texts, name, "prompt")
-    _refuse_empty(responses, name, "response")
+    _check_nonempty(prompts.texts, name, "prompt")
+    _check_nonempty(responses, name, "response")
     return Examples(list(map(Pair, prompts.texts, responses)), prompts.batched)
 
 
@@ -269,42 +301,45 @@ def _example_of(x, name):
     examples = _examples_of(x, name).examples
     if len(examples) != 1:
         raise ValueError(
-            f"`{name}` is one pair or one chat, an item of a list. Received: "
-            f"{len(examples)} of them"
+            f"`{name}` must be one pair or one chat. Received: {len(examples)} of them"
         )
     return examples[0]
 
 
 def _chats_of(messages, name):
     if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"`{name}` is a list of messages. Received: {messages!r}")
+        raise ValueError(f"`{name}` must be a list of messages. Received: {messages!r}")
     batched = not all(isinstance(message, dict) for message in messages)
     chats = messages if batched else [messages]
     return Examples([Chat(chat, name) for chat in chats], batched)
 
 
-def _refuse_empty(texts, name, kind):
+def _check_nonempty(texts, name, kind):
     empty = [i for i, text in enumerate(texts) if not text]
     if empty:
         raise ValueError(
             f"{len(empty)} of {len(texts)} {kind}s in `{name}` are empty, the first at "
-            f"{empty[0]}. Leave them out."
+            f"{empty[0]}. Remove them."
         )
 
 
-def normalize_texts(inputs, name="inputs"):
-    """What a user passes to the tokenizer.
+def normalize_texts(inputs: Any, name: str = "inputs") -> Texts:
+    """Normalizes the inputs of the tokenizer.
 
     Args:
         inputs: a string, UTF-8 bytes, or a list, tuple, array or TensorFlow tensor of
             them with at most one dimension.
-        name: what to call the argument in error messages.
+        name: name of the argument in error messages.
 
     Returns:
-        `Texts`, perhaps none.
+        The texts; an empty batch is valid.
 
     Raises:
-        ValueError: if something is not text, or not valid UTF-8.
+        ValueError: if an input is not text, or not valid UTF-8.
+
+    Example:
+    >>> normalize_texts([b"bytes", "and text"])
+    Texts(texts=['bytes', 'and text'], batched=True)
     """
     if isinstance(inputs, (str, bytes)):
         return Texts([_as_text(inputs, name)], False)
@@ -336,7 +371,7 @@ def _as_text(text, name):
         if isinstance(text, bytes):
             return text.decode()
         if isinstance(text, str):
-            text.encode()  # A lone surrogate is no character and has no UTF-8.
+            text.encode()  # A lone surrogate cannot be encoded as UTF-8.
             return text
     except UnicodeError as error:
         raise ValueError(
@@ -348,7 +383,7 @@ def _as_text(text, name):
     )
 
 
-# ----- What it is
+# ----- Detection
 
 
 def _is_text(x):
@@ -358,14 +393,14 @@ def _is_text(x):
     dtype = getattr(x, "dtype", None)
     if isinstance(dtype, np.dtype):
         return dtype.kind in "USO"
-    # TensorFlow's string type names itself, and TensorFlow need not be imported.
+    # The name of TensorFlow's string dtype; checked without importing TensorFlow.
     return isinstance(x, (str, bytes)) or getattr(dtype, "name", None) == "string"
 
 
 def _is_supervised(x):
     """Whether `x` is pairs or chats: a dict of texts, or a list of such dicts."""
     if isinstance(x, dict):
-        return bool(set(x) & (PAIR | CHAT))
+        return bool(set(x) & (PAIR_KEYS | CHAT_KEYS))
     return isinstance(x, (list, tuple)) and bool(x) and all(map(_is_dict, x))
 
 
@@ -375,11 +410,11 @@ def _is_dict(x):
 
 def _is_chat(x):
     """Whether `x` is a chat, or a list of chats."""
-    return _is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT
+    return _is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT_KEYS
 
 
-def is_tf_dataset(x):
-    """Whether `x` is a `tf.data.Dataset`."""
+def is_tf_dataset(x: Any) -> bool:
+    """Returns whether `x` is a `tf.data.Dataset`. Does not import TensorFlow."""
     tensorflow = loaded_tensorflow()
     return tensorflow is not None and isinstance(x, tensorflow.data.Dataset)
 

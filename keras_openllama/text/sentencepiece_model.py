@@ -1,4 +1,4 @@
-"""Reading SentencePiece model files, and saying what is wrong with them."""
+"""Loading and validation of SentencePiece model files."""
 
 import base64
 import binascii
@@ -7,27 +7,32 @@ from pathlib import Path
 
 import sentencepiece
 
-# A longer string is no path but the base64 that `get_config` writes.
-_LONGEST_PATH = 2048
-# Parts of SentencePiece's ModelProto that no whole file lacks; they stand behind the
-# vocabulary, in this order.
+from keras_openllama.utils.types import PathLike
+
+# A longer string is not a path but the base64 that `get_config` writes.
+_MAX_PATH_LENGTH = 2048
+# Field numbers of SentencePiece's ModelProto. Every complete file has both fields, in
+# this order, after the vocabulary.
 _TRAINER_SPEC, _NORMALIZER_SPEC = 2, 3
 
 
-def read_proto(proto):
-    """Returns the bytes of a model, and what to call their source in errors.
+def read_proto(proto: PathLike | bytes) -> tuple[bytes, str]:
+    """Reads a SentencePiece model.
 
     Args:
-        proto: path of the file, its bytes, or base64 of them.
+        proto: path of the file, its bytes, or base64 of its bytes.
+
+    Returns:
+        The bytes of the model, and a description of their source for error messages.
 
     Raises:
         OSError: if there is no such file, or it is a directory.
-        ValueError: if `proto` is something else.
+        ValueError: if `proto` has another type.
     """
     if isinstance(proto, bytes):
         return proto, f"`proto` ({len(proto)} bytes)"
-    if isinstance(proto, str) and len(proto) > _LONGEST_PATH:
-        return from_base64(proto), f"`proto` (base64, {len(proto)} characters)"
+    if isinstance(proto, str) and len(proto) > _MAX_PATH_LENGTH:
+        return proto_from_base64(proto), f"`proto` (base64, {len(proto)} characters)"
     if not isinstance(proto, (str, os.PathLike)):
         raise ValueError(
             "`proto` must be the path of a SentencePiece file or its bytes. "
@@ -36,7 +41,7 @@ def read_proto(proto):
     path = Path(proto)
     if path.is_dir():
         raise IsADirectoryError(
-            f"`proto` is a directory: {str(path)!r}. Pass the tokenizer.model inside "
+            f"`proto` is a directory: {str(path)!r}. Pass the tokenizer.model in "
             "it, or load the directory with `OpenLlamaTokenizer.from_preset`."
         )
     if not path.exists():
@@ -48,53 +53,56 @@ def read_proto(proto):
     return path.read_bytes(), repr(str(path))
 
 
-def load_processor(data, source):
-    """Loads a SentencePiece model that has what a LLaMA tokenizer needs.
+def load_processor(data: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
+    """Loads a SentencePiece model that can serve as a LLaMA tokenizer.
 
     Args:
         data: bytes of the model file.
-        source: str, what to call it in errors.
+        source: description of the model's source for error messages.
 
     Returns:
-        A `sentencepiece.SentencePieceProcessor`.
+        A processor with the model loaded.
 
     Raises:
-        ValueError: if the data are no complete SentencePiece model, or one without
-            tokens for start and end.
+        ValueError: if `data` is not a complete SentencePiece model, or has no start or
+            end token.
     """
-    complaint = _complaint_about(data)
+    defect = _find_defect(data)
     processor = sentencepiece.SentencePieceProcessor()
-    if complaint is None:
+    if defect is None:
         try:
             processor.LoadFromSerializedProto(data)
         except RuntimeError as error:
-            complaint = f"SentencePiece refuses it ({str(error).strip()})"
+            defect = f"SentencePiece cannot load it ({str(error).strip()})"
         else:
             if processor.bos_id() < 0 or processor.eos_id() < 0:
-                complaint = "it has no <s> or no </s>, so it is not a LLaMA tokenizer"
-    if complaint is not None:
+                defect = "it has no <s> or no </s>, so it is not a LLaMA tokenizer"
+    if defect is not None:
         raise ValueError(
-            f"{source} cannot be used as tokenizer: {complaint}. Pass the "
-            "SentencePiece file tokenizer.model that came with the model; if this is "
-            "it, fetch it again."
+            f"{source} cannot be used as a tokenizer: {defect}. Pass the "
+            "SentencePiece file tokenizer.model that came with the model. If this is "
+            "that file, download it again."
         )
     return processor
 
 
-def keeps_spaces(processor):
-    """Whether runs of spaces stay; v1 models merge them into one."""
-    # SentencePiece writes a space as ▁ once it has normalised a text.
+def keeps_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Returns whether a model preserves runs of spaces. v1 models merge them."""
+    # In normalized text, SentencePiece writes a space as ▁.
     return "▁▁" in processor.normalize("a  b")
 
 
-def without_first_space(data):
-    """A processor that puts no space before a text, as for the rest of one.
+def processor_without_dummy_prefix(data: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Loads a model that puts no space before a text.
+
+    SentencePiece calls this space the dummy prefix. A text that continues another text
+    must not have it.
 
     Args:
         data: bytes of a SentencePiece model.
 
     Returns:
-        `sentencepiece.SentencePieceProcessor`.
+        A processor with the changed model loaded.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -103,32 +111,53 @@ def without_first_space(data):
     return load_processor(model.SerializeToString(), "the model")
 
 
-def check_vocabulary(pieces, embeddings):
-    """Raises a `ValueError` if a tokenizer has more pieces than a model embeddings."""
+def check_vocabulary(pieces: int, embeddings: int) -> None:
+    """Checks that a model has an embedding for every piece of a tokenizer.
+
+    Args:
+        pieces: vocabulary size of the tokenizer.
+        embeddings: vocabulary size of the model.
+
+    Raises:
+        ValueError: if there are more pieces than embeddings.
+
+    Example:
+    >>> check_vocabulary(pieces=32_000, embeddings=32_000)
+    """
     if pieces > embeddings:
         raise ValueError(
-            f"The tokenizer has {pieces} pieces and the model {embeddings} embeddings: "
-            "it is another model's tokenizer."
+            f"The tokenizer has {pieces} pieces but the model has {embeddings} "
+            "embeddings. Use the tokenizer of this model."
         )
 
 
-def from_base64(text):
-    """Returns the model (bytes) that a saved configuration holds as base64 (str)."""
+def proto_from_base64(text: str) -> bytes:
+    """Decodes the model in a saved configuration.
+
+    Args:
+        text: base64 of a SentencePiece model.
+
+    Returns:
+        The bytes of the model.
+
+    Raises:
+        ValueError: if `text` is not valid base64.
+    """
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(
-            "`proto` in the tokenizer's configuration must be base64 of a "
+            "`proto` in the tokenizer's configuration must be the base64 of a "
             f"SentencePiece model. Received: {str(text)[:60]!r}."
         ) from error
 
 
-def _complaint_about(data):
-    """Says what is wrong with a model file; `None` if it is whole and of its kind.
+def _find_defect(data):
+    """Returns what is wrong with a model file, or `None` if it is complete.
 
-    SentencePiece itself takes a file that was cut between two of its parts for a whole
-    one, and merges spaces, say, where the part that keeps them is gone. So the file's
-    structure is looked at first.
+    SentencePiece accepts a file that was truncated between two fields. Such a model
+    behaves differently: without the normalizer spec, for example, it merges spaces. So
+    this checks the structure of the file first.
     """
     if not data:
         return "it is empty"
@@ -139,17 +168,17 @@ def _complaint_about(data):
             return "it is a Git LFS pointer (`git lfs pull` gets the file itself)"
         if data.lstrip().startswith(b"{"):
             return "it is JSON (a tokenizer.json?), not SentencePiece"
-        return f"its {len(data)} bytes are cut off or are no SentencePiece model"
+        return f"its {len(data)} bytes are truncated or not a SentencePiece model"
     if not {_TRAINER_SPEC, _NORMALIZER_SPEC} <= fields:
         return f"its {len(data)} bytes lack parts of a SentencePiece model"
     return None
 
 
 def _field_numbers(data):
-    """Returns the numbers of the fields of a serialised protocol buffer.
+    """Returns the field numbers of a serialized protocol buffer.
 
-    Raises `IndexError` where the data end inside a field or are something else. Only
-    fields with a length are expected: a SentencePiece model has no others.
+    Raises `IndexError` where the data end inside a field or are not a protocol buffer.
+    Expects length-delimited fields only: a SentencePiece model has no others.
     """
 
     def varint(position):
@@ -168,6 +197,6 @@ def _field_numbers(data):
         size, position = varint(position)
         position += size
         if tag % 8 != 2 or position > len(data):
-            raise IndexError(f"not a whole field before byte {position}")
+            raise IndexError(f"incomplete field before byte {position}")
         numbers.add(tag // 8)
     return numbers

@@ -1,66 +1,77 @@
-"""Text from token ids that arrive one at a time."""
+"""Incremental detokenization: text from token ids that arrive one at a time."""
+
+from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, SupportsInt
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 _ONE_MARK_PER_BYTE = "keras_openllama.one_mark_per_byte"
 _REPLACEMENT = "\ufffd"
 
 
-# Python replaces a run of bad bytes by one mark, SentencePiece each byte by its own.
+# Python replaces a run of invalid bytes by one U+FFFD, SentencePiece each byte.
 codecs.register_error(_ONE_MARK_PER_BYTE, lambda error: (_REPLACEMENT, error.start + 1))
 
 
 class StreamDecoder:
-    """Turns token ids into text as they come, never emitting half a character.
+    """Decodes a stream of token ids to text, without emitting incomplete characters.
 
-    The pieces that `push` and `flush` return, joined, are exactly what `detokenize`
-    makes of all ids at once. A call looks at one id and at most three bytes that may
-    still grow into a character, so its cost does not depend on the text before it.
+    The joined outputs of `push` and `flush` equal `detokenize` of all ids. Each call
+    processes one id and at most three pending bytes of a character, so its cost does
+    not depend on the length of the text.
 
-    Get one from `OpenLlamaTokenizer.stream_decoder`, one for each sequence.
+    Create one for each sequence with `OpenLlamaTokenizer.stream_decoder`.
 
     Args:
-        processor: `sentencepiece.SentencePieceProcessor` with a model loaded.
-        prefix_ids: list of int, ids that the stream continues. Their text is not
-            emitted, but the first id after them is read as their continuation, so it
-            keeps its leading space. Where the prefix ends inside a character, and ids
-            of the stream complete it, the character is emitted.
+        processor: a SentencePiece processor with a model loaded.
+        prefix_ids: token ids that the stream continues, such as a prompt. Their text is
+            not emitted. The first id after them is decoded as their continuation, so it
+            keeps its leading space. If the prefix ends inside a character that the
+            stream completes, that character is emitted.
 
     Example:
-        decoder = tokenizer.stream_decoder(prefix_ids=prompt_ids)
-        for token_id in generated_ids:
-            print(decoder.push(token_id), end="", flush=True)
-        print(decoder.flush())
+    >>> tokenizer = lm.preprocessor.tokenizer
+    >>> decoder = tokenizer.stream_decoder(prefix_ids=tokenizer("Once"))
+    >>> "".join(decoder.push(token_id) for token_id in tokenizer("upon a time"))
+    ' upon a time'
+    >>> decoder.flush()
+    ''
     """
 
-    def __init__(self, processor, prefix_ids=()):
+    def __init__(
+        self, processor: SentencePieceProcessor, prefix_ids: Iterable[int] = ()
+    ):
         self._processor = processor
         self._bytes = codecs.getincrementaldecoder("utf-8")(_ONE_MARK_PER_BYTE)
-        # Whether SentencePiece would still drop the space that it put before the text.
+        # Whether SentencePiece would still remove the space before the text.
         self._at_start = True
         self._space_id = processor.piece_to_id("▁")
-        # Something with a text of its own, to decode a piece after it.
+        # A piece with visible text, to decode other pieces after it.
         self._anchor_id = next(
             i
             for i in range(processor.vocab_size())
             if not processor.is_byte(i) and processor.decode([i])
         )
         self._anchor_text = processor.decode([self._anchor_id])
-        # What the bytes that wait at the end of the prefix look like in its own text.
+        # How `detokenize` shows the pending bytes at the end of the prefix.
         self._already_shown = ""
         for token_id in prefix_ids:
             self.push(token_id)
-        waiting, _ = self._bytes.getstate()
-        self._already_shown = _REPLACEMENT * len(waiting)
+        pending, _ = self._bytes.getstate()
+        self._already_shown = _REPLACEMENT * len(pending)
 
-    def push(self, token_id):
-        """Takes the next id and returns the text that is final with it.
+    def push(self, token_id: SupportsInt) -> str:
+        """Adds the next token id and returns the text that it completes.
 
         Args:
-            token_id: int, or anything that `int` takes.
+            token_id: an int, or a scalar array or tensor.
 
         Returns:
-            str; empty for control tokens, and while a character is incomplete.
+            The completed text. Empty for control tokens and for incomplete characters.
 
         Raises:
             ValueError: if the id is not in the vocabulary.
@@ -69,8 +80,8 @@ class StreamDecoder:
         if not 0 <= token_id < self._processor.vocab_size():
             size = self._processor.vocab_size()
             raise ValueError(
-                f"`token_id` is {token_id}, which is not in the vocabulary: its size "
-                f"is {size}, so ids are 0 to {size - 1}."
+                f"`token_id` must be in the vocabulary, from 0 to {size - 1}. "
+                f"Received: {token_id}"
             )
         if self._processor.is_byte(token_id):
             byte = int(self._processor.id_to_piece(token_id)[1:-1], base=16)
@@ -79,11 +90,11 @@ class StreamDecoder:
             return self._unseen(text)
         return self.flush() + self._piece_text(token_id)
 
-    def flush(self):
-        """Ends the text: bytes that wait for the rest of a character become marks.
+    def flush(self) -> str:
+        """Ends the text. Pending bytes become replacement characters.
 
         Returns:
-            str, one U+FFFD for each such byte; empty if there is none.
+            One U+FFFD for each pending byte; empty if there is none.
         """
         text = self._bytes.decode(b"", final=True)
         self._at_start = self._at_start and not text
@@ -94,15 +105,15 @@ class StreamDecoder:
         if not self._at_start:
             return decode([self._anchor_id, token_id])[len(self._anchor_text) :]
         text = decode([token_id])
-        # Control tokens leave the start where it is, as does a lone space where the
-        # model drops all leading spaces: a space after them would be dropped too.
+        # After a control token the text has still not started. The same holds for a
+        # single space if the model removes all leading spaces.
         self._at_start = not text and decode([token_id, self._space_id]) == decode(
             [self._space_id]
         )
         return text
 
     def _unseen(self, text):
-        """Returns `text` without what the prefix's own text has shown of it."""
+        """Removes from `text` what the text of the prefix already contains."""
         if text and self._already_shown:
             shown, self._already_shown = self._already_shown, ""
             while not text.startswith(shown):

@@ -274,7 +274,7 @@ class FitMixin(TrainStep):
             x, y, weights = self.preprocessor.pad_examples(rows, sample_weight)
         targets = float(weights.sum())
         whole = sample_weight is None and targets > 0
-        return x, y, weights, rows.bytes / targets if whole else None
+        return x, y, weights, rows.num_bytes / targets if whole else None
 
     def _in_whole_batches(self, x, y, sample_weight, batch_size):
         """Rows that weigh nothing behind the others, where batches have to be whole.
@@ -332,7 +332,7 @@ class FitMixin(TrainStep):
             if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
             rows = self.preprocessor.tokenize_examples(data)
-            if (rows.cut or rows.lost) and not told:
+            if (rows.num_truncated or rows.num_without_targets) and not told:
                 told.append(rows.warn())  # Of the first such batch alone.
             return self.preprocessor.pad_examples(rows, sample_weight)
 

@@ -38,9 +38,11 @@ def read(
     path, field=None, limit=document_reader.MAX_DOCUMENT_BYTES, unit_bytes=1 << 20
 ):
     """All documents of a path, part by part."""
-    units = text_sources.units("web", [str(path)], unit_bytes)
+    units = text_sources.find_units("web", [str(path)], unit_bytes)
     return [
-        text for unit in units for text in document_reader.documents(unit, field, limit)
+        text
+        for unit in units
+        for text in document_reader.read_documents(unit, field, limit)
     ]
 
 
@@ -122,13 +124,13 @@ def test_a_part_has_the_lines_that_begin_in_it(tmp_path):
     texts = [f"chapter {number}" for number in range(100)]
     path = written(tmp_path / "a.jsonl", jsonl(texts))
     starts = np.cumsum([0, *(len(jsonl([text])) for text in texts)])
-    for unit in text_sources.units("web", [str(path)], 300):
+    for unit in text_sources.find_units("web", [str(path)], 300):
         expected = [
             text
             for text, start in zip(texts, starts, strict=False)
             if unit.start <= start < unit.stop
         ]
-        assert list(document_reader.documents(unit)) == expected
+        assert list(document_reader.read_documents(unit)) == expected
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_a_line_of_50_megabytes_is_skipped_and_never_held(long_line):
 
 
 def test_a_line_of_50_megabytes_is_skipped_once_by_all_the_parts_it_spans(long_line):
-    assert len(text_sources.units("web", [str(long_line)], 1 << 22)) == 12
+    assert len(text_sources.find_units("web", [str(long_line)], 1 << 22)) == 12
     expected = ["good", "too long", "good"]
     assert read(long_line, limit=10_000, unit_bytes=1 << 22) == expected
 
@@ -329,10 +331,10 @@ def test_a_member_may_begin_with_the_last_byte_of_what_is_read_at_once(tmp_path)
 def test_a_missing_file_is_refused(tmp_path):
     for name, data in (("a.jsonl", LINE), ("b.jsonl.gz", gzip.compress(LINE))):
         path = written(tmp_path / name, data)
-        [unit] = text_sources.units("web", [str(path)])
+        [unit] = text_sources.find_units("web", [str(path)])
         path.unlink()
         with refused(path, "No such file"):
-            list(document_reader.documents(unit))
+            list(document_reader.read_documents(unit))
 
 
 # --- Parquet ---
@@ -406,9 +408,9 @@ def test_a_file_without_the_column_is_refused(name, column, field, tmp_path):
 
 def damaged_after_planning(path, data):
     """The documents of a Parquet file that changes once its parts are made."""
-    units = text_sources.units("web", [str(path)])
+    units = text_sources.find_units("web", [str(path)])
     path.write_bytes(data)
-    return [text for unit in units for text in document_reader.documents(unit)]
+    return [text for unit in units for text in document_reader.read_documents(unit)]
 
 
 def test_a_parquet_file_that_cannot_be_read_any_more_is_refused(tmp_path):
@@ -417,10 +419,10 @@ def test_a_parquet_file_that_cannot_be_read_any_more_is_refused(tmp_path):
         with refused(path, "cannot be read to its end"):
             damaged_after_planning(path, damage(path.read_bytes()))
     path = write_column(tmp_path / "a.parquet", TEXTS)
-    [unit] = text_sources.units("web", [str(path)])
+    [unit] = text_sources.find_units("web", [str(path)])
     path.unlink()
     with refused(path, "No such file"):
-        list(document_reader.documents(unit))
+        list(document_reader.read_documents(unit))
 
 
 def test_a_page_of_garbage_is_refused(tmp_path):
@@ -472,10 +474,10 @@ def test_text_files_that_are_no_documents_are_skipped_with_their_reasons(tmp_pat
 def test_a_text_file_that_has_gone_is_refused(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text(name)
-    [unit] = text_sources.units("web", [str(tmp_path)])
+    [unit] = text_sources.find_units("web", [str(tmp_path)])
     (tmp_path / "b").unlink()
     with refused(tmp_path / "b", "cannot be read"):
-        list(document_reader.documents(unit))
+        list(document_reader.read_documents(unit))
 
 
 # --- TensorFlow Datasets ---
@@ -543,10 +545,10 @@ def test_damaged_remote_files_are_refused_as_local_ones_are():
         read(path)
     for name in ("gone.jsonl", "gone.txt"):
         path = put(name, LINE)
-        [unit] = text_sources.units("web", [path])
+        [unit] = text_sources.find_units("web", [path])
         tf.io.gfile.remove(path)
         with refused(path):
-            list(document_reader.documents(unit))
+            list(document_reader.read_documents(unit))
 
 
 # --- Progress ---
@@ -558,6 +560,6 @@ def test_progress_adds_up_to_the_size_of_the_input(name, tmp_path):
     data = gzip.compress(data) if name.endswith("gz") else data
     path = written(tmp_path / name, data)
     done = []
-    for unit in text_sources.units("web", [str(path)], 10_000):
-        list(document_reader.documents(unit, progress=done.append))
+    for unit in text_sources.find_units("web", [str(path)], 10_000):
+        list(document_reader.read_documents(unit, progress=done.append))
     assert sum(done) == len(data)

@@ -1,4 +1,4 @@
-"""`fit` and `evaluate` on the stream, on every backend."""
+"""`fit` and `evaluate` on a `TokenStream`, on every backend."""
 
 import dataclasses
 
@@ -21,20 +21,23 @@ HEAD_DIM_100, MULTI_HEAD = (
 )
 
 
-def test_documents_that_share_a_row_cost_what_each_costs_alone(data):
+def test_evaluate_on_packed_documents_equals_the_loss_of_separate_documents(data):
     lm = random_lm(HEAD_DIM_100)
     lm.compile()
     stream = TokenStream(
         data, sequence_length=60, batch_size=4, packing="best_fit", mask_documents=True
     )
     loss, *_ = lm.evaluate(stream.dataset(steps=3), verbose=0)
-    losses = [losses_alone(lm, data, stream.sequences_read(step)) for step in range(3)]
+    losses = [
+        losses_of_separate_documents(lm, data, stream.sequences_read(step))
+        for step in range(3)
+    ]
     assert loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
 
 
-def losses_alone(lm, data, rows):
-    """Nats of each target of the documents of some rows, each in a row of its own."""
-    spans = [(source, *span) for source, row in rows for span in row]
+def losses_of_separate_documents(lm, data, sequences):
+    """Nats of each target, with each document in a sequence of its own."""
+    spans = [(source, *span) for source, spans in sequences for span in spans]
     tokens, mask = np.zeros((2, len(spans), 61), "int32")
     for place, (source, document, first, size) in enumerate(spans):
         part = data.documents(source)[document][0][first : first + size]
@@ -46,7 +49,7 @@ def losses_alone(lm, data, rows):
     return losses[mask[:, :-1] > 0]
 
 
-def test_fit_reads_the_stream(data):
+def test_fit_on_a_token_stream_reduces_the_loss(data):
     lm = random_lm(MULTI_HEAD)
     lm.compile(optimizer="adam")
     stream = TokenStream(data, sequence_length=32, batch_size=4)

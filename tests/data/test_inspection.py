@@ -1,4 +1,4 @@
-"""A look inside prepared data: the table, batches in words, the picture, the script."""
+"""Inspection of prepared data: table, decoded batches, plot and command."""
 
 import re
 
@@ -22,41 +22,41 @@ def data(tmp_path_factory):
     return prepare_sources(directory, {"web": 300, "code": 40}, WEIGHTS)
 
 
-def test_the_table_says_what_there_is_and_what_is_missing(data):
-    text = inspection.table(data)
-    sums = data.split("web", "train")
+def test_format_manifest_lists_sources_and_missing_sources(data):
+    text = inspection.format_manifest(data)
+    sums = data.split_info("web", "train")
     [line] = re.findall(r"^web +train .*$", text, re.MULTILINE)
     assert f"{sums['documents']:,}" in line
     assert f"{sums['tokens']:,}" in line
     assert "75.00%" in line
     assert "web: skipped nothing" in text
-    assert "not prepared, though in the mixture: books" in text
+    assert "in the mixture but not prepared: books" in text
 
 
-def test_a_batch_is_told_with_its_borders_and_sources(data):
+def test_describe_batch_shows_sources_and_document_boundaries(data):
     stream = TokenStream(data, 100, 6, packing="best_fit")
-    processor = load_processor(data.proto(), "the data")
+    processor = load_processor(data.tokenizer_proto(), "the data")
     text = inspection.describe_batch(stream, 2, processor, characters=20)
-    for row, (source, spans) in enumerate(stream.sequences_read(2)):
-        assert f"row {row}: {source}, " in text
+    for number, (source, spans) in enumerate(stream.sequences_read(2)):
+        assert f"sequence {number}: {source}, " in text
         for document, first, size in spans:
             assert f"document {document}, tokens {first} to {first + size - 1}:" in text
-    whole = [
+    from_the_start = [
         span for _, spans in stream.sequences_read(2) for span in spans if span[1] == 0
     ]
-    assert text.count("<s> ") == len(whole)
+    assert text.count("<s> ") == len(from_the_start)
     assert "more]" in text
     padding = [101 - sum(s for *_, s in spans) for _, spans in stream.sequences_read(2)]
     assert text.count("tokens of padding") == sum(p > 0 for p in padding)
 
 
-def test_the_realised_mixture_is_counted_in_tokens(data):
+def test_measure_mixture_returns_shares_of_the_tokens(data):
     stream = TokenStream(data, 64, 16)
-    shares = inspection.realised_mixture(stream, first=5, steps=50)
+    shares = inspection.measure_mixture(stream, first=5, steps=50)
     assert shares == pytest.approx({"web": 0.75, "code": 0.25}, abs=2e-3)
 
 
-def test_documents_are_counted_by_length(data):
+def test_length_histogram_counts_documents_by_length(data):
     documents = data.documents("web")
     edges = np.array([1, 10, 20, 30])
     counts = inspection.length_histogram(documents, edges)
@@ -65,7 +65,7 @@ def test_documents_are_counted_by_length(data):
     assert counts[0] == (lengths < 10).sum()
 
 
-def test_the_script_prints_and_draws(data, tmp_path, capsys):
+def test_inspect_data_prints_batches_and_draws_a_plot(data, tmp_path, capsys):
     picture = tmp_path / "look.png"
     main(
         [
@@ -74,15 +74,17 @@ def test_the_script_prints_and_draws(data, tmp_path, capsys):
         ]
     )
     printed = capsys.readouterr().out
-    assert "step 3: 4 rows of 64 tokens" in printed
-    assert "step 4: 4 rows of 64 tokens" in printed
+    assert "step 3: 4 sequences of 64 tokens" in printed
+    assert "step 4: 4 sequences of 64 tokens" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 
 
-def test_the_script_verifies_and_refuses(data, tmp_path, capsys):
+def test_inspect_data_verifies_files_and_rejects_other_directories(
+    data, tmp_path, capsys
+):
     assert main([data.directory, "--verify"]) == 0
     assert "files are as they were prepared" in capsys.readouterr().out
     assert main([str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert re.match(r"keras-openllama inspect-data: error: .* has no manifest", said)
+    error = capsys.readouterr().err
+    assert re.match(r"keras-openllama inspect-data: error: .* has no manifest", error)

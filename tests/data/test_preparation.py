@@ -25,10 +25,10 @@ from tokenizer_models import train_tokenizer
 from keras_openllama.cli import prepare_data
 from keras_openllama.data import token_records
 from keras_openllama.data.dataset_builder import source_directory
-from keras_openllama.data.preparation import prepare
+from keras_openllama.data.preparation import prepare_dataset
 from keras_openllama.data.prepared_data import PreparedData
 from keras_openllama.data.text_sources import SourceError, units
-from keras_openllama.data.tokenizing import Settings, split_of
+from keras_openllama.data.tokenizing import TokenizationSettings, split_of
 
 pytestmark = pytest.mark.backend_free
 
@@ -48,7 +48,7 @@ def run(sources, output, tokenizer="open_llama_nano", **options):
         "validation_fraction": FRACTION,
         "report": lambda line: None,
     }
-    return prepare(sources, str(tokenizer), str(output), **(settings | options))
+    return prepare_dataset(sources, str(tokenizer), str(output), **(settings | options))
 
 
 def contents(directory):
@@ -148,7 +148,7 @@ def documents_of(data, source, split):
     documents = data.documents(source, split)
     return [
         (tuple(ids.tolist()), size)
-        for ids, size in documents.read(range(len(documents)))
+        for ids, size in documents.read_many(range(len(documents)))
     ]
 
 
@@ -171,7 +171,7 @@ def test_each_document_is_there_once_between_start_and_end(source, data, expecte
 def test_the_manifest_counts_what_is_there(data, output):
     for source in SOURCES:
         for split in ("train", "validation"):
-            sums = data.split(source, split)
+            sums = data.split_info(source, split)
             documents = documents_of(data, source, split)
             assert sums["documents"] == len(documents)
             assert sums["tokens"] == sum(len(ids) for ids, _ in documents)
@@ -186,15 +186,15 @@ def test_the_manifest_has_the_size_and_checksum_of_each_shard(data, output):
     named = []
     for source in SOURCES:
         for split in ("train", "validation"):
-            for shard in data.split(source, split)["shards"]:
-                path = Path(data.path_of(source), shard["file"])
+            for shard in data.split_info(source, split)["shards"]:
+                path = Path(data.source_path(source), shard["file"])
                 assert path.stat().st_size == shard["size"]
                 # By another program than Python's.
                 found = subprocess.check_output(["sha256sum", path], text=True)
                 assert found.split()[0] == shard["sha256"]
                 named.append(path)
     assert sorted(named) == shards(output)
-    assert len(data.split("code", "train")["shards"]) > 3
+    assert len(data.split_info("code", "train")["shards"]) > 3
 
 
 def test_the_manifest_tells_the_tokenizer_and_what_was_skipped(data, output, texts):
@@ -212,7 +212,7 @@ def test_the_manifest_tells_the_tokenizer_and_what_was_skipped(data, output, tex
 
 
 def test_without_a_mixture_sources_weigh_what_they_have_to_train_on(data):
-    tokens = {source: data.split(source, "train")["tokens"] for source in SOURCES}
+    tokens = {source: data.split_info(source, "train")["tokens"] for source in SOURCES}
     weights = data.mixture.weights_at(0)
     assert weights == pytest.approx(
         {s: n / sum(tokens.values()) for s, n in tokens.items()}
@@ -224,10 +224,10 @@ def test_without_a_mixture_sources_weigh_what_they_have_to_train_on(data):
 def test_tensorflow_datasets_alone_reads_the_same(source, split, data):
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(data.path_of(source))
+    builder = tfds.builder_from_directory(data.source_path(source))
     assert (
         builder.info.splits[split].num_examples
-        == data.split(source, split)["documents"]
+        == data.split_info(source, split)["documents"]
     )
     found = [
         (tuple(example["tokens"].tolist()), int(example["num_bytes"]))
@@ -240,8 +240,8 @@ def test_ids_are_stored_as_small_as_they_can_be():
     for size, dtype in ((1 << 16, "<u2"), ((1 << 16) + 1, "<u4")):
         assert token_records.token_dtype(size) == dtype
         ids = np.array([0, 1, size - 1], dtype)
-        found, num_bytes = token_records.decode(
-            token_records.encode(ids, 1 << 40), dtype
+        found, num_bytes = token_records.decode_record(
+            token_records.encode_record(ids, 1 << 40), dtype
         )
         assert found.tolist() == ids.tolist() and num_bytes == 1 << 40
 
@@ -413,7 +413,7 @@ def assert_goes_on(stuck, tmp_path):
     assert {*stuck.stamps} < {*stamps(shards(stuck.output))}
     run(stuck.sources, tmp_path / "data")
     assert contents(stuck.output) == contents(tmp_path / "data")
-    assert data.split("text", "train")["documents"] > 50
+    assert data.split_info("text", "train")["documents"] > 50
 
 
 def test_what_was_finished_before_a_kill_is_kept(stuck, tmp_path):
@@ -554,7 +554,7 @@ def test_empty_documents_are_no_damage(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["a text", *[""] * 99])
     data = run({"code": [path]}, tmp_path / "data", validation_fraction=0)
     assert data.manifest["sources"]["code"]["skipped"] == {"empty": 99}
-    assert data.split("code", "train")["documents"] == 1
+    assert data.split_info("code", "train")["documents"] == 1
 
 
 def test_a_source_without_any_row_is_refused_by_name(tmp_path):
@@ -577,12 +577,15 @@ def mount(tmp_path):
 
 def room_for_all_parts(data, output):
     """Kilobytes that a source takes when nothing is missing but its publication."""
-    paths = [output / "tokenizer.model", *Path(data.path_of("prose")).glob("*record*")]
+    paths = [
+        output / "tokenizer.model",
+        *Path(data.source_path("prose")).glob("*record*"),
+    ]
     sizes = [path.stat().st_size for path in paths]
     for split in ("train", "validation"):
-        sums = data.split("prose", split)["shards"]
+        sums = data.split_info("prose", split)["shards"]
         sizes += [4 * shard["documents"] for shard in sums]
-    receipts = len(data.split("prose", "train")["shards"])
+    receipts = len(data.split_info("prose", "train")["shards"])
     # Memory is given out in pages; the last one is for a note of progress.
     return 4 * (sum(-(-size // 4096) for size in sizes) + receipts + 1)
 
@@ -738,7 +741,7 @@ def test_the_text_field_is_the_callers_or_the_mixtures(tmp_path):
     }
     for field, options in ways.items():
         data = run(sources, tmp_path / field, validation_fraction=0, **options)
-        assert data.split("web", "train")["bytes"] == len(value[field])
+        assert data.split_info("web", "train")["bytes"] == len(value[field])
 
 
 @pytest.mark.parametrize(
@@ -782,20 +785,23 @@ def test_an_output_that_cannot_be_written_is_named(specs, tmp_path):
 
 
 def test_only_what_decides_about_the_documents_changes_the_fingerprint():
-    base = Settings(b"tokenizer")
-    assert base.fingerprint == Settings(b"tokenizer", max_skipped=0.5).fingerprint
+    base = TokenizationSettings(b"tokenizer")
+    assert (
+        base.fingerprint
+        == TokenizationSettings(b"tokenizer", max_skipped=0.5).fingerprint
+    )
     others = [
-        Settings(b"other"),
-        Settings(b"tokenizer", text_field="text"),
-        Settings(b"tokenizer", validation_fraction=0.5),
-        Settings(b"tokenizer", max_document_bytes=9),
+        TokenizationSettings(b"other"),
+        TokenizationSettings(b"tokenizer", text_field="text"),
+        TokenizationSettings(b"tokenizer", validation_fraction=0.5),
+        TokenizationSettings(b"tokenizer", max_document_bytes=9),
     ]
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 def test_a_source_is_where_its_directory_says(data, output):
     for source in SOURCES:
-        assert data.path_of(source) == source_directory(str(output), source)
+        assert data.source_path(source) == source_directory(str(output), source)
 
 
 # --- The script ---
@@ -824,7 +830,7 @@ def test_the_script_does_the_same_and_says_how_much_there_is(
 ):
     script.main(command(specs, tmp_path / "data", "--workers=1")[2:])
     assert contents(tmp_path / "data") == contents(output)
-    tokens = sum(data.split(source, "train")["tokens"] for source in SOURCES)
+    tokens = sum(data.split_info(source, "train")["tokens"] for source in SOURCES)
     assert f"\n{tokens:,} tokens to train on are in" in capsys.readouterr().out
 
 

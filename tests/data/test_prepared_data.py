@@ -12,7 +12,7 @@ from token_data import prepare_sources
 from tokenizer_models import trained_model
 
 from keras_openllama import OpenLlamaTokenizer
-from keras_openllama.data.prepared_data import PreparedData, block_totals
+from keras_openllama.data.prepared_data import PreparedData, tokens_per_block
 from keras_openllama.data.token_records import DamagedFile
 
 pytestmark = pytest.mark.backend_free
@@ -44,7 +44,7 @@ def flip(path, place, bit=0):
 
 def all_documents(data, source="web", split="train"):
     documents = data.documents(source, split)
-    read = documents.read(range(len(documents)))
+    read = documents.read_many(range(len(documents)))
     return [(tokens.tolist(), num_bytes) for tokens, num_bytes in read]
 
 
@@ -62,7 +62,7 @@ def refused(path, error, *words):
 def test_a_copy_elsewhere_is_the_same_data(path, original):
     data = PreparedData.open(str(path))
     assert data.sources == [*COUNTS]
-    data.verify()
+    data.verify_checksums()
     for source in COUNTS:
         for split in ("train", "validation"):
             ours, theirs = (all_documents(d, source, split) for d in (data, original))
@@ -75,7 +75,9 @@ def test_documents_are_the_same_one_by_one_in_any_order_and_in_another_process(p
     expected = all_documents(PreparedData.open(str(path)))
     assert len(documents) == len(expected) > 200
     numbers = np.random.default_rng(0).permutation(len(documents))
-    for number, (tokens, size) in zip(numbers, documents.read(numbers), strict=True):
+    for number, (tokens, size) in zip(
+        numbers, documents.read_many(numbers), strict=True
+    ):
         assert (tokens.tolist(), size) == expected[number]
     # As a worker gets them.
     tokens, size = pickle.loads(pickle.dumps(documents))[7]
@@ -85,20 +87,22 @@ def test_documents_are_the_same_one_by_one_in_any_order_and_in_another_process(p
 def test_the_lengths_are_those_of_the_documents(original):
     for source in COUNTS:
         documents = original.documents(source, "train")
-        lengths = [len(tokens) for tokens, _ in documents.read(range(len(documents)))]
+        lengths = [
+            len(tokens) for tokens, _ in documents.read_many(range(len(documents)))
+        ]
         assert documents.lengths.tolist() == lengths
-        assert documents.block_totals().sum() == sum(lengths)
+        assert documents.tokens_per_block().sum() == sum(lengths)
 
 
 def test_totals_of_blocks_do_not_overflow():
     lengths = np.full(5000, 1 << 31, "uint32")
-    assert block_totals(lengths).sum() == 5000 << 31
-    assert block_totals(lengths[:0]).tolist() == []
+    assert tokens_per_block(lengths).sum() == 5000 << 31
+    assert tokens_per_block(lengths[:0]).tolist() == []
 
 
 def test_verify_reports_every_byte(path):
     sizes = []
-    PreparedData.open(str(path)).verify(sizes.append)
+    PreparedData.open(str(path)).verify_checksums(sizes.append)
     files = [file for file in path.glob("tokens/*/*/*") if file.suffix != ".json"]
     assert sum(sizes) == sum(file.stat().st_size for file in files)
 
@@ -197,9 +201,9 @@ def test_the_other_shards_of_a_damaged_one_are_read(path, original):
     shard = path / SHARD
     shard.write_bytes(bytes(shard.stat().st_size))
     documents = PreparedData.open(str(path)).documents("web", "train")
-    first = original.split("web", "train")["shards"][0]["documents"]
+    first = original.split_info("web", "train")["shards"][0]["documents"]
     expected = all_documents(original)
-    found = documents.read(range(first))
+    found = documents.read_many(range(first))
     assert [(tokens.tolist(), size) for tokens, size in found] == expected[:first]
     with pytest.raises(DamagedFile, match="should have") as error:
         documents[first]
@@ -208,11 +212,11 @@ def test_the_other_shards_of_a_damaged_one_are_read(path, original):
 
 def test_a_shard_of_another_number_of_documents_is_refused_when_it_is_opened(path):
     data = PreparedData.open(str(path))
-    other = data.split("code", "train")["shards"][0]
+    other = data.split_info("code", "train")["shards"][0]
     shard = path / SHARD
     assert shard.stat().st_size == other["size"]  # Else it is found sooner.
     shutil.copy(path / "tokens" / "code" / "1.0.0" / other["file"], shard)
-    count = data.split("web", "train")["shards"][1]["documents"]
+    count = data.split_info("web", "train")["shards"][1]["documents"]
     with pytest.raises(DamagedFile) as error:
         all_documents(PreparedData.open(str(path)))
     words = f"{shard} has {other['documents']} records, but should have {count}"
@@ -227,7 +231,7 @@ def test_a_shard_in_the_place_of_another_is_noticed(path):
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     with pytest.raises(DamagedFile) as error:
-        PreparedData.open(str(path)).verify()
+        PreparedData.open(str(path)).verify_checksums()
     assert str(first) in str(error.value) and str(second) in str(error.value)
 
 
@@ -237,7 +241,7 @@ def test_verify_names_every_damaged_shard_and_no_other(path):
     for shard in damaged:
         flip(shard, 200, bit=7)
     with pytest.raises(DamagedFile) as error:
-        PreparedData.open(str(path)).verify()
+        PreparedData.open(str(path)).verify_checksums()
     named = [shard for shard in shards if str(shard) in str(error.value)]
     assert named == damaged
 
@@ -246,13 +250,13 @@ def test_verify_notices_a_flipped_bit_in_the_padding_of_a_shard(path):
     shard = path / SHARD
     flip(shard, shard.stat().st_size - 1)
     with pytest.raises(DamagedFile, match="is not what was prepared"):
-        PreparedData.open(str(path)).verify()
+        PreparedData.open(str(path)).verify_checksums()
 
 
 def test_verify_names_lengths_that_are_damaged(path):
     flip(path / LENGTHS, 1)
     with pytest.raises(DamagedFile) as error:
-        PreparedData.open(str(path)).verify()
+        PreparedData.open(str(path)).verify_checksums()
     assert str(path / LENGTHS) in str(error.value)
 
 
@@ -260,7 +264,7 @@ def test_verify_names_lengths_that_are_damaged(path):
 
 
 def test_the_tokenizer_is_the_one_that_made_the_data(original):
-    tokenizer = OpenLlamaTokenizer(original.proto())
+    tokenizer = OpenLlamaTokenizer(original.tokenizer_proto())
     original.check_tokenizer(tokenizer.fingerprint)
     other = OpenLlamaTokenizer(trained_model(keep_spaces=False))
     with pytest.raises(ValueError, match="prepared with another tokenizer") as error:
@@ -278,9 +282,9 @@ def test_a_changed_tokenizer_is_refused_by_its_file(path):
     for content in (flipped, trained_model(keep_spaces=False)):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="is not the tokenizer that") as error:
-            data.proto()
+            data.tokenizer_proto()
         assert str(file) in str(error.value)
     file.unlink()
     with pytest.raises(OSError, match="No such file") as error:
-        data.proto()
+        data.tokenizer_proto()
     assert str(file) in str(error.value)

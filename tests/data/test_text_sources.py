@@ -28,7 +28,7 @@ def found(directory, spec):
 
 
 def documents(units):
-    return [text for unit in units for text in document_reader.documents(unit)]
+    return [text for unit in units for text in document_reader.read_documents(unit)]
 
 
 def identities(units):
@@ -41,7 +41,7 @@ def identities(units):
 def test_paths_are_sorted_by_source_in_the_order_that_they_are_given():
     given = ["web=a*.parquet", "code=x/y", "web=tfds:c4@train", "code=k=v.jsonl"]
     expected = {"web": ["a*.parquet", "tfds:c4@train"], "code": ["x/y", "k=v.jsonl"]}
-    assert text_sources.parse(given) == expected
+    assert text_sources.parse_sources(given) == expected
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_paths_are_sorted_by_source_in_the_order_that_they_are_given():
 )
 def test_a_source_of_another_form_is_refused(argument):
     with pytest.raises(SourceError, match="NAME=PATHS") as error:
-        text_sources.parse(["code=a.jsonl", argument])
+        text_sources.parse_sources(["code=a.jsonl", argument])
     assert f"Received: {argument!r}" in str(error.value)
 
 
@@ -87,7 +87,7 @@ def test_in_a_directory_without_data_files_each_file_is_read(tmp_path):
     text = ["a.py", "b/c.py", "b/d"]
     write_tree(tmp_path, [*text, ".hidden", ".git/config", "b/.x.py"])
     assert found(tmp_path, tmp_path) == text
-    [unit] = text_sources.units("code", [str(tmp_path)])
+    [unit] = text_sources.find_units("code", [str(tmp_path)])
     assert unit.format == "text"
     assert unit.label == f"{tmp_path}/a.py and 2 more files"
 
@@ -116,10 +116,10 @@ def test_remote_files_are_found_as_local_ones_are():
     assert text_sources.find_files("web", f"{root}/a.jsonl") == top[:1]
     assert text_sources.find_files("web", f"{root}/*.jsonl") == top
     assert text_sources.find_files("web", root) == [*top, f"{root}/c/d.jsonl"]
-    [unit] = text_sources.units("web", [f"{root}/a.jsonl"])
+    [unit] = text_sources.find_units("web", [f"{root}/a.jsonl"])
     assert unit.num_bytes == len("a.jsonl")
     with pytest.raises(SourceError, match="'ram://find/x' matches no file"):
-        text_sources.units("web", [f"{root}/x"])
+        text_sources.find_units("web", [f"{root}/x"])
 
 
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "*.parquet", "empty"])
@@ -127,7 +127,7 @@ def test_what_matches_nothing_is_refused_by_its_name(spec, tmp_path):
     write_tree(tmp_path, ["a.jsonl", "empty/.hidden"])
     path = str(tmp_path / spec)
     with pytest.raises(SourceError, match="matches no file") as error:
-        text_sources.units("web", [str(tmp_path / "a.jsonl"), path])
+        text_sources.find_units("web", [str(tmp_path / "a.jsonl"), path])
     assert "'web'" in str(error.value) and repr(path) in str(error.value)
 
 
@@ -135,14 +135,14 @@ def test_a_link_to_nowhere_is_refused_by_its_name(tmp_path):
     write_tree(tmp_path, ["a.jsonl"])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
     with pytest.raises(SourceError, match=r"'web': .*b\.jsonl cannot be read"):
-        text_sources.units("web", [str(tmp_path)])
+        text_sources.find_units("web", [str(tmp_path)])
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet" * 100])
 def test_what_is_no_parquet_file_is_refused_by_its_name(content, tmp_path):
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(SourceError, match=r"'web': .*a\.parquet is not a readable"):
-        text_sources.units("web", [str(tmp_path)])
+        text_sources.find_units("web", [str(tmp_path)])
 
 
 # --- Units ---
@@ -164,7 +164,7 @@ def everything(tmp_path):
 @pytest.mark.parametrize("unit_bytes", [200, 500, 1000, 1 << 20])
 def test_the_parts_are_all_of_it_once(unit_bytes, everything):
     specs, expected = everything
-    units = text_sources.units("web", specs, unit_bytes)
+    units = text_sources.find_units("web", specs, unit_bytes)
     texts = documents(units)
     assert {text: texts.count(text) for text in set(texts)} == expected
     assert [unit.number for unit in units] == list(range(len(units)))
@@ -173,17 +173,17 @@ def test_the_parts_are_all_of_it_once(unit_bytes, everything):
 
 def test_the_same_files_give_the_same_list(everything):
     specs, _ = everything
-    assert text_sources.units("web", specs, 500) == text_sources.units(
+    assert text_sources.find_units("web", specs, 500) == text_sources.find_units(
         "web", specs, 500
     )
-    different = identities(text_sources.units("web", specs, 200))
+    different = identities(text_sources.find_units("web", specs, 200))
     assert len({*different}) == len(different) > 20
 
 
 def test_the_bytes_of_a_file_are_divided_without_gap_or_overlap(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 999)
     size = os.path.getsize(path)
-    units = text_sources.units("web", [path], 1000)
+    units = text_sources.find_units("web", [path], 1000)
     assert len(units) == round(size / 1000)
     assert [unit.start for unit in units] == [0, *(unit.stop for unit in units[:-1])]
     assert units[-1].stop == size == sum(unit.num_bytes for unit in units)
@@ -194,30 +194,32 @@ def test_the_bytes_of_a_file_are_divided_without_gap_or_overlap(tmp_path):
 def test_compressed_files_are_not_divided(tmp_path):
     for name in ("a.jsonl.gz", "b.json.zst", "c.ndjson.zstd"):
         (tmp_path / name).write_bytes(bytes(1000))
-    units = text_sources.units("web", [str(tmp_path)], 10)
+    units = text_sources.find_units("web", [str(tmp_path)], 10)
     assert [(unit.start, unit.stop) for unit in units] == [(0, None)] * 3
     assert units[0].label == f"{tmp_path}/a.jsonl.gz"
 
 
 def test_row_groups_and_text_files_are_gathered_until_they_are_large_enough(tmp_path):
     path = real_text.write_parquet(tmp_path / "a.parquet", ["x"] * 70, group=10)
-    size = text_sources.units("web", [path], 1)[0].num_bytes
-    parts = [(u.start, u.stop) for u in text_sources.units("web", [path], 2 * size)]
+    size = text_sources.find_units("web", [path], 1)[0].num_bytes
+    parts = [
+        (u.start, u.stop) for u in text_sources.find_units("web", [path], 2 * size)
+    ]
     assert parts == [(0, 2), (2, 4), (4, 6), (6, 7)]
     write_tree(tmp_path / "text", "abcde", "12345")
-    units = text_sources.units("code", [str(tmp_path / "text")], 10)
+    units = text_sources.find_units("code", [str(tmp_path / "text")], 10)
     assert [len(unit.paths) for unit in units] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.parquet", "text/03.txt"])
 def test_what_changes_in_a_file_changes_its_parts_alone(name, everything, tmp_path):
     specs, _ = everything
-    before = text_sources.units("web", specs, 1000)
+    before = text_sources.find_units("web", specs, 1000)
     path = tmp_path / name
     stat = path.stat()
     # Of the same size, as an edit may be; and the time alone tells.
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    after = text_sources.units("web", specs, 1000)
+    after = text_sources.find_units("web", specs, 1000)
     changed = {
         unit.number
         for unit, other in zip(before, after, strict=True)
@@ -230,17 +232,17 @@ def test_what_changes_in_a_file_changes_its_parts_alone(name, everything, tmp_pa
 def test_a_file_that_grows_is_another(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 9)
     time = os.stat(path).st_mtime_ns
-    before = text_sources.units("web", [path])
+    before = text_sources.find_units("web", [path])
     with open(path, "a") as file:
         file.write(json.dumps({"text": "more"}))
     os.utime(path, ns=(time, time))
-    assert identities(before) != identities(text_sources.units("web", [path]))
+    assert identities(before) != identities(text_sources.find_units("web", [path]))
 
 
 def test_other_units_of_the_same_file_are_other_work(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 99)
-    first = identities(text_sources.units("web", [path], 500))
-    second = identities(text_sources.units("web", [path], 400))
+    first = identities(text_sources.find_units("web", [path], 500))
+    second = identities(text_sources.find_units("web", [path], 400))
     assert not {*first} & {*second}
 
 
@@ -254,17 +256,17 @@ def tfds_directory(tmp_path_factory):
 
 
 def test_the_split_of_a_data_set_is_train_unless_another_is_named(tfds_directory):
-    train = documents(text_sources.units("web", [f"tfds:{tfds_directory}"]))
+    train = documents(text_sources.find_units("web", [f"tfds:{tfds_directory}"]))
     assert sorted(train) == sorted(f"chapter {i}" for i in range(20))
     assert train == documents(
-        text_sources.units("web", [f"tfds:{tfds_directory}@train"])
+        text_sources.find_units("web", [f"tfds:{tfds_directory}@train"])
     )
-    test = documents(text_sources.units("web", [f"tfds:{tfds_directory}@test"]))
+    test = documents(text_sources.find_units("web", [f"tfds:{tfds_directory}@test"]))
     assert sorted(test) == ["a", "b", "c"]
 
 
 def test_a_split_is_divided_by_its_examples(tfds_directory):
-    units = text_sources.units("web", [f"tfds:{tfds_directory}"], 200)
+    units = text_sources.find_units("web", [f"tfds:{tfds_directory}"], 200)
     assert len(units) > 2
     assert [unit.start for unit in units] == [0, *(unit.stop for unit in units[:-1])]
     assert units[-1].stop == 20
@@ -272,7 +274,7 @@ def test_a_split_is_divided_by_its_examples(tfds_directory):
 
 
 def test_a_few_large_examples_are_never_divided_into_none(tfds_directory):
-    units = text_sources.units("web", [f"tfds:{tfds_directory}@test"], 10)
+    units = text_sources.find_units("web", [f"tfds:{tfds_directory}@test"], 10)
     assert sorted(documents(units)) == ["a", "b", "c"]
 
 
@@ -281,7 +283,7 @@ def test_a_slice_or_sum_of_splits_is_read_or_refused_at_once(
     split, count, tfds_directory
 ):
     try:
-        units = text_sources.units("web", [f"tfds:{tfds_directory}@{split}"])
+        units = text_sources.find_units("web", [f"tfds:{tfds_directory}@{split}"])
     except SourceError as error:
         assert split in str(error)
     else:
@@ -292,5 +294,5 @@ def test_a_slice_or_sum_of_splits_is_read_or_refused_at_once(
 def test_a_data_set_or_split_that_is_not_there_is_refused_by_name(spec, tfds_directory):
     spec = "tfds:" + spec.format(directory=tfds_directory)
     with pytest.raises(SourceError, match="TensorFlow Datasets cannot give") as error:
-        text_sources.units("web", [spec])
+        text_sources.find_units("web", [spec])
     assert "'web'" in str(error.value) and repr(spec) in str(error.value)

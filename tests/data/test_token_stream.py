@@ -12,7 +12,7 @@ from checkout import ROOT
 from token_data import prepare_sources, texts
 
 from keras_openllama import OpenLlamaTokenizer
-from keras_openllama.data.mixture import from_weights
+from keras_openllama.data.mixture import mixture_from_weights
 from keras_openllama.data.token_stream import TokenStream
 
 pytestmark = pytest.mark.backend_free
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(data):
-    return OpenLlamaTokenizer(data.proto(), add_bos=True, add_eos=True)
+    return OpenLlamaTokenizer(data.tokenizer_proto(), add_bos=True, add_eos=True)
 
 
 def stream(data, length=64, rows=8, **options):
@@ -82,7 +82,7 @@ def test_documents_stand_between_bos_and_eos(data, tokenizer):
     for source in COUNTS:
         for split in ("train", "validation"):
             documents = data.documents(source, split)
-            for tokens, num_bytes in documents.read(range(min(3, len(documents)))):
+            for tokens, num_bytes in documents.read_many(range(min(3, len(documents)))):
                 assert tuple(tokens.tolist()) in known[source]
                 assert num_bytes == len(tokenizer.detokenize(tokens.tolist()))
 
@@ -220,10 +220,12 @@ np.save(out, np.stack(rows))
 
 
 def test_every_document_comes_once_an_epoch(data):
-    packed = stream(data, packing="best_fit", mixture=from_weights({"books": 1}))
+    packed = stream(
+        data, packing="best_fit", mixture=mixture_from_weights({"books": 1})
+    )
     lengths = data.documents("books").lengths
     rows = [row for step in range(400) for row in packed.sequences_read(step)]
-    epoch = int(packed._rows[0].epoch_rows)
+    epoch = int(packed._indexes[0].sequences_per_epoch)
     for start in (0, epoch):
         seen = collections.Counter()
         for _, spans in rows[start : start + epoch]:
@@ -260,7 +262,7 @@ def test_a_source_that_ends_begins_again_and_it_is_said(data, caplog):
 
 
 def test_weights_change_at_their_step_and_not_before(data):
-    mixture = data.mixture.changed(50, {"code": 1})
+    mixture = data.mixture.with_weights(50, {"code": 1})
     before, changed = stream(data), stream(data, mixture=mixture)
     assert_same(changed.batch(49), before.batch(49))
     assert {source for source, _ in changed.sequences_read(50)} == {"code"}
@@ -268,7 +270,7 @@ def test_weights_change_at_their_step_and_not_before(data):
     counts = collections.Counter(
         s for k in range(50) for s, _ in before.sequences_read(k)
     )
-    code = changed._rows[changed.sources.index("code")]
+    code = changed._indexes[changed.sources.index("code")]
     assert changed.sequences_read(50)[0][1] == code.spans(counts["code"])
 
 
@@ -300,7 +302,7 @@ def test_the_validation_split_is_other_documents(data):
         ({"hosts": 3, "host": 0}, "batch_size=8, hosts=3"),
         ({"hosts": 2, "host": 2}, "host=2"),
         ({"hosts": 2}, "together"),
-        ({"mixture": from_weights({"poems": 1})}, "no documents .*poems"),
+        ({"mixture": mixture_from_weights({"poems": 1})}, "no documents .*poems"),
     ],
 )
 def test_nonsense_is_refused(data, options, says):

@@ -5,9 +5,9 @@ import pytest
 
 from keras_openllama.data.tokenizer_report import (
     chart,
+    installed_tokenizers,
     report,
     table,
-    tokenizers_at_hand,
 )
 from keras_openllama.data.tokenizer_training import sample, train_sentencepiece
 
@@ -69,7 +69,7 @@ def test_the_chart_is_a_png():
 
 
 def test_nano_is_always_at_hand():
-    known = tokenizers_at_hand()
+    known = installed_tokenizers()
     assert report(SAMPLES, known)["tokenizers"]["open_llama_nano"]["pieces"] == 3072
 
 

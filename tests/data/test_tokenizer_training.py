@@ -16,10 +16,10 @@ from keras_openllama.cli.train_tokenizer import main, number_of_bytes
 from keras_openllama.data.document_reader import EMPTY, NOT_JSON, Skipped
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.data.tokenizer_training import (
+    format_vocabulary,
     lines,
     sample,
     train_sentencepiece,
-    vocabulary_list,
 )
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 
@@ -92,7 +92,7 @@ def test_the_vocabulary_is_listed_as_sentencepiece_lists_it(tmp_path):
         model_type="bpe",
         minloglevel=2,
     )
-    listed = vocabulary_list((tmp_path / "m.model").read_bytes())
+    listed = format_vocabulary((tmp_path / "m.model").read_bytes())
     assert listed == (tmp_path / "m.vocab").read_text()
 
 

@@ -36,7 +36,7 @@ def yaml_file(folder, text):
 def test_every_preset_has_a_recipe(name):
     recipe = recipes.preset_recipe(name)
     assert recipe == recipes.preset_recipe(name.removeprefix("open_llama_"))
-    assert recipe.mixture is None or recipe.mixture in mixtures.available()
+    assert recipe.mixture is None or recipe.mixture in mixtures.available_mixtures()
     assert recipe.packing in PACKINGS
     context = presets.find(name).config["max_sequence_length"]
     assert recipe.sequence_length == context

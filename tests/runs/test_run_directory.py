@@ -27,7 +27,7 @@ def run(preset="nano", mixture=None, **overrides):
         **resolved.to_json(),
         "architecture": dict(presets.find(preset).config),
         "data": {"manifest_sha256": "0123"},
-        "mixture": (mixture or mixtures.load("v2")).to_json(),
+        "mixture": (mixture or mixtures.load_mixture("v2")).to_json(),
     }
 
 
@@ -229,12 +229,12 @@ def test_check_settings_treats_a_setting_newer_than_the_run_as_changed(tmp_path)
 
 # --- resumed_mixture ---
 
-EQUAL = mixtures.from_weights({"web": 1, "code": 1})
-OTHER = mixtures.from_weights({"web": 3, "code": 1})
+EQUAL = mixtures.mixture_from_weights({"web": 1, "code": 1})
+OTHER = mixtures.mixture_from_weights({"web": 3, "code": 1})
 
 
 def test_resumed_mixture_preserves_the_schedule_of_the_run(tmp_path):
-    own = EQUAL.changed(10, {"web": 3, "code": 1})
+    own = EQUAL.with_weights(10, {"web": 3, "code": 1})
     before = stored(tmp_path, mixture=own)
     # The last weights are requested, alone or with the same schedule.
     assert run_directory.resumed_mixture(before, OTHER, 20) == (own, [])
@@ -244,7 +244,7 @@ def test_resumed_mixture_preserves_the_schedule_of_the_run(tmp_path):
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_resumed_mixture_tolerates_rounding_of_weights(name, tmp_path):
     # Normalization rounds the weights.
-    chosen = mixtures.load(name)
+    chosen = mixtures.load_mixture(name)
     own, lines = run_directory.resumed_mixture(
         stored(tmp_path, mixture=chosen), chosen, 9
     )
@@ -254,12 +254,12 @@ def test_resumed_mixture_tolerates_rounding_of_weights(name, tmp_path):
 
 def test_resumed_mixture_preserves_the_order_of_sequences(tmp_path):
     names = [f"source {number}" for number in range(8)]
-    chosen = mixtures.from_weights(
+    chosen = mixtures.mixture_from_weights(
         dict(zip(names, (2, 12, 10, 2, 7, 8, 2, 5), strict=True))
     )
     own, _ = run_directory.resumed_mixture(stored(tmp_path, mixture=chosen), chosen, 9)
     before, after = (
-        mixtures.Interleaving(mixture.schedule, names).rows(0, mixtures.PERIOD)[0]
+        mixtures.Interleaving(mixture.schedule, names).sequences(0, mixtures.PERIOD)[0]
         for mixture in (chosen, own)
     )
     assert (before == after).all()
@@ -285,7 +285,7 @@ def test_resumed_mixture_applies_accepted_weights_from_the_next_step(tmp_path):
 )
 def test_resumed_mixture_treats_other_sources_as_other_weights(weights, tmp_path):
     before = stored(tmp_path, mixture=EQUAL)
-    chosen = mixtures.from_weights(weights)
+    chosen = mixtures.mixture_from_weights(weights)
     with pytest.raises(ValueError, match="--accept-changes"):
         run_directory.resumed_mixture(before, chosen, 20)
 

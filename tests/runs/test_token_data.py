@@ -38,7 +38,7 @@ def validation(data, weights=WEIGHTS, **settings):
         "mask_documents": True,
     } | settings
     chosen = recipe.resolve_recipe("nano", overrides=settings).recipe
-    return TokenValidation(data, chosen, mixtures.from_weights(weights))
+    return TokenValidation(data, chosen, mixtures.mixture_from_weights(weights))
 
 
 class Counting:
@@ -56,7 +56,7 @@ class Counting:
 
 def documents(data, source):
     found = data.documents(source, "validation")
-    return [ids.astype("int64") for ids, _ in found.read(range(len(found)))]
+    return [ids.astype("int64") for ids, _ in found.read_many(range(len(found)))]
 
 
 def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
@@ -135,7 +135,7 @@ def test_no_more_batches_are_read_than_there_are(packing, batch_size, data):
         settings = dict(batch_size=batch_size, sequence_length=length, packing=packing)
         ours = validation(data, {"code": 1.0}, **settings)
         ours.measure(counting)
-        rows = ours._streams["code"]._rows[0].epoch_rows
+        rows = ours._streams["code"]._indexes[0].sequences_per_epoch
         assert len(counting.batches) == math.ceil(rows / batch_size), rows
 
 
@@ -153,7 +153,7 @@ def test_nothing_of_the_training_documents_is_read(data):
     counting = Counting()
     validation(data, {"web": 1.0}).measure(counting)
     train = data.documents("web", "train")
-    known = {tuple(ids.tolist()) for ids, _ in train.read(range(len(train)))}
+    known = {tuple(ids.tolist()) for ids, _ in train.read_many(range(len(train)))}
     start = data.manifest["tokenizer"]["start_token_id"]
     for x, _, _ in counting.batches:
         ids, segments = x["token_ids"][0], x["padding_mask"][0]
@@ -205,7 +205,7 @@ def test_bits_per_byte_are_the_bits_of_all_tokens_by_their_bytes(source, data):
         lambda batch: (LossSums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
     )
     split = data.documents(source, "validation")
-    documents = split.read(range(len(split)))
+    documents = split.read_many(range(len(split)))
     nats = 3.0 * sum(len(ids) for ids, _ in documents)
     size = sum(num_bytes for _, num_bytes in documents)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
@@ -217,7 +217,7 @@ def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
         lambda batch: (LossSums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
     )
     split = data.documents(source, "validation")
-    documents = split.read(range(len(split)))
+    documents = split.read_many(range(len(split)))
     nats = 3.0 * sum(len(ids) - 1 for ids, _ in documents)
     size = sum(num_bytes for _, num_bytes in documents)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
@@ -226,7 +226,9 @@ def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
 def test_the_last_weights_of_a_schedule_count(data):
     counting = Counting()
     chosen = recipe.resolve_recipe("nano", overrides={"sequence_length": LENGTH}).recipe
-    mixture = mixtures.from_weights(WEIGHTS).changed(9, {"web": 1, "code": 3})
+    mixture = mixtures.mixture_from_weights(WEIGHTS).with_weights(
+        9, {"web": 1, "code": 3}
+    )
     ours = TokenValidation(data, chosen, mixture)
     found = ours.measure(counting)
     assert ours.sources == ["web", "code"] == [*found["sources"]]
@@ -239,7 +241,7 @@ def test_the_last_weights_of_a_schedule_count(data):
 
 def test_sources_without_documents_set_aside_are_left_out(tmp_path):
     data = prepare_sources(tmp_path, {"web": 60, "books": 1}, validation_fraction=0.3)
-    assert data.split("books", "validation")["documents"] == 0
+    assert data.split_info("books", "validation")["documents"] == 0
     weights = {"web": 0.2, "books": 0.3, "code": 0.5}  # `code` is not there at all.
     ours = validation(data, weights)
     assert ours.sources == ["web"]

@@ -40,7 +40,7 @@ def small_model():
 
 def small_data(tmp_path_factory):
     """Prepared data of two sources, made once a session."""
-    from keras_openllama.data.preparation import prepare
+    from keras_openllama.data.preparation import prepare_dataset
     from keras_openllama.data.prepared_data import PreparedData
 
     directory = tmp_path_factory.getbasetemp() / "pretraining_data"
@@ -53,7 +53,7 @@ def small_data(tmp_path_factory):
         path = directory / f"{source}.jsonl"
         path.write_text("\n".join(json.dumps({"text": topics[n]}) for n in part))
         specs[source] = [str(path)]
-    return prepare(
+    return prepare_dataset(
         *(specs, str(TOKENIZER), str(directory / "data")),
         workers=1,
         validation_fraction=0.1,

@@ -4,7 +4,7 @@ import json
 
 from tokenizer_models import trained_model
 
-from keras_openllama.data.preparation import prepare
+from keras_openllama.data.preparation import prepare_dataset
 
 SOURCES = ("web", "code", "books")
 
@@ -25,7 +25,7 @@ def prepare_sources(directory, counts, mixture=None, **options):
         directory: path; the sources go into it, and the data into its `data`.
         counts: dict of ints by source, of `SOURCES`.
         mixture: dict of weights by source.
-        **options: arguments of `prepare`.
+        **options: arguments of `prepare_dataset`.
 
     Returns:
         `PreparedData`.
@@ -48,4 +48,4 @@ def prepare_sources(directory, counts, mixture=None, **options):
         "unit_bytes": 1 << 16,
         "report": lambda line: None,
     } | options
-    return prepare(specs, str(tokenizer), str(directory / "data"), **options)
+    return prepare_dataset(specs, str(tokenizer), str(directory / "data"), **options)

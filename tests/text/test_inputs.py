@@ -1,4 +1,4 @@
-"""What users pass: recognised and normalized, whatever it comes in."""
+"""Normalization of user inputs of every kind."""
 
 import importlib
 
@@ -35,7 +35,7 @@ def tf():
     return pytest.importorskip("tensorflow")
 
 
-# ----- Texts, for all
+# ----- Texts
 
 
 @backend_free
@@ -51,12 +51,12 @@ def tf():
     ],
     ids=["list", "tuple", "bytes", "array of str", "objects", "array of bytes"],
 )
-def test_every_kind_of_batch_is_taken(batch):
+def test_tokenizer_accepts_every_kind_of_batch(batch):
     assert V2(batch) == [V2("naïve"), V2("b")]
 
 
 @backend_free
-def test_every_kind_of_single_text_is_taken():
+def test_tokenizer_accepts_every_kind_of_single_text():
     for text in ("naïve", "naïve".encode(), np.array("naïve"), np.str_("naïve")):
         assert V2(text) == V2.tokenize("naïve")
     ids = V2("naïve")
@@ -64,7 +64,7 @@ def test_every_kind_of_single_text_is_taken():
 
 
 @backend_free
-def test_empty_text_and_empty_batch():
+def test_tokenizer_accepts_empty_text_and_empty_batch():
     assert V2("") == [] and V2([]) == [] and V2([""]) == [[]]
     assert V2.detokenize([]) == "" and V2.detokenize([[], [5]]) == ["", "\x02"]
 
@@ -82,7 +82,7 @@ def test_empty_text_and_empty_batch():
         (np.array([1, 2]), r"`inputs\[0\]` must be a string.*1"),
     ],
 )
-def test_inputs_that_are_no_text_are_refused(bad, message):
+def test_tokenize_rejects_inputs_that_are_not_text(bad, message):
     with pytest.raises(ValueError, match=message):
         V2.tokenize(bad)
 
@@ -100,7 +100,7 @@ TEXTS = {
 
 @backend_free
 @pytest.mark.parametrize("kind", TEXTS)
-def test_each_door_takes_each_kind_of_text(kind):
+def test_each_normalize_function_accepts_each_kind_of_text(kind):
     inputs, batched = TEXTS[kind]
     expected = Texts(["naïve"], batched)
     assert normalize_prompts(inputs, 512) == expected
@@ -109,7 +109,7 @@ def test_each_door_takes_each_kind_of_text(kind):
     assert normalize_training_data(inputs) == expected
 
 
-def test_each_door_takes_tensors_of_strings(tf):
+def test_each_normalize_function_accepts_string_tensors(tf):
     for inputs, batched in ((tf.constant("a"), False), (tf.constant(["a"]), True)):
         expected = Texts(["a"], batched)
         assert normalize_prompts(inputs, 512) == expected
@@ -122,14 +122,14 @@ def test_each_door_takes_tensors_of_strings(tf):
 
 
 @backend_free
-def test_prompts_may_be_chats():
+def test_normalize_prompts_accepts_chats():
     for inputs in ([{"messages": ASKED}], {"messages": [ASKED]}):
         assert normalize_prompts(inputs, 512) == Chats([ASKED], True)
     assert normalize_prompts({"messages": ASKED}, 512) == Chats([ASKED], False)
 
 
 @backend_free
-def test_prompts_may_be_token_ids():
+def test_normalize_prompts_accepts_token_ids():
     inputs = {
         "token_ids": [[1, 5, 6], [1, 7, 0]],
         "padding_mask": [[1, 1, 1], [1, 1, 0]],
@@ -138,10 +138,10 @@ def test_prompts_may_be_token_ids():
     for has_preprocessor in (True, False):
         assert normalize_prompts(inputs, 512, has_preprocessor) == expected
     inputs.pop("padding_mask")
-    assert normalize_prompts(inputs, 512).rows == [[1, 5, 6], [1, 7, 0]]
+    assert normalize_prompts(inputs, 512).sequences == [[1, 5, 6], [1, 7, 0]]
 
 
-def test_prompts_may_be_a_dataset(tf):
+def test_normalize_prompts_accepts_a_dataset(tf):
     dataset = tf.data.Dataset.from_tensor_slices(["a", "b", "c"])
     found = normalize_prompts(dataset, 512)
     assert isinstance(found, Batches)
@@ -150,7 +150,7 @@ def test_prompts_may_be_a_dataset(tf):
     assert list(found.batches) == [Texts(["a", "b"], True), Texts(["c"], True)]
 
 
-def test_no_prompt_is_refused(tf):
+def test_normalize_prompts_rejects_empty_batches(tf):
     message = "`inputs` must hold at least one prompt"
     for inputs in ([], np.array([], dtype=str), tf.constant([], "string")):
         with pytest.raises(ValueError, match=message):
@@ -160,15 +160,15 @@ def test_no_prompt_is_refused(tf):
 
 
 @backend_free
-def test_without_a_preprocessor_prompts_are_token_ids():
+def test_normalize_prompts_without_preprocessor_accepts_token_ids_only():
     for inputs in ("a", ["a"], {"messages": ASKED}):
-        with pytest.raises(ValueError, match=r"without text.*token_ids"):
+        with pytest.raises(ValueError, match=r"not text must be a dict.*token_ids"):
             normalize_prompts(inputs, 512, has_preprocessor=False)
 
 
-def test_without_a_preprocessor_a_dataset_of_texts_is_refused(tf):
+def test_normalize_prompts_without_preprocessor_rejects_a_dataset_of_texts(tf):
     dataset = tf.data.Dataset.from_tensor_slices(["a"])
-    with pytest.raises(ValueError, match=r"without text.*Dataset"):
+    with pytest.raises(ValueError, match=r"not text must be a dict.*Dataset"):
         normalize_prompts(dataset, 512, has_preprocessor=False)
 
 
@@ -176,7 +176,7 @@ def test_without_a_preprocessor_a_dataset_of_texts_is_refused(tf):
 
 
 @backend_free
-def test_sequences_are_texts_or_ids():
+def test_normalize_sequences_returns_texts_or_arrays():
     for ids in ([[1, 2]], np.array([[1, 2]])):
         assert normalize_sequences(ids) == Arrays(ids)
     assert normalize_sequences("a", has_preprocessor=False) == Arrays("a")
@@ -203,13 +203,13 @@ AS_DICT = {"prompt": ["2 + 2 =", "up"], "response": [" 4", " down"]}
     ],
     ids=["list", "tuple", "dict", "arrays", "bytes", "x and y", "arrays x and y"],
 )
-def test_every_kind_of_pairs_is_taken(inputs):
+def test_normalize_examples_accepts_every_kind_of_pairs(inputs):
     assert normalize_training_data(*inputs) == Examples(PAIRS, True)
     assert normalize_examples(*inputs) == Examples(PAIRS, True)
 
 
 @backend_free
-def test_one_example_is_no_batch():
+def test_normalize_examples_marks_a_single_example_as_unbatched():
     assert normalize_examples(AS_LIST[0]) == Examples(PAIRS[:1], False)
     assert normalize_examples("2 + 2 =", " 4") == Examples(PAIRS[:1], False)
     found = normalize_examples({"messages": TALK})
@@ -217,7 +217,7 @@ def test_one_example_is_no_batch():
 
 
 @backend_free
-def test_pairs_and_chats_may_be_mixed():
+def test_normalize_training_data_accepts_pairs_mixed_with_chats():
     found = normalize_training_data([AS_LIST[0], {"messages": TALK}])
     assert found == Examples([PAIRS[0], Chat(TALK, "x[1]['messages']")], True)
     found = normalize_training_data({"messages": [TALK, ASKED]})
@@ -229,18 +229,18 @@ def test_pairs_and_chats_may_be_mixed():
     ("x", "message"),
     [
         ({"prompt": ["a", "b"], "response": ["c"]}, "2 prompts and 1 responses"),
-        ({"prompt": "a"}, r"`x` has the keys \['prompt'\]"),
-        ([*AS_LIST, {"prompt": "a", "answer": "b"}], r"`x\[2\]` has the keys"),
-        ([AS_DICT], r"`x\[0\]` is one pair or one chat.* 2 of them"),
+        ({"prompt": "a"}, r"`x` must have the keys.*keys \['prompt'\]"),
+        ([*AS_LIST, {"prompt": "a", "answer": "b"}], r"`x\[2\]` must have the keys"),
+        ([AS_DICT], r"`x\[0\]` must be one pair or one chat.* 2 of them"),
         ({"prompt": ["a", ""], "response": ["b", "c"]}, "1 of 2 prompts .* at 1"),
         ({"prompt": "a", "response": 7}, r"`x\['response'\]` must be a string"),
-        ({"messages": "Hi"}, r"`x\['messages'\]` is a list of messages"),
+        ({"messages": "Hi"}, r"`x\['messages'\]` must be a list of messages"),
     ],
 )
-def test_malformed_examples_are_named(x, message):
-    for door in (normalize_examples, normalize_training_data):
+def test_normalize_examples_names_malformed_examples(x, message):
+    for normalize in (normalize_examples, normalize_training_data):
         with pytest.raises(ValueError, match=message):
-            door(x)
+            normalize(x)
 
 
 # ----- Training data
@@ -255,7 +255,7 @@ class OneBatch(keras.utils.PyDataset):
 
 
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset", "generator", "grain"])
-def test_datasets_are_batches_and_nothing_is_taken_from_them(kind):
+def test_normalize_training_data_returns_datasets_unconsumed(kind):
     if kind == "tf.data":
         tf = pytest.importorskip("tensorflow")
         data = tf.data.Dataset.from_tensors(AS_DICT)
@@ -271,7 +271,7 @@ def test_datasets_are_batches_and_nothing_is_taken_from_them(kind):
         assert next(data) is AS_DICT
 
 
-def test_ids_are_arrays():
+def test_normalize_training_data_returns_token_ids_as_arrays():
     ids = keras.ops.ones((1, 3), "int32")
     x = {"token_ids": ids, "padding_mask": ids}
     found = normalize_training_data(x, ids)
@@ -280,27 +280,27 @@ def test_ids_are_arrays():
 
 @backend_free
 @pytest.mark.parametrize("x", ["text", ["text"], AS_DICT, AS_LIST, {"messages": TALK}])
-def test_without_a_preprocessor_text_is_refused(x):
+def test_normalize_training_data_without_preprocessor_rejects_text(x):
     with pytest.raises(ValueError, match="need a preprocessor"):
         normalize_training_data(x, has_preprocessor=False)
 
 
 @backend_free
 @pytest.mark.parametrize("x", [[], ["a", 7], [*AS_LIST, "a"], {"question": ["a"]}])
-def test_what_is_of_no_kind_is_refused(x):
+def test_normalize_training_data_rejects_other_inputs(x):
     with pytest.raises(ValueError, match=r"all of one kind.*Received"):
         normalize_training_data(x)
 
 
-def test_in_a_graph_texts_and_ids_are_told_apart(tf):
+def test_normalize_training_data_distinguishes_texts_and_ids_in_a_graph(tf):
     found = []
 
-    def look(*batch):
+    def normalize(*batch):
         found.append(normalize_training_data(*batch))
         return 0
 
     ids = {"token_ids": [[1]], "padding_mask": [[1]]}
     for elements in (["a"], AS_DICT, tuple(AS_DICT.values()), ids):
-        tf.data.Dataset.from_tensors(elements).map(look)
+        tf.data.Dataset.from_tensors(elements).map(normalize)
     assert [type(one) for one in found] == [GraphTexts] * 3 + [Arrays]
     assert set(found[1].tensors) == set(found[2].tensors) == {"prompt", "response"}

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.backend_free
 
 
 def model_without_end(path):
-    """A SentencePiece model that is whole, but no LLaMA's."""
+    """A complete SentencePiece model without an end token."""
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["some text to train on", "and some more"]),
@@ -21,13 +21,13 @@ def model_without_end(path):
     return path.read_bytes()
 
 
-def cut_before_the_normaliser(data):
-    """A model whose last part, that on spaces, is gone: SentencePiece takes it."""
+def truncated_before_normalizer_spec(data):
+    """A model without its last field, which SentencePiece accepts."""
     position = data.rindex(b"\x1a")
     assert data[position + 1] == len(data) - position - 2
     cut = sentencepiece.SentencePieceProcessor(model_proto=data[:position])
-    whole = sentencepiece.SentencePieceProcessor(model_proto=data)
-    assert cut.encode("a  b") != whole.encode("a  b")
+    complete = sentencepiece.SentencePieceProcessor(model_proto=data)
+    assert cut.encode("a  b") != complete.encode("a  b")
     return data[:position]
 
 
@@ -35,17 +35,17 @@ def cut_before_the_normaliser(data):
     ("damage", "message"),
     [
         (lambda data: b"", "empty"),
-        (lambda data: data[: len(data) // 2], "cut off"),
-        (lambda data: data[:-1], "cut off"),
-        (cut_before_the_normaliser, "lack parts"),
-        (lambda data: b"not a model" * 9, "no SentencePiece model"),
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: data[:-1], "truncated"),
+        (truncated_before_normalizer_spec, "lack parts"),
+        (lambda data: b"not a model" * 9, "not a SentencePiece model"),
         (lambda data: b'{"version": "1.0"}', "JSON"),
         (lambda data: b'\n  {"version": "1.0"}', "JSON"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-        (lambda data: bytes([18, 0, 26, 0]), "SentencePiece refuses"),
+        (lambda data: bytes([18, 0, 26, 0]), "SentencePiece cannot load"),
     ],
 )
-def test_wrong_files_are_named_with_the_reason_and_the_remedy(
+def test_tokenizer_error_names_the_invalid_file_reason_and_remedy(
     tmp_path, damage, message
 ):
     path = tmp_path / "wrong.model"
@@ -56,14 +56,14 @@ def test_wrong_files_are_named_with_the_reason_and_the_remedy(
     assert "tokenizer.model" in str(caught.value)
 
 
-def test_a_model_without_end_token_is_refused(tmp_path):
+def test_tokenizer_rejects_a_model_without_end_token(tmp_path):
     path = tmp_path / "other.model"
     model_without_end(path)
     with pytest.raises(ValueError, match="no </s>"):
         OpenLlamaTokenizer(path)
 
 
-def test_missing_file_and_directory_are_named(tmp_path):
+def test_tokenizer_error_names_a_missing_file_or_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"does not exist.*absent"):
         OpenLlamaTokenizer(str(tmp_path / "absent.model"))
     with pytest.raises(IsADirectoryError, match="from_preset"):
@@ -71,6 +71,6 @@ def test_missing_file_and_directory_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [3, ["tokenizer.model"], "A" * 3001])
-def test_a_proto_of_another_kind_is_refused(bad):
+def test_tokenizer_rejects_a_proto_of_another_type(bad):
     with pytest.raises(ValueError, match="`proto`"):
         OpenLlamaTokenizer(bad)

@@ -18,7 +18,7 @@ by_name = pytest.mark.parametrize(
 
 
 def ids_of(tokenizer):
-    """Random ids of which half are bytes, many of them no valid UTF-8."""
+    """Random ids. Half of them are bytes, and many are not valid UTF-8."""
     multibyte = st.sampled_from([3 + byte for byte in "é日🦙".encode()])
     return st.lists(
         st.one_of(
@@ -42,7 +42,7 @@ def streamed(tokenizer, ids, prefix=()):
 @by_name
 @given(st.data())
 @quick
-def test_streamed_pieces_join_to_the_whole_text(tokenizer, data):
+def test_stream_decoder_equals_detokenize(tokenizer, data):
     ids = data.draw(ids_of(tokenizer))
     assert "".join(streamed(tokenizer, ids)) == tokenizer.detokenize(ids)
 
@@ -51,7 +51,7 @@ def test_streamed_pieces_join_to_the_whole_text(tokenizer, data):
 @by_name
 @given(st.data())
 @quick
-def test_a_stream_continues_a_prefix(tokenizer, data):
+def test_stream_decoder_continues_a_prefix(tokenizer, data):
     prefix = data.draw(ids_of(tokenizer))
     ids = data.draw(ids_of(tokenizer))
     before = tokenizer.detokenize(prefix)
@@ -60,8 +60,8 @@ def test_a_stream_continues_a_prefix(tokenizer, data):
     if whole.startswith(before):
         assert text == whole[len(before) :]
     else:  # The stream has completed the character that the prefix ends in.
-        # At most three bytes wait for its rest, each shown as a mark; marks of bytes
-        # that were no character stay.
+        # At most three pending bytes were shown as U+FFFD. U+FFFD of invalid bytes
+        # stay.
         assert any(
             before.endswith("\ufffd" * n) and before[:-n] + text == whole
             for n in (1, 2, 3)
@@ -69,11 +69,11 @@ def test_a_stream_continues_a_prefix(tokenizer, data):
 
 
 @backend_free
-def test_a_stream_completes_the_character_that_the_prefix_ends_in():
+def test_stream_decoder_completes_the_last_character_of_the_prefix():
     ids = V2("a 日")
     assert "".join(streamed(V2, ids[-1:], ids[:-1])) == "日"
     assert "".join(streamed(V2, [V2.token_to_id("b")], ids[:-1])) == "b"
-    # A byte that is no character stands before the one that waits.
+    # An invalid byte before the pending one.
     rest, first = V2.token_to_id("<0x80>"), V2.token_to_id("<0xC2>")
     assert "".join(streamed(V2, [rest], [rest, first])) == "\x80"
     assert V2.detokenize([rest, first, rest]) == "\ufffd\x80"
@@ -81,7 +81,7 @@ def test_a_stream_completes_the_character_that_the_prefix_ends_in():
 
 @backend_free
 @by_name
-def test_a_stream_never_emits_half_a_character(tokenizer):
+def test_stream_decoder_never_emits_an_incomplete_character(tokenizer):
     text = "A llama: 🦙, naïve 日本語!"
     pieces = streamed(tokenizer, tokenizer(text))
     assert "".join(pieces) == text
@@ -90,22 +90,22 @@ def test_a_stream_never_emits_half_a_character(tokenizer):
 
 
 @backend_free
-def test_a_stream_keeps_spaces():
+def test_stream_decoder_preserves_spaces():
     text = "  two  spaces\n    four, and at the end  "
     assert "".join(streamed(V2, V2(text))) == text
 
 
 @backend_free
-def test_first_token_after_a_prefix_keeps_its_space():
+def test_stream_decoder_preserves_the_space_after_a_prefix():
     prompt, continuation = V2("The whole"), V2("whole")
     assert "".join(streamed(V2, continuation)) == "whole"
     assert "".join(streamed(V2, continuation, prompt)) == " whole"
-    # A start token is no text: what follows is the start of the text.
+    # A start token has no text, so the text starts after it.
     assert "".join(streamed(V2, continuation, [1])) == "whole"
 
 
 @backend_free
-def test_bytes_that_cannot_become_a_character_are_emitted_at_once():
+def test_stream_decoder_emits_invalid_bytes_immediately():
     decoder = V2.stream_decoder()
     emoji = [3 + byte for byte in "🦙".encode()]
     assert [decoder.push(i) for i in emoji[:3]] == ["", "", ""]
@@ -116,7 +116,7 @@ def test_bytes_that_cannot_become_a_character_are_emitted_at_once():
 
 
 @backend_free
-def test_cost_of_a_streamed_token_does_not_grow_with_the_text(monkeypatch):
+def test_stream_decoder_decodes_at_most_two_ids_per_call(monkeypatch):
     longest = 0
 
     class Counting:
@@ -137,17 +137,19 @@ def test_cost_of_a_streamed_token_does_not_grow_with_the_text(monkeypatch):
     assert 0 < longest <= 2
 
 
-def test_ids_may_be_tensors_of_the_backend():
+def test_stream_decoder_accepts_backend_tensors():
     tensor = keras.ops.convert_to_tensor(V2("some text"), "int32")
     assert "".join(streamed(V2, tensor, tensor)) == " some text"
 
 
 @backend_free
 @pytest.mark.parametrize("bad", [512, -1])
-def test_ids_out_of_range_are_named(bad):
+def test_stream_decoder_rejects_ids_outside_the_vocabulary(bad):
     for use in (
         lambda: V2.stream_decoder().push(bad),
         lambda: V2.stream_decoder(prefix_ids=[5, bad]),
     ):
-        with pytest.raises(ValueError, match=rf"`token_id` is {bad}.* size is 512"):
+        with pytest.raises(
+            ValueError, match=rf"`token_id` .* 0 to 511. Received: {bad}$"
+        ):
             use()

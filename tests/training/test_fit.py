@@ -125,7 +125,7 @@ def test_a_response_follows_the_tokens_that_generate_gives_its_prompt(
     lm = make_lm(keep_spaces)
     prompt, response = pair
     rows = lm.preprocessor.tokenize_examples(normalize_examples([prompt], [response]))
-    (ids,), (learned,) = rows.ids, rows.learned
+    (ids,), (learned,) = rows.token_ids, rows.loss_masks
     prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
     assert ids[: len(prompt_ids)] == prompt_ids
     assert learned == [i >= len(prompt_ids) for i in range(len(ids))]
@@ -283,14 +283,14 @@ def test_each_reply_of_a_chat_is_learned_and_nothing_else():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
     rows = lm.preprocessor.tokenize_examples(normalize_examples([{"messages": CHAT}]))
-    (ids,), (learned,) = rows.ids, rows.learned
+    (ids,), (learned,) = rows.token_ids, rows.loss_masks
     tokenizer = lm.preprocessor.tokenizer
     text = "Be short.\nUSER: Hello\nBOT: Hi!</s>USER: Bye\nBOT: Farewell!</s>"
     assert ids == [1, *tokenizer.tokenize(text, parse_special=True)]
     kept = [token for token, counts in zip(ids, learned, strict=True) if counts]
     assert tokenizer.detokenize(kept) == "Hi!Farewell!"
     assert kept.count(tokenizer.end_token_id) == 2
-    assert rows.bytes == len("Hi!Farewell!")
+    assert rows.num_bytes == len("Hi!Farewell!")
     lm.fit([{"messages": CHAT}, {"messages": CHAT[:3]}], verbose=0)
 
 
@@ -320,9 +320,9 @@ def test_the_template_is_saved_with_the_preprocessor(tmp_path):
 @pytest.mark.slow_on_tensorflow
 def test_what_is_cut_is_told_once_with_counts():
     lm = make_lm(length=12)
-    with pytest.warns(UserWarning, match=r"2 of 4 examples were cut.*12") as told:
+    with pytest.warns(UserWarning, match=r"2 of 4 examples were truncated.*12") as told:
         lm.fit(AS_DICT, verbose=0)
-    assert sum("were cut to" in str(w.message) for w in told) == 1
+    assert sum("were truncated to" in str(w.message) for w in told) == 1
 
 
 def test_bits_per_byte_are_those_of_what_is_kept():
@@ -341,14 +341,14 @@ def test_bits_per_byte_are_those_of_what_is_kept():
 
 def test_a_prompt_that_fills_the_row_teaches_nothing():
     lm = make_lm(length=4)
-    with pytest.warns(UserWarning, match="of 4 examples teach nothing"):
+    with pytest.warns(UserWarning, match="of 4 examples have no target"):
         _, _, weights = lm.preprocessor(AS_DICT)
     assert not weights[1].any()
 
 
 def test_empty_texts_teach_nothing_and_are_told():
     lm = make_lm()
-    with pytest.warns(UserWarning, match="1 of 3 examples teach nothing"):
+    with pytest.warns(UserWarning, match="1 of 3 examples have no target"):
         _, _, weights = lm.preprocessor(["a", "", "b"])
     assert weights.any(axis=1).tolist() == [True, False, True]
 
@@ -358,14 +358,17 @@ def test_empty_texts_teach_nothing_and_are_told():
     [
         ({"prompt": ["a", "b"], "response": ["c"]}, "2 prompts and 1 responses"),
         ({"prompt": ["a"]}, r"keys \['prompt'\]"),
-        ([{"prompt": "a", "response": "b"}, {"prompt": "a"}], r"x\[1\]` has the keys"),
+        (
+            [{"prompt": "a", "response": "b"}, {"prompt": "a"}],
+            r"x\[1\]` must have the keys",
+        ),
         ({"prompt": ["", "a"], "response": ["b", "c"]}, "1 of 2 prompts .* empty"),
         ({"prompt": ["a"], "response": [""]}, "responses .* empty"),
         ({"prompt": ["a"], "response": [7]}, r"\['response'\]\[0\]` must be a string"),
         ([{"messages": CHAT[:2]}], "prompt without a response"),
         ([{"messages": [{"role": "judge", "content": "x"}]}], "judge"),
         ([{"messages": [{"role": "user"}]}], '"role" and "content"'),
-        ([{"messages": None}], "is a list of messages"),
+        ([{"messages": None}], "must be a list of messages"),
         ([], "all of one kind"),
         ([{"prompt": "a", "response": "b"}, "c"], "all of one kind"),
         ({"question": ["a"]}, "all of one kind"),
