@@ -186,8 +186,8 @@ def total_skipped(summaries: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Sums the numbers of skipped documents by reason over all units.
 
     Example:
-    >>> total_skipped([{"skipped": {"empty": 1}}, {"skipped": {"empty": 2}}])
-    {'empty': 3}
+        >>> total_skipped([{"skipped": {"empty": 1}}, {"skipped": {"empty": 2}}])
+        {'empty': 3}
     """
     total = {}
     for summary in summaries:

@@ -29,9 +29,9 @@ def split_long_documents(
         first token, and the number of tokens.
 
     Example:
-    >>> documents, starts, sizes = split_long_documents([3, 8], sequence_length=4)
-    >>> list(zip(documents.tolist(), starts.tolist(), sizes.tolist()))
-    [(0, 0, 3), (1, 0, 5), (1, 4, 4)]
+        >>> documents, starts, sizes = split_long_documents([3, 8], sequence_length=4)
+        >>> list(zip(documents.tolist(), starts.tolist(), sizes.tolist()))
+        [(0, 0, 3), (1, 0, 5), (1, 4, 4)]
     """
     predictions = np.maximum(np.asarray(lengths, "int64") - 1, 0)
     counts = -(-predictions // sequence_length)
@@ -57,9 +57,9 @@ def pack_documents(
         token, and the number of tokens.
 
     Example:
-    >>> count, sequences, documents, *_ = pack_documents([3, 4, 2], sequence_length=5)
-    >>> count, sequences.tolist(), documents.tolist()
-    (2, [0, 0, 1], [1, 2, 0])
+        >>> count, sequences, documents, *_ = pack_documents([3, 4, 2], 5)
+        >>> count, sequences.tolist(), documents.tolist()
+        (2, [0, 0, 1], [1, 2, 0])
     """
     documents, starts, sizes = split_long_documents(lengths, sequence_length)
     sequences = best_fit_decreasing(sizes, sequence_length + 1)

@@ -62,11 +62,11 @@ def read_documents(
             the file.
 
     Example:
-    >>> from keras_openllama.data.text_sources import find_units
-    >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n{"text": ""}\\n')
-    >>> [unit] = find_units("web", ["a.jsonl"])
-    >>> list(read_documents(unit))
-    ['A llama.', 'empty']
+        >>> from keras_openllama.data.text_sources import find_units
+        >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n{"text": ""}\\n')
+        >>> [unit] = find_units("web", ["a.jsonl"])
+        >>> list(read_documents(unit))
+        ['A llama.', 'empty']
     """
     fields = (text_field,) if text_field else TEXT_FIELDS
     read_unit = {

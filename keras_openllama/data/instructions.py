@@ -39,9 +39,9 @@ def read_examples(
             examples. The message names the file and the line.
 
     Example:
-    >>> _ = open("qa.jsonl", "w").write('{"question": "2 + 2?", "answer": "4"}\\n')
-    >>> read_examples(["qa.jsonl"], templates=("{question}", " {answer}"))
-    [{'prompt': '2 + 2?', 'response': ' 4'}]
+        >>> _ = open("qa.jsonl", "w").write('{"question": "2 + 2?", "answer": "4"}\\n')
+        >>> read_examples(["qa.jsonl"], templates=("{question}", " {answer}"))
+        [{'prompt': '2 + 2?', 'response': ' 4'}]
     """
     return [example for _, example in read_examples_with_sources(paths, templates)]
 
@@ -153,9 +153,9 @@ def split_examples(
         Training and validation examples, both in their original order.
 
     Example:
-    >>> train, validation = split_examples(range(10), 0.2, seed=0)
-    >>> len(train), len(validation)
-    (8, 2)
+        >>> train, validation = split_examples(range(10), 0.2, seed=0)
+        >>> len(train), len(validation)
+        (8, 2)
     """
     count = round(fraction * len(examples))
     count = min(max(count, fraction > 0), len(examples) - 1)  # One for training.

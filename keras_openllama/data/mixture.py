@@ -37,10 +37,10 @@ class Mixture:
             `"provenance"`.
 
     Example:
-    >>> mixture = load_mixture("v2").select(["refinedweb", "starcoder"])
-    >>> mixture = mixture.with_weights(200_000, {"refinedweb": 3, "starcoder": 1})
-    >>> mixture.weights_at(200_000)
-    {'refinedweb': 0.75, 'starcoder': 0.25}
+        >>> mixture = load_mixture("v2").select(["refinedweb", "starcoder"])
+        >>> mixture = mixture.with_weights(200_000, {"refinedweb": 3, "starcoder": 1})
+        >>> mixture.weights_at(200_000)
+        {'refinedweb': 0.75, 'starcoder': 0.25}
     """
 
     name: str
@@ -183,8 +183,8 @@ def mixture_from_json(data: dict[str, Any]) -> Mixture:
         ValueError: if `data` has another form.
 
     Example:
-    >>> mixture_from_json({"name": "web", "sources": {"web": {"weight": 5}}}).names
-    ['web']
+        >>> mixture_from_json({"name": "web", "sources": {"web": {"weight": 5}}}).names
+        ['web']
     """
     try:
         sources = data["sources"]
@@ -218,8 +218,8 @@ def mixture_from_weights(weights: dict[str, float], name: str = "custom") -> Mix
         ValueError: if a weight is negative, or all are 0.
 
     Example:
-    >>> mixture_from_weights({"web": 3, "code": 1}).weights_at(0)
-    {'web': 0.75, 'code': 0.25}
+        >>> mixture_from_weights({"web": 3, "code": 1}).weights_at(0)
+        {'web': 0.75, 'code': 0.25}
     """
     return Mixture(name, ((0, dict(weights)),), {source: {} for source in weights})
 
@@ -237,8 +237,8 @@ def load_mixture(name: PathLike) -> Mixture:
         ValueError: if there is no such mixture or file, or the file has another form.
 
     Example:
-    >>> load_mixture("v1").names[:2]
-    ['commoncrawl', 'c4']
+        >>> load_mixture("v1").names[:2]
+        ['commoncrawl', 'c4']
     """
     known = available_mixtures()
     path = known.get(str(name), str(name))
@@ -273,9 +273,9 @@ class Interleaving:
         sources: names of the sources. Sources are numbered in this order.
 
     Example:
-    >>> interleaving = Interleaving([(0, {"web": 0.75, "code": 0.25})], ["web", "code"])
-    >>> interleaving.sequences_before(1000)
-    array([750, 250])
+        >>> schedule = [(0, {"web": 0.75, "code": 0.25})]
+        >>> Interleaving(schedule, ["web", "code"]).sequences_before(1000)
+        array([750, 250])
     """
 
     def __init__(

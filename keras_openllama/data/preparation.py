@@ -75,9 +75,9 @@ def prepare_dataset(
         OSError: if `output` cannot be written.
 
     Example:
-    >>> data = prepare_dataset(
-    ...     {"wikipedia": ["wiki*.jsonl.gz"]}, "open_llama_3b_v2", "data"
-    ... )  # doctest: +SKIP
+        >>> data = prepare_dataset(
+        ...     {"wikipedia": ["wiki*.jsonl.gz"]}, "open_llama_3b_v2", "data"
+        ... )  # doctest: +SKIP
     """
     for name, value in (("workers", workers), ("unit_bytes", unit_bytes)):
         if value is not None and value < 1:
@@ -136,8 +136,8 @@ def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
         ValueError: if there is no such preset.
 
     Example:
-    >>> len(load_tokenizer_proto("open_llama_nano")) > 0
-    True
+        >>> len(load_tokenizer_proto("open_llama_nano")) > 0
+        True
     """
     tokenizer = str(tokenizer)
     inside = files.join(tokenizer, TOKENIZER_FILE)

@@ -80,8 +80,9 @@ class PreparedData:
             the dataset does not have.
 
     Example:
-    >>> data = PreparedData.open("data")  # doctest: +SKIP
-    >>> tokens, num_bytes = data.documents("wikipedia", "train")[0]  # doctest: +SKIP
+        >>> data = PreparedData.open("data")  # doctest: +SKIP
+        >>> documents = data.documents("wikipedia", "train")  # doctest: +SKIP
+        >>> tokens, num_bytes = documents[0]  # doctest: +SKIP
     """
 
     def __init__(self, directory: PathLike, manifest: dict[str, Any]):
@@ -359,8 +360,8 @@ def tokens_per_block(lengths: np.ndarray) -> np.ndarray:
         int64 array `(blocks,)`. The last block may have fewer documents.
 
     Example:
-    >>> tokens_per_block(np.full(1500, 2))
-    array([2048,  952])
+        >>> tokens_per_block(np.full(1500, 2))
+        array([2048,  952])
     """
     starts = np.arange(0, len(lengths), BLOCK)
     if not len(starts):

@@ -114,10 +114,10 @@ class ConcatenatedIndex(_SequenceIndex):
         sequences_per_epoch: number of sequences per epoch, a float.
 
     Example:
-    >>> from types import SimpleNamespace
-    >>> documents = SimpleNamespace(lengths=np.array([12], "uint32"))
-    >>> ConcatenatedIndex(documents, sequence_length=4, key=0).spans(0)
-    [(0, 4, 5)]
+        >>> from types import SimpleNamespace
+        >>> documents = SimpleNamespace(lengths=np.array([12], "uint32"))
+        >>> ConcatenatedIndex(documents, sequence_length=4, key=0).spans(0)
+        [(0, 4, 5)]
     """
 
     def __init__(self, documents: HasLengths, sequence_length: int, key: int):
@@ -181,11 +181,11 @@ class BestFitIndex(_SequenceIndex):
         sequences_per_epoch: number of sequences per epoch, a float.
 
     Example:
-    >>> from types import SimpleNamespace
-    >>> documents = SimpleNamespace(lengths=np.array([3, 4, 2], "uint32"))
-    >>> index = BestFitIndex(documents, sequence_length=5, key=0)
-    >>> sorted(index.spans(i) for i in range(2))
-    [[(0, 0, 3)], [(1, 0, 4), (2, 0, 2)]]
+        >>> from types import SimpleNamespace
+        >>> documents = SimpleNamespace(lengths=np.array([3, 4, 2], "uint32"))
+        >>> index = BestFitIndex(documents, sequence_length=5, key=0)
+        >>> sorted(index.spans(i) for i in range(2))
+        [[(0, 0, 3)], [(1, 0, 4), (2, 0, 2)]]
     """
 
     def __init__(

@@ -20,8 +20,8 @@ def make_key(*parts: str | int) -> int:
     """Hashes strings and numbers to a 64-bit key.
 
     Example:
-    >>> make_key(1, "train")
-    17168855842512317085
+        >>> make_key(1, "train")
+        17168855842512317085
     """
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
@@ -41,8 +41,8 @@ def random_uint64(count: int, key: int) -> np.ndarray:
     generators", OOPSLA 2014).
 
     Example:
-    >>> random_uint64(2, key=1234567).tolist()
-    [6457827717110365317, 3203168211198807973]
+        >>> random_uint64(2, key=1234567).tolist()
+        [6457827717110365317, 3203168211198807973]
     """
     x = np.arange(1, count + 1, dtype="uint64")
     x *= _GOLDEN  # Wraps at 2**64, as intended.
@@ -66,8 +66,8 @@ def permutation(count: int, key: int) -> np.ndarray:
         int64 array `(count,)`.
 
     Example:
-    >>> permutation(5, key=1).tolist()
-    [4, 3, 0, 1, 2]
+        >>> permutation(5, key=1).tolist()
+        [4, 3, 0, 1, 2]
     """
     return np.argsort(random_uint64(count, key))
 

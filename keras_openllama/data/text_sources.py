@@ -78,8 +78,8 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, list[str]]:
         SourceError: if an argument has another form.
 
     Example:
-    >>> parse_sources(["web=a.jsonl", "code=src", "web=b.jsonl"])
-    {'web': ['a.jsonl', 'b.jsonl'], 'code': ['src']}
+        >>> parse_sources(["web=a.jsonl", "code=src", "web=b.jsonl"])
+        {'web': ['a.jsonl', 'b.jsonl'], 'code': ['src']}
     """
     specs = {}
     for argument in arguments:
@@ -114,10 +114,10 @@ def find_units(
         SourceError: if a spec matches nothing, or a file cannot be read.
 
     Example:
-    >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n')
-    >>> [unit] = find_units("web", ["*.jsonl"])
-    >>> unit.format, unit.paths, unit.num_bytes
-    ('jsonl', ('a.jsonl',), 21)
+        >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n')
+        >>> [unit] = find_units("web", ["*.jsonl"])
+        >>> unit.format, unit.paths, unit.num_bytes
+        ('jsonl', ('a.jsonl',), 21)
     """
     found = []
     for spec in specs:
@@ -181,8 +181,8 @@ def format_of(path: str) -> str:
     """Returns the format of a file according to its name.
 
     Example:
-    >>> format_of("data/wiki.jsonl.gz"), format_of("README.md")
-    ('jsonl', 'text')
+        >>> format_of("data/wiki.jsonl.gz"), format_of("README.md")
+        ('jsonl', 'text')
     """
     name = os.path.basename(path)
     if _JSONL.search(name):

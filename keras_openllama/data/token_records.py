@@ -31,8 +31,8 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     """Returns the smallest dtype for token ids: little-endian uint16 or uint32.
 
     Example:
-    >>> token_dtype(32_000)
-    dtype('uint16')
+        >>> token_dtype(32_000)
+        dtype('uint16')
     """
     return np.dtype("<u2" if vocabulary_size <= 1 << 16 else "<u4")
 
@@ -48,8 +48,8 @@ def encode_record(tokens: np.ndarray | array.array, num_bytes: int) -> bytes:
         The bytes of the record.
 
     Example:
-    >>> decode_record(encode_record(np.array([1, 5, 2], "<u2"), num_bytes=4), "<u2")
-    (array([1, 5, 2], dtype=uint16), 4)
+        >>> decode_record(encode_record(np.array([1, 5, 2], "<u2"), num_bytes=4), "<u2")
+        (array([1, 5, 2], dtype=uint16), 4)
     """
     example = tf_example_generated_pb2.Example()
     feature = example.features.feature

@@ -65,10 +65,10 @@ class TokenStream:
         ValueError: if an argument is invalid or does not match the data.
 
     Example:
-    >>> stream = TokenStream("data", 2048, batch_size=8)  # doctest: +SKIP
-    >>> x, y, sample_weight = stream.batch(1000)  # doctest: +SKIP
-    >>> dataset = stream.dataset(from_step=1000, workers=2)  # doctest: +SKIP
-    >>> lm.fit(dataset, steps_per_epoch=100)  # doctest: +SKIP
+        >>> stream = TokenStream("data", 2048, batch_size=8)  # doctest: +SKIP
+        >>> x, y, sample_weight = stream.batch(1000)  # doctest: +SKIP
+        >>> dataset = stream.dataset(from_step=1000, workers=2)  # doctest: +SKIP
+        >>> lm.fit(dataset, steps_per_epoch=100)  # doctest: +SKIP
     """
 
     def __init__(

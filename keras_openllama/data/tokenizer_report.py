@@ -17,8 +17,8 @@ def installed_tokenizers() -> dict[str, bytes]:
     """Returns SentencePiece models for comparison that need no download, by name.
 
     Example:
-    >>> "open_llama_nano" in installed_tokenizers()
-    True
+        >>> "open_llama_nano" in installed_tokenizers()
+        True
     """
     paths = {
         "open_llama_nano": Path(presets.folder(), "open_llama_nano", "tokenizer.model")

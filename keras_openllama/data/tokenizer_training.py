@@ -96,9 +96,9 @@ def sample_documents(
         ValueError: if an argument is invalid.
 
     Example:
-    >>> samples = sample_documents({"web": ["A llama hums.", "An alpaca spits."]})
-    >>> len(samples["web"].training), len(samples["web"].held_out)
-    (1, 1)
+        >>> samples = sample_documents({"web": ["A llama hums.", "An alpaca spits."]})
+        >>> len(samples["web"].training), len(samples["web"].held_out)
+        (1, 1)
     """
     names = sorted(documents_by_source)
     weights = dict.fromkeys(names, 1) if weights is None else weights
@@ -160,8 +160,8 @@ def count_texts(texts: Sequence[bytes]) -> dict[str, int]:
     """Counts documents and their bytes.
 
     Example:
-    >>> count_texts([b"one", b"two"])
-    {'documents': 2, 'bytes': 6}
+        >>> count_texts([b"one", b"two"])
+        {'documents': 2, 'bytes': 6}
     """
     return {"documents": len(texts), "bytes": sum(map(len, texts))}
 
@@ -207,9 +207,9 @@ def training_lines(samples: dict[str, DocumentSample]) -> Iterator[bytes]:
     Lines do not include their line ends, so the newline stays the byte piece 13.
 
     Example:
-    >>> samples = sample_documents({"web": ["A llama\\nhums."]})
-    >>> list(training_lines(samples))
-    [b'A llama', b'hums.']
+        >>> samples = sample_documents({"web": ["A llama\\nhums."]})
+        >>> list(training_lines(samples))
+        [b'A llama', b'hums.']
     """
     for sample in samples.values():
         for data in sample.training:
@@ -245,9 +245,9 @@ def train_sentencepiece(
     Source: Kudo and Richardson, SentencePiece (arXiv:1808.06226).
 
     Example:
-    >>> proto = train_sentencepiece(["def f(x):", "    return x"], 275, "v2")
-    >>> len(format_vocabulary(proto).splitlines())
-    275
+        >>> proto = train_sentencepiece(["def f(x):", "    return x"], 275, "v2")
+        >>> len(format_vocabulary(proto).splitlines())
+        275
     """
     if style not in TOKENIZER_STYLES:
         raise ValueError(
@@ -303,7 +303,7 @@ def check_vocabulary_size(vocabulary_size: int) -> None:
         ValueError: if it is at most `FIXED_PIECES`.
 
     Example:
-    >>> check_vocabulary_size(32_000)
+        >>> check_vocabulary_size(32_000)
     """
     if vocabulary_size <= FIXED_PIECES:
         raise ValueError(
@@ -341,9 +341,9 @@ def format_vocabulary(proto: bytes) -> str:
         One line per piece: the piece, a tab, and its score.
 
     Example:
-    >>> proto = train_sentencepiece(["hum hum"], 265, "v2")
-    >>> format_vocabulary(proto).splitlines()[:2]
-    ['<unk>\\t0', '<s>\\t0']
+        >>> proto = train_sentencepiece(["hum hum"], 265, "v2")
+        >>> format_vocabulary(proto).splitlines()[:2]
+        ['<unk>\\t0', '<s>\\t0']
     """
     processor = load_processor(proto, "the tokenizer")
     return "".join(

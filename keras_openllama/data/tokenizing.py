@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_REPORTS = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class TokenizationSettings:
-    """What the prepared documents depend on, besides the input.
+    """Settings that determine the prepared documents, together with the input.
 
     Attributes:
         proto: bytes of the SentencePiece model.
@@ -77,8 +77,8 @@ def split_of(text_bytes: bytes, validation_fraction: float) -> str:
         `"train"` or `"validation"`.
 
     Example:
-    >>> split_of(b"A llama hums.", validation_fraction=0.001)
-    'train'
+        >>> split_of(b"A llama hums.", validation_fraction=0.001)
+        'train'
     """
     digest = hashlib.blake2b(text_bytes, digest_size=4).digest()
     below = int.from_bytes(digest, "little") < validation_fraction * _HASH_RANGE
@@ -200,7 +200,7 @@ def check_skipped(
         SourceError: if the fraction is larger.
 
     Example:
-    >>> check_skipped("a.jsonl", 100, {"not JSON": 1, "empty": 9}, max_skipped=0.01)
+        >>> check_skipped("a.jsonl", 100, {"not JSON": 1, "empty": 9}, max_skipped=0.01)
     """
     faults = {
         name: skipped[name] for name in document_reader.FAULTS if skipped.get(name)

@@ -59,8 +59,8 @@ def to_exchanges(
         ValueError: if a chat is malformed, or there is no template for it.
 
     Example:
-    >>> to_exchanges(Texts(["Llamas hum."], batched=True))
-    [[('', 'Llamas hum.')]]
+        >>> to_exchanges(Texts(["Llamas hum."], batched=True))
+        [[('', 'Llamas hum.')]]
     """
     if isinstance(data, Texts):
         return [[("", text)] for text in data.texts]
@@ -116,9 +116,9 @@ def chat_exchanges(
             message is malformed.
 
     Example:
-    >>> template = {"user": "Q: {content}\\n", "assistant": "A: {content}"}
-    >>> chat_exchanges([{"role": "user", "content": "Hi"}], template)
-    [('Q: Hi\\nA: ', '')]
+        >>> template = {"user": "Q: {content}\\n", "assistant": "A: {content}"}
+        >>> chat_exchanges([{"role": "user", "content": "Hi"}], template)
+        [('Q: Hi\\nA: ', '')]
     """
     if template is None:
         raise ValueError(
@@ -178,12 +178,12 @@ def tokenize_examples(
         ValueError: if a prompt has no response, or the response has no tokens.
 
     Example:
-    >>> tokenizer = lm.preprocessor.tokenizer
-    >>> tokenized = tokenize_examples([[("2 + 2 =", " 4")]], tokenizer, 16)
-    >>> tokenizer.detokenize(tokenized.token_ids[0])
-    '2 + 2 = 4'
-    >>> sum(tokenized.loss_masks[0])  # The response and the end token.
-    3
+        >>> tokenizer = lm.preprocessor.tokenizer
+        >>> tokenized = tokenize_examples([[("2 + 2 =", " 4")]], tokenizer, 16)
+        >>> tokenizer.detokenize(tokenized.token_ids[0])
+        '2 + 2 = 4'
+        >>> sum(tokenized.loss_masks[0])  # The response and the end token.
+        3
     """
     exchanges = [exchange for example in examples for exchange in example]
     pairs = iter(_pairs_of_ids(exchanges, tokenizer))

@@ -163,8 +163,8 @@ def normalize_prompts(
         ValueError: if the input is of another kind, empty or malformed.
 
     Example:
-    >>> normalize_prompts("Once upon a time", vocabulary_size=32_000)
-    Texts(texts=['Once upon a time'], batched=False)
+        >>> normalize_prompts("Once upon a time", vocabulary_size=32_000)
+        Texts(texts=['Once upon a time'], batched=False)
     """
     if has_preprocessor and is_tf_dataset(inputs):
         batches = inputs.as_numpy_iterator()
@@ -203,8 +203,8 @@ def normalize_sequences(inputs: Any, has_preprocessor: bool = True) -> Texts | A
         ValueError: if a text is not valid UTF-8.
 
     Example:
-    >>> normalize_sequences([[1, 5, 6]])
-    Arrays(arrays=[[1, 5, 6]])
+        >>> normalize_sequences([[1, 5, 6]])
+        Arrays(arrays=[[1, 5, 6]])
     """
     if has_preprocessor and _is_text(inputs):
         return normalize_texts(inputs)
@@ -230,8 +230,8 @@ def normalize_training_data(
             kinds, or need a preprocessor that the model does not have.
 
     Example:
-    >>> normalize_training_data({"prompt": "2 + 2 =", "response": " 4"})
-    Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
+        >>> normalize_training_data({"prompt": "2 + 2 =", "response": " 4"})
+        Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
     """
     if _is_batches(x):
         return Batches(x)
@@ -263,8 +263,8 @@ def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
         ValueError: if the input is not text, is empty, or lacks a part.
 
     Example:
-    >>> normalize_examples("2 + 2 =", " 4")
-    Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
+        >>> normalize_examples("2 + 2 =", " 4")
+        Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
     """
     if y is not None:
         x = {"prompt": x, "response": y}
@@ -338,8 +338,8 @@ def normalize_texts(inputs: Any, name: str = "inputs") -> Texts:
         ValueError: if an input is not text, or not valid UTF-8.
 
     Example:
-    >>> normalize_texts([b"bytes", "and text"])
-    Texts(texts=['bytes', 'and text'], batched=True)
+        >>> normalize_texts([b"bytes", "and text"])
+        Texts(texts=['bytes', 'and text'], batched=True)
     """
     if isinstance(inputs, (str, bytes)):
         return Texts([_as_text(inputs, name)], False)

@@ -122,7 +122,7 @@ def check_vocabulary(pieces: int, embeddings: int) -> None:
         ValueError: if there are more pieces than embeddings.
 
     Example:
-    >>> check_vocabulary(pieces=32_000, embeddings=32_000)
+        >>> check_vocabulary(pieces=32_000, embeddings=32_000)
     """
     if pieces > embeddings:
         raise ValueError(

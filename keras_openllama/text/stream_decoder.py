@@ -34,12 +34,12 @@ class StreamDecoder:
             stream completes, that character is emitted.
 
     Example:
-    >>> tokenizer = lm.preprocessor.tokenizer
-    >>> decoder = tokenizer.stream_decoder(prefix_ids=tokenizer("Once"))
-    >>> "".join(decoder.push(token_id) for token_id in tokenizer("upon a time"))
-    ' upon a time'
-    >>> decoder.flush()
-    ''
+        >>> tokenizer = lm.preprocessor.tokenizer
+        >>> decoder = tokenizer.stream_decoder(prefix_ids=tokenizer("Once"))
+        >>> "".join(decoder.push(token_id) for token_id in tokenizer("upon a time"))
+        ' upon a time'
+        >>> decoder.flush()
+        ''
     """
 
     def __init__(

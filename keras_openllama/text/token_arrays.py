@@ -25,10 +25,10 @@ def as_id_sequences(ids: Any, vocabulary_size: int) -> tuple[list[list[int]], bo
         ValueError: if an id is not an integer, or not in the vocabulary.
 
     Example:
-    >>> as_id_sequences([[1, 5], [1]], vocabulary_size=10)
-    ([[1, 5], [1]], True)
-    >>> as_id_sequences([1, 5], vocabulary_size=10)
-    ([[1, 5]], False)
+        >>> as_id_sequences([[1, 5], [1]], vocabulary_size=10)
+        ([[1, 5], [1]], True)
+        >>> as_id_sequences([1, 5], vocabulary_size=10)
+        ([[1, 5]], False)
     """
     tensorflow = loaded_tensorflow()
     if tensorflow is not None and isinstance(ids, tensorflow.RaggedTensor):
@@ -115,8 +115,8 @@ def as_padding_mask(padding_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
         ValueError: if the mask has another shape.
 
     Example:
-    >>> as_padding_mask(None, (1, 2))
-    array([[ True,  True]])
+        >>> as_padding_mask(None, (1, 2))
+        array([[ True,  True]])
     """
     if padding_mask is None:
         return np.ones(shape, "bool")
@@ -147,8 +147,8 @@ def unpadded_ids(
             or the padding is not on the right.
 
     Example:
-    >>> unpadded_ids({"token_ids": [[5, 6, 0]], "padding_mask": [[1, 1, 0]]}, 10)
-    ([[5, 6]], 3)
+        >>> unpadded_ids({"token_ids": [[5, 6, 0]], "padding_mask": [[1, 1, 0]]}, 10)
+        ([[5, 6]], 3)
     """
     if not isinstance(inputs, dict) or "token_ids" not in inputs:
         raise ValueError(
@@ -192,8 +192,8 @@ def pad_sequences(
         `(batch, length)`.
 
     Example:
-    >>> pad_sequences([[5, 6]], 3)["padding_mask"]
-    array([[ True,  True, False]])
+        >>> pad_sequences([[5, 6]], 3)["padding_mask"]
+        array([[ True,  True, False]])
     """
     token_ids = np.full((len(sequences), length), PAD_TOKEN_ID, "int32")
     padding_mask = np.zeros((len(sequences), length), "bool")

@@ -192,7 +192,7 @@ def test_export_rejects_a_tokenizer_of_another_model(tmp_path):
     tokenizer = OpenLlamaTokenizer(trained_model(True))
     backbone = random_lm(SHAPE).backbone  # Of 199 embeddings.
     lm = OpenLlamaCausalLM(backbone, OpenLlamaCausalLMPreprocessor(tokenizer))
-    with pytest.raises(ValueError, match="512 pieces and the model 199"):
+    with pytest.raises(ValueError, match="512 pieces but the model has 199"):
         lm.export_to_transformers(tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""All of the preparation: what comes out, and what stays when something goes wrong."""
+"""`prepare_dataset`: its output, and what survives failures."""
 
 import collections
 import gzip
@@ -27,7 +27,7 @@ from keras_openllama.data import token_records
 from keras_openllama.data.dataset_builder import source_directory
 from keras_openllama.data.preparation import prepare_dataset
 from keras_openllama.data.prepared_data import PreparedData
-from keras_openllama.data.text_sources import SourceError, units
+from keras_openllama.data.text_sources import SourceError, find_units
 from keras_openllama.data.tokenizing import TokenizationSettings, split_of
 
 pytestmark = pytest.mark.backend_free
@@ -37,11 +37,11 @@ NANO = ROOT / "presets" / "open_llama_nano"
 SOURCES = ("code", "prose", "web")
 FRACTION = 0.2
 UNIT_BYTES = 100_000
-SECONDS = 60  # After which nothing more is expected of a process.
+SECONDS = 60  # Timeout of a process.
 
 
-def run(sources, output, tokenizer="open_llama_nano", **options):
-    """Prepares in this process, without a word."""
+def prepare(sources, output, tokenizer="open_llama_nano", **options):
+    """Prepares in this process, without output."""
     settings = {
         "workers": 1,
         "unit_bytes": UNIT_BYTES,
@@ -58,43 +58,43 @@ def contents(directory):
 
 
 def stamps(paths):
-    """What tells whether files were written again."""
+    """Inodes and times, which change if files are written again."""
     stats = [os.stat(path) for path in paths]
     return sorted((stat.st_ino, stat.st_mtime_ns) for stat in stats)
 
 
 def shards(output):
-    """Published shards of an output that is finished."""
+    """Published shards of a finished output."""
     return sorted(Path(output).glob("tokens/*/*/*.array_record*"))
 
 
-def receipts(output):
-    """Numbers of the parts that an unfinished output has finished."""
+def finished_units(output):
+    """Numbers of the finished units of an unfinished output."""
     return sorted(path.stem for path in Path(output).glob("unfinished/*/*.json"))
 
 
 def finished_shards(output):
-    """Shards of those parts."""
+    """Shards of the finished units."""
     [work] = Path(output, "unfinished").iterdir()
     return [
         path
-        for number in receipts(output)
+        for number in finished_units(output)
         for path in work.glob(f"{number}.*.array_record")
     ]
 
 
-def assert_nothing_looks_finished(output):
+def assert_not_finished(output):
     assert not list(Path(output).glob("tokens/*/1.0.0"))
-    with pytest.raises(FileNotFoundError, match="preparation has not ended"):
+    with pytest.raises(FileNotFoundError, match="preparation has not finished"):
         PreparedData.open(str(output))
 
 
-# --- What comes out ---
+# --- Output ---
 
 
 @pytest.fixture(scope="module")
 def texts():
-    """The documents of the sources; some texts are there more than once."""
+    """The documents of the sources, with duplicates."""
     prose, web = real_text.prose(), real_text.web()
     return {
         "code": real_text.code(),
@@ -105,7 +105,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def specs(texts, tmp_path_factory):
-    """The same as files."""
+    """Files with these documents."""
     directory = tmp_path_factory.mktemp("sources")
     return {
         "code": [real_text.CODE],
@@ -116,9 +116,9 @@ def specs(texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def output(specs, tmp_path_factory):
-    """The same, prepared."""
+    """The prepared dataset."""
     path = tmp_path_factory.mktemp("prepared") / "data"
-    run(specs, path)
+    prepare(specs, path)
     return path
 
 
@@ -129,7 +129,7 @@ def data(output):
 
 @pytest.fixture(scope="module")
 def expected(texts):
-    """Tokens and bytes of each document, by SentencePiece alone."""
+    """Tokens and bytes of each document, computed with SentencePiece only."""
     processor = sentencepiece.SentencePieceProcessor(
         model_file=str(NANO / "tokenizer.model")
     )
@@ -152,23 +152,25 @@ def documents_of(data, source, split):
     ]
 
 
-def is_in_order(part, whole):
-    whole = iter(whole)
-    return all(item in whole for item in part)
+def is_subsequence(part, sequence):
+    sequence = iter(sequence)
+    return all(item in sequence for item in part)
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_each_document_is_there_once_between_start_and_end(source, data, expected):
+def test_prepare_dataset_writes_each_document_once_with_bos_and_eos(
+    source, data, expected
+):
     train = documents_of(data, source, "train")
     validation = documents_of(data, source, "validation")
     assert train and validation
     found = collections.Counter(train + validation)
     assert found == collections.Counter(expected[source])
-    assert is_in_order(train, expected[source])
-    assert is_in_order(validation, expected[source])
+    assert is_subsequence(train, expected[source])
+    assert is_subsequence(validation, expected[source])
 
 
-def test_the_manifest_counts_what_is_there(data, output):
+def test_manifest_counts_match_the_documents(data, output):
     for source in SOURCES:
         for split in ("train", "validation"):
             sums = data.split_info(source, split)
@@ -182,14 +184,14 @@ def test_the_manifest_counts_what_is_there(data, output):
                 assert sums[name] == sum(shard[name] for shard in sums["shards"])
 
 
-def test_the_manifest_has_the_size_and_checksum_of_each_shard(data, output):
+def test_manifest_has_the_size_and_checksum_of_each_shard(data, output):
     named = []
     for source in SOURCES:
         for split in ("train", "validation"):
             for shard in data.split_info(source, split)["shards"]:
                 path = Path(data.source_path(source), shard["file"])
                 assert path.stat().st_size == shard["size"]
-                # By another program than Python's.
+                # An independent implementation.
                 found = subprocess.check_output(["sha256sum", path], text=True)
                 assert found.split()[0] == shard["sha256"]
                 named.append(path)
@@ -197,7 +199,7 @@ def test_the_manifest_has_the_size_and_checksum_of_each_shard(data, output):
     assert len(data.split_info("code", "train")["shards"]) > 3
 
 
-def test_the_manifest_tells_the_tokenizer_and_what_was_skipped(data, output, texts):
+def test_manifest_describes_the_tokenizer_and_skipped_documents(data, output, texts):
     tokenizer = data.manifest["tokenizer"]
     proto = (NANO / "tokenizer.model").read_bytes()
     assert (output / tokenizer["file"]).read_bytes() == proto
@@ -211,7 +213,7 @@ def test_the_manifest_tells_the_tokenizer_and_what_was_skipped(data, output, tex
     assert sources["prose"]["skipped"] == {}
 
 
-def test_without_a_mixture_sources_weigh_what_they_have_to_train_on(data):
+def test_default_mixture_weights_are_the_training_tokens(data):
     tokens = {source: data.split_info(source, "train")["tokens"] for source in SOURCES}
     weights = data.mixture.weights_at(0)
     assert weights == pytest.approx(
@@ -221,7 +223,9 @@ def test_without_a_mixture_sources_weigh_what_they_have_to_train_on(data):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_tensorflow_datasets_alone_reads_the_same(source, split, data):
+def test_prepared_source_is_readable_with_tensorflow_datasets_alone(
+    source, split, data
+):
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(data.source_path(source))
@@ -236,7 +240,7 @@ def test_tensorflow_datasets_alone_reads_the_same(source, split, data):
     assert found == documents_of(data, source, split)
 
 
-def test_ids_are_stored_as_small_as_they_can_be():
+def test_token_dtype_is_the_smallest_for_the_vocabulary():
     for size, dtype in ((1 << 16, "<u2"), ((1 << 16) + 1, "<u4")):
         assert token_records.token_dtype(size) == dtype
         ids = np.array([0, 1, size - 1], dtype)
@@ -246,21 +250,25 @@ def test_ids_are_stored_as_small_as_they_can_be():
         assert found.tolist() == ids.tolist() and num_bytes == 1 << 40
 
 
-def test_several_processes_write_the_same_files_as_one(specs, output, tmp_path):
-    run(specs, tmp_path / "data", workers=2)
+def test_prepare_dataset_with_several_workers_writes_identical_files(
+    specs, output, tmp_path
+):
+    prepare(specs, tmp_path / "data", workers=2)
     assert contents(tmp_path / "data") == contents(output)
 
 
-def test_a_runner_that_is_named_writes_the_same_files(specs, output, tmp_path):
+def test_prepare_dataset_with_beam_flags_writes_identical_files(
+    specs, output, tmp_path
+):
     flags = ["--runner=BundleBasedDirectRunner"]
-    run(specs, tmp_path / "data", workers=None, beam_flags=flags)
+    prepare(specs, tmp_path / "data", workers=None, beam_flags=flags)
     assert contents(tmp_path / "data") == contents(output)
 
 
 # --- Validation ---
 
 
-def test_no_text_is_in_both_splits_and_equal_texts_are_together(data):
+def test_splits_share_no_texts(data):
     splits = collections.defaultdict(set)
     found = collections.Counter()
     for source in SOURCES:
@@ -273,22 +281,22 @@ def test_no_text_is_in_both_splits_and_equal_texts_are_together(data):
     assert all(len(found) == 1 for found in splits.values())
 
 
-@pytest.mark.parametrize("share", [0.001, 0.02, 0.5])
-def test_validation_gets_its_share(share):
+@pytest.mark.parametrize("fraction", [0.001, 0.02, 0.5])
+def test_split_of_selects_the_validation_fraction(fraction):
     count = 100_000
     documents = (f"document {number}".encode() for number in range(count))
-    found = sum(split_of(text, share) == "validation" for text in documents)
-    deviation = (count * share * (1 - share)) ** 0.5
-    assert abs(found - count * share) < 4 * deviation
+    found = sum(split_of(text, fraction) == "validation" for text in documents)
+    deviation = (count * fraction * (1 - fraction)) ** 0.5
+    assert abs(found - count * fraction) < 4 * deviation
 
 
-def test_validation_may_be_nothing_or_all():
+def test_split_of_accepts_fractions_0_and_1():
     texts = [f"document {number}".encode() for number in range(1000)]
     assert {split_of(text, 0.0) for text in texts} == {"train"}
     assert {split_of(text, 1.0) for text in texts} == {"validation"}
 
 
-def test_a_larger_share_keeps_what_a_smaller_one_set_aside():
+def test_split_of_with_a_larger_fraction_is_a_superset():
     texts = [f"document {number}".encode() for number in range(10_000)]
     small, large = (
         {text for text in texts if split_of(text, share) == "validation"}
@@ -297,18 +305,18 @@ def test_a_larger_share_keeps_what_a_smaller_one_set_aside():
     assert small < large
 
 
-def test_the_split_of_a_text_depends_on_nothing_else(data, specs, texts, tmp_path):
+def test_split_depends_on_the_text_only(data, specs, texts, tmp_path):
     path = tmp_path / "prose.jsonl"
     real_text.write_jsonl(path, reversed(texts["prose"]), "body")
-    other = run(
+    other = prepare(
         {"books": [str(path)]},
         tmp_path / "data",
         unit_bytes=1 << 30,
         text_fields={"books": "body"},
     )
     for split in ("train", "validation"):
-        ours = documents_of(other, "books", split)
-        assert ours[::-1] == documents_of(data, "prose", split)
+        reversed_documents = documents_of(other, "books", split)
+        assert reversed_documents[::-1] == documents_of(data, "prose", split)
 
 
 # --- Interruptions ---
@@ -342,40 +350,39 @@ def wait_for(condition, what, seconds=SECONDS):
 
 
 class Stuck:
-    """A preparation in two processes one of which reads a file that never comes.
+    """A preparation in two processes, one of which blocks forever.
 
-    That file is a pipe that nobody writes to: opening it takes for ever. Meanwhile the
-    other process finishes parts.
+    It opens a pipe without a writer. Meanwhile the other process finishes units.
     """
 
     def __init__(self, directory, specs):
         self.pipe = directory / "pipe.jsonl"
         os.mkfifo(self.pipe)
         self.sources = {"text": [*specs["prose"], *specs["code"], str(self.pipe)]}
-        self.number = len(units("text", self.sources["text"], UNIT_BYTES)) - 1
+        self.number = len(find_units("text", self.sources["text"], UNIT_BYTES)) - 1
         self.output = directory / "data"
         self.process = start(self.sources, self.output, "--workers=2")
 
     def wait(self):
-        """Waits until it is stuck and has finished something; notes the state."""
-        self.reader = wait_for(self._stuck_process, "the reading of the pipe")
+        """Waits until one process blocks and a unit is finished; saves the state."""
+        self.reader = wait_for(self._stuck_process, "reading of the pipe")
         self.stamps = stamps(finished_shards(self.output))
         self.workers = psutil.Process(self.process.pid).children(recursive=True)
 
     def _stuck_process(self):
         assert self.process.poll() is None, self.process.communicate()[1]
         found = list(self.output.glob(f"unfinished/*/{self.number:05}.progress"))
-        if not found or not receipts(self.output):
+        if not found or not finished_units(self.output):
             return None
         return int(found[0].read_text().split()[1])
 
-    def lose_reader(self):
-        """Kills the process that is stuck."""
+    def kill_reader(self):
+        """Kills the process that blocks."""
         self.wait()
         os.kill(self.reader, signal.SIGKILL)
 
-    def mend(self):
-        """Puts a file of text in the place of the pipe."""
+    def repair(self):
+        """Replaces the pipe by a text file."""
         self.pipe.unlink()
         real_text.write_jsonl(self.pipe, ["It can be read now."])
 
@@ -386,64 +393,64 @@ class Stuck:
 
 @pytest.fixture(scope="module", autouse=True)
 def stuck(specs, tmp_path_factory):
-    """One that is going to be killed, and one that loses a worker.
+    """One preparation that will be killed, and one with a killed worker.
 
-    Both take some seconds for that, while other tests run.
+    Both take some seconds, while other tests run.
     """
-    names = ("killed", "bereft")
+    names = ("killed", "without_worker")
     both = {name: Stuck(tmp_path_factory.mktemp(name), specs) for name in names}
     with ThreadPoolExecutor() as pool:
-        both["loss"] = pool.submit(both["bereft"].lose_reader)
+        both["kill"] = pool.submit(both["without_worker"].kill_reader)
         yield both
     for name in names:
         both[name].close()
 
 
-def are_gone(processes):
+def have_ended(processes):
     return not any(
         process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         for process in processes
     )
 
 
-def assert_goes_on(stuck, tmp_path):
-    """The next run keeps what is finished, and ends as if nothing had happened."""
-    stuck.mend()
-    data = run(stuck.sources, stuck.output)
+def assert_resumes(stuck, tmp_path):
+    """Asserts that the next run reuses finished units, with an identical result."""
+    stuck.repair()
+    data = prepare(stuck.sources, stuck.output)
     assert {*stuck.stamps} < {*stamps(shards(stuck.output))}
-    run(stuck.sources, tmp_path / "data")
+    prepare(stuck.sources, tmp_path / "data")
     assert contents(stuck.output) == contents(tmp_path / "data")
     assert data.split_info("text", "train")["documents"] > 50
 
 
-def test_what_was_finished_before_a_kill_is_kept(stuck, tmp_path):
+def test_prepare_dataset_resumes_after_a_kill(stuck, tmp_path):
     killed = stuck["killed"]
     killed.wait()
     assert len(killed.workers) >= 2
     with pytest.raises(OSError, match=f"Another process .* in {killed.output}"):
-        run(killed.sources, killed.output)
+        prepare(killed.sources, killed.output)
     killed.process.send_signal(signal.SIGKILL)
     killed.process.communicate()
-    # Sooner than Beam's own workers notice, lest they write beside the next run.
-    wait_for(lambda: are_gone(killed.workers), "the end of the workers", 5)
-    assert_nothing_looks_finished(killed.output)
-    assert_goes_on(killed, tmp_path)
+    # Beam's own workers would end later and could write while the next run does.
+    wait_for(lambda: have_ended(killed.workers), "the end of the workers", 5)
+    assert_not_finished(killed.output)
+    assert_resumes(killed, tmp_path)
 
 
-def test_the_death_of_a_worker_is_told_and_the_rest_is_kept(stuck, tmp_path):
-    bereft = stuck["bereft"]
-    stuck["loss"].result()
-    _, errors = bereft.process.communicate(timeout=SECONDS)
-    assert bereft.process.returncode == 2
-    assert f"error: A worker died while it read {bereft.pipe}" in errors
-    assert "what is finished is kept" in errors and "Traceback" not in errors
-    wait_for(lambda: are_gone(bereft.workers), "the end of the workers")
-    assert_nothing_looks_finished(bereft.output)
-    assert_goes_on(bereft, tmp_path)
+def test_prepare_dataset_reports_a_dead_worker_and_resumes(stuck, tmp_path):
+    preparation = stuck["without_worker"]
+    stuck["kill"].result()
+    _, errors = preparation.process.communicate(timeout=SECONDS)
+    assert preparation.process.returncode == 2
+    assert f"error: A worker died while reading {preparation.pipe}" in errors
+    assert "same command again to resume" in errors and "Traceback" not in errors
+    wait_for(lambda: have_ended(preparation.workers), "the end of the workers")
+    assert_not_finished(preparation.output)
+    assert_resumes(preparation, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_death_of_a_worker_that_has_read_nothing_yet_is_told(specs, tmp_path):
+def test_prepare_dataset_reports_the_early_death_of_a_worker(specs, tmp_path):
     process = start(specs, tmp_path / "data", "--workers=2")
     try:
         children = psutil.Process(process.pid).children
@@ -460,8 +467,8 @@ def test_the_death_of_a_worker_that_has_read_nothing_yet_is_told(specs, tmp_path
 
 
 @pytest.fixture
-def three(texts, tmp_path):
-    """Three files of JSON lines, compressed."""
+def three_files(texts, tmp_path):
+    """Three compressed JSON lines files."""
     paths = [tmp_path / f"{name}.jsonl.gz" for name in "abc"]
     for number, path in enumerate(paths):
         plain = real_text.write_jsonl(tmp_path / "x", texts["prose"][number::3])
@@ -470,58 +477,62 @@ def three(texts, tmp_path):
     return paths
 
 
-def test_a_damaged_file_is_named_and_the_others_are_kept(three, specs, tmp_path):
-    whole = three[1].read_bytes()
-    three[1].write_bytes(whole[: len(whole) // 2])
-    sources = {"cut": [str(tmp_path / "*.gz")], "whole": specs["prose"]}
+def test_prepare_dataset_names_a_damaged_file_and_finishes_the_others(
+    three_files, specs, tmp_path
+):
+    original = three_files[1].read_bytes()
+    three_files[1].write_bytes(original[: len(original) // 2])
+    sources = {"cut": [str(tmp_path / "*.gz")], "complete": specs["prose"]}
     output = tmp_path / "data"
-    with pytest.raises(SourceError, match=r"'cut': .*b\.jsonl\.gz cannot be read") as e:
-        run(sources, output)
+    with pytest.raises(
+        SourceError, match=r"'cut': .*b\.jsonl\.gz could not be read"
+    ) as e:
+        prepare(sources, output)
     assert "a.jsonl" not in str(e.value) and "c.jsonl" not in str(e.value)
-    assert receipts(output) == ["00000", "00002"]
+    assert finished_units(output) == ["00000", "00002"]
     before = stamps(finished_shards(output))
-    other = stamps((output / "tokens" / "whole").rglob("*.array_record*"))
+    other = stamps((output / "tokens" / "complete").rglob("*.array_record*"))
     assert len(before) == 4 and len(other) == 10
-    with pytest.raises(FileNotFoundError, match="preparation has not ended"):
+    with pytest.raises(FileNotFoundError, match="preparation has not finished"):
         PreparedData.open(str(output))
-    three[1].write_bytes(whole)
-    data = run(sources, output)
+    three_files[1].write_bytes(original)
+    data = prepare(sources, output)
     assert {*before, *other} < {*stamps(shards(output))}
     for split in ("train", "validation"):
         assert sorted(documents_of(data, "cut", split)) == sorted(
-            documents_of(data, "whole", split)
+            documents_of(data, "complete", split)
         )
 
 
-def test_all_damaged_files_are_named_at_once(three, tmp_path):
-    for path in three[1:]:
+def test_prepare_dataset_names_all_damaged_files(three_files, tmp_path):
+    for path in three_files[1:]:
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(SourceError) as error:
-        run({"cut": [str(tmp_path / "*.gz")]}, tmp_path / "data")
-    for path, named in zip(three, [False, True, True], strict=True):
+        prepare({"cut": [str(tmp_path / "*.gz")]}, tmp_path / "data")
+    for path, named in zip(three_files, [False, True, True], strict=True):
         assert (str(path) in str(error.value)) == named
 
 
 @pytest.mark.parametrize("changed", ["file", "array_record", "lengths"])
-def test_a_part_is_done_again_if_its_file_or_its_shard_has_changed(
-    changed, three, tmp_path
+def test_prepare_dataset_repeats_a_unit_with_changed_input_or_output(
+    changed, three_files, tmp_path
 ):
-    whole = three[2].read_bytes()
-    three[2].write_bytes(whole[:-9])
+    original = three_files[2].read_bytes()
+    three_files[2].write_bytes(original[:-9])
     sources, output = {"cut": [str(tmp_path / "*.gz")]}, tmp_path / "data"
     with pytest.raises(SourceError, match=r"c\.jsonl\.gz"):
-        run(sources, output)
-    kept = [path for path in finished_shards(output) if path.name.startswith("00001")]
-    before = stamps(kept)
+        prepare(sources, output)
+    paths = [p for p in finished_shards(output) if p.name.startswith("00001")]
+    before = stamps(paths)
     if changed == "file":
-        three[0].write_bytes(gzip.compress(b'{"text": "changed"}'))
+        three_files[0].write_bytes(gzip.compress(b'{"text": "changed"}'))
     else:
         [path] = output.glob(f"unfinished/*/00000.train.{changed}")
         os.truncate(path, path.stat().st_size - 4)
-    three[2].write_bytes(whole)
-    run(sources, output)
+    three_files[2].write_bytes(original)
+    prepare(sources, output)
     assert {*before} < {*stamps(shards(output))}
-    run(sources, tmp_path / "other")
+    prepare(sources, tmp_path / "other")
     assert contents(output) == contents(tmp_path / "other")
 
 
@@ -531,39 +542,39 @@ def damaged_lines(path, good, bad):
     return {"web": [str(path)]}
 
 
-def test_damaged_documents_are_counted_up_to_a_share_and_refused_above(tmp_path):
+def test_prepare_dataset_rejects_more_damaged_documents_than_max_skipped(tmp_path):
     sources = damaged_lines(tmp_path / "a.jsonl", 95, 5)
     output = tmp_path / "data"
     message = r"'web': 5 of 100 documents would be skipped \(no text field: 5\)"
     with pytest.raises(SourceError, match=message):
-        run(sources, output, max_skipped=0.049)
-    assert_nothing_looks_finished(output)
+        prepare(sources, output, max_skipped=0.049)
+    assert_not_finished(output)
     before = stamps(finished_shards(output))
-    data = run(sources, output, max_skipped=0.05)
+    data = prepare(sources, output, max_skipped=0.05)
     assert data.manifest["sources"]["web"]["skipped"] == {"no text field": 5}
     assert stamps(shards(output)) == before
 
 
-def test_a_file_of_nothing_but_faults_is_given_up_early(tmp_path):
+def test_prepare_dataset_aborts_early_if_all_documents_are_damaged(tmp_path):
     sources = damaged_lines(tmp_path / "a.jsonl", 0, 100_000)
     with pytest.raises(SourceError, match=r"a\.jsonl: 1000 of 1000 documents"):
-        run(sources, tmp_path / "data", unit_bytes=1 << 30)
+        prepare(sources, tmp_path / "data", unit_bytes=1 << 30)
 
 
-def test_empty_documents_are_no_damage(tmp_path):
+def test_prepare_dataset_does_not_count_empty_documents_as_damaged(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["a text", *[""] * 99])
-    data = run({"code": [path]}, tmp_path / "data", validation_fraction=0)
+    data = prepare({"code": [path]}, tmp_path / "data", validation_fraction=0)
     assert data.manifest["sources"]["code"]["skipped"] == {"empty": 99}
     assert data.split_info("code", "train")["documents"] == 1
 
 
-def test_a_source_without_any_row_is_refused_by_name(tmp_path):
+def test_prepare_dataset_error_names_a_source_without_documents(tmp_path):
     import pyarrow.parquet
 
     path, schema = tmp_path / "a.parquet", pyarrow.schema([("text", pyarrow.string())])
     pyarrow.parquet.ParquetWriter(path, schema).close()
     with pytest.raises(SourceError, match="'web'"):
-        run({"web": [str(path)]}, tmp_path / "data")
+        prepare({"web": [str(path)]}, tmp_path / "data")
 
 
 # --- A full disk ---
@@ -575,8 +586,8 @@ def mount(tmp_path):
         yield mount
 
 
-def room_for_all_parts(data, output):
-    """Kilobytes that a source takes when nothing is missing but its publication."""
+def kilobytes_before_publication(data, output):
+    """Disk usage of a source whose units are all finished but not published."""
     paths = [
         output / "tokenizer.model",
         *Path(data.source_path("prose")).glob("*record*"),
@@ -585,47 +596,47 @@ def room_for_all_parts(data, output):
     for split in ("train", "validation"):
         sums = data.split_info("prose", split)["shards"]
         sizes += [4 * shard["documents"] for shard in sums]
-    receipts = len(data.split_info("prose", "train")["shards"])
-    # Memory is given out in pages; the last one is for a note of progress.
-    return 4 * (sum(-(-size // 4096) for size in sizes) + receipts + 1)
+    summaries = len(data.split_info("prose", "train")["shards"])
+    # Files take whole pages. The last page is for a progress file.
+    return 4 * (sum(-(-size // 4096) for size in sizes) + summaries + 1)
 
 
-@pytest.mark.parametrize("kilobytes, parts", [(40, 0), (100, 0), (600, 2), (None, 5)])
-def test_a_full_disk_is_told_and_leaves_nothing_that_looks_finished(
-    kilobytes, parts, specs, data, output, mount
+@pytest.mark.parametrize("kilobytes, count", [(40, 0), (100, 0), (600, 2), (None, 5)])
+def test_prepare_dataset_on_a_full_disk_raises_and_resumes(
+    kilobytes, count, specs, data, output, mount
 ):
-    target = mount(kilobytes or room_for_all_parts(data, output)) / "data"
+    target = mount(kilobytes or kilobytes_before_publication(data, output)) / "data"
     sources = {"prose": specs["prose"]}
     with pytest.raises((OSError, RuntimeError), match="No space left on device"):
-        run(sources, target)
-    assert_nothing_looks_finished(target)
-    assert len(receipts(target)) == parts
-    before = stamps(finished_shards(target)) if parts else []
+        prepare(sources, target)
+    assert_not_finished(target)
+    assert len(finished_units(target)) == count
+    before = stamps(finished_shards(target)) if count else []
     mount(10_000)
-    run(sources, target)
+    prepare(sources, target)
     assert {*before} <= {*stamps(shards(target))}
     for name, content in contents(target / "tokens").items():
         assert content == (output / "tokens" / name).read_bytes(), name
 
 
-# --- The same output again ---
+# --- Existing output ---
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A small source, prepared: its sources, and the output."""
+    """A small prepared dataset: its sources, and its directory."""
     texts = [f"document {number}" for number in range(50)]
     path = real_text.write_jsonl(tmp_path / "small.jsonl", texts)
-    run({"web": [path]}, tmp_path / "data")
+    prepare({"web": [path]}, tmp_path / "data")
     return {"web": [path]}, tmp_path / "data"
 
 
-def test_the_same_call_again_does_nothing(small):
+def test_prepare_dataset_again_changes_nothing(small):
     sources, output = small
     before = contents(output), stamps(shards(output))
     lines = []
-    run(sources, output, report=lines.append)
-    assert lines[-1] == "web: is prepared already"
+    prepare(sources, output, report=lines.append)
+    assert lines[-1] == "web: already prepared"
     assert (contents(output), stamps(shards(output))) == before
     assert not (output / "unfinished").exists()
 
@@ -644,58 +655,62 @@ def touch(path):
     ],
     ids=str,
 )
-def test_other_settings_in_the_same_output_are_refused(options, small):
+def test_prepare_dataset_rejects_other_settings_for_an_existing_output(options, small):
     sources, output = small
     before = contents(output)
     with pytest.raises(ValueError, match="from other files or with other settings"):
-        run(sources, output, **options)
+        prepare(sources, output, **options)
     assert contents(output) == before
 
 
-def test_other_files_in_the_same_output_are_refused(small, tmp_path):
+def test_prepare_dataset_rejects_other_files_for_an_existing_output(small, tmp_path):
     sources, output = small
     before = contents(output)
     more = real_text.write_jsonl(tmp_path / "more.jsonl", ["more"])
     for files in ([*sources["web"], more], [more]):
         with pytest.raises(ValueError, match="from other files"):
-            run({"web": files}, output)
+            prepare({"web": files}, output)
     touch(sources["web"][0])
     with pytest.raises(ValueError, match="from other files"):
-        run(sources, output)
+        prepare(sources, output)
     assert contents(output) == before
 
 
-def test_another_tokenizer_in_the_same_output_is_refused(small, tmp_path):
+def test_prepare_dataset_rejects_another_tokenizer_for_an_existing_output(
+    small, tmp_path
+):
     sources, output = small
     before = contents(output)
     other = train_tokenizer(tmp_path / "other" / "tokenizer.model", True)
     with pytest.raises(ValueError, match="prepared with another tokenizer"):
-        run(sources, output, other)
+        prepare(sources, output, other)
     assert contents(output) == before
 
 
-def test_a_source_can_be_added_later(small, specs, tmp_path):
+def test_prepare_dataset_adds_a_source_to_an_existing_output(small, specs, tmp_path):
     sources, output = small
     before = stamps(shards(output))
     added = {"prose": specs["prose"]}
-    data = run(added, output)
+    data = prepare(added, output)
     assert data.sources == ["web", "prose"]
     assert {*before} < {*stamps(shards(output))}
     assert {*data.mixture.names} == {"web", "prose"}
-    run({**sources, **added}, tmp_path / "at once")
+    prepare({**sources, **added}, tmp_path / "at once")
     assert contents(output) == contents(tmp_path / "at once")
 
 
-# --- What it is called with ---
+# --- Arguments ---
 
 
-def test_a_tokenizer_is_a_preset_a_directory_or_a_file(small, tmp_path):
+def test_prepare_dataset_accepts_a_preset_directory_or_file_as_tokenizer(
+    small, tmp_path
+):
     sources, output = small
     shutil.copytree(NANO, tmp_path / "directory")
     shutil.copy(NANO / "tokenizer.model", tmp_path / "file.model")
     for name in ("nano", str(tmp_path / "directory"), str(tmp_path / "file.model")):
         target = tmp_path / f"by {Path(name).name}"
-        run(sources, target, name)
+        prepare(sources, target, name)
         assert contents(target) == contents(output)
 
 
@@ -705,24 +720,26 @@ def test_a_tokenizer_is_a_preset_a_directory_or_a_file(small, tmp_path):
         ("nanoo", ValueError, "nanoo"),
         ("{0}/nowhere.model", OSError, "nowhere.model"),
         ("{0}/empty", (OSError, ValueError), "empty"),
-        ("{0}/junk.model", ValueError, "are no SentencePiece model"),
+        ("{0}/junk.model", ValueError, "not a SentencePiece model"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(tokenizer, error, message, specs, tmp_path):
+def test_prepare_dataset_rejects_an_invalid_tokenizer(
+    tokenizer, error, message, specs, tmp_path
+):
     (tmp_path / "empty").mkdir()
     (tmp_path / "junk.model").write_bytes(b"junk" * 99)
     with pytest.raises(error, match=message):
-        run(specs, tmp_path / "data", tokenizer.format(tmp_path))
+        prepare(specs, tmp_path / "data", tokenizer.format(tmp_path))
 
 
-def test_the_right_tokenizer_may_follow_one_that_cannot_be_used(specs, tmp_path):
+def test_prepare_dataset_succeeds_after_an_invalid_tokenizer(specs, tmp_path):
     (tmp_path / "junk.model").write_bytes(b"junk" * 99)
-    with pytest.raises(ValueError, match="no SentencePiece model"):
-        run({"prose": specs["prose"]}, tmp_path / "data", tmp_path / "junk.model")
-    run({"prose": specs["prose"]}, tmp_path / "data")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        prepare({"prose": specs["prose"]}, tmp_path / "data", tmp_path / "junk.model")
+    prepare({"prose": specs["prose"]}, tmp_path / "data")
 
 
-def test_the_text_field_is_the_callers_or_the_mixtures(tmp_path):
+def test_prepare_dataset_takes_the_text_field_from_arguments_or_mixture(tmp_path):
     path = tmp_path / "a.jsonl"
     value = {
         "text": "the first",
@@ -740,51 +757,56 @@ def test_the_text_field_is_the_callers_or_the_mixtures(tmp_path):
         "extra": {"mixture": str(mixture), "text_fields": {"web": "extra"}},
     }
     for field, options in ways.items():
-        data = run(sources, tmp_path / field, validation_fraction=0, **options)
+        data = prepare(sources, tmp_path / field, validation_fraction=0, **options)
         assert data.split_info("web", "train")["bytes"] == len(value[field])
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"validation_fraction": 1.5}, "`validation_fraction` is a share"),
-        ({"validation_fraction": float("nan")}, "`validation_fraction` is a share"),
-        ({"max_skipped": -0.1}, "`max_skipped` is a share"),
-        ({"text_fields": {"wbe": "text"}}, "text field was given for 'wbe'"),
+        ({"validation_fraction": 1.5}, "`validation_fraction` must be from 0 to 1"),
+        (
+            {"validation_fraction": float("nan")},
+            "`validation_fraction` must be from 0 to 1",
+        ),
+        ({"max_skipped": -0.1}, "`max_skipped` must be from 0 to 1"),
+        ({"text_fields": {"wbe": "text"}}, "Text fields must name sources .* 'wbe'"),
         ({"mixture": "v9"}, "v9"),
         ({"mixture": "v1"}, "has no source 'web'"),
     ],
     ids=str,
 )
-def test_nonsense_is_refused_before_anything_is_written(options, message, tmp_path):
+def test_prepare_dataset_rejects_invalid_arguments_before_writing(
+    options, message, tmp_path
+):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["a text"])
     with pytest.raises((ValueError, OSError), match=message):
-        run({"web": [path]}, tmp_path / "data", **options)
+        prepare({"web": [path]}, tmp_path / "data", **options)
     assert not (tmp_path / "data").exists()
 
 
-def test_no_source_at_all_is_refused(tmp_path):
+def test_prepare_dataset_rejects_an_empty_list_of_sources(tmp_path):
     with pytest.raises(SourceError, match="No source was given"):
-        run({}, tmp_path / "data")
+        prepare({}, tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["workers", "unit_bytes"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_numbers_below_one_are_refused_by_name(name, value, tmp_path):
+def test_prepare_dataset_error_names_a_number_below_one(name, value, tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["a text"])
     options = {name: value, "validation_fraction": 0}
     with pytest.raises(ValueError, match=f"{name}.*Received: {value}"):
-        run({"web": [path]}, tmp_path / "data", **options)
+        prepare({"web": [path]}, tmp_path / "data", **options)
 
 
-def test_an_output_that_cannot_be_written_is_named(specs, tmp_path):
+def test_prepare_dataset_error_names_an_unwritable_output(specs, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "data", "/proc/data"):
         with pytest.raises(OSError, match=str(path)):
-            run(specs, path)
+            prepare(specs, path)
 
 
-def test_only_what_decides_about_the_documents_changes_the_fingerprint():
+def test_fingerprint_depends_only_on_settings_that_change_documents():
     base = TokenizationSettings(b"tokenizer")
     assert (
         base.fingerprint
@@ -799,36 +821,36 @@ def test_only_what_decides_about_the_documents_changes_the_fingerprint():
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
-def test_a_source_is_where_its_directory_says(data, output):
+def test_source_directory_is_the_path_of_a_source(data, output):
     for source in SOURCES:
         assert data.source_path(source) == source_directory(str(output), source)
 
 
-# --- The script ---
+# --- The command ---
 
 
 @pytest.fixture
-def script():
+def cli():
     root = logging.getLogger()
     handlers = list(root.handlers)
     yield prepare_data
     root.handlers[:] = handlers
 
 
-def test_flags_of_a_runner_follow_a_double_dash(script):
+def test_prepare_data_takes_beam_flags_after_a_double_dash(cli):
     own = ["--source=a=b", "--tokenizer=nano", "--output=c"]
     flags = ["--runner=DataflowRunner", "--source=d"]
-    options = script.parse_arguments([*own, "--", *flags], "p")
+    options = cli.parse_arguments([*own, "--", *flags], "p")
     assert (options.source, options.beam_flags) == (["a=b"], flags)
-    assert script.parse_arguments(own, "p").beam_flags == []
+    assert cli.parse_arguments(own, "p").beam_flags == []
     with pytest.raises(SystemExit):
-        script.parse_arguments([*own, "--"], "p")
+        cli.parse_arguments([*own, "--"], "p")
 
 
-def test_the_script_does_the_same_and_says_how_much_there_is(
-    script, specs, data, output, tmp_path, capsys
+def test_prepare_data_writes_identical_files_and_prints_the_tokens(
+    cli, specs, data, output, tmp_path, capsys
 ):
-    script.main(command(specs, tmp_path / "data", "--workers=1")[2:])
+    cli.main(command(specs, tmp_path / "data", "--workers=1")[2:])
     assert contents(tmp_path / "data") == contents(output)
     tokens = sum(data.split_info(source, "train")["tokens"] for source in SOURCES)
     assert f"\n{tokens:,} tokens to train on are in" in capsys.readouterr().out
@@ -837,22 +859,22 @@ def test_the_script_does_the_same_and_says_how_much_there_is(
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--source=nothing"], "A source is NAME=PATHS"),
-        (["--source=a=nowhere"], "'nowhere' matches no file"),
+        (["--source=nothing"], "A source must be NAME=PATHS"),
+        (["--source=a=nowhere"], "'nowhere' matches no files"),
         (["--text-field=web=body"], "no column of strings named 'body'"),
-        (["--text-field=wbe=body"], "no source of this call"),
+        (["--text-field=wbe=body"], "must name sources of this call"),
         (["--max-document-bytes=1"], "too long: "),
         (["--mixture=v1"], "has no source"),
         (["--", "--runner=Nobodys"], "Nobodys"),
     ],
     ids=str,
 )
-def test_the_script_ends_with_a_line_that_says_what_is_wrong(
-    flags, message, script, specs, tmp_path, capsys
+def test_prepare_data_reports_errors_in_one_line(
+    flags, message, cli, specs, tmp_path, capsys
 ):
     sources = {"web": specs["web"]}
     arguments = command(sources, tmp_path / "data", "--workers=1", *flags)[2:]
-    assert script.main(arguments) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("keras-openllama prepare-data: error: ")
-    assert message in said
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("keras-openllama prepare-data: error: ")
+    assert message in line

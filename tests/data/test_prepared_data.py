@@ -1,4 +1,4 @@
-"""Prepared data that is not what was prepared is refused, and the file is named."""
+"""Damage to a prepared dataset is detected, and the error names the file."""
 
 import json
 import os
@@ -48,29 +48,29 @@ def all_documents(data, source="web", split="train"):
     return [(tokens.tolist(), num_bytes) for tokens, num_bytes in read]
 
 
-def refused(path, error, *words):
-    """The data cannot be opened, and the message says all of the words."""
+def assert_open_fails(path, error, *words):
+    """Asserts that the dataset cannot be opened, and the words of the message."""
     with pytest.raises(error) as raised:
         PreparedData.open(str(path))
     for word in words:
         assert str(word) in str(raised.value)
 
 
-# --- Sound data ---
+# --- Valid data ---
 
 
-def test_a_copy_elsewhere_is_the_same_data(path, original):
+def test_open_reads_a_copy_of_a_dataset(path, original):
     data = PreparedData.open(str(path))
     assert data.sources == [*COUNTS]
     data.verify_checksums()
     for source in COUNTS:
         for split in ("train", "validation"):
-            ours, theirs = (all_documents(d, source, split) for d in (data, original))
-            assert ours == theirs
-            assert ours
+            copied = all_documents(data, source, split)
+            assert copied == all_documents(original, source, split)
+            assert copied
 
 
-def test_documents_are_the_same_one_by_one_in_any_order_and_in_another_process(path):
+def test_documents_support_random_access_and_pickling(path):
     documents = PreparedData.open(str(path)).documents("web", "train")
     expected = all_documents(PreparedData.open(str(path)))
     assert len(documents) == len(expected) > 200
@@ -79,12 +79,12 @@ def test_documents_are_the_same_one_by_one_in_any_order_and_in_another_process(p
         numbers, documents.read_many(numbers), strict=True
     ):
         assert (tokens.tolist(), size) == expected[number]
-    # As a worker gets them.
+    # As in a worker process.
     tokens, size = pickle.loads(pickle.dumps(documents))[7]
     assert (tokens.tolist(), size) == expected[7]
 
 
-def test_the_lengths_are_those_of_the_documents(original):
+def test_documents_lengths_match_the_documents(original):
     for source in COUNTS:
         documents = original.documents(source, "train")
         lengths = [
@@ -94,20 +94,20 @@ def test_the_lengths_are_those_of_the_documents(original):
         assert documents.tokens_per_block().sum() == sum(lengths)
 
 
-def test_totals_of_blocks_do_not_overflow():
+def test_tokens_per_block_does_not_overflow():
     lengths = np.full(5000, 1 << 31, "uint32")
     assert tokens_per_block(lengths).sum() == 5000 << 31
     assert tokens_per_block(lengths[:0]).tolist() == []
 
 
-def test_verify_reports_every_byte(path):
+def test_verify_checksums_reports_every_byte(path):
     sizes = []
     PreparedData.open(str(path)).verify_checksums(sizes.append)
     files = [file for file in path.glob("tokens/*/*/*") if file.suffix != ".json"]
     assert sum(sizes) == sum(file.stat().st_size for file in files)
 
 
-def test_what_it_does_not_have_is_refused_by_name(original):
+def test_documents_error_names_a_missing_source_or_split(original):
     with pytest.raises(ValueError, match=r"no source 'wbe'\. It has: web, code, books"):
         original.documents("wbe")
     with pytest.raises(ValueError, match=r"train, validation\. Received: split='test'"):
@@ -119,85 +119,87 @@ def test_what_it_does_not_have_is_refused_by_name(original):
 # --- The manifest ---
 
 
-def test_a_directory_without_a_manifest_is_refused(path):
+def test_open_rejects_a_directory_without_a_manifest(path):
     (path / "manifest.json").unlink()
-    refused(path, FileNotFoundError, path, "no manifest.json", "prepare-data")
-    refused(path / "nowhere", FileNotFoundError, path / "nowhere")
+    assert_open_fails(path, FileNotFoundError, path, "no manifest.json", "prepare-data")
+    assert_open_fails(path / "nowhere", FileNotFoundError, path / "nowhere")
 
 
-def test_a_manifest_that_is_cut_short_anywhere_is_refused(path):
+def test_open_rejects_a_truncated_manifest(path):
     manifest = path / "manifest.json"
-    whole = manifest.read_bytes()
-    for size in range(0, len(whole), 101):
-        manifest.write_bytes(whole[:size])
-        refused(path, ValueError, manifest, "is damaged")
+    data = manifest.read_bytes()
+    for size in range(0, len(data), 101):
+        manifest.write_bytes(data[:size])
+        assert_open_fails(path, ValueError, manifest, "is damaged")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\0", b"{'format': 1}", b"\0" * 999])
-def test_a_manifest_of_garbage_is_refused(content, path):
+def test_open_rejects_a_manifest_of_garbage(content, path):
     (path / "manifest.json").write_bytes(content)
-    refused(path, ValueError, path / "manifest.json", "is damaged")
+    assert_open_fails(path, ValueError, path / "manifest.json", "is damaged")
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"format": 1}'])
-def test_a_manifest_of_something_else_is_refused(content, path):
+def test_open_rejects_a_manifest_without_the_required_keys(content, path):
     (path / "manifest.json").write_text(content)
-    refused(path, ValueError, path / "manifest.json")
+    assert_open_fails(path, ValueError, path / "manifest.json")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_a_manifest_of_another_format_is_refused(version, path):
+def test_open_rejects_a_manifest_of_another_format(version, path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["format"] = version
     (path / "manifest.json").write_text(json.dumps(manifest))
-    refused(path, ValueError, path / "manifest.json", f"has format {version!r}")
+    assert_open_fails(
+        path, ValueError, path / "manifest.json", f"has format {version!r}"
+    )
 
 
 # --- Shards ---
 
 
 @pytest.mark.parametrize("name", [SHARD, LENGTHS])
-def test_a_missing_file_is_refused(name, path):
+def test_open_rejects_a_missing_file(name, path):
     (path / name).unlink()
-    refused(path, DamagedFile, path / name, "is missing, but should have")
+    assert_open_fails(path, DamagedFile, path / name, "is missing, but should have")
 
 
 @pytest.mark.parametrize("name", [SHARD, LENGTHS])
 @pytest.mark.parametrize("change", [-1, -4, 4])
-def test_a_file_of_another_size_is_refused(name, change, path):
+def test_open_rejects_a_file_of_another_size(name, change, path):
     size = (path / name).stat().st_size
     os.truncate(path / name, size + change)
     words = f"has {size + change} bytes, but should have {size} bytes"
-    refused(path, DamagedFile, path / name, words)
+    assert_open_fails(path, DamagedFile, path / name, words)
 
 
-def test_a_missing_source_is_refused(path):
+def test_open_rejects_a_missing_source(path):
     shutil.rmtree(path / "tokens" / "books")
-    refused(path, DamagedFile, path / "tokens" / "books", "is missing")
+    assert_open_fails(path, DamagedFile, path / "tokens" / "books", "is missing")
 
 
-def test_a_flipped_byte_in_a_document_is_noticed_when_it_is_read(path, original):
+def test_read_many_detects_a_flipped_byte(path, original):
     expected = all_documents(original)
     shard = path / SHARD
     used = len(shard.read_bytes().rstrip(b"\0"))
     refusals = 0
-    # The first bytes say where chunks are, and so does the end of the file.
+    # The start and the end of the file hold the positions of chunks.
     for place in range(100, used, 97):
         flip(shard, place)
         data = PreparedData.open(str(path))
         try:
-            # Names of the format beside a document may change without harm.
+            # Metadata of the format may change without effect.
             assert all_documents(data) == expected
         except DamagedFile as error:
             assert str(shard) in str(error)
-            assert "prepare the data anew" in str(error)
+            assert "prepare the data again" in str(error)
             refusals += 1
         flip(shard, place)
     assert refusals > 50
     assert all_documents(PreparedData.open(str(path))) == expected
 
 
-def test_the_other_shards_of_a_damaged_one_are_read(path, original):
+def test_read_many_reads_the_shards_that_are_not_damaged(path, original):
     shard = path / SHARD
     shard.write_bytes(bytes(shard.stat().st_size))
     documents = PreparedData.open(str(path)).documents("web", "train")
@@ -210,11 +212,11 @@ def test_the_other_shards_of_a_damaged_one_are_read(path, original):
     assert str(shard) in str(error.value)
 
 
-def test_a_shard_of_another_number_of_documents_is_refused_when_it_is_opened(path):
+def test_read_many_rejects_a_shard_with_another_number_of_documents(path):
     data = PreparedData.open(str(path))
     other = data.split_info("code", "train")["shards"][0]
     shard = path / SHARD
-    assert shard.stat().st_size == other["size"]  # Else it is found sooner.
+    assert shard.stat().st_size == other["size"]  # Otherwise `open` detects it.
     shutil.copy(path / "tokens" / "code" / "1.0.0" / other["file"], shard)
     count = data.split_info("web", "train")["shards"][1]["documents"]
     with pytest.raises(DamagedFile) as error:
@@ -223,11 +225,11 @@ def test_a_shard_of_another_number_of_documents_is_refused_when_it_is_opened(pat
     assert words in str(error.value)
 
 
-def test_a_shard_in_the_place_of_another_is_noticed(path):
+def test_verify_checksums_detects_swapped_shards(path):
     directory = path / Path(SHARD).parent
     first, second = sorted(directory.glob("tokens-train*"))[:2]
     contents = first.read_bytes(), second.read_bytes()
-    assert len(contents[0]) == len(contents[1])  # Else it is found sooner.
+    assert len(contents[0]) == len(contents[1])  # Otherwise `open` detects it.
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     with pytest.raises(DamagedFile) as error:
@@ -235,7 +237,7 @@ def test_a_shard_in_the_place_of_another_is_noticed(path):
     assert str(first) in str(error.value) and str(second) in str(error.value)
 
 
-def test_verify_names_every_damaged_shard_and_no_other(path):
+def test_verify_checksums_names_exactly_the_damaged_shards(path):
     shards = sorted(path.glob("tokens/*/*/*.array_record*"))
     damaged = [shards[1], shards[-1]]
     for shard in damaged:
@@ -246,14 +248,14 @@ def test_verify_names_every_damaged_shard_and_no_other(path):
     assert named == damaged
 
 
-def test_verify_notices_a_flipped_bit_in_the_padding_of_a_shard(path):
+def test_verify_checksums_detects_a_flipped_bit_in_padding(path):
     shard = path / SHARD
     flip(shard, shard.stat().st_size - 1)
-    with pytest.raises(DamagedFile, match="is not what was prepared"):
+    with pytest.raises(DamagedFile, match="Checksums do not match"):
         PreparedData.open(str(path)).verify_checksums()
 
 
-def test_verify_names_lengths_that_are_damaged(path):
+def test_verify_checksums_names_damaged_lengths(path):
     flip(path / LENGTHS, 1)
     with pytest.raises(DamagedFile) as error:
         PreparedData.open(str(path)).verify_checksums()
@@ -263,7 +265,7 @@ def test_verify_names_lengths_that_are_damaged(path):
 # --- The tokenizer ---
 
 
-def test_the_tokenizer_is_the_one_that_made_the_data(original):
+def test_check_tokenizer_rejects_another_tokenizer(original):
     tokenizer = OpenLlamaTokenizer(original.tokenizer_proto())
     original.check_tokenizer(tokenizer.fingerprint)
     other = OpenLlamaTokenizer(trained_model(keep_spaces=False))
@@ -274,7 +276,7 @@ def test_the_tokenizer_is_the_one_that_made_the_data(original):
     assert other.fingerprint[:12] in str(error.value)
 
 
-def test_a_changed_tokenizer_is_refused_by_its_file(path):
+def test_tokenizer_proto_rejects_a_changed_file(path):
     data = PreparedData.open(str(path))
     file = path / "tokenizer.model"
     flipped = bytearray(file.read_bytes())

@@ -1,4 +1,4 @@
-"""A source is the same list of parts each time, and they are all of it, once."""
+"""Division of sources into units: deterministic, complete, without duplicates."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.backend_free
 
 
 def write_tree(directory, names, content="x"):
-    """Files with their own name as text, or with some content."""
+    """Writes files with some content."""
     for name in names:
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,10 +35,10 @@ def identities(units):
     return [unit.identity for unit in units]
 
 
-# --- What is said on the command line ---
+# --- Command line ---
 
 
-def test_paths_are_sorted_by_source_in_the_order_that_they_are_given():
+def test_parse_sources_groups_paths_by_source_in_order():
     given = ["web=a*.parquet", "code=x/y", "web=tfds:c4@train", "code=k=v.jsonl"]
     expected = {"web": ["a*.parquet", "tfds:c4@train"], "code": ["x/y", "k=v.jsonl"]}
     assert text_sources.parse_sources(given) == expected
@@ -48,7 +48,7 @@ def test_paths_are_sorted_by_source_in_the_order_that_they_are_given():
     "argument",
     ["web", "web=", "=a.jsonl", "Web=a", "1web=a", "a-b=c", "a b=c", "../x=c"],
 )
-def test_a_source_of_another_form_is_refused(argument):
+def test_parse_sources_rejects_malformed_arguments(argument):
     with pytest.raises(SourceError, match="NAME=PATHS") as error:
         text_sources.parse_sources(["code=a.jsonl", argument])
     assert f"Received: {argument!r}" in str(error.value)
@@ -57,17 +57,17 @@ def test_a_source_of_another_form_is_refused(argument):
 # --- Files ---
 
 
-def test_a_file_is_itself(tmp_path):
+def test_find_files_returns_a_file(tmp_path):
     write_tree(tmp_path, ["a.jsonl", "b.jsonl"])
     assert found(tmp_path, tmp_path / "a.jsonl") == ["a.jsonl"]
 
 
-def test_a_name_that_looks_like_a_pattern_is_a_file_if_there_is_one(tmp_path):
+def test_find_files_prefers_a_file_over_a_pattern(tmp_path):
     write_tree(tmp_path, ["wiki[1].jsonl", "wiki1.jsonl"])
     assert found(tmp_path, tmp_path / "wiki[1].jsonl") == ["wiki[1].jsonl"]
 
 
-def test_a_pattern_finds_files_in_order_at_any_depth(tmp_path):
+def test_find_files_expands_patterns_in_order_at_any_depth(tmp_path):
     write_tree(tmp_path, ["b.jsonl", "a.jsonl", "c/d/e.jsonl", "c.txt"])
     assert found(tmp_path, tmp_path / "*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert found(tmp_path, tmp_path / "**/*.jsonl") == [
@@ -77,13 +77,13 @@ def test_a_pattern_finds_files_in_order_at_any_depth(tmp_path):
     ]
 
 
-def test_in_a_directory_with_data_files_nothing_else_is_read(tmp_path):
+def test_find_files_in_a_directory_returns_data_files_only(tmp_path):
     data = ["a.jsonl", "b.JSON.GZ", "c/d.ndjson.zst", "c/e.parquet", "f.jsonl.zstd"]
     write_tree(tmp_path, [*data, "README.md", "c/x.py", "a.jsonl.part", ".git/y.json"])
     assert found(tmp_path, tmp_path) == sorted(data)
 
 
-def test_in_a_directory_without_data_files_each_file_is_read(tmp_path):
+def test_find_files_in_a_directory_without_data_files_returns_all_files(tmp_path):
     text = ["a.py", "b/c.py", "b/d"]
     write_tree(tmp_path, [*text, ".hidden", ".git/config", "b/.x.py"])
     assert found(tmp_path, tmp_path) == text
@@ -92,18 +92,18 @@ def test_in_a_directory_without_data_files_each_file_is_read(tmp_path):
     assert unit.label == f"{tmp_path}/a.py and 2 more files"
 
 
-def test_a_pattern_may_match_directories(tmp_path):
+def test_find_files_accepts_a_pattern_of_directories(tmp_path):
     write_tree(tmp_path, ["shard1/a.jsonl", "shard2/b.jsonl", "shard2/README"])
     expected = ["shard1/a.jsonl", "shard2/b.jsonl"]
     assert found(tmp_path, tmp_path / "shard*") == expected
 
 
-def test_a_pattern_that_matches_a_directory_and_what_is_in_it_reads_that_once(tmp_path):
+def test_find_files_of_overlapping_matches_has_no_duplicates(tmp_path):
     write_tree(tmp_path, ["tree/a.jsonl", "tree/sub/b.jsonl"])
     assert found(tmp_path, tmp_path / "tree/**") == ["tree/a.jsonl", "tree/sub/b.jsonl"]
 
 
-def test_remote_files_are_found_as_local_ones_are():
+def test_find_files_finds_remote_files():
     import tensorflow as tf
 
     root = "ram://find"
@@ -118,28 +118,28 @@ def test_remote_files_are_found_as_local_ones_are():
     assert text_sources.find_files("web", root) == [*top, f"{root}/c/d.jsonl"]
     [unit] = text_sources.find_units("web", [f"{root}/a.jsonl"])
     assert unit.num_bytes == len("a.jsonl")
-    with pytest.raises(SourceError, match="'ram://find/x' matches no file"):
+    with pytest.raises(SourceError, match="'ram://find/x' matches no files"):
         text_sources.find_units("web", [f"{root}/x"])
 
 
 @pytest.mark.parametrize("spec", ["nowhere.jsonl", "*.parquet", "empty"])
-def test_what_matches_nothing_is_refused_by_its_name(spec, tmp_path):
+def test_find_units_error_names_a_spec_without_matches(spec, tmp_path):
     write_tree(tmp_path, ["a.jsonl", "empty/.hidden"])
     path = str(tmp_path / spec)
-    with pytest.raises(SourceError, match="matches no file") as error:
+    with pytest.raises(SourceError, match="matches no files") as error:
         text_sources.find_units("web", [str(tmp_path / "a.jsonl"), path])
     assert "'web'" in str(error.value) and repr(path) in str(error.value)
 
 
-def test_a_link_to_nowhere_is_refused_by_its_name(tmp_path):
+def test_find_units_error_names_a_broken_link(tmp_path):
     write_tree(tmp_path, ["a.jsonl"])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
-    with pytest.raises(SourceError, match=r"'web': .*b\.jsonl cannot be read"):
+    with pytest.raises(SourceError, match=r"'web': .*b\.jsonl could not be read"):
         text_sources.find_units("web", [str(tmp_path)])
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no Parquet" * 100])
-def test_what_is_no_parquet_file_is_refused_by_its_name(content, tmp_path):
+def test_find_units_error_names_an_invalid_parquet_file(content, tmp_path):
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(SourceError, match=r"'web': .*a\.parquet is not a readable"):
         text_sources.find_units("web", [str(tmp_path)])
@@ -162,7 +162,7 @@ def everything(tmp_path):
 
 
 @pytest.mark.parametrize("unit_bytes", [200, 500, 1000, 1 << 20])
-def test_the_parts_are_all_of_it_once(unit_bytes, everything):
+def test_find_units_covers_every_document_once(unit_bytes, everything):
     specs, expected = everything
     units = text_sources.find_units("web", specs, unit_bytes)
     texts = documents(units)
@@ -171,7 +171,7 @@ def test_the_parts_are_all_of_it_once(unit_bytes, everything):
     assert (len(units) == 4) == (unit_bytes == 1 << 20)
 
 
-def test_the_same_files_give_the_same_list(everything):
+def test_find_units_is_deterministic(everything):
     specs, _ = everything
     assert text_sources.find_units("web", specs, 500) == text_sources.find_units(
         "web", specs, 500
@@ -180,7 +180,7 @@ def test_the_same_files_give_the_same_list(everything):
     assert len({*different}) == len(different) > 20
 
 
-def test_the_bytes_of_a_file_are_divided_without_gap_or_overlap(tmp_path):
+def test_find_units_divides_a_file_without_gap_or_overlap(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 999)
     size = os.path.getsize(path)
     units = text_sources.find_units("web", [path], 1000)
@@ -191,7 +191,7 @@ def test_the_bytes_of_a_file_are_divided_without_gap_or_overlap(tmp_path):
     assert units[1].label == f"{path} (bytes {units[1].start} to {units[1].stop})"
 
 
-def test_compressed_files_are_not_divided(tmp_path):
+def test_find_units_does_not_divide_compressed_files(tmp_path):
     for name in ("a.jsonl.gz", "b.json.zst", "c.ndjson.zstd"):
         (tmp_path / name).write_bytes(bytes(1000))
     units = text_sources.find_units("web", [str(tmp_path)], 10)
@@ -199,7 +199,7 @@ def test_compressed_files_are_not_divided(tmp_path):
     assert units[0].label == f"{tmp_path}/a.jsonl.gz"
 
 
-def test_row_groups_and_text_files_are_gathered_until_they_are_large_enough(tmp_path):
+def test_find_units_groups_small_row_groups_and_text_files(tmp_path):
     path = real_text.write_parquet(tmp_path / "a.parquet", ["x"] * 70, group=10)
     size = text_sources.find_units("web", [path], 1)[0].num_bytes
     parts = [
@@ -212,12 +212,14 @@ def test_row_groups_and_text_files_are_gathered_until_they_are_large_enough(tmp_
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.parquet", "text/03.txt"])
-def test_what_changes_in_a_file_changes_its_parts_alone(name, everything, tmp_path):
+def test_unit_identity_changes_for_units_of_a_changed_file_only(
+    name, everything, tmp_path
+):
     specs, _ = everything
     before = text_sources.find_units("web", specs, 1000)
     path = tmp_path / name
     stat = path.stat()
-    # Of the same size, as an edit may be; and the time alone tells.
+    # An edit may leave the size unchanged, so only the time differs.
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     after = text_sources.find_units("web", specs, 1000)
     changed = {
@@ -229,7 +231,7 @@ def test_what_changes_in_a_file_changes_its_parts_alone(name, everything, tmp_pa
     assert changed
 
 
-def test_a_file_that_grows_is_another(tmp_path):
+def test_unit_identity_changes_with_the_file_size(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 9)
     time = os.stat(path).st_mtime_ns
     before = text_sources.find_units("web", [path])
@@ -239,7 +241,7 @@ def test_a_file_that_grows_is_another(tmp_path):
     assert identities(before) != identities(text_sources.find_units("web", [path]))
 
 
-def test_other_units_of_the_same_file_are_other_work(tmp_path):
+def test_unit_identity_depends_on_the_division(tmp_path):
     path = real_text.write_jsonl(tmp_path / "a.jsonl", ["text"] * 99)
     first = identities(text_sources.find_units("web", [path], 500))
     second = identities(text_sources.find_units("web", [path], 400))
@@ -255,7 +257,7 @@ def tfds_directory(tmp_path_factory):
     return real_text.write_tfds(tmp_path_factory.mktemp("tfds"), splits)
 
 
-def test_the_split_of_a_data_set_is_train_unless_another_is_named(tfds_directory):
+def test_find_units_of_tfds_defaults_to_the_train_split(tfds_directory):
     train = documents(text_sources.find_units("web", [f"tfds:{tfds_directory}"]))
     assert sorted(train) == sorted(f"chapter {i}" for i in range(20))
     assert train == documents(
@@ -265,7 +267,7 @@ def test_the_split_of_a_data_set_is_train_unless_another_is_named(tfds_directory
     assert sorted(test) == ["a", "b", "c"]
 
 
-def test_a_split_is_divided_by_its_examples(tfds_directory):
+def test_find_units_of_tfds_divides_a_split_by_examples(tfds_directory):
     units = text_sources.find_units("web", [f"tfds:{tfds_directory}"], 200)
     assert len(units) > 2
     assert [unit.start for unit in units] == [0, *(unit.stop for unit in units[:-1])]
@@ -273,13 +275,13 @@ def test_a_split_is_divided_by_its_examples(tfds_directory):
     assert units[0].label == f"tfds:{tfds_directory}@train (examples 0 to 5)"
 
 
-def test_a_few_large_examples_are_never_divided_into_none(tfds_directory):
+def test_find_units_of_tfds_makes_no_empty_units(tfds_directory):
     units = text_sources.find_units("web", [f"tfds:{tfds_directory}@test"], 10)
     assert sorted(documents(units)) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("split, count", [("train[:10]", 10), ("train+test", 23)])
-def test_a_slice_or_sum_of_splits_is_read_or_refused_at_once(
+def test_find_units_of_tfds_reads_or_rejects_slices_of_splits(
     split, count, tfds_directory
 ):
     try:
@@ -291,8 +293,12 @@ def test_a_slice_or_sum_of_splits_is_read_or_refused_at_once(
 
 
 @pytest.mark.parametrize("spec", ["no_such_data_set", "{directory}@holdout"])
-def test_a_data_set_or_split_that_is_not_there_is_refused_by_name(spec, tfds_directory):
+def test_find_units_of_tfds_error_names_a_missing_dataset_or_split(
+    spec, tfds_directory
+):
     spec = "tfds:" + spec.format(directory=tfds_directory)
-    with pytest.raises(SourceError, match="TensorFlow Datasets cannot give") as error:
+    with pytest.raises(
+        SourceError, match="TensorFlow Datasets could not load"
+    ) as error:
         text_sources.find_units("web", [spec])
     assert "'web'" in str(error.value) and repr(spec) in str(error.value)

@@ -1,4 +1,4 @@
-"""The stream: the same batches whatever the hosts, the workers, the place of resume."""
+"""`TokenStream`: the same batches for any hosts, workers and first step."""
 
 import collections
 import logging
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.backend_free
 
 COUNTS = {"web": 2500, "code": 400, "books": 60}
 WEIGHTS = {"web": 0.6, "code": 0.3, "books": 0.1}
-WAYS = [
+OPTIONS = [
     {"packing": packing, "mask_documents": mask}
     for packing in ("concatenate", "best_fit")
     for mask in (False, True)
@@ -37,25 +37,25 @@ def tokenizer(data):
     return OpenLlamaTokenizer(data.tokenizer_proto(), add_bos=True, add_eos=True)
 
 
-def stream(data, length=64, rows=8, **options):
-    return TokenStream(data, length, rows, **{"seed": 3, **options})
+def stream(data, length=64, batch_size=8, **options):
+    return TokenStream(data, length, batch_size, **{"seed": 3, **options})
 
 
-def flat(batch):
+def stack(batch):
     x, y, weights = batch
     return np.stack([x["token_ids"], x["padding_mask"], y, weights], axis=-1)
 
 
-def assert_same(found, wanted):
-    np.testing.assert_array_equal(flat(found), flat(wanted))
+def assert_same(actual, expected):
+    np.testing.assert_array_equal(stack(actual), stack(expected))
 
 
-# --- What a batch is ---
+# --- Contents of a batch ---
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_batch_is_what_fit_takes(data, way):
-    x, y, weights = stream(data, **way).batch(5)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_batch_has_the_arrays_of_fit(data, options):
+    x, y, weights = stream(data, **options).batch(5)
     assert [v.dtype for v in (*x.values(), y, weights)] == ["int32"] * 3 + ["float32"]
     assert {v.shape for v in (*x.values(), y, weights)} == {(8, 64)}
     # Targets are one token ahead.
@@ -64,17 +64,17 @@ def test_a_batch_is_what_fit_takes(data, way):
     assert set(np.unique(weights)) <= {0, 1}
 
 
-def test_rows_say_which_tokens_of_which_documents_they_hold(data):
+def test_sequences_read_describes_the_tokens_of_a_batch(data):
     whole = stream(data)
     x, y, _ = whole.batch(11)
     tokens = np.concatenate([x["token_ids"], y[:, -1:]], axis=1)
-    for row, (source, spans) in enumerate(whole.sequences_read(11)):
+    for number, (source, spans) in enumerate(whole.sequences_read(11)):
         documents = data.documents(source)
         parts = [documents[d][0][first : first + size] for d, first, size in spans]
-        np.testing.assert_array_equal(tokens[row], np.concatenate(parts))
+        np.testing.assert_array_equal(tokens[number], np.concatenate(parts))
 
 
-def test_documents_stand_between_bos_and_eos(data, tokenizer):
+def test_documents_start_with_bos_and_end_with_eos(data, tokenizer):
     known = {
         source: {tuple(ids) for ids in tokenizer(texts(source, count))}
         for source, count in COUNTS.items()
@@ -87,80 +87,83 @@ def test_documents_stand_between_bos_and_eos(data, tokenizer):
                 assert num_bytes == len(tokenizer.detokenize(tokens.tolist()))
 
 
-def test_masks_number_the_documents_and_spare_the_border(data):
+def test_batch_with_mask_documents_numbers_documents_and_masks_first_tokens(data):
     masked = stream(data, mask_documents=True)
     plain = stream(data).batch(4)
     x, y, weights = masked.batch(4)
     assert_same((dict(x, padding_mask=plain[0]["padding_mask"]), y, plain[2]), plain)
-    for row, (_, spans) in enumerate(masked.sequences_read(4)):
+    for number, (_, spans) in enumerate(masked.sequences_read(4)):
         sizes = [size for *_, size in spans]
         numbers = np.repeat(np.arange(len(sizes)) + 1, sizes)
-        np.testing.assert_array_equal(x["padding_mask"][row], numbers[:-1])
-        np.testing.assert_array_equal(weights[row], numbers[1:] == numbers[:-1])
-    # What is no target is the first token of a document, and nothing else.
+        np.testing.assert_array_equal(x["padding_mask"][number], numbers[:-1])
+        np.testing.assert_array_equal(weights[number], numbers[1:] == numbers[:-1])
+    # Only the first token of a document is not a target.
     assert (y[weights == 0] == 1).all()
     assert plain[2].all()
 
 
-def test_best_fit_cuts_no_document_that_fits(data):
+def test_batch_with_best_fit_cuts_no_document_that_fits(data):
     packed = stream(data, packing="best_fit", length=200)
     for step in range(20):
         x, _, weights = packed.batch(step)
-        for row, (source, spans) in enumerate(packed.sequences_read(step)):
+        for number, (source, spans) in enumerate(packed.sequences_read(step)):
             lengths = data.documents(source).lengths
             for document, first, size in spans:
                 if lengths[document] <= 201:
                     assert (first, size) == (0, lengths[document])
             real = sum(size for *_, size in spans)
-            assert weights[row].sum() == real - 1
-            assert not x["token_ids"][row, real:].any()
-            assert not x["padding_mask"][row, real:].any()
+            assert weights[number].sum() == real - 1
+            assert not x["token_ids"][number, real:].any()
+            assert not x["padding_mask"][number, real:].any()
 
 
-# --- The same stream ---
+# --- Determinism ---
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_any_place_is_reached_without_what_comes_before(data, way):
-    whole = stream(data, **way)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_batch_does_not_depend_on_previous_batches(data, options):
+    whole = stream(data, **options)
     batches = [whole.batch(step) for step in range(40)]
     for step in np.random.default_rng(2).permutation(40)[:8].tolist():
-        assert_same(stream(data, **way).batch(step), batches[step])
-        # In the midst of a document: nothing was begun anew there.
+        assert_same(stream(data, **options).batch(step), batches[step])
+    # Some sequences start inside a document, which did not restart there.
     starts = [
         spans[0][1] for step in range(40) for _, spans in whole.sequences_read(step)
     ]
     assert any(starts)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_the_same_batches(data, way, hosts):
-    whole = stream(data, **way)
-    parts = [stream(data, **way, hosts=hosts, host=host) for host in range(hosts)]
+def test_batch_is_divided_among_hosts(data, options, hosts):
+    whole = stream(data, **options)
+    parts = [stream(data, **options, hosts=hosts, host=host) for host in range(hosts)]
     for step in (0, 17, 333):
-        together = [flat(part.batch(step)) for part in parts]
-        np.testing.assert_array_equal(np.concatenate(together), flat(whole.batch(step)))
+        together = [stack(part.batch(step)) for part in parts]
+        expected = stack(whole.batch(step))
+        np.testing.assert_array_equal(np.concatenate(together), expected)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_threads_give_the_batches_in_order(data, way):
-    whole = stream(data, **way)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_dataset_with_threads_returns_batches_in_order(data, options):
+    whole = stream(data, **options)
     for step, batch in enumerate(whole.dataset(13, 30, threads=4, prefetch=8), 13):
         assert_same(batch, whole.batch(step))
     assert step == 42
 
 
-@pytest.mark.parametrize(("workers", "way"), [(1, WAYS[0]), (3, WAYS[3])], ids=str)
-def test_workers_give_the_batches_in_order(data, workers, way):
-    part = stream(data, **way, hosts=2, host=1)
+@pytest.mark.parametrize(
+    ("workers", "options"), [(1, OPTIONS[0]), (3, OPTIONS[3])], ids=str
+)
+def test_dataset_with_workers_returns_batches_in_order(data, workers, options):
+    part = stream(data, **options, hosts=2, host=1)
     batches = list(part.dataset(from_step=7, steps=9, workers=workers))
     assert len(batches) == 9
     for step, batch in enumerate(batches, 7):
         assert_same(batch, part.batch(step))
 
 
-def test_a_position_of_grain_goes_on_where_it_was(data):
+def test_dataset_resumes_from_the_state_of_a_grain_iterator(data):
     whole = stream(data)
     reading = iter(whole.dataset(from_step=3))
     for _ in range(4):
@@ -171,13 +174,13 @@ def test_a_position_of_grain_goes_on_where_it_was(data):
     assert_same(next(again), whole.batch(7))
 
 
-def test_the_stream_depends_on_the_seed_alone(data):
+def test_batch_depends_on_the_seed(data):
     one, same, other = stream(data), stream(data), stream(data, seed=4)
     assert_same(one.batch(9), same.batch(9))
-    assert not np.array_equal(flat(one.batch(9)), flat(other.batch(9)))
+    assert not np.array_equal(stack(one.batch(9)), stack(other.batch(9)))
 
 
-def test_processes_joined_by_jax_see_halves_of_the_same_batches(data, tmp_path):
+def test_batch_is_divided_among_the_processes_of_jax_distributed(data, tmp_path):
     program = """
 import sys
 import jax
@@ -187,8 +190,8 @@ from keras_openllama.data.token_stream import TokenStream
 address, process, directory, out = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 stream = TokenStream(directory, 64, 8, seed=3)
-rows = [stream.batch(step)[1] for step in (0, 5)]
-np.save(out, np.stack(rows))
+targets = [stream.batch(step)[1] for step in (0, 5)]
+np.save(out, np.stack(targets))
 """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -211,33 +214,33 @@ np.save(out, np.stack(rows))
     first, second = map(np.load, outputs)
     whole = stream(data)
     for place, step in enumerate((0, 5)):
-        wanted = whole.batch(step)[1]
-        np.testing.assert_array_equal(first[place], wanted[:4])
-        np.testing.assert_array_equal(second[place], wanted[4:])
+        expected = whole.batch(step)[1]
+        np.testing.assert_array_equal(first[place], expected[:4])
+        np.testing.assert_array_equal(second[place], expected[4:])
 
 
-# --- Epochs and the mixture ---
+# --- Epochs and mixture ---
 
 
-def test_every_document_comes_once_an_epoch(data):
+def test_sequences_read_has_every_document_once_per_epoch(data):
     packed = stream(
         data, packing="best_fit", mixture=mixture_from_weights({"books": 1})
     )
     lengths = data.documents("books").lengths
-    rows = [row for step in range(400) for row in packed.sequences_read(step)]
+    sequences = [s for step in range(400) for s in packed.sequences_read(step)]
     epoch = int(packed._indexes[0].sequences_per_epoch)
     for start in (0, epoch):
         seen = collections.Counter()
-        for _, spans in rows[start : start + epoch]:
+        for _, spans in sequences[start : start + epoch]:
             for document, _, size in spans:
                 seen[document] += size - 1
         assert seen == {d: size - 1 for d, size in enumerate(lengths.tolist())}
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_shares_of_the_tokens_are_the_weights(data, packing):
-    # Sources whose rows are padded more get more rows.
-    mixed = stream(data, length=150, rows=64, packing=packing)
+def test_mixture_weights_are_shares_of_the_tokens(data, packing):
+    # Sources with more padding get more sequences.
+    mixed = stream(data, length=150, batch_size=64, packing=packing)
     totals = collections.Counter()
     for step in range(120):
         real = (mixed.batch(step)[0]["padding_mask"] > 0).sum(axis=1)
@@ -247,26 +250,26 @@ def test_shares_of_the_tokens_are_the_weights(data, packing):
         assert totals[source] / totals.total() == pytest.approx(weight, abs=1e-3)
 
 
-def test_a_source_that_ends_begins_again_and_it_is_said(data, caplog):
-    mixed = stream(data, rows=32)
+def test_dataset_warns_at_the_end_of_an_epoch(data, caplog):
+    mixed = stream(data, batch_size=32)
     epochs = [mixed.epochs_at(step)["books"] for step in range(200)]
     ends = [k for k in range(199) if int(epochs[k + 1]) > int(epochs[k])]
     with caplog.at_level(logging.WARNING):
         for _ in mixed.dataset(ends[0] - 2, 5):
             pass
-    said = [r.message for r in caplog.records if "books" in r.message]
-    assert said == [
-        f"Step {ends[0]}: source books has been read 1 times to its end, and begins "
-        "again in another order."
+    messages = [r.message for r in caplog.records if "books" in r.message]
+    assert messages == [
+        f"Step {ends[0]}: source books has completed 1 epochs and continues in a new "
+        "order."
     ]
 
 
-def test_weights_change_at_their_step_and_not_before(data):
+def test_batch_follows_the_schedule_of_the_mixture(data):
     mixture = data.mixture.with_weights(50, {"code": 1})
     before, changed = stream(data), stream(data, mixture=mixture)
     assert_same(changed.batch(49), before.batch(49))
     assert {source for source, _ in changed.sequences_read(50)} == {"code"}
-    # It goes on in the source where it was.
+    # The source continues at its previous position.
     counts = collections.Counter(
         s for k in range(50) for s, _ in before.sequences_read(k)
     )
@@ -274,7 +277,7 @@ def test_weights_change_at_their_step_and_not_before(data):
     assert changed.sequences_read(50)[0][1] == code.spans(counts["code"])
 
 
-def test_the_validation_split_is_other_documents(data):
+def test_validation_split_shares_no_documents_with_train(data):
     train, validation = (
         {
             tuple(tokens.tolist())
@@ -288,14 +291,14 @@ def test_the_validation_split_is_other_documents(data):
     assert len(train) + len(validation) == sum(COUNTS.values())
     assert not train & validation
     x, _, _ = stream(data, split="validation", length=1024, packing="best_fit").batch(0)
-    for row in x["token_ids"].tolist():
-        assert tuple(row[: row.index(2) + 1]) in validation
+    for ids in x["token_ids"].tolist():
+        assert tuple(ids[: ids.index(2) + 1]) in validation
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"rows": 0}, "batch_size"),
+        ({"batch_size": 0}, "batch_size"),
         ({"length": 1.5}, "sequence_length"),
         ({"packing": "tight"}, "best_fit"),
         ({"split": "test"}, "split='test'"),
@@ -305,6 +308,6 @@ def test_the_validation_split_is_other_documents(data):
         ({"mixture": mixture_from_weights({"poems": 1})}, "no documents .*poems"),
     ],
 )
-def test_nonsense_is_refused(data, options, says):
-    with pytest.raises(ValueError, match=says):
+def test_token_stream_rejects_invalid_arguments(data, options, message):
+    with pytest.raises(ValueError, match=message):
         stream(data, **options)

@@ -17,9 +17,9 @@ from keras_openllama.data.document_reader import EMPTY, NOT_JSON, Skipped
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.data.tokenizer_training import (
     format_vocabulary,
-    lines,
-    sample,
+    sample_documents,
     train_sentencepiece,
+    training_lines,
 )
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 
@@ -35,11 +35,11 @@ V1._warned_of_lost_spaces = True
 both = pytest.mark.parametrize("tokenizer", [V1, V2], ids=["v1", "v2"])
 
 
-# --- What is trained ---
+# --- Trained models ---
 
 
 @both
-def test_ids_are_laid_out_as_llamas(tokenizer):
+def test_train_sentencepiece_uses_the_ids_of_llama(tokenizer):
     assert tokenizer.vocabulary_size() == 600
     vocabulary = tokenizer.get_vocabulary()
     assert vocabulary[:3] == ["<unk>", "<s>", "</s>"]
@@ -54,37 +54,37 @@ TEXTS = ["a  b", "  if x:\n\treturn 1\n\n", "trailing   ", "naïve 日本語 �
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_v2_gives_every_text_back(text):
+def test_v2_tokenizer_is_lossless(text):
     assert V2.keeps_spaces
     assert V2.detokenize(V2(text)) == text
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_v1_merges_spaces_and_loses_nothing_else(text):
+def test_v1_tokenizer_merges_spaces_and_loses_nothing_else(text):
     assert not V1.keeps_spaces
     merged = " ".join(part for part in text.split(" ") if part)
     assert V1.detokenize(V1(text)) == merged
 
 
-def test_v2_has_a_piece_for_an_indentation_and_v1_has_none():
+def test_v2_tokenizer_has_pieces_of_several_spaces():
     assert V2.id_to_token(V2("    x")[0]) in ("▁▁▁▁", "▁▁▁▁▁")
     assert not any("▁▁" in piece for piece in V1.get_vocabulary())
 
 
 @both
-def test_newlines_are_bytes_and_digits_stand_alone(tokenizer):
+def test_train_sentencepiece_splits_newlines_and_digits(tokenizer):
     assert tokenizer("\n\n")[-2:] == [13, 13]
     digits = [tokenizer.id_to_token(i) for i in tokenizer("12345")]
     assert digits[-5:] == ["1", "2", "3", "4", "5"]
 
 
 @both
-def test_text_is_not_normalised(tokenizer):
+def test_train_sentencepiece_does_not_normalize_text(tokenizer):
     for text in ("ﬁ ½ Å", "e\u0301", "ＡＢ", "a\u00a0b"):
         assert tokenizer.detokenize(tokenizer(text)) == text
 
 
-def test_the_vocabulary_is_listed_as_sentencepiece_lists_it(tmp_path):
+def test_format_vocabulary_equals_the_vocab_file_of_sentencepiece(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT),
         model_prefix=str(tmp_path / "m"),
@@ -96,7 +96,7 @@ def test_the_vocabulary_is_listed_as_sentencepiece_lists_it(tmp_path):
     assert listed == (tmp_path / "m.vocab").read_text()
 
 
-def test_words_of_any_length_are_taken():
+def test_train_sentencepiece_accepts_words_of_any_length():
     script = """
         from keras_openllama.data.tokenizer_training import train_sentencepiece
         words = ["x" * 70_000, " " * 70_000, "é" * 70_000, "▁ " * 40_000]
@@ -104,7 +104,7 @@ def test_words_of_any_length_are_taken():
         train_sentencepiece([*lines, "plain words"] * 3, 280, "v2")
         print("done")
     """
-    # SentencePiece would end the process.
+    # SentencePiece would abort the process.
     result = subprocess.run(
         [sys.executable, "-c", "if True:" + script],
         capture_output=True,
@@ -114,18 +114,18 @@ def test_words_of_any_length_are_taken():
     assert result.stdout.strip() == "done", result.stderr
 
 
-def test_long_lines_are_learnt_from():
+def test_train_sentencepiece_uses_long_lines():
     long = " ".join(["zyzzyva"] * 300_000)
     pieces = OpenLlamaTokenizer(train_sentencepiece([long], 275, "v2")).get_vocabulary()
     assert "▁zyzzyva" in pieces
 
 
-def test_options_of_sentencepiece_can_be_set():
+def test_train_sentencepiece_accepts_options_of_sentencepiece():
     proto = train_sentencepiece(TEXT, 600, "v2", split_digits=False, unk_piece="<?>")
     assert OpenLlamaTokenizer(proto).id_to_token(0) == "<?>"
 
 
-# --- Always the same ---
+# --- Determinism ---
 
 
 def pieces_of(proto):
@@ -136,13 +136,13 @@ def pieces_of(proto):
     ]
 
 
-def test_the_same_lines_give_the_same_bytes():
+def test_train_sentencepiece_is_deterministic():
     assert train_sentencepiece(TEXT, 600, "v2") == V2.proto
     as_bytes = [line.encode() for line in TEXT]
     assert train_sentencepiece(as_bytes, 600, "v2") == V2.proto
 
 
-def test_the_number_of_cores_is_no_matter():
+def test_train_sentencepiece_does_not_depend_on_the_number_of_cores():
     cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, [min(cores)])
@@ -152,20 +152,20 @@ def test_the_number_of_cores_is_no_matter():
 
 
 @pytest.mark.parametrize("threads", [1, 3, 64])
-def test_the_number_of_threads_is_no_matter_to_the_pieces(threads):
+def test_train_sentencepiece_pieces_do_not_depend_on_num_threads(threads):
     proto = train_sentencepiece(TEXT, 600, "v2", num_threads=threads)
     assert pieces_of(proto) == pieces_of(V2.proto)
 
 
 def specs_of(proto):
-    """What a model says of its training: the fields behind its pieces."""
+    """The fields of a model after its pieces, which describe its training."""
     position = 0
     while proto[position] == 0x0A:  # A piece.
         position += 2 + proto[position + 1]
     return proto[position:]
 
 
-def test_nano_was_trained_with_the_options_that_its_preset_states():
+def test_nano_tokenizer_has_the_training_options_of_its_preset():
     published = (ROOT / "presets/open_llama_nano/tokenizer.model").read_bytes()
     preset = json.loads((ROOT / "presets/open_llama_nano.json").read_text())
     options = preset["provenance"]["tokenizer_options"]
@@ -173,43 +173,43 @@ def test_nano_was_trained_with_the_options_that_its_preset_states():
     assert specs_of(train_sentencepiece(lines, **options)) == specs_of(published)
 
 
-# --- What cannot be trained ---
+# --- Invalid arguments ---
 
 
-def test_a_vocabulary_too_large_is_refused_with_the_largest_that_works():
+def test_train_sentencepiece_error_states_the_largest_vocabulary():
     with pytest.raises(ValueError, match=r"vocabulary_size=50000") as error:
         train_sentencepiece(TEXT[:200], 50_000, "v2")
     [largest] = [int(word) for word in str(error.value).split() if word.isdigit()]
     assert len(pieces_of(train_sentencepiece(TEXT[:200], largest, "v2"))) == largest
-    with pytest.raises(ValueError, match=f"{largest} is the largest"):
+    with pytest.raises(ValueError, match=f"{largest} is the maximum"):
         train_sentencepiece(TEXT[:200], largest + 1, "v2")
 
 
-def test_a_vocabulary_too_small_is_refused_with_the_smallest_that_works():
+def test_train_sentencepiece_error_states_the_smallest_vocabulary():
     with pytest.raises(ValueError, match=r"vocabulary_size=261") as error:
         train_sentencepiece(["abc def"] * 9, 261, "v2")
-    assert " 266 at least" in str(error.value)  # ▁ and six letters.
+    assert "at least 266" in str(error.value)  # ▁ and six letters.
     train_sentencepiece(["abc def"] * 9, 266, "v2")
 
 
 @pytest.mark.parametrize("size", [-1, 0, 259])
-def test_a_vocabulary_without_room_for_text_is_refused(size):
+def test_train_sentencepiece_rejects_a_vocabulary_without_room_for_text(size):
     with pytest.raises(ValueError, match=f"above 259.*vocabulary_size={size}$"):
         train_sentencepiece(TEXT, size, "v2")
 
 
-@pytest.mark.parametrize("nothing", [[], ["", ""]])
-def test_nothing_is_refused(nothing):
+@pytest.mark.parametrize("lines", [[], ["", ""]])
+def test_train_sentencepiece_rejects_empty_text(lines):
     with pytest.raises(ValueError, match="There is no text to train on"):
-        train_sentencepiece(nothing, 300, "v2")
+        train_sentencepiece(lines, 300, "v2")
 
 
-def test_an_unknown_style_is_refused():
+def test_train_sentencepiece_rejects_an_unknown_style():
     with pytest.raises(ValueError, match=r"one of v1, v2\. Received: style='v3'"):
         train_sentencepiece(TEXT, 600, "v3")
 
 
-def test_an_unknown_option_is_refused():
+def test_train_sentencepiece_rejects_an_unknown_option():
     with pytest.raises((OSError, ValueError), match="no_such_option"):
         train_sentencepiece(TEXT, 600, "v2", no_such_option=1)
 
@@ -222,36 +222,40 @@ def documents(name, count, size=100):
     return [f"{name} {number} ".ljust(size, ".") for number in range(count)]
 
 
-def all_of(kept):
-    return kept.held_out + kept.training
+def all_of(sample):
+    return sample.held_out + sample.training
 
 
-def test_sources_are_sampled_by_weight():
+def test_sample_documents_samples_sources_by_weight():
     texts = {name: documents(name, 1000) for name in ("web", "code", "books")}
-    samples = sample(texts, {"web": 6, "code": 3, "books": 1}, max_bytes=50_000)
-    sizes = {name: sum(map(len, all_of(kept))) for name, kept in samples.items()}
+    samples = sample_documents(
+        texts, {"web": 6, "code": 3, "books": 1}, max_bytes=50_000
+    )
+    sizes = {name: sum(map(len, all_of(sample))) for name, sample in samples.items()}
     assert sizes == {"books": 5000, "code": 15_000, "web": 30_000}
-    assert {name: kept.share for name, kept in samples.items()} == sizes
+    assert {name: sample.share for name, sample in samples.items()} == sizes
 
 
-def test_without_weights_sources_are_sampled_evenly():
-    samples = sample({"b": documents("b", 99), "a": documents("a", 99)}, None, 8000)
-    assert [len(all_of(kept)) for kept in samples.values()] == [40, 40]
+def test_sample_documents_without_weights_samples_sources_evenly():
+    samples = sample_documents(
+        {"b": documents("b", 99), "a": documents("a", 99)}, None, 8000
+    )
+    assert [len(all_of(sample)) for sample in samples.values()] == [40, 40]
 
 
-def test_a_source_that_has_less_than_its_share_gives_all():
+def test_sample_documents_takes_all_of_a_source_smaller_than_its_share():
     texts = documents("web", 10)
-    kept = sample({"web": texts}, max_bytes=10**6)["web"]
-    assert sorted(all_of(kept)) == sorted(text.encode() for text in texts)
-    assert (kept.documents, kept.num_bytes, kept.share) == (10, 1000, 10**6)
+    sample = sample_documents({"web": texts}, max_bytes=10**6)["web"]
+    assert sorted(all_of(sample)) == sorted(text.encode() for text in texts)
+    assert (sample.documents, sample.num_bytes, sample.share) == (10, 1000, 10**6)
 
 
-def test_every_document_is_as_likely():
+def test_sample_documents_is_uniform():
     texts = documents("web", 40)
     times = collections.Counter()
     for seed in range(1000):
-        times.update(all_of(sample({"web": texts}, None, 1000, seed)["web"]))
-    # 10 of 40: each 250 times, with a standard deviation of 14.
+        times.update(all_of(sample_documents({"web": texts}, None, 1000, seed)["web"]))
+    # 10 of 40: each 250 times on average, with a standard deviation of 14.
     assert len(times) == 40 and sum(times.values()) == 10_000
     assert 250 - 5 * 14 < min(times.values()) <= max(times.values()) < 250 + 5 * 14
 
@@ -260,101 +264,107 @@ def varied(count):
     return [f"{number} " + "x" * (number * 37 % 400) for number in range(count)]
 
 
-def test_the_order_of_documents_is_no_matter():
+def test_sample_documents_does_not_depend_on_the_order_of_documents():
     texts = varied(300)
-    expected = sample({"web": texts, "code": texts}, max_bytes=9000, seed=3)
+    expected = sample_documents({"web": texts, "code": texts}, max_bytes=9000, seed=3)
     for order in (texts[::-1], texts[150:] + texts[:150], sorted(texts)):
-        assert sample({"code": order, "web": order}, None, 9000, 3) == expected
-    assert list(lines(expected)) == [
+        assert (
+            sample_documents({"code": order, "web": order}, None, 9000, 3) == expected
+        )
+    assert list(training_lines(expected)) == [
         *expected["code"].training,
         *expected["web"].training,
     ]
 
 
-def test_another_seed_draws_another_sample():
+def test_sample_documents_depends_on_the_seed():
     texts = {"web": varied(300)}
-    first, second = (sample(texts, None, 9000, seed)["web"] for seed in (0, 1))
+    first, second = (
+        sample_documents(texts, None, 9000, seed)["web"] for seed in (0, 1)
+    )
     assert {*all_of(first)} != {*all_of(second)}
 
 
-def test_the_sample_ends_with_the_document_that_fills_its_share():
+def test_sample_documents_stops_at_the_document_that_fills_the_share():
     for max_bytes in (1, 5000, 20_000):
-        kept = all_of(sample({"web": varied(300)}, None, max_bytes)["web"])
-        size = sum(map(len, kept))
+        sample = all_of(sample_documents({"web": varied(300)}, None, max_bytes)["web"])
+        size = sum(map(len, sample))
         assert max_bytes <= size < max_bytes + 404
 
 
-def test_no_text_is_both_trained_on_and_held_out_however_often_it_comes():
+def test_sample_documents_never_holds_out_training_text():
     texts = documents("web", 500) * 3
-    kept = sample({"web": texts}, max_bytes=10**6)["web"]
-    assert len(kept.held_out) == 10  # One in 50.
-    assert len(kept.training) == 490
-    assert not {*kept.held_out} & {*kept.training}
-    assert (kept.documents, kept.num_bytes) == (1500, 150_000)
-    once, thrice = (sample({"web": t}, None, 9999)["web"] for t in (texts[:500], texts))
+    sample = sample_documents({"web": texts}, max_bytes=10**6)["web"]
+    assert len(sample.held_out) == 10  # One in 50.
+    assert len(sample.training) == 490
+    assert not {*sample.held_out} & {*sample.training}
+    assert (sample.documents, sample.num_bytes) == (1500, 150_000)
+    once, thrice = (
+        sample_documents({"web": t}, None, 9999)["web"] for t in (texts[:500], texts)
+    )
     assert all_of(once) == all_of(thrice)
 
 
 @pytest.mark.parametrize("count, held_out", [(1, 0), (2, 1), (50, 1), (51, 2)])
-def test_a_source_of_few_documents_keeps_something_to_train_on(count, held_out):
-    kept = sample({"web": documents("web", count)})["web"]
-    assert (len(kept.held_out), len(kept.training)) == (held_out, count - held_out)
+def test_sample_documents_of_few_documents_has_training_text(count, held_out):
+    sample = sample_documents({"web": documents("web", count)})["web"]
+    assert (len(sample.held_out), len(sample.training)) == (held_out, count - held_out)
 
 
-def test_lines_are_without_their_ends():
-    assert list(lines(sample({"web": ["a\n\n  b\r\nc\n"]}))) == [
+def test_training_lines_have_no_line_ends():
+    assert list(training_lines(sample_documents({"web": ["a\n\n  b\r\nc\n"]}))) == [
         *(b"a", b"", b"  b\r", b"c", b"")
     ]
 
 
-def test_skipped_documents_are_counted_by_reason():
+def test_sample_documents_counts_skipped_documents_by_reason():
     texts = [*documents("web", 300), Skipped(EMPTY), Skipped(NOT_JSON), Skipped(EMPTY)]
-    kept = sample({"web": texts})["web"]
-    assert kept.skipped == {EMPTY: 2, NOT_JSON: 1}
-    assert kept.documents == 300
+    sample = sample_documents({"web": texts})["web"]
+    assert sample.skipped == {EMPTY: 2, NOT_JSON: 1}
+    assert sample.documents == 300
 
 
-def test_damaged_documents_above_the_threshold_are_refused():
+def test_sample_documents_rejects_too_many_damaged_documents():
     texts = [*documents("web", 97), *[Skipped(NOT_JSON)] * 3]
-    assert sample({"web": texts}, max_skipped=0.03)["web"].documents == 97
+    assert sample_documents({"web": texts}, max_skipped=0.03)["web"].documents == 97
     with pytest.raises(SourceError, match=r"'web': 3 of 100 .*not JSON: 3.* 0.029 "):
-        sample({"web": texts}, max_skipped=0.029)
+        sample_documents({"web": texts}, max_skipped=0.029)
 
 
-def test_a_source_of_nothing_but_faults_is_not_read_to_its_end():
+def test_sample_documents_stops_early_if_all_documents_are_damaged():
     with pytest.raises(SourceError, match="Source 'web'"):
-        sample({"web": itertools.repeat(Skipped(NOT_JSON))})
+        sample_documents({"web": itertools.repeat(Skipped(NOT_JSON))})
 
 
-def test_a_source_without_text_is_refused():
+def test_sample_documents_rejects_a_source_without_text():
     with pytest.raises(SourceError, match="Source 'web' has no text"):
-        sample({"web": [Skipped(EMPTY)], "code": documents("code", 3)})
+        sample_documents({"web": [Skipped(EMPTY)], "code": documents("code", 3)})
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"weights": {"web": 1, "books": 1}}, "each of web. Received: .*books"),
-        ({"weights": {"web": 0}}, "above 0"),
-        ({"max_bytes": 0}, "`max_bytes` must be above 0. Received: 0"),
-        ({"max_skipped": 2}, "`max_skipped` is a share from 0 to 1. Received: 2"),
+        ({"weights": {"web": 0}}, "positive"),
+        ({"max_bytes": 0}, "`max_bytes` must be positive. Received: 0"),
+        ({"max_skipped": 2}, "`max_skipped` must be from 0 to 1. Received: 2"),
     ],
 )
-def test_arguments_of_the_sample_are_checked(arguments, message):
+def test_sample_documents_rejects_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sample({"web": documents("web", 3)}, **arguments)
+        sample_documents({"web": documents("web", 3)}, **arguments)
 
 
-# --- The script ---
+# --- The command ---
 
 
-def run(output, *inputs, size=900, options=()):
+def run_command(output, *inputs, size=900, options=()):
     arguments = ["--output", str(output), "--vocab-size", str(size), *options]
     assert main([*arguments, "--input", *map(str, inputs)]) == 0
     return (output / "tokenizer.model").read_bytes()
 
 
-def refusal(capsys, *arguments):
+def error_line(capsys, *arguments):
     """The line on stderr with which the command fails, with exit code 2."""
     assert main([str(argument) for argument in arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -373,11 +383,11 @@ def prose(tmp_path):
     return folder
 
 
-def test_the_script_trains_on_the_mixture(prose, tmp_path, capsys, caplog):
+def test_train_tokenizer_trains_on_the_mixture(prose, tmp_path, capsys, caplog):
     output = tmp_path / "new" / "tokenizer"
     code = STDLIB / "[a-d]*.py"
     options = ["--mixture", "v2", "--sample-bytes", "400k", "--max-skipped", "0"]
-    proto = run(
+    proto = run_command(
         *(output, f"refinedweb={prose}", f"starcoder={code}"),
         options=[*options, "--text-field", "refinedweb=content"],
     )
@@ -407,60 +417,62 @@ def test_the_script_trains_on_the_mixture(prose, tmp_path, capsys, caplog):
     assert "open_llama_nano" in report["tokenizers"]
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
 
-    said = capsys.readouterr().out
-    assert f'OpenLlamaTokenizer("{output}/tokenizer.model")' in said
-    assert f"keras-openllama prepare-data --tokenizer {output}" in said
-    assert "says nothing until it is done" in said
-    assert f"{own['overall']:.2f}" in said
-    assert "without wikipedia" in caplog.text
+    text = capsys.readouterr().out
+    assert f'OpenLlamaTokenizer("{output}/tokenizer.model")' in text
+    assert f"keras-openllama prepare-data --tokenizer {output}" in text
+    assert "says nothing until it is done" in text
+    assert f"{own['overall']:.2f}" in text
+    assert "not available: wikipedia" in caplog.text
 
 
-def test_the_script_gives_the_same_bytes_whatever_the_order_of_files(prose, tmp_path):
+def test_train_tokenizer_does_not_depend_on_the_order_of_files(prose, tmp_path):
     a, b = prose / "a.jsonl", prose / "b.jsonl"
     options = ["--sample-bytes", "200k"]
     code = f"code={STDLIB}/[a-c]*.py"
-    first = run(tmp_path / "1", f"p={a}", f"p={b}", code, options=options)
-    second = run(tmp_path / "2", code, f"p={b}", f"p={a}", options=options)
-    other = run(
+    first = run_command(tmp_path / "1", f"p={a}", f"p={b}", code, options=options)
+    second = run_command(tmp_path / "2", code, f"p={b}", f"p={a}", options=options)
+    other = run_command(
         tmp_path / "3", code, f"p={b}", f"p={a}", options=[*options, "--seed", "1"]
     )
     assert first == second != other
 
 
-def test_paths_alone_are_the_source_text_and_styles_differ(prose, tmp_path):
+def test_train_tokenizer_names_a_single_source_text(prose, tmp_path):
     field = ["--text-field", "text=content"]
-    proto = run(tmp_path / "v1", prose, options=["--style", "v1", *field])
+    proto = run_command(tmp_path / "v1", prose, options=["--style", "v1", *field])
     assert not OpenLlamaTokenizer(proto).keeps_spaces
     report = json.loads((tmp_path / "v1" / "report.json").read_text())
     assert [*report["sources"]] == ["text"]
 
 
-def test_the_mixture_knows_the_field_of_its_sources(prose, tmp_path):
-    run(tmp_path / "out", f"starcoder={prose}", options=["--mixture", "v2"])
+def test_train_tokenizer_uses_the_text_field_of_the_mixture(prose, tmp_path):
+    run_command(tmp_path / "out", f"starcoder={prose}", options=["--mixture", "v2"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     size = sum(len(text.encode()) for text in topics.values())
     assert report["sources"]["starcoder"]["bytes"] == size
 
 
-def test_an_existing_tokenizer_is_replaced_with_force_only(prose, tmp_path, capsys):
+def test_train_tokenizer_replaces_a_tokenizer_with_force_only(prose, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
     (output / "tokenizer.model").write_bytes(b"precious")
     arguments = ["--input", prose, "--output", output, "--vocab-size", 900]
     arguments += ["--text-field", "text=content"]
-    assert "--force" in refusal(capsys, *arguments)
+    assert "--force" in error_line(capsys, *arguments)
     assert [path.name for path in output.iterdir()] == ["tokenizer.model"]
     assert (output / "tokenizer.model").read_bytes() == b"precious"
-    assert run(output, prose, options=["--force", *arguments[-2:]]) != b"precious"
+    assert (
+        run_command(output, prose, options=["--force", *arguments[-2:]]) != b"precious"
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--input", "nothing/*.txt"], "'nothing/*.txt' matches no file"),
+        (["--input", "nothing/*.txt"], "'nothing/*.txt' matches no files"),
         (["--input", "Web=x"], "Received: 'Web=x'"),
         (["--input", "{prose}", "--vocab-size", "100"], "above 259"),
-        (["--input", "{prose}", "--vocab-size", "90000"], "is the largest vocabulary"),
+        (["--input", "{prose}", "--vocab-size", "90000"], "is the maximum"),
         (["--input", "{prose}", "--mixture", "v2"], "has no source 'text'"),
         (["--input", "{prose}", "--mixture", "v9"], "mixture='v9'"),
         (["--input", "{prose}", "--text-field", "web=body"], "--text-field names web"),
@@ -469,18 +481,18 @@ def test_an_existing_tokenizer_is_replaced_with_force_only(prose, tmp_path, caps
         (["--input", "{damaged}"], "2 of 30 documents would be skipped"),
     ],
 )
-def test_what_a_user_can_cause_is_said_in_a_line(
+def test_train_tokenizer_reports_user_errors_in_one_line(
     arguments, message, prose, tmp_path, capsys
 ):
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text('{"text": "good"}\n' * 28 + '{"text": \n' * 2)
     given = [word.format(prose=prose, damaged=damaged) for word in arguments]
     output = tmp_path / "out"
-    assert message in refusal(capsys, "--output", output, *given)
+    assert message in error_line(capsys, "--output", output, *given)
     assert not output.exists() or not list(output.iterdir())
 
 
-def test_a_process_that_fails_shows_no_traceback(tmp_path):
+def test_train_tokenizer_process_shows_no_traceback_on_user_errors(tmp_path):
     script = [sys.executable, ROOT / "train" / "train_tokenizer.py"]
     command = [*script, "--input", "nothing", "--output", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -488,39 +500,37 @@ def test_a_process_that_fails_shows_no_traceback(tmp_path):
     [line] = result.stderr.splitlines()
     assert line.startswith(
         "python train/train_tokenizer.py: error: "
-        "Source 'text': 'nothing' matches no file"
+        "Source 'text': 'nothing' matches no files"
     )
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
-    tmp_path, capsys
-):
+def test_train_tokenizer_rejects_an_unwritable_output_before_reading(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    said = refusal(capsys, "--input", "no such", "--output", file)
-    assert str(file) in said
+    text = error_line(capsys, "--input", "no such", "--output", file)
+    assert str(file) in text
 
 
 @pytest.mark.parametrize(
     "text, number",
     [("20000", 20_000), ("1k", 1000), ("1.5M", 1_500_000), ("2g", 2 * 10**9)],
 )
-def test_sizes_have_suffixes(text, number):
+def test_number_of_bytes_accepts_suffixes(text, number):
     assert number_of_bytes(text) == number
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1T", "much", "", "0.1"])
-def test_other_sizes_are_refused(text, capsys):
+def test_train_tokenizer_rejects_other_sizes(text, capsys):
     with pytest.raises(SystemExit) as failed:
         main(["--input", "x", "--output", "y", "--sample-bytes", text])
     assert failed.value.code == 2
     assert "such as 1G, 500M" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys):
+def test_train_tokenizer_help_explains_usage(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert "keras-openllama train-tokenizer --output" in said
-    assert "unfit for code" in said and "--sample-bytes" in said
+    text = capsys.readouterr().out
+    assert "keras-openllama train-tokenizer --output" in text
+    assert "unfit for code" in text and "--sample-bytes" in text

@@ -184,7 +184,7 @@ def test_from_preset_rejects_a_tokenizer_with_more_pieces_than_embeddings(
         (tmp_path / path.name).write_bytes(path.read_bytes())
     larger = trained_model(keep_spaces=True, vocab_size=600)
     (tmp_path / "tokenizer.model").write_bytes(larger)
-    with pytest.raises(ValueError, match="600 pieces and the model 512 embeddings"):
+    with pytest.raises(ValueError, match="600 pieces but the model has 512 embeddings"):
         OpenLlamaCausalLM.from_preset(tmp_path)
 
 

@@ -333,7 +333,7 @@ def test_bits_per_byte_are_those_of_what_is_kept():
     losses = ops.convert_to_numpy(lm.score(kept, scoring_mode="loss"))
     assert losses.shape == (1, 10), "the shorter text has other tokens"
     lm.preprocessor.sequence_length = 10
-    with pytest.warns(UserWarning, match="cut"):
+    with pytest.warns(UserWarning, match="truncated"):
         found = lm.evaluate([text], verbose=0, return_dict=True)
     expected = losses.sum() / np.log(2) / len(kept.encode())
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
