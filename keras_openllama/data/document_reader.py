@@ -45,7 +45,7 @@ def read_documents(
     max_bytes: int = MAX_DOCUMENT_BYTES,
     progress: Callable[[float], object] | None = None,
 ) -> Iterator[str | Skipped]:
-    """Reads the documents of a unit, in order.
+    r"""Reads the documents of a unit, in order.
 
     Args:
         unit: the part of a source to read.
@@ -63,7 +63,7 @@ def read_documents(
 
     Example:
         >>> from keras_openllama.data.text_sources import find_units
-        >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n{"text": ""}\\n')
+        >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\n{"text": ""}\n')
         >>> [unit] = find_units("web", ["a.jsonl"])
         >>> list(read_documents(unit))
         ['A llama.', 'empty']

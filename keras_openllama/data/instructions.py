@@ -21,12 +21,12 @@ _KINDS = (PAIR_KEYS, CHAT_KEYS, {"text"})
 def read_examples(
     paths: Sequence[PathLike], templates: tuple[str, str] | None = None
 ) -> list[Example]:
-    """Reads fine-tuning examples from JSON lines files.
+    r"""Reads fine-tuning examples from JSON lines files.
 
     Args:
         paths: JSON lines files. Each line is an object with `"prompt"` and
             `"response"`, with `"messages"`, or with `"text"`; other keys are ignored.
-        templates: templates of the prompt and the response, such as `"{question}\\n"`
+        templates: templates of the prompt and the response, such as `"{question}\n"`
             and `" {answer}"`, with keys of the objects in braces. `None` takes the
             objects as they are.
 
@@ -39,7 +39,7 @@ def read_examples(
             examples. The message names the file and the line.
 
     Example:
-        >>> _ = open("qa.jsonl", "w").write('{"question": "2 + 2?", "answer": "4"}\\n')
+        >>> _ = open("qa.jsonl", "w").write('{"question": "2 + 2?", "answer": "4"}\n')
         >>> read_examples(["qa.jsonl"], templates=("{question}", " {answer}"))
         [{'prompt': '2 + 2?', 'response': ' 4'}]
     """

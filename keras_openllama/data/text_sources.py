@@ -97,7 +97,7 @@ def parse_sources(arguments: Iterable[str]) -> dict[str, list[str]]:
 def find_units(
     source: str, specs: Iterable[str], unit_bytes: int = UNIT_BYTES
 ) -> list[Unit]:
-    """Finds a source's files and divides them into units.
+    r"""Finds a source's files and divides them into units.
 
     Args:
         source: name of the source.
@@ -114,7 +114,7 @@ def find_units(
         SourceError: if a spec matches nothing, or a file cannot be read.
 
     Example:
-        >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\\n')
+        >>> _ = open("a.jsonl", "w").write('{"text": "A llama."}\n')
         >>> [unit] = find_units("web", ["*.jsonl"])
         >>> unit.format, unit.paths, unit.num_bytes
         ('jsonl', ('a.jsonl',), 21)

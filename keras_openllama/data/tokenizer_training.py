@@ -202,12 +202,12 @@ class _SmallestPriorities:
 
 
 def training_lines(samples: dict[str, DocumentSample]) -> Iterator[bytes]:
-    """Yields the lines of the training documents, in the order of the samples.
+    r"""Yields the lines of the training documents, in the order of the samples.
 
     Lines do not include their line ends, so the newline stays the byte piece 13.
 
     Example:
-        >>> samples = sample_documents({"web": ["A llama\\nhums."]})
+        >>> samples = sample_documents({"web": ["A llama\nhums."]})
         >>> list(training_lines(samples))
         [b'A llama', b'hums.']
     """
@@ -332,7 +332,7 @@ def _explain(message, vocabulary_size):
 
 
 def format_vocabulary(proto: bytes) -> str:
-    """Lists the pieces of a model, in the format of SentencePiece's `.vocab` files.
+    r"""Lists the pieces of a model, in the format of SentencePiece's `.vocab` files.
 
     Args:
         proto: bytes of the model file.
@@ -343,7 +343,7 @@ def format_vocabulary(proto: bytes) -> str:
     Example:
         >>> proto = train_sentencepiece(["hum hum"], 265, "v2")
         >>> format_vocabulary(proto).splitlines()[:2]
-        ['<unk>\\t0', '<s>\\t0']
+        ['<unk>\t0', '<s>\t0']
     """
     processor = load_processor(proto, "the tokenizer")
     return "".join(

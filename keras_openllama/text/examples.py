@@ -100,7 +100,7 @@ def check_template(template: ChatTemplate | None) -> None:
 def chat_exchanges(
     messages: Sequence[Message], template: ChatTemplate | None, name: str = "messages"
 ) -> list[Exchange]:
-    """Converts a chat to exchanges. The last one may lack a response.
+    r"""Converts a chat to exchanges. The last one may lack a response.
 
     Args:
         messages: dicts `{"role": …, "content": …}`.
@@ -116,9 +116,9 @@ def chat_exchanges(
             message is malformed.
 
     Example:
-        >>> template = {"user": "Q: {content}\\n", "assistant": "A: {content}"}
+        >>> template = {"user": "Q: {content}\n", "assistant": "A: {content}"}
         >>> chat_exchanges([{"role": "user", "content": "Hi"}], template)
-        [('Q: Hi\\nA: ', '')]
+        [('Q: Hi\nA: ', '')]
     """
     if template is None:
         raise ValueError(

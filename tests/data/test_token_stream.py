@@ -282,7 +282,7 @@ def test_validation_split_shares_no_documents_with_train(data):
         {
             tuple(tokens.tolist())
             for source in COUNTS
-            for tokens, _ in data.documents(source, split).read(
+            for tokens, _ in data.documents(source, split).read_many(
                 range(len(data.documents(source, split)))
             )
         }
