@@ -1,4 +1,4 @@
-"""Which parts of which documents each training sequence consists of.
+"""Index of training sequences: the spans of documents in each sequence.
 
 A sequence of `sequence_length` predictions holds `sequence_length + 1` tokens: inputs
 and targets, which are one token ahead. Sequences are numbered through all epochs.

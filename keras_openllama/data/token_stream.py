@@ -29,9 +29,7 @@ class TokenStream:
 
     The batch of a step depends only on the data, the seed, the step and the schedule of
     the mixture: not on the number of hosts or workers, nor on the first step. Starting
-    at
-        any
-    step has the same cost.
+    at any step has the same cost.
 
     Args:
         data: `prepared_data.PreparedData`, or its directory.
@@ -150,7 +148,7 @@ class TokenStream:
         Returns:
             `(x, y, sample_weight)` as `fit` takes them: a dict of int32 `"token_ids"`
             and `"padding_mask"`, int32 targets, and float32 weights, 1 on targets and 0
-            on padding. All have the shape `(batch_size / hosts, sequence_length)`.
+            elsewhere. All have the shape `(batch_size / hosts, sequence_length)`.
 
         Raises:
             DamagedFile: if a shard is damaged.

@@ -333,13 +333,13 @@ class TrainingExamples:
         ids, numbers, targets = (np.zeros(shape, "int32") for _ in range(3))
         weights = np.zeros(shape, "float32")
         ends, counts = np.zeros((2, len(ids)), "int64")
-        for example, (row, size) in enumerate(zip(bins, sizes, strict=True)):
-            here = np.s_[row, ends[row] : ends[row] + size]
+        for example, (index, size) in enumerate(zip(bins, sizes, strict=True)):
+            here = np.s_[index, ends[index] : ends[index] + size]
             tokens = self.token_ids[example]
             ids[here], targets[here] = tokens[:size], tokens[1:]
             weights[here] = self.loss_masks[example][1:]
-            ends[row], counts[row] = ends[row] + size, counts[row] + 1
-            numbers[here] = counts[row]
+            ends[index], counts[index] = ends[index] + size, counts[index] + 1
+            numbers[here] = counts[index]
         return {"token_ids": ids, "padding_mask": numbers}, targets, weights
 
     def warn(self) -> None:

@@ -66,7 +66,7 @@ def test_length_histogram_counts_documents_by_length(data):
 
 
 def test_inspect_data_prints_batches_and_draws_a_plot(data, tmp_path, capsys):
-    picture = tmp_path / "look.png"
+    picture = tmp_path / "overview.png"
     main(
         [
             *(data.directory, f"--picture={picture}", "--sequence-length=64"),

@@ -37,7 +37,7 @@ NANO = ROOT / "presets" / "open_llama_nano"
 SOURCES = ("code", "prose", "web")
 FRACTION = 0.2
 UNIT_BYTES = 100_000
-SECONDS = 60  # Timeout of a process.
+SECONDS = 120  # Timeout of a process.
 
 
 def prepare(sources, output, tokenizer="open_llama_nano", **options):

@@ -65,10 +65,10 @@ def test_batch_has_the_arrays_of_fit(data, options):
 
 
 def test_sequences_read_describes_the_tokens_of_a_batch(data):
-    whole = stream(data)
-    x, y, _ = whole.batch(11)
+    full = stream(data)
+    x, y, _ = full.batch(11)
     tokens = np.concatenate([x["token_ids"], y[:, -1:]], axis=1)
-    for number, (source, spans) in enumerate(whole.sequences_read(11)):
+    for number, (source, spans) in enumerate(full.sequences_read(11)):
         documents = data.documents(source)
         parts = [documents[d][0][first : first + size] for d, first, size in spans]
         np.testing.assert_array_equal(tokens[number], np.concatenate(parts))
@@ -122,13 +122,13 @@ def test_batch_with_best_fit_cuts_no_document_that_fits(data):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_batch_does_not_depend_on_previous_batches(data, options):
-    whole = stream(data, **options)
-    batches = [whole.batch(step) for step in range(40)]
+    full = stream(data, **options)
+    batches = [full.batch(step) for step in range(40)]
     for step in np.random.default_rng(2).permutation(40)[:8].tolist():
         assert_same(stream(data, **options).batch(step), batches[step])
     # Some sequences start inside a document, which did not restart there.
     starts = [
-        spans[0][1] for step in range(40) for _, spans in whole.sequences_read(step)
+        spans[0][1] for step in range(40) for _, spans in full.sequences_read(step)
     ]
     assert any(starts)
 
@@ -136,19 +136,19 @@ def test_batch_does_not_depend_on_previous_batches(data, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_batch_is_divided_among_hosts(data, options, hosts):
-    whole = stream(data, **options)
+    full = stream(data, **options)
     parts = [stream(data, **options, hosts=hosts, host=host) for host in range(hosts)]
     for step in (0, 17, 333):
         together = [stack(part.batch(step)) for part in parts]
-        expected = stack(whole.batch(step))
+        expected = stack(full.batch(step))
         np.testing.assert_array_equal(np.concatenate(together), expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_dataset_with_threads_returns_batches_in_order(data, options):
-    whole = stream(data, **options)
-    for step, batch in enumerate(whole.dataset(13, 30, threads=4, prefetch=8), 13):
-        assert_same(batch, whole.batch(step))
+    full = stream(data, **options)
+    for step, batch in enumerate(full.dataset(13, 30, threads=4, prefetch=8), 13):
+        assert_same(batch, full.batch(step))
     assert step == 42
 
 
@@ -164,14 +164,14 @@ def test_dataset_with_workers_returns_batches_in_order(data, workers, options):
 
 
 def test_dataset_resumes_from_the_state_of_a_grain_iterator(data):
-    whole = stream(data)
-    reading = iter(whole.dataset(from_step=3))
+    full = stream(data)
+    reading = iter(full.dataset(from_step=3))
     for _ in range(4):
         next(reading)
     state = reading.get_state()
     again = iter(stream(data).dataset(from_step=3))
     again.set_state(state)
-    assert_same(next(again), whole.batch(7))
+    assert_same(next(again), full.batch(7))
 
 
 def test_batch_depends_on_the_seed(data):
@@ -212,9 +212,9 @@ np.save(out, np.stack(targets))
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
     first, second = map(np.load, outputs)
-    whole = stream(data)
+    full = stream(data)
     for place, step in enumerate((0, 5)):
-        expected = whole.batch(step)[1]
+        expected = full.batch(step)[1]
         np.testing.assert_array_equal(first[place], expected[:4])
         np.testing.assert_array_equal(second[place], expected[4:])
 

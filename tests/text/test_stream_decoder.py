@@ -55,15 +55,15 @@ def test_stream_decoder_continues_a_prefix(tokenizer, data):
     prefix = data.draw(ids_of(tokenizer))
     ids = data.draw(ids_of(tokenizer))
     before = tokenizer.detokenize(prefix)
-    whole = tokenizer.detokenize(prefix + ids)
+    full = tokenizer.detokenize(prefix + ids)
     text = "".join(streamed(tokenizer, ids, prefix))
-    if whole.startswith(before):
-        assert text == whole[len(before) :]
+    if full.startswith(before):
+        assert text == full[len(before) :]
     else:  # The stream has completed the character that the prefix ends in.
         # At most three pending bytes were shown as U+FFFD. U+FFFD of invalid bytes
         # stay.
         assert any(
-            before.endswith("\ufffd" * n) and before[:-n] + text == whole
+            before.endswith("\ufffd" * n) and before[:-n] + text == full
             for n in (1, 2, 3)
         )
 
