@@ -1,1 +1,1 @@
-"""The commands of `keras-openllama`, one module each; `main` runs it."""
+"""The commands of `keras-openllama`, one module per command; `main` runs it."""

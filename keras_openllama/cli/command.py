@@ -1,15 +1,17 @@
-"""What all commands share: their parser, their exit codes, and errors in one line.
+"""Parser, exit codes and one-line errors, which all commands share.
 
 A command is a module with `main(arguments=None, prog="keras-openllama NAME")`, which
-returns the exit code. At its top it imports nothing that takes long, so that `--help`
-answers at once.
+returns the exit code. At import it loads nothing slow, so that `--help` is fast.
 """
+
+from __future__ import annotations
 
 import argparse
 import functools
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from keras_openllama.cli.optional_imports import hide_from_keras
 from keras_openllama.cli.process import (
@@ -23,20 +25,28 @@ _TRACEBACK = "--traceback"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that keeps the lines of its texts, and takes `--traceback`.
+    """A parser that does not reflow its texts, and accepts `--traceback`.
 
-    In the description and the epilog `%(prog)s` is the command as the user typed it,
-    and so a percent sign is written twice.
+    The description and the epilog may contain `%(prog)s`, the command as the user typed
+    it. A literal percent sign is written twice.
+
+    Args:
+        prog: The command as the user typed it.
+        **options: Arguments of `argparse.ArgumentParser`.
+
+    Example:
+        >>> CommandParser("keras-openllama plot").parse_args(["--traceback"])
+        Namespace(traceback=True)
     """
 
-    def __init__(self, prog, **options):
+    def __init__(self, prog: str, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=prog, **options)
         self.add_argument(
             _TRACEBACK,
             action="store_true",
             default=False,
-            help="show where an error comes from, for a bug report",
+            help="print a traceback if the command fails, for bug reports",
         )
 
 
@@ -48,21 +58,20 @@ def add_renamed_argument(
     The alias prints a warning on stderr, once per command line.
 
     Args:
-        group: the parser, or one of its argument groups.
-        old: the old name, such as `"--alone"`.
-        new: the new name, such as `"--no-alternatives"`. The value is stored under
+        group: The parser, or one of its argument groups.
+        old: The old name, such as `"--alone"`.
+        new: The new name, such as `"--no-alternatives"`. The value is stored under
             this name, unless `dest` is given.
-        **options: further arguments of `add_argument`, the same for both names.
+        **options: Further arguments of `add_argument`, the same for both names.
 
     Returns:
         The action of the new name.
 
     Example:
-
-    >>> parser = CommandParser("prog")
-    >>> action = add_renamed_argument(parser, "--beside", "--compare-with", nargs="+")
-    >>> parser.parse_args(["--compare-with", "LLaMA 7B"]).compare_with
-    ['LLaMA 7B']
+        >>> parser = CommandParser("prog")
+        >>> _ = add_renamed_argument(parser, "--beside", "--compare-with", nargs="+")
+        >>> parser.parse_args(["--compare-with", "LLaMA 7B"]).compare_with
+        ['LLaMA 7B']
     """
     action = group.add_argument(new, **options)
 
@@ -84,26 +93,43 @@ def add_renamed_argument(
     return action
 
 
-def command(name, extra=None, large_pages=False):
-    """Decorates the `main` of a command, so that every command ends the same way.
+class CommandMain(Protocol):
+    """The `main` of a command, as `command` decorates it."""
 
-    The function takes a list of arguments and `prog`, and returns the exit code or
+    def __call__(self, arguments: Sequence[str] | None = None, prog: str = ...) -> int:
+        """Runs the command with arguments, by default those of the process."""
+
+
+def command(
+    name: str, extra: str | None = None, large_pages: bool = False
+) -> Callable[[Callable[[list[str], str], int | None]], CommandMain]:
+    """Decorates the `main` of a command: errors become exit codes.
+
+    The decorated function takes the arguments and `prog`, and returns the exit code or
     `None`. An error that the user can correct (`ValueError`, `OSError`, `ImportError`)
-    becomes one line on stderr and exit code 2; Ctrl-C is 130; a reader that has closed
-    the pipe (`| head`) is no error.
+    becomes one line on stderr and exit code 2. Ctrl-C gives exit code 130. A closed
+    pipe (`| head`) is not an error.
 
     Args:
-        name: string, the command after `keras-openllama`.
-        extra: string, the extra of the package that brings what the command imports.
-        large_pages: bool, whether the process is restarted with large memory pages.
+        name: The command after `keras-openllama`.
+        extra: The extra of the package with the dependencies of the command.
+        large_pages: Whether to restart the process with large memory pages.
 
     Returns:
-        A decorator. The function that it returns takes `arguments=None`, those of the
-        process, and `prog="keras-openllama NAME"`.
+        A decorator. The function that it returns takes `arguments=None`, by default
+        those of the process, and `prog="keras-openllama NAME"`.
+
+    Example:
+        >>> @command("hello")
+        ... def main(arguments, prog):
+        ...     print(f"{prog} {arguments}")
+        >>> main(["world"])
+        keras-openllama hello ['world']
+        0
     """
 
-    def decorate(run):
-        @functools.wraps(run)
+    def decorate(run_command):
+        @functools.wraps(run_command)
         def main(arguments=None, prog=f"{PROGRAM} {name}"):
             arguments = sys.argv[1:] if arguments is None else list(arguments)
             if owns_process(arguments):
@@ -111,10 +137,10 @@ def command(name, extra=None, large_pages=False):
                 if large_pages:
                     use_large_pages()
             try:
-                return run(arguments, prog) or 0
+                return run_command(arguments, prog) or 0
             except BrokenPipeError:
-                # Python would complain about the same pipe again when it flushes at
-                # exit.
+                # Otherwise Python reports the closed pipe again when it flushes stdout
+                # at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 0
             except KeyboardInterrupt:
@@ -132,9 +158,9 @@ def command(name, extra=None, large_pages=False):
 
 
 def _message(error, extra):
-    """The error in one line; for a package that is not installed, what installs it."""
+    """The error in one line; for a missing package, how to install it."""
     missing = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and str(error).startswith("No module"):
         wanted = f"{PROGRAM}[{extra}]" if extra else PROGRAM
-        return f"{missing} is not installed: pip install '{wanted}' brings it."
+        return f"{missing} is not installed. Install it with: pip install '{wanted}'"
     return one_line(error)

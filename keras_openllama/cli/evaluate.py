@@ -1,5 +1,8 @@
 """`keras-openllama evaluate`: tasks, perplexity, HumanEval, and comparisons."""
 
+from __future__ import annotations
+
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -7,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.process import (
@@ -17,45 +22,60 @@ from keras_openllama.cli.process import (
     quiet_tensorflow,
 )
 
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+
 DESCRIPTION = """\
 Evaluate a model: the published table, any task, perplexity, HumanEval.
 
     %(prog)s --preset 7b_v2 --suite openllama --output evaluations/7b_v2
-        the 21 published metrics, measured and published side by side
+        measure the 21 published metrics and compare them with the published values
     %(prog)s --preset runs/3b_v3 --tasks hellaswag piqa --limit 500
-        some tasks of lm-evaluation-harness, here on a checkpoint of a run
+        run some tasks of lm-evaluation-harness on a checkpoint of a run
     %(prog)s --preset nano --perplexity book.txt texts/ data/
-        perplexity and bits per byte of text files and prepared data sets
+        measure perplexity and bits per byte of text files and prepared data sets
     %(prog)s --preset 7b_v2 --human-eval --run-generated-code
-        functions that the model writes, and how many pass their tests
+        generate functions and count those that pass their tests
     %(prog)s --compare evaluations/7b evaluations/7b_v2 --output both
-        tables and a picture of several
+        write tables and a plot of several evaluations
 
-The output directory holds results.json, table.md, table.png and table.svg, and in
-answers.sqlite what the model has answered: the same command again goes on where it was
-stopped, to the same results. What differs from the harness of 2023, and what that may
-shift, is in docs/evaluation.md.
+The output directory holds results.json, table.md, table.png, table.svg, and the answers
+of the model in answers.sqlite. Running the same command again resumes an interrupted
+evaluation with the same results. docs/evaluation.md describes the differences from the
+harness of 2023 and their effect.
 
-Exit codes: 0 all was measured; 69 the data of a task could not be had, and the others
-were measured; 75 a signal came (SIGTERM, Ctrl-C), and the same command goes on; 74
-something could not be read or written; 2 an argument is wrong.
+Exit codes:
+  0   everything was measured
+  2   invalid argument
+  69  the data of a task is unavailable; the other tasks were measured
+  74  a file could not be read or written
+  75  stopped by a signal (SIGTERM, Ctrl-C); the same command resumes the evaluation
 """
 
 ANSWERS = "answers.sqlite"
 
 
-def parse_arguments(arguments, prog):
-    """The parser, and the options of the command line."""
+def parse_arguments(
+    arguments: Sequence[str], prog: str
+) -> tuple[CommandParser, argparse.Namespace]:
+    """Returns the parser of the command and the parsed arguments."""
     parser = CommandParser(prog, description=DESCRIPTION)
     add_model(parser.add_argument_group("the model"))
     parser.add_argument(
-        "--output", metavar="DIR", help="default: evaluations/ and the model's name"
+        "--output",
+        metavar="DIR",
+        help="directory to write (default: evaluations/ and the model's name)",
     )
     add_tasks(parser.add_argument_group("tasks of lm-evaluation-harness"))
     add_perplexity(parser.add_argument_group("perplexity"))
     add_human_eval(parser.add_argument_group("HumanEval"))
-    compare = parser.add_argument_group("comparison of what was measured")
-    compare.add_argument("--compare", nargs="+", metavar="DIR", help="their --output")
+    compare = parser.add_argument_group("comparison of evaluations")
+    compare.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="DIR",
+        help="output directories of evaluations to compare",
+    )
     add_renamed_argument(
         compare,
         "--beside",
@@ -63,21 +83,30 @@ def parse_arguments(arguments, prog):
         nargs="+",
         default=(),
         metavar="COLUMN",
-        help='published columns to add, such as "LLaMA 7B"',
+        help='columns of published results to add, such as "LLaMA 7B"',
     )
     return parser, parser.parse_args(arguments)
 
 
-def add_model(group):
+def add_model(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that choose the model."""
     group.add_argument(
         "--preset",
         help="a preset such as 7b_v2 or nano, a directory, a training run or one of "
         "its checkpoints, or hf://user/repo",
     )
-    group.add_argument("--revision", help="branch, tag or commit on the Hub")
-    group.add_argument("--adapters", metavar="DIR", help="LoRA adapters to put on it")
     group.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16")
+        "--revision",
+        help="branch, tag or commit on the Hugging Face Hub (default: the main branch)",
+    )
+    group.add_argument(
+        "--adapters", metavar="DIR", help="LoRA adapters to load into the model"
+    )
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: %(default)s)",
     )
     add_backend(group)
     group.add_argument(
@@ -85,46 +114,53 @@ def add_model(group):
         type=int,
         default=8,
         metavar="N",
-        help="rows of 512 tokens that are computed at once (default: %(default)s)",
+        help="sequences of 512 tokens per batch (default: %(default)s)",
     )
     group.add_argument(
         "--mesh",
         metavar="AXIS=N,…",
-        help="devices to spread the model over, such as fsdp=4 (JAX; default: one)",
+        help="device mesh to shard the model over, such as fsdp=4 (JAX; default: one "
+        "device)",
     )
 
 
-def add_tasks(group):
+def add_tasks(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of tasks of lm-evaluation-harness."""
     group.add_argument(
-        "--suite", choices=("openllama",), help="the 15 tasks of the published table"
+        "--suite",
+        choices=("openllama",),
+        help="run the 15 tasks of the published table",
     )
     group.add_argument(
         "--tasks",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="tasks, groups or tags; `keras-openllama lm-eval ls tasks` lists them",
+        help="tasks, groups or tags to run; `keras-openllama lm-eval ls tasks` lists "
+        "them",
     )
     group.add_argument(
-        "--include-path", metavar="DIR", help="tasks of your own, the harness's YAML"
+        "--include-path",
+        metavar="DIR",
+        help="directory of your own tasks, YAML files of the harness",
     )
     group.add_argument(
         "--data",
         metavar="DIR",
-        help="documents of tasks as NAME.jsonl, .json or .parquet, in the form of "
-        "their data sets; those that are not there come from the Hub",
+        help="directory of the tasks' documents as NAME.jsonl, .json or .parquet, with "
+        "the fields of the original data sets; others are downloaded from the Hub",
     )
     group.add_argument(
         "--num-fewshot",
         type=int,
         metavar="N",
-        help="examples in each prompt (default: what the task says, none in the suite)",
+        help="examples in each prompt (default: those of the task, none in the suite)",
     )
     group.add_argument(
         "--limit",
         type=float,
         metavar="N",
-        help="documents of each task at most, or below 1 the share of them",
+        help="maximum number of documents per task, or a fraction if below 1",
     )
     add_renamed_argument(
         group,
@@ -136,54 +172,88 @@ def add_tasks(group):
     )
 
 
-def add_perplexity(group):
+def add_perplexity(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of perplexity."""
     group.add_argument(
         "--perplexity",
         nargs="+",
         default=(),
         metavar="PATH",
-        help='.txt, directories of .txt, .jsonl with "text", prepared data sets',
+        help="measure perplexity of .txt files, directories of them, .jsonl files with "
+        'the key "text", or prepared data sets',
     )
     group.add_argument(
         "--protocol",
         choices=("strided", "llama.cpp"),
         default="strided",
-        help="windows that overlap, or llama.cpp's chunks (default: %(default)s)",
+        help="overlapping windows, or the chunks of llama.cpp (default: %(default)s)",
     )
-    group.add_argument("--context", type=int, metavar="N", help="tokens of a window")
-    group.add_argument("--stride", type=int, metavar="N", help="default: half of it")
+    group.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of a window (default: the context length of the model)",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens between the starts of windows (default: half of the window)",
+    )
 
 
-def add_human_eval(group):
-    group.add_argument("--human-eval", action="store_true")
+def add_human_eval(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags of HumanEval."""
+    group.add_argument(
+        "--human-eval", action="store_true", help="generate the functions of HumanEval"
+    )
     group.add_argument(
         "--run-generated-code",
         action="store_true",
-        help="run what the model writes, on this machine: only inside a sandbox",
+        help="run the generated code on this machine, to test it: use a sandbox",
     )
-    group.add_argument("--samples-per-problem", type=int, default=1, metavar="N")
     group.add_argument(
-        "--temperature", type=float, metavar="X", help="default: the likeliest token"
+        "--samples-per-problem",
+        type=int,
+        default=1,
+        metavar="N",
+        help="samples per problem, for pass@k (default: %(default)s)",
     )
-    group.add_argument("--problems", type=int, metavar="N", help="the first N only")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="sampling temperature (default: greedy decoding)",
+    )
+    group.add_argument(
+        "--problems",
+        type=int,
+        metavar="N",
+        help="use the first N problems only (default: all)",
+    )
 
 
-def check(parser, options):
-    """Refuses what makes no sense, before anything is loaded."""
+def check_options(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Rejects invalid combinations of flags, before anything is loaded."""
     from keras_openllama.evaluation.report import published
 
     wanted = (options.suite, options.tasks, options.perplexity, options.human_eval)
     if options.compare:
         if any(wanted) or options.preset:
-            parser.error("--compare takes what was measured: give it alone.")
+            parser.error(
+                "--compare cannot be combined with a model or a measurement: remove "
+                "the other flags."
+            )
         if not options.output:
-            parser.error("--output: name where the comparison goes.")
+            parser.error(
+                "--compare requires --output, the directory of the comparison."
+            )
         return
     if not options.preset:
-        parser.error("--preset: name the model.")
+        parser.error("--preset is required: name the model to evaluate.")
     if not any(wanted):
         parser.error(
-            "say what to measure: --suite, --tasks, --perplexity, --human-eval"
+            "Choose what to measure: --suite, --tasks, --perplexity or --human-eval."
         )
     known = published.load().columns
     for column in options.compare_with:
@@ -194,24 +264,37 @@ def check(parser, options):
     check_numbers(parser, options)
 
 
-def check_numbers(parser, options):
-    """Refuses numbers that make no sense."""
+def check_numbers(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Rejects numbers that are out of range."""
     if options.limit is not None and not options.limit > 0:
-        parser.error("--limit is above 0.")
+        parser.error(f"--limit must be positive. Received: {options.limit}")
     if options.limit and options.limit >= 1:
         options.limit = int(options.limit)
     for flag in ("batch_size", "samples_per_problem", "problems", "context", "stride"):
         value = getattr(options, flag)
         if value is not None and value < 1:
-            parser.error(f"--{flag.replace('_', '-')} is a whole number from 1 on.")
+            parser.error(
+                f"--{flag.replace('_', '-')} must be a positive integer. Received: "
+                f"{value}"
+            )
     if options.temperature is not None and options.temperature <= 0:
-        parser.error("--temperature is above 0; leave it out for the likeliest token.")
+        parser.error(
+            "--temperature must be positive; omit it for greedy decoding. Received: "
+            f"{options.temperature}"
+        )
     if options.samples_per_problem > 1 and options.temperature is None:
-        parser.error("--samples-per-problem: several samples need a --temperature.")
+        parser.error(
+            "--samples-per-problem: several samples need a --temperature, such as 0.8."
+        )
 
 
-def name_of(preset):
-    """What the run is called: the whole name of a preset, or that of a directory."""
+def evaluation_name(preset: str) -> str:
+    """Returns the full name of a preset, or the name of a directory.
+
+    Example:
+        >>> evaluation_name("7b_v2")
+        'open_llama_7b_v2'
+    """
     from keras_openllama import presets
 
     names = (preset, "open_llama_" + preset, Path(preset).resolve().name)
@@ -219,37 +302,42 @@ def name_of(preset):
 
 
 class Evaluation:
-    """What is measured, in an output directory; written after each part.
+    """An evaluation in an output directory, which is written after each part.
+
+    Args:
+        options: The parsed arguments of the command.
 
     Raises:
-        ValueError, OSError, ImportError: for what cannot be evaluated.
+        ValueError: If the model, a task or a text is invalid.
+        OSError: If a file cannot be read or written.
+        ImportError: If a package of the extra `eval` is missing.
     """
 
-    def __init__(self, options):
+    def __init__(self, options: argparse.Namespace) -> None:
         from keras_openllama.evaluation import tasks, texts
         from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM, load_model
         from keras_openllama.evaluation.report import measurements
         from keras_openllama.runs.device_settings import parse_mesh
 
-        # The harness warns of each default that a task's configuration leaves to it.
+        # The harness warns about each default value of a task's configuration.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.options = options
-        name = name_of(options.preset) + ("-adapters" if options.adapters else "")
+        name = evaluation_name(options.preset) + (
+            "-adapters" if options.adapters else ""
+        )
         self.directory = Path(options.output or f"evaluations/{name}")
         self.directory.mkdir(parents=True, exist_ok=True)
         include = options.include_path
         names = tasks.task_names(options.suite, options.tasks, include)
         self.tasks, self.skipped = tasks.load(names, options.data, include)
         for task, reason in self.skipped.items():
-            print(
-                f"evaluate: {task} is left out: {reason}", file=sys.stderr, flush=True
-            )
+            print(f"evaluate: {task} is skipped: {reason}", file=sys.stderr, flush=True)
         mesh = parse_mesh(options.mesh) if options.mesh else None
         lm = load_model(options.preset, options.dtype, options.revision, mesh)
         if options.adapters:
             lm.load_adapters(options.adapters)
         self.texts = texts.read(options.perplexity, lm)
-        # Also where no task is asked for: it refuses the directory of another model.
+        # Also without tasks: it rejects the output directory of another model.
         self.model = OpenLlamaLM(
             lm=lm,
             batch_size=options.batch_size,
@@ -263,12 +351,12 @@ class Evaluation:
             "human_eval": None,
         }
         if (self.directory / measurements.RESULTS).exists():
-            # Parts that an earlier command has measured of the same model.
+            # Results of earlier commands for the same model.
             self.results |= measurements.read(self.directory)
-        self.results["run"] = self.described(name, lm)
+        self.results["run"] = self.run_metadata(name, lm)
 
-    def measure(self):
-        """Measures all that the flags ask for."""
+    def measure(self) -> None:
+        """Measures everything that the flags select."""
         from keras_openllama.evaluation import tasks
 
         options = self.options
@@ -278,18 +366,21 @@ class Evaluation:
             )
             for row in metrics:
                 row["apart"] = options.separate_tokenization
-            self.write(metrics=self.merged(metrics), skipped=self.skipped)
+            self.write_results(
+                metrics=self.merge_metrics(metrics), skipped=self.skipped
+            )
         if options.perplexity:
-            self.write(perplexity=self.perplexity(self.model.lm))
+            self.write_results(perplexity=self.measure_perplexity(self.model.lm))
         if options.human_eval:
-            self.write(human_eval=self.human_eval(self.model.lm))
+            self.write_results(human_eval=self.measure_human_eval(self.model.lm))
 
-    def merged(self, metrics):
-        """New metrics, and those of tasks that were measured before and not now."""
+    def merge_metrics(self, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns new metrics together with earlier ones of other tasks."""
         new = {row["task"] for row in metrics}
         return [r for r in self.results["metrics"] if r["task"] not in new] + metrics
 
-    def perplexity(self, lm):
+    def measure_perplexity(self, lm: OpenLlamaCausalLM) -> list[dict[str, Any]]:
+        """Measures and prints the perplexity of the texts."""
         from keras_openllama.evaluation import perplexity
 
         options = self.options
@@ -304,7 +395,8 @@ class Evaluation:
         print(perplexity.table(rows), flush=True)
         return rows
 
-    def human_eval(self, lm):
+    def measure_human_eval(self, lm: OpenLlamaCausalLM) -> dict[str, Any]:
+        """Runs HumanEval and prints its metrics."""
         from keras_openllama.evaluation import human_eval
 
         options = self.options
@@ -321,7 +413,8 @@ class Evaluation:
             print(f"HumanEval, {key}: {value}")
         return found
 
-    def described(self, name, lm):
+    def run_metadata(self, name: str, lm: OpenLlamaCausalLM) -> dict[str, Any]:
+        """Returns what results.json records about the model and the software."""
         options = self.options
         preset = options.preset
         if options.adapters:
@@ -340,8 +433,8 @@ class Evaluation:
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
 
-    def write(self, **parts):
-        """Puts new parts into the results, and draws them."""
+    def write_results(self, **parts: Any) -> None:
+        """Adds parts to the results, and writes the files."""
         from keras_openllama.evaluation.report import measurements, rendering, tables
         from keras_openllama.utils import files
 
@@ -353,26 +446,26 @@ class Evaluation:
             print(tables.table([self.results], self.options.compare_with), flush=True)
 
 
-def compare(options):
-    """Puts several evaluations side by side."""
+def compare_evaluations(options: argparse.Namespace) -> None:
+    """Writes and prints the comparison of several evaluations."""
     from keras_openllama.evaluation.report import measurements, rendering, tables
 
     runs = [measurements.read(directory) for directory in options.compare]
     paths = rendering.write(runs, options.output, options.compare_with)
     print(tables.table(runs, options.compare_with))
-    print(f"written: {', '.join(map(str, paths))}")
+    print(f"Wrote {', '.join(map(str, paths))}")
 
 
 @command("evaluate", extra="eval")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     parser, options = parse_arguments(arguments, prog)
-    check(parser, options)
+    check_options(parser, options)
     choose_backend(options.backend)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if options.compare:
-            compare(options)
+            compare_evaluations(options)
             return 0
         with quiet_tensorflow():
             import keras  # noqa: F401
@@ -382,18 +475,18 @@ def main(arguments, prog):
     except FileNotFoundError:
         raise
     except OSError as error:
-        return _failed(error, prog)
+        return _report_io_error(error, prog)
     try:
         evaluation.measure()
     except KeyboardInterrupt:
-        print("\nStopped; what was answered is kept. The same command goes on.")
+        print("\nStopped. The answers are saved: run the same command to resume.")
         return os.EX_TEMPFAIL
     except OSError as error:
-        return _failed(error, prog)
-    print(f"All of it is in {evaluation.directory}.")
+        return _report_io_error(error, prog)
+    print(f"Results: {evaluation.directory}")
     return os.EX_UNAVAILABLE if evaluation.skipped else 0
 
 
-def _failed(error, prog):
+def _report_io_error(error, prog):
     print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
     return os.EX_IOERR

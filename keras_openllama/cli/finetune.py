@@ -1,53 +1,70 @@
-"""Fine-tune a preset on JSON lines: adapters (LoRA) or all of its weights.
+"""`keras-openllama finetune`: fine-tunes a model on examples."""
 
-    %(prog)s --preset nano --data pairs.jsonl --lora-rank 8
-        trains adapters on the responses of {"prompt": …, "response": …} lines
-    %(prog)s --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
-        --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
-        makes prompts and responses of other keys
-    %(prog)s --estimate
-        tells what memory each way takes, and ends
+from __future__ import annotations
 
-Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
-{"text": …}. The loss is that of responses; texts are learned whole.
-
-Running the same command again resumes the run. The run's directory holds
-metrics.jsonl, validation.jsonl, loss.png, answers before and after in samples.txt,
-TensorBoard's events, and in the end adapters/ (for `lm.load_adapters` and PEFT) and
-model/ (merged, for transformers and for `keras-openllama generate --preset DIR/model`).
-
-Exit codes: 0 the run is complete; 75 a signal came (SIGTERM, Ctrl-C), all is saved and
-the same command resumes it; 70 too many steps in a row had a loss or gradient that is
-not finite; 74 something could not be written; 2 an argument or an example is wrong, or
-does not fit the run that is there, or the memory; 1 anything else.
-"""
-
+import argparse
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.training_options import (
     add_run_options,
     exit_code,
     join_hosts,
     open_trainer,
-    tell,
+    print_on_first_host,
 )
 from keras_openllama.config import PROJECTIONS, REMATERIALIZATION
+
+if TYPE_CHECKING:
+    from keras_openllama.runs.finetuning import FinetuneConfig
+
+DESCRIPTION = """\
+Fine-tune a preset on JSON lines: LoRA adapters or all of its weights.
+
+    %(prog)s --preset nano --data pairs.jsonl --lora-rank 8
+        train adapters on the responses of {"prompt": …, "response": …} lines
+    %(prog)s --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
+        --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
+        make prompts and responses from other keys
+    %(prog)s --estimate
+        print the memory that each kind of fine-tuning needs, and exit
+
+Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
+{"text": …}. The loss is computed on responses, or on the whole text.
+
+Running the same command again resumes the run. The run's directory holds
+metrics.jsonl, validation.jsonl, loss.png, generated text before and after in
+samples.txt, TensorBoard's events, and at the end adapters/ (for `lm.load_adapters` and
+PEFT) and model/ (merged, for transformers and for `keras-openllama generate --preset
+DIR/model`).
+
+Exit codes:
+  0   the run is complete
+  1   any other error
+  2   invalid argument or example, an argument that does not match the existing run,
+      or not enough memory
+  70  too many consecutive steps had a non-finite loss or gradient
+  74  a file could not be written
+  75  stopped by a signal (SIGTERM, Ctrl-C); the run is saved, and the same command
+      resumes it
+"""
 
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
 
 
-def parse_arguments(arguments, prog):
-    parser = CommandParser(
-        prog,
-        description=__doc__,
-    )
+def parse_arguments(
+    arguments: Sequence[str], prog: str
+) -> tuple[CommandParser, argparse.Namespace]:
+    """Returns the parser of the command and the parsed arguments."""
+    parser = CommandParser(prog, description=DESCRIPTION)
     parser.add_argument(
         "--preset",
-        help="what to start from: a preset such as 7b_v2 or nano, a directory, or "
+        help="the model to fine-tune: a preset such as 7b_v2 or nano, a directory, or "
         "hf://user/repo",
     )
     parser.add_argument(
@@ -57,140 +74,222 @@ def parse_arguments(arguments, prog):
     )
     data = parser.add_argument_group("examples")
     data.add_argument(
-        "--data", nargs="+", default=(), metavar="FILE", help="JSON lines"
+        "--data", nargs="+", default=(), metavar="FILE", help="files of JSON lines"
     )
     data.add_argument(
-        "--prompt", metavar="TEMPLATE", help='such as "Q: {question}\\nA:"'
+        "--prompt",
+        metavar="TEMPLATE",
+        help='template of the prompt, such as "Q: {question}\\nA:" (default: the key '
+        '"prompt")',
     )
-    data.add_argument("--response", metavar="TEMPLATE", help='such as " {answer}"')
+    data.add_argument(
+        "--response",
+        metavar="TEMPLATE",
+        help='template of the response, such as " {answer}" (default: the key '
+        '"response")',
+    )
     data.add_argument(
         "--chat-template",
         metavar="FILE",
-        help='JSON by role, such as {"user": "USER: {content}\\n", "assistant": "BOT: '
-        '{content}"}',
+        help="JSON file of a template by role, such as "
+        '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}',
     )
-    data.add_argument("--validation", metavar="FILE", help="JSON lines to validate on")
+    data.add_argument(
+        "--validation", metavar="FILE", help="file of JSON lines for validation"
+    )
     data.add_argument(
         "--validation-share",
         type=float,
         default=0.05,
         metavar="X",
-        help="of the examples, without --validation (default: %(default)s)",
+        help="fraction of the examples to hold out if --validation is not given "
+        "(default: %(default)s)",
     )
     data.add_argument(
         "--length",
         type=int,
         default=512,
         metavar="N",
-        help="tokens of a row; what is longer is cut (default: %(default)s)",
+        help="tokens of a sequence; longer examples are truncated (default: "
+        "%(default)s)",
     )
     data.add_argument(
-        "--pack", action="store_true", help="put several examples into a row"
+        "--pack", action="store_true", help="pack several examples into a sequence"
     )
-    what = parser.add_argument_group("what is trained")
-    what.add_argument(
+    weights = parser.add_argument_group("trained weights")
+    weights.add_argument(
         "--lora-rank",
         type=int,
         default=0,
         metavar="N",
-        help="rank of adapters; 0, the default, trains all weights",
+        help="rank of the LoRA adapters; 0 trains all weights (default: %(default)s)",
     )
-    what.add_argument(
-        "--lora-alpha", type=float, metavar="X", help="their scale (default: the rank)"
+    weights.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="X",
+        help="scale of the adapters (default: the rank)",
     )
-    what.add_argument(
+    weights.add_argument(
         "--lora-targets",
         nargs="+",
         choices=PROJECTIONS,
         metavar="NAME",
-        help=f"some of {', '.join(PROJECTIONS)} (default: query value)",
+        help="projections that get adapters, of "
+        f"{', '.join(PROJECTIONS)} (default: query value)",
     )
-    what.add_argument(
-        "--int8", action="store_true", help="quantize the weights below the adapters"
+    weights.add_argument(
+        "--int8", action="store_true", help="quantize the frozen weights to int8"
     )
-    what.add_argument(
+    weights.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="default: float32 on CPUs; elsewhere bfloat16 with adapters, and "
-        "mixed_bfloat16 without",
+        help="dtype policy (default: float32 on CPUs; elsewhere bfloat16 with "
+        "adapters, mixed_bfloat16 without)",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument("--epochs", type=float, default=3.0, metavar="X")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows")
-    how.add_argument(
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="passes over the examples (default: %(default)s)",
+    )
+    training.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sequences per step (default: %(default)s)",
+    )
+    training.add_argument(
         "--learning-rate",
         type=float,
         metavar="X",
-        help="peak of a cosine (default: 2e-4 with adapters, else 2e-5)",
+        help="peak of the warmup-cosine schedule (default: 2e-4 with adapters, else "
+        "2e-5)",
     )
-    how.add_argument(
-        "--warmup", type=float, default=0.03, metavar="X", help="share of the steps"
+    training.add_argument(
+        "--warmup",
+        type=float,
+        default=0.03,
+        metavar="X",
+        help="warmup as a fraction of all steps (default: %(default)s)",
     )
-    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X")
-    how.add_argument(
+    training.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="weight decay of AdamW (default: %(default)s)",
+    )
+    training.add_argument(
         "--micro-batches",
         type=int,
         default=1,
         metavar="N",
-        help="parts of a batch that follow each other, to save memory (JAX)",
+        help="micro-batches per step for gradient accumulation, which saves memory "
+        "(JAX; default: %(default)s)",
     )
-    how.add_argument(
+    training.add_argument(
         "--rematerialize",
         choices=tuple(REMATERIALIZATION),
         default="none",
-        help="what is computed twice, to save memory (JAX; default: %(default)s)",
+        help="rematerialization policy (gradient checkpointing), which saves memory "
+        "(JAX; default: %(default)s)",
     )
-    how.add_argument("--seed", type=int, default=0, metavar="N")
-    how.add_argument("--backend", choices=("jax", "tensorflow", "torch"))
-    seen = parser.add_argument_group("what is seen and kept")
-    seen.add_argument("--save-every", type=int, default=100, metavar="STEPS")
-    seen.add_argument(
-        "--validate-every", type=int, metavar="STEPS", help="default: ten times"
+    training.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of adapters and data (default: %(default)s)",
     )
-    seen.add_argument(
+    training.add_argument(
+        "--backend",
+        choices=("jax", "tensorflow", "torch"),
+        help="the backend of Keras (default: the environment variable KERAS_BACKEND, "
+        "else jax)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--save-every",
+        type=int,
+        default=100,
+        metavar="STEPS",
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    output.add_argument(
+        "--validate-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between validations (default: a tenth of the run)",
+    )
+    add_renamed_argument(
+        output,
         "--question",
+        "--sample-prompt",
         action="append",
         metavar="TEXT",
-        help="asked before and after; again for more (default: held-out prompts)",
+        help="prompt to generate from before and after training; may be given several "
+        "times (default: held-out prompts)",
     )
-    seen.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
-    seen.add_argument(
+    output.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=48,
+        metavar="N",
+        help="maximum number of generated tokens per prompt (default: %(default)s)",
+    )
+    output.add_argument(
         "--export",
         choices=("all", "adapters", "model", "none"),
         default="all",
-        help="what is written in the end (default: %(default)s)",
+        help="what to write at the end: adapters, the merged model, both or nothing "
+        "(default: %(default)s)",
     )
-    seen.add_argument(
+    output.add_argument(
         "--estimate",
         action="store_true",
-        help="print what memory training takes, for every preset, and end",
+        help="print the memory that training needs, for every preset, and exit",
     )
     add_run_options(parser)
     return parser, parser.parse_args(arguments)
 
 
-def config_of(parser, options):
-    """`finetuning.FinetuneConfig` from the flags, checked."""
+def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneConfig:
+    """Validates the flags and makes a `finetuning.FinetuneConfig` of them."""
     from keras_openllama.runs.finetuning import FinetuneConfig
 
     if not options.preset:
-        parser.error("--preset: name what to start from.")
+        parser.error("--preset is required: name the model to fine-tune.")
     if not options.data:
-        parser.error("--data: name the files of your examples (JSON lines).")
+        parser.error("--data is required: name files of examples (JSON lines).")
     for path in [*options.data, *filter(None, [options.validation])]:
         if not Path(path).is_file():
-            parser.error(f"--data, --validation: there is no file {path}")
+            parser.error(f"--data, --validation: the file {path} does not exist.")
     positive = ("length", "batch_size", "micro_batches", "save_every", "validate_every")
     for name in positive:
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is a whole number from 1 on.")
+            parser.error(
+                f"--{name.replace('_', '-')} must be a positive integer. Received: "
+                f"{getattr(options, name)}"
+            )
     if options.epochs <= 0 or not 0 <= options.validation_share < 1:
-        parser.error("--epochs is above 0, and --validation-share from 0 to below 1.")
+        parser.error(
+            "--epochs must be positive, and --validation-share in [0, 1). Received: "
+            f"{options.epochs} and {options.validation_share}"
+        )
     if options.learning_rate is not None and not options.learning_rate > 0:
-        parser.error("--learning-rate is above 0.")
+        parser.error(
+            f"--learning-rate must be positive. Received: {options.learning_rate}"
+        )
     check_adapters(parser, options)
     if options.batch_size % options.micro_batches:
-        parser.error("--micro-batches divides --batch-size.")
+        parser.error(
+            "--micro-batches must divide --batch-size. Received: "
+            f"{options.micro_batches} and {options.batch_size}"
+        )
     template = None
     if options.chat_template:
         try:
@@ -225,38 +324,44 @@ def config_of(parser, options):
     )
 
 
-def check_adapters(parser, options):
-    """Refuses flags of adapters where there are none, and what cannot be."""
+def check_adapters(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Rejects flags of adapters without adapters, and impossible combinations."""
     if options.lora_rank < 0:
-        parser.error("--lora-rank is 0 or more.")
+        parser.error(f"--lora-rank must not be negative. Received: {options.lora_rank}")
     for name in ("int8", "lora_alpha", "lora_targets"):
         if getattr(options, name) and not options.lora_rank:
-            parser.error(f"--{name.replace('_', '-')} needs adapters: --lora-rank.")
+            parser.error(f"--{name.replace('_', '-')} needs adapters: add --lora-rank.")
     if options.dtype == "bfloat16" and not options.lora_rank:
         parser.error(
-            "--dtype bfloat16 would round small steps away: mixed_bfloat16 does not. "
-            "(Or train adapters: --lora-rank.)"
+            "--dtype bfloat16 would round small updates to zero: mixed_bfloat16 does "
+            "not. (Or train adapters: --lora-rank.)"
         )
     if options.int8 and options.export == "model":
-        parser.error("--export model: adapters cannot be merged into --int8.")
+        parser.error(
+            "--export model: adapters cannot be merged into int8 weights. Use --export "
+            "adapters, or remove --int8."
+        )
     saves = options.micro_batches > 1 or options.rematerialize != "none"
     if saves and os.environ["KERAS_BACKEND"] != "jax":
-        parser.error("--micro-batches and --rematerialize need the JAX backend.")
+        parser.error(
+            "--micro-batches and --rematerialize need the JAX backend: --backend jax."
+        )
 
 
 def _unescaped(template):
-    """A template in which a shell's \\n is a new line."""
+    """Replaces escape sequences of new lines and tabs, which shells do not."""
     return template and template.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def default_dtype(options):
-    if kind_of_device() == "cpu":
+def default_dtype(options: argparse.Namespace) -> str:
+    """Returns the default of `--dtype`."""
+    if device_kind() == "cpu":
         return "float32"
     return "bfloat16" if options.lora_rank else "mixed_bfloat16"
 
 
-def kind_of_device():
-    """What the backend computes on: `"cpu"` or `"accelerator"`."""
+def device_kind() -> str:
+    """Returns the kind of device of the backend: `"cpu"` or `"accelerator"`."""
     backend = os.environ["KERAS_BACKEND"]
     if backend == "torch":
         import torch
@@ -274,7 +379,8 @@ def kind_of_device():
 
 
 @command("finetune", extra="train")
-def main(arguments, prog):
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     parser, options = parse_arguments(arguments, prog)
     os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
         "KERAS_BACKEND", "jax"
@@ -287,33 +393,33 @@ def main(arguments, prog):
                 options.batch_size,
                 options.length,
                 options.rematerialize,
-                kind_of_device(),
+                device_kind(),
             )
         )
         return 0
     if os.environ["KERAS_BACKEND"] == "jax":
         join_hosts(parser, options)
     else:
-        # JAX writes the checkpoints only: the accelerator's memory is the backend's.
+        # JAX only writes the checkpoints: the backend needs the accelerator's memory.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    config = config_of(parser, options)
+    config = make_config(parser, options)
     if options.mesh and os.environ["KERAS_BACKEND"] != "jax":
-        parser.error("--mesh needs the JAX backend.")
+        parser.error("--mesh needs the JAX backend: --backend jax.")
     if options.output is None:
         name = Path(config.preset).name.removeprefix("open_llama_")
         options.output = f"runs/{name}-finetuned"
-    return exit_code(prog, options, lambda: run(config, options))
+    return exit_code(prog, options, lambda: finetune(config, options))
 
 
-def run(config, options):
-    """Trains and exports; returns the signal that stopped it, or `None`."""
+def finetune(config: FinetuneConfig, options: argparse.Namespace) -> str | None:
+    """Trains and exports; returns the signal that stopped the run, or `None`."""
     from keras_openllama.runs import finetuning
 
     def open_run(run_options):
         return finetuning.open_run(
             config,
             run_options,
-            options.question,
+            options.sample_prompt,
             options.max_new_tokens,
             lambda architecture: check_memory(config, architecture, options.mesh),
         )
@@ -326,12 +432,16 @@ def run(config, options):
             names = exports.get(options.export, (options.export,))
             finetuning.export_model(trainer, config, names, replace=not was_complete)
     if not stopped:
-        _tell_exports(options.output)
+        _print_exports(options.output)
     return stopped
 
 
-def check_memory(config, architecture, mesh):
-    """Prints what memory the run takes, and refuses what cannot fit."""
+def check_memory(
+    config: FinetuneConfig,
+    architecture: Mapping[str, Any],
+    mesh: Mapping[str, int] | None,
+) -> None:
+    """Prints the memory that the run needs; raises `ValueError` if it does not fit."""
     from keras_openllama.planning import finetune_memory
 
     estimate = finetune_memory.estimate(
@@ -346,14 +456,14 @@ def check_memory(config, architecture, mesh):
         int8=config.int8,
         devices=number_of_devices(mesh),
         backend=os.environ["KERAS_BACKEND"],
-        device=kind_of_device(),
+        device=device_kind(),
     )
-    tell(f"Memory that training takes, about:\n{estimate.table()}")
+    print_on_first_host(f"Estimated memory of training:\n{estimate.table()}")
     finetune_memory.check(estimate, finetune_memory.available_memory())
 
 
-def number_of_devices(mesh):
-    """Devices that share the model."""
+def number_of_devices(mesh: Mapping[str, int] | None) -> int:
+    """Returns the number of devices that share the model."""
     if os.environ["KERAS_BACKEND"] != "jax":
         return 1
     import jax
@@ -361,11 +471,11 @@ def number_of_devices(mesh):
     return math.prod(mesh.values()) if mesh else jax.device_count()
 
 
-def _tell_exports(output):
+def _print_exports(output):
     for name, hint in (
         ("adapters", "lm.load_adapters({!r}), or peft.PeftModel.from_pretrained"),
         ("model", 'keras-openllama generate "…" --preset {}, or transformers'),
     ):
         path = os.path.join(output, name)
         if os.path.isdir(path):
-            tell(f"{path}: {hint.format(path)}")
+            print_on_first_host(f"{path}: {hint.format(path)}")

@@ -1,9 +1,13 @@
-"""`keras-openllama generate`: continues a prompt."""
+"""`keras-openllama generate`: generates text from a prompt."""
+
+from __future__ import annotations
 
 import argparse
 import math
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.process import (
@@ -14,7 +18,7 @@ from keras_openllama.cli.process import (
 )
 
 DEFAULT_PRESET = "open_llama_nano"
-# Each sampler with the options that mean something to it.
+# Sampler -> the options that apply to it.
 SAMPLERS = {
     "greedy": (),
     "random": ("temperature", "seed"),
@@ -25,56 +29,57 @@ DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.9
 
 DESCRIPTION = """\
-Continues PROMPT and prints the text as it is written.
+Generate text from PROMPT and print it as it is generated.
 
-The default model, open_llama_nano, comes with the package. Any other preset is
-downloaded from the Hugging Face Hub when it is used for the first time, into the
-cache that `presets` reports.
+The default model, open_llama_nano, is part of the package. Other presets are downloaded
+from the Hugging Face Hub when they are first used, into the cache that `presets` shows.
 """
 
 EXAMPLES = """\
 examples:
-  The same text every time, from the embedded model:
+  Greedy decoding with the embedded model, the same text every time:
     %(prog)s "The old man looked at the sea, and"
 
-  Other words each time, or the same ones again with --seed:
+  Random sampling; --seed makes it reproducible:
     %(prog)s "It was a dark night" --top-p 0.9 --temperature 0.8 --seed 1
 
-  A question to a published model, ended by the first new line, without the prompt:
+  Ask a published model, stop at the first new line, and print only the answer:
     %(prog)s $'Q: What is the largest animal?\\nA:' \\
         --preset open_llama_3b_v2 --stop $'\\n' --strip-prompt
 
-  A prompt from a file, on PyTorch in half the memory:
+  Read the prompt from a file, run on PyTorch in bfloat16, half of the memory:
     %(prog)s - --preset open_llama_7b_v2 --backend torch \\
         --dtype bfloat16 < prompt.txt
 
-  Your own model, from a directory, a pretraining run, or the Hub:
+  Load your own model from a directory, a pretraining run, or the Hub:
     %(prog)s "Dear Sir," --preset ./my_finetuned_model
     %(prog)s "Dear Sir," --preset runs/nano
     %(prog)s "Dear Sir," --preset hf://user/repo --revision main
 """
 
 
-def parse_arguments(arguments, prog):
-    """The options of the command line."""
+def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """Parses the arguments of the command."""
     parser = CommandParser(prog, description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument(
-        "prompt", metavar="PROMPT", help="the text to continue; - reads standard input"
+        "prompt", metavar="PROMPT", help="the prompt; - reads it from standard input"
     )
     model = parser.add_argument_group("the model")
     model.add_argument(
         "--preset",
         default=DEFAULT_PRESET,
-        help="a name from `presets`, a directory, or hf://user/repo (%(default)s)",
+        help="a name that `presets` lists, a directory, or hf://user/repo (default: "
+        "%(default)s)",
     )
     model.add_argument(
-        "--revision", help="the branch, tag or commit to download from the Hub"
+        "--revision",
+        help="branch, tag or commit on the Hugging Face Hub (default: the main branch)",
     )
     add_backend(model)
     model.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="what the weights are held in (float32). bfloat16 halves the memory",
+        help="dtype of the weights (default: float32); bfloat16 halves the memory",
     )
     text = parser.add_argument_group("the text")
     text.add_argument(
@@ -82,70 +87,71 @@ def parse_arguments(arguments, prog):
         type=_positive_int,
         default=128,
         metavar="N",
-        help="write at most N tokens (%(default)s)",
+        help="maximum number of generated tokens (default: %(default)s)",
     )
     text.add_argument(
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        help="stop before this string; may be given several times",
     )
     text.add_argument(
         "--strip-prompt",
         "--no-prompt",
         action="store_true",
-        help="print the new text only, not the prompt before it",
+        help="print the generated text without the prompt",
     )
     sampling = parser.add_argument_group(
-        "how the next token is chosen",
-        "Always the likeliest one (greedy), unless one of these is given.",
+        "sampling",
+        "Greedy decoding, unless one of these is given.",
     )
     sampling.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        help="from all tokens (random), the K likeliest (top_k), or the likeliest that "
-        "together reach probability P (top_p). The options below imply theirs",
+        help="sample from all tokens (random), the K most likely (top_k), or the most "
+        "likely with a total probability of P (top_p). The options below imply a "
+        "sampler",
     )
     sampling.add_argument(
         "--temperature",
         type=_positive_float,
         metavar="T",
-        help="below 1 the likely tokens become likelier, above 1 less so (1)",
+        help="temperature; below 1 favors likely tokens (default: 1)",
     )
     sampling.add_argument(
         "--top-k",
         type=_positive_int,
         metavar="K",
-        help=f"implies top_k ({DEFAULT_TOP_K})",
+        help=f"K of top_k, which this flag implies (default: {DEFAULT_TOP_K})",
     )
     sampling.add_argument(
         "--top-p",
         type=_probability,
         metavar="P",
-        help=f"implies top_p ({DEFAULT_TOP_P})",
+        help=f"P of top_p, which this flag implies (default: {DEFAULT_TOP_P})",
     )
     sampling.add_argument(
-        "--seed", type=int, metavar="N", help="makes the same choices again"
+        "--seed", type=int, metavar="N", help="random seed, for reproducible text"
     )
     return parser.parse_args(arguments)
 
 
 @command("generate")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     options = parse_arguments(arguments, prog)
     sampler = sampler_config(options)
     prompt = options.prompt
     if prompt == "-":
-        # The new line that ends a file is not meant as the prompt's last token.
+        # The new line at the end of a file is not part of the prompt.
         prompt = sys.stdin.read().removesuffix("\n")
     choose_backend(options.backend)
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
-        _write(prompt, sampler, options)
+        _print_generated(prompt, sampler, options)
 
 
-def _write(prompt, sampler, options):
+def _print_generated(prompt, sampler, options):
     with quiet_tensorflow():
         from keras_openllama.backend.keras_hub import get_sampler
         from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -162,18 +168,23 @@ def _write(prompt, sampler, options):
     print(flush=True)
 
 
-def sampler_config(options):
-    """Makes the configuration of a KerasHub sampler from the sampling options.
+def sampler_config(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the configuration of a KerasHub sampler from the sampling options.
 
     Args:
-        options: a namespace with `sampler`, `temperature`, `top_k`, `top_p` and
-            `seed`, each `None` when it was not given.
+        options: Namespace with `sampler`, `temperature`, `top_k`, `top_p` and `seed`,
+            each `None` if the flag is not given.
 
     Returns:
-        dict, as `keras_hub.samplers.get` takes it.
+        The argument of `keras_hub.samplers.get`.
 
     Raises:
-        ValueError: if an option was given that the chosen sampler has no use for.
+        ValueError: If an option does not apply to the sampler.
+
+    Example:
+        >>> options = parse_arguments(["The sea", "--top-k", "5"], prog="generate")
+        >>> sampler_config(options)
+        {'class_name': 'top_k', 'config': {'k': 5}}
     """
     name = options.sampler or _implied_sampler(options)
     config = {}
@@ -188,8 +199,8 @@ def sampler_config(options):
         if option not in SAMPLERS[name]:
             flag = "--" + option.replace("_", "-")
             raise ValueError(
-                f"{flag} {value} means nothing to the sampler {name!r}: leave it out, "
-                "or choose another sampler with --sampler."
+                f"{flag} {value} does not apply to the sampler {name!r}: remove it, or "
+                "choose another sampler with --sampler."
             )
         config[option.removeprefix("top_")] = value
     return {"class_name": name, "config": config}
@@ -205,21 +216,25 @@ def _implied_sampler(options):
     return "greedy"
 
 
-def _number(kind, admits, what):
-    """Makes an argparse type that says what it expects, not which function failed."""
+def _number(kind, is_valid, requirement):
+    """Returns an argparse type whose error states the requirement."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not admits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(
+                f"must be {requirement}. Received: {text!r}"
+            )
         return value
 
     return parse
 
 
-_positive_int = _number(int, lambda value: value >= 1, "a whole number of 1 or more")
-_positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
-_probability = _number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+_positive_int = _number(int, lambda value: value >= 1, "a positive integer")
+_positive_float = _number(
+    float, lambda value: 0 < value < math.inf, "a positive number"
+)
+_probability = _number(float, lambda value: 0 < value <= 1, "a number in (0, 1]")

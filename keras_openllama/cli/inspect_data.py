@@ -1,28 +1,38 @@
-"""`keras-openllama inspect-data`: what a prepared data set holds."""
+"""`keras-openllama inspect-data`: shows the contents of a prepared data set."""
 
+from __future__ import annotations
+
+import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.config import PACKINGS
 
+if TYPE_CHECKING:
+    from keras_openllama.data.prepared_data import PreparedData
+
 DESCRIPTION = """\
-Look into data that `prepare-data` has prepared.
+Show the contents of a data set that `prepare-data` wrote.
 
-    %(prog)s data                 # the manifest, and a picture
-    %(prog)s data --step 1000     # what a batch of a run would be
-    %(prog)s data --verify        # compare every checksum
+    %(prog)s data                 # print the manifest, and draw a plot
+    %(prog)s data --step 1000     # decode the batch of step 1000
+    %(prog)s data --verify        # verify the checksum of every shard
 
-Prints what each source holds and what was skipped, decodes a batch with the borders of
-its documents, and draws the mixture, wanted and realised, beside the lengths of the
-documents, into data.png (--picture).
+Prints the documents and tokens of each source and what was skipped, decodes a batch
+with the boundaries of its documents, and draws the target and the actual mixture and
+the lengths of the documents into DIRECTORY's name with .png (--picture).
 """
 
 
-def parse_arguments(arguments, prog):
-    """The options of the command line."""
+def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """Parses the arguments of the command."""
     parser = CommandParser(prog, description=DESCRIPTION)
-    parser.add_argument("directory", help="what `prepare-data` wrote")
+    parser.add_argument(
+        "directory", metavar="DIRECTORY", help="the output directory of `prepare-data`"
+    )
     parser.add_argument(
         "--step",
         type=int,
@@ -35,62 +45,77 @@ def parse_arguments(arguments, prog):
         type=int,
         default=4,
         metavar="N",
-        help="rows of a batch (default: %(default)s)",
+        help="sequences of a batch (default: %(default)s)",
     )
     parser.add_argument(
         "--sequence-length",
         type=int,
         default=2048,
         metavar="TOKENS",
-        help="tokens in a row (default: %(default)s)",
+        help="tokens of a sequence (default: %(default)s)",
     )
     parser.add_argument(
         "--packing",
         choices=PACKINGS,
         default=PACKINGS[0],
-        help="join and cut documents, or pack them whole (default: %(default)s)",
+        help="concatenate documents and split them, or pack them by best fit (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--mask-documents",
         action="store_true",
-        help="let tokens see their own document only",
+        help="restrict attention to the document of each token",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
-        "--mixture", metavar="v1|v2|FILE", help="in place of the data's own"
+        "--seed", type=int, default=0, help="seed of the run (default: %(default)s)"
     )
-    parser.add_argument("--split", choices=("train", "validation"), default="train")
+    parser.add_argument(
+        "--mixture",
+        metavar="v1|v2|FILE",
+        help="weights of the sources (default: the mixture of the data set)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="split to decode batches of (default: %(default)s)",
+    )
     parser.add_argument(
         "--picture",
         type=Path,
         metavar="FILE.png",
-        help="where the picture goes (default: DIRECTORY's name with .png, here)",
+        help="file of the plot (default: DIRECTORY's name with .png, in the current "
+        "directory)",
     )
     parser.add_argument(
         "--sampled-steps",
         type=int,
         default=200,
         metavar="N",
-        help="steps from which the realised mixture is counted (default: %(default)s)",
+        help="number of steps to count the actual mixture from (default: %(default)s)",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read every shard, compare its SHA-256"
+        "--verify",
+        action="store_true",
+        help="read every shard and verify its SHA-256 checksum",
     )
     return parser.parse_args(arguments)
 
 
-def verify(data):
-    """Reads every file, and compares its checksum."""
+def verify_checksums(data: PreparedData) -> None:
+    """Reads every file and verifies its checksum."""
     from keras_openllama.utils.progress import progress_bar
 
     total = sum(size for _, size, _ in data.iter_files())
     with progress_bar("Verifying", total) as bar:
         data.verify_checksums(bar.update)
-    print(f"\nall {sum(1 for _ in data.iter_files())} files are as they were prepared")
+    print(
+        f"\nThe checksums of all {sum(1 for _ in data.iter_files())} files are correct."
+    )
 
 
-def show(data, options):
-    """Prints batches and the shares of sources, and draws the picture."""
+def show_batches(data: PreparedData, options: argparse.Namespace) -> None:
+    """Prints batches and the mixture, and draws the plot."""
     from keras_openllama.data import inspection
     from keras_openllama.data import mixture as mixtures
     from keras_openllama.data.token_stream import TokenStream
@@ -113,18 +138,18 @@ def show(data, options):
     for step in steps:
         print("\n" + inspection.describe_batch(stream, step, processor))
     realised = inspection.measure_mixture(stream, steps[0], options.sampled_steps)
-    print(f"\nshares of the tokens of {options.sampled_steps} steps, and wanted:")
+    print(f"\nMixture of the tokens of {options.sampled_steps} steps, and its target:")
     for name, share in realised.items():
-        wanted = stream.mixture.weights_at(steps[0]).get(name, 0)
-        print(f"    {name:<16}{share:>8.2%}{wanted:>9.2%}")
+        target = stream.mixture.weights_at(steps[0]).get(name, 0)
+        print(f"    {name:<16}{share:>8.2%}{target:>9.2%}")
     picture = options.picture or Path(f"{Path(data.directory).resolve().name}.png")
     inspection.draw_overview(stream, realised, steps[0], picture)
-    print(f"\ndrawn: {picture}")
+    print(f"\nPlot: {picture}")
 
 
 @command("inspect-data", extra="train")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     from keras_openllama.data.inspection import format_manifest
@@ -133,6 +158,6 @@ def main(arguments, prog):
     data = PreparedData.open(options.directory)
     print(format_manifest(data))
     if options.verify:
-        verify(data)
+        verify_checksums(data)
     else:
-        show(data, options)
+        show_batches(data, options)

@@ -1,4 +1,6 @@
-"""`keras-openllama lm-eval`: lm-evaluation-harness that knows our models."""
+"""`keras-openllama lm-eval`: lm-evaluation-harness with the model `keras_openllama`."""
+
+from __future__ import annotations
 
 import argparse
 import sys
@@ -7,10 +9,11 @@ from keras_openllama.cli.command import command
 from keras_openllama.cli.process import PROGRAM, choose_backend
 
 DESCRIPTION = """\
-Runs the command line of lm-evaluation-harness, with the model `keras_openllama`.
+Run the command line of lm-evaluation-harness, with the model `keras_openllama`.
 
-All arguments are the harness's own: `%(prog)s run --help`. Its commands `ls` and
-`validate` work, too. KERAS_BACKEND chooses what Keras computes with.
+All arguments are those of the harness, see `%(prog)s run --help`. Its commands `ls` and
+`validate` are available, too. The environment variable KERAS_BACKEND selects the
+backend of Keras.
 """
 
 EXAMPLES = f"""\
@@ -22,20 +25,24 @@ examples:
 
 arguments of the model (--model_args):
   preset=…      a preset, a directory, a training run, or hf://user/repo
-  dtype=…       float32 (default), bfloat16
-  revision=…, max_length=N, max_gen_toks=N, add_bos=False, data=N, fsdp=N, model=N
---batch_size N counts rows of 512 tokens, which requests share (8)
+  dtype=…       float32 (default) or bfloat16
+  revision=…    branch, tag or commit on the Hugging Face Hub
+  max_length=N, max_gen_toks=N, add_bos=False
+  data=N, fsdp=N, model=N   sizes of the device mesh (JAX)
+--batch_size N is the number of sequences of 512 tokens, which requests share (default:
+8)
 
-The published table, with pictures and resumption: {PROGRAM} evaluate --help
+For the published table, with plots and a run that can be resumed, see
+{PROGRAM} evaluate --help
 """
 
 
 @command("lm-eval", extra="eval")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     if arguments in ([], ["-h"], ["--help"]):
         print(_help(prog))
-        return
+        return None
     choose_backend(None)
     from lm_eval.__main__ import cli_evaluate
 
@@ -43,9 +50,9 @@ def main(arguments, prog):
     from keras_openllama.evaluation import squad_metrics
 
     words = list(arguments)
-    sized = any(word.startswith(("--batch_size", "-b")) for word in words)
-    if words[0] not in ("ls", "validate") and not sized:
-        words += ["--batch_size", "auto"]  # The harness's own default is 1.
+    has_batch_size = any(word.startswith(("--batch_size", "-b")) for word in words)
+    if words[0] not in ("ls", "validate") and not has_batch_size:
+        words += ["--batch_size", "auto"]  # The default of the harness is 1.
     before, sys.argv = sys.argv, ["lm-eval", *words]
     try:
         with squad_metrics.provided():

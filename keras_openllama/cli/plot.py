@@ -1,56 +1,61 @@
-"""`keras-openllama plot`: the loss of runs as a picture."""
+"""`keras-openllama plot`: plots the loss of training runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
 
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.config import LOSS_X_AXES
 
 DESCRIPTION = """\
-Draw the loss of pretraining runs, also while they are going on.
+Plot the loss of training runs, finished or in progress.
 
-    %(prog)s runs/nano                             # into loss.png
+    %(prog)s runs/nano                             # writes loss.png
     %(prog)s runs/3b_v2 runs/7b_v2 --output loss.svg
     %(prog)s runs/nano --x hours --smooth 50
 
-Each run is a directory that `pretrain` or `finetune` writes (its --output), with
-metrics.jsonl in it. A run is a colour: every step faint, the exponential average over
---smooth steps as a line, and validation as points if it evaluated. The first steps may
-leave the picture at the top.
+RUN is the directory of a run (--output of `pretrain` or `finetune`) with its
+metrics.jsonl. Each run has one color: the loss of every step faintly, its exponential
+moving average over --smooth steps as a line, and the validation loss as points. The
+loss of the first steps may exceed the plot.
 
-The same numbers, and more of them, are in TensorBoard: tensorboard --logdir runs
+TensorBoard shows the same metrics and others: tensorboard --logdir runs
 """
 
 
-def parse_arguments(arguments, prog):
-    """The options of the command line."""
+def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """Parses the arguments of the command."""
     parser = CommandParser(prog, description=DESCRIPTION)
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run's directory; several in one axes"
+        "runs", nargs="+", metavar="RUN", help="directories of runs, for one plot"
     )
     parser.add_argument(
         "--output",
         default="loss.png",
         metavar="FILE",
-        help="where the picture goes, .png or .svg (default: %(default)s)",
+        help="file of the plot, .png or .svg (default: %(default)s)",
     )
     parser.add_argument(
         "--smooth",
         type=int,
         metavar="N",
-        help="steps that the line averages over; 1 draws each step as it is "
-        "(default: a hundredth of the longest run)",
+        help="number of steps to average over; 1 disables smoothing (default: a "
+        "hundredth of the longest run)",
     )
     parser.add_argument(
         "--x",
         choices=LOSS_X_AXES,
         default=LOSS_X_AXES[0],
-        help="what the loss is drawn against; hours are those of waiting for data, "
-        "computing and saving checkpoints, without restarts (default: %(default)s)",
+        help="the x axis; hours include waiting for data and saving checkpoints, but "
+        "not restarts (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
 
 @command("plot", extra="train")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     options = parse_arguments(arguments, prog)
     from keras_openllama.runs import loss_plot
 
@@ -60,4 +65,4 @@ def main(arguments, prog):
         last = run.records[-1]
         tokens = f", {last['tokens']:,} tokens" if "tokens" in last else ""
         print(f"{run.name}: step {last['step']:,}{tokens}, loss {last['loss']:.4f}")
-    print(f"drawn: {options.output}")
+    print(f"Plot: {options.output}")

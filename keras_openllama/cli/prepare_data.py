@@ -1,6 +1,10 @@
-"""`keras-openllama prepare-data`: tokenizes text into a data set to train on."""
+"""`keras-openllama prepare-data`: tokenizes text files into a data set."""
 
+from __future__ import annotations
+
+import argparse
 import logging
+from collections.abc import Sequence
 
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.process import PROGRAM
@@ -9,37 +13,37 @@ from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
 from keras_openllama.data.text_sources import UNIT_BYTES, parse_sources
 
 DESCRIPTION = f"""\
-Prepare data to train on: tokenize sources of text into a directory.
+Prepare data for training: tokenize sources of text and write them to a directory.
 
     %(prog)s --mixture v2 --tokenizer 3b_v2 --output data \\
         --source refinedweb='refinedweb/*.parquet' \\
         --source starcoder='starcoder/**/*.parquet' \\
         --source wikipedia=redpajama/wikipedia --source arxiv=redpajama/arxiv
 
-PATHS is a file, a pattern in quotes, a directory, or tfds:NAME[/CONFIG][@SPLIT] for a
-data set of TensorFlow Datasets; --source may name the same source several times. Read
-are JSON lines (.jsonl, .json, plain or .gz or .zst), Parquet, and text: in a directory
-without any of these each file is a document. Paths may be remote (gs://bucket/...),
-the output too.
+PATHS is a file, a quoted glob pattern, a directory, or tfds:NAME[/CONFIG][@SPLIT] for a
+data set of TensorFlow Datasets. A source may be given several times. File formats are
+JSON lines (.jsonl, .json, optionally .gz or .zst), Parquet, and text: in a directory
+without any of these formats, each file is a document. Paths and the output may be
+remote (gs://bucket/...).
 
 Each document is tokenized once, between <s> and </s>. Damaged documents are skipped and
-counted; a damaged file is refused by name. A share of the documents, chosen by the hash
-of their text, is set aside for validation. What a run that was interrupted has finished
-is kept: run the same command again. Sources can be added by a later command.
+counted; a damaged file is an error. A fraction of the documents, chosen by the hash of
+their text, is held out for validation. Running the same command again resumes an
+interrupted one. A later command can add sources.
 
-One machine uses all its cores. More than one: give any flags of an Apache Beam runner
-behind a double dash, such as
+On one machine, all cores are used. To use several, give the flags of an Apache Beam
+runner after a double dash:
 
     %(prog)s --source ... --output gs://bucket/data -- \\
         --runner=DataflowRunner --project=PROJECT --region=REGION \\
         --temp_location=gs://bucket/tmp --sdk_container_image=IMAGE_WITH_KERAS_OPENLLAMA
 
-Look at the result: {PROGRAM} inspect-data data
+Inspect the result with: {PROGRAM} inspect-data data
 """
 
 
-def parse_arguments(arguments, prog):
-    """The options of the command line, with `beam_flags`."""
+def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """Parses the arguments of the command, `beam_flags` included."""
     parser = CommandParser(
         prog,
         description=DESCRIPTION,
@@ -51,49 +55,54 @@ def parse_arguments(arguments, prog):
         action="append",
         required=True,
         metavar="NAME=PATHS",
-        help="a source and where its text is; may be given several times",
+        help="name of a source and the paths of its text; may be given several times",
     )
     parser.add_argument(
         "--tokenizer",
         required=True,
         metavar="PRESET|DIR",
         help="a preset such as open_llama_3b_v2 or open_llama_nano, a directory with "
-        "a tokenizer.model (`train-tokenizer` writes one), or such a file",
+        "a tokenizer.model, such as the output of `train-tokenizer`, or that file",
     )
-    parser.add_argument("--output", required=True, help="directory to write")
-    add_source_options(parser, without_mixture="by number of tokens")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="directory to write"
+    )
+    add_source_options(parser, without_mixture="proportional to the number of tokens")
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=0.001,
         metavar="SHARE",
-        help="share of the documents that is set aside (default: %(default)s)",
+        help="fraction of the documents to hold out (default: %(default)s)",
     )
     parser.add_argument(
         "--max-document-bytes",
         type=int,
         default=MAX_DOCUMENT_BYTES,
         metavar="BYTES",
-        help="longer documents are skipped (default: %(default)s)",
+        help="maximum size of a document; longer ones are skipped (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--shard-bytes",
         type=int,
         default=UNIT_BYTES,
         metavar="BYTES",
-        help="input that becomes one shard, where a file can be divided (default: "
-        "%(default)s)",
+        help="input bytes of a shard, if its file can be split (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="processes on this machine (default: one for each core)",
+        help="number of processes on this machine (default: one per core)",
     )
-    own, dashes, beam_flags = _split_at_dashes(arguments)
-    options = parser.parse_args(own)
-    if dashes and not beam_flags:
-        parser.error("Nothing follows the double dash. Give flags of a Beam runner.")
+    own_arguments, has_dashes, beam_flags = _split_at_dashes(arguments)
+    options = parser.parse_args(own_arguments)
+    if has_dashes and not beam_flags:
+        parser.error(
+            "No arguments after the double dash. Give the flags of a Beam runner, or "
+            "remove the dash."
+        )
     options.beam_flags = beam_flags
     return options
 
@@ -101,16 +110,17 @@ def parse_arguments(arguments, prog):
 def _split_at_dashes(arguments):
     if "--" not in arguments:
         return arguments, False, []
-    place = arguments.index("--")
-    return arguments[:place], True, arguments[place + 1 :]
+    index = arguments.index("--")
+    return arguments[:index], True, arguments[index + 1 :]
 
 
 @command("prepare-data", extra="train")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # TensorFlow Datasets' chatter.
+    # Suppresses the messages of TensorFlow Datasets.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     sources = parse_sources(options.source)
     fields = {
         name: field
@@ -133,8 +143,8 @@ def main(arguments, prog):
             max_skipped=options.max_skipped,
             max_document_bytes=options.max_document_bytes,
         )
-    except RuntimeError as error:  # Of Beam: a runner that there is not, or failed.
+    except RuntimeError as error:  # Beam: an unknown runner, or one that failed.
         raise ValueError(str(error)) from error
     tokens = sum(data.split_info(name, "train")["tokens"] for name in data.sources)
-    print(f"{tokens:,} tokens to train on are in {options.output}. Look at them with:")
+    print(f"{options.output} has {tokens:,} tokens for training. Inspect them with:")
     print(f"    {PROGRAM} inspect-data {options.output}")

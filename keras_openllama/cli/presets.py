@@ -1,43 +1,57 @@
-"""`keras-openllama presets`: the models, their sizes, and what is in the cache.
+"""`keras-openllama presets`: lists the models, their sizes and the local cache.
 
-It answers at once, so nothing here imports Keras.
+The module does not import Keras, so that the command is fast.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.presets import registry
 
-_COUNTS = ("", "K", "M", "B")
-BYTES = (" B", " kB", " MB", " GB")
-# One format is enough to load from: each is one file, or an index beside its shards.
+_COUNT_UNITS = ("", "K", "M", "B")
+BYTE_UNITS = (" B", " kB", " MB", " GB")
+# Weights in one of these formats: a single file, or an index and its shards.
 _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
 DESCRIPTION = """\
-Lists the models that have a name, with the size of their weights in float16 and what
-of them is in the local cache of the Hugging Face Hub (HF_HOME or HF_HUB_CACHE move it).
+List the presets, with the size of their weights in float16 and whether they are in the
+local cache of the Hugging Face Hub. The environment variables HF_HOME and HF_HUB_CACHE
+set the directory of the cache.
+
+    %(prog)s           # a table
+    %(prog)s --json    # the same for programs, with sizes in bytes
 """
 
 
 @command("presets")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     parser = CommandParser(prog, description=DESCRIPTION)
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table"
+    )
     options = parser.parse_args(arguments)
     rows = preset_rows()
     print(json.dumps(rows, indent=2) if options.json else as_table(rows))
 
 
-def preset_rows():
-    """Describes every preset, the smallest first.
+def preset_rows() -> list[dict[str, Any]]:
+    """Describes every preset, in order of size.
 
     Returns:
-        List of dicts of what JSON can hold; sizes are in bytes.
+        JSON-compatible dicts; sizes are in bytes.
+
+    Example:
+        >>> preset_rows()[0]["name"]
+        'open_llama_nano'
     """
     rows = []
     for preset in sorted(registry().values(), key=lambda preset: preset.parameters):
@@ -58,22 +72,18 @@ def preset_rows():
     return rows
 
 
-def as_table(rows):
-    """Lays the rows of `preset_rows` out in columns.
-
-    Returns:
-        String of several lines.
-    """
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Formats the rows of `preset_rows` as a table of several lines."""
     table = [("NAME", "PARAMETERS", "FLOAT16", "TOKENIZER", "WEIGHTS", "IN THE CACHE")]
     for row in rows:
         cached = row["cached"]
         if row["cached_bytes"]:
-            cached += f", {scaled(row['cached_bytes'], BYTES)}"
+            cached += f", {with_unit(row['cached_bytes'], BYTE_UNITS)}"
         table.append(
             (
                 row["name"],
-                scaled(row["parameters"], _COUNTS),
-                scaled(row["float16_bytes"], BYTES),
+                with_unit(row["parameters"], _COUNT_UNITS),
+                with_unit(row["float16_bytes"], BYTE_UNITS),
                 row["tokenizer"],
                 row["weights"],
                 cached,
@@ -83,11 +93,11 @@ def as_table(rows):
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
-def scaled(number, units):
-    """Shortens a number to three digits and a unit, each 1000 times the one before.
+def with_unit(number: float, units: Sequence[str]) -> str:
+    """Formats a number with three digits and a unit, each 1000 times the one before.
 
     Example:
-        >>> scaled(6_852_947_200, (" B", " kB", " MB", " GB"))
+        >>> with_unit(6_852_947_200, BYTE_UNITS)
         '6.85 GB'
     """
     power = 0
@@ -98,18 +108,18 @@ def scaled(number, units):
     return f"{number:.{decimals}f}{units[power]}"
 
 
-def cache_state(handle):
-    """Tells what of a preset's files is on this machine.
+def cache_state(handle: str) -> tuple[str, int]:
+    """Returns whether the files of a preset are on this machine.
 
     Args:
-        handle: string, a repository as `hf://user/repo`, or the name of a directory
-            that comes with the package.
+        handle: A repository as `hf://user/repo`, or the name of a directory of the
+            package.
 
     Returns:
-        `(state, size)`: `"yes"` when a whole snapshot is there, weights and
-        tokenizer, so that it loads without a network; `"partly"`; `"no"`; or
-        `"embedded"` for what comes with the package. The size is in bytes, and counts
-        interrupted downloads as well.
+        `(state, size)`. The state is `"yes"` if a complete snapshot with weights and
+        tokenizer is in the cache, so that it loads without a network; `"partly"`;
+        `"no"`; or `"embedded"` for files of the package. The size is in bytes and
+        includes interrupted downloads.
 
     Example:
         >>> cache_state("open_llama_nano")

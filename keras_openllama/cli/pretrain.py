@@ -1,30 +1,14 @@
-"""Pretrain a preset by its recipe, on whatever devices JAX has.
+"""`keras-openllama pretrain`: pretrains a model, or plans to."""
 
-    %(prog)s --preset nano
-        trains the small model in minutes, on text that every machine has
-    %(prog)s --preset 3b_v3 --data DIR --output DIR
-        the published recipe; the same command on each host of a pod
-    %(prog)s --preset 7b_v2 --plan --topology v4:4x8x8
-        compiles the step for TPUs that need not be there, and tells its memory and time
-
-Running the same command again resumes the run, bit-exactly on the same devices. DIR of
---data is what `prepare-data` wrote. The run's directory holds metrics.jsonl,
-validation.jsonl, samples.txt, loss.png, TensorBoard's events (`tensorboard --logdir
-DIR`) and checkpoints, which `keras-openllama generate --preset DIR` and
-`keras-openllama convert DIR …` take as they are.
-
-Exit codes: 0 the run is complete; 75 a signal came (SIGTERM; on one host Ctrl-C, too),
-all is saved and the same command resumes it; 70 too many steps in a row had a loss or
-gradient that is not finite; 74 a checkpoint or the log could not be written; 2 an
-argument is wrong, or does not fit the run that is there; 1 anything else, such as data
-that cannot be read.
-"""
+from __future__ import annotations
 
 import argparse
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.training_options import (
@@ -32,18 +16,51 @@ from keras_openllama.cli.training_options import (
     exit_code,
     join_hosts,
     open_trainer,
-    tell,
+    print_on_first_host,
 )
 from keras_openllama.runs import recipe as recipes
 
-# Flags with a name of their own; every other setting goes by --set.
-_OWN = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
+if TYPE_CHECKING:
+    from keras_openllama.data.prepared_data import PreparedData
+
+DESCRIPTION = """\
+Pretrain a preset by its recipe, on the devices that JAX has.
+
+    %(prog)s --preset nano
+        train the small model in minutes, on text that every machine has
+    %(prog)s --preset 3b_v3 --data DIR --output DIR
+        train by the published recipe; run the same command on each host of a pod
+    %(prog)s --preset 7b_v2 --plan --topology v4:4x8x8
+        compile the training step for TPUs, which need not be present, and estimate its
+        memory and time
+
+Running the same command again resumes the run, bit-exactly on the same devices. DIR of
+--data is the output of `prepare-data`. The run's directory holds metrics.jsonl,
+validation.jsonl, samples.txt, loss.png, TensorBoard's events (`tensorboard --logdir
+DIR`) and checkpoints, which `keras-openllama generate --preset DIR` and
+`keras-openllama convert DIR …` read directly.
+
+Exit codes:
+  0   the run is complete
+  1   any other error, such as unreadable data
+  2   invalid argument, or an argument that does not match the existing run
+  70  too many consecutive steps had a non-finite loss or gradient
+  74  a checkpoint or the log could not be written
+  75  stopped by a signal (SIGTERM; on one host Ctrl-C, too); the run is saved, and the
+      same command resumes it
+"""
+
+# Settings that have a flag; the others are set by --set.
+_FLAGS = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
 
 
-def parse_arguments(arguments, prog):
+def parse_arguments(
+    arguments: Sequence[str], prog: str
+) -> tuple[CommandParser, argparse.Namespace]:
+    """Returns the parser of the command and the parsed arguments."""
     parser = CommandParser(
         prog,
-        description=__doc__,
+        description=DESCRIPTION,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -53,7 +70,7 @@ def parse_arguments(arguments, prog):
         "--data",
         default=None,
         metavar="DIR",
-        help="prepared data; nano has text of its own",
+        help="prepared data (default for nano: text that every machine has)",
     )
     parser.add_argument(
         "--output",
@@ -62,41 +79,54 @@ def parse_arguments(arguments, prog):
         help="directory of the run (default: runs/PRESET)",
     )
     recipe = parser.add_argument_group(
-        "recipe", "in place of the preset's; shown with --show"
+        "recipe", "settings that override those of the preset, see --show"
     )
-    recipe.add_argument("--steps", type=int, metavar="N", help="steps of the run")
+    recipe.add_argument("--steps", type=int, metavar="N", help="training steps")
     recipe.add_argument(
-        "--batch-size", type=int, metavar="N", help="sequences of a step"
+        "--batch-size", type=int, metavar="N", help="sequences per step"
     )
     recipe.add_argument(
         "--save-every", type=int, metavar="N", help="steps between checkpoints"
     )
-    recipe.add_argument("--seed", type=int, metavar="N", help="of weights and data")
-    recipe.add_argument("--precision", choices=("mixed_bfloat16", "float32"))
-    recipe.add_argument("--mixture", metavar="v1|v2|FILE", help="weights of sources")
+    recipe.add_argument(
+        "--seed", type=int, metavar="N", help="seed of weights and data"
+    )
+    recipe.add_argument(
+        "--precision",
+        choices=("mixed_bfloat16", "float32"),
+        help="dtype policy of the computation; weights are float32 in both",
+    )
+    recipe.add_argument(
+        "--mixture", metavar="v1|v2|FILE", help="weights of the sources"
+    )
     recipe.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any setting, such as --set learning_rate=1e-4",
+        help="override any setting, such as --set learning_rate=1e-4",
     )
     recipe.add_argument(
         "--config",
         default=None,
         metavar="FILE",
-        help="YAML file of settings; the command line goes before it",
+        help="YAML file of settings; flags take precedence",
     )
     recipe.add_argument(
         "--show",
         action="store_true",
         default=False,
-        help="print the recipe and end; with --mesh, as so many chips run it",
+        help="print the recipe and exit; with --mesh, for that number of chips",
     )
     plan = parser.add_argument_group(
-        "plan", "compile and price only, with no TPU, no data and next to no memory"
+        "plan", "estimate memory and time, without a TPU and without data"
     )
-    plan.add_argument("--plan", action="store_true", default=False)
+    plan.add_argument(
+        "--plan",
+        action="store_true",
+        default=False,
+        help="compile the training step and print the estimate instead of training",
+    )
     plan.add_argument(
         "--topology",
         default="v4:4x8x8",
@@ -113,27 +143,37 @@ def parse_arguments(arguments, prog):
         help="do not plan alternatives, each of which takes a minute to compile",
     )
     plan.add_argument(
-        "--json", default=None, metavar="FILE", help="write the plan there, too"
+        "--json", default=None, metavar="FILE", help="also write the plan to FILE"
     )
     add_run_options(parser)
     return parser, parser.parse_args(arguments)
 
 
-def overrides_of(parser, options):
-    """Settings that the command line gives, by name."""
+def recipe_overrides(
+    parser: CommandParser, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Returns the settings given on the command line, by name."""
     import yaml
 
-    values = {name: getattr(options, name) for name in _OWN if hasattr(options, name)}
+    values = {name: getattr(options, name) for name in _FLAGS if hasattr(options, name)}
     for text in options.set:
         name, sign, value = text.partition("=")
         if not sign:
-            parser.error(f"--set takes NAME=VALUE. Received: {text!r}")
+            parser.error(f"--set must be NAME=VALUE. Received: {text!r}")
         values[name.replace("-", "_")] = yaml.safe_load(value)
     return values
 
 
-def data_of(options, resolved):
-    """The prepared data of a run."""
+def open_data(options: argparse.Namespace, resolved: Any) -> PreparedData:
+    """Opens the prepared data of a run; for nano, prepares the default text first.
+
+    Args:
+        options: The parsed arguments.
+        resolved: The recipe, as `recipe.resolve` returns it.
+
+    Raises:
+        ValueError: If `--data` is missing or cannot be opened.
+    """
     from keras_openllama.data.prepared_data import PreparedData
 
     if options.data is not None:
@@ -143,9 +183,9 @@ def data_of(options, resolved):
             raise ValueError(f"--data: {error}") from error
     if resolved.preset != "open_llama_nano":
         raise ValueError(
-            f"{resolved.preset} needs data. Prepare it first, and give its directory "
-            "with --data:\n    keras-openllama prepare-data --mixture "
-            f"{resolved.recipe.mixture} --tokenizer {resolved.preset} --output DIR "
+            f"{resolved.preset} requires --data, the output directory of:\n    "
+            f"keras-openllama prepare-data --mixture {resolved.recipe.mixture} "
+            f"--tokenizer {resolved.preset} --output DIR "
             "--source NAME=PATHS …"
         )
     import jax
@@ -153,49 +193,54 @@ def data_of(options, resolved):
 
     from keras_openllama.data.default_text import prepare_default_text
 
-    place = os.path.join(options.output, "data")
+    directory = os.path.join(options.output, "data")
     if jax.process_index() == 0:
-        prepare_default_text(place, resolved.preset)
+        prepare_default_text(directory, resolved.preset)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("text")
-    return PreparedData.open(place)
+    return PreparedData.open(directory)
 
 
 @command("pretrain", extra="train", large_pages=True)
-def main(arguments, prog):
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     parser, options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         resolved = recipes.resolve_recipe(
-            options.preset, file=options.config, overrides=overrides_of(parser, options)
+            options.preset,
+            file=options.config,
+            overrides=recipe_overrides(parser, options),
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     mesh = options.mesh
     if options.show:
-        there = (
+        recipe = (
             resolved.for_devices(math.prod(mesh.values()), mesh) if mesh else resolved
         )
-        print(there.table())
+        print(recipe.table())
         return 0
     if options.plan:
         return plan_run(parser, options, resolved)
     if options.output is None:
         options.output = f"runs/{resolved.preset.removeprefix('open_llama_')}"
     join_hosts(parser, options)
-    return exit_code(prog, options, lambda: run(options, resolved))
+    return exit_code(prog, options, lambda: pretrain(options, resolved))
 
 
-def plan_run(parser, options, resolved):
-    """Prints what the run would cost, and returns the exit code."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # A TPU that is there is left alone.
+def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) -> int:
+    """Prints the estimate of a run, and returns the exit code."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Does not occupy the TPU of this machine.
     import json
 
     from keras_openllama.planning import plan as planning
 
     if options.json and not Path(options.json).resolve().parent.is_dir():
-        parser.error(f"--json: there is no directory for {options.json}")
+        parser.error(
+            f"--json: the directory of {options.json} does not exist. Create it first."
+        )
     try:
         found = planning.plan(
             resolved,
@@ -211,23 +256,25 @@ def plan_run(parser, options, resolved):
     return 0 if found["fits"] else 2
 
 
-def run(options, resolved):
-    """Trains; returns the signal that stopped it, or `None`."""
+def pretrain(options: argparse.Namespace, resolved: Any) -> str | None:
+    """Trains; returns the signal that stopped the run, or `None`."""
     import jax
 
     from keras_openllama.runs import pretraining
 
     def open_run(run_options):
-        data = data_of(options, resolved)
-        tell(resolved.for_devices(jax.device_count(), options.mesh).table())
+        data = open_data(options, resolved)
+        print_on_first_host(
+            resolved.for_devices(jax.device_count(), options.mesh).table()
+        )
         return pretraining.open_run(resolved, data, run_options)
 
     with open_trainer(options, open_run) as trainer:
         stopped = trainer.train()
     if not stopped:
         output = options.output
-        tell(
-            "Generate from it, and export it:\n"
+        print_on_first_host(
+            "Generate from the model, or export it:\n"
             f'    keras-openllama generate "The captain looked at" --preset {output}\n'
             f"    keras-openllama convert {output} {output}_hf --to transformers"
         )

@@ -1,5 +1,8 @@
-"""What the commands do to their process: backend, memory pages, noise on stderr."""
+"""The process of a command: backend, memory pages, messages on stderr."""
 
+from __future__ import annotations
+
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -7,101 +10,129 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 PROGRAM = "keras-openllama"
-# When the process began, in seconds of `time.monotonic`; before Keras is imported.
+# Start of the process, in seconds of `time.monotonic`; before Keras is imported.
 START = time.monotonic()
-# The module that each backend's package is imported as.
+# Backend -> module to import.
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
 _TENSORFLOW_REPORT = re.compile(rb"WARNING: All log messages before absl|I\d{4} ")
 
 
-def add_backend(group):
-    """Adds the flag `--backend`, for `choose_backend`, to a parser or its group."""
+def add_backend(group: argparse._ActionsContainer) -> None:
+    """Adds the flag `--backend`, for `choose_backend`, to a parser or a group.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_backend(parser)
+        >>> parser.parse_args(["--backend", "torch"]).backend
+        'torch'
+    """
     group.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="what Keras computes with (KERAS_BACKEND, or else jax)",
+        help="the backend of Keras (default: the environment variable KERAS_BACKEND, "
+        "else jax)",
     )
 
 
-def choose_backend(name):
-    """Sets Keras's backend, before anything has imported Keras.
+def choose_backend(name: str | None) -> None:
+    """Sets the backend of Keras, before Keras is imported.
 
     Args:
-        name: string, or `None` for that of KERAS_BACKEND, or else JAX.
+        name: Name of the backend. `None` stands for KERAS_BACKEND, and JAX if that is
+            not set.
 
     Raises:
-        ValueError: if the backend is not installed, or Keras is imported with another.
+        ValueError: If the backend is not installed, or Keras was already imported with
+            another backend.
     """
     name = name or os.environ.get("KERAS_BACKEND") or "jax"
     if name in BACKENDS and importlib.util.find_spec(BACKENDS[name]) is None:
         extra = "[torch]" if name == "torch" else ""
         raise ValueError(
-            f"The backend {name!r} is not installed: "
-            f"pip install 'keras-openllama{extra}' brings it."
+            f"The backend {name!r} is not installed. Install it with: "
+            f"pip install 'keras-openllama{extra}'"
         )
     if "keras" in sys.modules and sys.modules["keras"].config.backend() != name:
         raise ValueError(
-            f"--backend {name} comes too late: this process has imported Keras with "
-            f"{sys.modules['keras'].config.backend()!r} already."
+            f"--backend {name} has no effect: this process has already imported Keras "
+            f"with the backend {sys.modules['keras'].config.backend()!r}. Start a new "
+            "process."
         )
     os.environ["KERAS_BACKEND"] = name
-    # TensorFlow and XLA report what they do on stderr.
+    # Suppresses the log messages of TensorFlow and XLA on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
-def quiet_tensorflow():
-    """Drops what TensorFlow's C++ code reports of itself when it is imported.
+def quiet_tensorflow() -> Iterator[None]:
+    """Suppresses the messages that TensorFlow's C++ code logs when it is imported.
 
-    Setting TF_CPP_MIN_LOG_LEVEL does not reach the messages that it writes before its
-    logging is set up. Everything else on stderr is passed on after the import.
+    TF_CPP_MIN_LOG_LEVEL has no effect on messages that it writes before its logging is
+    set up. All other messages on stderr are printed after the import.
     """
     if os.environ["KERAS_BACKEND"] != "tensorflow":
         yield
         return
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            caught.seek(0)
-            for line in caught:
+            captured.seek(0)
+            for line in captured:
                 if not _TENSORFLOW_REPORT.match(line):
                     os.write(2, line)
 
 
-def owns_process(arguments):
+def owns_process(arguments: Sequence[str]) -> bool:
     """Whether the process was started to run this command.
 
-    It was not where a test, a notebook or another program calls the command.
+    It was not if a test, a notebook or another program calls the command.
 
     Args:
-        arguments: list of strings, the words after the command's name.
+        arguments: The arguments after the command's name.
     """
     return bool(arguments) and sys.orig_argv[-len(arguments) :] == arguments
 
 
-def use_large_pages():
+def use_large_pages() -> None:
     """Restarts the process with an allocator that asks Linux for pages of 2 MB.
 
     A training step on a CPU is 1.2 times as fast with them. glibc reads its settings
-    only when a process starts. Where the user has set some, nothing is done.
+    only at the start of a process. If the user has set some, nothing happens.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def one_line(message):
-    """The message without line breaks."""
+def one_line(message: object) -> str:
+    """Returns a message without line breaks.
+
+    Example:
+        >>> one_line("one   line")
+        'one line'
+    """
     return " ".join(str(message).split())
 
 
-def show_warning(message, category, filename, lineno, file=None, line=None):
-    """Shows a warning as the program's own line, without the place in the source."""
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Prints a warning in one line without its source location.
+
+    It replaces `warnings.showwarning`, which says what the arguments are.
+    """
     print(f"{PROGRAM}: {one_line(message)}", file=file or sys.stderr)

@@ -1,32 +1,37 @@
-"""What `prepare-data` and `train-tokenizer` share: flags about sources of text."""
+"""Flags of `prepare-data` and `train-tokenizer` about text sources."""
+
+from __future__ import annotations
+
+import argparse
 
 
-def add_source_options(parser, without_mixture):
+def add_source_options(parser: argparse.ArgumentParser, without_mixture: str) -> None:
     """Adds `--mixture`, `--text-field` and `--max-skipped`.
 
     Args:
-        parser: `CommandParser`.
-        without_mixture: string, what the weights are without `--mixture`.
+        parser: Parser of the command.
+        without_mixture: The default weights, for `--help`.
     """
     parser.add_argument(
         "--mixture",
         metavar="v1|v2|FILE",
-        help="weights of the sources: a name, or a JSON file as in presets/mixtures; "
-        f"its sources that are not given are left out (default: {without_mixture})",
+        help="weights of the sources: a name, or a JSON file like those of "
+        "presets/mixtures. Sources of the mixture that are not given are ignored "
+        f"(default: {without_mixture})",
     )
     parser.add_argument(
         "--text-field",
         action="append",
         default=[],
         metavar="NAME=FIELD",
-        help="field of a source that holds the text (default: the mixture's, else "
-        "text or content)",
+        help="field with the text of a source's documents (default: the field that the "
+        "mixture names, else text or content)",
     )
     parser.add_argument(
         "--max-skipped",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of damaged documents above which the source is refused (default: "
-        "%(default)s)",
+        help="largest accepted fraction of damaged documents in a source; with more, "
+        "the command fails (default: %(default)s)",
     )

@@ -1,10 +1,14 @@
-"""`keras-openllama train-tokenizer`: a SentencePiece tokenizer like OpenLLaMA's."""
+"""`keras-openllama train-tokenizer`: trains a SentencePiece tokenizer."""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import json
 import re
 import signal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras_openllama
 from keras_openllama.cli.command import CommandParser, command
@@ -14,48 +18,60 @@ from keras_openllama.config import TOKENIZER_STYLES
 from keras_openllama.data import document_reader, text_sources
 from keras_openllama.utils import files
 
+if TYPE_CHECKING:
+    from keras_openllama.data.tokenizer_training import Sample
+
 DESCRIPTION = """\
-Train a tokenizer: SentencePiece BPE with byte fallback, laid out as OpenLLaMA's.
+Train a tokenizer like OpenLLaMA's: SentencePiece BPE with byte fallback.
 
     %(prog)s --output tokenizers/mine --mixture v2 \\
         --input refinedweb='refinedweb/*.parquet' \\
         --input starcoder='starcoder/**/*.parquet' wikipedia=redpajama/wikipedia
 
-SOURCE is NAME=PATHS as in `prepare-data`, or PATHS alone, which is then the source
-`text`. PATHS is a file, a pattern in quotes, a directory, or tfds:NAME[/CONFIG][@SPLIT]
-for a data set of TensorFlow Datasets. Read are JSON lines (.jsonl, .json, plain or .gz
-or .zst), Parquet, and text: in a directory without any of these each file is a
+SOURCE is NAME=PATHS as in `prepare-data`, or PATHS alone for the source `text`. PATHS
+is a file, a quoted glob pattern, a directory, or tfds:NAME[/CONFIG][@SPLIT] for a data
+set of TensorFlow Datasets. File formats are JSON lines (.jsonl, .json, optionally .gz
+or .zst), Parquet, and text: in a directory without any of these formats, each file is a
 document.
 
-The whole input is read once, and a random sample of its documents is trained on: of
-each source as many bytes of --sample-bytes as its weight in --mixture says, evenly
-without one. The same documents and the same --seed give the same tokenizer, whatever
-the order of files and the number of cores. One document in 50 of the sample is held
-out, to report bytes per token on.
+The command reads the whole input once and trains on a random sample of its documents.
+The weights of --mixture divide --sample-bytes among the sources; without it, they get
+equal parts. The same documents and the same --seed give the same tokenizer, whatever
+the order of files and the number of cores. One in 50 documents of the sample is held
+out, to report the bytes per token.
 
---style v1 merges runs of spaces into one, so it is unfit for code; v2 keeps them.
+--style v1 merges consecutive spaces, which makes it unsuitable for code; v2 preserves
+them.
 
-Training on 1 GB takes about five minutes on two cores, and 8 GB of memory. DIR then has
-tokenizer.model, tokenizer.vocab (the pieces, a line each), report.json and report.png.
+Training on 1 GB takes about five minutes and 8 GB of memory on two cores. It writes
+tokenizer.model, tokenizer.vocab (one piece per line), report.json and report.png.
 """
 
 MODEL_FILE = "tokenizer.model"
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
-def number_of_bytes(text):
-    """`"500M"` as 500,000,000: bytes with one of the suffixes k, M and G, or none."""
+def number_of_bytes(text: str) -> int:
+    """Parses a size in bytes, with an optional suffix k, M or G.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is not a size.
+
+    Example:
+        >>> number_of_bytes("500M")
+        500000000
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)b?", text.strip(), re.IGNORECASE)
     number = int(float(match[1]) * _MULTIPLES[match[2].lower()]) if match else 0
     if number < 1:
         raise argparse.ArgumentTypeError(
-            f"takes a number of bytes such as 1G, 500M or 20000, not {text!r}"
+            f"must be a size in bytes such as 1G, 500M or 20000. Received: {text!r}"
         )
     return number
 
 
-def parse_arguments(arguments, prog):
-    """The options of the command line."""
+def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
+    """Parses the arguments of the command."""
     parser = CommandParser(
         prog,
         description=DESCRIPTION,
@@ -69,7 +85,9 @@ def parse_arguments(arguments, prog):
         metavar="SOURCE",
         help="NAME=PATHS or PATHS; may be given several times, also for one source",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="directory to write"
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -81,9 +99,10 @@ def parse_arguments(arguments, prog):
         "--style",
         choices=TOKENIZER_STYLES,
         default="v2",
-        help="whether runs of spaces are merged or kept (default: %(default)s)",
+        help="whether to merge (v1) or preserve (v2) consecutive spaces (default: "
+        "%(default)s)",
     )
-    add_source_options(parser, without_mixture="all the same")
+    add_source_options(parser, without_mixture="equal")
     parser.add_argument(
         "--sample-bytes",
         type=number_of_bytes,
@@ -96,16 +115,21 @@ def parse_arguments(arguments, prog):
         type=int,
         default=0,
         metavar="N",
-        help="another number draws another sample (default: %(default)s)",
+        help="seed of the random sample (default: %(default)s)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace the tokenizer that DIR has"
+        "--force", action="store_true", help="replace the tokenizer in DIR"
     )
     return parser.parse_args(arguments)
 
 
-def named(arguments):
-    """`text_sources.parse_sources`, where PATHS without NAME= are the source `text`."""
+def parse_inputs(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Parses sources as `parse_sources`; PATHS without NAME= are source `text`.
+
+    Example:
+        >>> parse_inputs(["books.txt", "code=src", "more.txt"])
+        {'text': ['books.txt', 'more.txt'], 'code': ['src']}
+    """
     return text_sources.parse_sources(
         [
             argument if re.match(r"[^/=]*=", argument) else f"text={argument}"
@@ -114,24 +138,43 @@ def named(arguments):
     )
 
 
-def make_room(output, force):
-    """Makes the directory before hours of reading, and refuses one in use."""
+def create_output(output: str, force: bool) -> None:
+    """Creates the output directory, before hours of reading.
+
+    Raises:
+        ValueError: If it contains a tokenizer and `force` is not set.
+    """
     if files.exists(files.join(output, MODEL_FILE)) and not force:
         raise ValueError(
-            f"{output} has a {MODEL_FILE} already. Choose another --output, or replace "
-            "it with --force."
+            f"{output} already contains {MODEL_FILE}. Choose another --output, or "
+            "replace it with --force."
         )
     files.make_directory(output)
 
 
-def plan(options):
-    """What to read: weights, or `None`, and fields and units, dicts by source."""
-    specs = named(options.input)
-    fields = {name: given[-1] for name, given in named(options.text_field).items()}
+def plan_reading(
+    options: argparse.Namespace,
+) -> tuple[dict[str, float] | None, dict[str, str | None], dict[str, list[Any]]]:
+    """Returns what to read.
+
+    Args:
+        options: The parsed arguments.
+
+    Returns:
+        The weights by source (`None` without `--mixture`), the fields with the text by
+        source, and the `text_sources.Unit`s of input by source.
+
+    Raises:
+        ValueError: If `--text-field` names a source that `--input` does not.
+    """
+    specs = parse_inputs(options.input)
+    fields = {
+        name: given[-1] for name, given in parse_inputs(options.text_field).items()
+    }
     if unknown := sorted({*fields} - {*specs}):
         raise ValueError(
-            f"--text-field names {', '.join(unknown)}, which --input does not. Its "
-            f"sources: {', '.join(specs)}."
+            f"--text-field names {', '.join(unknown)}, which are not sources of "
+            f"--input. Sources: {', '.join(specs)}."
         )
     weights = None
     if options.mixture:
@@ -147,12 +190,12 @@ def plan(options):
     return weights, fields, units
 
 
-def read_sample(options):
-    """Reads all sources, and says what was kept: dict of `Sample` by source."""
+def read_sample(options: argparse.Namespace) -> dict[str, Sample]:
+    """Reads all sources and prints their size; returns the sample of each source."""
     from keras_openllama.data import tokenizer_training as training
     from keras_openllama.utils.progress import progress_bar
 
-    weights, fields, units = plan(options)
+    weights, fields, units = plan_reading(options)
     total = sum(unit.num_bytes for parts in units.values() for unit in parts)
     print(f"Reading {total / 1e6:,.1f} MB: {', '.join(units)}", flush=True)
     with progress_bar("Reading", total) as bar:
@@ -173,30 +216,30 @@ def read_sample(options):
             options.seed,
             options.max_skipped,
         )
-    for name, kept in samples.items():
-        print(describe(name, kept), flush=True)
+    for name, sample in samples.items():
+        print(describe_sample(name, sample), flush=True)
     return samples
 
 
-def describe(name, kept):
-    """A line or more on what was kept of a source."""
-    size = kept.to_json()
+def describe_sample(name: str, sample: Sample) -> str:
+    """Describes the sample of a source in one or more lines."""
+    size = sample.to_json()
     training_bytes = size["training"]["bytes"] / 1e6
     text = (
-        f"{name}: {kept.documents:,} documents, {kept.num_bytes / 1e6:,.2f} MB; "
-        f"{size['training']['documents']:,} to train on, {training_bytes:,.2f} MB; "
+        f"{name}: {sample.documents:,} documents, {sample.num_bytes / 1e6:,.2f} MB; "
+        f"{size['training']['documents']:,} for training, {training_bytes:,.2f} MB; "
         f"{size['held_out']['documents']:,} held out"
     )
-    if kept.num_bytes < kept.share:
-        text += f"; its share of the sample would be {kept.share / 1e6:,.0f} MB"
-    for reason, count in kept.skipped.items():
+    if sample.num_bytes < sample.share:
+        text += f"; less than its share of the sample, {sample.share / 1e6:,.0f} MB"
+    for reason, count in sample.skipped.items():
         text += f"\n{name}: {count:,} documents skipped: {reason}"
     return text
 
 
 @contextlib.contextmanager
-def interruptible():
-    """Lets Ctrl-C end the process at once: Python would wait for SentencePiece."""
+def interruptible() -> Iterator[None]:
+    """Lets Ctrl-C end the process immediately, without waiting for SentencePiece."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -204,18 +247,18 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def train(options):
-    """Reads, trains, reports, and writes the directory."""
+def train_tokenizer(options: argparse.Namespace) -> None:
+    """Reads the sample, trains the tokenizer and writes the directory."""
     from keras_openllama.data import tokenizer_report as reporting
     from keras_openllama.data import tokenizer_training as training
 
     training.check_vocabulary_size(options.vocab_size)
-    make_room(options.output, options.force)
+    create_output(options.output, options.force)
     samples = read_sample(options)
-    size = sum(kept.to_json()["training"]["bytes"] for kept in samples.values())
+    size = sum(sample.to_json()["training"]["bytes"] for sample in samples.values())
     print(
         f"SentencePiece trains {options.vocab_size:,} pieces on {size / 1e6:,.1f} MB. "
-        "It says nothing until it is done; a GB takes some minutes.",
+        "It prints nothing until it is done; 1 GB takes some minutes.",
         flush=True,
     )
     with interruptible():
@@ -229,13 +272,13 @@ def train(options):
         "mixture": options.mixture,
         "sample_bytes": options.sample_bytes,
         "seed": options.seed,
-        "sources": {name: kept.to_json() for name, kept in samples.items()},
+        "sources": {name: sample.to_json() for name, sample in samples.items()},
         **reporting.measure_tokenizers(
             samples, {"this tokenizer": proto, **reporting.installed_tokenizers()}
         ),
     }
     print("\n" + reporting.format_table(report), flush=True)
-    # The model comes last: where it is, the rest is.
+    # The model is written last, so that it implies that the other files exist.
     for name, data in {
         "tokenizer.vocab": training.format_vocabulary(proto).encode(),
         "report.json": (json.dumps(report, indent=1) + "\n").encode(),
@@ -246,11 +289,11 @@ def train(options):
 
 
 @command("train-tokenizer", extra="train")
-def main(arguments, prog):
-    """Runs the command; returns the exit code."""
+def main(arguments: list[str], prog: str) -> int | None:
+    """Runs the command."""
     options = parse_arguments(arguments, prog)
-    train(options)
+    train_tokenizer(options)
     path = files.join(options.output, MODEL_FILE)
-    print(f"{options.output} has the tokenizer and the report. Use it:")
+    print(f"Wrote the tokenizer and its report to {options.output}. Use it with:")
     print(f"    {PROGRAM} prepare-data --tokenizer {options.output} ...")
     print(f'    OpenLlamaTokenizer("{path}")')

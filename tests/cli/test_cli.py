@@ -1,4 +1,4 @@
-"""The command line teaches, streams, answers fast, and fails in one clear line."""
+"""The command line: help, start time, streaming, and errors in one line."""
 
 import argparse
 import importlib.util
@@ -24,13 +24,13 @@ HEAVY += ("matplotlib", "sentencepiece")
 
 @pytest.fixture(autouse=True)
 def same_backend(monkeypatch):
-    """The commands run in this process, where the backend is chosen already."""
+    """The commands run in this process, whose backend is already set."""
     monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
 
 
 @pytest.fixture
 def fake_model(monkeypatch):
-    """Puts a model in the way that records how it is used and writes three pieces."""
+    """Replaces the model by one that records its calls and generates three pieces."""
 
     class FakeModel:
         preset = None
@@ -96,7 +96,7 @@ def test_add_renamed_argument_accepts_the_old_name_and_warns_once(
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_imports_neither_keras_nor_a_backend(command):
+def test_help_imports_neither_keras_nor_a_backend(command):
     script = (
         "import sys\n"
         "from keras_openllama.__main__ import main\n"
@@ -104,22 +104,22 @@ def test_the_help_of_a_command_imports_neither_keras_nor_a_backend(command):
         "except SystemExit: pass\n"
         f"print('imported:', [name for name in {HEAVY} if name in sys.modules])"
     )
-    asked = [sys.executable, "-c", script, command]
-    out = subprocess.check_output(asked, text=True)
+    process = [sys.executable, "-c", script, command]
+    out = subprocess.check_output(process, text=True)
     assert f"usage: keras-openllama {command} " in out
     assert out.splitlines()[-1] == "imported: []"
 
 
 @pytest.mark.backend_free
-def test_an_unknown_command_names_the_nearest(capsys):
+def test_main_suggests_the_closest_command(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["prepare_data"])
     assert exit.value.code == 2
-    assert "Did you mean prepare-data?" in capsys.readouterr().err
+    assert "Did you mean 'prepare-data'?" in capsys.readouterr().err
 
 
 @pytest.mark.backend_free
-def test_a_missing_extra_is_named_in_a_line(capsys):
+def test_command_names_the_extra_of_a_missing_package(capsys):
     @command("plot", extra="train")
     def fails(arguments, prog):
         raise ModuleNotFoundError("No module named 'orbax'", name="orbax")
@@ -127,7 +127,7 @@ def test_a_missing_extra_is_named_in_a_line(capsys):
     assert fails([]) == 2
     assert capsys.readouterr().err == (
         "keras-openllama plot: error: orbax is not installed: "
-        "pip install 'keras-openllama[train]' brings it.\n"
+        "Install it with: pip install 'keras-openllama[train]'\n"
     )
 
 
@@ -142,7 +142,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "option", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--top-p", "1.5"]]
 )
-def test_a_number_out_of_range_is_named(option, capsys):
+def test_generate_rejects_a_number_out_of_range(option, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["generate", "x", *option])
     assert exit.value.code == 2
@@ -152,7 +152,7 @@ def test_a_number_out_of_range_is_named(option, capsys):
 
 
 @pytest.mark.backend_free
-def test_an_unknown_preset_is_one_line_that_names_the_nearest(capsys):
+def test_generate_suggests_the_closest_preset_in_one_line(capsys):
     assert main(["generate", "x", "--preset", "open_llama_7b_v3"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -162,27 +162,27 @@ def test_an_unknown_preset_is_one_line_that_names_the_nearest(capsys):
 
 
 @pytest.mark.backend_free
-def test_traceback_shows_where_an_error_comes_from():
+def test_traceback_flag_raises_the_error():
     with pytest.raises(ValueError, match="open_llama_7b_v3"):
         main(["generate", "x", "--preset", "open_llama_7b_v3", "--traceback"])
 
 
 @pytest.mark.backend_free
-def test_a_backend_that_is_not_installed_says_what_to_install(monkeypatch, capsys):
+def test_choose_backend_says_how_to_install_a_missing_backend(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["generate", "x", "--backend", "torch"]) == 2
     assert "pip install 'keras-openllama[torch]'" in capsys.readouterr().err
 
 
 @pytest.mark.backend_free
-def test_a_backend_cannot_change_once_keras_is_imported(capsys):
+def test_choose_backend_rejects_a_change_after_keras_is_imported(capsys):
     other = "torch" if keras.config.backend() == "jax" else "jax"
     assert main(["generate", "x", "--backend", other]) == 2
-    assert f"--backend {other} comes too late" in capsys.readouterr().err
+    assert f"--backend {other} has no effect" in capsys.readouterr().err
 
 
 @pytest.mark.backend_free
-def test_an_empty_prompt_is_refused(capsys):
+def test_generate_rejects_an_empty_prompt(capsys):
     assert main(["generate", ""]) == 2
     assert "keras-openllama generate: error: " in capsys.readouterr().err
 
@@ -190,7 +190,7 @@ def test_an_empty_prompt_is_refused(capsys):
 # generate
 
 
-def test_generate_prints_the_prompt_and_what_the_embedded_model_writes(capsys):
+def test_generate_prints_prompt_and_text_of_the_embedded_model(capsys):
     from keras_openllama import OpenLlamaCausalLM
 
     assert main(["generate", PROMPT, "--max-new-tokens", "8"]) == 0
@@ -201,7 +201,7 @@ def test_generate_prints_the_prompt_and_what_the_embedded_model_writes(capsys):
 
 
 @pytest.mark.backend_free
-def test_a_seed_makes_the_same_choices_again(capsys):
+def test_generate_with_a_seed_is_reproducible(capsys):
     texts = []
     for seed in ("1", "1", "2"):
         main(["generate", PROMPT, "--max-new-tokens", "8", "--seed", seed])
@@ -209,7 +209,7 @@ def test_a_seed_makes_the_same_choices_again(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_new_process_reads_standard_input_and_is_quiet_on_stderr():
+def test_generate_reads_stdin_and_prints_nothing_on_stderr():
     command = [sys.executable, "-m", "keras_openllama", "generate", "-"]
     result = subprocess.run(
         [*command, "--strip-prompt", "--max-new-tokens", "4"],
@@ -225,7 +225,7 @@ def test_a_new_process_reads_standard_input_and_is_quiet_on_stderr():
 
 
 @pytest.mark.backend_free
-def test_each_piece_is_on_the_terminal_before_the_next_is_made(fake_model, capsys):
+def test_generate_prints_each_piece_before_generating_the_next(fake_model, capsys):
     seen = []
     fake_model.before_each_piece = lambda _: seen.append(capsys.readouterr().out)
     assert main(["generate", "zero"]) == 0
@@ -234,7 +234,7 @@ def test_each_piece_is_on_the_terminal_before_the_next_is_made(fake_model, capsy
 
 
 @pytest.mark.backend_free
-def test_options_reach_the_model(fake_model):
+def test_generate_passes_its_options_to_the_model(fake_model):
     model = ["--preset", "some/directory", "--dtype", "bfloat16", "--revision", "abc"]
     text = ["--max-new-tokens", "7", "--stop", "x", "--stop", "y"]
     main(["generate", "zero", *model, *text])
@@ -247,7 +247,7 @@ def test_options_reach_the_model(fake_model):
 
 
 @pytest.mark.backend_free
-def test_only_the_new_line_that_ends_standard_input_is_dropped(fake_model, monkeypatch):
+def test_generate_strips_only_the_last_new_line_of_stdin(fake_model, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Q: why?\n\nA:\n\n"))
     main(["generate", "-"])
     assert fake_model.arguments[0] == "Q: why?\n\nA:\n"
@@ -255,13 +255,13 @@ def test_only_the_new_line_that_ends_standard_input_is_dropped(fake_model, monke
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("flag", ["--strip-prompt", "--no-prompt"])
-def test_the_prompt_can_be_left_out(flag, fake_model, capsys):
+def test_strip_prompt_prints_the_generated_text_only(flag, fake_model, capsys):
     main(["generate", "zero", flag])
     assert capsys.readouterr().out == " one two three\n"
 
 
 @pytest.mark.backend_free
-def test_a_warning_of_the_model_is_one_line(fake_model, capsys):
+def test_generate_prints_warnings_in_one_line(fake_model, capsys):
     fake_model.before_each_piece = lambda _: warnings.warn("a\nwarning", stacklevel=1)
     main(["generate", "zero"])
     assert set(capsys.readouterr().err.splitlines()) == {"keras-openllama: a warning"}
@@ -289,7 +289,7 @@ def sampler_of(**given):
         ({"sampler": "top_p", "seed": 1}, "top_p", {"p": 0.9, "seed": 1}),
     ],
 )
-def test_sampling_options_imply_their_sampler(given, name, config):
+def test_sampler_config_infers_the_sampler_from_its_options(given, name, config):
     from keras_openllama.backend.keras_hub import get_sampler
 
     result = sampler_of(**given)
@@ -299,7 +299,7 @@ def test_sampling_options_imply_their_sampler(given, name, config):
 
 
 @pytest.mark.backend_free
-def test_an_option_that_the_sampler_ignores_is_refused():
+def test_sampler_config_rejects_options_of_other_samplers():
     with pytest.raises(ValueError, match=r"--top-k 7 .*'greedy'"):
         sampler_of(sampler="greedy", top_k=7)
 
@@ -314,7 +314,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
 
     def add(repository, files):
-        """Lays files out as the Hub's client does: links to blobs."""
+        """Writes files in the layout of the Hub's cache: links to blobs."""
         root = tmp_path / f"models--openlm-research--{repository}"
         (root / "blobs").mkdir(parents=True)
         (root / "snapshots" / "abc").mkdir(parents=True)
@@ -331,7 +331,7 @@ def listed(capsys):
 
 
 @pytest.mark.backend_free
-def test_the_table_lists_every_preset_with_its_size(cache, capsys):
+def test_presets_prints_a_table_of_all_presets(cache, capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines[1:]}
@@ -344,13 +344,13 @@ def test_the_table_lists_every_preset_with_its_size(cache, capsys):
 
 
 @pytest.mark.backend_free
-def test_the_list_tells_what_is_in_the_cache(cache, capsys):
+def test_presets_reports_what_is_in_the_cache(cache, capsys):
     index = json.dumps({"weight_map": {"a": "a.bin", "b": "b.bin"}})
     sharded = {"tokenizer.model": "t", "pytorch_model.bin.index.json": index}
     cache("open_llama_3b", {"tokenizer.model": "t", "pytorch_model.bin": "weights"})
     cache("open_llama_7b", {**sharded, "a.bin": "a"})
     cache("open_llama_7b_v2", {**sharded, "a.bin": "a", "b.bin": "b"})
-    cache("open_llama_3b_v2", {"model.safetensors": "no tokenizer beside it"})
+    cache("open_llama_3b_v2", {"model.safetensors": "no tokenizer"})
 
     rows = listed(capsys)
     assert rows["open_llama_3b"]["cached"] == "yes"
@@ -370,7 +370,7 @@ def test_the_list_tells_what_is_in_the_cache(cache, capsys):
 
 
 @pytest.mark.backend_free
-def test_convert_tells_what_it_would_write_and_then_writes_it(tmp_path, capsys):
+def test_convert_dry_run_lists_the_files_that_convert_writes(tmp_path, capsys):
     target = tmp_path / "out"
     arguments = ["convert", "open_llama_nano", str(target), "--to", "transformers"]
     assert main([*arguments, "--dry-run"]) == 0
@@ -385,18 +385,18 @@ def test_convert_tells_what_it_would_write_and_then_writes_it(tmp_path, capsys):
 
 
 @pytest.mark.backend_free
-def test_convert_goes_from_easylm_to_keras_by_a_preset(tmp_path, capsys):
+def test_convert_from_easylm_to_keras_needs_a_preset(tmp_path, capsys):
     file, out = str(tmp_path / "nano.msgpack"), str(tmp_path / "nano")
     assert main(["convert", "nano", file, "--to", "easylm"]) == 0
     assert main(["convert", file, out, "--to", "keras", "--preset", "nano"]) == 0
     assert main(["generate", PROMPT, "--preset", out, "--max-new-tokens", "4"]) == 0
-    ours = capsys.readouterr().out.splitlines()[2]
+    converted = capsys.readouterr().out.splitlines()[2]
     assert main(["generate", PROMPT, "--max-new-tokens", "4"]) == 0
-    assert capsys.readouterr().out.splitlines() == [ours]
+    assert capsys.readouterr().out.splitlines() == [converted]
 
 
 @pytest.mark.backend_free
-def test_convert_fails_in_one_line_that_tells_the_remedy(tmp_path, capsys):
+def test_convert_errors_are_one_line_with_a_remedy(tmp_path, capsys):
     target = tmp_path / "out.msgpack"
     target.write_text("precious")
     arguments = ["convert", "open_llama_nano", str(target), "--to", "easylm"]

@@ -1,4 +1,4 @@
-"""`keras-openllama evaluate`: what a user types, what comes, what outlives a kill."""
+"""`keras-openllama evaluate`: output, resuming and errors."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(capsys):
     def run(*arguments):
         try:
             code = main([*map(str, arguments)])
-        except SystemExit as ended:  # argparse's way.
+        except SystemExit as ended:  # argparse exits this way.
             code = ended.code
         return code, *capsys.readouterr()
 
@@ -42,15 +42,15 @@ def values(directory):
 
 
 def stored(path):
-    """Keys of answers with their place in the file, which another writing changes."""
+    """Row ids of the stored answers by key; a second write changes the id."""
     try:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as file:
             return dict(file.execute("SELECT key, rowid FROM answers"))
-    except sqlite3.OperationalError:  # It is not there yet.
+    except sqlite3.OperationalError:  # The file does not exist yet.
         return {}
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_results(run, small, tmp_path):
+def test_evaluate_resumes_after_a_kill_with_the_same_results(run, small, tmp_path):
     data = write_tasks(tmp_path / "data", count=24)
     arguments = ["--preset", small, "--tasks", "hellaswag", "boolq", "--data", data]
     arguments += ["--batch-size", 1, "--output"]
@@ -69,19 +69,21 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(run, small, tmp_path):
     after = stored(killed / "answers.sqlite")
     assert 0 < len(finished) < len(after)
     assert finished.items() <= after.items()
-    assert run(*arguments, tmp_path / "whole")[0] == 0
-    assert values(killed) == values(tmp_path / "whole")
+    assert run(*arguments, tmp_path / "uninterrupted")[0] == 0
+    assert values(killed) == values(tmp_path / "uninterrupted")
 
 
-def test_what_cannot_be_had_is_told_and_the_rest_is_measured(run, small, tmp_path):
+def test_evaluate_reports_unavailable_tasks_and_measures_the_others(
+    run, small, tmp_path
+):
     data = write_tasks(tmp_path / "data", count=6)
     output = tmp_path / "output"
     model = ("--preset", small, "--output", output)
-    code, table, told = run(
+    code, table, error = run(
         *model, "--suite", "openllama", "--data", data, "--limit", 4
     )
-    assert code == os.EX_UNAVAILABLE, told
-    assert "piqa is left out: its data cannot be had" in told
+    assert code == os.EX_UNAVAILABLE, error
+    assert "piqa is skipped: its data" in error
     found = results(output)
     assert {row["task"] for row in found["metrics"]} == {
         *("hellaswag", "arc_easy", "winogrande", "boolq", "record", "truthfulqa_mc2")
@@ -95,40 +97,42 @@ def test_what_cannot_be_had_is_told_and_the_rest_is_measured(run, small, tmp_pat
     assert "first 4 documents" in (output / "table.md").read_text()
     assert (output / "table.png").read_bytes().startswith(b"\x89PNG")
 
-    # Another part of the same model, into the same directory.
+    # Another measurement of the same model, in the same directory.
     text = tmp_path / "text.txt"
     text.write_text("The captain looked at the sea. " * 40)
-    code, _, told = run(*model, "--perplexity", text)
-    assert code == 0, told
+    code, _, error = run(*model, "--perplexity", text)
+    assert code == 0, error
     both = results(output)
     assert both["metrics"] == found["metrics"]
     assert both["perplexity"][0]["name"] == "text"
     assert "first 4 documents" in (output / "table.md").read_text()
 
-    code, table, told = run("--compare", output, output, "--output", tmp_path / "c")
-    assert code == 0, told
+    code, table, error = run("--compare", output, output, "--output", tmp_path / "c")
+    assert code == 0, error
     assert "model (2)" in table
     assert (tmp_path / "c" / "table.svg").exists()
 
-    code, _, told = run(*model, "--perplexity", text, "--dtype", "bfloat16")
+    code, _, error = run(*model, "--perplexity", text, "--dtype", "bfloat16")
     assert code == 2
-    assert "answers of another model" in told
+    assert "answers of another model" in error
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ([], "say what to measure"),
+        ([], "Choose what to measure"),
         (["--tasks", "helaswag"], "no task 'helaswag'"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit is above 0"),
+        (["--tasks", "piqa", "--limit", "0"], "--limit must be positive"),
         (["--tasks", "piqa", "--compare-with", "GPT-5"], "Received: GPT-5"),
         (["--human-eval", "--samples-per-problem", "3"], "need a --temperature"),
         (["--perplexity", "nowhere.txt"], "nowhere.txt"),
-        (["--compare", "nowhere"], "give it alone"),
+        (["--compare", "nowhere"], "cannot be combined"),
     ],
 )
-def test_nonsense_is_answered_in_a_line(arguments, told, run, tmp_path):
-    code, _, said = run("--preset", "nano", *arguments, "--output", tmp_path / "out")
+def test_evaluate_rejects_invalid_arguments_in_one_line(
+    arguments, message, run, tmp_path
+):
+    code, _, error = run("--preset", "nano", *arguments, "--output", tmp_path / "out")
     assert code == 2
-    assert told in said
-    assert "Traceback" not in said
+    assert message in error
+    assert "Traceback" not in error

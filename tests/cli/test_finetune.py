@@ -1,4 +1,4 @@
-"""`keras-openllama finetune`: what it leaves, goes on with, and refuses."""
+"""`keras-openllama finetune`: output, resuming and errors."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def finetune():
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
-    """Puts back what `--backend` sets."""
+    """Restores the variable that `--backend` sets."""
     monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
 
 
@@ -54,7 +54,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(small):
-    """Flags of a short run of the small model; later ones take their place."""
+    """Flags of a short run of the small model; later flags override earlier ones."""
 
     def arguments(data, output, *more):
         short = ["--length", "24", "--batch-size", "4", "--max-new-tokens", "4"]
@@ -72,11 +72,11 @@ def logits_of(lm):
     return ops.convert_to_numpy(lm.score(ids))
 
 
-# ----- What it leaves
+# ----- Output
 
 
 @pytest.mark.slow_on_tensorflow
-def test_adapters_are_trained_and_exported_alone_and_merged(
+def test_finetune_trains_and_exports_adapters_and_a_merged_model(
     arguments, data, tmp_path, capsys
 ):
     output = tmp_path / "run"
@@ -98,12 +98,12 @@ def test_adapters_are_trained_and_exported_alone_and_merged(
     np.testing.assert_allclose(logits_of(merged), found, atol=1e-3)
     assert np.abs(found - plain).max() > 0.1
     assert str(output / "model") in capsys.readouterr().out
-    # Again: there is nothing left to do.
+    # A complete run: nothing is left to do.
     assert finetune().main(arguments(data, output, *more)) == 0
     assert len(metrics_log.read_metrics(output)) == len(losses)
 
 
-def test_all_weights_are_trained_packed(arguments, data, tmp_path):
+def test_finetune_trains_all_weights_on_packed_examples(arguments, data, tmp_path):
     more = ("--epochs", 3, "--pack", "--learning-rate", 1e-3, "--export", "model")
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     assert not (tmp_path / "adapters").exists()
@@ -112,13 +112,13 @@ def test_all_weights_are_trained_packed(arguments, data, tmp_path):
 
 
 @pytest.mark.backend_free
-def test_an_int8_base_exports_adapters_alone(arguments, data, tmp_path):
+def test_finetune_on_an_int8_base_exports_only_adapters(arguments, data, tmp_path):
     more = ("--lora-rank", 2, "--int8", "--epochs", 2)
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     assert (tmp_path / "adapters").is_dir() and not (tmp_path / "model").exists()
 
 
-# ----- Stopped, and gone on
+# ----- Resuming
 
 
 def start(arguments, **environment):
@@ -144,9 +144,9 @@ LONG = ("--lora-rank", 4, "--epochs", 15, "--save-every", 5, "--export", "none")
 
 
 @pytest.fixture(scope="module")
-def whole(arguments, data, tmp_path_factory):
-    """The directory of a run that nothing stopped."""
-    directory = tmp_path_factory.mktemp("whole")
+def uninterrupted(arguments, data, tmp_path_factory):
+    """The directory of an uninterrupted run."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
     assert finetune().main(arguments(data, directory, *LONG)) == 0
     return directory
 
@@ -154,8 +154,8 @@ def whole(arguments, data, tmp_path_factory):
 @pytest.mark.backend_free
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_gone_on_it_is_the_run_that_was_not(
-    end, arguments, data, whole, tmp_path, capsys
+def test_finetune_resumes_bit_exactly_after_a_signal(
+    end, arguments, data, uninterrupted, tmp_path, capsys
 ):
     stopped = start(arguments(data, tmp_path / "stopped", *LONG))
     deadline = time.monotonic() + 200
@@ -164,21 +164,25 @@ def test_stopped_and_gone_on_it_is_the_run_that_was_not(
     stopped.send_signal(end)
     code = stopped.wait(120)
     assert code == (75 if end == signal.SIGTERM else -signal.SIGKILL)
-    assert 12 <= steps_of(tmp_path / "stopped") < steps_of(whole), "it was over"
+    assert 12 <= steps_of(tmp_path / "stopped") < steps_of(uninterrupted), (
+        "it was complete"
+    )
     assert finetune().main(arguments(data, tmp_path / "stopped", *LONG)) == 0
     assert "Resuming from the checkpoint of step" in capsys.readouterr().out
     for read in (metrics_log.read_metrics, metrics_log.read_validation):
-        expected, found = read(whole), read(tmp_path / "stopped")
+        expected, found = read(uninterrupted), read(tmp_path / "stopped")
         assert [(r["step"], r["loss"]) for r in found] == [
             (r["step"], r["loss"]) for r in expected
         ]
-    (*_, last), _ = checkpoints(whole)
-    assert digests(tmp_path / "stopped", last) == digests(whole, last)
-    samples = [(d / "samples.txt").read_text() for d in (whole, tmp_path / "stopped")]
+    (*_, last), _ = checkpoints(uninterrupted)
+    assert digests(tmp_path / "stopped", last) == digests(uninterrupted, last)
+    samples = [
+        (d / "samples.txt").read_text() for d in (uninterrupted, tmp_path / "stopped")
+    ]
     assert samples[0] == samples[1] and "question 1, after" in samples[0]
 
 
-# ----- What it refuses
+# ----- Errors
 
 
 def refused(capsys, *arguments):
@@ -191,7 +195,7 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.backend_free
-def test_a_run_is_not_gone_on_with_by_other_settings(arguments, data, tmp_path, capsys):
+def test_finetune_rejects_changed_settings_of_a_run(arguments, data, tmp_path, capsys):
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     changed = arguments(data, tmp_path, "--lora-rank", 3, *more[2:])
@@ -202,7 +206,7 @@ def test_a_run_is_not_gone_on_with_by_other_settings(arguments, data, tmp_path, 
 
 
 @pytest.mark.backend_free
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+def test_finetune_falls_back_from_a_damaged_checkpoint(
     arguments, data, tmp_path, caplog, capsys
 ):
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none", "--save-every", 1)
@@ -223,40 +227,42 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--data", "missing.jsonl"), "there is no file missing.jsonl"),
+        (("--data", "missing.jsonl"), "missing.jsonl does not exist"),
         (("--int8",), "--int8 needs adapters"),
         (("--lora-targets", "key"), "--lora-targets needs adapters"),
         (("--dtype", "bfloat16"), "mixed_bfloat16 does not"),
         (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
         (("--backend", "torch", "--micro-batches", 2), "need the JAX backend"),
         (("--prompt", "Q: {}"), "names in braces"),
-        (("--learning-rate", 0), "--learning-rate is above 0"),
-        (("--micro-batches", 3), "divides --batch-size"),
-        (("--epochs", 0), "--epochs is above 0"),
-        (("--length", 0), "--length is a whole number from 1 on"),
+        (("--learning-rate", 0), "--learning-rate must be positive"),
+        (("--micro-batches", 3), "must divide --batch-size"),
+        (("--epochs", 0), "--epochs must be positive"),
+        (("--length", 0), "--length must be a positive integer"),
         (("--preset", "nanno"), "Did you mean"),
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "it has no 'answer'"),
         (("--mesh", "fsdp=3"), "fsdp = 3 does not divide"),
         (("--preset", "nano", "--length", 5000), "the context length of nano"),
         (("--preset", "hf://nobody/nothing"), "is unavailable"),
-        # Before anything is downloaded.
+        # Checked before any download.
         (("--preset", "13b", "--batch-size", 512), "Training takes about"),
     ],
 )
-def test_what_cannot_be_is_refused(more, message, arguments, data, tmp_path, capsys):
+def test_finetune_rejects_invalid_arguments(
+    more, message, arguments, data, tmp_path, capsys
+):
     assert message in refused(capsys, *arguments(data, tmp_path / "run", *more))
     assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.backend_free
-def test_the_estimate_needs_no_preset_and_no_data(capsys):
+def test_estimate_needs_neither_preset_nor_data(capsys):
     assert finetune().main(["--estimate", "--batch-size", "2"]) == 0
     assert "open_llama_13b" in capsys.readouterr().out
 
 
 @pytest.mark.backend_free
-def test_a_rate_that_diverges_ends_the_run(arguments, data, tmp_path, capsys):
+def test_finetune_ends_if_the_loss_diverges(arguments, data, tmp_path, capsys):
     more = ("--lora-rank", 2, "--epochs", 30, "--learning-rate", 3e38)
     assert finetune().main(arguments(data, tmp_path, *more)) == 70
     error = capsys.readouterr().err
@@ -266,7 +272,7 @@ def test_a_rate_that_diverges_ends_the_run(arguments, data, tmp_path, capsys):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
+def test_finetune_restarts_a_run_without_checkpoints(
     arguments, data, tmp_path, monkeypatch
 ):
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
@@ -280,7 +286,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
 
 
 @pytest.mark.slow_on_tensorflow
-def test_samples_that_fail_at_the_end_do_not_lose_the_run(
+def test_finetune_resumes_after_an_error_in_the_last_samples(
     arguments, data, tmp_path, monkeypatch
 ):
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
@@ -288,7 +294,7 @@ def test_samples_that_fail_at_the_end_do_not_lose_the_run(
 
     def broken(self, tag, *rest, **options):
         if "after" in tag:
-            raise UnicodeError("the terminal has no such character")
+            raise UnicodeError("the terminal cannot encode the text")
         text(self, tag, *rest, **options)
 
     with monkeypatch.context() as patch:
@@ -300,17 +306,17 @@ def test_samples_that_fail_at_the_end_do_not_lose_the_run(
     assert "question 1, after" in (tmp_path / "samples.txt").read_text()
 
 
-def test_a_run_resumes_bit_exactly_on_every_backend(arguments, data, tmp_path):
+def test_finetune_resumes_bit_exactly_on_every_backend(arguments, data, tmp_path):
     more = ("--lora-rank", 2, "--epochs", 0.7, "--export", "none", "--save-every", 1)
-    whole = tmp_path / "whole"
-    assert finetune().main(arguments(data, whole, *more)) == 0
-    again = rewound(whole, tmp_path / "again")
-    assert finetune().main(arguments(data, again, *more)) == 0
-    assert course(again) == course(whole)
+    complete = tmp_path / "complete"
+    assert finetune().main(arguments(data, complete, *more)) == 0
+    resumed = rewound(complete, tmp_path / "resumed")
+    assert finetune().main(arguments(data, resumed, *more)) == 0
+    assert course(resumed) == course(complete)
 
 
 @pytest.mark.backend_free
-def test_a_mesh_trains_as_one_device_does(arguments, data, tmp_path):
+def test_finetune_on_a_mesh_equals_one_device(arguments, data, tmp_path):
     more = ("--lora-rank", 2, "--epochs", 1, "--export", "none")
     assert finetune().main(arguments(data, tmp_path / "one", *more)) == 0
     flags = "--xla_force_host_platform_device_count=4"
@@ -327,14 +333,14 @@ def test_a_mesh_trains_as_one_device_does(arguments, data, tmp_path):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_validation_is_by_file(arguments, data, tmp_path):
+def test_finetune_reports_validation_by_file(arguments, data, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("opposite", "contrary"))
     output = tmp_path / "run"
     more = ("--epochs", 0.5, "--validation-share", 0.5, "--export", "none")
-    asked = arguments(data, output, *more)
-    asked.insert(asked.index(str(data)), str(other))
-    assert finetune().main(asked) == 0
+    command = arguments(data, output, *more)
+    command.insert(command.index(str(data)), str(other))
+    assert finetune().main(command) == 0
     last = metrics_log.read_validation(output)[-1]
     assert {*last["sources"]} == {"opposites", "other"}
     losses = [source["loss"] for source in last["sources"].values()]
@@ -342,7 +348,7 @@ def test_validation_is_by_file(arguments, data, tmp_path):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_from_preset_loads_a_run_of_all_weights_and_explains_one_of_adapters(
+def test_from_preset_loads_full_finetuning_runs_and_explains_lora_runs(
     arguments, data, tmp_path
 ):
     more = ("--epochs", 0.5)
@@ -357,9 +363,7 @@ def test_from_preset_loads_a_run_of_all_weights_and_explains_one_of_adapters(
 
 
 @pytest.mark.parametrize("kind", ["lora", "all"])
-def test_a_run_of_the_version_before_is_refused_and_loads_what_it_exported(
-    kind, arguments, data, tmp_path, capsys
-):
+def test_finetune_rejects_runs_of_version_0_1(kind, arguments, data, tmp_path, capsys):
     run = shutil.copytree(RUNS_0_1 / kind, tmp_path / "run")
     assert "fine-tuning run of keras_openllama 0.1" in refused(
         capsys, *arguments(data, run, "--lora-rank", 2)

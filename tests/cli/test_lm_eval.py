@@ -1,4 +1,4 @@
-"""`keras-openllama lm-eval` is the harness's command line, with our model in it."""
+"""`keras-openllama lm-eval`: the harness's command line with this model."""
 
 import json
 import os
@@ -23,14 +23,14 @@ def run(*words):
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_its_help_shows_how_to_name_the_model(words, capsys):
+def test_lm_eval_help_shows_the_model_arguments(words, capsys):
     assert main(["lm-eval", *words]) == 0
     assert (
         "--model keras_openllama --model_args preset=3b_v2" in capsys.readouterr().out
     )
 
 
-def test_a_task_of_ones_own_is_evaluated(tmp_path):
+def test_lm_eval_runs_a_user_defined_task(tmp_path):
     data = write_tasks(tmp_path, count=4)
     write_own_task(tmp_path, data / "boolq.jsonl")
     result = run(
@@ -46,7 +46,7 @@ def test_a_task_of_ones_own_is_evaluated(tmp_path):
     assert "|mine" in result.stdout.replace(" ", "")
 
 
-def test_what_the_harness_refuses_it_says_itself():
+def test_lm_eval_passes_errors_of_the_harness_through():
     result = run("run", "--model")
     assert result.returncode == 2
     assert "expected one argument" in result.stderr

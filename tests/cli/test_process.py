@@ -1,4 +1,4 @@
-"""What a command does to its process: here, that training restarts it once."""
+"""The process of a command: training restarts it once."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from checkout import ROOT
 
 pytestmark = pytest.mark.backend_free
 
-# Python imports it whenever it starts.
+# Python imports this module at each start.
 RECORD_STARTS = """
 import json, os, sys
 with open(os.path.join(os.path.dirname(__file__), "starts"), "a") as file:
@@ -41,7 +41,7 @@ def starts(program, directory, **environment):
     return words, [json.loads(line) for line in lines]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc has the large pages")
+@pytest.mark.skipif(sys.platform != "linux", reason="Needs glibc.")
 @pytest.mark.parametrize("kind", ["console script", "module", "checkout"])
 def test_use_large_pages_restarts_training_once(kind, tmp_path):
     script = tmp_path / "keras-openllama"
@@ -55,7 +55,7 @@ def test_use_large_pages_restarts_training_once(kind, tmp_path):
     assert found == [[words, None], [words, "glibc.malloc.hugetlb=1"]]
 
 
-def test_use_large_pages_leaves_the_user_s_choice(tmp_path):
+def test_use_large_pages_respects_the_users_setting(tmp_path):
     program = ["-m", "keras_openllama", "pretrain"]
     words, found = starts(program, tmp_path, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
     assert found == [[words, "glibc.malloc.hugetlb=0"]]

@@ -1,4 +1,4 @@
-"""What `pretrain` and `finetune` share: their flags, and how they end."""
+"""Flags and exit codes of `pretrain` and `finetune`."""
 
 import contextlib
 import types
@@ -7,7 +7,7 @@ import pytest
 
 from keras_openllama.cli.command import CommandParser
 from keras_openllama.cli.training_options import (
-    WrongArgument,
+    InvalidArgument,
     add_run_options,
     exit_code,
     open_trainer,
@@ -31,12 +31,12 @@ def parsed(*arguments):
 # ----- Flags
 
 
-def test_a_mesh_has_all_axes():
+def test_mesh_flag_has_all_axes():
     assert parsed().mesh is None
     assert parsed("--mesh", "fsdp=4").mesh == {"data": 1, "fsdp": 4, "model": 1}
 
 
-def test_a_profile_is_the_first_and_the_last_step():
+def test_profile_flag_is_the_first_and_the_last_step():
     assert parsed().profile is None
     assert parsed("--profile", "10:15").profile == (10, 15)
 
@@ -48,7 +48,7 @@ def test_a_profile_is_the_first_and_the_last_step():
         *[("--profile", value) for value in ("3:2", "0:1", "3", "a:b", "")],
     ],
 )
-def test_a_value_that_is_none_is_refused_by_the_name_of_its_flag(flag, value, capsys):
+def test_run_options_reject_invalid_values_by_flag(flag, value, capsys):
     with pytest.raises(SystemExit) as exit:
         parsed(flag, value)
     assert exit.value.code == 2
@@ -57,7 +57,7 @@ def test_a_value_that_is_none_is_refused_by_the_name_of_its_flag(flag, value, ca
     assert error.endswith(f"Received: {value!r}")
 
 
-# ----- A run is opened
+# ----- Opening a run
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def opened(run_options):
     yield types.SimpleNamespace(options=run_options)
 
 
-def test_a_run_is_opened_with_the_flags(capsys):
+def test_open_trainer_passes_the_flags(capsys):
     options = parsed("--mesh", "data=2", "--profile", "1:2", "--accept-changes")
     with open_trainer(options, opened) as trainer:
         found = trainer.options
@@ -76,33 +76,33 @@ def test_a_run_is_opened_with_the_flags(capsys):
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
-def test_what_fails_while_it_is_opened_is_a_wrong_argument(kind):
+def test_open_trainer_raises_invalid_argument_if_opening_fails(kind):
     def refused(run_options):
         raise kind("no such data")
 
-    with pytest.raises(WrongArgument, match="no such data"):
+    with pytest.raises(InvalidArgument, match="no such data"):
         with open_trainer(parsed(), refused):
             pass
 
 
-def test_what_fails_in_the_run_is_none(capsys):
+def test_open_trainer_does_not_change_errors_of_the_run(capsys):
     with pytest.raises(ValueError, match="mine"):
         with open_trainer(parsed(), opened):
             raise ValueError("mine")
     assert "loss.png" not in capsys.readouterr().out
 
 
-# ----- A run ends
+# ----- Exit codes
 
 
-def ended(error, *arguments):
+def exit_code_of(error, *arguments):
     def run():
         raise error
 
     return exit_code(PROG, parsed(*arguments), run)
 
 
-def test_a_complete_run_is_0_and_a_stopped_one_is_told(capsys):
+def test_exit_code_of_a_complete_and_a_stopped_run(capsys):
     assert exit_code(PROG, parsed(), lambda: None) == 0
     assert capsys.readouterr().out == ""
     assert exit_code(PROG, parsed(), lambda: "SIGTERM") == interruption.STOPPED
@@ -112,35 +112,35 @@ def test_a_complete_run_is_0_and_a_stopped_one_is_told(capsys):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (WrongArgument("no mesh"), 2),
+        (InvalidArgument("no mesh"), 2),
         (interruption.DataReadError("no data"), 1),
         (interruption.DivergedError("no loss"), 70),
         (CheckpointError("no room"), 74),
         (OSError("no disk"), 74),
     ],
 )
-def test_what_ends_a_run_is_one_line_in_the_name_of_the_command(error, code, capsys):
-    assert ended(error) == code
+def test_exit_code_prints_known_errors_in_one_line(error, code, capsys):
+    assert exit_code_of(error) == code
     assert capsys.readouterr().err == f"{PROG}: error: {error}\n"
 
 
-def test_lines_of_an_error_become_one(capsys):
-    ended(WrongArgument("Prepare it:\n    prepare-data"))
+def test_exit_code_joins_the_lines_of_an_error(capsys):
+    exit_code_of(InvalidArgument("Prepare it:\n    prepare-data"))
     assert capsys.readouterr().err == f"{PROG}: error: Prepare it: prepare-data\n"
 
 
-def test_what_nobody_foresaw_shows_where_it_comes_from(capsys):
-    assert ended(ZeroDivisionError("by zero")) == 1
+def test_exit_code_prints_a_traceback_of_unexpected_errors(capsys):
+    assert exit_code_of(ZeroDivisionError("by zero")) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error and error.endswith(f"{PROG}: error: by zero\n")
 
 
-def test_a_traceback_can_be_asked_for(capsys):
-    assert ended(WrongArgument("no mesh"), "--traceback") == 2
+def test_exit_code_prints_a_traceback_on_request(capsys):
+    assert exit_code_of(InvalidArgument("no mesh"), "--traceback") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_error_on_the_way_out_does_not_hide_the_first(capsys):
+def test_exit_code_prints_the_earlier_error_too(capsys):
     def run():
         try:
             raise interruption.DivergedError("no loss")
@@ -150,5 +150,5 @@ def test_an_error_on_the_way_out_does_not_hide_the_first(capsys):
     assert exit_code(PROG, parsed(), run) == 74
     assert capsys.readouterr().err.splitlines() == [
         f"{PROG}: error: no disk",
-        f"{PROG}: before that: no loss",
+        f"{PROG}: earlier error: no loss",
     ]

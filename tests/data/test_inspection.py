@@ -84,7 +84,7 @@ def test_inspect_data_verifies_files_and_rejects_other_directories(
     data, tmp_path, capsys
 ):
     assert main([data.directory, "--verify"]) == 0
-    assert "files are as they were prepared" in capsys.readouterr().out
+    assert "files are correct." in capsys.readouterr().out
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert re.match(r"keras-openllama inspect-data: error: .* has no manifest", error)

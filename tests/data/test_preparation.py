@@ -853,7 +853,7 @@ def test_prepare_data_writes_identical_files_and_prints_the_tokens(
     cli.main(command(specs, tmp_path / "data", "--workers=1")[2:])
     assert contents(tmp_path / "data") == contents(output)
     tokens = sum(data.split_info(source, "train")["tokens"] for source in SOURCES)
-    assert f"\n{tokens:,} tokens to train on are in" in capsys.readouterr().out
+    assert f" has {tokens:,} tokens for training." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

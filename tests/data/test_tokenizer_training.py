@@ -533,4 +533,4 @@ def test_train_tokenizer_help_explains_usage(capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "keras-openllama train-tokenizer --output" in text
-    assert "unfit for code" in text and "--sample-bytes" in text
+    assert "unsuitable for code" in text and "--sample-bytes" in text

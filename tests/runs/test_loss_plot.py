@@ -166,7 +166,7 @@ def test_plot_command_saves_a_figure(tmp_path, capsys):
         assert output.stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "one: step 200, 200,000 tokens, loss 2." in printed
-    assert f"drawn: {output}" in printed
+    assert f"Plot: {output}" in printed
 
 
 def test_plot_command_reports_missing_metrics(tmp_path, capsys):

@@ -310,9 +310,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(run, whole, cut_short):
     assert course(cut_short) == course(whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    run, whole, tmp_path, caplog
-):
+def test_finetune_falls_back_from_a_damaged_checkpoint(run, whole, tmp_path, caplog):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     newest = output / "checkpoints" / "12"
