@@ -1,1 +1,1 @@
-"""What knows the internals of Keras, KerasHub and the three backends."""
+"""Access to internals of Keras, KerasHub and the three backends."""

@@ -1,24 +1,37 @@
-"""Arrays and tensors of any backend as NumPy arrays.
+"""Conversion of tensors of any backend to NumPy arrays.
 
-TensorFlow is never imported for it: only who has imported it can hold one of its
-tensors.
+TensorFlow is never imported for it: a process that has a TensorFlow tensor has already
+imported TensorFlow.
 """
 
+from __future__ import annotations
+
 import sys
+from types import ModuleType
+from typing import Any
 
 import keras
 import ml_dtypes
 import numpy as np
 
+from keras_openllama.utils.types import Tensor
 
-def as_numpy(value):
-    """A tensor of the backend as a NumPy array; on a CPU mostly no copy.
+
+def as_numpy(value: Tensor) -> np.ndarray:
+    """Returns a tensor of the backend as a NumPy array; on a CPU mostly without a copy.
 
     Args:
-        value: tensor of JAX, TensorFlow or PyTorch, on whatever devices.
+        value: Tensor of JAX, TensorFlow or PyTorch, on any devices.
+
+    Returns:
+        Array of the same shape and dtype.
 
     Raises:
-        ValueError: if other hosts have a part of it.
+        ValueError: If parts of the tensor are on other hosts.
+
+    Example:
+        >>> as_numpy(keras.ops.arange(3))
+        array([0, 1, 2], dtype=int32)
     """
     backend = {"jax": _from_jax, "torch": _from_torch}
     return backend.get(keras.config.backend(), np.asarray)(value)
@@ -29,13 +42,13 @@ def _from_jax(value):
 
     if not value.is_fully_addressable:
         raise ValueError(
-            "it is spread over several hosts, and one alone cannot write it: save a "
+            "it is sharded over several hosts, so that no host can write it: save a "
             "checkpoint, and convert that"
         )
     if len(value.devices()) == 1 and next(iter(value.devices())).platform == "cpu":
         return np.asarray(value)
-    # An array keeps the NumPy array that was made of it, for as long as it lives. So
-    # copies of its parts are asked, which live a moment.
+    # A JAX array caches the NumPy array made of it. Short-lived copies of its shards
+    # avoid that.
     result = np.empty(value.shape, value.dtype)
     for shard in value.addressable_shards:
         if shard.replica_id == 0:
@@ -49,31 +62,37 @@ def _from_torch(value):
     value = value.detach().cpu()
     if value.dtype != torch.bfloat16:
         return value.numpy()
-    # PyTorch cannot give it to NumPy.
+    # PyTorch cannot convert bfloat16 to NumPy.
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
-def loaded_tensorflow():
+def loaded_tensorflow() -> ModuleType | None:
     """Returns the `tensorflow` module if the process has imported it, else `None`."""
     return sys.modules.get("tensorflow")
 
 
-def is_graph_tensor(value):
-    """Whether `value` is a TensorFlow tensor without a value, as in `Dataset.map`."""
+def is_graph_tensor(value: Any) -> bool:
+    """Whether `value` is a symbolic TensorFlow tensor, as in `Dataset.map`."""
     tensorflow = loaded_tensorflow()
     return tensorflow is not None and tensorflow.is_symbolic_tensor(value)
 
 
-def to_numpy(value):
-    """Returns an array-like or a tensor of any backend as a NumPy array.
+def to_numpy(value: Any) -> np.ndarray:
+    """Returns an array-like, or a tensor of any backend, as a NumPy array.
 
     Args:
-        value: array, list of numbers, or tensor of JAX, TensorFlow or PyTorch, on
-            whatever device.
+        value: Array, list of numbers, or tensor of JAX, TensorFlow or PyTorch, on any
+            device.
 
     Returns:
-        A NumPy array of the same shape and dtype.
+        Array of the same shape and dtype.
+
+    Example:
+        >>> to_numpy([1, 2])
+        array([1, 2])
     """
-    if hasattr(value, "detach"):  # PyTorch converts neither gradients nor GPU memory.
+    if hasattr(
+        value, "detach"
+    ):  # NumPy converts neither tensors with gradients nor GPU memory.
         value = value.detach().cpu()
     return np.asarray(value)

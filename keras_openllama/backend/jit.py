@@ -1,12 +1,18 @@
-"""Compiles a function of a model's weights on whichever backend Keras runs."""
+"""Compilation of functions of a model's weights, on every backend."""
+
+from __future__ import annotations
 
 import functools
 import itertools
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 from keras import ops, tree
+
+from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "jax":
     import jax
@@ -22,27 +28,38 @@ else:
         "KERAS_BACKEND to one of them."
     )
 
-# Ours: a program is about 1 MB, more on TPUs; JAX removes those unused for longest.
+# Heuristic: a program has about 1 MB, more on TPUs. JAX evicts the least recently used.
 COMPILATION_CACHE_BYTES = 2 << 30
 
 
-def compile_function(function, model, *, static=(), donate=()):
-    """A compiled version of `function`, which reads the weights of `model`.
+def compile_function(
+    function: Callable[..., Any],
+    model: Any,
+    *,
+    static: Sequence[str] = (),
+    donate: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Compiles a function that reads the weights of a model.
 
-    On JAX the weights are arguments of the compiled program, so that neither their
-    values nor their sharding are frozen into it. Random state that the model's sampler
-    changes is carried out again. PyTorch runs eagerly, without gradients.
+    On JAX the weights are arguments of the compiled program, so that it depends neither
+    on their values nor on their sharding. Changes of the sampler's random state are
+    returned and assigned. PyTorch runs eagerly, without gradients.
 
     Args:
-        function: callable of tensors (nested in tuples or dicts) and static values,
-            returning tensors.
-        model: the `OpenLlamaCausalLM` whose weights and sampler it uses.
-        static: names of keyword arguments that are Python values; each combination
-            compiles anew.
-        donate: names of keyword arguments whose memory the result may take over.
+        function: Callable of tensors (nested in tuples or dicts) and static values that
+            returns tensors.
+        model: The `OpenLlamaCausalLM` whose weights and sampler the function uses.
+        static: Names of keyword arguments that are Python values. Each combination of
+            values is compiled separately.
+        donate: Names of keyword arguments whose memory the result may reuse.
 
     Returns:
         A callable with the same keyword arguments as `function`.
+
+    Example:
+        >>> embed = compile_function(lambda ids: lm.backbone.token_embedding(ids), lm)
+        >>> embed(ids=ops.ones((1, 4), "int32")).shape
+        (1, 4, 256)
     """
     backend = keras.config.backend()
     if backend == "torch":
@@ -50,17 +67,24 @@ def compile_function(function, model, *, static=(), donate=()):
     if model.run_eagerly:
         return function
     if backend == "jax":
-        return _jax(function, model, static, donate)
-    return _tensorflow(function, model, static)
+        return _compile_jax(function, model, static, donate)
+    return _compile_tensorflow(function, model, static)
 
 
-def variables_of(model):
-    """Weights and the sampler's random state: all that generation reads."""
+def generation_variables(
+    model: Any,
+) -> tuple[list[keras.Variable], list[keras.Variable]]:
+    """Returns the variables that generation reads: weights, and random state."""
     return model.weights, model.sampler.variables
 
 
-def stateless_scope(weights, weight_values, seeds, seed_values):
-    """A Keras scope in which the variables have the given values."""
+def stateless_scope(
+    weights: Sequence[keras.Variable],
+    weight_values: Sequence[Tensor],
+    seeds: Sequence[keras.Variable],
+    seed_values: Sequence[Tensor],
+) -> keras.StatelessScope:
+    """Returns a Keras scope in which the variables have the given values."""
     mapping = itertools.chain(
         zip(weights, weight_values, strict=True), zip(seeds, seed_values, strict=True)
     )
@@ -68,11 +92,11 @@ def stateless_scope(weights, weight_values, seeds, seed_values):
 
 
 @functools.cache
-def use_compilation_cache():
-    """Lets JAX keep compiled programs on disk, so that a second process starts fast.
+def use_compilation_cache() -> None:
+    """Enables JAX's persistent compilation cache, which speeds up later processes.
 
-    Does nothing where the user has chosen a directory or switched the cache off, with
-    JAX's own settings `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE`.
+    Does nothing if the user has set a directory or disabled the cache with JAX's
+    settings `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE`.
     """
     if (
         jax.config.jax_compilation_cache_dir
@@ -85,25 +109,25 @@ def use_compilation_cache():
     )
     jax.config.update("jax_compilation_cache_max_size", COMPILATION_CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # JAX looks once for a directory, at its first compilation: let it look again.
+    # JAX reads the directory only at its first compilation, unless it is reset.
     compilation_cache.reset_cache()
 
 
-def _jax(function, model, static, donate):
+def _compile_jax(function, model, static, donate):
     use_compilation_cache()
 
     def program(_weights, _seeds, **kwargs):
-        weights, seeds = variables_of(model)
+        weights, seeds = generation_variables(model)
         with stateless_scope(weights, _weights, seeds, _seeds) as scope:
             outputs = function(**kwargs)
         return outputs, [scope.get_current_value(seed) for seed in seeds]
 
-    program.__name__ = function.__name__  # What JAX's logs and profiles show.
+    program.__name__ = function.__name__  # For JAX's logs and profiles.
     program = jax.jit(program, static_argnames=static, donate_argnames=donate)
 
     @functools.wraps(function)
-    def run(**kwargs):
-        weights, seeds = variables_of(model)
+    def call_program(**kwargs):
+        weights, seeds = generation_variables(model)
         outputs, seed_values = program(
             [w.value for w in weights], [s.value for s in seeds], **kwargs
         )
@@ -111,25 +135,25 @@ def _jax(function, model, static, donate):
             seed.assign(value)
         return outputs
 
-    return run
+    return call_program
 
 
-def _tensorflow(function, model, static):
+def _compile_tensorflow(function, model, static):
     programs = {}
-    weights_seen = []
+    traced_weights = []
 
     @functools.wraps(function)
-    def run(**kwargs):
+    def call_program(**kwargs):
         constants = {name: kwargs.pop(name) for name in static}
         tensors = tree.map_structure(ops.convert_to_tensor, kwargs)
-        # A program keeps the variables that it saw, and LoRA and quantization change
-        # them.
+        # A program refers to the variables it was traced with. LoRA and quantization
+        # replace them.
         weights = model.weights
-        if [id(w) for w in weights] != [id(w) for w in weights_seen]:
+        if [id(w) for w in weights] != [id(w) for w in traced_weights]:
             programs.clear()
-            weights_seen[:] = weights
-        # One program a shape, kept here: `tf.function` does the same, but warns of it
-        # as if it were a mistake.
+            traced_weights[:] = weights
+        # One program per shape. `tf.function` would cache them, too, but warns about
+        # retracing.
         key = (
             tuple(constants.items()),
             tuple((t.shape, t.dtype) for t in tree.flatten(tensors)),
@@ -142,19 +166,31 @@ def _tensorflow(function, model, static):
             programs[key] = traced.get_concrete_function(**tensors)
         return programs[key](**tensors)
 
-    return run
+    return call_program
 
 
-def while_loop(model, cond, body, state):
-    """`ops.while_loop` over one nested state, in which `body` may draw random numbers.
+def while_loop(
+    model: Any,
+    cond: Callable[[Any], Tensor],
+    body: Callable[[Any], Any],
+    state: Any,
+) -> Any:
+    """`ops.while_loop` over one nested state; `body` may draw random numbers.
 
-    On JAX the random state of the sampler is part of what the loop carries.
+    On JAX the loop carries the random state of the sampler.
 
     Args:
-        model: the model whose weights and sampler `body` uses.
+        model: The model whose weights and sampler `body` uses.
         cond: `state -> bool scalar`.
         body: `state -> state`.
-        state: nested tensors.
+        state: Nested tensors.
+
+    Returns:
+        The final state.
+
+    Example:
+        >>> while_loop(lm, lambda i: i < 3, lambda i: i + 1, ops.zeros((), "int32"))
+        Array(3, dtype=int32)
     """
     if keras.config.backend() != "jax":
         flat = tree.flatten(state)
@@ -169,7 +205,7 @@ def while_loop(model, cond, body, state):
         )
         return unflatten(*leaves)
 
-    weights, seeds = variables_of(model)
+    weights, seeds = generation_variables(model)
     values = [w.value for w in weights]
 
     def body_with_seeds(carry):

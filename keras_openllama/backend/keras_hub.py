@@ -1,35 +1,39 @@
-"""The only import of KerasHub: its base classes, and the names that it does not export.
+"""The only import of KerasHub: its base classes, and names that it does not export.
 
-`import keras_hub` imports TensorFlow whenever it is installed, and keras-hub's wheel
-always brings it: 6 to 9 seconds and about 1 GB that users of JAX and PyTorch have no
-use for. Keras and KerasHub do so as well when they read or write a configuration, only
-to see that something is of none of its types. So TensorFlow is hidden meanwhile, unless
-it is the backend or somebody imported it already. `import tensorflow` works as ever
-afterwards.
+`import keras_hub` imports TensorFlow if it is installed, and the wheel of keras-hub
+depends on it: 6 to 9 seconds and about 1 GB, which users of JAX and PyTorch do not
+need. Keras and KerasHub also import it when they read or write a configuration, for
+type checks. So TensorFlow is hidden meanwhile, unless it is the backend or was already
+imported. Afterwards `import tensorflow` works as usual.
 """
+
+from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
 from keras_openllama.backend.keras_private import preserve_tensorflow_availability
+from keras_openllama.utils.types import PathLike
 
 _TENSORFLOW_MODULES = ("tensorflow", "tensorflow_text")
 
 
 @contextlib.contextmanager
-def without_tensorflow():
+def without_tensorflow() -> Iterator[None]:
     """Makes `import tensorflow` raise `ImportError` inside the block.
 
-    Not where TensorFlow is the backend, or has been imported already.
+    It has no effect if TensorFlow is the backend, or was already imported.
     """
     if keras.config.backend() == "tensorflow" or "tensorflow" in sys.modules:
         yield
         return
-    # Keras remembers whether there is one, and must not remember this.
+    # Keras caches whether TensorFlow is available. It must not cache this state.
     with preserve_tensorflow_availability():
-        # `None` in `sys.modules` is Python's own way of saying "not importable".
+        # `None` in `sys.modules` makes Python's import raise `ModuleNotFoundError`.
         for name in _TENSORFLOW_MODULES:
             sys.modules[name] = None
         try:
@@ -53,12 +57,12 @@ with without_tensorflow():
     from keras_hub.src.utils.python_utils import classproperty
 
 
-def save_configurations(task, directory):
-    """Writes all of a task that `save_to_preset` writes, but its weights.
+def save_configurations(task: CausalLM, directory: PathLike) -> None:
+    """Writes everything that `save_to_preset` writes except the weights.
 
     Args:
-        task: a `CausalLM`.
-        directory: path of a directory.
+        task: A `CausalLM`.
+        directory: Path of an existing directory.
     """
     saver = KerasPresetSaver(directory)
     with without_tensorflow():
@@ -69,17 +73,17 @@ def save_configurations(task, directory):
             task.preprocessor.save_to_preset(directory)
 
 
-def lora_rank(backbone):
-    """The rank that `enable_lora` was given: `Backbone._lora_rank` of KerasHub."""
+def lora_rank(backbone: Backbone) -> int | None:
+    """Returns the rank given to `enable_lora`: `Backbone._lora_rank` of KerasHub."""
     return backbone._lora_rank
 
 
-def resolve_dtype(loader, dtype):
-    """The dtype policy of a preset's backbone: `PresetLoader._resolve_dtype`.
+def resolve_dtype(loader: KerasPresetLoader, dtype: Any) -> Any:
+    """Returns the dtype policy of a preset's backbone: `PresetLoader._resolve_dtype`.
 
     Args:
-        loader: `KerasPresetLoader`.
-        dtype: what the user passed, or `None`.
+        loader: A `KerasPresetLoader`.
+        dtype: The user's `dtype`, or `None`.
     """
     return loader._resolve_dtype(loader.config, {"dtype": dtype})
 

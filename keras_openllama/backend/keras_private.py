@@ -1,17 +1,27 @@
 """The only use of names that Keras does not export.
 
-Each function says which name of Keras it stands on, and `tests/backend` has a test for
-each, so that after an upgrade of Keras the failing test says what has changed. The
-unexported names of KerasHub are in `backend.keras_hub`.
+Each function names the unexported name of Keras that it uses, and has a test in
+`tests/backend`. So after an upgrade of Keras, the failing tests show what has changed.
+The unexported names of KerasHub are in `backend.keras_hub`.
 """
 
-import contextlib
+from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.saving.saving_lib import H5IOStore
 from keras.src.saving.saving_lib import _save_state as _keras_save_state
 from keras.src.utils import module_utils
+
+from keras_openllama.utils.types import Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "H5IOStore",
@@ -46,48 +56,55 @@ _UNINITIALIZED = "uninitialized_variables"
 # ----- Layers
 
 
-def flatten_layers(layer, include_self=True):
-    """The layers inside a layer or model, recursively: `Layer._flatten_layers`.
+def flatten_layers(
+    layer: keras.layers.Layer, include_self: bool = True
+) -> Iterator[keras.layers.Layer]:
+    """Yields the layers inside a layer or model: `Layer._flatten_layers`.
 
     Args:
-        layer: `keras.layers.Layer`, a model too.
-        include_self: bool, whether the layer itself comes first.
+        layer: A layer or model.
+        include_self: Whether to yield the layer itself first.
 
-    Returns:
-        Iterator of layers.
+    Example:
+        >>> len(list(flatten_layers(keras.Sequential([keras.layers.Dense(2)]))))
+        2
     """
     return layer._flatten_layers(include_self=include_self)
 
 
-def kernel_variable(layer):
-    """The kernel as it is stored, without adapters: `EinsumDense._kernel`.
+def kernel_variable(layer: keras.layers.EinsumDense) -> keras.Variable:
+    """Returns the kernel without LoRA adapters: `EinsumDense._kernel`.
 
-    The exported `layer.kernel` adds the adapters of LoRA and casts the sum.
+    The exported `layer.kernel` adds the adapters and casts the sum.
     """
     return layer._kernel
 
 
-def embeddings_variable(layer):
-    """The table as it is stored, without adapters: `Embedding._embeddings`."""
+def embeddings_variable(layer: keras.layers.Embedding) -> keras.Variable:
+    """Returns the table without LoRA adapters: `Embedding._embeddings`."""
     return layer._embeddings
 
 
-def track_variables(layer, variables):
-    """Adds variables to those of a built layer: `Layer._tracker`, `_track_variable`."""
+def track_variables(
+    layer: keras.layers.Layer, variables: Iterable[keras.Variable]
+) -> None:
+    """Adds variables to a built layer: `Layer._tracker`, `_track_variable`."""
     layer._tracker.unlock()
     for variable in variables:
         layer._track_variable(variable)
     layer._tracker.lock()
 
 
-def untrack_variables(layer, variables):
-    """Removes variables from those of a built layer: `Layer._untrack_variable`."""
+def untrack_variables(
+    layer: keras.layers.Layer, variables: Iterable[keras.Variable]
+) -> None:
+    """Removes variables from a built layer: `Layer._untrack_variable`."""
     for variable in variables:
         layer._untrack_variable(variable)
 
 
-def register_torch_parameters(model):
-    """Makes the variables of layers parameters of PyTorch: `Layer._track_variables`.
+def register_torch_parameters(model: keras.layers.Layer) -> None:
+    """Registers variables as parameters of PyTorch: `Layer._track_variables`.
 
     Keras does so when a layer is built, except in a stateless scope. PyTorch only.
     """
@@ -98,8 +115,8 @@ def register_torch_parameters(model):
 # ----- Variables
 
 
-def variable_layout(variable):
-    """The sharding that a variable was given, or `None`: `Variable._layout`.
+def variable_layout(variable: keras.Variable) -> Any:
+    """Returns the sharding of a variable: `Variable._layout`.
 
     Returns:
         `keras.distribution.TensorLayout`, `jax.sharding.Sharding` or `None`.
@@ -107,69 +124,69 @@ def variable_layout(variable):
     return variable._layout
 
 
-def set_variable_layout(variable, layout):
-    """Sets the sharding of a variable that has no value yet: `Variable._layout`."""
+def set_variable_layout(variable: keras.Variable, layout: Any) -> None:
+    """Sets the sharding of a variable without a value: `Variable._layout`."""
     variable._layout = layout
 
 
-def stored_value(variable):
-    """The tensor that a variable holds, or `None`: `Variable._value`.
+def stored_value(variable: keras.Variable) -> Tensor | None:
+    """Returns the tensor that a variable stores, or `None`: `Variable._value`.
 
-    The exported `value` initializes an empty variable, casts in an autocast scope, and
-    returns another tensor in a stateless scope.
+    The exported `value` initializes a variable without a value, casts in an autocast
+    scope, and returns another tensor in a stateless scope.
     """
     return variable._value
 
 
-def disable_autocast(variable):
-    """Keeps the dtype of a variable under a mixed policy: `Variable._autocast`."""
+def disable_autocast(variable: keras.Variable) -> None:
+    """Excludes a variable from autocast of mixed policies: `Variable._autocast`."""
     variable._autocast = False
 
 
-def initialize_with(variable, value):
-    """Gives an empty variable its first value, without a copy.
+def initialize_with(variable: keras.Variable, value: Tensor) -> None:
+    """Sets the first value of a variable without a copy.
 
-    Stands on `Variable._initialize`, and on `_initializer`, which must not run later.
+    Uses `Variable._initialize`, and `_initializer`, which must not run later.
 
     Args:
-        variable: `keras.Variable` without a value.
-        value: tensor of the backend, of the variable's shape and dtype.
+        variable: A variable without a value.
+        value: Tensor of the backend with the variable's shape and dtype.
     """
     variable._initialize(value)
     variable._initializer = None
 
 
-def initialize_deferred(variable):
-    """Runs the initializer of an empty variable: `Variable._deferred_initialize`."""
+def initialize_deferred(variable: keras.Variable) -> None:
+    """Runs a variable's initializer: `Variable._deferred_initialize`."""
     variable._deferred_initialize()
 
 
-def uninitialized_variables():
-    """The variables that Keras is to initialize later, after a stateless scope.
+def uninitialized_variables() -> list[keras.Variable]:
+    """Returns the variables that Keras will initialize after a stateless scope.
 
-    Stands on the global attribute `uninitialized_variables` of
+    Uses the global attribute `uninitialized_variables` of
     `keras.src.backend.common.global_state`.
     """
     return list(global_state.get_global_attribute(_UNINITIALIZED) or [])
 
 
 @contextlib.contextmanager
-def collect_uninitialized_variables():
-    """Collects variables that are made in a block but not initialized.
+def collect_uninitialized_variables() -> Iterator[list[keras.Variable]]:
+    """Collects the variables that are created in a block but not initialized.
 
     Keras's list of them, see `uninitialized_variables`, is restored after the block,
-    also where the block fails: Keras neither initializes these variables later nor
-    keeps an abandoned model alive.
+    even if the block fails. So Keras neither initializes these variables later nor
+    holds references to an abandoned model.
 
     Yields:
-        A list that has, after the block, the variables that were made in it.
+        A list which contains, after the block, the variables created in it.
     """
     pending = global_state.get_global_attribute(_UNINITIALIZED) or []
-    made = []
+    created = []
     global_state.set_global_attribute(_UNINITIALIZED, [])
     try:
-        yield made
-        made.extend(global_state.get_global_attribute(_UNINITIALIZED))
+        yield created
+        created.extend(global_state.get_global_attribute(_UNINITIALIZED))
     finally:
         global_state.set_global_attribute(_UNINITIALIZED, pending)
 
@@ -177,34 +194,38 @@ def collect_uninitialized_variables():
 # ----- Training
 
 
-def loss_tracker(model):
-    """The `keras.metrics.Mean` of a compiled model's loss: `Trainer._loss_tracker`."""
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Returns the loss metric of a compiled model: `Trainer._loss_tracker`."""
     return model._loss_tracker
 
 
-def compiled_metrics(model):
-    """The metrics that `compile` was given, flat: `Trainer._compile_metrics`."""
+def compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """Returns the metrics given to `compile`: `Trainer._compile_metrics`."""
     return model._compile_metrics.metrics
 
 
-def optimized_variables(optimizer):
-    """The variables that an optimizer was built for: `Optimizer._trainable_variables`.
+def optimized_variables(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.Variable]:
+    """Returns the variables of an optimizer: `Optimizer._trainable_variables`.
 
     Returns:
-        List of `keras.Variable`, empty if it is not built.
+        The variables that it was built for; empty if it is not built.
     """
     return optimizer._trainable_variables or []
 
 
-def adam_moments(optimizer, variable):
-    """What Adam keeps of a variable's gradients.
+def adam_moments(
+    optimizer: keras.optimizers.Adam, variable: keras.Variable
+) -> tuple[keras.Variable, keras.Variable, keras.Variable | None]:
+    """Returns the moments that Adam stores for a variable.
 
-    Stands on `Optimizer._get_variable_index` and on `_momentums`, `_velocities` and
+    Uses `Optimizer._get_variable_index` and `_momentums`, `_velocities` and
     `_velocity_hats` of `keras.optimizers.Adam`.
 
     Returns:
-        Three `keras.Variable`s: the first moment, the second, and the largest second
-        moment, which is `None` without `amsgrad`.
+        The first moment, the second moment, and the largest second moment, which is
+        `None` without `amsgrad`.
     """
     index = optimizer._get_variable_index(variable)
     largest = optimizer._velocity_hats[index] if optimizer.amsgrad else None
@@ -214,13 +235,17 @@ def adam_moments(optimizer, variable):
 # ----- Saving
 
 
-def save_state(saveable, store, skipped=()):
+def save_state(
+    saveable: keras.Model,
+    store: H5IOStore,
+    skipped: Iterable[keras.layers.Layer] = (),
+) -> None:
     """Passes all variables of a model to a store: `saving_lib._save_state`.
 
     Args:
-        saveable: `keras.Model`.
-        store: instance of a subclass of `H5IOStore`.
-        skipped: layers that are left out.
+        saveable: A model.
+        store: Instance of a subclass of `H5IOStore`.
+        skipped: Layers to skip.
     """
     _keras_save_state(saveable, store, None, "", {id(layer) for layer in skipped})
 
@@ -228,26 +253,25 @@ def save_state(saveable, store, skipped=()):
 # ----- Backends
 
 
-def torch_device():
-    """The device that Keras puts tensors of PyTorch on: `torch.core.get_device`."""
+def torch_device() -> str:
+    """Returns Keras's device for PyTorch tensors: `torch.core.get_device`."""
     from keras.src.backend.torch.core import get_device
 
     return get_device()
 
 
-def torch_dtype(dtype):
-    """PyTorch's dtype for a name of Keras: `torch.core.to_torch_dtype`."""
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Returns PyTorch's dtype of a dtype name: `torch.core.to_torch_dtype`."""
     from keras.src.backend.torch.core import to_torch_dtype
 
     return to_torch_dtype(dtype)
 
 
 @contextlib.contextmanager
-def preserve_tensorflow_availability():
-    """Makes Keras forget whether TensorFlow could be imported inside the block.
+def preserve_tensorflow_availability() -> Iterator[None]:
+    """Restores Keras's cached answer whether TensorFlow is available after a block.
 
-    Stands on `keras.src.utils.module_utils.tensorflow._available`, which keeps the
-    answer of the first attempt.
+    Uses `keras.src.utils.module_utils.tensorflow._available`.
     """
     known = module_utils.tensorflow._available
     try:

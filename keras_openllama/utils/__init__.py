@@ -1,1 +1,1 @@
-"""Helpers that know nothing of Keras or of models."""
+"""Helpers that depend neither on Keras nor on models."""

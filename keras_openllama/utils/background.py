@@ -1,29 +1,32 @@
-"""Functions that run in a thread which does not keep the process alive."""
+"""Functions that run in a daemon thread."""
+
+from __future__ import annotations
 
 import concurrent.futures
 import threading
+from collections.abc import Callable
+from typing import Any
 
 
-def run_in_background(function, *arguments):
+def run_in_background(
+    function: Callable[..., Any], *arguments: Any
+) -> concurrent.futures.Future[Any]:
     """Calls a function in a daemon thread.
 
-    Unlike the threads of an executor, the thread does not keep the process from ending:
-    for calls that may hang.
+    Unlike the threads of an executor, it does not keep the process alive: for calls
+    that may hang.
 
     Args:
-        function: callable.
-        *arguments: its arguments.
+        function: The function to call.
+        *arguments: Its arguments.
 
     Returns:
-        `concurrent.futures.Future` of what it returns or raises.
+        Future of what the function returns or raises.
 
     Example:
-
-    ```python
-    saving = run_in_background(save, checkpoint)
-    saving.done()
-    saving.result()  # Waits, and raises the error of `save`.
-    ```
+        >>> future = run_in_background(pow, 2, 10)
+        >>> future.result()  # Waits, and raises the error of the function.
+        1024
     """
     future = concurrent.futures.Future()
     threading.Thread(

@@ -1,20 +1,27 @@
-"""How much memory this machine can still give."""
+"""Available memory of this machine."""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# Limit and use of a container, in the two versions of Linux's control groups.
+# Memory limit and usage of a container, in the two versions of Linux's cgroups.
 _CGROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
 
 
-def free_memory():
-    """What is free on Linux, within the limits of a container.
+def free_memory() -> int | None:
+    """Returns the available memory on Linux, within the limits of a container.
 
     Returns:
-        int, bytes; `None` where it is not known.
+        Bytes, or `None` if the amount is unknown.
+
+    Example:
+        >>> memory = free_memory()
+        >>> memory is None or memory > 0
+        True
     """
     free = re.search(r"MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"))
     if free is None:

@@ -1,27 +1,33 @@
-"""Locks between processes of one machine, which end with their process."""
+"""Locks between processes of a machine, released when the process ends."""
+
+from __future__ import annotations
 
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
+
+from keras_openllama.utils.types import PathLike
 
 try:
     import fcntl
 except ImportError:  # Windows, where files are written without locks.
     fcntl = None
 
-# Windows also cannot open a directory, and flushes only what is open for writing.
+# Windows also cannot open directories, and flushes only files open for writing.
 IS_POSIX = fcntl is not None
 
 
-def try_lock(descriptor):
+def try_lock(descriptor: int) -> bool | None:
     """Takes the exclusive lock of an open file or directory without waiting.
 
     Args:
-        descriptor: int, of an open file or directory. Closing it ends the lock.
+        descriptor: Descriptor of an open file or directory. Closing it releases the
+            lock.
 
     Returns:
         `True` if the lock was taken, `False` if another process holds it, `None` if the
-        file system or the platform has no locks.
+        file system or the platform does not support locks.
     """
     if not IS_POSIX:
         return None
@@ -33,22 +39,20 @@ def try_lock(descriptor):
 
 
 @contextlib.contextmanager
-def locked(path, busy):
+def locked(path: PathLike, busy: BaseException) -> Iterator[None]:
     """Holds the exclusive lock of a file or directory inside the block.
 
-    Where the file system or the platform (Windows) has no locks, the block runs without
-    one.
+    If the file system or the platform (Windows) does not support locks, the block runs
+    without one.
 
     Args:
-        path: path of a directory, or of a file that is made if it does not exist.
-        busy: exception to raise if another process holds the lock.
+        path: Path of a directory, or of a file, which is created if missing.
+        busy: Exception to raise if another process holds the lock.
 
     Example:
-
-    ```python
-    with locked("runs/nano/.lock", RuntimeError("Another process trains here.")):
-        train()
-    ```
+        >>> with locked("lock", RuntimeError("Another process holds the lock.")):
+        ...     print("This process holds it.")
+        This process holds it.
     """
     if not IS_POSIX:
         yield

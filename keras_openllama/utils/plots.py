@@ -25,7 +25,6 @@ def style() -> Iterator[None]:
     Figures must be made inside the block. matplotlib's settings are restored after it.
 
     Example:
-
     >>> with style():
     ...     axes = Figure(figsize=(8, 4)).subplots()
     >>> axes.spines["top"].get_visible()

@@ -1,49 +1,63 @@
-"""Files and directories that appear at their place when they are whole, or not at all.
+"""Atomic creation of files and directories.
 
-What is unfinished lies in a hidden directory beside the target, locked for as long as
-its process lives. What a killed process left behind is removed by the next one that
-writes to the same target on the same machine.
+Unfinished output is in a hidden directory next to the target, which is locked while its
+process lives. The next process that writes to the same target on the same machine
+removes what a killed process left behind.
 
 `files.atomic_write` replaces one file, local or remote, many times in a run. It has no
-lock, which remote file systems lack, and refuses nothing; so the two share no more than
+lock, which remote file systems lack, and never rejects a target. So the two share only
 `sync_to_disk`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 from keras_openllama.utils.files import sync_to_disk
 from keras_openllama.utils.locks import IS_POSIX, try_lock
+from keras_openllama.utils.types import PathLike
 
-_REPLACED = "replaced"  # The old directory, for the moment before the new one is there.
+_REPLACED = "replaced"  # Name of the old directory until the new one is in place.
+# Returns why a directory must not be replaced, such as "holds 'thesis.tex'", or `None`.
+ForeignContent: TypeAlias = Callable[[Path], str | None]
 
 
 @contextlib.contextmanager
-def staged(target, single_file=False, force=False, foreign_content=None):
-    """Yields a path to write to, which becomes `target` when the block ends well.
+def staged(
+    target: PathLike,
+    single_file: bool = False,
+    force: bool = False,
+    foreign_content: ForeignContent | None = None,
+) -> Iterator[Path]:
+    """Yields a path to write to, which becomes `target` if the block succeeds.
 
     Args:
-        target: path of the file or directory to be.
-        single_file: bool, whether it is a file; the path yielded is then one that does
-            not exist yet, and else an empty directory.
-        force: bool, whether to replace what is there.
-        foreign_content: function of the path of a directory that would be replaced. It
-            returns what speaks against that, such as `"holds 'thesis.tex'"`, or `None`.
-            Without it no directory is replaced unless it is empty.
+        target: Path of the file or directory to create.
+        single_file: Whether the target is a file. The yielded path is then a path that
+            does not exist, otherwise an empty directory.
+        force: Whether to replace an existing target.
+        foreign_content: Function of the path of a directory to replace. It returns
+            a reason not to, such as `"holds 'thesis.tex'"`, or `None`. Without it,
+            only empty directories are replaced.
+
+    Yields:
+        The path to write to.
 
     Raises:
-        OSError: if the target exists and `force` is not set, or cannot be written.
+        OSError: If the target exists and must not be replaced, or cannot be written.
 
     Example:
-
-    ```python
-    with staged("out") as directory:
-        (directory / "config.json").write_text("{}")
-    ```
+        >>> with staged("out") as directory:
+        ...     _ = (directory / "config.json").write_text("{}")
+        >>> os.listdir("out")
+        ['config.json']
     """
     target = Path(os.path.realpath(target))
     with _parents(target):
@@ -56,7 +70,7 @@ def staged(target, single_file=False, force=False, foreign_content=None):
                 unfinished.mkdir()
             yield unfinished
             _sync(unfinished)
-            # It may have come meanwhile.
+            # Another process may have created the target in the meantime.
             check_target(target, single_file, force, foreign_content)
             if target.is_dir():
                 os.rename(target, staging / _REPLACED)
@@ -67,8 +81,26 @@ def staged(target, single_file=False, force=False, foreign_content=None):
                 os.close(lock)
 
 
-def check_target(target, single_file=False, force=False, foreign_content=None):
-    """Raises an `OSError` if `staged` would refuse the target."""
+def check_target(
+    target: PathLike,
+    single_file: bool = False,
+    force: bool = False,
+    foreign_content: ForeignContent | None = None,
+) -> None:
+    """Checks that `staged` would accept a target.
+
+    Args:
+        target: See `staged`.
+        single_file: See `staged`.
+        force: See `staged`.
+        foreign_content: See `staged`.
+
+    Raises:
+        OSError: If the target exists and must not be replaced.
+
+    Example:
+        >>> check_target("new_directory")
+    """
     target = Path(os.path.realpath(target))
     if target.is_dir():
         _check_directory(target, single_file, force, foreign_content)
@@ -79,7 +111,7 @@ def check_target(target, single_file=False, force=False, foreign_content=None):
             raise _exists(target)
         if not single_file:
             raise NotADirectoryError(
-                f"{target} is a file, and a directory is written. Choose another "
+                f"{target} is a file, but the output is a directory. Choose another "
                 "target."
             )
 
@@ -87,13 +119,12 @@ def check_target(target, single_file=False, force=False, foreign_content=None):
 def _check_directory(target, single_file, force, foreign_content):
     if single_file:
         raise IsADirectoryError(
-            f"{target} is a directory, and a file is written: name a file in it."
+            f"{target} is a directory, but the output is a file: name a file in it."
         )
     if os.path.ismount(target) or target == Path.cwd():
         what = "a mount point" if os.path.ismount(target) else "the current directory"
         raise OSError(
-            f"{target} is {what}, in whose place no other directory can be put: name a "
-            "directory in it."
+            f"{target} is {what}, which cannot be replaced: name a directory in it."
         )
     if not any(target.iterdir()):
         return
@@ -102,8 +133,8 @@ def _check_directory(target, single_file, force, foreign_content):
     found = foreign_content(target)
     if found:
         raise FileExistsError(
-            f"{target} is not replaced: it {found}, which no conversion writes. Remove "
-            "it yourself, or choose another target."
+            f"{target} is not replaced: it {found}, which is not part of a model. "
+            "Remove it yourself, or choose another target."
         )
 
 
@@ -116,25 +147,26 @@ def _exists(target):
 
 @contextlib.contextmanager
 def _parents(target):
-    """Makes the directories above the target, and removes them again if it fails."""
+    """Creates the parent directories; removes them again if the block fails."""
     made = [path for path in target.parents if not path.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         for path in made:
-            with contextlib.suppress(OSError):  # Somebody else has use for it.
+            with contextlib.suppress(OSError):  # Another process uses it.
                 path.rmdir()
         raise
 
 
 def _prefix(target):
-    # By machine: on a network's file system, locks of others may not be seen.
+    # With the machine's name: locks of other machines may be invisible on a network
+    # file system.
     return f".{target.name}.unfinished-{socket.gethostname()}-"
 
 
 def _make_staging(target):
-    """A new directory beside the target, and the descriptor that holds its lock.
+    """Creates a directory next to the target; returns it and its lock's descriptor.
 
     The descriptor is `None` on Windows, where directories have no locks.
     """
@@ -142,7 +174,7 @@ def _make_staging(target):
         staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         if not IS_POSIX:
             return staging, None
-        # In between, another process may take it for an abandoned one.
+        # Before it is locked, another process may remove it as abandoned.
         try:
             lock = os.open(staging, os.O_RDONLY)
         except FileNotFoundError:
@@ -153,12 +185,12 @@ def _make_staging(target):
 
 
 def _remove_abandoned(target):
-    if not IS_POSIX:  # Without locks, nothing tells whether a process still writes.
+    if not IS_POSIX:  # Without locks, the process may still be alive.
         return
     for path in target.parent.iterdir():
         if not path.name.startswith(_prefix(target)):
             continue
-        with contextlib.suppress(OSError):  # Gone meanwhile.
+        with contextlib.suppress(OSError):  # Another process removed it.
             lock = os.open(path, os.O_RDONLY)
             if try_lock(lock):
                 _remove(path, target)
@@ -166,13 +198,13 @@ def _remove_abandoned(target):
 
 
 def _remove(staging, target):
-    """Removes a staging directory, and puts back what had been replaced by nothing."""
+    """Removes a staging directory; restores the old target if nothing replaced it."""
     if (staging / _REPLACED).exists() and not target.exists():
         os.rename(staging / _REPLACED, target)
     shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sync(path):
-    """Has the system put a file, or a directory's files, on the disk."""
+    """Syncs a file, or all files of a directory, to the disk."""
     for name in [path, *path.rglob("*")] if path.is_dir() else [path]:
         sync_to_disk(name)

@@ -1,4 +1,4 @@
-"""Each name of Keras that is used though not exported still does what is expected."""
+"""Each unexported name of Keras that the package uses behaves as expected."""
 
 import keras
 import numpy as np
@@ -79,7 +79,7 @@ def test_variable_layout_is_what_was_set():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes on JAX only.")
-def test_a_distribution_sets_the_layout_of_new_variables():
+def test_variable_layout_is_set_by_a_distribution():
     mesh = keras.distribution.DeviceMesh((1,), ("batch",), [ops.ones(()).device])
     with keras.distribution.DataParallel(mesh).scope():
         weight = variable()
@@ -117,14 +117,14 @@ def test_disable_autocast_keeps_float32_in_a_mixed_layer():
 def test_uninitialized_variables_are_collected_and_then_initialized():
     before = keras_private.uninitialized_variables()
     assert not keras_private.in_stateless_scope()
-    with keras_private.collect_uninitialized_variables() as made:
+    with keras_private.collect_uninitialized_variables() as created:
         with keras.StatelessScope(initialize_variables=False):
             assert keras_private.in_stateless_scope()
             first = keras.Variable("zeros", shape=(2,), dtype="float32")
             second = keras.Variable("ones", shape=(2,), dtype="float32")
             assert len(keras_private.uninitialized_variables()) == 2
     assert keras_private.uninitialized_variables() == before
-    assert [id(v) for v in made] == [id(first), id(second)]
+    assert [id(v) for v in created] == [id(first), id(second)]
     assert keras_private.stored_value(first) is None
 
     value = ops.convert_to_tensor(np.array([3.0, 4.0], "float32"))
@@ -138,14 +138,14 @@ def test_uninitialized_variables_are_collected_and_then_initialized():
     np.testing.assert_array_equal(ops.convert_to_numpy(second), [1, 1])
 
 
-def test_the_list_of_uninitialized_variables_is_restored_after_an_error():
+def test_uninitialized_variables_are_restored_after_an_error():
     before = keras_private.uninitialized_variables()
     with pytest.raises(RuntimeError, match="on purpose"):
-        with keras_private.collect_uninitialized_variables() as made:
+        with keras_private.collect_uninitialized_variables() as created:
             with keras.StatelessScope(initialize_variables=False):
                 keras.Variable("zeros", shape=(2,), dtype="float32")
                 raise RuntimeError("on purpose")
-    assert not made
+    assert not created
     assert keras_private.uninitialized_variables() == before
 
 
@@ -222,5 +222,5 @@ def test_tensorflow_availability_is_restored():
     known = lazy.__dict__["_available"]
     with keras_private.preserve_tensorflow_availability():
         lazy.__dict__["_available"] = "changed"
-        assert lazy.available == "changed"  # It is where Keras looks.
+        assert lazy.available == "changed"  # Keras reads this attribute.
     assert lazy.__dict__["_available"] is known

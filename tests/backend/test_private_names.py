@@ -65,7 +65,7 @@ def unexported_names():
         keras_hub.Tokenizer,
     ]
     names = {name for thing in objects for name in dir(thing)}
-    # What no object has before it was used, or only a backbone with adapters.
+    # Attributes that objects get only when used, or only backbones with adapters have.
     names |= {"_layout_map", "_lora_rank", "_available", "_save_state"}
     return {name for name in names if name.startswith("_") and name[1] != "_"}
 
@@ -83,7 +83,7 @@ def own_names(tree):
 
 
 def uses(tree, names):
-    """Line and name of each attribute in `names` that is not the file's own."""
+    """Yields line and name of each attribute in `names` not defined in the file."""
     own = own_names(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in names - own:
@@ -98,7 +98,7 @@ def uses(tree, names):
             yield node.lineno, node.args[1].value
 
 
-def test_no_attribute_that_keras_does_not_export_is_used_elsewhere():
+def test_unexported_attributes_are_used_in_backend_only():
     names = unexported_names()
     assert {"_flatten_layers", "_value", "_kernel", "_tracker", "_momentums"} <= names
     found = [
@@ -109,7 +109,7 @@ def test_no_attribute_that_keras_does_not_export_is_used_elsewhere():
     assert not found, "\n".join(found)
 
 
-def test_the_scan_finds_attributes_and_names_in_strings():
+def test_uses_finds_attributes_and_names_in_strings():
     code = "class A:\n  def _own(self): layer._kernel; self._own\ngetattr(x, '_value')"
     found = set(uses(ast.parse(code), {"_kernel", "_value", "_own"}))
     assert found == {(2, "_kernel"), (3, "_value")}

@@ -379,7 +379,7 @@ def test_from_preset_rejects_an_invalid_config_json(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object"):
+    with pytest.raises(ValueError, match="must contain a JSON object"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "resnet"}')
     with pytest.raises(ValueError, match="neither in KerasHub's"):

@@ -126,7 +126,7 @@ def test_command_names_the_extra_of_a_missing_package(capsys):
 
     assert fails([]) == 2
     assert capsys.readouterr().err == (
-        "keras-openllama plot: error: orbax is not installed: "
+        "keras-openllama plot: error: orbax is not installed. "
         "Install it with: pip install 'keras-openllama[train]'\n"
     )
 

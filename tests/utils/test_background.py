@@ -1,4 +1,4 @@
-"""A function in the background gives its result or its error, and keeps nobody up."""
+"""Functions in the background: result, error, and the end of the process."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from keras_openllama.utils.background import run_in_background
 pytestmark = pytest.mark.backend_free
 
 
-def test_the_result_comes_when_the_function_is_done():
+def test_run_in_background_returns_the_result():
     go = threading.Event()
     future = run_in_background(lambda *numbers: go.wait() and sum(numbers), 1, 2, 3)
     assert not future.done()
@@ -20,7 +20,7 @@ def test_the_result_comes_when_the_function_is_done():
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), SystemExit("mine")])
-def test_an_error_is_raised_where_the_result_is_asked_for(error):
+def test_run_in_background_raises_errors_in_result(error):
     def fails():
         raise error
 
@@ -28,12 +28,12 @@ def test_an_error_is_raised_where_the_result_is_asked_for(error):
         run_in_background(fails).result(timeout=10)
 
 
-def test_a_function_that_hangs_does_not_keep_the_process_alive():
+def test_run_in_background_does_not_keep_the_process_alive():
     script = (
         "import threading\n"
         "from keras_openllama.utils.background import run_in_background\n"
         "run_in_background(threading.Event().wait)\n"
         "print('the end')"
     )
-    asked = [sys.executable, "-c", script]
-    assert subprocess.check_output(asked, text=True, timeout=60) == "the end\n"
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, text=True, timeout=60) == "the end\n"

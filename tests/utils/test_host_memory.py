@@ -1,4 +1,4 @@
-"""Free memory: what Linux says, within what a container may have."""
+"""Free memory on Linux and in containers."""
 
 import sys
 
@@ -10,13 +10,13 @@ from keras_openllama.utils.host_memory import free_memory
 pytestmark = pytest.mark.backend_free
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux says it")
-def test_it_is_no_more_than_the_machine_has():
+@pytest.mark.skipif(sys.platform != "linux", reason="Needs Linux.")
+def test_free_memory_is_at_most_the_total_memory():
     total = int(module._text("/proc/meminfo").split()[1]) * 1024
     assert 0 < free_memory() <= total
 
 
-def test_a_container_limits_what_there_is(monkeypatch):
+def test_free_memory_respects_the_limit_of_a_container(monkeypatch):
     files = {
         "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2048 kB\n",
         "/sys/fs/cgroup/memory.max": "1048576\n",

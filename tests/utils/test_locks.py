@@ -1,4 +1,4 @@
-"""A lock has one holder, and ends with its block or its process."""
+"""Locks have one holder, and end with their block or process."""
 
 import errno
 import fcntl
@@ -12,18 +12,18 @@ from keras_openllama.utils.locks import locked, try_lock
 
 pytestmark = pytest.mark.backend_free
 
-BUSY = RuntimeError("somebody else has it")
+BUSY = RuntimeError("another process holds the lock")
 
 
-def test_a_lock_that_is_held_is_busy(tmp_path):
+def test_locked_raises_if_the_lock_is_held(tmp_path):
     path = tmp_path / "lock"
     with locked(path, BUSY), open(path) as other:
         assert try_lock(other.fileno()) is False
-        with pytest.raises(RuntimeError, match="somebody else"), locked(path, BUSY):
-            pytest.fail("two hold the lock")
+        with pytest.raises(RuntimeError, match="another process"), locked(path, BUSY):
+            pytest.fail("two holders of the lock")
 
 
-def test_a_lock_ends_with_its_block_however_that_ends(tmp_path):
+def test_locked_releases_the_lock_after_errors_too(tmp_path):
     path = tmp_path / "lock"
     with pytest.raises(ValueError, match="mine"), locked(path, BUSY):
         raise ValueError("mine")
@@ -33,14 +33,17 @@ def test_a_lock_ends_with_its_block_however_that_ends(tmp_path):
         pass
 
 
-def test_a_directory_is_locked_without_a_file_in_it(tmp_path):
+def test_locked_accepts_a_directory(tmp_path):
     with locked(tmp_path, BUSY):
         assert list(tmp_path.iterdir()) == []
-        with pytest.raises(RuntimeError, match="somebody else"), locked(tmp_path, BUSY):
+        with (
+            pytest.raises(RuntimeError, match="another process"),
+            locked(tmp_path, BUSY),
+        ):
             pass
 
 
-def test_a_lock_ends_with_its_process(tmp_path):
+def test_locked_releases_the_lock_when_the_process_ends(tmp_path):
     path = tmp_path / "lock"
     script = """if True:
         import sys
@@ -57,14 +60,14 @@ def test_a_lock_ends_with_its_process(tmp_path):
     )
     with holder:
         assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(RuntimeError, match="somebody else"), locked(path, BUSY):
+        with pytest.raises(RuntimeError, match="another process"), locked(path, BUSY):
             pass
         holder.kill()
     with locked(path, BUSY):
         pass
 
 
-def test_where_the_file_system_has_no_locks_there_is_none(tmp_path, monkeypatch):
+def test_locked_runs_without_a_lock_if_the_file_system_has_none(tmp_path, monkeypatch):
     def flock(descriptor, operation):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 

@@ -1,4 +1,4 @@
-"""A target appears when it is whole, or not at all."""
+"""Targets are created atomically."""
 
 import functools
 import json
@@ -29,18 +29,18 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_directory_appears_at_the_end(tmp_path):
+def test_staged_creates_a_directory_at_the_end(tmp_path):
     with staged(tmp_path / "a" / "out") as path:
         write(path)
         assert not (tmp_path / "a" / "out").exists()
     assert names(tmp_path / "a") == ["out"]
     assert read(tmp_path / "a" / "out") == "new"
-    # As readable to others as any new directory.
+    # With the permissions of any new directory.
     (tmp_path / "b").mkdir()
     assert (tmp_path / "a" / "out").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_a_file_appears_at_the_end(tmp_path):
+def test_staged_creates_a_file_at_the_end(tmp_path):
     with staged(tmp_path / "out", single_file=True) as path:
         path.write_text("new")
         assert not (tmp_path / "out").exists()
@@ -49,14 +49,14 @@ def test_a_file_appears_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_of_what_failed(tmp_path, error):
+def test_staged_removes_everything_after_an_error(tmp_path, error):
     with pytest.raises(error), staged(tmp_path / "out") as path:
         write(path)
         raise error
     assert names(tmp_path) == []
 
 
-def test_what_exists_is_refused_unless_forced(tmp_path):
+def test_staged_replaces_a_directory_only_with_force(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     write(target, "old")
@@ -65,7 +65,7 @@ def test_what_exists_is_refused_unless_forced(tmp_path):
             pass
     options = {"force": True, "foreign_content": foreign_content}
     with pytest.raises(FileExistsError, match=f"{target} exists"):
-        check_target(target, force=True)  # Nobody says what may be replaced.
+        check_target(target, force=True)  # Without `foreign_content`.
     with pytest.raises(ValueError), staged(target, **options) as path:
         write(path)
         raise ValueError
@@ -76,7 +76,7 @@ def test_what_exists_is_refused_unless_forced(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_a_file_is_replaced_by_a_file(tmp_path):
+def test_staged_replaces_a_file_only_with_force(tmp_path):
     (tmp_path / "out").write_text("old")
     with pytest.raises(FileExistsError), staged(tmp_path / "out", single_file=True):
         pass
@@ -85,14 +85,14 @@ def test_a_file_is_replaced_by_a_file(tmp_path):
     assert (tmp_path / "out").read_text() == "new"
 
 
-def test_an_empty_directory_is_nothing_to_lose(tmp_path):
+def test_staged_replaces_an_empty_directory(tmp_path):
     (tmp_path / "out").mkdir()
     with staged(tmp_path / "out") as path:
         write(path)
     assert names(tmp_path / "out") == ["config.json"]
 
 
-def test_only_a_models_directory_is_replaced(tmp_path):
+def test_check_target_rejects_directories_with_foreign_content(tmp_path):
     check_target = functools.partial(
         staging.check_target, foreign_content=foreign_content
     )
@@ -120,7 +120,9 @@ def test_only_a_models_directory_is_replaced(tmp_path):
         check_target(tmp_path / "home" / "thesis.tex", force=True)
 
 
-def test_a_place_where_nothing_can_be_put_is_refused(tmp_path, monkeypatch):
+def test_check_target_rejects_the_current_directory_and_mount_points(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match=r"the current directory.*a directory in it"):
         check_target(".")
@@ -128,7 +130,7 @@ def test_a_place_where_nothing_can_be_put_is_refused(tmp_path, monkeypatch):
         check_target("/proc")
 
 
-def test_what_came_meanwhile_stays(tmp_path):
+def test_staged_does_not_replace_a_target_created_in_the_meantime(tmp_path):
     with pytest.raises(FileExistsError), staged(tmp_path / "out") as path:
         write(path)
         (tmp_path / "out").mkdir()
@@ -137,7 +139,7 @@ def test_what_came_meanwhile_stays(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_directories_that_were_made_for_nothing_are_removed(tmp_path):
+def test_staged_removes_created_parents_after_an_error(tmp_path):
     with pytest.raises(ValueError), staged(tmp_path / "a" / "b" / "out"):
         raise ValueError
     assert names(tmp_path) == []
@@ -155,7 +157,7 @@ with staged(sys.argv[1]) as path:
 
 @pytest.fixture
 def writer(tmp_path):
-    """A process in the middle of writing to `tmp_path / "out"`."""
+    """A process that is writing to `tmp_path / "out"`."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "out")], stdout=subprocess.PIPE
     )
@@ -165,26 +167,26 @@ def writer(tmp_path):
     process.wait()
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(writer, tmp_path):
+def test_staged_removes_what_a_killed_process_left(writer, tmp_path):
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert not (tmp_path / "out").exists()
-    assert len(names(tmp_path)) == 1  # Hidden, beside the target.
+    assert len(names(tmp_path)) == 1  # Hidden, next to the target.
     assert names(tmp_path)[0].startswith(".out.unfinished-")
     with staged(tmp_path / "out") as path:
         write(path)
     assert names(tmp_path) == ["out"]
 
 
-def test_what_another_process_is_writing_is_left_alone(writer, tmp_path):
+def test_staged_leaves_the_files_of_other_processes_alone(writer, tmp_path):
     with staged(tmp_path / "out") as path:
         write(path)
     assert len(names(tmp_path)) == 2
     assert writer.poll() is None
 
 
-def test_a_directory_that_was_about_to_be_replaced_is_put_back(tmp_path):
-    # As after a kill between the two renamings.
+def test_staged_restores_a_directory_after_an_interrupted_replacement(tmp_path):
+    # The state after a kill between the two renames.
     left = tmp_path / f".out.unfinished-{socket.gethostname()}-1"
     (left / "replaced").mkdir(parents=True)
     write(left / "replaced", "old")
