@@ -128,10 +128,11 @@ def test_keras_hub_is_imported_in_backend_only():
     found = []
     for path in sources("keras_openllama", "train"):
         for node in ast.walk(ast.parse(path.read_text())):
-            imported = [alias.name for alias in getattr(node, "names", ())]
             if isinstance(node, ast.ImportFrom):
                 imported = [node.module or ""]
-            elif not isinstance(node, ast.Import):
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
                 continue
             if any(name.split(".")[0] == "keras_hub" for name in imported):
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
