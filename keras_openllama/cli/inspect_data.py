@@ -137,13 +137,13 @@ def show_batches(data: PreparedData, options: argparse.Namespace) -> None:
     steps = options.step or [0]
     for step in steps:
         print("\n" + inspection.describe_batch(stream, step, processor))
-    realised = inspection.measure_mixture(stream, steps[0], options.sampled_steps)
+    actual = inspection.measure_mixture(stream, steps[0], options.sampled_steps)
     print(f"\nMixture of the tokens of {options.sampled_steps} steps, and its target:")
-    for name, share in realised.items():
+    for name, share in actual.items():
         target = stream.mixture.weights_at(steps[0]).get(name, 0)
         print(f"    {name:<16}{share:>8.2%}{target:>9.2%}")
     picture = options.picture or Path(f"{Path(data.directory).resolve().name}.png")
-    inspection.draw_overview(stream, realised, steps[0], picture)
+    inspection.draw_overview(stream, actual, steps[0], picture)
     print(f"\nPlot: {picture}")
 
 

@@ -19,7 +19,7 @@ from keras_openllama.data import document_reader, text_sources
 from keras_openllama.utils import files
 
 if TYPE_CHECKING:
-    from keras_openllama.data.tokenizer_training import Sample
+    from keras_openllama.data.tokenizer_training import DocumentSample
 
 DESCRIPTION = """\
 Train a tokenizer like OpenLLaMA's: SentencePiece BPE with byte fallback.
@@ -190,7 +190,7 @@ def plan_reading(
     return weights, fields, units
 
 
-def read_sample(options: argparse.Namespace) -> dict[str, Sample]:
+def read_sample(options: argparse.Namespace) -> dict[str, DocumentSample]:
     """Reads all sources and prints their size; returns the sample of each source."""
     from keras_openllama.data import tokenizer_training as training
     from keras_openllama.utils.progress import progress_bar
@@ -221,7 +221,7 @@ def read_sample(options: argparse.Namespace) -> dict[str, Sample]:
     return samples
 
 
-def describe_sample(name: str, sample: Sample) -> str:
+def describe_sample(name: str, sample: DocumentSample) -> str:
     """Describes the sample of a source in one or more lines."""
     size = sample.to_json()
     training_bytes = size["training"]["bytes"] / 1e6

@@ -420,7 +420,7 @@ def test_train_tokenizer_trains_on_the_mixture(prose, tmp_path, capsys, caplog):
     text = capsys.readouterr().out
     assert f'OpenLlamaTokenizer("{output}/tokenizer.model")' in text
     assert f"keras-openllama prepare-data --tokenizer {output}" in text
-    assert "says nothing until it is done" in text
+    assert "prints nothing until it is done" in text
     assert f"{own['overall']:.2f}" in text
     assert "not available: wikipedia" in caplog.text
 
