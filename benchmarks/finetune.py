@@ -170,7 +170,7 @@ def estimated(options, rank, backend):
     """The estimate of the planner, in bytes."""
     from keras_openllama.planning import finetune_memory
 
-    return finetune_memory.estimate(
+    return finetune_memory.estimate_memory(
         train.keras_sizes(options),
         "float32",
         lora_rank=rank or None,

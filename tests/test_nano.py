@@ -86,7 +86,7 @@ def test_nano_in_int8_is_a_quarter_of_the_size_with_equal_perplexity():
     def measure():
         weights = [keras.ops.convert_to_numpy(weight) for weight in lm.weights]
         size = sum(weight.nbytes for weight in weights)
-        return perplexity.evaluate(lm, {"text": text})[0]["nats"], size
+        return perplexity.evaluate_perplexity(lm, {"text": text})[0]["nats"], size
 
     nats, size = measure()
     lm.quantize("int8")
@@ -157,7 +157,7 @@ def test_nano_tokenizer_has_the_control_tokens_of_llama(tokenizer):
 
 
 def test_nano_compresses_unseen_english_better_than_xz(lm):
-    [row] = perplexity.evaluate(lm, {"text": PLAIN_ENGLISH})
+    [row] = perplexity.evaluate_perplexity(lm, {"text": PLAIN_ENGLISH})
     assert row["bytes"] >= 1500
     # xz compresses short texts poorly, so there is an absolute limit, too.
     assert row["bits_per_byte"] < row["xz_bits_per_byte"]

@@ -255,7 +255,7 @@ def check_options(parser: CommandParser, options: argparse.Namespace) -> None:
         parser.error(
             "Choose what to measure: --suite, --tasks, --perplexity or --human-eval."
         )
-    known = published.load().columns
+    known = published.load_published_table().columns
     for column in options.compare_with:
         if column not in known:
             parser.error(
@@ -329,20 +329,20 @@ class Evaluation:
         self.directory.mkdir(parents=True, exist_ok=True)
         include = options.include_path
         names = tasks.task_names(options.suite, options.tasks, include)
-        self.tasks, self.skipped = tasks.load(names, options.data, include)
+        self.tasks, self.skipped = tasks.load_tasks(names, options.data, include)
         for task, reason in self.skipped.items():
             print(f"evaluate: {task} is skipped: {reason}", file=sys.stderr, flush=True)
         mesh = parse_mesh(options.mesh) if options.mesh else None
         lm = load_model(options.preset, options.dtype, options.revision, mesh)
         if options.adapters:
             lm.load_adapters(options.adapters)
-        self.texts = texts.read(options.perplexity, lm)
+        self.texts = texts.read_texts(options.perplexity, lm)
         # Also without tasks: it rejects the output directory of another model.
         self.model = OpenLlamaLM(
             lm=lm,
             batch_size=options.batch_size,
-            apart=options.separate_tokenization,
-            answers=self.directory / ANSWERS,
+            separate_tokenization=options.separate_tokenization,
+            response_cache=self.directory / ANSWERS,
         )
         self.results = {
             "metrics": [],
@@ -350,9 +350,9 @@ class Evaluation:
             "perplexity": None,
             "human_eval": None,
         }
-        if (self.directory / measurements.RESULTS).exists():
+        if (self.directory / measurements.RESULTS_FILE).exists():
             # Results of earlier commands for the same model.
-            self.results |= measurements.read(self.directory)
+            self.results |= measurements.read_results(self.directory)
         self.results["run"] = self.run_metadata(name, lm)
 
     def measure(self) -> None:
@@ -361,7 +361,7 @@ class Evaluation:
 
         options = self.options
         if options.suite or options.tasks:
-            metrics = tasks.run(
+            metrics = tasks.evaluate_tasks(
                 self.model, self.tasks, options.num_fewshot, options.limit
             )
             for row in metrics:
@@ -384,7 +384,7 @@ class Evaluation:
         from keras_openllama.evaluation import perplexity
 
         options = self.options
-        rows = perplexity.evaluate(
+        rows = perplexity.evaluate_perplexity(
             lm,
             self.texts,
             protocol=options.protocol,
@@ -392,7 +392,7 @@ class Evaluation:
             stride=options.stride,
             batch_size=options.batch_size,
         )
-        print(perplexity.table(rows), flush=True)
+        print(perplexity.perplexity_table(rows), flush=True)
         return rows
 
     def measure_human_eval(self, lm: OpenLlamaCausalLM) -> dict[str, Any]:
@@ -400,7 +400,7 @@ class Evaluation:
         from keras_openllama.evaluation import human_eval
 
         options = self.options
-        found = human_eval.evaluate(
+        found = human_eval.evaluate_human_eval(
             lm,
             samples_per_problem=options.samples_per_problem,
             temperature=options.temperature,
@@ -440,19 +440,24 @@ class Evaluation:
 
         self.results |= parts
         text = json.dumps(self.results, indent=2) + "\n"
-        files.write_bytes(self.directory / measurements.RESULTS, text.encode())
-        rendering.write([self.results], self.directory, self.options.compare_with)
+        files.write_bytes(self.directory / measurements.RESULTS_FILE, text.encode())
+        rendering.write_report(
+            [self.results], self.directory, self.options.compare_with
+        )
         if parts.get("metrics"):
-            print(tables.table([self.results], self.options.compare_with), flush=True)
+            print(
+                tables.results_table([self.results], self.options.compare_with),
+                flush=True,
+            )
 
 
 def compare_evaluations(options: argparse.Namespace) -> None:
     """Writes and prints the comparison of several evaluations."""
     from keras_openllama.evaluation.report import measurements, rendering, tables
 
-    runs = [measurements.read(directory) for directory in options.compare]
-    paths = rendering.write(runs, options.output, options.compare_with)
-    print(tables.table(runs, options.compare_with))
+    runs = [measurements.read_results(directory) for directory in options.compare]
+    paths = rendering.write_report(runs, options.output, options.compare_with)
+    print(tables.results_table(runs, options.compare_with))
     print(f"Wrote {', '.join(map(str, paths))}")
 
 

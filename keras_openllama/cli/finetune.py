@@ -389,7 +389,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         from keras_openllama.planning import finetune_memory
 
         print(
-            finetune_memory.table_of_presets(
+            finetune_memory.memory_table(
                 options.batch_size,
                 options.length,
                 options.rematerialize,
@@ -444,7 +444,7 @@ def check_memory(
     """Prints the memory that the run needs; raises `ValueError` if it does not fit."""
     from keras_openllama.planning import finetune_memory
 
-    estimate = finetune_memory.estimate(
+    estimate = finetune_memory.estimate_memory(
         architecture,
         config.dtype,
         lora_rank=config.lora_rank,
@@ -459,7 +459,7 @@ def check_memory(
         device=device_kind(),
     )
     print_on_first_host(f"Estimated memory of training:\n{estimate.table()}")
-    finetune_memory.check(estimate, finetune_memory.available_memory())
+    finetune_memory.check_fits(estimate, finetune_memory.available_memory())
 
 
 def number_of_devices(mesh: Mapping[str, int] | None) -> int:

@@ -55,7 +55,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         words += ["--batch_size", "auto"]  # The default of the harness is 1.
     before, sys.argv = sys.argv, ["lm-eval", *words]
     try:
-        with squad_metrics.provided():
+        with squad_metrics.provide_squad_metrics():
             cli_evaluate()
     finally:
         sys.argv = before

@@ -242,7 +242,7 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
             f"--json: the directory of {options.json} does not exist. Create it first."
         )
     try:
-        found = planning.plan(
+        found = planning.plan_pretraining(
             resolved,
             options.topology,
             options.mesh,
@@ -250,7 +250,7 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
         )
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    print(planning.table(found))
+    print(planning.plan_table(found))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0 if found["fits"] else 2

@@ -35,7 +35,7 @@ def task_names(suite=None, tasks=(), include_path=None):
     """
     if suite not in (None, "openllama"):
         raise ValueError(f"There is one suite, openllama. Received: suite={suite!r}")
-    names = [*(published.load().tasks if suite else ()), *tasks]
+    names = [*(published.load_published_table().tasks if suite else ()), *tasks]
     if not names:
         return []
     known = _manager(include_path).task_index

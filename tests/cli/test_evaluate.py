@@ -114,7 +114,7 @@ def test_evaluate_reports_unavailable_tasks_and_measures_the_others(
 
     code, _, error = run(*model, "--perplexity", text, "--dtype", "bfloat16")
     assert code == 2
-    assert "answers of another model" in error
+    assert "responses of another model" in error
 
 
 @pytest.mark.parametrize(

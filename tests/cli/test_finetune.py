@@ -245,7 +245,7 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
         (("--preset", "nano", "--length", 5000), "the context length of nano"),
         (("--preset", "hf://nobody/nothing"), "is unavailable"),
         # Checked before any download.
-        (("--preset", "13b", "--batch-size", 512), "Training takes about"),
+        (("--preset", "13b", "--batch-size", 512), "Training needs about"),
     ],
 )
 def test_finetune_rejects_invalid_arguments(

@@ -1,1 +1,1 @@
-"""Tables and pictures of evaluations."""
+"""Tables and bar charts of evaluation results."""

@@ -1,7 +1,9 @@
-"""What runs measured as bars, and what OpenLLaMA published behind them."""
+"""Bar charts of measured and published metrics."""
 
 import os
 import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,45 +11,57 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from keras_openllama.evaluation.report.measurements import (
-    check,
-    column_of,
-    error_of,
-    keys_beside,
-    limits_of,
+    check_runs,
+    describe_limits,
     metrics_by_key,
-    names_of,
+    published_column,
     published_metrics,
+    run_names,
+    standard_error,
+    unpublished_keys,
 )
+from keras_openllama.evaluation.report.published import Metric
 from keras_openllama.utils import files
+from keras_openllama.utils.types import PathLike
 
-_GREY = "#6b7280"
+_GRAY = "#6b7280"
 
 
-def draw(runs, path):
-    """Draws the metrics of runs as bars, what was published as paler ones behind them.
+def draw_chart(runs: Sequence[dict[str, Any]], path: PathLike):
+    """Draws the metrics of runs as bars, with published values as paler bars behind.
 
     Args:
-        runs: list of dicts, see `measurements.read`, in as many colours.
-        path: path that ends in .png or .svg. The file appears whole or not at all.
+        runs: results of evaluations, see `measurements.read_results`. Each run has its
+            own color.
+        path: path of a .png or .svg file. The file is written atomically.
 
     Raises:
-        ValueError: for another ending, or if there is no run or nothing between 0 and 1
-            to draw.
+        ValueError: if the path has another suffix, if `runs` is empty, or if no metric
+            has a value between 0 and 1.
         OSError: if the file cannot be written.
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".png", ".svg"):
-        raise ValueError(f"path={str(path)!r}; it must end in .png or .svg")
-    figure = figure_of(runs)
+        raise ValueError(f"`path` must end in .png or .svg. Received: {str(path)!r}")
+    figure = make_figure(runs)
     with files.atomic_write(path) as unfinished:
         figure.savefig(unfinished, format=ending[1:], dpi=150)
 
 
-def drawn_metrics(runs):
-    """What has bars: label, key, and the published metric or `None`, from the top."""
+def metrics_to_draw(
+    runs: Sequence[dict[str, Any]],
+) -> list[tuple[str, tuple[str, str], Metric | None]]:
+    """Selects the metrics that get bars, from top to bottom.
+
+    Args:
+        runs: results of evaluations, see `measurements.read_results`.
+
+    Returns:
+        Tuples of label, `(task, metric)`, and the published metric or `None`.
+    """
     suite = published_metrics(runs)
     drawn = [(metric.name, metric.key, metric) for metric in suite]
-    for key in keys_beside(runs):
+    for key in unpublished_keys(runs):
         found = map(metrics_by_key, runs)
         values = [metrics[key]["value"] for metrics in found if key in metrics]
         if all(0 <= value <= 1 for value in values):
@@ -55,12 +69,16 @@ def drawn_metrics(runs):
     return drawn
 
 
-def figure_of(runs):
-    check(runs)
-    drawn = drawn_metrics(runs)
+def make_figure(runs: Sequence[dict[str, Any]]) -> Figure:
+    """Draws the figure of `draw_chart`."""
+    check_runs(runs)
+    drawn = metrics_to_draw(runs)
     if not drawn:
-        raise ValueError("runs hold no metric between 0 and 1; evaluate a task first")
-    # Inches: a bar of one run is thicker than one of several.
+        raise ValueError(
+            "`runs` must have a metric with values between 0 and 1. Evaluate a task "
+            "first."
+        )
+    # In inches. The bars of a single run are thicker.
     thickness = 0.22 if len(runs) == 1 else 0.15
     band = thickness * len(runs) + 0.14
     figure = Figure(figsize=(8, 1.6 + band * len(drawn)), layout="constrained")
@@ -76,38 +94,38 @@ def figure_of(runs):
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(textwrap.fill(", ".join(names_of(runs)), 70), fontweight="bold")
-    axes.set_title(limits_of(runs), loc="right", fontsize=8, color=_GREY)
+    figure.suptitle(textwrap.fill(", ".join(run_names(runs)), 70), fontweight="bold")
+    axes.set_title(describe_limits(runs), loc="right", fontsize=8, color=_GRAY)
     _add_legend(figure, runs, drawn)
     return figure
 
 
-def _draw_run(axes, drawn, run, offset, step, colour):
-    rows, column = metrics_by_key(run), column_of(run)
+def _draw_run(axes, drawn, run, offset, step, color):
+    rows, column = metrics_by_key(run), published_column(run)
     for place, (_, _, metric) in enumerate(drawn):
         if metric and column:
             value = metric.values[column]
-            axes.barh(place + offset, value, step, color=colour, alpha=0.3)
+            axes.barh(place + offset, value, step, color=color, alpha=0.3)
     places = [place for place, (_, key, _) in enumerate(drawn) if key in rows]
     found = [rows[drawn[place][1]] for place in places]
     axes.barh(
         np.array(places) + offset,
         [row["value"] for row in found],
         0.55 * step,
-        color=colour,
-        xerr=[error_of(row) for row in found],
+        color=color,
+        xerr=[standard_error(row) for row in found],
         error_kw=dict(elinewidth=1, capsize=1.5, ecolor="#111827"),
     )
 
 
 def _add_legend(figure, runs, drawn):
     several = len(runs) > 1
-    names = names_of(runs) if several else ["measured"]
+    names = run_names(runs) if several else ["measured"]
     handles = [Patch(color=f"C{number}") for number in range(len(runs))]
-    columns = [column_of(run) for run in runs]
+    columns = [published_column(run) for run in runs]
     if any(columns) and any(metric for _, _, metric in drawn):
-        colour = _GREY if several else "C0"
-        handles.append(Patch(color=colour, alpha=0.3, linewidth=0))
+        color = _GRAY if several else "C0"
+        handles.append(Patch(color=color, alpha=0.3, linewidth=0))
         names.append("published" if several else f"published ({columns[0]})")
     handles.append(Line2D([], [], color="#111827", linewidth=1, marker="|"))
     names.append("± one standard error")

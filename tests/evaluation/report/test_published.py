@@ -9,10 +9,10 @@ from keras_openllama.evaluation.report import published
 
 pytestmark = pytest.mark.backend_free
 
-TABLE = published.load()
+TABLE = published.load_published_table()
 
 
-def test_the_table_has_21_metrics_of_8_models():
+def test_published_table_has_21_metrics_of_8_models():
     assert len(TABLE.metrics) == len({metric.key for metric in TABLE.metrics}) == 21
     assert len(TABLE.columns) == 8
     for metric in TABLE.metrics:
@@ -26,7 +26,7 @@ def test_the_published_averages_are_the_means_of_their_columns(column):
     assert round(mean, 2) == TABLE.average[column]
 
 
-def test_values_are_where_they_were_published():
+def test_published_values_are_in_their_rows_and_columns():
     by_name = {metric.name: metric for metric in TABLE.metrics}
     assert by_name["arc_easy/acc_norm"].values["LLaMA 7B"] == 0.52
     assert by_name["hellaswag/acc_norm"].values["7Bv2"] == 0.75
@@ -35,7 +35,7 @@ def test_values_are_where_they_were_published():
     assert by_name["record/em"].key == ("record", "em")
 
 
-def test_tasks_are_named_once_and_in_order():
+def test_published_tasks_are_unique_and_in_order():
     assert TABLE.tasks[:4] == ("anli_r1", "anli_r2", "anli_r3", "arc_challenge")
     assert len(TABLE.tasks) == 15
 
@@ -45,13 +45,13 @@ FOLDERS = "anli arc glue hellaswag openbookqa piqa super_glue truthfulqa winogra
 
 @pytest.fixture(scope="module")
 def harness():
-    """Version and metrics of the harness's tasks, by name, without their data sets."""
+    """Version and metrics of each harness task, read without its data set."""
     spec = importlib.util.find_spec("lm_eval")
     found = {}
     for folder in FOLDERS.split():
         directory = Path(spec.origin).parent / "tasks" / folder
         for path in sorted(directory.rglob("*.yaml")):
-            text = whole(path)
+            text = full_text(path)
             for name in re.findall(r"^task: (\S+)", path.read_text(), re.MULTILINE):
                 [*_, version] = re.findall(r"^  version: (\S+)", text, re.MULTILINE)
                 metrics = set(re.findall(r"^ *- metric: (\S+)", text, re.MULTILINE))
@@ -59,15 +59,15 @@ def harness():
     return found
 
 
-def whole(path):
-    """The text of a task's file after that of the file it includes."""
+def full_text(path):
+    """The text of a task's file, preceded by the file that it includes."""
     text = path.read_text()
     included = re.search(r"^include: (\S+)", text, re.MULTILINE)
-    return whole(path.parent / included[1]) + text if included else text
+    return full_text(path.parent / included[1]) + text if included else text
 
 
 @pytest.mark.parametrize("metric", TABLE.metrics, ids=lambda metric: metric.name)
-def test_a_metric_is_one_of_the_harness_in_the_version_that_was_compared(
+def test_published_metric_exists_in_the_harness_with_the_compared_version(
     metric, harness
 ):
     version, metrics = harness[metric.task]
@@ -87,15 +87,15 @@ def test_a_metric_is_one_of_the_harness_in_the_version_that_was_compared(
         (None, None),
     ],
 )
-def test_presets_have_columns(preset, column):
-    assert published.column_of(preset) == column
+def test_column_of_preset(preset, column):
+    assert published.column_of_preset(preset) == column
 
 
-def test_every_preset_but_nano_was_published():
+def test_all_presets_except_nano_have_published_results():
     assert set(presets.registry()) - set(TABLE.presets) == {"open_llama_nano"}
     assert set(TABLE.presets.values()) <= set(TABLE.columns)
 
 
-def test_no_values_have_no_average():
-    with pytest.raises(ValueError, match="values is empty"):
+def test_average_rejects_an_empty_list():
+    with pytest.raises(ValueError, match="`values` must not be empty"):
         published.average([])
