@@ -1,13 +1,15 @@
-"""Evaluation: lm-evaluation-harness, perplexity, HumanEval, reports.
+"""Evaluation: lm-evaluation-harness, perplexity, HumanEval, and reports.
 
-Where the harness is installed (the extra `eval`), importing this registers the model
-`keras_openllama` with it:
+If the harness is installed (the extra `eval`), importing this package registers the
+model `keras_openllama` with it. `keras-openllama lm-eval` is the command line of the
+harness with this model registered. Perplexity (`keras_openllama.evaluation.perplexity`)
+does not need the harness.
 
-    import keras_openllama.evaluation
-    lm_eval.simple_evaluate("keras_openllama", "preset=nano", tasks=["hellaswag"])
-
-On the command line `keras-openllama lm-eval` does so, and goes on as the harness's own.
-Perplexity (`keras_openllama.evaluation.perplexity`) needs Keras alone.
+Example:
+    >>> import keras_openllama.evaluation
+    >>> lm_eval.simple_evaluate(
+    ...     "keras_openllama", "preset=nano", tasks=["hellaswag"]
+    ... )  # doctest: +SKIP
 """
 
 MODEL = "keras_openllama"
@@ -18,7 +20,7 @@ except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
 else:
-    # By name, so that neither Keras nor the model is imported before one is asked for.
+    # Registered by name, so that Keras and the model are imported only when used.
     model_registry.register(
         MODEL, target="keras_openllama.evaluation.lm_eval_model:OpenLlamaLM"
     )

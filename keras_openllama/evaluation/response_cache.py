@@ -1,31 +1,46 @@
-"""What a model has answered already, in a file that survives a kill."""
+"""A cache of model responses in an SQLite file."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import sqlite3
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.layers import lora
+from keras_openllama.utils.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 
-class Answers:
-    """Answers by request, each in the file as soon as its batch is computed.
+class ResponseCache:
+    """Responses by request. Each batch is committed to the file as it is added.
 
     Args:
-        path: path of an SQLite file; `None` keeps nothing.
-        identity: dict of what the answers depend on beside the request, such as the
-            model and its dtype.
+        path: path of an SQLite file. `None` caches in memory only.
+        identity: what the responses depend on apart from the request, such as the
+            model and its dtype. It must be serializable as JSON.
 
     Raises:
-        ValueError: if the file holds answers of another model, or is not SQLite's.
-        OSError: if it cannot be opened.
+        ValueError: if the file holds responses of another model, or is not an SQLite
+            file.
+        OSError: if the file cannot be opened.
+
+    Example:
+        >>> cache = ResponseCache("responses.sqlite", {"model": "nano"})
+        >>> key = request_key("loglikelihood", [1, 5, 9])
+        >>> cache.add({key: -1.5})
+        >>> ResponseCache("responses.sqlite", {"model": "nano"}).get(key)
+        -1.5
     """
 
-    def __init__(self, path, identity):
-        self._known = {}
+    def __init__(self, path: PathLike | None, identity: dict[str, Any]):
+        self._responses = {}
         self._path, self._file = path, None
         if path is None:
             return
@@ -34,32 +49,32 @@ class Answers:
             self._file = _open(path)
             self._check(path, identity)
             for key, value in self._file.execute("SELECT key, value FROM answers"):
-                self._known[key] = json.loads(value)
+                self._responses[key] = json.loads(value)
         except sqlite3.OperationalError as error:
-            raise OSError(f"{path} cannot be used: {error}") from error
+            raise OSError(f"{path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} is no file of answers: {error}") from error
+            raise ValueError(f"{path} is not a response cache: {error}") from error
 
-    def __contains__(self, key):
-        return key in self._known
+    def __contains__(self, key: str) -> bool:
+        return key in self._responses
 
-    def get(self, key):
-        """The answer to a request; `key` is one of `key_of`."""
-        return self._known[key]
+    def get(self, key: str) -> Any:
+        """Returns the response to a request; `key` is a `request_key`."""
+        return self._responses[key]
 
-    def add(self, answers):
-        """Keeps a batch of answers, all of them or none.
+    def add(self, responses: dict[str, Any]):
+        """Adds a batch of responses in one transaction.
 
         Args:
-            answers: dict of what JSON holds, by `key_of` the request.
+            responses: values that JSON can represent, by `request_key`.
 
         Raises:
-            OSError: if they cannot be written.
+            OSError: if the file cannot be written.
         """
-        self._known.update(answers)
+        self._responses.update(responses)
         if self._file is None:
             return
-        rows = [(key, json.dumps(value)) for key, value in answers.items()]
+        rows = [(key, json.dumps(value)) for key, value in responses.items()]
         try:
             with self._file:
                 self._file.executemany(
@@ -79,34 +94,41 @@ class Answers:
                 self._file.execute("INSERT INTO model VALUES (?)", (identity,))
             elif row[0] != identity:
                 raise ValueError(
-                    f"{path} has the answers of another model or setting: {row[0]}. "
-                    f"This is {identity}. Choose another directory, or remove the file."
+                    f"{path} holds responses of another model or setting: {row[0]}. "
+                    f"Received: {identity}. Choose another directory, or delete the "
+                    "file."
                 )
 
 
-def key_of(*request):
-    """A short name of a request, the same for the same values that JSON can hold."""
+def request_key(*request: Any) -> str:
+    """Hashes a request, whose values JSON can represent, to 32 hexadecimal digits.
+
+    Example:
+        >>> request_key("loglikelihood", [1, 2]) == request_key("loglikelihood", (1, 2))
+        True
+    """
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:32]
 
 
-def fingerprint(lm):
-    """A short hash of the first values of each weight, adapters included.
+def weights_fingerprint(lm: OpenLlamaCausalLM) -> str:
+    """Hashes a part of each weight of a model to 16 hexadecimal digits.
 
-    Other weights under the same name, as after more training, have another one.
+    It tells weights of the same name apart, such as those of two training steps.
+    Adapters are included.
 
     Args:
-        lm: `OpenLlamaCausalLM`.
+        lm: the model.
 
     Returns:
-        A string.
+        The fingerprint.
     """
     alphas = [layer.lora_alpha for layer in lora.adapted_layers(lm.backbone)]
-    found = hashlib.sha256(str(alphas).encode())
+    digest = hashlib.sha256(str(alphas).encode())
     for variable in lm.weights:
-        found.update(f"{variable.path} {variable.shape} {variable.dtype}".encode())
+        digest.update(f"{variable.path} {variable.shape} {variable.dtype}".encode())
         values = to_numpy(ops.cast(variable.value[:1], "float32"))
-        found.update(values.tobytes())
-    return found.hexdigest()[:16]
+        digest.update(values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _open(path):

@@ -1,41 +1,60 @@
-"""How evaluation chooses tokens, without touching how a model is compiled."""
+"""Replaces the sampler of a model temporarily, without compiling the model again."""
+
+from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from keras_openllama.backend.keras_hub import GreedySampler, get_sampler
 
+if TYPE_CHECKING:
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+
 
 @contextlib.contextmanager
-def sampling(lm, temperature=0.0, top_p=None, top_k=None, seed=None):
-    """Lets a model choose tokens another way for a while.
+def use_sampler(
+    lm: OpenLlamaCausalLM,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+) -> Iterator[None]:
+    """Replaces the sampler of a model inside a `with` block.
 
     Args:
-        lm: `OpenLlamaCausalLM`.
-        temperature: float; 0 always takes the likeliest token.
-        top_p: float, the likeliest tokens that together reach this probability.
-        top_k: int, so many of the likeliest tokens.
-        seed: int, for the same choices again.
+        lm: the model.
+        temperature: the sampling temperature. 0 is greedy decoding.
+        top_p: sample from the most likely tokens whose probabilities add up to this.
+        top_k: sample from this many of the most likely tokens.
+        seed: seed of the sampler.
 
     Raises:
-        ValueError: for a temperature below 0.
+        ValueError: if `temperature` is negative.
+
+    Example:
+        >>> with use_sampler(lm, temperature=0.8, top_p=0.95, seed=0):
+        ...     text = lm.generate("The sea", max_new_tokens=2)
+        >>> text.startswith("The sea")
+        True
     """
     if temperature < 0:
         raise ValueError(
-            f"`temperature` is 0 or above. Received: temperature={temperature}"
+            f"`temperature` must not be negative. Received: temperature={temperature}"
         )
     if temperature == 0 and type(lm.sampler) is GreedySampler:
-        yield  # With the programs that are compiled already.
+        yield  # Reuses the compiled programs.
         return
     before = lm.sampler, lm.generate_function
-    lm.sampler = _sampler(temperature, top_p, top_k, seed)
-    lm.generate_function = None  # It is made for a sampler.
+    lm.sampler = _make_sampler(temperature, top_p, top_k, seed)
+    lm.generate_function = None  # The compiled function contains the sampler.
     try:
         yield
     finally:
         lm.sampler, lm.generate_function = before
 
 
-def _sampler(temperature, top_p, top_k, seed):
+def _make_sampler(temperature, top_p, top_k, seed):
     if temperature == 0:
         return get_sampler("greedy")
     config = {"temperature": temperature, "seed": seed}

@@ -1,9 +1,9 @@
-"""Exact match and F1 of short answers, as SQuAD scores them.
+"""Exact match and F1 of short answers, as defined by SQuAD.
 
-The harness's record task takes them from transformers, which from version 5 on has them
-no more.
+The harness's task `record` imports them from transformers, which removed them in
+version 5.
 
-Source: SQuAD (arXiv:1606.05250), the evaluation script of its version 1.1.
+Source: SQuAD (arXiv:1606.05250), evaluation script of version 1.1.
 """
 
 import contextlib
@@ -13,30 +13,43 @@ import string
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
 
 _MODULE = "transformers.data.metrics.squad_metrics"
 
 
-def compute_exact(gold, predicted):
-    """1 if the answers are the same but for case, punctuation and articles, else 0."""
-    return int(_normalized(gold) == _normalized(predicted))
+def compute_exact(gold: str, predicted: str) -> int:
+    """Returns 1 if both answers are equal after normalization, else 0.
+
+    Normalization removes case, punctuation and articles.
+
+    Example:
+        >>> compute_exact("The U.S. Senate", "us senate")
+        1
+    """
+    return int(_normalize(gold) == _normalize(predicted))
 
 
-def compute_f1(gold, predicted):
-    """The harmonic mean of precision and recall over the words of the answers."""
-    gold, predicted = _normalized(gold).split(), _normalized(predicted).split()
+def compute_f1(gold: str, predicted: str) -> float:
+    """Returns the harmonic mean of precision and recall over the answers' words.
+
+    Example:
+        >>> compute_f1("Barack Hussein Obama", "barack obama")
+        0.8
+    """
+    gold, predicted = _normalize(gold).split(), _normalize(predicted).split()
     if not gold or not predicted:
         return int(gold == predicted)
-    same = (Counter(gold) & Counter(predicted)).total()
-    return 2 * same / (len(gold) + len(predicted))
+    common = (Counter(gold) & Counter(predicted)).total()
+    return 2 * common / (len(gold) + len(predicted))
 
 
 @contextlib.contextmanager
-def provided():
-    """Lets the harness import these where transformers has none."""
+def provide_squad_metrics() -> Iterator[None]:
+    """Lets the harness import these functions if transformers does not have them."""
     parts = _MODULE.split(".")
     names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    missing = [name for name in names if not _is_there(name)]
+    missing = [name for name in names if not _can_import(name)]
     for name in missing:
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].compute_exact = compute_exact
@@ -48,13 +61,13 @@ def provided():
             del sys.modules[name]
 
 
-def _is_there(name):
+def _can_import(name):
     try:
         return name in sys.modules or importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # Not even what it is in.
+    except ModuleNotFoundError:  # The parent package does not exist.
         return False
 
 
-def _normalized(answer):
-    kept = "".join(c for c in answer.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+def _normalize(answer):
+    text = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

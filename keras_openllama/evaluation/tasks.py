@@ -1,40 +1,52 @@
-"""Tasks of lm-evaluation-harness, run on a model, where their data can be had."""
+"""Loads and evaluates tasks of lm-evaluation-harness."""
 
 import functools
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lm_eval
+from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
 from keras_openllama.evaluation import squad_metrics
 from keras_openllama.evaluation.report import published
+from keras_openllama.utils.types import PathLike
 
-ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Loader of the package `datasets` by the suffix of a file.
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 logger = logging.getLogger(__name__)
 
 
-def task_names(suite=None, tasks=(), include_path=None):
-    """The tasks that a user asks for.
+def task_names(
+    suite: str | None = None,
+    tasks: Sequence[str] = (),
+    include_path: PathLike | None = None,
+) -> list[str]:
+    """Combines a suite and task names.
 
     Args:
         suite: `"openllama"`, the tasks of the published table, or `None`.
-        tasks: list of names of the harness's tasks, groups or tags.
-        include_path: path of a directory with tasks of one's own, as the harness's
-            YAML files.
+        tasks: names of tasks, groups or tags of the harness.
+        include_path: directory with further tasks, in the harness's YAML format.
 
     Returns:
-        List of names, each once.
+        The names, each once.
 
     Raises:
-        ValueError: for a suite or task that there is not.
+        ValueError: if a suite or task does not exist.
+
+    Example:
+        >>> task_names("openllama", ["hellaswag", "lambada_openai"])[-2:]
+        ['winogrande', 'lambada_openai']
     """
     if suite not in (None, "openllama"):
-        raise ValueError(f"There is one suite, openllama. Received: suite={suite!r}")
+        raise ValueError(f'`suite` must be "openllama". Received: suite={suite!r}')
     names = [*(published.load_published_table().tasks if suite else ()), *tasks]
     if not names:
         return []
@@ -42,44 +54,50 @@ def task_names(suite=None, tasks=(), include_path=None):
     for name in names:
         if name not in known:
             raise ValueError(
-                f"The harness has no task {name!r}. `keras-openllama lm-eval ls tasks` "
-                "lists those that it has."
+                f"The harness has no task {name!r}. List its tasks with "
+                "`keras-openllama lm-eval ls tasks`."
             )
     return list(dict.fromkeys(names))
 
 
-def load(names, data=None, include_path=None):
+def load_tasks(
+    names: Sequence[str],
+    data: PathLike | None = None,
+    include_path: PathLike | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Loads tasks with their data.
 
     Args:
-        names: list of names of the harness's tasks, groups or tags.
-        data: path of a directory: a task, if it is no group or tag, is evaluated on
-            `NAME.jsonl`, `.json` or `.parquet` in it, documents in the form of the
-            task's own data set, rather than on what the Hugging Face Hub has. `None` is
-            the Hub alone.
+        names: names of tasks, groups or tags of the harness.
+        data: directory of local data. If it has a file `NAME.jsonl`, `NAME.json` or
+            `NAME.parquet` for a task (not for a group or tag), its documents, in the
+            format of the task's own data set, replace those of the Hugging Face Hub.
         include_path: see `task_names`.
 
     Returns:
-        A pair: what `lm_eval.evaluate` takes, and dict of the reasons by name of those
-        that cannot be had.
+        A pair: the tasks, for `evaluate_tasks` or `lm_eval.evaluate`; and, by name, the
+        reason why a task was skipped because its data is unavailable.
 
     Raises:
-        FileNotFoundError: if `data` is no directory.
+        FileNotFoundError: if `data` is not a directory.
+
+    Example:
+        >>> loaded, skipped = load_tasks(["hellaswag"])  # doctest: +SKIP
     """
     if data is not None and not Path(data).is_dir():
-        raise FileNotFoundError(f"`data` is no directory: {data}")
+        raise FileNotFoundError(f"`data` must be a directory. Received: {data}")
     manager = _manager(include_path)
     loaded, skipped = {"tasks": {}, "groups": {}, "group_map": {}}, {}
     for name in names:
-        file = local_file(name, data) if name in manager.all_subtasks else None
+        file = local_task_file(name, data) if name in manager.all_subtasks else None
         try:
-            with squad_metrics.provided():
-                found = _load(manager, name, file)
-        # The data sets' library raises whatever its own code, the network or the file
-        # system raises.
+            with squad_metrics.provide_squad_metrics():
+                found = _load_task(manager, name, file)
+        # The package `datasets` passes on any error of its own code, the network or the
+        # file system.
         except Exception as error:
             skipped[name] = _reason(name, file, error)
-            logger.info("%s cannot be had", name, exc_info=True)
+            logger.info("%s is unavailable", name, exc_info=True)
         else:
             for kind, entries in found.items():
                 loaded[kind] |= entries
@@ -88,18 +106,18 @@ def load(names, data=None, include_path=None):
 
 @functools.cache
 def _manager(include_path):
-    """The harness's tasks; it takes seconds to read their configurations."""
+    """The harness's tasks. Reading their configurations takes seconds."""
     return TaskManager(include_path=include_path)
 
 
-def _load(manager, name, file):
-    """What the harness loads by a name, with its data from a file if there is one."""
+def _load_task(manager, name, file):
+    """Loads a task, group or tag, with its data from a file unless that is `None`."""
     if file is None:
         return manager.load([name])
     config = {
         "include": str(manager.task_index[name].yaml_path),
         "task": name,
-        "dataset_path": ENDINGS[file.suffix],
+        "dataset_path": LOADERS[file.suffix],
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"validation": str(file.resolve())}},
         "training_split": None,
@@ -108,46 +126,56 @@ def _load(manager, name, file):
         "fewshot_split": "validation",
     }
     with tempfile.TemporaryDirectory() as directory:
-        # JSON is YAML, too.
+        # JSON is a subset of YAML.
         Path(directory, "task.yaml").write_text(json.dumps(config), "utf-8")
         overrides = TaskManager(include_path=directory, include_defaults=False)
         return overrides.load([name])
 
 
-def local_file(name, data):
-    """Path of a task's documents in a directory, or `None`."""
+def local_task_file(name: str, data: PathLike | None) -> Path | None:
+    """Returns the file of a task's documents in a directory, or `None`."""
     if data is None:
         return None
-    paths = (Path(data, name + ending) for ending in ENDINGS)
+    paths = (Path(data, name + ending) for ending in LOADERS)
     return next((path for path in paths if path.is_file()), None)
 
 
 def _reason(name, file, error):
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if file is not None:
-        return f"{file} cannot be used ({said[:300]})"
+        return f"{file} could not be read ({message})"
     if isinstance(error, ImportError):
-        return f"it needs a package that is not installed ({said[:300]})"
+        return f"it requires a package that is not installed ({message})"
     return (
-        f"its data cannot be had ({said[:300]}). With a network it is downloaded once; "
-        f"or put its documents, one JSON object a line, into DIR/{name}.jsonl, and add "
+        f"its data is unavailable ({message}). Connect to a network to download it, or "
+        f"put its documents, one JSON object per line, into DIR/{name}.jsonl and add "
         "--data DIR"
     )
 
 
-def run(model, loaded, num_fewshot=None, limit=None):
-    """Evaluates a model.
+def evaluate_tasks(
+    model: LM,
+    loaded: dict[str, Any],
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluates a model on tasks.
 
     Args:
-        model: `lm_eval_model.OpenLlamaLM`, or another `lm_eval.api.model.LM`.
-        loaded: what `load` returns.
-        num_fewshot: int, examples in a prompt, of tasks that leave it open; `None` is
-            each task's own number.
-        limit: int, documents of a task at most; or below 1, the share of them.
+        model: an `lm_eval_model.OpenLlamaLM`, or another model of the harness.
+        loaded: the tasks of `load_tasks`.
+        num_fewshot: examples in a prompt, for tasks that do not fix the number. `None`
+            uses each task's own number.
+        limit: the maximum number of documents of a task or, if less than 1, the
+            fraction of its documents.
 
     Returns:
-        List of dicts of `"task"`, `"metric"`, `"value"`, `"stderr"` (or `None`),
+        A row per metric: `"task"`, `"metric"`, `"value"`, `"stderr"` (or `None`),
         `"samples"` (`None` for a group), `"version"`, `"num_fewshot"` and `"limit"`.
+
+    Example:
+        >>> loaded, _ = load_tasks(["hellaswag"])  # doctest: +SKIP
+        >>> evaluate_tasks(OpenLlamaLM("nano"), loaded, limit=10)  # doctest: +SKIP
     """
     if not loaded["tasks"]:
         return []
@@ -173,7 +201,7 @@ def run(model, loaded, num_fewshot=None, limit=None):
 
 
 def _metrics(results):
-    """Metrics of a task, which the harness keys by `name,filter`."""
+    """Yields the metrics of a task, whose keys in the harness are `name,filter`."""
     for key, value in results.items():
         metric, _, filtering = key.partition(",")
         if not filtering or metric.endswith("_stderr"):

@@ -1,110 +1,126 @@
-"""Texts to measure: files, directories of them, and prepared data sets."""
+"""Texts to evaluate: files, directories of files, and prepared data sets."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keras_openllama.utils.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_openllama.evaluation.perplexity import Document
+    from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 TEXT_KEY = "text"
 
 
-def read(paths, lm):
-    """Reads texts to measure.
+def read_texts(
+    paths: Iterable[PathLike], lm: OpenLlamaCausalLM
+) -> dict[str, list[Document]]:
+    """Reads texts to evaluate.
 
     Args:
-        paths: list of paths. A `.txt` file is a source of one document; a directory of
-            them, a source a file; a `.jsonl` file a source whose lines are documents,
-            each with its text under the key `"text"`; the directory of a prepared data
-            set, a source for each of its own, with the documents that were set aside.
-        lm: `OpenLlamaCausalLM` whose tokenizer a prepared data set must have.
+        paths: a `.txt` file is a source of one document; a directory of `.txt` files
+            has a source per file. Each line of a `.jsonl` file is a document
+            `{"text": "…"}`. The directory of a prepared data set has a source for each
+            of its sources, with the documents of the validation split.
+        lm: the model. A prepared data set must have been made with its tokenizer.
 
     Returns:
-        Dict by name of lists of documents, see `perplexity.evaluate`.
+        Documents by the name of their source, see `perplexity.evaluate_perplexity`.
 
     Raises:
         OSError: if a path cannot be read.
-        ValueError: for what is no UTF-8, empty, of another kind, or prepared with
-            another tokenizer, or if two sources have one name; the file is named.
+        ValueError: if a file is not UTF-8, is empty, has an unknown suffix or was
+            prepared with another tokenizer, or if two sources have the same name.
 
     Example:
-        perplexity.evaluate(lm, texts.read(["heldout/"], lm))
+        >>> from pathlib import Path
+        >>> _ = Path("greeting.txt").write_text("Good morning.")
+        >>> read_texts(["greeting.txt"], lm)
+        {'greeting': ['Good morning.']}
     """
     sources = {}
     for path in map(Path, paths):
-        for name, documents in _read(path, lm).items():
+        for name, documents in _read_path(path, lm).items():
             if name in sources:
                 raise ValueError(
-                    f"{path} is the second source called {name!r}. Rename one of them."
+                    f"{path} is the second source named {name!r}. Rename one of them."
                 )
             sources[name] = documents
     return sources
 
 
-def _read(path, lm):
+def _read_path(path, lm):
     if path.is_dir():
         texts = sorted(path.glob("*.txt"))
         if texts:
-            return {text.stem: [_text(text)] for text in texts}
+            return {text.stem: [_read_text(text)] for text in texts}
         if (path / "manifest.json").exists():
-            return _prepared(path, lm)
+            return _read_prepared_data(path, lm)
         raise ValueError(
-            f"{path} has no .txt files, and is no prepared data set. Name a directory "
-            "that is, or files."
+            f"{path} has no .txt files and is not a prepared data set. Pass another "
+            "directory, or files."
         )
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        return {path.stem: [_text(path)]}
+        return {path.stem: [_read_text(path)]}
     if suffix == ".jsonl":
-        return {path.stem: _lines(path)}
+        return {path.stem: _read_lines(path)}
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Is the path right?")
+        raise FileNotFoundError(f"{path} does not exist. Check the path.")
     raise ValueError(
-        f"{path} ends in {suffix!r}, and .txt and .jsonl are read. Rename it if it is "
+        f"{path} must end in .txt or .jsonl. Received: {suffix!r}. Rename it if it is "
         "text."
     )
 
 
-def _text(path):
+def _read_text(path):
     data = path.read_bytes()
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start}). Convert it with iconv first."
+            f"{path} is not UTF-8 (byte {error.start}). Convert it with iconv."
         ) from None
     if not text.strip():
-        raise ValueError(f"{path} is empty. Leave it out, or fetch it again.")
+        raise ValueError(f"{path} is empty. Remove it, or download it again.")
     return text
 
 
-def _lines(path):
-    lines = _text(path).split("\n")
+def _read_lines(path):
+    lines = _read_text(path).split("\n")
     documents = [
-        _document(line, f"{path}, line {number}")
+        _parse_document(line, f"{path}, line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not any(documents):
-        raise ValueError(f"{path} has no text in any line. Leave it out.")
+        raise ValueError(f"{path} has no text in any line. Remove it.")
     return documents
 
 
-def _document(line, place):
+def _parse_document(line, place):
     try:
         text = json.loads(line)[TEXT_KEY]
         text.encode()
     except (ValueError, TypeError, LookupError, AttributeError):
         raise ValueError(
-            f'{place} is no {{"{TEXT_KEY}": "…"}}: {line[:60]!r}. Mend or remove it.'
+            f'{place} must be {{"{TEXT_KEY}": "…"}}. Received: {line[:60]!r}. Correct '
+            "or remove it."
         ) from None
     return text
 
 
-def _prepared(path, lm):
+def _read_prepared_data(path, lm):
     try:
         from keras_openllama.data.prepared_data import PreparedData
     except ImportError as error:
         raise ImportError(
-            "Reading a prepared data set needs the extra `train`: pip install "
-            "'keras-openllama[train]' brings it."
+            "Prepared data sets require the extra `train`: pip install "
+            "'keras-openllama[train]'."
         ) from error
     data = PreparedData.open(str(path))
     data.check_tokenizer(lm.preprocessor.tokenizer.fingerprint)
@@ -112,14 +128,14 @@ def _prepared(path, lm):
     for name in data.sources:
         documents = data.documents(name, "validation")
         if len(documents):
-            # Each is between <s> and </s>, which are no text.
+            # Without `<s>` and `</s>`, which are not text.
             sources[name] = [
                 (tokens[1:-1], size)
                 for tokens, size in documents.read_many(range(len(documents)))
             ]
     if not sources:
         raise ValueError(
-            f"{path} has no documents set aside. Prepare it with a larger "
+            f"{path} has no validation documents. Prepare it with a larger "
             "--validation-fraction."
         )
     return sources

@@ -1,4 +1,4 @@
-"""Spread over devices, a model gives the same answers."""
+"""A sharded model gives the same responses."""
 
 import json
 
@@ -38,21 +38,21 @@ for name, distribution in distributions.items():
         lm=random_lm(shape, trained_model(keep_spaces=True)), batch_size=2
     )
     found = {}
-    for kind, asked in (("loglikelihood", pairs), ("generate_until", prompts)):
-        asked = [Instance(kind, {}, arguments, 0) for arguments in asked]
-        found[kind] = getattr(model, kind)(asked)
+    for kind, args in (("loglikelihood", pairs), ("generate_until", prompts)):
+        requests = [Instance(kind, {}, arguments, 0) for arguments in args]
+        found[kind] = getattr(model, kind)(requests)
     print(json.dumps([name, found]))
 """
 
 
-def test_answers_do_not_depend_on_the_distribution():
+def test_responses_do_not_depend_on_the_distribution():
     found = dict(map(json.loads, run_on_eight_devices(PROGRAM).splitlines()))
     expected = found.pop("one device")
     assert len(found) == 3
-    for name, answers in found.items():
-        assert answers["generate_until"] == expected["generate_until"], name
-        for (ours, flag), (other, other_flag) in zip(
-            answers["loglikelihood"], expected["loglikelihood"], strict=True
+    for name, responses in found.items():
+        assert responses["generate_until"] == expected["generate_until"], name
+        for (value, flag), (other, other_flag) in zip(
+            responses["loglikelihood"], expected["loglikelihood"], strict=True
         ):
-            assert ours == pytest.approx(other, abs=1e-4), name
+            assert value == pytest.approx(other, abs=1e-4), name
             assert flag == other_flag, name

@@ -1,4 +1,4 @@
-"""Importing `keras_openllama.evaluation`, with the extra `eval` and without."""
+"""Importing `keras_openllama.evaluation`, with and without the extra `eval`."""
 
 import subprocess
 import sys
@@ -8,11 +8,11 @@ import pytest
 pytestmark = pytest.mark.backend_free
 
 
-def printed(code):
+def output_of(code):
     return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
 
 
-def test_perplexity_is_imported_without_the_harness():
+def test_perplexity_can_be_imported_without_the_harness():
     code = (
         "import sys\n"
         "class Hidden:\n"
@@ -21,9 +21,9 @@ def test_perplexity_is_imported_without_the_harness():
         "            raise ModuleNotFoundError(f'No module named {name}', name=name)\n"
         "sys.meta_path.insert(0, Hidden())\n"
         "from keras_openllama.evaluation import perplexity\n"
-        "print(callable(perplexity.evaluate))"
+        "print(callable(perplexity.evaluate_perplexity))"
     )
-    assert printed(code) == "True"
+    assert output_of(code) == "True"
 
 
 def test_importing_evaluation_registers_the_model():
@@ -32,4 +32,4 @@ def test_importing_evaluation_registers_the_model():
         "from lm_eval.api.registry import get_model\n"
         "print(get_model('keras_openllama').__name__)"
     )
-    assert printed(code) == "OpenLlamaLM"
+    assert output_of(code) == "OpenLlamaLM"

@@ -1,4 +1,4 @@
-"""Each token is counted once, and each protocol gives what it says."""
+"""Each token is scored once, and both protocols match their definition."""
 
 import json
 import math
@@ -16,13 +16,13 @@ from tokenizer_models import trained_model
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.evaluation import perplexity
 from keras_openllama.evaluation.perplexity import (
-    evaluate,
+    evaluate_perplexity,
     llama_cpp_windows,
     mean_bits_per_byte,
+    perplexity_table,
     strided_windows,
-    table,
 )
-from keras_openllama.evaluation.texts import read
+from keras_openllama.evaluation.texts import read_texts
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -41,9 +41,9 @@ def nano():
     return OpenLlamaCausalLM.from_preset("open_llama_nano")
 
 
-def costs(lm, ids):
-    """Nats of each token after the first, from the logits of all of them at once."""
-    token_ids = np.zeros((1, SHAPE.context), "int32")  # Causality hides the filling.
+def token_losses(lm, ids):
+    """Loss of each token after the first, in nats, from a single forward pass."""
+    token_ids = np.zeros((1, SHAPE.context), "int32")  # The causal mask hides padding.
     token_ids[0, : len(ids) - 1] = ids[:-1]
     mask = np.ones_like(token_ids, "bool")
     logits = ops.convert_to_numpy(
@@ -56,9 +56,9 @@ def costs(lm, ids):
 # --- Strided ---
 
 
-def test_a_text_within_the_context_costs_what_score_says(nano):
+def test_strided_perplexity_of_a_short_text_matches_score(nano):
     text = "The captain looked at the sea and said nothing."
-    [row] = evaluate(nano, {"text": text}, **QUIET)
+    [row] = evaluate_perplexity(nano, {"text": text}, **QUIET)
     losses = ops.convert_to_numpy(nano.score(text, scoring_mode="loss"))
     assert row["tokens"] == losses.size
     assert row["nats"] == pytest.approx(losses.sum(), rel=1e-4)
@@ -69,23 +69,25 @@ def test_a_text_within_the_context_costs_what_score_says(nano):
 
 @pytest.mark.parametrize("context, stride", [(32, None), (20, 20), (17, 3)])
 @pytest.mark.slow_on_tensorflow
-def test_a_long_text_costs_the_sum_over_its_windows(lm, context, stride):
+def test_strided_perplexity_of_a_long_text_sums_over_windows(lm, context, stride):
     ids = [1, *lm.preprocessor.tokenizer(TEXT)]
     expected = 0.0
     for start, first, last in strided_windows(len(ids) - 1, context, stride or 16):
-        expected += costs(lm, ids[start : last + 1])[first - start - 1 :].sum()
-    [row] = evaluate(lm, {"text": TEXT}, context=context, stride=stride, **QUIET)
+        expected += token_losses(lm, ids[start : last + 1])[first - start - 1 :].sum()
+    [row] = evaluate_perplexity(
+        lm, {"text": TEXT}, context=context, stride=stride, **QUIET
+    )
     assert row["tokens"] == len(ids) - 1 > 3 * 32
     assert row["nats"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize("stride", [1, 3, 4, 8])
-def test_strided_windows_count_each_token_once(stride):
+def test_strided_windows_score_each_token_once(stride):
     for count in (1, 7, 8, 9, 12, 13, 100):
         windows = strided_windows(count, 8, stride)
-        counted = [i for w in windows for i in range(w.first, w.last + 1)]
-        assert counted == list(range(1, count + 1))
+        scored = [i for w in windows for i in range(w.first, w.last + 1)]
+        assert scored == list(range(1, count + 1))
         for start, first, last in windows:
             assert 0 <= start < first
             assert last <= start + 8
@@ -93,19 +95,19 @@ def test_strided_windows_count_each_token_once(stride):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_a_corpus_of_any_size_is_planned_in_parts(lm, monkeypatch):
-    [whole] = evaluate(lm, {"text": TEXT}, **QUIET)
-    monkeypatch.setattr(perplexity, "_PLANNED", 64)
-    [parts] = evaluate(lm, {"text": TEXT}, **QUIET)
-    assert parts["nats"] == pytest.approx(whole["nats"], rel=1e-5)
-    assert parts["tokens"] == whole["tokens"]
+def test_perplexity_of_a_large_corpus_is_computed_in_parts(lm, monkeypatch):
+    [expected] = evaluate_perplexity(lm, {"text": TEXT}, **QUIET)
+    monkeypatch.setattr(perplexity, "_TOKENS_AT_ONCE", 64)
+    [parts] = evaluate_perplexity(lm, {"text": TEXT}, **QUIET)
+    assert parts["nats"] == pytest.approx(expected["nats"], rel=1e-5)
+    assert parts["tokens"] == expected["tokens"]
 
 
 # --- llama.cpp ---
 
 
 @pytest.mark.parametrize("context", [16, 9])
-def test_chunks_of_llama_cpp_against_logits_of_transformers(context, tmp_path):
+def test_llama_cpp_perplexity_matches_logits_of_transformers(context, tmp_path):
     theirs = in_transformers(SHAPE)
     theirs.resize_token_embeddings(512, mean_resizing=False)
     theirs.save_pretrained(tmp_path)
@@ -121,36 +123,38 @@ def test_chunks_of_llama_cpp_against_logits_of_transformers(context, tmp_path):
         for j in range(context // 2, context - 1):
             nats, count = nats - log_probs[j, chunk[j + 1]].item(), count + 1
         expected.append(math.exp(nats / count))
-    [row] = evaluate(lm, {"text": TEXT}, "llama.cpp", context=context, **QUIET)
+    [row] = evaluate_perplexity(
+        lm, {"text": TEXT}, "llama.cpp", context=context, **QUIET
+    )
     assert row["tokens"] == count
     assert row["cumulative"] == pytest.approx(expected, rel=1e-5)
     assert row["perplexity"] == row["cumulative"][-1]
     assert row["bits_per_byte"] is None
-    assert "–" in table([row])
+    assert "–" in perplexity_table([row])
 
 
 @pytest.mark.backend_free
-def test_chunks_share_nothing_and_drop_the_rest():
+def test_llama_cpp_windows_are_disjoint_and_drop_the_remainder():
     assert llama_cpp_windows(22, 8) == [(0, 5, 7), (8, 13, 15)]
     assert llama_cpp_windows(23, 8)[-1] == (16, 21, 23)
     assert llama_cpp_windows(17, 7) == [(0, 4, 6), (7, 11, 13)]
 
 
 @pytest.mark.backend_free
-def test_llama_cpp_asks_for_one_text_that_is_long_enough(lm):
-    with pytest.raises(ValueError, match="asks for 64, two chunks"):
-        evaluate(lm, {"text": "Short."}, "llama.cpp")
+def test_llama_cpp_protocol_requires_one_text_of_two_chunks(lm):
+    with pytest.raises(ValueError, match="requires 64, two chunks"):
+        evaluate_perplexity(lm, {"text": "Short."}, "llama.cpp")
     with pytest.raises(ValueError, match="'lines' has 2 documents"):
-        evaluate(lm, {"lines": [TEXT, TEXT]}, "llama.cpp")
+        evaluate_perplexity(lm, {"lines": [TEXT, TEXT]}, "llama.cpp")
     with pytest.raises(ValueError, match="stride=8"):
-        evaluate(lm, {"text": TEXT}, "llama.cpp", stride=8)
+        evaluate_perplexity(lm, {"text": TEXT}, "llama.cpp", stride=8)
 
 
-# --- Rows ---
+# --- Results ---
 
 
-def test_documents_stand_behind_a_start_of_their_own(lm):
-    rows = evaluate(
+def test_each_document_has_its_own_start_token(lm):
+    rows = evaluate_perplexity(
         lm, {"a": "One text.", "b": "Another.", "both": [TEXT, ""]}, **QUIET
     )
     a, b, both, total = rows
@@ -158,7 +162,7 @@ def test_documents_stand_behind_a_start_of_their_own(lm):
     assert both["documents"] == 2
     for key in ("bytes", "tokens", "nats", "documents"):
         assert total[key] == pytest.approx(a[key] + b[key] + both[key])
-    together = evaluate(lm, {"x": ["One text.", "Another."]}, **QUIET)[0]
+    together = evaluate_perplexity(lm, {"x": ["One text.", "Another."]}, **QUIET)[0]
     assert together["nats"] == pytest.approx(a["nats"] + b["nats"], rel=1e-5)
     assert total["perplexity"] == pytest.approx(
         math.exp(total["nats"] / total["tokens"])
@@ -166,28 +170,28 @@ def test_documents_stand_behind_a_start_of_their_own(lm):
     mean = sum(row["bits_per_byte"] for row in rows[:-1]) / 3
     assert mean_bits_per_byte(rows) == pytest.approx(mean)
     assert json.loads(json.dumps(rows)) == rows
-    lines = table(rows).splitlines()
+    lines = perplexity_table(rows).splitlines()
     assert [line.split()[0] for line in lines[1:]] == "a b both total mean".split()
     assert f"{a['xz_bits_per_byte']:.3f}" in lines[1]
 
 
 @pytest.mark.filterwarnings("ignore:This tokenizer merges runs of spaces")
-def test_bits_per_byte_are_over_the_text_as_it_is_for_either_tokenizer(lm):
+def test_bits_per_byte_use_the_bytes_of_the_original_text(lm):
     merging = random_lm(SHAPE, trained_model(keep_spaces=False))
     text = "a  b   c    d " * 8
     for model in (lm, merging):
-        [row] = evaluate(model, {"text": text}, **QUIET)
+        [row] = evaluate_perplexity(model, {"text": text}, **QUIET)
         assert row["bytes"] == len(text)
         bits = row["nats"] / math.log(2)
         assert row["bits_per_byte"] == pytest.approx(bits / len(text))
 
 
-def test_weights_that_give_no_finite_probability_are_told():
+def test_evaluate_perplexity_rejects_non_finite_log_probabilities():
     lm = random_lm(SHAPE, trained_model(keep_spaces=True))
     [kernel] = lm.lm_head.weights
     kernel.assign(np.full(kernel.shape, np.nan))
-    with pytest.raises(ValueError, match="some tokens of 'text' no probability"):
-        evaluate(lm, {"text": "One text."}, **QUIET)
+    with pytest.raises(ValueError, match="tokens of 'text' are not finite"):
+        evaluate_perplexity(lm, {"text": "One text."}, **QUIET)
 
 
 @pytest.mark.backend_free
@@ -195,29 +199,29 @@ def test_weights_that_give_no_finite_probability_are_told():
     "arguments, message",
     [
         ({"protocol": "windows"}, "strided, llama.cpp. Received: protocol='windows'"),
-        ({"context": 33}, "`context` is from 1 to 32"),
-        ({"context": 2.5}, "`context` is a whole number"),
-        ({"stride": 33}, "`stride` is from 1 to 32"),
-        ({"context": 8, "stride": 9}, "`stride` is from 1 to 8"),
-        ({"context": 2, "protocol": "llama.cpp"}, "`context` is from 3 to 32"),
+        ({"context": 33}, "`context` must be from 1 to 32"),
+        ({"context": 2.5}, "`context` must be an integer"),
+        ({"stride": 33}, "`stride` must be from 1 to 32"),
+        ({"context": 8, "stride": 9}, "`stride` must be from 1 to 8"),
+        ({"context": 2, "protocol": "llama.cpp"}, "`context` must be from 3 to 32"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"sources": {}}, "`sources` must hold at least one"),
+        ({"sources": {}}, "`sources` must not be empty"),
         ({"sources": {"empty": ""}}, "'empty' has no tokens"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(lm, arguments, message):
+def test_evaluate_perplexity_rejects_invalid_arguments(lm, arguments, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(lm, **{"sources": {"text": TEXT}} | arguments)
+        evaluate_perplexity(lm, **{"sources": {"text": TEXT}} | arguments)
 
 
 # --- Reading ---
 
 
 @pytest.mark.slow_on_tensorflow
-def test_a_prepared_data_set_costs_what_its_texts_do(tmp_path, lm):
+def test_perplexity_of_prepared_data_matches_its_texts(tmp_path, lm):
     options = {"validation_fraction": 0.2}
     prepare_sources(tmp_path, {"web": 40, "code": 20}, **options)
-    sources = read([tmp_path / "data"], lm)
+    sources = read_texts([tmp_path / "data"], lm)
     assert [*sources] == ["web", "code"]
     sizes = sorted(size for _, size in sources["web"])
     held_out = [
@@ -229,7 +233,7 @@ def test_a_prepared_data_set_costs_what_its_texts_do(tmp_path, lm):
     ]
     assert sorted(map(len, held_out)) == sizes
     prepared, as_text = (
-        evaluate(lm, {"web": documents}, **QUIET)[0]
+        evaluate_perplexity(lm, {"web": documents}, **QUIET)[0]
         for documents in (sources["web"], held_out)
     )
     for key in ("documents", "bytes", "tokens"):
@@ -239,23 +243,25 @@ def test_a_prepared_data_set_costs_what_its_texts_do(tmp_path, lm):
 
 
 @pytest.mark.backend_free
-def test_data_of_another_tokenizer_or_without_held_out_text_is_refused(tmp_path, lm):
+def test_read_texts_rejects_data_of_another_tokenizer_or_without_validation_split(
+    tmp_path, lm
+):
     prepare_sources(tmp_path, {"web": 10}, validation_fraction=0)
-    with pytest.raises(ValueError, match=r"data has no documents set aside"):
-        read([tmp_path / "data"], lm)
+    with pytest.raises(ValueError, match=r"data has no validation documents"):
+        read_texts([tmp_path / "data"], lm)
     other = random_lm(SHAPE, trained_model(keep_spaces=False))
     with pytest.raises(ValueError, match="another tokenizer"):
-        read([tmp_path / "data"], other)
+        read_texts([tmp_path / "data"], other)
     shutil.rmtree(tmp_path / "data")
 
 
 @pytest.mark.backend_free
-def test_files_and_directories_are_read(tmp_path, lm):
+def test_read_texts_reads_files_and_directories(tmp_path, lm):
     Path(tmp_path, "b.txt").write_text("Bé.\n", "utf-8")
     Path(tmp_path, "a.txt").write_text("A.")
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "One\\nline.", "id": 1}\n\n{"text": ""}\n')
-    assert read([tmp_path, lines], lm) == {
+    assert read_texts([tmp_path, lines], lm) == {
         "a": ["A."],
         "b": ["Bé.\n"],
         "lines": ["One\nline.", ""],
@@ -268,26 +274,26 @@ def test_files_and_directories_are_read(tmp_path, lm):
     [
         ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 \(byte 3\). Convert"),
         ("a.txt", b" \n", "a.txt is empty"),
-        ("a.jsonl", b'{"text": "x"}\n{"content": "y"}\n', "a.jsonl, line 2 is no"),
-        ("a.jsonl", b"[1]\n", "a.jsonl, line 1 is no"),
+        ("a.jsonl", b'{"text": "x"}\n{"content": "y"}\n', "a.jsonl, line 2 must be"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1 must be"),
         ("a.jsonl", b'{"text": ""}\n', "a.jsonl has no text in any line"),
-        ("a.csv", b"x", r"a.csv ends in '.csv', and .txt and .jsonl are read"),
+        ("a.csv", b"x", r"a.csv must end in .txt or .jsonl. Received: '.csv'"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(tmp_path, lm, name, content, message):
+def test_read_texts_names_invalid_files(tmp_path, lm, name, content, message):
     Path(tmp_path, name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read([tmp_path / name], lm)
+        read_texts([tmp_path / name], lm)
 
 
 @pytest.mark.backend_free
-def test_paths_that_cannot_be_used_are_named(tmp_path, lm):
-    with pytest.raises(ValueError, match=r"has no .txt files, and is no prepared"):
-        read([tmp_path], lm)
+def test_read_texts_names_invalid_paths(tmp_path, lm):
+    with pytest.raises(ValueError, match=r"has no .txt files and is not a prepared"):
+        read_texts([tmp_path], lm)
     with pytest.raises(FileNotFoundError, match="absent"):
-        read([tmp_path / "absent"], lm)
+        read_texts([tmp_path / "absent"], lm)
     for folder in ("x", "y"):
         Path(tmp_path, folder).mkdir()
         Path(tmp_path, folder, "same.txt").write_text("Text.")
-    with pytest.raises(ValueError, match="second source called 'same'"):
-        read([tmp_path / "x", tmp_path / "y"], lm)
+    with pytest.raises(ValueError, match="second source named 'same'"):
+        read_texts([tmp_path / "x", tmp_path / "y"], lm)

@@ -1,4 +1,4 @@
-"""Answers outlive their process, and are those of one model."""
+"""Responses outlive their process, and belong to one model."""
 
 import os
 import signal
@@ -8,66 +8,77 @@ import sys
 import pytest
 
 from keras_openllama import OpenLlamaCausalLM
-from keras_openllama.evaluation.response_cache import Answers, fingerprint, key_of
+from keras_openllama.evaluation.response_cache import (
+    ResponseCache,
+    request_key,
+    weights_fingerprint,
+)
 
 pytestmark = pytest.mark.backend_free
 
 KILLED = """
 import os, signal, sys
-from keras_openllama.evaluation.response_cache import Answers
-answers = Answers(sys.argv[1], {"model": "a"})
-answers.add({"one": 0.1, "two": [-1.5, True]})
+from keras_openllama.evaluation.response_cache import ResponseCache
+cache = ResponseCache(sys.argv[1], {"model": "a"})
+cache.add({"one": 0.1, "two": [-1.5, True]})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_answers_outlive_a_kill_to_the_bit(tmp_path):
-    path = tmp_path / "new" / "answers.sqlite"
+def test_response_cache_survives_sigkill_bit_exactly(tmp_path):
+    path = tmp_path / "new" / "responses.sqlite"
     killed = subprocess.run([sys.executable, "-c", KILLED, path], env={**os.environ})
     assert killed.returncode == -signal.SIGKILL
-    answers = Answers(path, {"model": "a"})
-    assert answers.get("one") == 0.1
-    assert answers.get("two") == [-1.5, True]
-    assert "three" not in answers
+    cache = ResponseCache(path, {"model": "a"})
+    assert cache.get("one") == 0.1
+    assert cache.get("two") == [-1.5, True]
+    assert "three" not in cache
 
 
-def test_answers_of_another_model_are_refused(tmp_path):
-    path = tmp_path / "answers.sqlite"
-    Answers(path, {"model": "a"}).add({"one": 1})
-    with pytest.raises(ValueError, match="another model") as refused:
-        Answers(path, {"model": "b"})
-    assert str(path) in str(refused.value)
+def test_response_cache_rejects_responses_of_another_model(tmp_path):
+    path = tmp_path / "responses.sqlite"
+    ResponseCache(path, {"model": "a"}).add({"one": 1})
+    with pytest.raises(ValueError, match="another model") as error:
+        ResponseCache(path, {"model": "b"})
+    assert str(path) in str(error.value)
 
 
-def test_a_file_of_something_else_is_named(tmp_path):
-    path = tmp_path / "answers.sqlite"
-    path.write_text("These are no answers, but a text of some length." * 30)
-    with pytest.raises(ValueError, match=r"answers\.sqlite is no file of answers"):
-        Answers(path, {})
+def test_response_cache_names_a_file_that_is_not_a_cache(tmp_path):
+    path = tmp_path / "responses.sqlite"
+    path.write_text("This is not a cache, but a text of some length." * 30)
+    with pytest.raises(ValueError, match=r"responses\.sqlite is not a response cache"):
+        ResponseCache(path, {})
 
 
-def test_a_path_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OSError, match="cannot be used"):
-        Answers(tmp_path, {})
+def test_response_cache_names_a_path_that_cannot_be_opened(tmp_path):
+    with pytest.raises(OSError, match="cannot be opened"):
+        ResponseCache(tmp_path, {})
 
 
-def test_without_a_file_answers_are_kept_in_memory():
-    answers = Answers(None, {})
-    answers.add({"one": 1})
-    assert "one" in answers
+def test_response_cache_without_a_file_is_in_memory():
+    cache = ResponseCache(None, {})
+    cache.add({"one": 1})
+    assert "one" in cache
 
 
-def test_requests_have_one_key_each():
-    assert key_of("a", [1, 2]) == key_of("a", (1, 2))
-    assert len({key_of("a", [1, 2]), key_of("a", [12]), key_of("b", [1, 2])}) == 3
+def test_request_key_is_unique():
+    assert request_key("a", [1, 2]) == request_key("a", (1, 2))
+    assert (
+        len(
+            {request_key("a", [1, 2]), request_key("a", [12]), request_key("b", [1, 2])}
+        )
+        == 3
+    )
 
 
-def test_other_weights_have_another_fingerprint():
+def test_weights_fingerprint_depends_on_weights_and_adapters():
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
-    before = fingerprint(lm)
-    assert before == fingerprint(OpenLlamaCausalLM.from_preset("open_llama_nano"))
+    before = weights_fingerprint(lm)
+    assert before == weights_fingerprint(
+        OpenLlamaCausalLM.from_preset("open_llama_nano")
+    )
     lm.backbone.enable_lora(2)
-    assert fingerprint(lm) != before
+    assert weights_fingerprint(lm) != before
     kernel = lm.backbone.transformer_layers[1].feedforward.down.kernel
     kernel.assign(kernel * 1.001)
-    assert fingerprint(lm) != before
+    assert weights_fingerprint(lm) != before
