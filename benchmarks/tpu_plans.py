@@ -22,7 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from matplotlib.figure import Figure
 
 from keras_openllama.planning import plan as planning
-from keras_openllama.planning.aot_compile import DoesNotFit
+from keras_openllama.planning.aot_compile import OutOfDeviceMemoryError
 from keras_openllama.runs import recipe
 from keras_openllama.utils import plots
 
@@ -86,10 +86,10 @@ def chips_of(name):
 def planned(preset, topology):
     """The saved figures of a plan, or the reason why it does not fit."""
     try:
-        found = planning.plan(
+        found = planning.plan_pretraining(
             recipe.resolve_recipe(preset), topology, alternatives=False
         )
-    except DoesNotFit as error:
+    except OutOfDeviceMemoryError as error:
         return {"reason": str(error)}
     return {name: found[name] for name in SAVED}
 

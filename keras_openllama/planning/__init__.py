@@ -1,1 +1,1 @@
-"""What a run needs before it begins: memory, time, alternatives."""
+"""Estimates the memory and time of a run before it starts."""

@@ -1,9 +1,11 @@
-"""A run's step, compiled for TPUs that need not be there."""
+"""Ahead-of-time compilation of a training step for TPUs that need not be present."""
 
 import dataclasses
 import os
 import re
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import keras
@@ -14,19 +16,20 @@ from keras_openllama.backend.keras_private import set_variable_layout, variable_
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-from keras_openllama.planning.cost_model import CHIPS
+from keras_openllama.planning.cost_model import CHIPS, TpuChip
 from keras_openllama.runs.jax_train_program import StepState, compile_step
 from keras_openllama.runs.optimizer import make_optimizer
+from keras_openllama.runs.recipe import Recipe
 from keras_openllama.training.train_step_jax import (
     TrainStepOptions,
     options_for_devices,
 )
 
-# Chips of a host, by which libtpu lays out a topology; and how a chip's two cores work.
-_HOST = (2, 2, 1)
-_CONFIGURATION = {"v4": "megacore", "v5p": "megacore"}
-# For libtpu: there is no machine to ask about, and another process may compile, too.
-_ENVIRONMENT = {
+# Arguments of libtpu: chips of a host, and how the two cores of a chip are used.
+_CHIPS_PER_HOST = (2, 2, 1)
+_CHIP_CONFIG_NAMES = {"v4": "megacore", "v5p": "megacore"}
+# libtpu must not query a metadata server, and another process may compile, too.
+_LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v4-8",
@@ -34,85 +37,102 @@ _ENVIRONMENT = {
 }
 
 
-def devices_of(topology):
-    """The devices of a slice that need not be there.
+def topology_devices(topology: str) -> tuple[TpuChip, list[Any]]:
+    """Returns the devices of a slice, which need not be present.
 
     Args:
-        topology: string, kind and chips along each axis, such as `"v4:4x8x8"`.
+        topology: chip type and number of chips along each axis, such as `"v4:4x8x8"`.
 
     Returns:
-        The `cost_model.Chip`, and a list of JAX devices to compile for.
+        The chip type, and JAX devices to compile for.
 
     Raises:
-        ValueError: for a kind or shape that the compiler does not know.
-        RuntimeError: if there is no compiler: `libtpu` is not installed.
+        ValueError: if the compiler does not support the chip type or shape.
+        RuntimeError: if the compiler, `libtpu`, is not installed.
+
+    Example:
+        >>> chip, devices = topology_devices("v4:2x2x1")  # doctest: +SKIP
+        >>> chip.name, len(devices)  # doctest: +SKIP
+        ('v4', 4)
     """
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(
-            f"`topology` is one of {', '.join(CHIPS)}, and the chips along each axis, "
-            f"such as v4:4x8x8. Received: {topology!r}"
+            f"`topology` must be a chip type ({', '.join(CHIPS)}) and the number of "
+            f"chips along each axis, such as v4:4x8x8. Received: {topology!r}"
         )
-    for name, value in _ENVIRONMENT.items():
+    for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    options = {"chips_per_host_bounds": _HOST}
-    if kind in _CONFIGURATION:
-        options["chip_config_name"] = _CONFIGURATION[kind]
+    options = {"chips_per_host_bounds": _CHIPS_PER_HOST}
+    if kind in _CHIP_CONFIG_NAMES:
+        options["chip_config_name"] = _CHIP_CONFIG_NAMES[kind]
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology={topology!r} is not known: {error}") from error
+        raise ValueError(
+            f"The compiler does not support topology={topology!r}: {error}"
+        ) from error
     except RuntimeError as error:
         raise RuntimeError(
-            "The compiler for TPUs is not installed: pip install "
+            "The TPU compiler is not installed: pip install "
             f"'keras-openllama[plan]'. ({error})"
         ) from error
     return CHIPS[kind], list(description.devices)
 
 
-class DoesNotFit(ValueError):
-    """A chip has too little memory for a step; `excess` is by how many bytes."""
+class OutOfDeviceMemoryError(ValueError):
+    """A step does not fit into the memory of a chip.
 
-    def __init__(self, message, excess):
+    Args:
+        message: the error message.
+        excess_bytes: how many bytes too many the step needs; 0 if unknown.
+    """
+
+    def __init__(self, message: str, excess_bytes: int):
         super().__init__(message)
-        self.excess = excess
+        self.excess_bytes = excess_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A step that was compiled for a slice.
+class CompiledStep:
+    """A training step that was compiled for a slice.
 
     Attributes:
-        text: string, the program.
-        memory: int, bytes that a chip needs at most.
-        parameters: int, of the model.
-        seconds: float, that compiling took.
+        hlo: text of the compiled program.
+        peak_memory: peak memory of a chip in bytes.
+        parameters: number of parameters of the model.
+        compile_seconds: compile time.
     """
 
-    text: str
-    memory: int
+    hlo: str
+    peak_memory: int
     parameters: int
-    seconds: float
+    compile_seconds: float
 
 
-def compiled_step(config, recipe, mesh, devices):
-    """Compiles the step of a run for devices that need not be there.
+def compile_step_ahead_of_time(
+    config: dict[str, Any],
+    recipe: Recipe,
+    mesh: dict[str, int],
+    devices: Sequence[Any],
+) -> CompiledStep:
+    """Compiles the training step of a run for devices that need not be present.
 
-    No array is made: shapes are all that a compiler needs.
+    It allocates no arrays, since compilation requires shapes only.
 
     Args:
-        config: dict, arguments of `OpenLlamaBackbone`.
-        recipe: `recipe.Recipe`.
-        mesh: dict of `"data"`, `"fsdp"`, `"model"`.
-        devices: list of JAX devices.
+        config: arguments of `OpenLlamaBackbone`.
+        recipe: the recipe.
+        mesh: sizes of the axes `"data"`, `"fsdp"` and `"model"`.
+        devices: JAX devices, see `topology_devices`.
 
     Returns:
-        `Compiled`.
+        The compiled step.
 
     Raises:
-        DoesNotFit: if a chip has too little memory.
+        OutOfDeviceMemoryError: if the step does not fit into the memory of a chip.
     """
     start = time.monotonic()
     distribution = OpenLlamaParallel(make_mesh(**mesh, devices=devices))
@@ -128,33 +148,33 @@ def compiled_step(config, recipe, mesh, devices):
     options = TrainStepOptions(
         recipe.micro_batches, recipe.rematerialize, recipe.z_loss
     )
-    everywhere = jax.sharding.NamedSharding(
+    replicated = jax.sharding.NamedSharding(
         distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec()
     )
-    # What was compiled for a device that is not there cannot be read from the cache.
+    # Programs for absent devices cannot be read from the compilation cache.
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         program = compile_step(
             lm,
-            _abstract_state(lm, distribution, everywhere),
+            _abstract_state(lm, distribution, replicated),
             batch,
             options_for_devices(options, distribution),
             recipe.spike_threshold,
-            everywhere,
+            replicated,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(
-            f"The step does not fit into a chip's memory: {_last_sentence(error)} "
+        raise OutOfDeviceMemoryError(
+            f"The step does not fit into a chip's memory: {_compiler_message(error)} "
             f"Received: rematerialize={recipe.rematerialize}, "
             f"micro_batches={recipe.micro_batches}, mesh={mesh}.",
-            _excess(error),
+            _excess_bytes(error),
         ) from error
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
-    return Compiled(
+    return CompiledStep(
         program.as_text(),
         program.memory_analysis().peak_memory_in_bytes,
         sum(int(np.prod(v.shape)) for v in lm.variables),
@@ -162,13 +182,13 @@ def compiled_step(config, recipe, mesh, devices):
     )
 
 
-def _last_sentence(error):
-    """What the compiler says about memory, without what it prints behind."""
+def _compiler_message(error):
+    """What the compiler reports about memory, without the list of buffers."""
     return str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
 
 
-def _excess(error):
-    """Bytes that are too many, as far as the compiler says so: int."""
+def _excess_bytes(error):
+    """How many bytes too many the step needs; 0 if the compiler does not report it."""
     needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
     if needed is None:
         return 0
@@ -183,13 +203,13 @@ def _abstract_lm(config, recipe, distribution):
         )
         lm.compile(optimizer=optimizer, weighted_metrics=[])
         for variable in lm.variables:
-            # Else the optimizer's moments would be on every chip.
+            # Otherwise the optimizer's moments would be replicated.
             set_variable_layout(variable, distribution.get_variable_layout(variable))
         optimizer.build(lm.trainable_variables)
     return lm
 
 
-def _abstract_state(lm, distribution, everywhere):
+def _abstract_state(lm, distribution, replicated):
     def struct(variable):
         layout = variable_layout(variable)
         layout = layout or distribution.get_variable_layout(variable)
@@ -197,7 +217,7 @@ def _abstract_state(lm, distribution, everywhere):
             variable.shape, variable.dtype, sharding=layout.backend_layout
         )
 
-    scalar = jax.ShapeDtypeStruct((), "float32", sharding=everywhere)
+    scalar = jax.ShapeDtypeStruct((), "float32", sharding=replicated)
     return StepState(
         [struct(v) for v in lm.trainable_variables],
         [struct(v) for v in lm.non_trainable_variables],

@@ -1,15 +1,15 @@
-"""What a step costs on a TPU that is not there, from its compiled program.
+"""A cost model for TPUs, based on the compiled program of a step.
 
-The TPU compiler writes its own estimate of cycles beside each fusion. Kernels and
-collectives have none; they are priced by `Prices`, and nothing else is assumed. The
-program is walked in its scheduled order, with a clock for the core and one for the
-links: an asynchronous collective costs what is not done by the time it is waited for.
-Copies between a chip's memories are prefetched, and cost nothing here; nor do the few
-gathers and scatters of rows, for which the compiler has no estimate.
+The TPU compiler annotates each fusion with an estimate of its clock cycles. Kernels
+and collectives have no annotation: `CostAssumptions` gives their cost, and there are no
+other assumptions. The program is traversed in scheduled order, with one clock for the
+core and one for the interconnect. An asynchronous collective costs the time that the
+core waits for it. Copies between the memories of a chip are prefetched and cost nothing
+here. Neither do embedding lookups, for which the compiler has no estimate.
 
-Calibration (`tests/planning/test_calibration.py`): EasyLM's published 7B step on 256
-chips, priced by the compiler's cycles alone, comes to 2300 tokens/s/chip where over
-2200 were measured; with all its collectives in the open, to 2070.
+Calibration (`tests/planning/test_calibration.py`): for EasyLM's published 7B step on
+256 chips, the compiler's cycles give 2300 tokens/s/chip, and 2070 if no collective is
+hidden. Over 2200 were measured.
 """
 
 import collections
@@ -17,7 +17,12 @@ import dataclasses
 import math
 import re
 
-from keras_openllama.planning.hlo import Program, bytes_of, shapes_in
+from keras_openllama.planning.hlo import (
+    HloInstruction,
+    HloProgram,
+    parse_shapes,
+    shape_bytes,
+)
 from keras_openllama.runs.throughput import peak_flops
 
 COLLECTIVES = (
@@ -27,17 +32,18 @@ COLLECTIVES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of TPU.
-
-    Attributes:
-        name: string, as in the names of topologies.
-        peak_flops: float, FLOP/s of matrix products in bfloat16.
-        clock: float, Hz: the peak by the FLOPs that the matrix units do in a cycle.
-        memory: int, bytes.
-        link: float, bytes/s of one link, each way.
+class TpuChip:
+    """A type of TPU chip.
 
     Source: https://cloud.google.com/tpu/docs, the pages of v4, v5e, v5p and v6e.
+
+    Attributes:
+        name: the name in topologies, such as `"v4"`.
+        peak_flops: peak of bfloat16 matrix products, in FLOP/s.
+        clock: clock frequency in Hz, from the peak and the FLOPs per cycle of the
+            matrix units.
+        memory: HBM in bytes.
+        link: bandwidth of one link in bytes/s, in each direction.
     """
 
     name: str
@@ -51,80 +57,80 @@ _GIB = 1 << 30
 CHIPS = {
     chip.name: chip
     for chip in (
-        # Two cores of four units of 128 x 128; 2400 Gbit/s over six links.
-        Chip("v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, 50e9),
-        # One core of four such units; 1600 Gbit/s over four links.
-        Chip("v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, 50e9),
-        # Two cores of four such units; 4800 Gbit/s over six links.
-        Chip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 100e9),
-        # One core of two units of 256 x 256; 3584 Gbit/s over four links. Ours: the
-        # peak is that of units that take two products a cycle.
-        Chip("v6e", peak_flops("TPU v6e"), 1.75e9, 32 * _GIB, 112e9),
+        # Two cores with four matrix units of 128 x 128; 2400 Gbit/s over six links.
+        TpuChip("v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, 50e9),
+        # One core with four such units; 1600 Gbit/s over four links.
+        TpuChip("v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, 50e9),
+        # Two cores with four such units; 4800 Gbit/s over six links.
+        TpuChip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 100e9),
+        # One core with two units of 256 x 256; 3584 Gbit/s over four links. Heuristic:
+        # the published peak implies two products per unit and cycle.
+        TpuChip("v6e", peak_flops("TPU v6e"), 1.75e9, 32 * _GIB, 112e9),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Prices:
-    """What the compiler does not price.
+class CostAssumptions:
+    """The cost of what the compiler does not estimate.
 
     Attributes:
-        kernel_efficiency: float, share of the peak that attention kernels reach on the
-            FLOPs that causality leaves. Ours.
-        rings: int, links of a chip that a collective keeps busy: a ring along one axis
+        kernel_efficiency: fraction of the peak that attention kernels reach on the
+            FLOPs that a causal mask leaves. Heuristic.
+        rings: number of links of a chip that a collective uses. A ring along one axis
             of the torus uses two.
-        hop_seconds: float, what each step of a ring costs beside its bytes. Ours.
+        hop_seconds: latency of each step of a ring, in seconds. Heuristic.
     """
 
     kernel_efficiency: float = 0.4
     rings: int = 2
     hop_seconds: float = 1e-6
 
-    def to_json(self):
-        """A dict with each assumption in words."""
+    def describe(self) -> dict[str, str]:
+        """Returns each assumption as text, by topic."""
         return {
-            "compute": "the compiler's estimated cycles, by the clock",
+            "compute": "the compiler's estimated cycles divided by the clock frequency",
             "kernels": f"{self.kernel_efficiency:.0%} of peak on causal FLOPs",
-            "links": f"{self.rings} of a chip's links carry a collective, each way",
+            "links": f"a collective uses {self.rings} links of a chip, each way",
             "latency": f"{self.hop_seconds * 1e6:g} us for each step of a ring; an "
-            "all-reduce over a whole slice takes the rings of its axes one by one",
-            "overlap": "only where the schedule starts and ends a collective apart",
-            "not counted": "the host, input, and looking up rows of embeddings",
+            "all-reduce over all chips of a slice uses the rings of its axes in turn",
+            "overlap": "only if the schedule has a collective's start and end apart",
+            "not counted": "the host, the input pipeline, and embedding lookups",
         }
 
 
 @dataclasses.dataclass
-class Cost:
-    """Seconds of a step, or of a part of it, on each chip.
+class StepCost:
+    """Time of a step, or of a part of it, on each chip.
 
     Attributes:
-        matmul_seconds: fusions around matrix products.
+        matmul_seconds: fusions with matrix products.
         other_seconds: all other fusions.
         kernel_seconds: attention kernels.
-        collective_seconds: collectives, hidden or not, by kind: dict.
-        exposed_seconds: the core's waiting for collectives.
+        collective_seconds: collectives by opcode, overlapped or not.
+        exposed_seconds: time that the core waits for collectives.
     """
 
     matmul_seconds: float = 0.0
     other_seconds: float = 0.0
     kernel_seconds: float = 0.0
-    collective_seconds: dict = dataclasses.field(
+    collective_seconds: dict[str, float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
     )
     exposed_seconds: float = 0.0
 
     @property
-    def compute_seconds(self):
-        """Fusions of both kinds."""
+    def compute_seconds(self) -> float:
+        """Time of all fusions."""
         return self.matmul_seconds + self.other_seconds
 
     @property
-    def step_seconds(self):
-        """All that follows each other."""
+    def step_seconds(self) -> float:
+        """Total time: fusions, kernels and exposed collectives."""
         return self.compute_seconds + self.kernel_seconds + self.exposed_seconds
 
-    def add(self, other, times=1):
-        """Adds a part that runs so many times."""
+    def add(self, other: "StepCost", times: int = 1):
+        """Adds the cost of a part that runs a number of times."""
         for name in ("matmul", "other", "kernel", "exposed"):
             field = f"{name}_seconds"
             setattr(self, field, getattr(self, field) + times * getattr(other, field))
@@ -132,97 +138,102 @@ class Cost:
             self.collective_seconds[kind] += times * seconds
 
 
-def price(text, chip, prices=Prices()):
-    """The cost of a program.
+def estimate_cost(
+    hlo: str, chip: TpuChip, assumptions: CostAssumptions = CostAssumptions()
+) -> StepCost:
+    """Estimates the cost of a program.
 
     Args:
-        text: string, `as_text()` of a program compiled for TPUs.
-        chip: `Chip`.
-        prices: `Prices`.
+        hlo: `as_text()` of a program that was compiled for TPUs.
+        chip: the chip.
+        assumptions: the cost of what the compiler does not estimate.
 
     Returns:
-        `Cost`.
+        The cost.
 
     Raises:
-        ValueError: for a kernel that has no price, or a loop without a known end.
+        ValueError: if the program has an unknown kernel or trip count.
 
     Example:
-
-    ```python
-    cost = price(compiled.as_text(), CHIPS["v4"])
-    cost.step_seconds, cost.exposed_seconds
-    ```
+        >>> hlo = compiled.as_text()  # doctest: +SKIP
+        >>> estimate_cost(hlo, CHIPS["v4"]).step_seconds  # doctest: +SKIP
     """
-    program = Program(text)
-    return _Walk(program, chip, prices).through(program.entry)
+    program = HloProgram(hlo)
+    estimator = _CostEstimator(program, chip, assumptions)
+    return estimator.computation_cost(program.entry)
 
 
-class _Walk:
-    """Goes through a computation in its order."""
+class _CostEstimator:
+    """Adds up the cost of a computation in scheduled order."""
 
-    def __init__(self, program, chip, prices):
-        self.program, self.chip, self.prices = program, chip, prices
+    def __init__(self, program, chip, assumptions):
+        self.program, self.chip, self.assumptions = program, chip, assumptions
 
-    def through(self, computation):
-        cost = Cost()
-        shapes = {i.name: i for i in computation}
-        links_free = 0.0  # When what the links carry is done, by the clock of the step.
-        under_way = {}
+    def computation_cost(self, computation):
+        cost = StepCost()
+        by_name = {i.name: i for i in computation}
+        links_free = 0.0  # When all collectives so far end, in seconds of the step.
+        in_flight = {}
         for instruction in computation:
             kind, collective = self._collective(instruction)
-            if kind in ("alone", "start"):
-                seconds = self._seconds(collective, instruction, shapes)
+            if kind in ("synchronous", "start"):
+                seconds = self._collective_seconds(collective, instruction, by_name)
                 opcode = collective.opcode.removesuffix("-start")
                 cost.collective_seconds[opcode] += seconds
                 links_free = max(links_free, cost.step_seconds) + seconds
-            if kind == "alone":
+            if kind == "synchronous":
                 cost.exposed_seconds += links_free - cost.step_seconds
             elif kind == "start":
-                under_way[instruction.name] = links_free
+                in_flight[instruction.name] = links_free
             elif kind == "done":
-                end = under_way.pop(_start_of(instruction, under_way))
+                end = in_flight.pop(_start_of(instruction, in_flight))
                 cost.exposed_seconds += max(0.0, end - cost.step_seconds)
             elif kind is None:
-                self._compute(instruction, cost)
+                self._add_compute(instruction, cost)
         return cost
 
-    def _compute(self, instruction, cost):
+    def _add_compute(self, instruction, cost):
         if instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.\-]+)")
-            each = self.through(self.program.computations[body])
-            cost.add(each, self.program.trips(instruction))
+            iteration = self.computation_cost(self.program.computations[body])
+            cost.add(iteration, self.program.trip_count(instruction))
         elif instruction.opcode == "conditional":
             names = re.findall(r"%([\w.\-]+)", _branches(instruction))
-            parts = [self.through(self.program.computations[name]) for name in names]
-            cost.add(max(parts, key=lambda part: part.step_seconds))
+            branches = [
+                self.computation_cost(self.program.computations[name]) for name in names
+            ]
+            cost.add(max(branches, key=lambda branch: branch.step_seconds))
         elif instruction.opcode == "custom-call":
             if 'custom_call_target="tpu_custom_call"' in instruction.attributes:
                 flops = kernel_flops(instruction)
-                peak = self.chip.peak_flops * self.prices.kernel_efficiency
+                peak = self.chip.peak_flops * self.assumptions.kernel_efficiency
                 cost.kernel_seconds += flops / peak
         elif instruction.cycles:
             seconds = instruction.cycles / self.chip.clock
-            inside = self.program.called(instruction)
+            inside = self.program.called_computation(instruction)
             if any(i.opcode in ("convolution", "dot") for i in inside):
                 cost.matmul_seconds += seconds
             else:
                 cost.other_seconds += seconds
 
     def _collective(self, instruction):
-        """Whether it is a collective `"alone"`, its `"start"` or `"done"`; and which.
+        """Classifies an instruction as a collective.
 
-        The compiler puts what starts and ends one into fusions, and a reduction whose
-        result is cut into another; a fusion around a matrix product that drives one
-        along is compute.
+        It is `"synchronous"`, the `"start"` or the `"done"` of an asynchronous one, or
+        `None`. The collective itself is returned with the first two.
+
+        The compiler also wraps these into fusions, and an all-reduce together with the
+        slicing of its result. A fusion with a matrix product that advances a collective
+        is compute.
         """
         opcode = instruction.opcode
         if opcode in COLLECTIVES:
-            return "alone", instruction
+            return "synchronous", instruction
         if opcode.removesuffix("-start") in COLLECTIVES:
             return "start", instruction
         if opcode.removesuffix("-done") in COLLECTIVES:
             return "done", None
-        inside = self.program.called(instruction)
+        inside = self.program.called_computation(instruction)
         found = [i for i in inside if i.opcode in COLLECTIVES]
         if not found or instruction.cycles is not None:
             return None, None
@@ -231,68 +242,78 @@ class _Walk:
             return "start", found[0]
         if "AsyncCollectiveDone" in targets:
             return "done", None
-        return "alone", found[0]
+        return "synchronous", found[0]
 
-    def _seconds(self, collective, instruction, shapes):
-        """How long the links carry a collective: bytes over bandwidth, and hops."""
+    def _collective_seconds(self, collective, instruction, by_name):
+        """Time of a collective on the links: bytes over bandwidth, and latency."""
         size = _group_size(collective)
-        bandwidth = self.chip.link * self.prices.rings
-        hops = _hops(instruction, size) * self.prices.hop_seconds
+        bandwidth = self.chip.link * self.assumptions.rings
+        hops = _hops(instruction, size) * self.assumptions.hop_seconds
         opcode = collective.opcode.removesuffix("-start")
-        # What is gathered, or was not yet reduced: the larger side.
-        operands = [shapes[name] for name in collective.operands if name in shapes]
+        # The size after a gather, or before a reduction.
+        operands = [by_name[name] for name in collective.operands if name in by_name]
         tensors = [shape for i in (collective, *operands) for shape in i.shapes]
-        largest = max(bytes_of(shape) for shape in tensors)
+        largest = max(shape_bytes(shape) for shape in tensors)
         if opcode == "reduce-scatter":
             largest = collective.bytes * size
         moved = largest * (size - 1) / size
-        cut = instruction.opcode == "fusion" and instruction.bytes < collective.bytes
-        if opcode == "all-reduce" and not cut:
+        sliced = instruction.opcode == "fusion" and instruction.bytes < collective.bytes
+        if opcode == "all-reduce" and not sliced:
             moved, hops = 2 * moved, 2 * hops
         if opcode == "all-to-all":
-            moved = largest * size / 4  # On average a byte goes so far on a ring.
+            moved = (
+                largest * size / 4
+            )  # The average distance on a ring is a quarter of it.
         if opcode == "collective-permute":
-            moved, bandwidth, hops = largest, self.chip.link, self.prices.hop_seconds
+            moved, bandwidth, hops = (
+                largest,
+                self.chip.link,
+                self.assumptions.hop_seconds,
+            )
         return moved / bandwidth + hops
 
 
-def kernel_flops(kernel):
-    """FLOPs of an attention kernel that causality leaves.
+def kernel_flops(kernel: HloInstruction) -> float:
+    """Returns the FLOPs of an attention kernel that a causal mask leaves.
 
     Args:
-        kernel: `hlo.Instruction` of a Pallas call.
+        kernel: the instruction of a Pallas call.
+
+    Returns:
+        FLOPs of one call.
 
     Raises:
-        ValueError: if it is none of those that are known here.
+        ValueError: if the kernel is unknown.
     """
     products = next((n for name, n in _PRODUCTS.items() if name in kernel.name), None)
     operands = kernel.attribute(r"operand_layout_constraints=\{(.*?\})\}") or ""
-    # The first one of floats is the query; a batch of one may have no axis.
+    # The first floating-point operand is the query. A batch of one may have no axis.
     heads = [
         size
-        for dtype, size in shapes_in(operands)
+        for dtype, size in parse_shapes(operands)
         if dtype in ("bf16", "f32") and len(size) >= 3
     ]
     if products is None or not heads:
         raise ValueError(
-            f"The kernel {kernel.name} has no price. Known are: {', '.join(_PRODUCTS)}."
+            f"The cost of the kernel {kernel.name} is unknown. Supported kernels: "
+            f"{', '.join(_PRODUCTS)}."
         )
-    *rows_and_heads, length, head_dim = heads[0]
-    each = 2 * math.prod(rows_and_heads) * length * length * head_dim / 2
-    return products * each
+    *batch_and_heads, length, head_dim = heads[0]
+    product_flops = 2 * math.prod(batch_and_heads) * length * length * head_dim / 2
+    return products * product_flops
 
 
-# Matrix products of length x length x head_dim in Splash's kernels, by what their names
-# hold. Backward: scores, and the gradients of values, weights, queries and keys.
+# Number of matrix products of length x length x head_dim in Splash kernels, by a part
+# of their names. Backward: scores, and gradients of values, weights, queries and keys.
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 
 
-def _start_of(done, under_way):
-    """Name of what started the collective that is waited for."""
+def _start_of(done, in_flight):
+    """Name of the start of an asynchronous collective, for its end."""
     named = re.sub(r"-done\b", "-start", done.name)
-    start = next((name for name in (*done.operands, named) if name in under_way), None)
+    start = next((name for name in (*done.operands, named) if name in in_flight), None)
     if start is None:
-        raise ValueError(f"What started {done.name} is not known.")
+        raise ValueError(f"The start of {done.name} is unknown.")
     return start
 
 
@@ -305,7 +326,7 @@ def _branches(conditional):
 
 
 def _hops(instruction, size):
-    """Steps of a collective's rings: int. The compiler writes which rings it chose."""
+    """Number of steps of a collective's rings, which the compiler may specify."""
     rings = instruction.attribute(r"phases:\d+ cores:\{([\d ]+)\}")
     if rings is None:
         return size - 1
@@ -313,11 +334,7 @@ def _hops(instruction, size):
 
 
 def _group_size(collective):
-    """How many chips take part: int.
-
-    Raises:
-        ValueError: if the program says it in a way that is not known here.
-    """
+    """Number of chips that take part in a collective."""
     if "source_target_pairs" in collective.attributes:
         return 2
     listed = collective.attribute(r"replica_groups=\{\{([\d,]+)\}")
@@ -331,6 +348,6 @@ def _group_size(collective):
         r"replica_groups=mesh\[[^\]]*\](?:, device_ids=\(.*?\)\))? \{(.*?)\}"
     )
     if sizes is None or axes is None:
-        raise ValueError(f"How many chips share {collective.name} is not known.")
+        raise ValueError(f"The group size of {collective.name} is unknown.")
     known = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
     return math.prod(int(known[axis]) for axis in re.findall(r"'(\w+)'", axes))

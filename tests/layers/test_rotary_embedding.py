@@ -62,10 +62,10 @@ def test_rotate_by_product_is_faster_on_a_tpu():
     """By the compiler's estimate, after the query projection of 8,192 tokens of 7B."""
     import jax
 
-    from keras_openllama.planning.aot_compile import devices_of
-    from keras_openllama.planning.cost_model import price
+    from keras_openllama.planning.aot_compile import topology_devices
+    from keras_openllama.planning.cost_model import estimate_cost
 
-    chip, devices = devices_of("v4:2x2x1")
+    chip, devices = topology_devices("v4:2x2x1")
     on_chip = jax.sharding.SingleDeviceSharding(devices[0])
 
     def shape(*sizes, dtype="bfloat16"):
@@ -79,7 +79,7 @@ def test_rotate_by_product_is_faster_on_a_tpu():
         table = shape(1, 1, 2048, 64, dtype="float32")
         arguments = shape(4, 2048, 4096), shape(4096, 4096), table, table
         program = jax.jit(queries).lower(*arguments).compile()
-        return 1000 * price(program.as_text(), chip).compute_seconds
+        return 1000 * estimate_cost(program.as_text(), chip).compute_seconds
 
     by_halves, by_product = milliseconds(_rotate), milliseconds(_rotate_by_product)
     print(f"{by_halves:.2f} ms by halves, {by_product:.2f} ms by a product")

@@ -1,15 +1,20 @@
-"""Prices of programs whose cost can be worked out by hand."""
+"""Costs of programs that can be computed by hand."""
 
 import pytest
 
-from keras_openllama.planning.cost_model import CHIPS, Prices, kernel_flops, price
-from keras_openllama.planning.hlo import Program
+from keras_openllama.planning.cost_model import (
+    CHIPS,
+    CostAssumptions,
+    estimate_cost,
+    kernel_flops,
+)
+from keras_openllama.planning.hlo import HloProgram
 
 pytestmark = pytest.mark.backend_free
 
 V4 = CHIPS["v4"]
-# Without hops a collective is its bytes by 100 GB/s: a ring of two links.
-PRICES = Prices(hop_seconds=0)
+# Without latency, a collective takes its bytes / (100 GB/s): a ring uses two links.
+ASSUMPTIONS = CostAssumptions(hop_seconds=0)
 MILLISECOND = 1_050_000  # Cycles.
 
 
@@ -20,7 +25,7 @@ def fusion(name, cycles, calls="fused", operands="%x"):
     )
 
 
-# 100 MB of bfloat16 on each of four chips, gathered: 75 MB come in over the links.
+# An all-gather of 100 MB of bfloat16 over four chips: each receives 75 MB.
 GATHER = (
     "all-gather(%part), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, "
     "use_global_device_ids=true"
@@ -30,7 +35,7 @@ SECONDS = 0.75 * 100e6 / 100e9  # 0.75 ms
 
 
 def program(*lines, computations=()):
-    """Text of a program with these lines in its entry computation."""
+    """HLO of a program with these lines in its entry computation."""
     before = [
         "HloModule jit_step, is_scheduled=true",
         "%fused (p: bf16[8,128]) -> bf16[8,128] {",
@@ -47,11 +52,11 @@ def program(*lines, computations=()):
     return "\n".join([*before, *(f"  {line}" for line in lines), "}"])
 
 
-def cost(*lines, computations=(), prices=PRICES):
-    return price(program(*lines, computations=computations), V4, prices)
+def cost(*lines, computations=(), assumptions=ASSUMPTIONS):
+    return estimate_cost(program(*lines, computations=computations), V4, assumptions)
 
 
-def test_fusions_cost_their_cycles_and_those_with_a_product_are_told_apart():
+def test_estimate_cost_separates_fusions_with_matrix_products():
     found = cost(
         fusion("a", 2 * MILLISECOND),
         fusion("b", 3 * MILLISECOND, calls="product"),
@@ -62,7 +67,7 @@ def test_fusions_cost_their_cycles_and_those_with_a_product_are_told_apart():
     assert found.step_seconds == found.compute_seconds == pytest.approx(5e-3)
 
 
-def test_a_loop_costs_its_body_as_often_as_it_runs():
+def test_estimate_cost_multiplies_a_loop_body_by_its_trip_count():
     computations = [
         "%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {",
         "  " + fusion("in_body", MILLISECOND),
@@ -84,19 +89,19 @@ def test_a_loop_costs_its_body_as_often_as_it_runs():
     assert found.compute_seconds == pytest.approx(5e-3)
 
 
-def test_a_branch_costs_what_the_dearest_does():
+def test_estimate_cost_uses_the_most_expensive_branch():
     computations = [
         *("%cheap (p: bf16[8,128]) -> bf16[8,128] {", "  " + fusion("c", 1), "}"),
-        "%dear (p: bf16[8,128]) -> bf16[8,128] {",
+        "%expensive (p: bf16[8,128]) -> bf16[8,128] {",
         "  " + fusion("d", 4 * MILLISECOND),
         "}",
     ]
     choice = "%choice = bf16[8,128]{1,0} conditional(%i, %x, %x), "
-    for named in (
-        "branch_computations={%cheap, %dear}",
-        "true_computation=%dear, false_computation=%cheap",
+    for branches in (
+        "branch_computations={%cheap, %expensive}",
+        "true_computation=%expensive, false_computation=%cheap",
     ):
-        found = cost(choice + named, computations=computations)
+        found = cost(choice + branches, computations=computations)
         assert found.step_seconds == pytest.approx(4e-3)
 
 
@@ -104,7 +109,7 @@ def test_a_branch_costs_what_the_dearest_does():
     ("line", "seconds"),
     [
         (f"%c = {GATHERED} {GATHER}", SECONDS),
-        # To reduce and give all of it is to reduce-scatter and to gather.
+        # An all-reduce is a reduce-scatter and an all-gather.
         (
             f"%c = {GATHERED} all-reduce(%y), replica_groups={{{{0,1,2,3}}}}",
             2 * SECONDS,
@@ -123,20 +128,22 @@ def test_a_branch_costs_what_the_dearest_does():
             "device_ids=([4,64]T(1,0)) {'b'}, dimensions={0}",
             SECONDS,
         ),
-        # One link, one way.
+        # One link, one direction.
         (
             f"%c = {GATHERED} collective-permute(%y), source_target_pairs={{{{0,1}}}}",
             100e6 / 50e9,
         ),
     ],
 )
-def test_a_collective_alone_costs_its_bytes_by_the_links(line, seconds):
+def test_estimate_cost_of_a_synchronous_collective_is_bytes_over_bandwidth(
+    line, seconds
+):
     found = cost(line)
-    [(_, spent)] = found.collective_seconds.items()
-    assert spent == found.exposed_seconds == pytest.approx(seconds)
+    [(_, total)] = found.collective_seconds.items()
+    assert total == found.exposed_seconds == pytest.approx(seconds)
 
 
-def test_a_reduction_that_is_cut_costs_half():
+def test_estimate_cost_of_a_sliced_all_reduce_is_half():
     computations = [
         "%all-reduce-scatter (p: bf16[50000000]) -> bf16[12500000] {",
         f"  %r = {GATHERED} all-reduce(%p), replica_groups={{{{0,1,2,3}}}}",
@@ -149,36 +156,39 @@ def test_a_reduction_that_is_cut_costs_half():
     )
 
 
-def test_each_hop_of_a_ring_costs_time():
-    found = cost(f"%c = {GATHERED} {GATHER}", prices=Prices(hop_seconds=1e-3))
+def test_estimate_cost_adds_latency_for_each_step_of_a_ring():
+    found = cost(
+        f"%c = {GATHERED} {GATHER}", assumptions=CostAssumptions(hop_seconds=1e-3)
+    )
     assert found.exposed_seconds == pytest.approx(SECONDS + 3e-3)
 
 
-def test_an_all_reduce_over_a_torus_goes_round_its_axes():
+def test_estimate_cost_of_an_all_reduce_on_a_torus_uses_rings_of_all_axes():
     rings = "StrategyND{colors:3 phases:3 cores:{8 4 8},{4 8 8},{8 8 4}"
     groups = f"replica_groups=[1,256]<=[256], to_apply=%add, {rings}"
     found = cost(
-        f"%c = f32[2] all-reduce(%x), {groups}", prices=Prices(hop_seconds=1e-3)
+        f"%c = f32[2] all-reduce(%x), {groups}",
+        assumptions=CostAssumptions(hop_seconds=1e-3),
     )
-    # There and back: 7, 3 and 7 steps. The bytes are next to nothing.
+    # Twice 7, 3 and 7 steps. The bytes are negligible.
     assert found.exposed_seconds == pytest.approx(34e-3, rel=1e-5)
 
 
-def test_bytes_of_an_all_to_all_go_a_quarter_of_the_ring():
+def test_estimate_cost_of_an_all_to_all_assumes_a_quarter_of_the_ring():
     groups = "replica_groups=[1,16]<=[16]"
     found = cost(f"%c = {GATHERED} all-to-all(%x), {groups}")
-    # 100 MB of each of 16 chips, each byte over 4 links, of which there are 32.
+    # 100 MB from each of 16 chips, each byte over 4 of 32 links.
     assert found.exposed_seconds == pytest.approx(16 * 100e6 * 4 / 32 / 50e9)
 
 
-def test_what_a_reduction_scatters_counts_before_it_is_reduced():
+def test_estimate_cost_of_a_reduce_scatter_uses_the_size_of_its_input():
     groups = "replica_groups=[1,4]<=[4], to_apply=%add"
     found = cost(f"%c = bf16[12500000] reduce-scatter(%elsewhere), {groups}")
     assert found.exposed_seconds == pytest.approx(SECONDS)
 
 
-# What starts a collective, and waits for it, as the compiler writes them: as operations
-# of their own, and as fusions.
+# Start and end of an asynchronous collective, which the compiler writes as operations
+# or as fusions.
 PAIRS = {
     "operations": (
         f"%all-gather-start = (bf16[12500000], {GATHERED}) "
@@ -203,7 +213,7 @@ STARTED = [
     f"  %g = {GATHERED} {GATHER}",
     f'  ROOT %d = {GATHERED} custom-call(%g), custom_call_target="AsyncCollectiveDone"',
     "}",
-    # A product that drives the collective along.
+    # A matrix product that advances the collective.
     "%async_collective_fusion (p: bf16[8,128]) -> bf16[8,128] {",
     f"  %g = {GATHERED} {GATHER}",
     "  ROOT %c = bf16[8,128]{1,0} convolution(%p, %p), dim_labels=bf_io->bf",
@@ -213,7 +223,9 @@ STARTED = [
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 @pytest.mark.parametrize("milliseconds", [0, 0.5, 2])
-def test_a_collective_is_hidden_by_what_is_computed_meanwhile(pair, milliseconds):
+def test_estimate_cost_overlaps_an_asynchronous_collective_with_compute(
+    pair, milliseconds
+):
     start, done = pair
     between = fusion(
         "f", round(milliseconds * MILLISECOND), calls="async_collective_fusion"
@@ -225,12 +237,12 @@ def test_a_collective_is_hidden_by_what_is_computed_meanwhile(pair, milliseconds
     assert found.matmul_seconds == pytest.approx(milliseconds * 1e-3)
 
 
-def test_two_at_a_time_share_the_links():
+def test_estimate_cost_of_concurrent_collectives_shares_the_links():
     start, done = PAIRS["operations"]
     second = [line.replace("-start", "-start.2") for line in (start, done)]
     second[0] = second[0].replace("all-gather-start.2(", "all-gather-start(", 1)
     second[1] = second[1].replace("%all-gather-done ", "%all-gather-done.2 ")
-    work = fusion("f", MILLISECOND)  # 1 ms, and both take 1.5.
+    work = fusion("f", MILLISECOND)  # 1 ms; both collectives take 1.5 ms.
     found = cost(start, second[0], work, done, second[1])
     assert found.exposed_seconds == pytest.approx(2 * SECONDS - 1e-3)
 
@@ -246,41 +258,44 @@ FORWARD = (
 )
 
 
-def test_an_attention_kernel_costs_the_products_that_causality_leaves():
-    square = 2 * 8 * 32 * 2048 * 2048 * 128 / 2
+def test_estimate_cost_of_an_attention_kernel_is_half_of_its_matrix_products():
+    product = 2 * 8 * 32 * 2048 * 2048 * 128 / 2
     found = cost(FORWARD)
-    assert found.kernel_seconds == pytest.approx(2 * square / (0.4 * 275e12))
+    assert found.kernel_seconds == pytest.approx(2 * product / (0.4 * 275e12))
     backward = FORWARD.replace("mha_fwd", "mha_dkv")
-    assert cost(backward).kernel_seconds == pytest.approx(5 * square / (0.4 * 275e12))
+    assert cost(backward).kernel_seconds == pytest.approx(5 * product / (0.4 * 275e12))
 
 
-def test_a_kernel_on_one_row_may_have_no_axis_for_it():
+def test_estimate_cost_of_a_kernel_without_batch_axis():
     one = FORWARD.replace("bf16[8,32,2048,128]{3,2,1,0}", "bf16[32,2048,128]{2,1,0}")
     assert cost(one).kernel_seconds == pytest.approx(cost(FORWARD).kernel_seconds / 8)
 
 
-def test_what_has_no_price_is_refused():
-    with pytest.raises(ValueError, match=r"my_kernel has no price. Known are: splash"):
+def test_estimate_cost_rejects_unknown_instructions():
+    with pytest.raises(
+        ValueError, match=r"cost of the kernel my_kernel is unknown.* splash"
+    ):
         cost(FORWARD.replace("splash_mha_fwd_segmented_residuals.2", "my_kernel"))
     with pytest.raises(ValueError, match="no ENTRY"):
-        Program("HloModule x")
+        HloProgram("HloModule x")
     unknown = f"%c = {GATHERED} all-gather(%part), replica_groups=?, dimensions={{0}}"
-    with pytest.raises(ValueError, match="How many chips share c"):
+    with pytest.raises(ValueError, match="The group size of c is unknown"):
         cost(unknown)
-    with pytest.raises(ValueError, match="What started all-gather-done"):
+    with pytest.raises(ValueError, match="The start of all-gather-done"):
         cost(PAIRS["operations"][1])
 
 
-def test_other_calls_cost_nothing():
+def test_estimate_cost_ignores_other_custom_calls():
     line = FORWARD.replace("tpu_custom_call", "ConcatBitcast")
     assert cost(line).step_seconds == 0
 
 
-def test_the_flops_are_of_the_heads_and_not_of_the_mask():
-    [kernel] = [i for i in Program(program(FORWARD)).entry if "splash" in i.name]
+def test_kernel_flops_uses_the_shape_of_the_query():
+    [kernel] = [i for i in HloProgram(program(FORWARD)).entry if "splash" in i.name]
     assert kernel_flops(kernel) == 2 * 8 * 32 * 2048 * 2048 * 128
 
 
-def test_the_clock_of_v4_is_its_peak_by_its_units():
-    units = 2 * 4 * 128 * 128 * 2  # Cores, units, and two FLOPs for each element.
-    assert V4.clock == pytest.approx(V4.peak_flops / units, rel=2e-3)
+def test_v4_clock_matches_its_peak_and_matrix_units():
+    # Two cores with four units, and two FLOPs for each element of a unit.
+    flops_per_cycle = 2 * 4 * 128 * 128 * 2
+    assert V4.clock == pytest.approx(V4.peak_flops / flops_per_cycle, rel=2e-3)

@@ -1,4 +1,4 @@
-"""A run is priced on a machine without a TPU, by the compiler that a TPU would use."""
+"""A run is planned with the TPU compiler on a machine without a TPU."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,10 @@ import pytest
 from checkout import ROOT
 
 from keras_openllama.planning import alternatives
-from keras_openllama.planning.aot_compile import DoesNotFit, devices_of
+from keras_openllama.planning.aot_compile import (
+    OutOfDeviceMemoryError,
+    topology_devices,
+)
 from keras_openllama.runs import recipe as recipes
 
 pytestmark = pytest.mark.backend_free
@@ -43,15 +46,15 @@ def run(*arguments, script=("train/pretrain.py",)):
 
 
 @pytest.mark.parametrize("topology", ["v4", "v3:2x2", "v4:4", "v4:2x2x", "4x8x8"])
-def test_what_is_no_topology_is_refused(topology):
+def test_topology_devices_rejects_an_invalid_string(topology):
     with pytest.raises(ValueError, match=r"such as v4:4x8x8\. Received: '"):
-        devices_of(topology)
+        topology_devices(topology)
 
 
 @needs_compiler
-def test_a_topology_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="'v4:3x1x1' is not known"):
-        devices_of("v4:3x1x1")
+def test_topology_devices_rejects_an_unsupported_shape():
+    with pytest.raises(ValueError, match="does not support topology='v4:3x1x1'"):
+        topology_devices("v4:3x1x1")
 
 
 SEVEN_B = {
@@ -63,15 +66,17 @@ SEVEN_B = {
     "head_dim": 128,
 }
 RECIPE = recipes.preset_recipe("7b_v2")
-CHOICE = alternatives.Choice({"data": 4, "fsdp": 64, "model": 1}, "products", 2)
+CHOICE = alternatives.ExecutionChoice(
+    {"data": 4, "fsdp": 64, "model": 1}, "products", 2
+)
 
 
 def changed(**changes):
     return dataclasses.replace(CHOICE, **changes)
 
 
-def test_neighbours_differ_in_one_thing():
-    found = alternatives.neighbours(CHOICE, SEVEN_B, RECIPE)
+def test_neighboring_choices_differ_in_one_value():
+    found = alternatives.neighboring_choices(CHOICE, SEVEN_B, RECIPE)
     assert found == [
         changed(micro_batches=4),
         changed(micro_batches=1),
@@ -81,20 +86,23 @@ def test_neighbours_differ_in_one_thing():
     ]
 
 
-def test_neighbours_divide_the_batch():
-    # A row for each chip and part, and one group of chips: there is nothing to halve.
+def test_neighboring_choices_divide_the_batch():
+    # One sequence per chip and micro-batch, and `data` is 1: neither can be halved.
     choice = changed(mesh={"data": 1, "fsdp": 256, "model": 1}, micro_batches=8)
-    found = alternatives.neighbours(choice, SEVEN_B, RECIPE)
+    found = alternatives.neighboring_choices(choice, SEVEN_B, RECIPE)
     assert {c.micro_batches for c in found} == {4, 8}
     assert {c.mesh["data"] for c in found} == {1, 2}
 
 
-def test_what_is_kept_is_counted_by_the_policy():
+def test_saved_activation_bytes_depend_on_the_policy():
     def gigabytes(**changes):
-        return alternatives.kept_bytes(changed(**changes), SEVEN_B, RECIPE) / 1e9
+        return (
+            alternatives.saved_activation_bytes(changed(**changes), SEVEN_B, RECIPE)
+            / 1e9
+        )
 
-    tokens = 4 * 2048  # Of a chip, at a time.
-    states = tokens * 4096 * 2 * 32 / 1e9  # Of all layers, in bfloat16.
+    tokens = 4 * 2048  # Per chip and micro-batch.
+    states = tokens * 4096 * 2 * 32 / 1e9  # One hidden state per layer, in bfloat16.
     assert gigabytes(rematerialize="full") == pytest.approx(states)
     assert gigabytes(rematerialize="projections") == pytest.approx(6 * states)
     wide = 2 * 11008 / 4096
@@ -103,31 +111,34 @@ def test_what_is_kept_is_counted_by_the_policy():
     assert gigabytes(rematerialize="none") > gigabytes()
 
 
-def test_the_nearest_that_fits_keeps_what_it_can():
+def test_suggest_choice_that_fits_returns_the_nearest():
     tried = []
 
-    def attempt(choice):
+    def plan_choice(choice):
         tried.append(choice)
         if choice.micro_batches < 8:
-            raise DoesNotFit("too much", 1)
+            raise OutOfDeviceMemoryError("too much", 1)
         return {"tokens_per_second_per_chip": 3456.7, "peak_memory_bytes": 3 << 33}
 
-    error = DoesNotFit("too much", 5 * 10**9)
-    text = alternatives.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, attempt, error)
+    error = OutOfDeviceMemoryError("too much", 5 * 10**9)
+    text = alternatives.suggest_choice_that_fits(
+        CHOICE, SEVEN_B, RECIPE, plan_choice, error
+    )
     assert tried == [changed(micro_batches=4), changed(micro_batches=8)]
     assert "--set rematerialize=products --set micro_batches=8" in text
     assert "3,457 tokens/s/chip and 24.0 GiB" in text
 
 
-def test_the_last_try_keeps_least():
+def test_suggest_choice_that_fits_tries_the_least_memory_last():
     tried = []
 
-    def attempt(choice):
+    def plan_choice(choice):
         tried.append(choice)
-        raise DoesNotFit("too much", 0)
+        raise OutOfDeviceMemoryError("too much", 0)
 
-    text = alternatives.nearest_that_fits(
-        *(CHOICE, SEVEN_B, RECIPE, attempt), DoesNotFit("too much, it does not say", 0)
+    text = alternatives.suggest_choice_that_fits(
+        *(CHOICE, SEVEN_B, RECIPE, plan_choice),
+        OutOfDeviceMemoryError("too much, by an unknown amount", 0),
     )
     assert tried == [
         changed(micro_batches=4),
@@ -137,10 +148,10 @@ def test_the_last_try_keeps_least():
     assert text.startswith("No other choice")
 
 
-def test_where_nothing_fits_more_chips_are_asked_for():
-    error = DoesNotFit("too much", 10**12)
-    text = alternatives.nearest_that_fits(CHOICE, SEVEN_B, RECIPE, None, error)
-    assert text == "No other choice was found to fit; take more chips."
+def test_suggest_choice_that_fits_recommends_more_chips_if_none_fits():
+    error = OutOfDeviceMemoryError("too much", 10**12)
+    text = alternatives.suggest_choice_that_fits(CHOICE, SEVEN_B, RECIPE, None, error)
+    assert text == "No other choice was found that fits. Use more chips."
 
 
 @needs_compiler
@@ -157,13 +168,15 @@ def test_where_nothing_fits_more_chips_are_asked_for():
         ),
     ],
 )
-def test_a_step_is_compiled_and_priced(tmp_path, arguments, script, chips):
+def test_plan_compiles_a_step_and_estimates_its_cost(
+    tmp_path, arguments, script, chips
+):
     path = tmp_path / "plan.json"
     precision = ["--precision", "mixed_bfloat16", "--no-alternatives"]
     topology = ["--topology", "v4:2x2x1", "--json", str(path)]
     done = run(*arguments, *precision, *topology, script=script)
     assert done.returncode == 0, done.stderr
-    assert "tokens/s/chip" in done.stdout and "Planned, not run" in done.stdout
+    assert "tokens/s/chip" in done.stdout and "Estimated, not measured" in done.stdout
     plan = json.loads(path.read_text())
     assert plan["chips"] == chips and plan["fits"] and plan["best"]
     assert plan["alternatives"] == []
@@ -182,8 +195,8 @@ def test_a_step_is_compiled_and_priced(tmp_path, arguments, script, chips):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # Minutes for each choice.
-def test_a_plan_is_compared_with_its_neighbours(tmp_path):
+@pytest.mark.timeout(1800)  # Minutes per choice.
+def test_plan_is_compared_with_alternatives(tmp_path):
     path = tmp_path / "plan.json"
     arguments = ["--preset", "7b_v2", "--batch-size", "32", "--json", str(path)]
     choice = ["--set=rematerialize=products", "--set=micro_batches=4"]
@@ -196,25 +209,25 @@ def test_a_plan_is_compared_with_its_neighbours(tmp_path):
     fastest = min(fitting, key=lambda p: p["step_seconds"])
     assert len(plans) == 5 and len(fitting) > 2
     assert [p["best"] for p in plans].count(True) == 1 and fastest["best"]
-    assert done.stdout.count("\n* ") == 2  # The best one, and what the star says.
+    assert done.stdout.count("\n* ") == 2  # The best one, and the legend.
     assert done.stderr.count("Compiling for v4:2x2x1") == len(plans)
 
 
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_what_does_not_fit_says_by_how_much_and_what_would():
-    kept = ["--set=rematerialize=products", "--set=micro_batches=32"]
-    done = run("--preset", "7b_v2", "--topology", "v4:2x2x2", *kept)
+def test_plan_that_does_not_fit_reports_excess_and_suggests_another():
+    settings = ["--set=rematerialize=products", "--set=micro_batches=32"]
+    done = run("--preset", "7b_v2", "--topology", "v4:2x2x2", *settings)
     assert done.returncode == 2
     assert "does not fit into a chip's memory" in done.stderr
     assert "exceeds available HBM" in done.stderr
-    assert "The nearest that fits: --set rematerialize=" in done.stderr
+    assert "The nearest choice that fits is --set rematerialize=" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(HAS_COMPILER, reason="The compiler is there.")
-def test_without_the_compiler_it_says_what_to_install():
+@pytest.mark.skipif(HAS_COMPILER, reason="The TPU compiler is installed.")
+def test_plan_without_the_compiler_names_the_extra_to_install():
     done = run("--preset", "nano", "--topology", "v4:2x2x1")
     assert done.returncode == 2
     assert "pip install 'keras-openllama[plan]'" in done.stderr
