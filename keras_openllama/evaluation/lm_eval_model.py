@@ -195,7 +195,7 @@ class OpenLlamaLM(TemplateLM):
     def _encode_pair(self, context, continuation):
         """Token ids of context and continuation, split as the harness does.
 
-        The harness splits after as many tokens as the context has. If a token spans the
+        The harness splits at the number of tokens of the context. If a token spans the
         boundary, that may leave no token to score. Then we split before that token.
         """
         if not context:

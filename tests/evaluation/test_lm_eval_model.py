@@ -44,8 +44,8 @@ def loglikelihoods(model, pairs):
 
 def assert_close(found, expected):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    for (ours, _), (theirs, _) in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3)
+    for (value, _), (expected_value, _) in zip(found, expected, strict=True):
+        assert value == pytest.approx(expected_value, abs=1e-3)
 
 
 @pytest.fixture(
@@ -72,87 +72,90 @@ def exported(lm, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(lm):
+def adapter(lm):
     return get_model("keras_openllama")(lm=lm, batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def theirs(exported):
+def hf(exported):
     return get_model("hf")(
         pretrained=exported, device="cpu", dtype="float32", batch_size=2
     )
 
 
 @pytest.mark.filterwarnings("ignore:.*merges runs of spaces")
-def test_loglikelihood_matches_hf_on_difficult_strings(ours, theirs):
-    assert_close(loglikelihoods(ours, PAIRS), loglikelihoods(theirs, PAIRS))
+def test_loglikelihood_matches_hf_on_difficult_strings(adapter, hf):
+    assert_close(loglikelihoods(adapter, PAIRS), loglikelihoods(hf, PAIRS))
 
 
-def test_loglikelihood_flags_a_greedy_generation(ours, theirs):
-    (text,) = ours.generate_until(
+def test_loglikelihood_flags_a_greedy_generation(adapter, hf):
+    (text,) = adapter.generate_until(
         instances("generate_until", [("The value", {"max_gen_toks": 2, "until": []})])
     )
     pairs = [("The value", " " + text), ("The value", " zebra")]
-    found = loglikelihoods(ours, pairs)
-    assert_close(found, loglikelihoods(theirs, pairs))
+    found = loglikelihoods(adapter, pairs)
+    assert_close(found, loglikelihoods(hf, pairs))
 
 
-def test_loglikelihood_truncates_long_contexts_like_hf_without_keep_bos(lm, theirs):
+def test_loglikelihood_truncates_long_contexts_like_hf_without_keep_bos(lm, hf):
     model = get_model("keras_openllama")(lm=lm, keep_bos=False)
     pairs = [(LONG, " of the expression")]
-    assert_close(loglikelihoods(model, pairs), loglikelihoods(theirs, pairs))
+    assert_close(loglikelihoods(model, pairs), loglikelihoods(hf, pairs))
 
 
-def test_loglikelihood_keeps_bos_of_truncated_contexts(ours, theirs):
+def test_loglikelihood_keeps_bos_of_truncated_contexts(adapter, hf):
     pair = LONG, " of the expression"
-    context, ids = theirs._encode_pair(*pair)
-    truncated = [context[0], *(context + ids)[-theirs.max_length :][: -len(ids)]]
-    expected = theirs._loglikelihood_tokens([(pair, truncated, ids)], disable_tqdm=True)
-    assert_close(loglikelihoods(ours, [pair]), expected)
+    context, ids = hf._encode_pair(*pair)
+    truncated = [context[0], *(context + ids)[-hf.max_length :][: -len(ids)]]
+    expected = hf._loglikelihood_tokens([(pair, truncated, ids)], disable_tqdm=True)
+    assert_close(loglikelihoods(adapter, [pair]), expected)
 
 
-def test_tok_encode_adds_one_start_token(ours):
-    start = ours.prefix_token_id
+def test_tok_encode_adds_one_start_token(adapter):
+    start = adapter.prefix_token_id
     for text in ("", "The value", "<s>The value", "<s>"):
-        ids = ours.tok_encode(text)
+        ids = adapter.tok_encode(text)
         assert ids[0] == start
         assert start not in ids[1:]
-    assert start not in ours.tok_encode("The value", add_special_tokens=False)
+    assert start not in adapter.tok_encode("The value", add_special_tokens=False)
     marked, bare = (
-        ours.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
+        adapter.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
         for text in ("<s>The value", "The value")
     )
     assert marked == bare
 
 
-def test_loglikelihood_rolling_matches_hf_with_one_start_token(ours, theirs):
+def test_loglikelihood_rolling_matches_hf_with_one_start_token(adapter, hf):
     texts = [("The value of the expression",), ("",), (LONG,), ("\u4e2d\u6587",)]
-    asked = instances("loglikelihood_rolling", texts)
-    found = ours.loglikelihood_rolling(asked, disable_tqdm=True)
-    theirs.add_bos_token = False  # Otherwise `hf` adds two.
-    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
-    theirs.add_bos_token = None
+    requests = instances("loglikelihood_rolling", texts)
+    found = adapter.loglikelihood_rolling(requests, disable_tqdm=True)
+    hf.add_bos_token = False  # Otherwise `hf` adds two.
+    expected = hf.loglikelihood_rolling(requests, disable_tqdm=True)
+    hf.add_bos_token = None
     assert found == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.slow_on_tensorflow
-def test_generate_until_matches_hf(ours, theirs):
-    asked = [
+def test_generate_until_matches_hf(adapter, hf):
+    requests = [
         ("The value", {"until": ["\n\n"], "max_gen_toks": 20}),
         ("An expression list", {"until": ["\n\n"], "max_gen_toks": 20}),
         ("A", {"until": ["e", "zz"], "max_gen_toks": 7}),
         (LONG, {"until": [], "max_gen_toks": 5}),
     ]
     # `hf` does not keep `<s>` of the long prompt.
-    like_hf = get_model("keras_openllama")(lm=ours.lm, batch_size=2, keep_bos=False)
-    expected = theirs.generate_until(
-        instances("generate_until", asked), disable_tqdm=True
+    like_hf = get_model("keras_openllama")(lm=adapter.lm, batch_size=2, keep_bos=False)
+    expected = hf.generate_until(
+        instances("generate_until", requests), disable_tqdm=True
     )
     found = like_hf.generate_until(
-        instances("generate_until", asked), disable_tqdm=True
+        instances("generate_until", requests), disable_tqdm=True
     )
     assert found == expected
-    assert ours.generate_until(instances("generate_until", asked[:3])) == expected[:3]
+    assert (
+        adapter.generate_until(instances("generate_until", requests[:3]))
+        == expected[:3]
+    )
 
 
 NAMES = ("hellaswag", "arc_easy", "winogrande", "boolq", "record", "truthfulqa_mc2")
@@ -170,9 +173,9 @@ def load(tmp_path):
     return load
 
 
-def test_evaluate_tasks_matches_hf(ours, theirs, load):
-    found = tasks.evaluate_tasks(ours, load(*NAMES))
-    expected = tasks.evaluate_tasks(theirs, load(*NAMES))
+def test_evaluate_tasks_matches_hf(adapter, hf, load):
+    found = tasks.evaluate_tasks(adapter, load(*NAMES))
+    expected = tasks.evaluate_tasks(hf, load(*NAMES))
     assert [row["task"] for row in found] == [row["task"] for row in expected]
     assert {row["task"] for row in found} == set(NAMES)
     for row, other in zip(found, expected, strict=True):
@@ -183,10 +186,10 @@ def test_evaluate_tasks_matches_hf(ours, theirs, load):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_evaluate_tasks_with_few_shot_examples_matches_hf(ours, theirs, load):
+def test_evaluate_tasks_with_few_shot_examples_matches_hf(adapter, hf, load):
     options = {"num_fewshot": 2, "limit": 5}
-    found = tasks.evaluate_tasks(ours, load("arc_easy"), **options)
-    assert found == tasks.evaluate_tasks(theirs, load("arc_easy"), **options)
+    found = tasks.evaluate_tasks(adapter, load("arc_easy"), **options)
+    assert found == tasks.evaluate_tasks(hf, load("arc_easy"), **options)
     assert (found[0]["samples"], found[0]["num_fewshot"]) == (5, 2)
 
 
@@ -196,10 +199,10 @@ def test_evaluate_tasks_with_few_shot_examples_matches_hf(ours, theirs, load):
 @pytest.mark.slow_on_tensorflow
 def test_response_cache_avoids_computing_responses_again(lm, tmp_path, monkeypatch):
     path = tmp_path / "responses.sqlite"
-    asked = [*PAIRS[:5], (LONG, " of it"), PAIRS[0]]
+    requests = [*PAIRS[:5], (LONG, " of it"), PAIRS[0]]
     prompts = [("The value", {"max_gen_toks": 4, "until": []})]
     first = get_model("keras_openllama")(lm=lm, response_cache=path)
-    expected = loglikelihoods(first, asked)
+    expected = loglikelihoods(first, requests)
     texts = first.generate_until(instances("generate_until", prompts))
     again = get_model("keras_openllama")(lm=lm, response_cache=path)
 
@@ -210,7 +213,7 @@ def test_response_cache_avoids_computing_responses_again(lm, tmp_path, monkeypat
     monkeypatch.setattr(
         "keras_openllama.evaluation.lm_eval_model.generate_until", refuse
     )
-    assert loglikelihoods(again, asked) == expected
+    assert loglikelihoods(again, requests) == expected
     assert again.generate_until(instances("generate_until", prompts)) == texts
 
 
@@ -242,11 +245,11 @@ def test_loglikelihood_resumes_bit_exactly_after_an_interruption(
 def test_the_cache_of_the_harness_works(lm, tmp_path, monkeypatch):
     model = get_model("keras_openllama")(lm=lm)
     path = str(tmp_path / "cache.db")
-    asked = instances("loglikelihood", PAIRS)
-    first = CachingLM(model, path).loglikelihood(asked)
+    requests = instances("loglikelihood", PAIRS)
+    first = CachingLM(model, path).loglikelihood(requests)
     again = get_model("keras_openllama")(lm=lm)
     monkeypatch.setattr(again.scorer, "score_batch", None)
-    assert CachingLM(again, path).loglikelihood(asked) == first
+    assert CachingLM(again, path).loglikelihood(requests) == first
 
 
 @pytest.mark.slow_on_tensorflow
@@ -254,21 +257,21 @@ def test_generate_until_draws_distinct_samples_and_restores_the_sampler(lm):
     model = get_model("keras_openllama")(lm=lm)
     sampler = lm.sampler
     options = {"do_sample": True, "max_gen_toks": 12, "until": [], "seed": 1}
-    asked = instances("generate_until", [("The value", options)] * 12)
-    texts = model.generate_until(asked)  # In two batches.
+    requests = instances("generate_until", [("The value", options)] * 12)
+    texts = model.generate_until(requests)  # In two batches.
     assert len(set(texts)) > 9
     again = get_model("keras_openllama")(lm=lm)
-    assert again.generate_until(asked) == texts
+    assert again.generate_until(requests) == texts
     assert lm.sampler is sampler
 
 
-def test_loglikelihood_scores_a_token_that_spans_the_boundary(ours):
-    (inside,) = loglikelihoods(ours, [("expressio", "n")])
+def test_loglikelihood_scores_a_token_that_spans_the_boundary(adapter):
+    (inside,) = loglikelihoods(adapter, [("expressio", "n")])
     assert inside[0] < 0
 
 
-def test_loglikelihood_of_an_empty_continuation_is_zero(ours):
-    assert loglikelihoods(ours, [("The value", ""), ("", "")]) == [(0.0, True)] * 2
+def test_loglikelihood_of_an_empty_continuation_is_zero(adapter):
+    assert loglikelihoods(adapter, [("The value", ""), ("", "")]) == [(0.0, True)] * 2
 
 
 def test_the_first_token_is_predicted_from_bos_without_add_bos(lm):
@@ -279,17 +282,17 @@ def test_the_first_token_is_predicted_from_bos_without_add_bos(lm):
     assert len(bare.generate_until(instances("generate_until", [("", options)]))) == 1
 
 
-def test_no_requests_give_no_responses(ours):
-    assert loglikelihoods(ours, []) == []
-    assert ours.generate_until([]) == []
+def test_no_requests_give_no_responses(adapter):
+    assert loglikelihoods(adapter, []) == []
+    assert adapter.generate_until([]) == []
 
 
-def test_separate_tokenization_of_continuations(lm, ours):
+def test_separate_tokenization_of_continuations(lm, adapter):
     separate = get_model("keras_openllama")(lm=lm, separate_tokenization=True)
     ids = separate._encode_pair("The value", " of it")[1]
     tokenizer = lm.preprocessor.tokenizer
     assert ids == tokenizer.tokenize(" of it")
-    merged = ours._encode_pair("The value", " of it")[1] == ids
+    merged = adapter._encode_pair("The value", " of it")[1] == ids
     assert merged is not tokenizer.keeps_spaces
 
 
@@ -318,12 +321,12 @@ def test_model_rejects_invalid_arguments(lm, arguments, message):
         get_model("keras_openllama")(**model, **arguments)
 
 
-def test_model_rejects_invalid_requests(ours):
+def test_model_rejects_invalid_requests(adapter):
     with pytest.raises(ValueError, match="A continuation has"):
-        loglikelihoods(ours, [("The value", LONG)])
+        loglikelihoods(adapter, [("The value", LONG)])
     beams = {"num_beams": 4, "until": []}
     with pytest.raises(ValueError, match="num_beams"):
-        ours.generate_until(instances("generate_until", [("The value", beams)]))
+        adapter.generate_until(instances("generate_until", [("The value", beams)]))
     endless = {"max_gen_toks": 512, "until": []}
     with pytest.raises(ValueError, match="less than the context length of 512"):
-        ours.generate_until(instances("generate_until", [("The value", endless)]))
+        adapter.generate_until(instances("generate_until", [("The value", endless)]))

@@ -60,8 +60,10 @@ def test_score_batch_matches_transformers_on_single_sequences(shape, tmp_path):
     sequences.append(greedy[0].tolist())
     score_from.append(3)
     found = scores(scorer, sequences, score_from)
-    for (log_probs, flags), *asked in zip(found, sequences, score_from, strict=True):
-        expected_log_probs, expected_flags = expected(model, *asked)
+    for (log_probs, flags), *arguments in zip(
+        found, sequences, score_from, strict=True
+    ):
+        expected_log_probs, expected_flags = expected(model, *arguments)
         np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-4)
         assert flags.tolist() == expected_flags.tolist()
     assert found[-1][1].all()  # Otherwise the flags would be tested with `False` only.
@@ -102,8 +104,8 @@ def test_score_batch_accepts_more_targets_than_the_packed_length(tmp_path):
     sequences += [[1, 5, 9, token] for token in range(3, 199)]
     score_from = [len(sequence) - 1 for sequence in sequences]
     found = scores(TokenScorer(as_ours(model, tmp_path)), sequences, score_from)
-    for (log_probs, _), *asked in zip(found, sequences, score_from, strict=True):
-        expected_log_probs, _ = expected(model, *asked)
+    for (log_probs, _), *arguments in zip(found, sequences, score_from, strict=True):
+        expected_log_probs, _ = expected(model, *arguments)
         np.testing.assert_allclose(log_probs, expected_log_probs, atol=1e-4)
 
 
