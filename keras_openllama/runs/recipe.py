@@ -241,7 +241,7 @@ def preset_recipe(preset: str) -> Recipe:
         The recipe.
 
     Raises:
-        ValueError: if there is no such preset, or it has no recipe.
+        ValueError: if the preset is unknown, or has no recipe.
 
     Example:
         >>> preset_recipe("13b").learning_rate
@@ -312,7 +312,7 @@ def _resolved_preset(name):
     preset = presets.find(name)
     known = [other.name for other in presets.registry().values() if other.recipe]
     if preset is None or not preset.recipe:
-        problem = "There is no preset" if preset is None else "No recipe is known for"
+        problem = "Unknown preset" if preset is None else "No recipe is known for"
         raise ValueError(
             f"{problem} {name!r}. Presets with a recipe: {', '.join(known)}."
         )

@@ -665,11 +665,11 @@ def die_at(what, before):
 def at_any_moment(count):
     dice, most = random.Random(0), None
     for number in range(count + 1):
-        begun, begin = os.pipe()
+        started, begin = os.pipe()
         child = fork(number, lambda _: os.write(begin, b"!"))
         os.close(begin)
-        os.read(begun, 1)
-        os.close(begun)
+        os.read(started, 1)
+        os.close(started)
         start = time.monotonic()
         if number:
             time.sleep(dice.uniform(0, most))

@@ -1,4 +1,4 @@
-"""The programs of a run on JAX: its arrays by name, and what its guard keeps out."""
+"""Compiled programs of a run on JAX: skipped steps, evaluation, and their state."""
 
 import types
 
@@ -23,7 +23,7 @@ THRESHOLD = 4.0
 
 @pytest.fixture(scope="module")
 def lm():
-    """A model that is sure of what comes next; no test changes its variables."""
+    """A model with confident predictions; no test changes its variables."""
     lm = random_lm(SHAPE)
     lm.lm_head.kernel.assign(8 * lm.lm_head.kernel)
     optimizer = AdamW(1e-6)  # The loss of a batch stays nearly the same.
@@ -33,12 +33,12 @@ def lm():
 
 
 def fresh(lm):
-    """The state before the first step; a step takes it over."""
+    """The state before the first step, copied, because a step donates it."""
     return jax.tree.map(jnp.array, module.initial_state(lm))
 
 
 def bits(tree):
-    """All that arrays are, for a comparison."""
+    """Dtypes, shapes and bytes of arrays, for comparison."""
     return jax.tree.map(
         lambda a: (str(a.dtype), a.shape, np.asarray(a).tobytes()), tree
     )
@@ -54,14 +54,14 @@ def text_and_logits(lm):
 
 @pytest.fixture(scope="module")
 def easy(lm):
-    """A batch whose targets are what the model expects."""
+    """A batch whose targets are the most likely tokens."""
     x, logits = text_and_logits(lm)
     return x, logits.argmax(-1).astype("int32"), np.ones((ROWS, LENGTH), "float32")
 
 
 @pytest.fixture(scope="module")
 def hard(lm):
-    """One whose targets are what it expects least, a spike."""
+    """A batch whose targets are the least likely tokens, a spike."""
     x, logits = text_and_logits(lm)
     return x, logits.argmin(-1).astype("int32"), np.ones((ROWS, LENGTH), "float32")
 
@@ -77,34 +77,34 @@ def loss_of(lm, batch):
 
 @pytest.fixture(scope="module")
 def step(lm, easy):
-    """A compiled step that knows the loss after few steps."""
+    """A compiled step whose running mean is valid after a few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LOSS_AVERAGE_STEPS", MEMORY)
         return module.compile_step(lm, fresh(lm), easy, TrainStepOptions(), THRESHOLD)
 
 
-def after(step, state, *batches):
-    """The metrics of the last one, and the state."""
-    for some in batches:
-        metrics, state = step(state, some)
+def run_steps(step, state, *batches):
+    """Runs a step per batch; returns the last metrics, and the state."""
+    for item in batches:
+        metrics, state = step(state, item)
     return metrics, state
 
 
-# --- The guard ---
+# --- Skipped steps ---
 
 
-def test_the_batches_are_what_they_are_meant_to_be(lm, easy, hard):
+def test_the_losses_of_the_two_batches_differ(lm, easy, hard):
     assert loss_of(lm, hard) > 10 * loss_of(lm, easy) > 0
 
 
-def test_a_spike_is_left_out_once_the_loss_is_known(lm, step, easy, hard):
-    _, state = after(step, fresh(lm), *[easy] * MEMORY)
+def test_step_skips_a_spike_once_the_running_mean_is_valid(lm, step, easy, hard):
+    _, state = run_steps(step, fresh(lm), *[easy] * MEMORY)
     assert state.guard["steps"] == MEMORY
     before = bits(state)
     metrics, state = step(state, hard)
     assert metrics.loss == pytest.approx(loss_of(lm, hard), rel=1e-3)
     assert not metrics.applied
-    # Nothing has moved: neither the model and the optimizer nor the mean.
+    # Model, optimizer and running mean are unchanged.
     assert bits(state) == before
     metrics, state = step(state, easy)
     assert metrics.applied
@@ -113,20 +113,22 @@ def test_a_spike_is_left_out_once_the_loss_is_known(lm, step, easy, hard):
     assert bits(state.guard) != before.guard
 
 
-def test_before_that_it_is_taken_for_what_is_usual(lm, step, easy, hard):
-    metrics, state = after(step, fresh(lm), *[easy] * (MEMORY - 1), hard)
+def test_step_applies_a_spike_before_the_running_mean_is_valid(lm, step, easy, hard):
+    metrics, state = run_steps(step, fresh(lm), *[easy] * (MEMORY - 1), hard)
     assert metrics.applied
     mean = (loss_of(lm, hard) + (MEMORY - 1) * loss_of(lm, easy)) / MEMORY
     assert state.guard["mean_loss"] == pytest.approx(mean, rel=1e-3)
-    # Now it is, and the same batch is none.
+    # The mean is now high, so that the same batch is not a spike.
     metrics, _ = step(state, hard)
     assert metrics.applied
 
 
-def test_the_mean_is_over_all_steps_at_first_and_forgets_later(lm, step, easy, hard):
+def test_running_mean_is_arithmetic_at_first_and_exponential_later(
+    lm, step, easy, hard
+):
     state, losses, mean = fresh(lm), [], 0.0
-    for some in (hard, easy, hard, easy, easy, easy):
-        metrics, state = step(state, some)
+    for item in (hard, easy, hard, easy, easy, easy):
+        metrics, state = step(state, item)
         assert metrics.applied
         losses.append(float(metrics.loss))
         if len(losses) <= MEMORY:
@@ -138,25 +140,25 @@ def test_the_mean_is_over_all_steps_at_first_and_forgets_later(lm, step, easy, h
     assert mean < np.mean(losses)
 
 
-@pytest.mark.parametrize(("factor", "kept"), [(1.001, True), (0.999, False)])
-def test_the_threshold_is_by_how_much_a_loss_may_exceed_its_mean(
-    factor, kept, lm, step, easy
+@pytest.mark.parametrize(("factor", "applied"), [(1.001, True), (0.999, False)])
+def test_spike_threshold_is_a_multiple_of_the_running_mean(
+    factor, applied, lm, step, easy
 ):
     mean = np.float32(factor * loss_of(lm, easy) / THRESHOLD)
     guard = {"mean_loss": jnp.array(mean), "steps": jnp.float32(MEMORY)}
     metrics, _ = step(fresh(lm)._replace(guard=guard), easy)
-    assert bool(metrics.applied) is kept
+    assert bool(metrics.applied) is applied
 
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(
+def test_step_leaves_the_state_unchanged_if_the_loss_is_not_finite(
     value, known, lm, step, easy
 ):
     x, targets, weights = easy
     weights = weights.copy()
     weights[0, 3] = value
-    _, state = after(step, fresh(lm), *[easy] * (MEMORY if known else 1))
+    _, state = run_steps(step, fresh(lm), *[easy] * (MEMORY if known else 1))
     before = bits(state)
     metrics, state = step(state, (x, targets, weights))
     assert not np.isfinite(metrics.loss) and not metrics.applied
@@ -165,26 +167,26 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(
     assert metrics.applied and np.isfinite(metrics.loss)
 
 
-def test_without_a_threshold_no_spike_is_left_out(lm, step, easy, hard):
+def test_step_without_a_spike_threshold_applies_spikes(lm, step, easy, hard):
     without = module.compile_step(lm, fresh(lm), easy, TrainStepOptions())
     many = jnp.float32(10 * module.LOSS_AVERAGE_STEPS)
     guard = {"mean_loss": jnp.float32(1e-3), "steps": many}
     metrics, _ = without(fresh(lm)._replace(guard=guard), hard)
     assert metrics.applied
-    # And with one, steps that are kept are the same to the bit.
-    ours, theirs = step(fresh(lm), easy), without(fresh(lm), easy)
+    # With a threshold, applied steps are bit-exactly the same.
+    first, second = step(fresh(lm), easy), without(fresh(lm), easy)
     for name in ("trainable", "non_trainable", "optimizer"):
-        assert bits(getattr(ours[1], name)) == bits(getattr(theirs[1], name))
+        assert bits(getattr(first[1], name)) == bits(getattr(second[1], name))
 
 
-def test_a_step_takes_over_the_memory_of_the_state(lm, step, easy):
+def test_step_donates_the_state(lm, step, easy):
     state = fresh(lm)
     step(state, easy)
     leaves = jax.tree.leaves((state.trainable, state.optimizer))
     assert all(array.is_deleted() for array in leaves)
 
 
-def test_the_memory_of_the_loss_is_that_of_many_steps():
+def test_running_mean_is_over_many_steps():
     assert module.LOSS_AVERAGE_STEPS >= 100
 
 
@@ -192,7 +194,7 @@ def test_the_memory_of_the_loss_is_that_of_many_steps():
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_an_evaluation_is_the_sum_over_the_targets(lm, hard, micro_batches):
+def test_compile_evaluation_sums_over_targets(lm, hard, micro_batches):
     x, targets, weights = hard
     weights = np.linspace(0, 2, weights.size, dtype="float32").reshape(weights.shape)
     state = fresh(lm)
@@ -207,10 +209,10 @@ def test_an_evaluation_is_the_sum_over_the_targets(lm, hard, micro_batches):
     assert bits(state) == before
 
 
-# --- By name ---
+# --- Conversions of the state ---
 
 
-def test_a_state_is_that_of_the_variables(lm):
+def test_initial_state_shares_the_arrays_of_the_variables(lm):
     state = module.initial_state(lm)
     for variables, values in (
         (lm.trainable_variables, state.trainable),
@@ -230,7 +232,7 @@ def numbered(lm):
     return jax.tree.unflatten(tree, [jnp.full_like(a, i) for i, a in enumerate(leaves)])
 
 
-def test_the_names_of_a_state_are_the_paths_of_its_variables(lm):
+def test_state_to_dict_names_arrays_by_variable_path(lm):
     state = numbered(lm)
     found = module.state_to_dict(lm, state)
     assert {*found} == {"model", "optimizer", "guard"}
@@ -241,7 +243,7 @@ def test_the_names_of_a_state_are_the_paths_of_its_variables(lm):
     assert found["model"]["lm_head/kernel"] is state.trainable[place]
 
 
-def test_a_state_comes_back_from_its_names_in_whatever_order(lm):
+def test_state_from_dict_inverts_state_to_dict_in_any_order(lm):
     state = numbered(lm)
     names = {
         part: dict(reversed(arrays.items()))
@@ -253,21 +255,21 @@ def test_a_state_comes_back_from_its_names_in_whatever_order(lm):
     assert jax.tree.all(jax.tree.map(lambda x, y: x is y, again, state))
 
 
-def test_a_state_that_lacks_a_variable_is_refused(lm):
+def test_state_from_dict_raises_if_a_variable_is_missing(lm):
     names = module.state_to_dict(lm, fresh(lm))
     del names["model"]["lm_head/kernel"]
     with pytest.raises(KeyError, match="lm_head/kernel"):
         module.state_from_dict(lm, names)
 
 
-def test_two_variables_of_one_path_are_refused():
+def test_state_to_dict_rejects_duplicate_paths():
     twins = [types.SimpleNamespace(path="a/kernel")] * 2
     lm = types.SimpleNamespace(trainable_variables=twins, non_trainable_variables=[])
     with pytest.raises(ValueError, match="same path"):
         module.state_to_dict(lm, module.StepState([jnp.ones(1)] * 2, [], [], {}))
 
 
-def test_the_model_gets_the_very_arrays_back(lm):
+def test_assign_to_model_does_not_copy(lm):
     before = module.initial_state(lm)
     state = numbered(lm)
     try:
@@ -278,14 +280,15 @@ def test_the_model_gets_the_very_arrays_back(lm):
         module.assign_to_model(lm, before)
 
 
-def test_a_state_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
-    lm, step, easy, hard, tmp_path
-):
-    _, state = after(step, fresh(lm), easy, hard)
+def test_a_state_resumes_bit_exactly_from_a_checkpoint(lm, step, easy, hard, tmp_path):
+    _, state = run_steps(step, fresh(lm), easy, hard)
     checkpoints = CheckpointManager(tmp_path)
     checkpoints.save(2, module.state_to_dict(lm, state), {})
-    expected = bits(after(step, state, easy, hard))  # Into the same memory.
+    expected = bits(run_steps(step, state, easy, hard))  # Reuses its buffers.
     checkpoints.close()
-    like = module.abstract_arrays(module.state_to_dict(lm, module.initial_state(lm)))
-    _, arrays = checkpoints.restore_latest(lambda marker: like)
-    assert bits(after(step, module.state_from_dict(lm, arrays), easy, hard)) == expected
+    target = module.abstract_arrays(module.state_to_dict(lm, module.initial_state(lm)))
+    _, arrays = checkpoints.restore_latest(lambda marker: target)
+    assert (
+        bits(run_steps(step, module.state_from_dict(lm, arrays), easy, hard))
+        == expected
+    )

@@ -1,4 +1,4 @@
-"""The state of a run on JAX: the model gets it when asked, checkpoints by path."""
+"""JaxTrainState: steps, evaluation, generation and checkpoints."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ CONFIG = small_config(sequence_length=LENGTH, batch_size=ROWS)
 
 
 def state_of(rank=None):
-    """A state whose step is compiled, and a batch of it."""
+    """A state with a compiled step, and a batch."""
     lm = random_lm(SHAPE, trained_model(keep_spaces=True))
     if rank:
         lm.backbone.enable_lora(rank)
@@ -43,7 +43,7 @@ def copied(arrays):
     return jax.tree.map(np.array, arrays)
 
 
-def test_steps_lower_the_loss_and_an_evaluation_changes_nothing():
+def test_train_step_lowers_the_loss_and_evaluate_batch_changes_nothing():
     state, data = state_of()
     losses = [float(state.train_step(data).loss) for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
@@ -56,7 +56,7 @@ def test_steps_lower_the_loss_and_an_evaluation_changes_nothing():
     )
 
 
-def test_the_model_has_the_values_of_the_steps_once_it_is_updated():
+def test_update_model_assigns_the_trained_values():
     state, data = state_of()
     before = values(state.lm)
     state.train_step(data)
@@ -68,7 +68,7 @@ def test_the_model_has_the_values_of_the_steps_once_it_is_updated():
         np.testing.assert_array_equal(after[path], array)
 
 
-def test_a_text_is_written_by_the_newest_weights():
+def test_generate_uses_the_current_weights():
     state, data = state_of()
     before = state.generate(["The"], max_new_tokens=4)
     for _ in range(30):
@@ -79,7 +79,7 @@ def test_a_text_is_written_by_the_newest_weights():
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, tmp_path):
+def test_restore_resumes_bit_exactly(rank, tmp_path):
     state, data = state_of(rank)
     state.train_step(data)
     checkpoints = CheckpointManager(tmp_path)
@@ -92,14 +92,14 @@ def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, tmp_path
     assert copied(again.train_step(data)) == expected
 
 
-def test_without_a_checkpoint_nothing_is_restored(tmp_path):
+def test_restore_returns_none_without_checkpoints(tmp_path):
     state, _ = state_of()
     before = copied(state.arrays())
     assert state.restore(CheckpointManager(tmp_path)) is None
     jax.tree.map(np.testing.assert_array_equal, copied(state.arrays()), before)
 
 
-def test_frozen_weights_are_saved_only_if_wanted():
+def test_arrays_omit_frozen_weights_if_save_frozen_is_false():
     state, _ = state_of(rank=2)
     trainable = {v.path for v in state.lm.trainable_variables}
     assert {*state.arrays()["model"]} == trainable

@@ -1,4 +1,4 @@
-"""The state of a run whose steps Keras computes: the variables are the state."""
+"""KerasTrainState: steps, evaluation and checkpoints with Keras's train step."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def state_of(rank=None):
     lm = random_lm(SHAPE)
     if rank:
         lm.backbone.enable_lora(rank)
-    # Keras computes accuracy, which JAX's own step does by itself.
+    # Keras computes the accuracy; the train step for JAX computes it itself.
     lm.compile(optimizer=make_optimizer(CONFIG))
     lm.optimizer.build(lm.trainable_variables)
     return KerasTrainState(lm, save_frozen=rank is None)
@@ -40,7 +40,7 @@ def data():
     return x, ids[:, 1:], weights
 
 
-def test_a_step_returns_its_metrics(data):
+def test_train_step_returns_its_metrics(data):
     state = state_of()
     rate = float(state.lm.optimizer.learning_rate)
     first, second = state.train_step(data), state.train_step(data)
@@ -50,7 +50,7 @@ def test_a_step_returns_its_metrics(data):
     assert first.grad_norm is None and first.param_norm is None
 
 
-def test_a_loss_that_is_not_finite_is_not_applied(data):
+def test_train_step_skips_a_loss_that_is_not_finite(data):
     x, targets, weights = data
     weights[0, 3] = np.inf
     state = state_of()
@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(data):
     assert not changed(state.arrays()["model"], before["model"])
 
 
-def test_an_evaluation_is_the_sum_over_the_targets(data):
+def test_evaluate_batch_sums_over_targets(data):
     state = state_of()
     before = state.arrays()["model"]
     sums, targets = state.evaluate_batch(data)
@@ -69,7 +69,7 @@ def test_an_evaluation_is_the_sum_over_the_targets(data):
     assert sums.loss / targets == pytest.approx(state.train_step(data).loss, rel=1e-5)
 
 
-def test_later_steps_do_not_change_arrays_that_are_being_saved(data):
+def test_arrays_are_copies_that_later_steps_do_not_change(data):
     state = state_of()
     arrays = state.arrays()
     before = {path: array.copy() for path, array in arrays["model"].items()}
@@ -79,7 +79,7 @@ def test_later_steps_do_not_change_arrays_that_are_being_saved(data):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, data, tmp_path):
+def test_restore_resumes_bit_exactly(rank, data, tmp_path):
     state = state_of(rank)
     state.train_step(data)
     checkpoints = CheckpointManager(tmp_path)
@@ -92,11 +92,11 @@ def test_a_restored_state_takes_the_steps_that_the_saved_one_took(rank, data, tm
     assert again.train_step(data) == expected
 
 
-def test_without_a_checkpoint_nothing_is_restored(tmp_path):
+def test_restore_returns_none_without_checkpoints(tmp_path):
     assert state_of().restore(CheckpointManager(tmp_path)) is None
 
 
-def test_frozen_weights_are_saved_only_if_wanted():
+def test_arrays_omit_frozen_weights_if_save_frozen_is_false():
     state = state_of(rank=2)
     trainable = {v.path for v in state.lm.trainable_variables}
     assert {*state.arrays()["model"]} == trainable

@@ -152,11 +152,11 @@ def test_non_finite_numbers_are_strings_in_the_file_and_floats_when_read(tmp_pat
 
 
 def test_run_log_of_a_resumed_run_equals_that_of_an_uninterrupted_one(tmp_path):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    steps(whole, 1, 10, from_step=0)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    steps(uninterrupted, 1, 10, from_step=0)
     steps(resumed, 1, 7, from_step=0)
     steps(resumed, 5, 10, from_step=4)
-    assert contents(resumed) == contents(whole)
+    assert contents(resumed) == contents(uninterrupted)
 
 
 def test_run_log_from_step_0_discards_everything(tmp_path):
@@ -168,8 +168,8 @@ def test_run_log_from_step_0_discards_everything(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 2, 20, 100])
 def test_run_log_drops_incomplete_lines_of_a_killed_process(tmp_path, cut):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps(whole, 1, 6, from_step=0)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    steps(uninterrupted, 1, 6, from_step=0)
     steps(killed, 1, 4, from_step=0)
     with RunLog(killed, 4):
         pass
@@ -177,9 +177,11 @@ def test_run_log_drops_incomplete_lines_of_a_killed_process(tmp_path, cut):
         # The first bytes of what was being written when the process was killed.
         torn = {metrics_log.SAMPLES: b"step 5, sea\n    The sea"}.get(name, data)[:cut]
         (killed / name).write_bytes(data + torn)
-    assert metrics_log.read_metrics(killed) == metrics_log.read_metrics(whole)[:4]
+    assert (
+        metrics_log.read_metrics(killed) == metrics_log.read_metrics(uninterrupted)[:4]
+    )
     steps(killed, 5, 6, from_step=4)
-    assert contents(killed) == contents(whole)
+    assert contents(killed) == contents(uninterrupted)
 
 
 def test_read_metrics_ignores_a_last_line_of_zeros(tmp_path):

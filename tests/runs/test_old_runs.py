@@ -1,4 +1,4 @@
-"""Pretraining runs of keras_openllama 0.1: they load, and they resume."""
+"""Pretraining runs of keras_openllama 0.1 load and resume."""
 
 import dataclasses
 import shutil
@@ -46,7 +46,7 @@ def tiny_nano(monkeypatch):
     monkeypatch.setitem(presets.registry(), nano.name, tiny)
 
 
-def test_from_preset_loads_a_run_of_the_version_before():
+def test_from_preset_loads_a_run_of_the_previous_version():
     lm = OpenLlamaCausalLM.from_preset(str(OLD / "run"))
     kernel = keras.ops.convert_to_numpy(lm.lm_head.kernel)
     stored = arrays(OLD / "run", 4)["['model']['lm_head/kernel']"]
@@ -55,7 +55,7 @@ def test_from_preset_loads_a_run_of_the_version_before():
 
 
 @pytest.mark.backend_free
-def test_a_run_of_the_version_before_resumes_as_if_this_one_had_begun_it(
+def test_a_run_of_the_previous_version_resumes_like_one_of_this_version(
     tiny_nano, tmp_path
 ):
     from keras_openllama.data.prepared_data import PreparedData
@@ -63,7 +63,7 @@ def test_a_run_of_the_version_before_resumes_as_if_this_one_had_begun_it(
     from keras_openllama.runs.pretraining import pretrain
     from keras_openllama.runs.trainer import RunOptions
 
-    # The old run had 4 steps, by which its learning rate fell: so the new one begins.
+    # The old run's learning rate decayed over 4 steps; the new run starts likewise.
     for name, stages in {"old": (6,), "new": (4, 6)}.items():
         output = tmp_path / name
         if name == "old":
@@ -79,7 +79,7 @@ def test_a_run_of_the_version_before_resumes_as_if_this_one_had_begun_it(
     assert [r["step"] for r in old] == [1, 2, 3, 4, 5, 6]
     assert [r["batch"] for r in old] == [r["batch"] for r in new]
     losses = [[r["loss"] for r in run] for run in (old, new)]
-    # Bit-exact where both ran on one processor.
+    # Bit-exact only if both ran on the same kind of processor.
     np.testing.assert_allclose(*losses, rtol=1e-5)
     found, expected = arrays(tmp_path / "old", 6), arrays(tmp_path / "new", 6)
     assert found.keys() == expected.keys()

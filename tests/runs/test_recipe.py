@@ -382,7 +382,9 @@ def test_resolve_recipe_raises_if_the_file_is_missing(tmp_path):
 
 
 def test_resolve_recipe_rejects_presets_without_a_recipe(monkeypatch):
-    with pytest.raises(ValueError, match=r"no preset '8b'.*open_llama_13b, .*nano"):
+    with pytest.raises(
+        ValueError, match=r"Unknown preset '8b'.*open_llama_13b, .*nano"
+    ):
         recipes.preset_recipe("8b")
     bare = dataclasses.replace(presets.find("7b"), name="bare", recipe={})
     registry = {**presets.registry(), "bare": bare}
@@ -398,14 +400,14 @@ def test_resolve_recipe_rejects_incomplete_presets(monkeypatch):
             patch.setattr(presets, "find", lambda name: preset)
             return recipes.resolve_recipe("7b")
 
-    whole = presets.find("7b").recipe
-    assert resolved(whole) == recipes.resolve_recipe("7b")
+    complete = presets.find("7b").recipe
+    assert resolved(complete) == recipes.resolve_recipe("7b")
     with pytest.raises(ValueError, match=r"recipe of open_llama_7b lacks beta_1, pack"):
-        resolved({k: v for k, v in whole.items() if k not in ("beta_1", "packing")})
+        resolved({k: v for k, v in complete.items() if k not in ("beta_1", "packing")})
     with pytest.raises(ValueError, match=r"'value' and 'source'.*seed=\{'value': 1\}"):
-        resolved({**whole, "seed": {"value": 1}})
+        resolved({**complete, "seed": {"value": 1}})
     with pytest.raises(ValueError, match=r"open_llama_7b: `seed` must be"):
-        resolved({**whole, "seed": {"value": -1, "source": "heuristic: no reason"}})
+        resolved({**complete, "seed": {"value": -1, "source": "heuristic: no reason"}})
 
 
 # ----- ResolvedRecipe.to_json

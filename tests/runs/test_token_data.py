@@ -1,4 +1,4 @@
-"""What validation tells is what one finds document by document."""
+"""TokenValidation agrees with an evaluation document by document."""
 
 import collections
 import math
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.backend_free
 
 COUNTS = {"web": 60, "code": 60, "books": 4}
 WEIGHTS = {"web": 0.5, "code": 0.3, "books": 0.2}
-# All documents of `web` fit into a row of so many, most of `code` do not.
+# Tokens per sequence: all documents of `web` fit, most of `code` do not.
 LENGTH = 64
 
 
@@ -41,8 +41,8 @@ def validation(data, weights=WEIGHTS, **settings):
     return TokenValidation(data, chosen, mixtures.mixture_from_weights(weights))
 
 
-class Counting:
-    """An evaluation that notes the batches; a target costs its own number of nats."""
+class RecordingEvaluation:
+    """Records the batches; the loss of a target is its token id, in nats."""
 
     def __init__(self):
         self.batches = []
@@ -59,7 +59,7 @@ def documents(data, source):
     return [ids.astype("int64") for ids, _ in found.read_many(range(len(found)))]
 
 
-def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
+def test_measure_returns_the_loss_of_the_held_out_documents(data):
     shape = TinyShape("small", 4, 2, 8, hidden_dim=32, num_layers=1)
     size = data.manifest["tokenizer"]["vocabulary_size"]
     lm = random_lm(TinyShape(**{**vars(shape), "vocabulary_size": size}))
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
         )
 
     found = validation(data, {"web": 1.0}).measure(evaluate)
-    # One document after the other, from all logits.
+    # Evaluated document by document, from all logits.
     logits_of = jax.jit(lambda ids, mask: lm.logits(ids, mask))
     nats = targets = 0
     web = documents(data, "web")
@@ -92,17 +92,17 @@ def test_the_loss_is_that_of_the_documents_that_were_set_aside(data):
 
 
 def plain_loss(found):
-    """The mean number of the tokens that are predicted."""
+    """The mean token id of the targets."""
     targets = np.concatenate([ids[1:] for ids in found])
     return targets.mean()
 
 
 @pytest.mark.parametrize("source", COUNTS)
-def test_all_that_a_small_source_has_is_read_once(source, data):
-    counting = Counting()
-    found = validation(data, {source: 1.0}).measure(counting)
+def test_measure_reads_a_small_source_once(source, data):
+    evaluation = RecordingEvaluation()
+    found = validation(data, {source: 1.0}).measure(evaluation)
     seen = collections.Counter()
-    for _, targets, weights in counting.batches:
+    for _, targets, weights in evaluation.batches:
         seen.update(targets[weights > 0].tolist())
     expected = collections.Counter()
     for ids in documents(data, source):
@@ -113,11 +113,11 @@ def test_all_that_a_small_source_has_is_read_once(source, data):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("batches", [1, 7])
-def test_no_more_batches_are_read_than_asked_for(batches, batch_size, data):
-    counting = Counting()
+def test_measure_reads_at_most_validation_batches(batches, batch_size, data):
+    evaluation = RecordingEvaluation()
     settings = dict(validation_batches=batches, batch_size=batch_size)
-    validation(data, {"code": 1.0}, **settings).measure(counting)
-    assert len(counting.batches) == batches
+    validation(data, {"code": 1.0}, **settings).measure(evaluation)
+    assert len(evaluation.batches) == batches
 
 
 @pytest.mark.parametrize(
@@ -129,33 +129,35 @@ def test_no_more_batches_are_read_than_asked_for(batches, batch_size, data):
         ("concatenate", 4),
     ],
 )
-def test_no_more_batches_are_read_than_there_are(packing, batch_size, data):
+def test_measure_reads_at_most_one_epoch(packing, batch_size, data):
     for length in range(24, 80):
-        counting = Counting()
+        evaluation = RecordingEvaluation()
         settings = dict(batch_size=batch_size, sequence_length=length, packing=packing)
-        ours = validation(data, {"code": 1.0}, **settings)
-        ours.measure(counting)
-        rows = ours._streams["code"]._indexes[0].sequences_per_epoch
-        assert len(counting.batches) == math.ceil(rows / batch_size), rows
+        held_out = validation(data, {"code": 1.0}, **settings)
+        held_out.measure(evaluation)
+        count = held_out._streams["code"]._indexes[0].sequences_per_epoch
+        assert len(evaluation.batches) == math.ceil(count / batch_size), count
 
 
-def test_it_reads_the_same_each_time(data):
-    ours = validation(data, validation_batches=3)
-    first, second = Counting(), Counting()
-    assert ours.measure(first) == ours.measure(second)
+def test_measure_reads_the_same_batches_each_time(data):
+    held_out = validation(data, validation_batches=3)
+    first, second = RecordingEvaluation(), RecordingEvaluation()
+    assert held_out.measure(first) == held_out.measure(second)
     for one, other in zip(first.batches, second.batches, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
-    again = Counting()
-    assert validation(data, validation_batches=3).measure(again) == ours.measure(second)
+    again = RecordingEvaluation()
+    assert validation(data, validation_batches=3).measure(again) == held_out.measure(
+        second
+    )
 
 
-def test_nothing_of_the_training_documents_is_read(data):
-    counting = Counting()
-    validation(data, {"web": 1.0}).measure(counting)
+def test_measure_reads_no_training_documents(data):
+    evaluation = RecordingEvaluation()
+    validation(data, {"web": 1.0}).measure(evaluation)
     train = data.documents("web", "train")
     known = {tuple(ids.tolist()) for ids, _ in train.read_many(range(len(train)))}
     start = data.manifest["tokenizer"]["start_token_id"]
-    for x, _, _ in counting.batches:
+    for x, _, _ in evaluation.batches:
         ids, segments = x["token_ids"][0], x["padding_mask"][0]
         for number in range(1, segments.max() + 1):
             document = ids[segments == number]
@@ -164,11 +166,11 @@ def test_nothing_of_the_training_documents_is_read(data):
     assert known
 
 
-# --- The numbers ---
+# --- Results ---
 
 
-def test_means_are_by_the_weights_of_the_sources(data):
-    found = validation(data).measure(Counting())
+def test_measure_weights_means_by_the_mixture(data):
+    found = validation(data).measure(RecordingEvaluation())
     assert {*found["sources"]} == {*COUNTS}
     losses = {name: plain_loss(documents(data, name)) for name in COUNTS}
     for name, loss in losses.items():
@@ -179,7 +181,7 @@ def test_means_are_by_the_weights_of_the_sources(data):
     assert len({round(loss, 3) for loss in losses.values()}) == 3
 
 
-def test_the_perplexity_is_that_of_the_mean_loss(data):
+def test_measure_returns_the_perplexity_of_the_mean_loss(data):
     found = validation(data, {"web": 1.0}).measure(
         lambda batch: (LossSums(2.5 * batch[2].sum(), 0, 0), batch[2].sum())
     )
@@ -188,7 +190,7 @@ def test_the_perplexity_is_that_of_the_mean_loss(data):
 
 
 @pytest.mark.parametrize("loss", [701.0, 1e5, math.inf, math.nan])
-def test_a_model_that_has_diverged_is_no_error(loss, data):
+def test_measure_does_not_raise_for_a_diverged_model(loss, data):
     found = validation(data, {"web": 1.0}).measure(
         lambda batch: (LossSums(loss * batch[2].sum(), 0, 0), batch[2].sum())
     )
@@ -197,11 +199,12 @@ def test_a_model_that_has_diverged_is_no_error(loss, data):
 
 
 @pytest.mark.parametrize("source", COUNTS)
-def test_bits_per_byte_are_the_bits_of_all_tokens_by_their_bytes(source, data):
-    # Documents follow each other, so that every token is predicted: the loss is that
-    # of a token.
-    ours = validation(data, {source: 1.0}, packing="concatenate", mask_documents=False)
-    found = ours.measure(
+def test_measure_returns_bits_per_byte_of_all_tokens(source, data):
+    # With concatenated documents every token is a target.
+    held_out = validation(
+        data, {source: 1.0}, packing="concatenate", mask_documents=False
+    )
+    found = held_out.measure(
         lambda batch: (LossSums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
     )
     split = data.documents(source, "validation")
@@ -212,7 +215,7 @@ def test_bits_per_byte_are_the_bits_of_all_tokens_by_their_bytes(source, data):
 
 
 @pytest.mark.parametrize("source", COUNTS)
-def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
+def test_measure_excludes_tokens_that_are_not_targets_from_bits_per_byte(source, data):
     found = validation(data, {source: 1.0}).measure(
         lambda batch: (LossSums(3.0 * batch[2].sum(), 0, 0), batch[2].sum())
     )
@@ -223,32 +226,32 @@ def test_tokens_that_are_not_predicted_cost_no_bits(source, data):
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
 
 
-def test_the_last_weights_of_a_schedule_count(data):
-    counting = Counting()
+def test_measure_uses_the_last_weights_of_a_schedule(data):
+    evaluation = RecordingEvaluation()
     chosen = recipe.resolve_recipe("nano", overrides={"sequence_length": LENGTH}).recipe
     mixture = mixtures.mixture_from_weights(WEIGHTS).with_weights(
         9, {"web": 1, "code": 3}
     )
-    ours = TokenValidation(data, chosen, mixture)
-    found = ours.measure(counting)
-    assert ours.sources == ["web", "code"] == [*found["sources"]]
-    losses = [found["sources"][name]["loss"] for name in ours.sources]
+    held_out = TokenValidation(data, chosen, mixture)
+    found = held_out.measure(evaluation)
+    assert held_out.sources == ["web", "code"] == [*found["sources"]]
+    losses = [found["sources"][name]["loss"] for name in held_out.sources]
     assert found["loss"] == pytest.approx(0.25 * losses[0] + 0.75 * losses[1])
 
 
 # --- Sources without documents ---
 
 
-def test_sources_without_documents_set_aside_are_left_out(tmp_path):
+def test_sources_exclude_those_without_held_out_documents(tmp_path):
     data = prepare_sources(tmp_path, {"web": 60, "books": 1}, validation_fraction=0.3)
     assert data.split_info("books", "validation")["documents"] == 0
-    weights = {"web": 0.2, "books": 0.3, "code": 0.5}  # `code` is not there at all.
-    ours = validation(data, weights)
-    assert ours.sources == ["web"]
-    found = ours.measure(Counting())
+    weights = {"web": 0.2, "books": 0.3, "code": 0.5}  # `code` does not exist.
+    held_out = validation(data, weights)
+    assert held_out.sources == ["web"]
+    found = held_out.measure(RecordingEvaluation())
     assert found["loss"] == found["sources"]["web"]["loss"]
 
 
-def test_without_any_document_set_aside_there_is_no_source(tmp_path):
+def test_sources_are_empty_without_held_out_documents(tmp_path):
     data = prepare_sources(tmp_path, {"web": 9}, validation_fraction=0)
     assert validation(data, {"web": 1.0}).sources == []

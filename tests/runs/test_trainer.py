@@ -1,4 +1,4 @@
-"""A run within this process: stopped, resumed, poisoned, damaged, changed."""
+"""Trainer: logs, resumed runs, skipped steps, damaged checkpoints, changed settings."""
 
 import hashlib
 import json
@@ -73,12 +73,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data):
-    """Runs, or goes on; returns what `pretrain` does, and the lines it said."""
+    """Starts or resumes a run; returns the result of `pretrain` and logged lines."""
 
-    def run(output, request=None, **settings):
+    def run(output, run_options=None, **settings):
         resolved = recipe.resolve_recipe(NANO, overrides={**SETTINGS, **settings})
         lines = []
-        chosen = {"data": data, **(request or {})}
+        chosen = {"data": data, **(run_options or {})}
         tokens = chosen.pop("data")
         options = RunOptions(str(output), report=lines.append, **chosen)
         return pretrain(resolved, tokens, options), lines
@@ -87,17 +87,17 @@ def run(data):
 
 
 @pytest.fixture(scope="module")
-def whole(run, tmp_path_factory):
-    """The directory of a run that nothing has disturbed."""
-    output = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(run, tmp_path_factory):
+    """The directory of a run that was never interrupted."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run(output)[0] is None
     return output
 
 
 @pytest.fixture
-def cut_short(whole, tmp_path):
+def interrupted(uninterrupted, tmp_path):
     """The same run, killed while it wrote its last checkpoint."""
-    return rewound(whole, tmp_path / "run")
+    return rewound(uninterrupted, tmp_path / "run")
 
 
 @pytest.fixture
@@ -105,16 +105,16 @@ def stream(data):
     return TokenStream(data, LENGTH, ROWS, seed=0)
 
 
-# ----- What a run writes
+# ----- Files of a run
 
 
-def test_the_log_has_a_record_of_each_step(whole, stream):
-    found = records(whole)
+def test_metrics_have_a_record_of_each_step(uninterrupted, stream):
+    found = records(uninterrupted)
     assert [r["step"] for r in found] == list(range(1, STEPS + 1))
     assert [r["tokens"] for r in found] == [s * ROWS * LENGTH for s in range(1, 13)]
     for name in ("loss", "grad_norm", "learning_rate", "param_norm"):
         values = [r[name] for r in found]
-        # Every bit is there, and not one value all the time.
+        # Values have full precision, and vary.
         assert all(float(np.float32(value)) == value for value in values)
         assert len({*values}) > 6
     times = ("data_seconds", "compute_seconds", "checkpoint_seconds")
@@ -130,15 +130,17 @@ def test_the_log_has_a_record_of_each_step(whole, stream):
     ]
 
 
-def test_learning_rates_are_those_of_the_recipe(whole):
-    rates = [r["learning_rate"] for r in records(whole)]
-    peak, last = 3e-3, 3e-4  # Nano's.
+def test_learning_rates_follow_the_schedule_of_the_recipe(uninterrupted):
+    rates = [r["learning_rate"] for r in records(uninterrupted)]
+    peak, last = 3e-3, 3e-4  # Of the preset nano.
     decay = [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(1, 11)]
     wanted = [peak / 2, peak, *(last + (peak - last) * d for d in decay)]
     np.testing.assert_allclose(rates, wanted, rtol=1e-5)
 
 
-def test_the_first_loss_is_that_of_the_model_that_the_seed_makes(whole, stream):
+def test_the_first_loss_is_that_of_the_model_initialized_from_the_seed(
+    uninterrupted, stream
+):
     keras.utils.set_random_seed(0)
     config = presets.find(NANO).config
     lm = OpenLlamaCausalLM(OpenLlamaBackbone(**config, dtype="float32"), None)
@@ -146,11 +148,11 @@ def test_the_first_loss_is_that_of_the_model_that_the_seed_makes(whole, stream):
     logs = np.asarray(jax.jit(lambda x: jax.nn.log_softmax(lm(x)))(x), "float64")
     chosen = np.take_along_axis(logs, y[..., None], -1)[..., 0]
     loss = -(chosen * weights).sum() / weights.sum()
-    assert records(whole)[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert records(uninterrupted)[0]["loss"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_validation_is_by_source_and_at_the_end(whole):
-    lines = (whole / "validation.jsonl").read_text().splitlines()
+def test_validation_is_logged_by_source_and_after_the_last_step(uninterrupted):
+    lines = (uninterrupted / "validation.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert [(r["step"], r["tokens"]) for r in found] == [
         (step, step * ROWS * LENGTH) for step in (6, 12)
@@ -165,17 +167,17 @@ def test_validation_is_by_source_and_at_the_end(whole):
         assert r["perplexity"] == pytest.approx(np.exp(r["loss"]))
 
 
-def test_pictures_and_events_are_there(whole):
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
-    [events] = (whole / "tensorboard").iterdir()
+def test_train_writes_loss_plot_and_tensorboard_events(uninterrupted):
+    assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
+    [events] = (uninterrupted / "tensorboard").iterdir()
     written = events.read_bytes()
     for tag in (b"train/loss", b"train/grad_norm", b"validation/loss/prose"):
         assert tag in written
 
 
-def test_the_model_writes_samples_and_is_not_changed_by_it(whole, run, tmp_path):
+def test_samples_do_not_affect_training(uninterrupted, run, tmp_path):
     run(tmp_path, sample_every=6)
-    found, wanted = course(tmp_path), course(whole)
+    found, wanted = course(tmp_path), course(uninterrupted)
     text = found.pop("samples")
     for step in (6, 12):
         for prompt in PROMPTS:
@@ -184,43 +186,47 @@ def test_the_model_writes_samples_and_is_not_changed_by_it(whole, run, tmp_path)
     assert found == wanted
 
 
-def test_the_newest_checkpoints_are_kept(whole):
-    assert checkpoints(whole) == ([9, 12], [9, 12])
+def test_train_retains_the_newest_checkpoints(uninterrupted):
+    assert checkpoints(uninterrupted) == ([9, 12], [9, 12])
 
 
-def test_milestones_are_kept_whatever_is_saved_beside_them(run, tmp_path):
+def test_train_retains_milestones_between_other_saves(run, tmp_path):
     run(tmp_path, save_every=5, keep_last=1, milestone_every=4)
     assert checkpoints(tmp_path)[1] == [4, 8, 12]
 
 
-def test_it_says_what_it_runs_on(run, whole):
-    _, lines = run(whole)
+def test_open_run_logs_devices_and_mesh(run, uninterrupted):
+    _, lines = run(uninterrupted)
     mesh = "data 1, fsdp 1, model 1 (heuristic: one device; FSDP on more)"
     assert f"1 x cpu in 1 process(es): {mesh}" in lines
 
 
-def test_data_that_cannot_be_read_is_no_matter_of_the_disk(run, cut_short, monkeypatch):
+def test_train_raises_data_read_error_if_data_cannot_be_read(
+    run, interrupted, monkeypatch
+):
     def broken(self, step):
         raise OSError("shard 7 is gone")
 
     monkeypatch.setattr(TokenStream, "batch", broken)
     with pytest.raises(DataReadError, match=r"could not be read: .*shard 7 is gone"):
-        run(cut_short)
+        run(interrupted)
 
 
-def test_another_seed_is_another_model_and_another_order(whole, run, tmp_path):
+def test_another_seed_changes_initial_weights_and_data_order(
+    uninterrupted, run, tmp_path
+):
     run(tmp_path, seed=1)
-    found, before = records(tmp_path)[0], records(whole)[0]
+    found, before = records(tmp_path)[0], records(uninterrupted)[0]
     assert found["batch"] != before["batch"]
     assert found["param_norm"] != before["param_norm"]
 
 
-# ----- Stopped, and gone on with
+# ----- Stopping and resuming
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_its_step_and_the_run_goes_on(
-    run, whole, tmp_path, monkeypatch, number
+def test_a_signal_stops_the_run_after_the_step_and_it_resumes_bit_exactly(
+    run, uninterrupted, tmp_path, monkeypatch, number
 ):
     add = StepReporter.add
 
@@ -245,93 +251,99 @@ def test_a_signal_stops_after_its_step_and_the_run_goes_on(
     stopped, lines = run(tmp_path)
     assert stopped is None
     assert "Resuming from the checkpoint of step 5." in lines
-    assert course(tmp_path) == course(whole)
+    assert course(tmp_path) == course(uninterrupted)
 
 
-def test_a_complete_run_says_so_and_stays_as_it_is(whole, run, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def test_train_does_not_change_a_complete_run(uninterrupted, run, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
     stopped, lines = run(tmp_path / "run")
     assert stopped is None
     assert lines[-1] == f"The run in {tmp_path / 'run'} is complete."
     names = ("metrics.jsonl", "validation.jsonl", "run.json")
     for name in (*names, "checkpoints/12/checkpoint.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (
+            uninterrupted / name
+        ).read_bytes()
 
 
-def test_one_process_at_a_time(run, tmp_path):
+def test_open_run_raises_if_another_process_trains(run, tmp_path):
     with run_directory.lock_directory(tmp_path):
         with pytest.raises(RuntimeError, match="Another process trains in"):
             run(tmp_path)
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_run_cut_short_in_a_save_ends_as_one_that_was_not(run, whole, cut_short):
-    # What the kill has left of the checkpoint of step 12.
-    torn = cut_short / "checkpoints" / "12" / "arrays.orbax-checkpoint-tmp"
+def test_a_run_killed_during_a_save_resumes_bit_exactly(
+    run, uninterrupted, interrupted
+):
+    # The incomplete checkpoint of step 12 that the kill left behind.
+    torn = interrupted / "checkpoints" / "12" / "arrays.orbax-checkpoint-tmp"
     torn.mkdir(parents=True)
     (torn / "part").write_bytes(b"half")
-    with open(cut_short / "metrics.jsonl", "a") as log:
+    with open(interrupted / "metrics.jsonl", "a") as log:
         log.write('{"step": 13, "los')
-    _, lines = run(cut_short)
+    _, lines = run(interrupted)
     assert "Resuming from the checkpoint of step 9." in lines
-    assert course(cut_short) == course(whole)
+    assert course(interrupted) == course(uninterrupted)
     assert not torn.exists()
 
 
-def test_a_run_in_bfloat16_goes_on_to_the_same_bits(run, tmp_path):
+def test_a_run_in_bfloat16_resumes_bit_exactly(run, tmp_path):
     overrides = dict(precision="mixed_bfloat16", rematerialize="products")
-    run(tmp_path / "whole", **overrides)
-    again = rewound(tmp_path / "whole", tmp_path / "again")
+    run(tmp_path / "uninterrupted", **overrides)
+    again = rewound(tmp_path / "uninterrupted", tmp_path / "again")
     run(again, **overrides)
-    assert course(again) == course(tmp_path / "whole")
+    assert course(again) == course(tmp_path / "uninterrupted")
 
 
-def test_a_run_with_muon_goes_on_to_the_same_end(run, tmp_path):
+def test_a_run_with_muon_resumes_bit_exactly(run, tmp_path):
     settings = {"optimizer": "muon", "steps": 6, "save_every": 2}
-    run(tmp_path / "whole", **settings)
-    again = rewound(tmp_path / "whole", tmp_path / "again")
+    run(tmp_path / "uninterrupted", **settings)
+    again = rewound(tmp_path / "uninterrupted", tmp_path / "again")
     _, lines = run(again, **settings)
     assert "Resuming from the checkpoint of step 4." in lines
-    assert course(again) == course(tmp_path / "whole")
+    assert course(again) == course(tmp_path / "uninterrupted")
 
 
-def test_a_log_that_cannot_be_written_ends_the_run(run, whole, cut_short):
-    lines = (cut_short / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    room = len(b"".join(lines[:10])) + 100  # The disk is full amid the next.
+def test_train_raises_if_the_log_cannot_be_written(run, uninterrupted, interrupted):
+    lines = (interrupted / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    room = len(b"".join(lines[:10])) + 100  # The disk fills up within the next.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         with pytest.raises(OSError, match=r"metrics\.jsonl"):
-            run(cut_short)
+            run(interrupted)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoints(cut_short) == ([9], [9])
-    run(cut_short)
-    assert course(cut_short) == course(whole)
+    assert checkpoints(interrupted) == ([9], [9])
+    run(interrupted)
+    assert course(interrupted) == course(uninterrupted)
 
 
-def test_finetune_falls_back_from_a_damaged_checkpoint(run, whole, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_restored(
+    run, uninterrupted, tmp_path, caplog
+):
     output = tmp_path / "run"
-    shutil.copytree(whole, output)
+    shutil.copytree(uninterrupted, output)
     newest = output / "checkpoints" / "12"
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     _, lines = run(output)
-    [said] = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
-    assert "step 12" in said
-    assert largest.name in said
+    [warning] = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert "step 12" in warning
+    assert largest.name in warning
     assert "Resuming from the checkpoint of step 9." in lines
-    assert course(output) == course(whole)
+    assert course(output) == course(uninterrupted)
     assert (output / "checkpoints" / "12.damaged").is_dir()
 
 
-# ----- Steps that are left out
+# ----- Skipped steps
 
 
-def poisoned(monkeypatch, stream, faults):
-    """Lets steps have faults, functions of the loss and the gradient, by step."""
+def inject_faults(monkeypatch, stream, faults):
+    """Injects faults, functions of loss and gradients, by step."""
     gradients = train_step_jax.compute_gradients
     steps = {}
     for step, fault in faults.items():
@@ -353,7 +365,7 @@ def poisoned(monkeypatch, stream, faults):
 
 def _gradient_of(value):
     def fault(loss, grads):
-        # In one place of one tensor.
+        # In a single element of one tensor.
         return loss, [grads[0].at[1, 2].set(value), *grads[1:]]
 
     return fault
@@ -367,11 +379,11 @@ FAULTS = {
 }
 
 
-def test_steps_that_are_not_finite_or_a_spike_change_nothing(
+def test_skipped_steps_leave_the_whole_state_unchanged(
     run, tmp_path, monkeypatch, stream
 ):
     monkeypatch.setattr(jax_train_program, "LOSS_AVERAGE_STEPS", 3)
-    poisoned(monkeypatch, stream, FAULTS)
+    inject_faults(monkeypatch, stream, FAULTS)
     run(tmp_path, save_every=1, keep_last=20, spike_threshold=2)
     found = {r["step"]: r for r in records(tmp_path)}
     assert [*found] == list(range(1, STEPS + 1))
@@ -382,7 +394,7 @@ def test_steps_that_are_not_finite_or_a_spike_change_nothing(
     for step in range(2, STEPS + 1):
         before, after = digests(tmp_path, step - 1), digests(tmp_path, step)
         changed = {path for path in after if after[path] != before[path]}
-        # All of it, the mean of the loss and the count of steps included, or nothing.
+        # Either everything changes, including the state of the guard, or nothing.
         assert changed == (set() if step in FAULTS else {*after})
     skipped = (tmp_path / "skipped.jsonl").read_text().splitlines()
     for step, line in zip(FAULTS, skipped, strict=True):
@@ -392,12 +404,12 @@ def test_steps_that_are_not_finite_or_a_spike_change_nothing(
         assert record["rows"] == json.loads(json.dumps(stream.sequences_read(step - 1)))
 
 
-def test_the_other_steps_are_as_if_those_had_not_been(
+def test_steps_after_a_skipped_one_are_as_if_it_had_not_been_there(
     run, tmp_path, monkeypatch, stream
 ):
-    poisoned(monkeypatch, stream, {3: FAULTS[3]})
+    inject_faults(monkeypatch, stream, {3: FAULTS[3]})
     run(tmp_path / "poisoned")
-    # The third batch is not there, and those after it come a step earlier.
+    # Remove the third batch, so that later ones come a step earlier.
     batch = TokenStream.batch
     monkeypatch.setattr(TokenStream, "batch", lambda self, n: batch(self, n + (n > 1)))
     run(tmp_path / "without")
@@ -409,11 +421,11 @@ def test_the_other_steps_are_as_if_those_had_not_been(
             assert after[name] == same[name]
 
 
-def test_too_many_in_a_row_end_the_run_and_leave_it_good(
-    run, whole, tmp_path, monkeypatch, stream
+def test_train_raises_after_too_many_skipped_steps_and_the_run_can_resume(
+    run, uninterrupted, tmp_path, monkeypatch, stream
 ):
     with monkeypatch.context() as patch:
-        poisoned(patch, stream, dict.fromkeys(range(5, STEPS + 1), FAULTS[3]))
+        inject_faults(patch, stream, dict.fromkeys(range(5, STEPS + 1), FAULTS[3]))
         with pytest.raises(
             interruption.DivergedError, match="last 3 steps up to step 7 were"
         ):
@@ -423,68 +435,74 @@ def test_too_many_in_a_row_end_the_run_and_leave_it_good(
     for step in (3, 6):
         found = arrays(tmp_path, step).values()
         assert all(np.isfinite(array).all() for array in found)
-    # The fault is mended, and the same run goes on from before it: at 6 it had skipped.
+    # Without the fault the run resumes from before it; step 6 was skipped.
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     run(tmp_path)
-    assert course(tmp_path) == course(whole)
+    assert course(tmp_path) == course(uninterrupted)
 
 
-# ----- Refused, or accepted
+# ----- Changed settings
 
 
-def test_what_decides_the_tokens_cannot_change(run, cut_short, data):
+def test_resuming_rejects_settings_that_change_the_tokens(run, interrupted, data):
     for accept in (False, True):
         with pytest.raises(ValueError, match="batch_size was 4 and is 2"):
-            run(cut_short, {"accept_changes": accept}, batch_size=2)
+            run(interrupted, {"accept_changes": accept}, batch_size=2)
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
-        run(cut_short, {"accept_changes": True}, seed=1)
-    other = shutil.copytree(data.directory, cut_short.parent / "data")
+        run(interrupted, {"accept_changes": True}, seed=1)
+    other = shutil.copytree(data.directory, interrupted.parent / "data")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["created"] = "another day"
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="different run: data was"):
-        run(cut_short, {"data": data.open(str(other)), "accept_changes": True})
-    assert [r["step"] for r in records(cut_short)] == list(range(1, 13))
+        run(interrupted, {"data": data.open(str(other)), "accept_changes": True})
+    assert [r["step"] for r in records(interrupted)] == list(range(1, 13))
 
 
-def test_another_learning_rate_is_to_be_accepted(run, whole, cut_short):
+def test_resuming_with_another_learning_rate_needs_acceptance(
+    run, uninterrupted, interrupted
+):
     with pytest.raises(ValueError, match=r"learning_rate was 0\.003 .*accept-changes"):
-        run(cut_short, learning_rate=1e-3)
-    _, lines = run(cut_short, {"accept_changes": True}, learning_rate=1e-3)
+        run(interrupted, learning_rate=1e-3)
+    _, lines = run(interrupted, {"accept_changes": True}, learning_rate=1e-3)
     assert "Changed: learning_rate was 0.003 and is 0.001." in lines
-    found, before = records(cut_short), records(whole)
+    found, before = records(interrupted), records(uninterrupted)
     assert [r["loss"] for r in found[:9]] == [r["loss"] for r in before[:9]]
     for new, old in zip(found[9:11], before[9:11], strict=True):
         assert new["learning_rate"] < old["learning_rate"]
         assert new["batch"] == old["batch"]
-    # From now on that is what the run is.
-    _, lines = run(cut_short, learning_rate=1e-3)
+    # The accepted value is now a setting of the run.
+    _, lines = run(interrupted, learning_rate=1e-3)
     assert lines[-1].endswith("is complete.")
 
 
-def test_another_mixture_counts_from_where_it_was_accepted(run, whole, cut_short):
-    file = cut_short.parent / "mixture.json"
+def test_resuming_with_another_mixture_applies_it_from_the_next_step(
+    run, uninterrupted, interrupted
+):
+    file = interrupted.parent / "mixture.json"
     file.write_text(json.dumps({"name": "m", "sources": {"prose": {"weight": 1}}}))
     with pytest.raises(ValueError, match=r"mixture weights .*accept-changes"):
-        run(cut_short, mixture=str(file))
-    run(cut_short, {"accept_changes": True}, mixture=str(file))
+        run(interrupted, mixture=str(file))
+    run(interrupted, {"accept_changes": True}, mixture=str(file))
     same = [
         new["batch"] == old["batch"]
-        for new, old in zip(records(cut_short), records(whole), strict=True)
+        for new, old in zip(records(interrupted), records(uninterrupted), strict=True)
     ]
     assert same[:9] == [True] * 9
     assert not all(same[9:])
 
 
-def test_what_does_not_change_the_course_may_change(run, whole, cut_short):
-    run(cut_short, save_every=2, keep_last=3, validate_every=4)
-    _, kept = checkpoints(cut_short)
-    assert kept == [9, 10, 12]
-    assert course(cut_short)["arrays"] == course(whole)["arrays"]
+def test_resuming_with_settings_that_do_not_affect_results_needs_no_acceptance(
+    run, uninterrupted, interrupted
+):
+    run(interrupted, save_every=2, keep_last=3, validate_every=4)
+    _, complete = checkpoints(interrupted)
+    assert complete == [9, 10, 12]
+    assert course(interrupted)["arrays"] == course(uninterrupted)["arrays"]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("vocabulary_size", 3073, "is 3073, but that of open_llama_nano is 3072"),
         ("vocabulary_size", 500, "is 500, but that of open_llama_nano is 3072"),
@@ -492,14 +510,16 @@ def test_what_does_not_change_the_course_may_change(run, whole, cut_short):
         ("end_token_id", 3, "is 3, but that of open_llama_nano is 2"),
     ],
 )
-def test_data_of_another_tokenizer_are_refused(run, data, tmp_path, name, value, says):
+def test_open_run_rejects_data_of_another_tokenizer(
+    run, data, tmp_path, name, value, message
+):
     copy = data.open(data.directory)
     copy.manifest["tokenizer"] = {**copy.manifest["tokenizer"], name: value}
-    with pytest.raises(ValueError, match=f"{name} {says}"):
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         run(tmp_path, {"data": copy})
 
 
-def test_processes_that_would_share_rows_are_refused():
+def test_check_hosts_rejects_processes_that_would_share_sequences():
     def mesh(*processes):
         devices = [types.SimpleNamespace(process_index=p) for p in processes]
         shape = {"data": 2, "fsdp": 1, "model": 2}
@@ -508,16 +528,16 @@ def test_processes_that_would_share_rows_are_refused():
         )
 
     check_hosts(mesh(0, 0, 1, 1))
-    with pytest.raises(ValueError, match=r"model=2, across processes \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"model=2 across processes \[0, 1\]"):
         check_hosts(mesh(0, 1, 0, 1))
 
 
-def test_a_remote_output_is_refused(run):
+def test_open_run_rejects_a_remote_output(run):
     with pytest.raises(ValueError, match="gs://bucket/run"):
         run("gs://bucket/run")
 
 
-def test_a_mesh_that_does_not_fit_is_refused(run, tmp_path):
+def test_open_run_rejects_a_mesh_that_does_not_fit(run, tmp_path):
     with pytest.raises(ValueError, match=r"data \* fsdp = 3 does not divide"):
         run(tmp_path, {"mesh": {"data": 3, "fsdp": 1, "model": 1}})
     with pytest.raises(ValueError, match="must be the number of devices, 1"):
@@ -529,19 +549,19 @@ def test_a_mesh_that_does_not_fit_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "logged"), [((8, 10), 9), ((11, 100), STEPS)])
-def test_steps_are_recorded_that_are_asked_for_and_there(
-    run, cut_short, whole, monkeypatch, steps, logged
+def test_profile_records_the_requested_steps_that_the_run_takes(
+    run, interrupted, uninterrupted, monkeypatch, steps, logged
 ):
-    # The run goes on from step 9, and that of step 10 is looked at during the next.
+    # The run resumes from step 9; step 10 is reported while the next one runs.
     stop, ends = jax.profiler.stop_trace, []
 
     def noted():
-        ends.append(len(records(cut_short)))
+        ends.append(len(records(interrupted)))
         stop()
 
     monkeypatch.setattr(jax.profiler, "stop_trace", noted)
-    run(cut_short, {"profile": steps})
+    run(interrupted, {"profile": steps})
     assert ends == [logged]
-    [trace] = Path(cut_short, "profile").rglob("*.xplane.pb")
+    [trace] = Path(interrupted, "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 0
-    assert course(cut_short) == course(whole)
+    assert course(interrupted) == course(uninterrupted)
