@@ -382,9 +382,7 @@ def test_resolve_recipe_raises_if_the_file_is_missing(tmp_path):
 
 
 def test_resolve_recipe_rejects_presets_without_a_recipe(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"Unknown preset '8b'.*open_llama_13b, .*nano"
-    ):
+    with pytest.raises(ValueError, match=r"Unknown preset '8b'.*_13b, .*nano"):
         recipes.preset_recipe("8b")
     bare = dataclasses.replace(presets.find("7b"), name="bare", recipe={})
     registry = {**presets.registry(), "bare": bare}

@@ -1,4 +1,4 @@
-"""Small training runs, and what two of them must have in common."""
+"""Small training runs, and functions that read and compare their results."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from keras_openllama import presets
 
 TOKENIZER = ROOT / "presets" / "open_llama_nano" / "tokenizer.model"
 
-# What a step computes. The rest of a record is about time.
+# The numerical results in a record; the other values are times.
 _COMPUTED = (
     *("step", "loss", "accuracy", "targets", "grad_norm", "param_norm"),
     *("learning_rate", "tokens", "skipped", "batch"),
@@ -27,19 +27,19 @@ _COMPUTED = (
 
 
 def smaller_nano():
-    """Nano with two narrow layers, by name: it is compiled and saved in a moment."""
+    """Nano with two narrow layers, by name; it compiles and saves quickly."""
     nano = presets.find("open_llama_nano")
     sizes = {"num_layers": 2, "hidden_dim": 64, "intermediate_dim": 96, "head_dim": 16}
     return {nano.name: dataclasses.replace(nano, config={**nano.config, **sizes})}
 
 
 def small_model():
-    """Puts the smaller nano into the registry, in a `with` block."""
+    """Context manager that replaces nano in the registry by the smaller one."""
     return mock.patch.dict(presets.registry(), smaller_nano())
 
 
 def small_data(tmp_path_factory):
-    """Prepared data of two sources, made once a session."""
+    """Prepared data of two sources, made once per session."""
     from keras_openllama.data.preparation import prepare_dataset
     from keras_openllama.data.prepared_data import PreparedData
 
@@ -62,7 +62,7 @@ def small_data(tmp_path_factory):
 
 
 def cache_directory(tmp_path_factory):
-    """Where this session keeps compiled programs, as the product does in the home."""
+    """Directory of this session's persistent compilation cache."""
     directory = tmp_path_factory.getbasetemp() / "pretraining_cache"
     directory.mkdir(exist_ok=True)
     return directory
@@ -70,7 +70,7 @@ def cache_directory(tmp_path_factory):
 
 @contextlib.contextmanager
 def compilation_cached(directory):
-    """Compiles each program of this process once, which the other tests do not want."""
+    """Context manager that enables JAX's persistent compilation cache."""
     names = (
         *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
         "jax_persistent_cache_min_compile_time_secs",
@@ -87,17 +87,17 @@ def compilation_cached(directory):
         compilation_cache.reset_cache()
 
 
-# ----- What a run has written
+# ----- Results of a run
 
 
 def records(output):
-    """Lines of `metrics.jsonl`; what is not finite is a string, which equals itself."""
+    """Records of `metrics.jsonl`; non-finite numbers are strings, so that they compare."""
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def steps_logged(output):
-    """How many steps `metrics.jsonl` has by now."""
+    """Number of steps in `metrics.jsonl` so far."""
     try:
         return (Path(output) / "metrics.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:
@@ -105,11 +105,11 @@ def steps_logged(output):
 
 
 def checkpoints(output):
-    """Steps of the directories of checkpoints, and of those that are whole."""
+    """Steps of all checkpoint directories, and of the complete ones."""
     directory = Path(output) / "checkpoints"
     found = sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
-    whole = [s for s in found if (directory / str(s) / "checkpoint.json").exists()]
-    return found, whole
+    complete = [s for s in found if (directory / str(s) / "checkpoint.json").exists()]
+    return found, complete
 
 
 def arrays(output, step):
@@ -124,7 +124,7 @@ def arrays(output, step):
 
 
 def digests(output, step):
-    """SHA-256 of each array of a checkpoint: variables, moments, and the rest."""
+    """SHA-256 of each array of a checkpoint."""
     return {
         path: hashlib.sha256(f"{a.dtype}{a.shape}".encode() + a.tobytes()).hexdigest()
         for path, a in arrays(output, step).items()
@@ -132,22 +132,22 @@ def digests(output, step):
 
 
 def course(output):
-    """All that a run has computed, to the last bit."""
+    """All numerical results of a run, for bit-exact comparison."""
     output = Path(output)
-    _, whole = checkpoints(output)
+    _, complete = checkpoints(output)
     return {
         "metrics": [[r.get(name) for name in _COMPUTED] for r in records(output)],
         "validation": (output / "validation.jsonl").read_text(),
         "skipped": (output / "skipped.jsonl").read_text(),
         "samples": (output / "samples.txt").read_text(),
-        "last checkpoint": whole[-1],
-        "arrays": digests(output, whole[-1]),
+        "last checkpoint": complete[-1],
+        "arrays": digests(output, complete[-1]),
     }
 
 
 def rewound(output, copy):
-    """A copy of a run without its last checkpoint: killed while that was written."""
+    """Copies a run without its last checkpoint, as if killed while writing it."""
     shutil.copytree(output, copy)
-    _, whole = checkpoints(copy)
-    shutil.rmtree(Path(copy) / "checkpoints" / str(whole[-1]))
+    _, complete = checkpoints(copy)
+    shutil.rmtree(Path(copy) / "checkpoints" / str(complete[-1]))
     return copy

@@ -1,4 +1,4 @@
-"""Settings of a few training steps."""
+"""A `TrainConfig` of a few training steps."""
 
 from keras_openllama.runs.train_config import TrainConfig
 
@@ -18,5 +18,5 @@ SETTINGS = {
 
 
 def small_config(**settings):
-    """`TrainConfig` of `SETTINGS`, some of them changed."""
+    """`TrainConfig` of `SETTINGS` with some of them replaced."""
     return TrainConfig(**{**SETTINGS, **settings})
