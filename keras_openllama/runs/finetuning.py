@@ -250,7 +250,7 @@ def export_model(
 ) -> None:
     """Exports the trained model into the run's directory.
 
-    Several processes cannot export; they report how to.
+    With several processes nothing is exported; the log says what to do.
 
     Args:
         trainer: The trainer of a complete run.

@@ -91,7 +91,7 @@ def compilation_cached(directory):
 
 
 def records(output):
-    """Records of `metrics.jsonl`; non-finite numbers are strings, so that they compare."""
+    """Records of `metrics.jsonl`; non-finite numbers remain strings."""
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
