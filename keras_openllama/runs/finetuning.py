@@ -353,17 +353,18 @@ def _fingerprint(*parts):
 
 
 def _instruction_data(lm, config, examples, validation):
-    def arrays(examples, pack):
-        rows = lm.preprocessor.tokenize_examples(normalize_examples(examples))
-        rows.warn()
-        return rows.packed() if pack else rows.padded(), rows.num_bytes
+    def tokenize(examples, pack):
+        tokenized = lm.preprocessor.tokenize_examples(normalize_examples(examples))
+        tokenized.warn()
+        arrays = tokenized.packed() if pack else tokenized.padded()
+        return arrays, tokenized.num_bytes
 
     by_source = {}
     for source, example in validation:
         by_source.setdefault(source, []).append(example)
     hosts = jax.process_count(), jax.process_index()
-    train, _ = arrays([e for _, e in examples], config.pack)
-    held_out = {source: arrays(some, False) for source, some in by_source.items()}
+    train, _ = tokenize([e for _, e in examples], config.pack)
+    held_out = {source: tokenize(some, False) for source, some in by_source.items()}
     return InstructionData(*(train, config.batch_size, config.seed, held_out), *hosts)
 
 

@@ -151,12 +151,12 @@ class InstructionValidation:
 
     def _sum_targets(self, arrays, evaluate):
         """LossSums nats and targets of a source; zero weights pad the last batch."""
-        rows = len(arrays[-1])
+        count = len(arrays[-1])
         nats = targets = 0.0
-        for first in range(0, rows, self._batch_size):
-            places = np.arange(first, first + self._batch_size)[self._share]
-            x, y, weights = _batch(arrays, np.minimum(places, rows - 1))
-            weights[places >= rows] = 0
+        for first in range(0, count, self._batch_size):
+            indices = np.arange(first, first + self._batch_size)[self._share]
+            x, y, weights = _batch(arrays, np.minimum(indices, count - 1))
+            weights[indices >= count] = 0
             sums, weight = evaluate((x, y, weights))
             nats, targets = nats + float(sums.loss), targets + float(weight)
         return nats, targets
@@ -173,8 +173,8 @@ def _as_arrays(x, y, weights):
     return ids, mask, np.asarray(y, "int32"), np.asarray(weights, "float32")
 
 
-def _batch(arrays, rows):
-    token_ids, padding_mask, y, weights = (array[rows] for array in arrays)
+def _batch(arrays, indices):
+    token_ids, padding_mask, y, weights = (array[indices] for array in arrays)
     return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
 
@@ -185,5 +185,5 @@ def _host_slice(batch_size, hosts, host):
             "The number of hosts must divide `batch_size` (--batch-size). Received: "
             f"batch_size={batch_size}, hosts={hosts}"
         )
-    rows = batch_size // hosts
-    return slice(host * rows, (host + 1) * rows)
+    share = batch_size // hosts
+    return slice(host * share, (host + 1) * share)

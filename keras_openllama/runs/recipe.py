@@ -169,11 +169,11 @@ class ResolvedRecipe:
         )
         if plan is None or differs or recipe.batch_size % batch_shards:
             return self
-        rows = recipe.batch_size // batch_shards
+        per_shard = recipe.batch_size // batch_shards
         # The smallest divisor that makes a micro-batch small enough.
-        divisors = (n for n in range(1, rows + 1) if rows % n == 0)
+        divisors = (n for n in range(1, per_shard + 1) if per_shard % n == 0)
         planned = {
-            "micro_batches": next(n for n in divisors if rows <= n * plan["rows"]),
+            "micro_batches": next(n for n in divisors if per_shard <= n * plan["rows"]),
             "rematerialize": plan["rematerialize"],
         }
         changes = {

@@ -198,9 +198,9 @@ class StepReporter:
         self._log.write_record(record)
         if not applied:
             keys = ("step", "loss", "grad_norm", "batch")
-            rows = self._data.sequences_read(self._step - 1)
+            sequences = self._data.sequences_read(self._step - 1)
             self._log.write_skipped_step(
-                {**{key: record[key] for key in keys}, "rows": rows}
+                {**{key: record[key] for key in keys}, "rows": sequences}
             )
             self.print_line(
                 f"Skipped step {self._step}: loss {record['loss']}, gradient norm "
@@ -218,5 +218,5 @@ class StepReporter:
 
     def _batch_id(self):
         """Identifies the sequences of the last step by 16 hexadecimal digits."""
-        rows = json.dumps(self._data.sequences_read(self._step - 1)).encode()
-        return hashlib.sha256(rows).hexdigest()[:16]
+        sequences = json.dumps(self._data.sequences_read(self._step - 1))
+        return hashlib.sha256(sequences.encode()).hexdigest()[:16]
