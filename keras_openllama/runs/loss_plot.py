@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from keras_openllama.config import LOSS_X_AXES
 from keras_openllama.runs import metrics_log
-from keras_openllama.utils import files
+from keras_openllama.utils import plots
 from keras_openllama.utils.types import PathLike
 
 # Heuristics: the smoothing window as a share of the longest run; and the share of first
@@ -95,7 +95,7 @@ def loss_figure(
         >>> records = [{"step": 1, "tokens": 64, "loss": 9.0}]
         >>> figure = loss_figure([PlottedRun("nano", records)])
         >>> figure.axes[0].get_ylabel()
-        'training loss (nats per token)'
+        'loss (nats per token)'
     """
     if not runs:
         raise ValueError("`runs` must not be empty. Pass at least one run.")
@@ -109,25 +109,25 @@ def loss_figure(
     positions = [_x_values(run, x) for run in runs]
     scale, label = _unit(x, max(values[-1] for values in positions))
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    shown = [
-        part
-        for number, (run, values) in enumerate(zip(runs, positions, strict=True))
-        for part in _draw_run(axes, run, values / scale, smooth, f"C{number}")
-    ]
-    _set_height(axes, np.concatenate(shown))
-    axes.margins(x=0.01)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(label)
-    axes.set_ylabel("training loss (nats per token)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    if smooth > 1:
-        note = f"faint: each step; line: exponential average over {smooth:,} steps"
-        axes.set_title(note, loc="right", fontsize=8, color="#6b7280")
-    _add_legend(figure, runs)
+    with plots.style():
+        figure = Figure(figsize=(9, 5.5))
+        axes = figure.subplots()
+        shown = [
+            part
+            for number, (run, values) in enumerate(zip(runs, positions, strict=True))
+            for part in _draw_run(axes, run, values / scale, smooth, f"C{number}")
+        ]
+        _set_height(axes, np.concatenate(shown))
+        axes.margins(x=0.01)
+        axes.set_xlim(left=0)
+        has_validation = any(run.validation for run in runs)
+        axes.set_title(f"Training {'and validation ' * has_validation}loss")
+        axes.set_xlabel(label)
+        axes.set_ylabel("loss (nats per token)")
+        if smooth > 1:
+            note = f"faint: each step; line: exponential average over {smooth:,} steps"
+            plots.add_note(axes, note)
+        _add_legend(figure, runs)
     return figure
 
 
@@ -149,14 +149,8 @@ def save_loss_plot(
         ValueError: for another extension, and as `loss_figure`.
         OSError: if the file cannot be written.
     """
-    extension = os.path.splitext(path)[1].lower()
-    if extension not in (".png", ".svg"):
-        raise ValueError(
-            f"`path` must end in .png or .svg. Received: path={str(path)!r}"
-        )
-    figure = loss_figure(runs, x, smooth)
-    with files.atomic_write(path) as unfinished:
-        figure.savefig(unfinished, format=extension[1:], dpi=150)
+    plots.check_format(path)
+    plots.save(loss_figure(runs, x, smooth), path)
 
 
 def exponential_average(values: Sequence[float], steps: int) -> np.ndarray:
@@ -235,7 +229,7 @@ def _draw_run(axes, run, positions, smooth, color):
             zorder=1.5,  # Below the solid lines of other runs.
             rasterized=len(losses) > _MANY,
         )
-    axes.plot(positions, line, color=color, linewidth=1.5)
+    axes.plot(positions, line, color=color)
     later = int(_OFF_SCALE_SHARE * len(losses))
     finite = losses[later:][np.isfinite(losses[later:])]
     shown = [line[later:], np.quantile(finite, [0.005])] if finite.size else []
@@ -247,7 +241,6 @@ def _draw_run(axes, run, positions, smooth, color):
             color=color,
             linestyle="none",
             marker="o",
-            markersize=5,
             markeredgecolor="white",
             zorder=3,
         )
@@ -266,15 +259,8 @@ def _add_legend(figure, runs):
     handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
     labels = [run.name for run in runs]
     if any(run.validation for run in runs):
-        grey = dict(color="#6b7280", linestyle="none", marker="o", markersize=5)
-        handles.append(Line2D([], [], **grey))
-        labels.append("validation")
-    columns = min(4, len(labels))
-    figure.legend(
-        *(handles, labels),
-        title="Training loss",
-        title_fontproperties={"weight": "bold", "size": "large"},
-        loc="outside upper center",
-        ncols=columns,
-        frameon=False,
-    )
+        dots = dict(color=plots.GRAY, linestyle="none", marker="o")
+        handles.append(Line2D([], [], **dots))
+        labels.append("validation loss")
+    place = dict(loc="outside lower center", ncols=min(4, len(labels)))
+    figure.legend(handles, labels, **place)

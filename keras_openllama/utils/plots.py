@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from keras_openllama.utils import files
@@ -34,6 +35,11 @@ def style() -> Iterator[None]:
         yield
 
 
+def add_note(axes: Axes, text: str) -> None:
+    """Writes a small gray note above the right end of the axes."""
+    axes.set_title(text, loc="right", fontsize=9, fontweight="normal", color=GRAY)
+
+
 def check_format(path: PathLike) -> str:
     """Returns the extension of the path of a plot, such as `".png"`.
 
@@ -42,7 +48,9 @@ def check_format(path: PathLike) -> str:
     """
     extension = os.path.splitext(path)[1].lower()
     if extension not in FORMATS:
-        raise ValueError(f"path={str(path)!r}; it must end in {' or '.join(FORMATS)}")
+        raise ValueError(
+            f"`path` must end in {' or '.join(FORMATS)}. Received: path={str(path)!r}"
+        )
     return extension
 
 

@@ -73,7 +73,8 @@ def test_loss_figure_draws_faint_and_smooth_lines_and_validation_points():
     assert list(points.get_xdata()) == [100_000, 200_000]
     [legend] = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
-    assert labels == ["3b", "7b", "validation"]
+    assert labels == ["3b", "7b", "validation loss"]
+    assert figure.axes[0].get_title(loc="left") == "Training and validation loss"
     assert "10 steps" in figure.axes[0].get_title(loc="right")
 
 
