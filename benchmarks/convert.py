@@ -25,12 +25,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import random_llama  # benchmarks/random_llama.py
 
 from keras_openllama import presets
-from keras_openllama.checkpoints import transformers, weight_names
-from keras_openllama.checkpoints.contents import ModelContents
 from keras_openllama.checkpoints.formats import FORMATS
-from keras_openllama.config import validate_architecture
 
 GOAL_TIME, GOAL_MEMORY = 2.5, 2.5e9
 DTYPE = "float16"
@@ -47,7 +45,9 @@ def main():
     results = []
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         directory = Path(directory)
-        source = write_checkpoint(directory / "transformers", options.layers)
+        source = directory / "transformers"
+        sizes = {**presets.find("open_llama_3b").config, "num_layers": options.layers}
+        random_llama.write_checkpoint(source, sizes, DTYPE)
         print(f"{total_bytes(source) / 1e9:.2f} GB in {DTYPE}; seconds are medians")
         print(
             "from          to             copy   convert   ratio   memory", flush=True
@@ -68,36 +68,6 @@ def main():
                 remove(path)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2))
-
-
-def write_checkpoint(directory, layers):
-    """Writes random weights in transformers' format; returns the directory."""
-    arguments = validate_architecture(
-        {**presets.find("open_llama_3b").config, "num_layers": layers}
-    )
-    random = np.random.default_rng(0)
-    pool = random.standard_normal(1 << 24, np.float32).astype(DTYPE)
-    sizes = weight_names.axis_sizes(arguments)
-
-    class Random:
-        dtype = DTYPE
-
-        def __init__(self, shape):
-            self.shape = shape
-
-        def array(self):
-            return np.resize(pool, self.shape)
-
-    tensors = {
-        row.path: Random(row.shape(sizes)) for row in weight_names.weight_specs(layers)
-    }
-    directory.mkdir()
-    contents = ModelContents(arguments, tensors)
-    for output in transformers.plan_files(contents, DTYPE, 2 << 30):
-        values = (tensors[path].array() for path in output.tensors)
-        with open(directory / output.name, "wb") as file:
-            output.write(file, values)
-    return directory
 
 
 def measure(source, directory, to, dtype, preset):

@@ -33,6 +33,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import random_llama  # benchmarks/random_llama.py
 
 CONTENDERS = (
     "jax/float32",
@@ -49,62 +50,17 @@ CONTENDERS = (
 LIMIT_BYTES = 400e6  # Matrices for the limit: larger than any CPU cache.
 
 
-def write_checkpoint(directory, options):
-    """Writes a random LLaMA in transformers' format, float32.
-
-    Returns:
-        The number of parameters that a decoding step reads.
-    """
-    from safetensors.numpy import save_file
-
-    width, ff, vocabulary = options.width, options.intermediate, options.vocabulary
-    head_dim = width // options.heads
-    key_value = head_dim * options.key_value_heads
-    random = np.random.default_rng(0)
-
-    def matrix(*shape):
-        return random.standard_normal(shape, "float32") * np.float32(0.02)
-
-    tensors = {
-        "model.embed_tokens.weight": matrix(vocabulary, width),
-        "model.norm.weight": np.ones(width, "float32"),
-        "lm_head.weight": matrix(vocabulary, width),
-    }
-    for i in range(options.layers):
-        layer = f"model.layers.{i}."
-        tensors |= {
-            layer + "input_layernorm.weight": np.ones(width, "float32"),
-            layer + "post_attention_layernorm.weight": np.ones(width, "float32"),
-            layer + "self_attn.q_proj.weight": matrix(width, width),
-            layer + "self_attn.k_proj.weight": matrix(key_value, width),
-            layer + "self_attn.v_proj.weight": matrix(key_value, width),
-            layer + "self_attn.o_proj.weight": matrix(width, width),
-            layer + "mlp.gate_proj.weight": matrix(ff, width),
-            layer + "mlp.up_proj.weight": matrix(ff, width),
-            layer + "mlp.down_proj.weight": matrix(width, ff),
-        }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": ff,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": options.heads,
-        "num_key_value_heads": options.key_value_heads,
-        "max_position_embeddings": options.context,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    # Without the embeddings, of which a step reads one row.
-    return sum(t.size for name, t in tensors.items() if "embed" not in name)
+def sizes_of(options):
+    """Arguments of `OpenLlamaBackbone`."""
+    return dict(
+        vocabulary_size=options.vocabulary,
+        num_layers=options.layers,
+        num_query_heads=options.heads,
+        num_key_value_heads=options.key_value_heads,
+        hidden_dim=options.width,
+        intermediate_dim=options.intermediate,
+        max_sequence_length=options.context,
+    )
 
 
 # ----- The contenders, each in its own process
@@ -330,18 +286,19 @@ def is_ours(contender):
 
 def measure(options, directory):
     """Measures all contenders. Returns a dict for each contender and batch size."""
-    weights = write_checkpoint(directory, options)
+    checkpoint = directory / "model"
+    weights = random_llama.write_checkpoint(checkpoint, sizes_of(options), "float32")
     cache = directory / "compiled"
     request = [options.batch[0], options.prompt, options.new, options.vocabulary]
     contenders, first, second = [], {}, {}
     for name in options.contender:
         print(f"starting {name}", file=sys.stderr, flush=True)
         try:
-            contender = Contender(name, directory, options, cache)
+            contender = Contender(name, checkpoint, options, cache)
             first[name] = contender.ask(request)["seconds"]
             if name.startswith("jax"):
                 contender.close()
-                contender = Contender(name, directory, options, cache)
+                contender = Contender(name, checkpoint, options, cache)
                 second[name] = contender.ask(request)["seconds"]
         except RuntimeError as error:
             if is_ours(name):

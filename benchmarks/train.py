@@ -149,18 +149,11 @@ def keras_hub(options):
 
 def model_of_transformers(options):
     """The same model in transformers."""
-    import transformers
+    from random_llama import transformers_config  # benchmarks/random_llama.py
+    from transformers import LlamaForCausalLM
 
-    config = transformers.LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        max_position_embeddings=options.length,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
+    sizes = {**keras_sizes(options), "max_sequence_length": options.length}
+    return LlamaForCausalLM(transformers_config(sizes, use_cache=False))
 
 
 def transformers(options):

@@ -33,21 +33,10 @@ def ours(sizes, dtype):
 def transformers(sizes, dtype, **options):
     """The same model in transformers, on the device."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from random_llama import transformers_config  # benchmarks/random_llama.py
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=sizes["vocabulary_size"],
-        hidden_size=sizes["hidden_dim"],
-        intermediate_size=sizes["intermediate_dim"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_query_heads"],
-        num_key_value_heads=sizes["num_key_value_heads"],
-        head_dim=sizes["head_dim"],
-        max_position_embeddings=sizes["max_sequence_length"],
-        rms_norm_eps=sizes["layer_norm_epsilon"],
-        attn_implementation="sdpa",
-        **options,
-    )
+    config = transformers_config(sizes, attn_implementation="sdpa", **options)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

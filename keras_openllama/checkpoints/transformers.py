@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,7 +206,7 @@ def plan_files(
     control_ids = contents.control_ids
     if tokenizer:
         control_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
-    config = _config(contents.arguments, dtype, control_ids)
+    config = config_settings(contents.arguments, dtype, control_ids)
     generation = _generation_config(control_ids, tokenizer)
     merges_spaces = tokenizer and tokenizer.merges_spaces
     return [
@@ -268,8 +269,25 @@ def _index(names, shards, parameters):
     }
 
 
-def _config(arguments, dtype, control_ids):
-    """Returns `config.json` with the names that transformers and llama.cpp read."""
+def config_settings(
+    arguments: dict[str, Any], dtype: str, control_ids: Sequence[int | None] = (1, 2)
+) -> dict[str, Any]:
+    """Returns `config.json` with the names that transformers and llama.cpp read.
+
+    Args:
+        arguments: All arguments of `OpenLlamaBackbone`.
+        dtype: The dtype of the weights.
+        control_ids: Ids of the start token and the end token.
+
+    Example:
+        >>> from keras_openllama.config import validate_architecture
+        >>> from keras_openllama.presets import find
+        >>> arguments = validate_architecture(find("open_llama_nano").config)
+        >>> config_settings(arguments, "float16")["hidden_size"]
+        256
+
+    Source: `LlamaConfig` of transformers.
+    """
     scaling = arguments["rope_scaling"]
     if scaling is not None:
         scaling = {**scaling, "type": scaling["rope_type"]}  # The name before 4.43.
