@@ -1,4 +1,4 @@
-"""`keras-openllama pretrain` as processes that are killed, stopped, refused, joined."""
+"""`keras-openllama pretrain`: kills, signals, full disks, several processes, errors."""
 
 import contextlib
 import importlib.util
@@ -47,7 +47,7 @@ TOGETHER = [
     *("--set", "validate_every=4", "--mesh", "data=2,fsdp=4"),
 ]
 LONGER = ["--steps", "24", "--save-every", "4"]
-# The script, with a smaller nano: it starts in half the time.
+# The script, with a smaller nano, which starts in half the time.
 SMALLER = f"""
 import runpy, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "support")!r}]
@@ -57,11 +57,11 @@ sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 HOST_TIMEOUT = 10
-SECONDS = 240  # That a process may take, on a machine that is busy.
+SECONDS = 240  # Time limit of a process, on a busy machine.
 
 
 class Process:
-    """The script as a process of its own; what it prints is in a file."""
+    """The script in a separate process, which prints into a file."""
 
     def __init__(self, script, arguments, log, devices=1, **environment):
         self.log = log
@@ -85,7 +85,7 @@ class Process:
         return self._process.pid
 
     @property
-    def said(self):
+    def output(self):
         return self.log.read_text(errors="replace")
 
     def running(self):
@@ -95,15 +95,15 @@ class Process:
         self._process.send_signal(number)
 
     def wait(self, seconds=SECONDS):
-        """The exit code."""
+        """Returns the exit code."""
         return self._process.wait(seconds)
 
     def wait_until(self, condition):
-        """Looks again and again while it runs; it must not end before."""
+        """Polls a condition while the process runs; fails if the process ends first."""
         deadline = time.monotonic() + SECONDS
         while not condition():
-            assert self.running(), self.said
-            assert time.monotonic() < deadline, self.said
+            assert self.running(), self.output
+            assert time.monotonic() < deadline, self.output
             time.sleep(0.005)
 
     def kill(self):
@@ -119,7 +119,7 @@ def nano_is_small():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts the script with the small data; what still runs in the end is killed."""
+    """Starts the script with the small data; kills it at the end of the tests."""
     data = small_data(tmp_path_factory).directory
     logs, processes = tmp_path_factory.mktemp("logs"), []
     cache = {
@@ -141,16 +141,16 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_two(start):
-    """Starts two processes that JAX joins, with four devices each."""
+    """Starts two processes that JAX connects, with four devices each."""
 
     def start_two(output, *arguments):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        joined = ["--coordinator", address, "--num-processes", 2]
-        joined += ["--host-timeout", HOST_TIMEOUT, *arguments]
+        flags = ["--coordinator", address, "--num-processes", 2]
+        flags += ["--host-timeout", HOST_TIMEOUT, *arguments]
         return [
-            start(output, [*TOGETHER, *joined, "--process-id", number], devices=4)
+            start(output, [*TOGETHER, *flags, "--process-id", number], devices=4)
             for number in (0, 1)
         ]
 
@@ -181,17 +181,18 @@ def main(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start, tmp_path_factory):
-    """Begins a run by one device that nothing disturbs.
+def uninterrupted(start, tmp_path_factory):
+    """Starts an uninterrupted run on one device.
 
-    A function that waits for its end, and returns its directory.
+    Returns:
+        A function that waits for its end and returns its directory.
     """
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     process = start(output, [*ALONE, "--profile", "2:3"])
 
     def ended():
-        assert process.wait() == 0, process.said
-        assert f"curve of the loss is in {output}/loss.png" in process.said
+        assert process.wait() == 0, process.output
+        assert f"Loss plot: {output}/loss.png" in process.output
         return output
 
     return ended
@@ -199,12 +200,12 @@ def undisturbed(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight(start, tmp_path_factory):
-    """Begins a run by eight devices of one process; see `undisturbed`."""
+    """Starts a run on eight devices of one process; see `uninterrupted`."""
     output = tmp_path_factory.mktemp("eight") / "run"
     process = start(output, TOGETHER, devices=8)
 
     def ended():
-        assert process.wait() == 0, process.said
+        assert process.wait() == 0, process.output
         return output
 
     return ended
@@ -212,13 +213,13 @@ def eight(start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(start_two, tmp_path_factory):
-    """Begins a run by two processes of four devices each; see `undisturbed`."""
+    """Starts a run of two processes with four devices each; see `uninterrupted`."""
     output = tmp_path_factory.mktemp("two") / "run"
     processes = start_two(output)
 
     def ended():
         for process in processes:
-            assert process.wait() == 0, process.said
+            assert process.wait() == 0, process.output
         return output
 
     return ended
@@ -226,30 +227,30 @@ def two(start_two, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_longer(start_two, tmp_path_factory):
-    """Directory of a longer run by two processes."""
+    """Directory of a longer run of two processes."""
     output = tmp_path_factory.mktemp("two_longer") / "run"
     for process in start_two(output, *LONGER):
-        assert process.wait() == 0, process.said
+        assert process.wait() == 0, process.output
     return output
 
 
-def assert_close(output, wanted, tolerance):
-    """The same batches and nearly the same losses."""
-    found, wanted = records(output), records(wanted)
+def assert_close(output, expected, tolerance):
+    """Asserts equal batches and nearly equal losses."""
+    found, expected = records(output), records(expected)
     for name in ("step", "batch", "tokens", "skipped", "learning_rate"):
-        assert [r[name] for r in found] == [r[name] for r in wanted]
-    losses, others = ([r["loss"] for r in run] for run in (found, wanted))
+        assert [r[name] for r in found] == [r[name] for r in expected]
+    losses, others = ([r["loss"] for r in run] for run in (found, expected))
     np.testing.assert_allclose(losses, others, rtol=tolerance)
 
 
-# ----- Killed
+# ----- Kills
 
 
-def torn(output):
-    """Checkpoints whose writing has begun and not ended, by step."""
-    found, whole = checkpoints(output)
+def unfinished_checkpoints(output):
+    """Checkpoints that are being written, by step."""
+    found, complete = checkpoints(output)
     times = {}
-    for step in {*found} - {*whole}:
+    for step in {*found} - {*complete}:
         with contextlib.suppress(FileNotFoundError):
             status = (output / "checkpoints" / str(step)).stat()
             times[step] = status.st_ino, status.st_ctime_ns
@@ -257,36 +258,38 @@ def torn(output):
 
 
 def kill(process, output, rng, within_save):
-    """Kills a run at a random moment; returns whether a save was under way.
+    """Kills a run at a random moment; returns whether it was saving.
 
-    It is a moment of its start, or of its first steps, or of one of its first saves.
+    The moment is during its start, its first steps, or one of its first saves.
     """
-    events, before = output / "tensorboard", torn(output)
-    _, whole = checkpoints(output)
+    events, before = output / "tensorboard", unfinished_checkpoints(output)
+    _, complete = checkpoints(output)
     opened = len(list(events.glob("*")))
     if not within_save and rng.random() < 0.2:
         time.sleep(rng.uniform(0, 5))
     else:
-        steps = (whole or [0])[-1] + int(rng.integers(1, 4))
+        steps = (complete or [0])[-1] + int(rng.integers(1, 4))
         process.wait_until(lambda: len(list(events.glob("*"))) > opened)
         process.wait_until(lambda: steps_logged(output) >= steps)
         if within_save:
-            process.wait_until(lambda: {*torn(output).values()} - {*before.values()})
+            process.wait_until(
+                lambda: {*unfinished_checkpoints(output).values()} - {*before.values()}
+            )
         time.sleep(rng.uniform(0, 0.1))
-    assert process.running(), process.said
+    assert process.running(), process.output
     process.kill()
-    return bool({*torn(output).values()} - {*before.values()})
+    return bool({*unfinished_checkpoints(output).values()} - {*before.values()})
 
 
 def kill_often(start, output, kills, within_saves, seed):
-    """Kills a run and starts it again, so many times.
+    """Kills and restarts a run several times.
 
     Args:
-        start: function that starts it, to go on where it was.
+        start: function that starts or resumes the run.
         output: its directory.
-        kills: int.
-        within_saves: int, how many of the kills at least are to interrupt a save.
-        seed: int, of the moments.
+        kills: int, number of kills.
+        within_saves: int, minimum number of kills during a save.
+        seed: int, seed of the random moments.
     """
     rng = np.random.default_rng(seed)
     done = saves = 0
@@ -297,34 +300,32 @@ def kill_often(start, output, kills, within_saves, seed):
         assert done < 2 * kills
 
 
-def test_a_run_that_is_killed_ends_as_one_that_was_not(
-    start, main, undisturbed, tmp_path
-):
+def test_pretrain_resumes_bit_exactly_after_kills(start, main, uninterrupted, tmp_path):
     kill_often(lambda: start(tmp_path), tmp_path, kills=2, within_saves=1, seed=1)
     assert main(*ALONE, "--output", tmp_path) == 0
-    assert course(tmp_path) == course(undisturbed())
+    assert course(tmp_path) == course(uninterrupted())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_that_is_killed_twenty_times_ends_the_same(start, tmp_path):
-    def begin(output):
-        # Nano itself: its saves take longer.
+def test_pretrain_resumes_bit_exactly_after_twenty_kills(start, tmp_path):
+    def start_run(output):
+        # The real nano, whose saves take longer.
         return start(output, [*ALONE, "--steps", "120"], script=[SCRIPT])
 
     killed = tmp_path / "killed"
-    kill_often(lambda: begin(killed), killed, kills=20, within_saves=5, seed=2)
-    for output in (tmp_path / "undisturbed", killed):
-        process = begin(output)
-        assert process.wait() == 0, process.said
-    assert course(killed) == course(tmp_path / "undisturbed")
+    kill_often(lambda: start_run(killed), killed, kills=20, within_saves=5, seed=2)
+    for output in (tmp_path / "uninterrupted", killed):
+        process = start_run(output)
+        assert process.wait() == 0, process.output
+    assert course(killed) == course(tmp_path / "uninterrupted")
 
 
-# ----- Stopped, refused, complete
+# ----- Signals, complete runs
 
 
-def test_signals_stop_a_run_that_has_its_directory_to_itself(
-    start, main, undisturbed, tmp_path, capfd
+def test_pretrain_stops_at_signals_and_locks_its_directory(
+    start, main, uninterrupted, tmp_path, capfd
 ):
     for number, steps in ((signal.SIGTERM, 3), (signal.SIGINT, 9)):
         process = start(tmp_path)
@@ -336,19 +337,19 @@ def test_signals_stop_a_run_that_has_its_directory_to_itself(
             assert f"Another process trains in {tmp_path}" in capfd.readouterr().err
         process.send(number)
         process.send(signal.SIGCONT)
-        assert process.wait() == 75, process.said
-        assert f"Stopped by {number.name}; all is saved." in process.said
+        assert process.wait() == 75, process.output
+        assert f"Stopped by {number.name}. The run is saved" in process.output
         last = records(tmp_path)[-1]["step"]
-        # A step that is under way is not in the log yet, and the next may have begun.
+        # A running step is not in the log yet, and the next one may have started.
         assert last <= known + 2
         assert checkpoints(tmp_path)[1][-1] == last
     assert main(*ALONE, "--output", tmp_path) == 0
     assert f"Resuming from the checkpoint of step {last}." in capfd.readouterr().out
-    assert course(tmp_path) == course(undisturbed())
+    assert course(tmp_path) == course(uninterrupted())
 
 
-def test_a_complete_run_says_so(main, undisturbed, capfd):
-    output = undisturbed()
+def test_pretrain_reports_that_a_run_is_complete(main, uninterrupted, capfd):
+    output = uninterrupted()
     assert main(*ALONE, "--output", output) == 0
     assert f"The run in {output} is complete." in capfd.readouterr().out
 
@@ -356,25 +357,25 @@ def test_a_complete_run_says_so(main, undisturbed, capfd):
 # ----- Disks
 
 
-def test_a_full_disk_ends_a_run_whose_checkpoints_are_whole(
-    start, main, undisturbed, tmp_path
+def test_pretrain_on_a_full_disk_keeps_earlier_checkpoints(
+    start, main, uninterrupted, tmp_path
 ):
-    output = rewound(undisturbed(), tmp_path / "run")
+    output = rewound(uninterrupted(), tmp_path / "run")
     before = digests(output, 18)
     process = start(output)
-    # The arrays of a checkpoint take megabytes, and the log some kilobytes.
+    # The arrays of a checkpoint take megabytes, the log some kilobytes.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 17, 1 << 17))
-    assert process.wait() == 74, process.said
-    assert "The checkpoint of step 20 could not be written" in process.said
-    assert "Earlier checkpoints are unchanged: [18]" in process.said
+    assert process.wait() == 74, process.output
+    assert "The checkpoint of step 20 could not be written" in process.output
+    assert "Earlier checkpoints are unchanged: [18]" in process.output
     assert checkpoints(output) == ([18], [18])
     assert digests(output, 18) == before
-    # There is room again.
+    # The limit is gone.
     assert main(*ALONE, "--output", output) == 0
-    assert course(output) == course(undisturbed())
+    assert course(output) == course(uninterrupted())
 
 
-def test_steps_that_are_not_finite_end_the_run(main, tmp_path, capfd):
+def test_pretrain_ends_after_consecutive_non_finite_steps(main, tmp_path, capfd):
     steep = [*ALONE, "--set", "learning_rate=1e30", "--set", "max_skipped_steps=3"]
     assert main(*steep, "--output", tmp_path) == 70
     assert "The last 3 steps up to step" in capfd.readouterr().err
@@ -384,7 +385,7 @@ def test_steps_that_are_not_finite_end_the_run(main, tmp_path, capfd):
 # ----- On other devices
 
 
-def test_a_run_of_two_processes_goes_on_with_one(main, two, tmp_path):
+def test_pretrain_resumes_a_run_of_two_processes_with_one(main, two, tmp_path):
     marker = json.loads((two() / "checkpoints" / "4" / "checkpoint.json").read_text())
     for number in (0, 1):
         assert any(f"ocdbt.process_{number}/" in name for name in marker["files"])
@@ -395,18 +396,18 @@ def test_a_run_of_two_processes_goes_on_with_one(main, two, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(two, eight):
+def test_pretrain_with_two_processes_equals_one(two, eight):
     two, eight = two(), eight()
     assert_close(two, eight, 1e-6)
-    [found], [wanted] = (
+    [found], [expected] = (
         [json.loads(line) for line in (run / "validation.jsonl").open()]
         for run in (two, eight)
     )
-    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_a_run_of_eight_devices_goes_on_with_one(main, eight, tmp_path):
+def test_pretrain_resumes_a_run_of_eight_devices_with_one(main, eight, tmp_path):
     output = rewound(eight(), tmp_path / "run")
     assert main(*TOGETHER, "--mesh", "data=1", "--output", output) == 0
     assert records(output)[:2] == records(eight())[:2]
@@ -415,11 +416,13 @@ def test_a_run_of_eight_devices_goes_on_with_one(main, eight, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=1,model=2", "fsdp=4", "fsdp=2"])
-def test_a_run_of_eight_devices_goes_on_with_fewer(start, eight, tmp_path, mesh):
+def test_pretrain_resumes_a_run_of_eight_devices_with_fewer(
+    start, eight, tmp_path, mesh
+):
     output = rewound(eight(), tmp_path / "run")
     devices = 2 if mesh == "fsdp=2" else 4
     process = start(output, [*TOGETHER, "--mesh", mesh], devices)
-    assert process.wait() == 0, process.said
+    assert process.wait() == 0, process.output
     assert records(output)[:2] == records(eight())[:2]
     assert_close(output, eight(), 1e-5)
 
@@ -427,54 +430,56 @@ def test_a_run_of_eight_devices_goes_on_with_fewer(start, eight, tmp_path, mesh)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_ends_the_other(
+def test_pretrain_ends_if_another_process_is_killed(
     start_two, two_longer, tmp_path, victim
 ):
     processes = start_two(tmp_path, *LONGER)
     processes[0].wait_until(lambda: 4 in checkpoints(tmp_path)[1])
     processes[victim].kill()
-    # JAX counts missing heartbeats, and does not look at them all the time.
+    # JAX counts missing heartbeats, and checks them at intervals.
     code = processes[1 - victim].wait(3 * HOST_TIMEOUT)
-    assert code not in (0, 75), processes[1 - victim].said
+    assert code not in (0, 75), processes[1 - victim].output
     assert 24 not in checkpoints(tmp_path)[1]
     for process in start_two(tmp_path, *LONGER):
-        assert process.wait() == 0, process.said
+        assert process.wait() == 0, process.output
     assert course(tmp_path) == course(two_longer)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("receiver", [0, 1])
-def test_a_signal_to_one_process_stops_both(start_two, two_longer, tmp_path, receiver):
+def test_pretrain_stops_all_processes_at_a_signal_to_one(
+    start_two, two_longer, tmp_path, receiver
+):
     processes = start_two(tmp_path, *LONGER)
     processes[0].wait_until(lambda: steps_logged(tmp_path) >= 2)
     processes[receiver].send(signal.SIGTERM)
     for process in processes:
-        assert process.wait() == 75, process.said
+        assert process.wait() == 75, process.output
     last = records(tmp_path)[-1]["step"]
     assert 2 <= last < 24
-    # Both have written their parts of it.
+    # Both processes have written their parts.
     assert checkpoints(tmp_path)[1][-1] == last
-    assert "Stopped by SIGTERM; all is saved." in processes[0].said
+    assert "Stopped by SIGTERM. The run is saved" in processes[0].output
     for process in start_two(tmp_path, *LONGER):
-        assert process.wait() == 0, process.said
+        assert process.wait() == 0, process.output
     assert course(tmp_path) == course(two_longer)
 
 
 @pytest.mark.slow
-def test_trouble_of_one_process_ends_both(start_two, tmp_path):
+def test_pretrain_ends_all_processes_if_one_fails(start_two, tmp_path):
     with run_directory.lock_directory(tmp_path):
         first, second = start_two(tmp_path)
-        assert first.wait() == 2, first.said
-        assert "Another process trains in" in first.said
+        assert first.wait() == 2, first.output
+        assert "Another process trains in" in first.output
         assert second.wait(3 * HOST_TIMEOUT) != 0
 
 
 # ----- The command line
 
 
-def say(*arguments, **environment):
-    """Runs the script where JAX has no device that it could use."""
+def run_without_devices(*arguments, **environment):
+    """Runs the script with a platform that JAX does not have."""
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         env={**os.environ, "JAX_PLATFORMS": "none_such", **environment},
@@ -483,15 +488,17 @@ def say(*arguments, **environment):
     )
 
 
-def test_help_needs_no_device():
-    found = say("--help")
+def test_pretrain_help_needs_no_device():
+    found = run_without_devices("--help")
     assert found.returncode == 0, found.stderr
     for text in ("--mesh AXIS=N,…", "Exit codes:\n  0   the run is complete"):
         assert text in found.stdout
 
 
-def test_the_recipe_is_shown_with_the_source_of_each_setting():
-    found = say("--preset", "7b", "--show", "--steps", "20", "--set", "seed=3")
+def test_show_prints_the_recipe_with_the_source_of_each_setting():
+    found = run_without_devices(
+        "--preset", "7b", "--show", "--steps", "20", "--set", "seed=3"
+    )
     assert found.returncode == 0, found.stderr
     rows = {line.split()[0]: line for line in found.stdout.splitlines()}
     assert rows["steps"].split() == ["steps", "20", "command", "line"]
@@ -501,7 +508,7 @@ def test_the_recipe_is_shown_with_the_source_of_each_setting():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--preset", "4b"], "Presets with a recipe: open_llama_13b, open_llama_3b"),
         ([], "required: --preset"),
@@ -513,15 +520,15 @@ def test_the_recipe_is_shown_with_the_source_of_each_setting():
         (["--preset", "nano", "--config", "/none.yaml"], "/none.yaml"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, says):
-    found = say(*arguments)
+def test_pretrain_rejects_invalid_arguments(arguments, message):
+    found = run_without_devices(*arguments)
     assert found.returncode == 2
-    assert says in found.stderr
+    assert message in found.stderr
     assert "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (
             ["--mesh", "data=3"],
@@ -532,44 +539,46 @@ def test_wrong_arguments_are_told(arguments, says):
         (["--batch-size", "6", "--mesh", "fsdp=4"], "data=2, fsdp=1, model=2"),
     ],
 )
-def test_meshes_that_fit_are_named(main, tmp_path, capfd, arguments, says):
+def test_pretrain_suggests_meshes_that_fit(main, tmp_path, capfd, arguments, message):
     assert main(*ALONE, *arguments, "--output", tmp_path / "run") == 2
-    said = capfd.readouterr().err
-    assert any(text in said for text in says.split("|")), said
+    error = capfd.readouterr().err
+    assert any(text in error for text in message.split("|")), error
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_preset_without_data_names_what_prepares_them(main, tmp_path, capfd):
+def test_pretrain_without_data_shows_how_to_prepare_it(main, tmp_path, capfd):
     output = ["--output", tmp_path / "run"]
     assert main("--preset", "3b_v3", *output, data=None) == 2
-    said = capfd.readouterr().err
-    assert "keras-openllama prepare-data --mixture" in said
-    assert "--tokenizer open_llama_3b_v3 --output DIR" in said
+    error = capfd.readouterr().err
+    assert "keras-openllama prepare-data --mixture" in error
+    assert "--tokenizer open_llama_3b_v3 --output DIR" in error
     assert main(*ALONE, *output, data=tmp_path / "none") == 2
     assert "none has no manifest.json" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_changes_of_a_run_are_refused_or_accepted(main, undisturbed, tmp_path, capfd):
-    output = shutil.copytree(undisturbed(), tmp_path / "run")
-    again = [*ALONE, "--output", output]
-    assert main(*again, "--batch-size", "8") == 2
+def test_pretrain_rejects_changed_settings_unless_accepted(
+    main, uninterrupted, tmp_path, capfd
+):
+    output = shutil.copytree(uninterrupted(), tmp_path / "run")
+    command = [*ALONE, "--output", output]
+    assert main(*command, "--batch-size", "8") == 2
     assert "batch_size was 4 and is 8" in capfd.readouterr().err
     rate = ["--set", "learning_rate=1e-3"]
-    assert main(*again, *rate) == 2
+    assert main(*command, *rate) == 2
     assert "learning_rate was 0.003 and is 0.001" in capfd.readouterr().err
-    assert main(*again, *rate, "--accept-changes") == 0
-    assert main(*again, *rate) == 0
-    assert main(*again) == 2
+    assert main(*command, *rate, "--accept-changes") == 0
+    assert main(*command, *rate) == 0
+    assert main(*command) == 2
 
 
-def test_a_profile_is_recorded(undisturbed):
-    [trace] = (undisturbed() / "profile").rglob("*.xplane.pb")
+def test_pretrain_writes_a_profile(uninterrupted):
+    [trace] = (uninterrupted() / "profile").rglob("*.xplane.pb")
     assert b"jit_step" in trace.read_bytes()
 
 
-def test_what_a_directory_holds(undisturbed):
-    output = undisturbed()
+def test_pretrain_writes_the_files_of_a_run(uninterrupted):
+    output = uninterrupted()
     assert {path.name for path in output.iterdir()} == {
         *("metrics.jsonl", "validation.jsonl", "skipped.jsonl", "samples.txt"),
         *("loss.png", "tensorboard", "checkpoints", "profile", "run.json"),
