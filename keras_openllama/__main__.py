@@ -27,7 +27,7 @@ COMMANDS = {
     "pretrain": "pretrain a model, or estimate time and memory (--plan)",
     "finetune": "fine-tune a model on examples: LoRA adapters or all weights",
     "plot": "plot the loss of training runs",
-    "evaluate": "evaluate tasks, perplexity and HumanEval beside published results",
+    "evaluate": "evaluate tasks, perplexity and HumanEval; compare evaluations",
     "lm-eval": "run lm-evaluation-harness on a model",
 }
 

@@ -1,4 +1,4 @@
-"""Set-up common to all tests."""
+"""Setup of all tests."""
 
 import gc
 import os
@@ -8,19 +8,19 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-# Nothing may be fetched from the real Hub; tests that download name their own server.
+# No access to the real Hub: tests that download use a local server.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# The TPU compiler, where the Makefile puts it, is for plans; no test looks for a TPU.
+# The Makefile installs the TPU compiler for plans; JAX must not search for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.append(str(Path(sys.prefix, "tpu-compiler")))
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [os.environ.get("PYTHONPATH"), sys.path[-1]])
 )
 
-# Most of the time goes into compilation, and many models have the same programs. They
-# are shared with the processes that tests start, and with the other parts of
+# Compilation takes most of the time, and many models have the same programs. The cache
+# is shared with processes that tests start and with the other parts of
 # `run_backends.py`, but not with the user's cache.
 if "TESTS_COMPILATION_CACHE" not in os.environ:
     _directory = tempfile.TemporaryDirectory(
@@ -37,12 +37,12 @@ import keras
 import pytest
 from seeding import set_random_seed
 
-# What a shell starts in the background ignores Ctrl-C, and so would what tests start.
+# Background processes of a shell ignore Ctrl-C, and so would processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector what the imports have made."""
+    """Excludes the objects of the imports from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -55,21 +55,21 @@ def _delete_attribute_without_collection(self, name):
         _delete_attribute(self, name)
 
 
-# Keras collects garbage after each layer that it quantizes, and looks at every object
-# that earlier tests have left each time: a minute for some tests on TensorFlow. Python
-# still collects by itself.
+# Keras collects garbage after each quantized layer. With the objects of earlier tests,
+# that takes a minute for some tests on TensorFlow. Python's automatic collection stays
+# enabled.
 keras.Layer.__delattr__ = _delete_attribute_without_collection
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
-    """Each test draws the same numbers, whichever run before it."""
+    """Seeds each test, so that random numbers do not depend on earlier tests."""
     set_random_seed(0)
 
 
 @pytest.fixture(scope="module")
 def compile_fast():
-    """For JAX: half the time goes into programs that each run a few times."""
+    """Disables most optimizations of JAX, for programs that run a few times only."""
     if keras.config.backend() != "jax":
         yield
         return

@@ -1,23 +1,23 @@
-"""Runs the tests once for each Keras backend, and adds the results up.
+"""Runs the tests with each Keras backend, and summarizes the results.
 
     python tests/run_backends.py [--slow] [--backends jax,torch] [pytest arguments]
 
-The tests are divided into parts, of which two run at a time, as most tests keep one
-core busy. A part is a process, so its memory is freed when it ends: TensorFlow keeps
-each program that it has compiled. A line tells of each part that has ended; the output
-is shown of those that failed.
+The tests are divided into parts. Two parts run at a time, since most tests use one
+core. A part is a process, so that its memory is freed when it ends: TensorFlow never
+frees compiled programs. Each part prints a line when it ends, with its output if it
+failed.
 
-JAX, the default backend, runs everything. TensorFlow and PyTorch leave out the tests
-marked `backend_free`, whose answer cannot depend on the backend. TensorFlow traces and
-compiles each model anew: tests marked `slow_on_tensorflow`, whose code PyTorch runs
-too, run there with `--slow` only.
+JAX, the default backend, runs all tests. TensorFlow and PyTorch skip the tests marked
+`backend_free`, whose results cannot depend on the backend. TensorFlow traces and
+compiles each model again: tests marked `slow_on_tensorflow`, whose code PyTorch also
+runs, run on TensorFlow with `--slow` only.
 
-A part that runs no test at all counts as failed, unless pytest arguments narrowed the
-choice: then there is one part for each backend.
+A part that runs no test counts as failed, unless pytest arguments select tests: then
+there is one part for each backend.
 
-Most of the time of the tests on JAX is compilation. All parts share one directory of
-compiled programs. Without `--slow`, LLVM does not optimize what JAX compiles, except in
-the part of `OPTIMIZED`, where numbers are compared closely, and costs of programs.
+On JAX, compilation takes most of the time. All parts share one directory of compiled
+programs. Without `--slow`, LLVM does not optimize JAX's programs, except in the part
+`OPTIMIZED`, which compares numbers with tight tolerances and costs of programs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("jax", "tensorflow", "torch")
-# The directories of each part. One more part for each backend has everything else.
+# The directories of each part. Another part for each backend has all other tests.
 DIRECTORIES = {
     "jax": (
         ("cli", "runs"),
@@ -45,7 +45,7 @@ DIRECTORIES = {
     "torch": (),
 }
 OPTIMIZED = ("parity", "planning")
-# What takes longest begins first, in this order: both cores are busy to the end.
+# The longest parts start first, in this order, so that both cores are busy.
 FIRST = (
     "jax: training",
     "jax: cli",
@@ -71,7 +71,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a part; `tests` has a `(seconds, name)` for each test."""
+    """Result of a part; `tests` has a `(seconds, name)` for each test."""
 
     exit_code: int
     counts: dict[str, int]
@@ -81,7 +81,7 @@ class Result:
 
 
 def parts_of(backend, pytest_arguments=(), slow=False):
-    """Returns the parts of one backend, which have each test file once.
+    """Returns the parts of one backend; each test file is in one part.
 
     Args:
         backend: string.
@@ -106,13 +106,13 @@ def parts_of(backend, pytest_arguments=(), slow=False):
 
 
 def place(part):
-    """Returns where a part stands in the order of `FIRST`."""
+    """Returns the position of a part in `FIRST`."""
     starts = [part.name.startswith(first) for first in FIRST]
     return starts.index(True) if True in starts else len(FIRST)
 
 
 def marker_expression(backend, slow):
-    """Returns what pytest's `-m` is given for one backend.
+    """Returns the value of pytest's `-m` for one backend.
 
     >>> marker_expression("torch", slow=False)
     'not slow and not backend_free'
@@ -141,7 +141,7 @@ def run(part, slow, cache):
         **os.environ,
         "KERAS_BACKEND": part.backend,
         "TESTS_COMPILATION_CACHE": str(cache),
-        # Two processes with a thread for each core would wait for each other.
+        # Two processes with one thread per core would slow each other down.
         "OMP_NUM_THREADS": "1",
         "TF_NUM_INTRAOP_THREADS": "1",
         "TF_NUM_INTEROP_THREADS": "1",
@@ -175,7 +175,7 @@ def read_report(report):
     """
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     tests = []
-    if report.exists():  # A pytest that died early writes none.
+    if report.exists():  # A crashed pytest writes none.
         for suite in ElementTree.parse(report).iter("testsuite"):
             failed = int(suite.get("failures")) + int(suite.get("errors"))
             skipped = int(suite.get("skipped"))
@@ -189,7 +189,7 @@ def read_report(report):
 
 
 def summary(part, result, narrowed):
-    """Returns whether a part is good, and a line on it."""
+    """Returns whether a part passed, and a line about it."""
     counts = result.counts
     good = result.exit_code == 0 and counts["passed"] > 0
     if result.exit_code == NO_TESTS_COLLECTED and narrowed:

@@ -78,7 +78,7 @@ def test_pretrain_on_tpu_guide_resumes_and_generates(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_zero_guide_learns_and_exports_the_model(tmp_path, monkeypatch):
-    # It trains for so many steps that optimized programs are worth their compilation.
+    # It trains long enough for optimized programs to pay off.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     guide = run_guide("from_zero", tmp_path, monkeypatch)
     assert guide["after"]["loss"] < guide["before"]["loss"] / 3

@@ -133,6 +133,6 @@ def show_warning(
 ) -> None:
     """Prints a warning in one line without its source location.
 
-    It replaces `warnings.showwarning`, which says what the arguments are.
+    It replaces `warnings.showwarning` and has its arguments.
     """
     print(f"{PROGRAM}: {one_line(message)}", file=file or sys.stderr)

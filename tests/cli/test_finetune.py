@@ -185,7 +185,7 @@ def test_finetune_resumes_bit_exactly_after_a_signal(
 # ----- Errors
 
 
-def refused(capsys, *arguments):
+def error_of(capsys, *arguments):
     try:
         code = finetune().main(list(arguments))
     except SystemExit as error:
@@ -199,10 +199,12 @@ def test_finetune_rejects_changed_settings_of_a_run(arguments, data, tmp_path, c
     more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     changed = arguments(data, tmp_path, "--lora-rank", 3, *more[2:])
-    assert "lora_rank was 2 and is 3" in refused(capsys, *changed)
+    assert "lora_rank was 2 and is 3" in error_of(capsys, *changed)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("cold", "warm"))
-    assert "data was {'examples'" in refused(capsys, *arguments(other, tmp_path, *more))
+    assert "data was {'examples'" in error_of(
+        capsys, *arguments(other, tmp_path, *more)
+    )
 
 
 @pytest.mark.backend_free
@@ -251,7 +253,7 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
 def test_finetune_rejects_invalid_arguments(
     more, message, arguments, data, tmp_path, capsys
 ):
-    assert message in refused(capsys, *arguments(data, tmp_path / "run", *more))
+    assert message in error_of(capsys, *arguments(data, tmp_path / "run", *more))
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -365,7 +367,7 @@ def test_from_preset_loads_full_finetuning_runs_and_explains_lora_runs(
 @pytest.mark.parametrize("kind", ["lora", "all"])
 def test_finetune_rejects_runs_of_version_0_1(kind, arguments, data, tmp_path, capsys):
     run = shutil.copytree(RUNS_0_1 / kind, tmp_path / "run")
-    assert "fine-tuning run of keras_openllama 0.1" in refused(
+    assert "fine-tuning run of keras_openllama 0.1" in error_of(
         capsys, *arguments(data, run, "--lora-rank", 2)
     )
     with pytest.raises(ValueError, match=r"fine-tuning run .*run/model"):

@@ -60,7 +60,7 @@ def test_causal_self_attention_with_a_cache_equals_without(heads, head_dim):
     x = ops.convert_to_tensor(random(2, 6, 32))
     positions = ops.arange(6)[None]
     cos, sin = RotaryEmbedding(head_dim)(positions)
-    whole = layer(x, cos, sin, causal_mask(positions))
+    expected = layer(x, cos, sin, causal_mask(positions))
     cache = tuple(ops.zeros((heads[1] * 2, 6, head_dim)) for _ in "kv")
     for start, end in ((0, 3), (3, 4), (4, 6)):  # A chunk, a single token, a chunk.
         now = slice(start, end)
@@ -77,7 +77,7 @@ def test_causal_self_attention_with_a_cache_equals_without(heads, head_dim):
         )
         cache = cache if keras.config.backend() == "torch" else seen
         np.testing.assert_allclose(
-            ops.convert_to_numpy(y), ops.convert_to_numpy(whole[:, now]), atol=1e-5
+            ops.convert_to_numpy(y), ops.convert_to_numpy(expected[:, now]), atol=1e-5
         )
 
 
@@ -99,14 +99,14 @@ def test_attend_blockwise_equals_attend_cached(
     bias[0, :, : start // 2] = MASKED_SCORE  # A gap in one sequence.
     arrays = [ops.convert_to_tensor(a.astype("float32")) for a in (query, key, value)]
     bias = ops.convert_to_tensor(bias.astype("float32"))
-    whole = attend_cached(*arrays, bias)
+    expected = attend_cached(*arrays, bias)
     # Unused columns must not be read.
     arrays[2] = ops.where(
         ops.arange(columns)[None, :, None] < start + 5, arrays[2], 9.0
     )
     blocks = attend_blockwise(*arrays, bias, start + length)
     np.testing.assert_allclose(
-        ops.convert_to_numpy(blocks), ops.convert_to_numpy(whole), atol=1e-5
+        ops.convert_to_numpy(blocks), ops.convert_to_numpy(expected), atol=1e-5
     )
 
 

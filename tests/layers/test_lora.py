@@ -193,23 +193,23 @@ def test_irreversible_merge_lora_gives_a_plain_model(tmp_path):
     with pytest.raises(ValueError, match="no merged adapters to restore"):
         lm.backbone.unmerge_lora()
     lm.save_to_preset(str(tmp_path))
-    again = type(lm).from_preset(str(tmp_path), preprocessor=None)
-    np.testing.assert_allclose(logits_of(again), logits, atol=1e-4)
+    restored = type(lm).from_preset(str(tmp_path), preprocessor=None)
+    np.testing.assert_allclose(logits_of(restored), logits, atol=1e-4)
     lm.backbone.enable_lora(2)
     assert len(fit(lm)) == 2
 
 
-@pytest.mark.parametrize("ask", ["predict", "evaluate", "predict_on_batch"])
-def test_enable_and_merge_lora_take_effect_in_compiled_functions(ask):
+@pytest.mark.parametrize("method", ["predict", "evaluate", "predict_on_batch"])
+def test_enable_and_merge_lora_take_effect_in_compiled_functions(method):
     lm = random_lm(SHAPE)
     lm.compile()
     x = {"token_ids": batch(SHAPE), "padding_mask": np.ones_like(batch(SHAPE))}
 
     def found():
-        if ask == "evaluate":
+        if method == "evaluate":
             return lm.evaluate(x, batch(SHAPE), verbose=0)[0]
-        options = {"verbose": 0} if ask == "predict" else {}
-        return ops.convert_to_numpy(getattr(lm, ask)(x, **options))
+        options = {"verbose": 0} if method == "predict" else {}
+        return ops.convert_to_numpy(getattr(lm, method)(x, **options))
 
     plain = found()
     lm.backbone.enable_lora(3)
@@ -277,10 +277,10 @@ def test_save_adapters_and_load_adapters_round_trip(targets, tmp_path):
     size = 4 * sum(int(np.prod(v.shape)) for v in lm.trainable_variables)
     written = (tmp_path / "adapters" / "adapter_model.safetensors").stat().st_size
     assert size < written < size + 10_000
-    again = random_lm(SHAPE)
-    again.load_adapters(tmp_path / "adapters")
-    np.testing.assert_array_equal(logits_of(again), logits_of(lm))
-    assert {v.path for v in again.trainable_variables} == {
+    restored = random_lm(SHAPE)
+    restored.load_adapters(tmp_path / "adapters")
+    np.testing.assert_array_equal(logits_of(restored), logits_of(lm))
+    assert {v.path for v in restored.trainable_variables} == {
         v.path for v in lm.trainable_variables
     }
     other = make_lm(targets=targets, seed=0)
@@ -304,8 +304,8 @@ def test_peft_loads_saved_adapters_with_equal_logits(targets, tmp_path):
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapters")
     with torch.no_grad():
         expected = theirs(torch.from_numpy(batch(SHAPE)).long()).logits.numpy()
-    ours = logits_of(lm)
-    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+    found = logits_of(lm)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.slow_on_tensorflow

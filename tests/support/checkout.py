@@ -1,4 +1,4 @@
-"""Where the checkout is, for tests that run its files."""
+"""Path of the checkout, for tests that run its files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Files as EasyLM and Flax write them, and arrays to put into them."""
+"""Files in the formats of EasyLM and Flax, and arrays to write."""
 
 import flax.serialization
 import flax.traverse_util
@@ -14,7 +14,7 @@ DTYPES = {
 
 
 def some_arrays(dtype="float32", large=300):
-    """Arrays by key whose sizes need each length of header."""
+    """Arrays by key, with sizes that need every length of header."""
     random = np.random.default_rng(0)
     shapes = {
         ("transformer", "wte", "embedding"): (large, 300),
@@ -31,7 +31,7 @@ def some_arrays(dtype="float32", large=300):
 
 
 def write_stream(path, arrays):
-    """What EasyLM's `save_train_state_to_file` does."""
+    """Writes a train state as EasyLM's `save_train_state_to_file`."""
     packer = msgpack.Packer()
     with open(path, "wb") as file:
         for key, value in arrays.items():

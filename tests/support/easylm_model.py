@@ -23,7 +23,7 @@ def read_stream(path, prefix=()):
 
 
 def logits(arrays, token_ids, heads, key_value_heads, theta=10000.0, epsilon=1e-6):
-    """Logits `(length, vocabulary)` of one row of token ids."""
+    """Returns the logits `(length, vocabulary)` of one sequence of token ids."""
     weights = {name: array.astype(np.float64) for name, array in arrays.items()}
     layers = 1 + max(int(n.split("/")[2]) for n in weights if "/h/" in n)
     x = weights["transformer/wte/embedding"][token_ids]
@@ -72,5 +72,5 @@ def _rotate(x, theta):
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     angles = np.outer(np.arange(len(x)), frequencies)
     pairs = x[..., 0::2] + 1j * x[..., 1::2]
-    turned = pairs * np.exp(1j * angles)[:, None]
-    return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+    rotated = pairs * np.exp(1j * angles)[:, None]
+    return np.stack([rotated.real, rotated.imag], -1).reshape(x.shape)

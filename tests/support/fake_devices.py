@@ -1,4 +1,4 @@
-"""Programs that run on eight devices, which a CPU makes believe to be."""
+"""Programs that run on eight simulated CPU devices."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from checkout import ROOT
 
 
 def run_on_eight_devices(program, *arguments):
-    """Runs a program of Python in a process of its own, on JAX with eight devices.
+    """Runs a Python program in a separate process, on JAX with eight devices.
 
     Args:
         program: string, its source.

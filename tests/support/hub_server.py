@@ -1,4 +1,4 @@
-"""A server on this machine that answers as the Hugging Face Hub does."""
+"""A local server with the API of the Hugging Face Hub."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ class HubServer:
 
     Attributes:
         endpoint: the server's address, for `HF_ENDPOINT`.
-        requests: list of (method, path) of what was asked.
+        requests: list of (method, path) of the requests.
         break_after: dict, name of a file to how many bytes of its body are sent before
             the connection is closed, once for each entry of the list.
         gated: names of repositories that need a log-in.
@@ -29,7 +29,7 @@ class HubServer:
         self.down = False
 
     def publish(self, repository, files, branch="main"):
-        """Makes a commit of a repository.
+        """Creates a commit of a repository.
 
         Args:
             repository: string, `user/name`.
@@ -47,7 +47,7 @@ class HubServer:
         return commit
 
     def downloads(self):
-        """Names of the files whose bodies were asked for, in order."""
+        """Names of the downloaded files, in order."""
         return [
             path.rsplit("/", 1)[1]
             for method, path in self.requests
@@ -74,7 +74,7 @@ class HubServer:
             thread.join()
 
     def find(self, repository, revision):
-        """Commit and files of a revision; `(None, None)` where there is none."""
+        """Commit and files of a revision, or `(None, None)`."""
         commit = self._branches[repository].get(revision, revision)
         return commit, self._commits[repository].get(commit)
 
@@ -130,8 +130,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
         }
         status, start = 200, 0
-        if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
+        if byte_range := self.headers.get("Range"):
+            start = int(byte_range.removeprefix("bytes=").split("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             status = 206
         limits = self.server_hub.break_after.get(name)

@@ -1,4 +1,4 @@
-"""Made-up documents of tasks of lm-evaluation-harness, as their data sets have them."""
+"""Synthetic documents of tasks of lm-evaluation-harness, with their fields."""
 
 import json
 import random
@@ -11,7 +11,7 @@ WORDS = sorted(
 
 
 def write_tasks(directory, count=12, seed=0):
-    """Writes documents as `keras-openllama evaluate --data` takes them.
+    """Writes documents for `keras-openllama evaluate --data`.
 
     Args:
         directory: path, made if it is not there.
@@ -32,7 +32,7 @@ def write_tasks(directory, count=12, seed=0):
 
 
 def write_own_task(directory, documents):
-    """Writes `mine.yaml`, a task of one's own with questions like boolq's.
+    """Writes `mine.yaml`, a user-defined task with questions like boolq's.
 
     Args:
         directory: path.

@@ -1,4 +1,4 @@
-"""Real text that every installation has, in the formats that sources come in."""
+"""Real text of every Python installation, in the formats of text sources."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,7 @@ def prose():
 
 
 def web():
-    """What installed packages say of themselves, a list of strings."""
+    """Descriptions of installed packages, a list of strings."""
     found = importlib.metadata.distributions()
     described = {d.name: d.metadata.get_payload() or "" for d in found}
     return [described[name] for name in sorted(described)]
@@ -45,7 +45,7 @@ def write_parquet(path, texts, field="content", group=50):
 
 
 def write_tfds(data_dir, splits, name="prose"):
-    """Makes a data set of TensorFlow Datasets, and returns its directory as a string.
+    """Creates a data set of TensorFlow Datasets; returns its directory as a string.
 
     Args:
         data_dir: path.

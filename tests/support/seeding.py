@@ -6,7 +6,7 @@ from keras_openllama.backend.keras_hub import without_tensorflow
 
 
 def set_random_seed(seed):
-    """`keras.utils.set_random_seed`, which imports TensorFlow just to seed it.
+    """`keras.utils.set_random_seed` without importing TensorFlow only to seed it.
 
     That takes two seconds of each process that has no other use for TensorFlow.
     """

@@ -1,4 +1,4 @@
-"""A file system that is too small, mounted for real."""
+"""A mounted file system of limited size."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(directory):
-    """Yields a function that mounts a disk of so many kilobytes, or resizes it.
+    """Yields a function that mounts or resizes a disk of a size in kilobytes.
 
     The function returns the directory. Where it may not mount, the test is skipped.
 
@@ -28,5 +28,5 @@ def small_disk(directory):
 
     yield mount
     if os.path.ismount(directory):
-        # Files of what has failed may be open still.
+        # Files of failed code may still be open.
         subprocess.run(["umount", "--lazy", str(directory)], check=True)

@@ -38,13 +38,13 @@ SHAPES = (
     TinyShape("multi_head", 4, 4, 16),
     TinyShape("head_dim_100", 2, 2, 100, hidden_dim=200),
     TinyShape("grouped_heads", 6, 2, 16, hidden_dim=96),
-    # Heads that together are not as wide as the network.
+    # The heads' total width differs from the width of the network.
     TinyShape("grouped_head_dim_100", 4, 1, 100, num_layers=3),
 )
 
 
 def in_transformers(shape, **config):
-    """A `LlamaForCausalLM` in float32 whose logits are well apart."""
+    """A `LlamaForCausalLM` in float32 with clearly separated logits."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -59,7 +59,7 @@ def in_transformers(shape, **config):
             rms_norm_eps=1e-6,
             # Large enough that the next token is a clear choice, so that greedy
             # decoding tests the model and not its rounding; small enough that layers
-            # do not blow rounding up.
+            # do not amplify rounding errors.
             initializer_range=0.08,
             bos_token_id=1,
             eos_token_id=2,
@@ -68,7 +68,7 @@ def in_transformers(shape, **config):
     ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:  # Ones would hide a norm that forgets its scale.
+            if "norm" in name:  # Ones would hide a missing scale.
                 weight.add_(0.2 * torch.randn_like(weight))
     return model
 
@@ -86,24 +86,24 @@ def batch(shape, batch_size=3, length=12, seed=0):
 
 
 def right_padding(lengths, length):
-    """A padding mask with the given number of real tokens in each row."""
+    """A padding mask with the given number of real tokens in each sequence."""
     return np.arange(length)[None] < np.asarray(lengths)[:, None]
 
 
-def assert_close(ours, theirs, where=""):
-    """Equal within 1e-5 of the largest value of the reference, or of 1."""
-    ours = keras.ops.convert_to_numpy(ours)
-    theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else theirs
-    assert ours.shape == theirs.shape, where
-    tolerance = 1e-5 * max(1.0, np.abs(theirs).max())
-    assert np.abs(ours - theirs).max() <= tolerance, (
-        f"{where}: differs by {np.abs(ours - theirs).max():.2e}, "
+def assert_close(found, expected, where=""):
+    """Asserts equality within 1e-5 of the largest expected value, or of 1."""
+    found = keras.ops.convert_to_numpy(found)
+    expected = expected.detach().numpy() if hasattr(expected, "detach") else expected
+    assert found.shape == expected.shape, where
+    tolerance = 1e-5 * max(1.0, np.abs(expected).max())
+    assert np.abs(found - expected).max() <= tolerance, (
+        f"{where}: differs by {np.abs(found - expected).max():.2e}, "
         f"and {tolerance:.2e} is allowed"
     )
 
 
 def random_lm(shape, proto=None, seed=0, **options):
-    """One of our models with random weights, norms included.
+    """A model of this package with random weights, norms included.
 
     Args:
         shape: `TinyShape`; with a tokenizer its vocabulary is the tokenizer's.

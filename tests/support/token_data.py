@@ -1,4 +1,4 @@
-"""Prepared data for the tests: small documents that tell where they are from."""
+"""Prepared data for the tests: small documents that name their source."""
 
 import json
 
@@ -10,7 +10,7 @@ SOURCES = ("web", "code", "books")
 
 
 def texts(source, count):
-    """Documents that are all different, of lengths that vary by source."""
+    """Distinct documents, with lengths that depend on the source."""
     words = {"web": 7, "code": 23, "books": 90}[source]
     return [
         f"{source} {number}: " + "token data " * (1 + number * 13 % words)
@@ -19,7 +19,7 @@ def texts(source, count):
 
 
 def prepare_sources(directory, counts, mixture=None, **options):
-    """Prepares so many documents of each source.
+    """Prepares a number of documents of each source.
 
     Args:
         directory: path; the sources go into it, and the data into its `data`.

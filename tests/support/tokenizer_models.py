@@ -1,7 +1,7 @@
 """SentencePiece models for the tests, laid out as LLaMA's.
 
 Two are trained here in a fraction of a second, from text that every machine has; one
-of 32000 pieces comes with the package mistral-common.
+of 32000 pieces is part of the package mistral-common.
 """
 
 import functools
@@ -61,6 +61,6 @@ def trained_model(keep_spaces, vocab_size=512):
 
 @functools.cache
 def large_model():
-    """Returns the bytes of a real model of 32000 pieces that keeps spaces."""
+    """Returns the bytes of a real model of 32000 pieces that preserves spaces."""
     data = importlib.resources.files("mistral_common") / "data"
     return (data / "tokenizer.model.v1").read_bytes()
