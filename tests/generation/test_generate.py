@@ -519,7 +519,7 @@ IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}
         ({**IDS, "token_ids": np.array([[1, 5, -1]])}, {}, "-1"),
         ({**IDS, "token_ids": np.array([[1.0, 5.0, 2.0]])}, {}, "float"),
         ({**IDS, "padding_mask": np.ones((1, 2))}, {}, r"shape \(1, 2\)"),
-        ({**IDS, "padding_mask": np.zeros((1, 3))}, {}, r"rows \[0\]"),
+        ({**IDS, "padding_mask": np.zeros((1, 3))}, {}, r"sequences \[0\]"),
         ({**IDS, "padding_mask": np.array([[0, 1, 1]])}, {}, "on the right"),
     ],
     ids=str,
