@@ -77,7 +77,7 @@ def backbone_arguments(
     missing = [name for name in _REQUIRED.values() if name not in config]
     if missing:
         raise ValueError(f"{path} does not set {', '.join(missing)}.")
-    arguments = {ours: config[theirs] for ours, theirs in _REQUIRED.items()}
+    arguments = {name: config[setting] for name, setting in _REQUIRED.items()}
     wavelength, scaling = _rope(config, path)
     arguments.update(
         num_key_value_heads=config.get("num_key_value_heads"),

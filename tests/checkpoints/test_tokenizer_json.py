@@ -48,7 +48,7 @@ def texts():
         found.update(text.split("\n\n"))
     for length in range(
         1, 201
-    ):  # Runs of white space, alone, before, after and inside text.
+    ):  # Runs of white space: separate, before, after and inside text.
         run = " " * length
         found.update((run, run + "x", "x" + run, f"x{run}y", f"\n{run}def f():\n"))
         found.update(

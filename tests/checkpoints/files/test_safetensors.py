@@ -121,7 +121,7 @@ def test_read_safetensors_detects_flipped_bytes_in_the_header(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file({"x": np.ones(9), "y": np.ones((2, 3))}, path)
     data = path.read_bytes()
-    refused = 0
+    rejected = 0
     header_end = len(data) - 15 * 8
     for position in range(header_end):
         for flip in (0xFF, 0x01):
@@ -131,8 +131,8 @@ def test_read_safetensors_detects_flipped_bytes_in_the_header(tmp_path):
             try:
                 tensors = safetensors_files.read_safetensors(path)
             except ValueError as error:
-                refused += 1
+                rejected += 1
                 assert str(path) in str(error)
             else:
                 assert sum(t.nbytes for t in tensors.values()) == 15 * 8
-    assert refused > header_end
+    assert rejected > header_end

@@ -57,13 +57,13 @@ def test_read_torch_file_reads_every_dtype_bit_exactly(tmp_path, dtype):
 
 
 def test_read_torch_file_reads_views_with_strides_and_offsets(tmp_path):
-    whole = torch.arange(120.0).reshape(4, 5, 6)
+    full = torch.arange(120.0).reshape(4, 5, 6)
     views = {
-        "whole": whole,
-        "transposed": whole.transpose(0, 2),
-        "part": whole[1:3, ::2, 3:],
-        "row": whole[2, 3],
-        "repeated": whole[0, 0, :1].expand(3, 4),
+        "full": full,
+        "transposed": full.transpose(0, 2),
+        "part": full[1:3, ::2, 3:],
+        "row": full[2, 3],
+        "repeated": full[0, 0, :1].expand(3, 4),
         "number": torch.tensor(7.0),
         "empty": torch.zeros(0, 3),
     }
@@ -336,7 +336,7 @@ def test_read_torch_file_names_a_truncated_file(tmp_path):
 
 def test_read_torch_file_detects_flipped_bytes_or_keeps_all_sizes(tmp_path):
     path, data, expected = complete_file(tmp_path)
-    refused = 0
+    rejected = 0
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 0xFF
@@ -344,7 +344,7 @@ def test_read_torch_file_detects_flipped_bytes_or_keeps_all_sizes(tmp_path):
         try:
             tensors = torch_zip.read_torch_file(path)
         except ValueError as error:
-            refused += 1
+            rejected += 1
             assert str(path) in str(error)
             continue
         # The byte was part of a date, a name, or a tensor value.
@@ -355,4 +355,4 @@ def test_read_torch_file_detects_flipped_bytes_or_keeps_all_sizes(tmp_path):
         )
         assert [a.shape for a in arrays.values()] == [(8, 16), (100,)]
         assert differing <= 1
-    assert refused > 100
+    assert rejected > 100
