@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from keras_openllama.data.prepared_data import Documents, PreparedData
 from keras_openllama.data.token_stream import TokenStream
+from keras_openllama.utils import plots
 from keras_openllama.utils.types import PathLike
 
 if TYPE_CHECKING:
@@ -144,35 +145,49 @@ def draw_overview(
     """
     weights = stream.mixture.weights_at(step)
     names = sorted(stream.sources, key=lambda name: weights.get(name, 0))
-    figure = Figure(figsize=(11, 1.8 + 0.45 * max(5, len(names))), layout="constrained")
-    bars, lengths = figure.subplots(1, 2)
+    with plots.style():
+        figure = Figure(figsize=(12.5, 1.8 + 0.45 * max(5, len(names))))
+        bars, lengths = figure.subplots(1, 2)
+        _draw_mixture(bars, names, weights, measured)
+        _draw_lengths(lengths, names, stream)
+        plots.save(figure, path)
+
+
+def _draw_mixture(axes, names, weights, measured):
     places = np.arange(len(names))
     for offset, shares, label, color in (
         (0.2, weights, "weights", "#9aa5b1"),
-        (-0.2, measured, "measured", "#2563eb"),
+        (-0.2, measured, "measured", "C0"),
     ):
         values = [100 * shares.get(name, 0.0) for name in names]
-        drawn = bars.barh(places + offset, values, 0.38, label=label, color=color)
-        bars.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
-    bars.set_yticks(places, names)
-    bars.set_xlabel("share of the tokens (%)")
-    bars.set_title("Mixture")
-    bars.margins(x=0.12)
-    bars.legend(loc="lower right")
+        drawn = axes.barh(places + offset, values, 0.38, label=label, color=color)
+        axes.bar_label(drawn, fmt="%.2f", padding=3, fontsize=9)
+    axes.set_yticks(places, names)
+    axes.set_xlabel("share of the tokens (%)")
+    axes.set_title("Weights of the mixture and measured shares")
+    axes.margins(x=0.12)
+    axes.grid(visible=False, axis="y")
+    axes.legend(loc="lower right")
+
+
+def _draw_lengths(axes, names, stream):
     edges = np.geomspace(*_LENGTH_RANGE, _BINS + 1)
     for name in reversed(names):
         counts = length_histogram(stream.data.documents(name, stream.split), edges)
-        lengths.stairs(100 * counts / counts.sum(), edges, label=name, linewidth=1.5)
-    lengths.axvline(
-        stream.sequence_length, color="black", linewidth=0.8, linestyle="--"
+        axes.stairs(100 * counts / counts.sum(), edges, label=name, linewidth=1.5)
+    axes.axvline(
+        stream.sequence_length,
+        color="black",
+        linewidth=1,
+        linestyle="--",
+        label="sequence length",
     )
-    lengths.set_xscale("log")
-    lengths.set_xlabel("tokens in a document (dashed: the sequence length)")
-    lengths.set_ylabel("share of the documents (%)")
-    lengths.set_title("Document lengths")
-    lengths.set_xlim(_used_range(lengths, edges, stream))
-    lengths.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens in a document")
+    axes.set_ylabel("share of the documents (%)")
+    axes.set_title("Document lengths")
+    axes.set_xlim(_used_range(axes, edges, stream))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def length_histogram(documents: Documents, edges: np.ndarray) -> np.ndarray:

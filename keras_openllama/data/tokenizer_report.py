@@ -134,21 +134,24 @@ def draw_chart(report: dict[str, Any]) -> bytes:
     """
     from matplotlib.figure import Figure
 
+    from keras_openllama.utils import plots
+
     groups = _groups(report)
     width = 0.8 / len(report["tokenizers"])
-    figure = Figure(figsize=(max(6, 1.6 * len(groups) + 1), 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, measured) in enumerate(report["tokenizers"].items()):
-        values = [_values(measured)[group] for group in groups]
-        places = [group + (number + 0.5) * width - 0.4 for group in range(len(groups))]
-        bars = axes.bar(places, values, 0.92 * width, label=_label(name, measured))
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylabel("bytes per token, held-out text")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
+    with plots.style():
+        figure = Figure(figsize=(max(7, 1.6 * len(groups) + 1), 4.2))
+        axes = figure.subplots()
+        for number, (name, measured) in enumerate(report["tokenizers"].items()):
+            values = [_values(measured)[group] for group in groups]
+            left = (number + 0.5) * width - 0.4
+            places = [group + left for group in range(len(groups))]
+            bars = axes.bar(places, values, 0.92 * width, label=_label(name, measured))
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+        axes.set_title("Compression of held-out text (more is better)")
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel("bytes per token")
+        axes.grid(visible=False, axis="x")
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.savefig(png, format="png")
     return png.getvalue()

@@ -2,6 +2,7 @@
 
 import matplotlib
 import pytest
+from checkout import ROOT
 from matplotlib.figure import Figure
 
 from keras_openllama.utils import plots
@@ -39,3 +40,15 @@ def test_save_refuses_other_formats(tmp_path):
         ValueError, match=r"must end in \.png or \.svg\. Received.*a\.pdf"
     ):
         plots.save(Figure(), tmp_path / "a.pdf")
+
+
+def test_every_module_that_draws_uses_the_style():
+    paths = [
+        path
+        for folder in ("keras_openllama", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "plots.py"
+        and "= Figure(" in (source := path.read_text("utf-8"))
+        and "plots.style()" not in source
+    ]
+    assert paths == []

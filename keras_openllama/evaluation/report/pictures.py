@@ -1,6 +1,5 @@
 """Bar charts of measured and published metrics."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +20,8 @@ from keras_openllama.evaluation.report.measurements import (
     unpublished_keys,
 )
 from keras_openllama.evaluation.report.published import Metric
-from keras_openllama.utils import files
+from keras_openllama.utils import plots
 from keras_openllama.utils.types import PathLike
-
-_GRAY = "#6b7280"
 
 
 def draw_chart(runs: Sequence[dict[str, Any]], path: PathLike):
@@ -40,12 +37,8 @@ def draw_chart(runs: Sequence[dict[str, Any]], path: PathLike):
             has a value between 0 and 1.
         OSError: if the file cannot be written.
     """
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in (".png", ".svg"):
-        raise ValueError(f"`path` must end in .png or .svg. Received: {str(path)!r}")
-    figure = make_figure(runs)
-    with files.atomic_write(path) as unfinished:
-        figure.savefig(unfinished, format=ending[1:], dpi=150)
+    plots.check_format(path)
+    plots.save(make_figure(runs), path)
 
 
 def metrics_to_draw(
@@ -81,22 +74,23 @@ def make_figure(runs: Sequence[dict[str, Any]]) -> Figure:
     # In inches. The bars of a single run are thicker.
     thickness = 0.22 if len(runs) == 1 else 0.15
     band = thickness * len(runs) + 0.14
-    figure = Figure(figsize=(8, 1.6 + band * len(drawn)), layout="constrained")
-    axes = figure.subplots()
     step = thickness / band
-    for number, run in enumerate(runs):
-        offset = (number - (len(runs) - 1) / 2) * step
-        _draw_run(axes, drawn, run, offset, step, f"C{number}")
-    axes.set_yticks(range(len(drawn)), [label for label, _, _ in drawn])
-    axes.set_ylim(len(drawn) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlim(0, 1)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(textwrap.fill(", ".join(run_names(runs)), 70), fontweight="bold")
-    axes.set_title(describe_limits(runs), loc="right", fontsize=8, color=_GRAY)
-    _add_legend(figure, runs, drawn)
+    with plots.style():
+        figure = Figure(figsize=(8, 1.9 + band * len(drawn)))
+        axes = figure.subplots()
+        for number, run in enumerate(runs):
+            offset = (number - (len(runs) - 1) / 2) * step
+            _draw_run(axes, drawn, run, offset, step, f"C{number}")
+        axes.set_yticks(range(len(drawn)), [label for label, _, _ in drawn])
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("score (0 to 1)")
+        axes.grid(visible=False, axis="y")
+        title = "Evaluation of " + ", ".join(run_names(runs))
+        figure.suptitle(textwrap.fill(title, 70), fontweight="bold", fontsize=12)
+        plots.add_note(axes, describe_limits(runs))
+        _add_legend(figure, runs, drawn)
     return figure
 
 
@@ -124,7 +118,7 @@ def _add_legend(figure, runs, drawn):
     handles = [Patch(color=f"C{number}") for number in range(len(runs))]
     columns = [published_column(run) for run in runs]
     if any(columns) and any(metric for _, _, metric in drawn):
-        color = _GRAY if several else "C0"
+        color = plots.GRAY if several else "C0"
         handles.append(Patch(color=color, alpha=0.3, linewidth=0))
         names.append("published" if several else f"published ({columns[0]})")
     handles.append(Line2D([], [], color="#111827", linewidth=1, marker="|"))

@@ -194,7 +194,7 @@ def test_figure_draws_published_values_behind_measured_ones():
     [legend] = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["measured", "published (7Bv2)", "± one standard error"]
-    assert figure.get_suptitle() == "open_llama_7b_v2"
+    assert figure.get_suptitle() == "Evaluation of open_llama_7b_v2"
 
 
 def test_figure_of_an_unpublished_model_has_measured_bars_only():
