@@ -1,4 +1,9 @@
-"""Samplers that steer the whole search themselves: beam and contrastive search."""
+"""The generation loop of samplers that run a search: beam and contrastive search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from keras import ops, tree
@@ -14,17 +19,33 @@ from keras_openllama.generation.token_loop import (
     pad_prompts,
 )
 from keras_openllama.layers.cached_attention import heads_first
+from keras_openllama.utils.types import Tensor
 
-PROMPT_LENGTH_MULTIPLE = (
-    32  # Ours: prompts are padded to a multiple, so that fewer compile anew.
-)
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
+
+# Heuristic: prompts are padded to a multiple of it, so that fewer lengths compile.
+PROMPT_MULTIPLE = 32
 
 
-def is_search_sampler(sampler):
-    """Whether a sampler has a loop of its own, rather than choosing single tokens.
+def is_search_sampler(sampler: Sampler) -> bool:
+    """Returns whether a sampler runs a search instead of choosing single tokens.
+
+    Args:
+        sampler: a KerasHub sampler.
+
+    Returns:
+        True for beam and contrastive search.
 
     Raises:
-        ValueError: for a sampler that `generate` cannot run.
+        ValueError: for a sampler that `generate` does not support.
+
+    Example:
+        >>> import keras_hub
+        >>> is_search_sampler(keras_hub.samplers.BeamSampler())
+        True
+        >>> is_search_sampler(keras_hub.samplers.TopKSampler(k=5))
+        False
     """
     if not isinstance(sampler, Sampler):
         raise ValueError(
@@ -33,77 +54,109 @@ def is_search_sampler(sampler):
         )
     if isinstance(sampler, SpeculativeSampler):
         raise ValueError(
-            "`SpeculativeSampler` needs a draft model beside this one, which "
-            "`generate` has no argument for. Use another sampler, such as 'greedy'. "
+            "`SpeculativeSampler` needs a draft model, which `generate` has no "
+            "argument for. Use another sampler, such as 'greedy'. "
             f"Received: sampler={sampler!r}"
         )
     if getattr(sampler, "return_all_beams", False):
         raise ValueError(
-            "`generate` returns one continuation a prompt. Use a sampler with "
+            "`generate` returns one sequence per prompt. Use a sampler with "
             f"return_all_beams=False. Received: sampler={sampler!r}"
         )
     return type(sampler).__call__ is not Sampler.__call__
 
 
 class SearchLoop:
-    """Runs beam and contrastive search, a row at a time.
+    """Runs beam or contrastive search, one prompt at a time.
 
-    They follow KerasHub's protocol: called once, with a function that computes the
-    logits of the next token, and with a cache that begins with the axis of the beams.
-    They go on until their buffer is full, so they compile for each number of tokens.
+    The loop follows KerasHub's sampler protocol. The sampler is called once, with a
+    function that returns the logits of the next token, and with a KV cache whose first
+    axis is that of the beams. It fills the whole sequence, so each number of new tokens
+    is compiled separately.
 
     Args:
         model: `OpenLlamaCausalLM`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: CausalLM):
         self.model = model
-        self.run = compile_function(
-            self._run, model, static=("prompt_columns", "stop_token_ids")
+        self._compiled_search = compile_function(
+            self._search, model, static=("prompt_columns", "stop_token_ids")
         )
 
-    def search(self, prompt, limit, stop_token_ids):
-        """The new tokens of one prompt, a list of int; the stop id is its last."""
-        prompt_columns = (
-            -(-len(prompt) // PROMPT_LENGTH_MULTIPLE) * PROMPT_LENGTH_MULTIPLE
-        )
+    def search(
+        self, prompt: list[int], limit: int, stop_token_ids: Sequence[int]
+    ) -> list[int]:
+        """Generates tokens after one prompt.
+
+        Args:
+            prompt: token ids, at least one.
+            limit: maximum number of new tokens, at least 1.
+            stop_token_ids: ids that end the sequence.
+
+        Returns:
+            The new tokens, up to and including the first stop id.
+
+        Example:
+            >>> import keras_hub
+            >>> from keras_openllama import OpenLlamaCausalLM
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
+            >>> new_tokens = SearchLoop(lm).search([1, 357, 1239], 2, [2])
+            >>> len(new_tokens)
+            2
+        """
+        prompt_columns = -(-len(prompt) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         columns = prompt_columns + limit
-        tokens, rows = pad_prompts([prompt], [limit], columns)
-        # In the padded prompt the last token stands in the last column.
+        tokens, lengths = pad_prompts([prompt], [limit], columns)
+        # In the padded prompt, the last token is in the last column.
         tokens[:, prompt_columns - 1] = prompt[-1]
-        rows["start"] = np.int32(prompt_columns - 1)
-        everywhere = state_shardings(self.model.backbone)[1]
-        tokens, rows = tree.map_structure(
-            lambda array: to_device(array, everywhere), (tokens, rows)
+        lengths["start"] = np.int32(prompt_columns - 1)
+        replicated = state_shardings(self.model.backbone)[1]
+        tokens, lengths = tree.map_structure(
+            lambda array: to_device(array, replicated), (tokens, lengths)
         )
-        tokens = self.run(
+        tokens = self._compiled_search(
             tokens=tokens,
-            rows=rows,
+            lengths=lengths,
             cache=init_cache(self.model.backbone, 1, columns),
             prompt_columns=prompt_columns,
             stop_token_ids=tuple(stop_token_ids) or None,
         )
-        return cut_at_stop_id(
-            to_numpy(tokens)[0, prompt_columns:].tolist(), stop_token_ids
-        )
+        new_tokens = to_numpy(tokens)[0, prompt_columns:].tolist()
+        return cut_at_stop_id(new_tokens, stop_token_ids)
 
-    def _run(self, tokens, rows, cache, prompt_columns, stop_token_ids):
+    def _search(
+        self,
+        tokens: Tensor,
+        lengths: dict[str, Tensor],
+        cache: Any,
+        prompt_columns: int,
+        stop_token_ids: tuple[int, ...] | None,
+    ) -> Tensor:
         model, backbone = self.model, self.model.backbone
         columns = tokens.shape[1]
         prompt = tokens[:, :prompt_columns]
-        hidden, cache = forward_with_cache(backbone, prompt, rows, cache, np.int32(0))
+        hidden, cache = forward_with_cache(
+            backbone, prompt, lengths, cache, np.int32(0)
+        )
 
         def next_logits(prompt, cache, index):
-            fed = ops.take(prompt, index - 1, axis=1)[:, None]
+            inputs = ops.take(prompt, index - 1, axis=1)[:, None]
             cache = tree.map_structure(heads_first, cache)
-            hidden, cache = forward_with_cache(backbone, fed, rows, cache, index - 1)
+            hidden, cache = forward_with_cache(
+                backbone, inputs, lengths, cache, index - 1
+            )
             cache = tree.map_structure(lambda x: beams_first(x, len(prompt)), cache)
             return model.lm_head(hidden)[:, 0], hidden[:, 0], cache
 
-        # Padding repeats the first state: a copy changes no maximum of similarities.
-        place = ops.arange(prompt_columns)
-        real = ops.logical_or(place < rows["prefix_lengths"][0], place == rows["start"])
-        hidden = ops.where(real[None, :, None], hidden, hidden[:, :1])
+        # Contrastive search takes a maximum of similarities over all states. Padding
+        # repeats the first state, which does not change the maximum.
+        column = ops.arange(prompt_columns)
+        is_real = ops.logical_or(
+            column < lengths["prefix_lengths"][0], column == lengths["start"]
+        )
+        hidden = ops.where(is_real[None, :, None], hidden, hidden[:, :1])
         return model.sampler(
             next_logits,
             tokens,
@@ -118,7 +171,19 @@ class SearchLoop:
         )
 
 
-def beams_first(x, beams):
-    """`(heads * beams, columns, head_dim)` as `(beams, heads, columns, head_dim)`."""
+def beams_first(x: Tensor, beams: int) -> Tensor:
+    """Splits the axis of heads and beams, with the beams first.
+
+    Args:
+        x: `(heads * beams, columns, head_dim)`.
+        beams: number of beams.
+
+    Returns:
+        `(beams, heads, columns, head_dim)`.
+
+    Example:
+        >>> beams_first(ops.zeros((6, 32, 8)), beams=2).shape
+        (2, 3, 32, 8)
+    """
     heads = x.shape[0] // beams
     return ops.swapaxes(ops.reshape(x, (heads, beams, *x.shape[1:])), 0, 1)

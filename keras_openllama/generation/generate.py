@@ -1,6 +1,12 @@
-"""The walk from what a user passes to `generate` or `stream` to new text or ids."""
+"""`generate` and `stream`: from what a user passes to new text or token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
 from keras_openllama.generation.beam_search import SearchLoop, is_search_sampler
 from keras_openllama.generation.stop_strings import (
@@ -13,6 +19,7 @@ from keras_openllama.generation.token_loop import TokenLoop, sample_tokens
 from keras_openllama.text.inputs import (
     Batches,
     Chats,
+    Texts,
     TokenArrays,
     normalize_prompts,
     normalize_texts,
@@ -22,14 +29,32 @@ from keras_openllama.text.token_arrays import pad_sequences
 if keras.config.backend() == "torch":
     from keras_openllama.generation.token_loop_torch import TorchTokenLoop as TokenLoop
 
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.generation.limits import GenerationLimits
 
-def generate(model, inputs, limits, strip_prompt=False):
-    """What `OpenLlamaCausalLM.generate` returns.
+
+def generate(
+    model: CausalLM, inputs: Any, limits: GenerationLimits, strip_prompt: bool = False
+) -> str | list[str] | dict[str, np.ndarray]:
+    """Implements `OpenLlamaCausalLM.generate`.
 
     Args:
         model: `OpenLlamaCausalLM`.
-        inputs, strip_prompt: see there.
-        limits: `limits.GenerationLimits`.
+        inputs: see `OpenLlamaCausalLM.generate`.
+        limits: where generation ends.
+        strip_prompt: see `OpenLlamaCausalLM.generate`.
+
+    Returns:
+        Text or arrays, see `OpenLlamaCausalLM.generate`.
+
+    Raises:
+        ValueError: for malformed inputs or limits.
+
+    Example:
+        >>> from keras_openllama.generation.limits import GenerationLimits
+        >>> generate(lm, "The sea", GenerationLimits(max_new_tokens=2))
+        'The sea shines'
     """
     size = model.backbone.vocabulary_size
     prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
@@ -44,102 +69,159 @@ def generate(model, inputs, limits, strip_prompt=False):
     return results if prompts.batched else results[0]
 
 
-def _generate_texts(model, prompts, limits, strip_prompt):
-    """New text for each of `Texts` or `Chats`; nothing stands before a chat's reply."""
+def _generate_texts(
+    model: CausalLM,
+    prompts: Texts | Chats,
+    limits: GenerationLimits,
+    strip_prompt: bool,
+) -> list[str]:
+    """Generates text for each prompt. Replies to chats never include the prompt."""
     preprocessor = model.preprocessor
     if isinstance(prompts, Chats):
-        rows = [preprocessor.chat_ids(messages) for messages in prompts.chats]
-        texts = [""] * len(rows)
+        prompt_ids = [preprocessor.chat_ids(messages) for messages in prompts.chats]
+        prefixes = [""] * len(prompt_ids)
     else:
-        rows, texts = preprocessor.prompt_ids(prompts.texts), prompts.texts
-    stops = normalize_stop_strings(limits.stop)
-    stride = TOKENS_BETWEEN_STOP_CHECKS if stops else None
-    continuations, steps = _start(model, rows, limits, stops, stride)
+        prompt_ids = preprocessor.prompt_ids(prompts.texts)
+        prefixes = prompts.texts
+    stop_strings = normalize_stop_strings(limits.stop)
+    stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
+    decoders, steps = _start_decoding(model, prompt_ids, limits, stop_strings, stride)
     for _ in steps:
         pass
     return [
-        row.text if strip_prompt else text + row.text
-        for text, row in zip(texts, continuations, strict=True)
+        decoder.text if strip_prompt else prefix + decoder.text
+        for prefix, decoder in zip(prefixes, decoders, strict=True)
     ]
 
 
-def stream(model, text, limits):
-    """What `OpenLlamaCausalLM.stream` returns; checks the request at once.
+def stream(model: CausalLM, text: str, limits: GenerationLimits) -> Iterator[str]:
+    """Implements `OpenLlamaCausalLM.stream`; checks the arguments immediately.
 
     Args:
         model: `OpenLlamaCausalLM` with a preprocessor.
-        text: string.
-        limits: `limits.GenerationLimits`.
+        text: the prompt.
+        limits: where generation ends.
+
+    Returns:
+        An iterator over pieces of the new text.
+
+    Raises:
+        ValueError: for an empty prompt or malformed limits.
+
+    Example:
+        >>> from keras_openllama.generation.limits import GenerationLimits
+        >>> list(stream(lm, "The sea", GenerationLimits(max_new_tokens=3)))
+        [' sh', 'ines', ',']
     """
-    rows = model.preprocessor.prompt_ids(normalize_texts(text).texts)
-    stops = normalize_stop_strings(limits.stop)
-    (row,), steps = _start(model, rows, limits, stops, stride=1)
+    prompt_ids = model.preprocessor.prompt_ids(normalize_texts(text).texts)
+    stop_strings = normalize_stop_strings(limits.stop)
+    (decoder,), steps = _start_decoding(
+        model, prompt_ids, limits, stop_strings, stride=1
+    )
 
     def pieces():
-        shown = 0
+        yielded = 0
         for _ in steps:
-            if len(row.text) > shown:
-                yield row.text[shown:]
-                shown = len(row.text)
+            if len(decoder.text) > yielded:
+                yield decoder.text[yielded:]
+                yielded = len(decoder.text)
 
     return pieces()
 
 
-def _start(model, rows, limits, stops, stride):
-    """The continuations of prompts, and an iterator that lets them grow."""
-    length = model.preprocessor.sequence_length
-    numbers, end_ids = limits.resolve(model, rows, length)
+def _start_decoding(
+    model: CausalLM,
+    prompt_ids: list[list[int]],
+    limits: GenerationLimits,
+    stop_strings: tuple[str, ...],
+    stride: int | None,
+) -> tuple[list[StopStringDecoder], Iterator[None]]:
+    """Returns a decoder for each prompt, and an iterator that advances them."""
+    default_length = model.preprocessor.sequence_length
+    token_limits, stop_ids = limits.resolve(model, prompt_ids, default_length)
     tokenizer = model.preprocessor.tokenizer
-    continuations = [StopStringDecoder(tokenizer, row, stops) for row in rows]
-    # The program is made when the first token is asked for.
-    new = _generate_tokens(model, rows, numbers, end_ids, stride)
-    return continuations, decode_until_stopped(continuations, new)
+    decoders = [StopStringDecoder(tokenizer, ids, stop_strings) for ids in prompt_ids]
+    # Nothing is compiled before the iterator is advanced.
+    new_tokens = _generate_tokens(model, prompt_ids, token_limits, stop_ids, stride)
+    return decoders, decode_until_stopped(decoders, new_tokens)
 
 
-def _generate_arrays(model, prompts, limits, strip_prompt):
+def _generate_arrays(
+    model: CausalLM,
+    prompts: TokenArrays,
+    limits: GenerationLimits,
+    strip_prompt: bool,
+) -> dict[str, np.ndarray]:
     if limits.stop is not None:
         raise ValueError(
-            "`stop` finds strings in text, and here are token ids. Give "
+            "`stop` is supported for text only, but the inputs are token ids. Use "
             f"`stop_token_ids` instead. Received: stop={limits.stop!r}"
         )
-    rows, width = prompts.sequences, prompts.width
-    numbers, end_ids = limits.resolve(model, rows, width)
-    (new,) = _generate_tokens(model, rows, numbers, end_ids, None)
-    longest = max(len(r) + n for r, n in zip(rows, numbers, strict=True))
+    prompt_ids, width = prompts.sequences, prompts.width
+    token_limits, stop_ids = limits.resolve(model, prompt_ids, width)
+    (outputs,) = _generate_tokens(model, prompt_ids, token_limits, stop_ids, None)
+    longest = max(
+        len(ids) + limit for ids, limit in zip(prompt_ids, token_limits, strict=True)
+    )
     if not strip_prompt:
-        new = [prompt + ids for prompt, ids in zip(rows, new, strict=True)]
-    return pad_sequences(new, max(width, longest))
+        outputs = [ids + new for ids, new in zip(prompt_ids, outputs, strict=True)]
+    return pad_sequences(outputs, max(width, longest))
 
 
-def _generate_tokens(model, rows, limits, stop_token_ids, stride):
+def _generate_tokens(model, prompts, limits, stop_token_ids, stride):
     loop = model.make_generate_function()
-    yield from generate_tokens(loop, rows, limits, stop_token_ids, stride)
+    yield from generate_tokens(loop, prompts, limits, stop_token_ids, stride)
 
 
-def make_token_loop(model):
-    """The loop that a model's sampler needs; it compiles its programs at first use."""
+def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:
+    """Creates the loop that a model's sampler needs; it compiles on first use.
+
+    Args:
+        model: `OpenLlamaCausalLM`, compiled with a sampler.
+
+    Returns:
+        A `TokenLoop` (`TorchTokenLoop` on PyTorch), or a `SearchLoop` for beam and
+        contrastive search.
+
+    Example:
+        >>> type(make_token_loop(lm)).__name__
+        'TokenLoop'
+    """
     return (SearchLoop if is_search_sampler(model.sampler) else TokenLoop)(model)
 
 
-def generate_tokens(loop, prompts, limits, stop_token_ids, stride=None):
-    """Runs a loop on prompts and yields the tokens that it adds.
+def generate_tokens(
+    loop: TokenLoop | SearchLoop,
+    prompts: list[list[int]],
+    limits: list[int],
+    stop_token_ids: Sequence[int],
+    stride: int | None = None,
+) -> Iterator[list[list[int]]]:
+    """Runs a loop on prompts and yields the new tokens.
 
     Args:
-        loop: what `make_token_loop` returned.
-        prompts: list of lists of int, one per row, none empty.
-        limits: list of int, the tokens to add to each row at most.
-        stop_token_ids: list of int; a row ends with the first of them.
-        stride: int, tokens between two yields; `None` yields once, at the end.
+        loop: result of `make_token_loop`.
+        prompts: token ids of each prompt, at least one per prompt.
+        limits: maximum number of new tokens for each prompt.
+        stop_token_ids: ids that end a sequence.
+        stride: tokens per sequence between two yields; `None` yields once, at the end.
 
     Yields:
-        For each row the list of its new tokens since the last time, the stop id
-        included.
+        For each prompt, its new tokens since the previous yield, including the stop id.
+
+    Example:
+        >>> loop = make_token_loop(lm)
+        >>> prompt = [1, 357, 1239]
+        >>> for (ids,) in generate_tokens(loop, [prompt], [3], [2], stride=2):
+        ...     print(len(ids))
+        2
+        1
     """
     if max(limits) == 0:
         yield [[] for _ in prompts]
     elif isinstance(loop, SearchLoop):
-        # One by one: KerasHub's searches go on with a finished row until the others
-        # are finished too, which changes its result.
+        # One prompt at a time: in a batch, KerasHub's searches continue a finished
+        # sequence until all others are finished, which changes its result.
         yield [
             loop.search(prompt, limit, stop_token_ids) if limit else []
             for prompt, limit in zip(prompts, limits, strict=True)

@@ -1,30 +1,59 @@
-"""How many tokens are added to each prompt, and which ids end it."""
+"""Limits of generation: how many tokens, and which ids end a sequence."""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_openllama.text.token_arrays import as_token_ids
 
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM, Tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationLimits:
-    """Where generation ends; see `OpenLlamaCausalLM.generate`."""
+    """Where generation ends.
+
+    Attributes:
+        max_length: see `OpenLlamaCausalLM.generate`, as for all attributes.
+        max_new_tokens: see there.
+        stop_token_ids: see there.
+        stop: see there.
+
+    Example:
+        >>> limits = GenerationLimits(max_length=10)
+        >>> limits.resolve(lm, [[1, 357, 1239]], default_length=256)
+        ([7], [2])
+    """
 
     max_length: int | None = None
     max_new_tokens: int | None = None
-    stop_token_ids: object = "auto"
-    stop: object = None
+    stop_token_ids: Sequence[int] | str | None = "auto"
+    stop: str | Sequence[str] | None = None
 
-    def resolve(self, model, rows, default_length):
-        """The tokens to add to each prompt at most, and the ids that end one.
+    def resolve(
+        self, model: CausalLM, prompts: list[list[int]], default_length: int
+    ) -> tuple[list[int], list[int]]:
+        """Applies the limits to prompts.
+
+        Args:
+            model: `OpenLlamaCausalLM`.
+            prompts: token ids of each prompt.
+            default_length: `max_length` if neither limit is set.
+
+        Returns:
+            The maximum number of new tokens for each prompt, and the stop ids.
 
         Raises:
-            ValueError: for limits that are malformed or beyond the context.
+            ValueError: for limits that are malformed or exceed the context.
         """
         tokenizer = getattr(model.preprocessor, "tokenizer", None)
         limits = new_token_limits(
-            [len(row) for row in rows],
+            [len(prompt) for prompt in prompts],
             self.max_length,
             self.max_new_tokens,
             default_length,
@@ -34,34 +63,50 @@ class GenerationLimits:
         return limits, resolve_stop_ids(self.stop_token_ids, tokenizer, size)
 
 
-def new_token_limits(lengths, max_length, max_new_tokens, default_length, context):
-    """How many tokens may be added to each prompt.
+def new_token_limits(
+    lengths: list[int],
+    max_length: int | None,
+    max_new_tokens: int | None,
+    default_length: int,
+    context: int,
+) -> list[int]:
+    """Computes how many tokens may be generated for each prompt.
 
     Args:
-        lengths: list of int, tokens of the prompts.
-        max_length, max_new_tokens: see `OpenLlamaCausalLM.generate`.
-        default_length: int, what `max_length` is where neither is given.
-        context: int, the longest sequence the model can take.
+        lengths: lengths of the prompts, in tokens.
+        max_length: see `OpenLlamaCausalLM.generate`.
+        max_new_tokens: see `OpenLlamaCausalLM.generate`.
+        default_length: `max_length` if neither limit is set.
+        context: the longest supported sequence, in tokens.
+
+    Returns:
+        The maximum number of new tokens for each prompt.
 
     Raises:
         ValueError: for limits that are no positive integers, a prompt longer than
             `max_length` or the context, or limits beyond the context.
+
+    Example:
+        >>> new_token_limits(
+        ...     [3, 10], max_length=12, max_new_tokens=4, default_length=32, context=64
+        ... )
+        [4, 2]
     """
     for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
         is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if value is not None and not (is_int and value >= 1):
             raise ValueError(
-                f"`{name}` must be an integer of at least 1, or None. "
+                f"`{name}` must be a positive integer or None. "
                 f"Received: {name}={value!r}"
             )
     longest = max(lengths)
     remedy = (
-        "Shorten the prompt, or load the model with `rope_scaling` to stretch its "
+        "Shorten the prompt, or load the model with `rope_scaling` to extend its "
         "context."
     )
     if longest > context:
         raise ValueError(
-            f"`inputs` has a prompt of {longest} tokens, and the context of this model "
+            f"`inputs` has a prompt of {longest} tokens, but the context of this model "
             f"is {context} tokens. {remedy}"
         )
     if max_length is None and max_new_tokens is None:
@@ -70,7 +115,7 @@ def new_token_limits(lengths, max_length, max_new_tokens, default_length, contex
         if longest > max_length:
             raise ValueError(
                 f"`inputs` has a prompt of {longest} tokens, more than max_length="
-                f"{max_length}. Raise `max_length` or shorten the prompt."
+                f"{max_length}. Increase `max_length` or shorten the prompt."
             )
         limits = [max_length - length for length in lengths]
         if max_new_tokens is not None:
@@ -82,22 +127,33 @@ def new_token_limits(lengths, max_length, max_new_tokens, default_length, contex
         name = "max_new_tokens" if max_length is None else "max_length"
         value = max_new_tokens if max_length is None else max_length
         raise ValueError(
-            f"`{name}`={value} asks for sequences of up to {needed} tokens, and the "
-            f"context of this model is {context} tokens. Lower it. {remedy}"
+            f"`{name}`={value} allows sequences of up to {needed} tokens, but the "
+            f"context of this model is {context} tokens. Reduce it. {remedy}"
         )
     return limits
 
 
-def resolve_stop_ids(stop_token_ids, tokenizer, vocabulary_size):
-    """`stop_token_ids` of `OpenLlamaCausalLM.generate` as a list of int.
+def resolve_stop_ids(
+    stop_token_ids: Sequence[int] | str | None,
+    tokenizer: Tokenizer | None,
+    vocabulary_size: int,
+) -> list[int]:
+    """Converts `stop_token_ids` of `OpenLlamaCausalLM.generate` to a list of ids.
 
     Args:
-        stop_token_ids: list of ids, `None`, or `"auto"` for the tokenizer's end token.
-        tokenizer: `OpenLlamaTokenizer`, or `None` where the model has none.
-        vocabulary_size: int.
+        stop_token_ids: ids, `None`, or `"auto"` for the tokenizer's end token.
+        tokenizer: `OpenLlamaTokenizer`, or `None` if the model has none.
+        vocabulary_size: number of tokens.
+
+    Returns:
+        The ids, possibly none.
 
     Raises:
-        ValueError: for anything else, or ids outside the vocabulary.
+        ValueError: for other values, or ids outside the vocabulary.
+
+    Example:
+        >>> resolve_stop_ids("auto", lm.preprocessor.tokenizer, 3072)
+        [2]
     """
     if stop_token_ids is None:
         return []

@@ -1,28 +1,37 @@
-"""Matrices in oneDNN's own order, for steps of decoding on CPUs with PyTorch.
+"""Weights in oneDNN's memory layout, for decoding in bfloat16 on CPUs with PyTorch.
 
-In bfloat16 oneDNN multiplies pairs of rows at once, and from a matrix in the usual
-order it makes such pairs anew in every product. Made once, they let a product of few
-rows run at 1.5 to 1.8 times the speed (`benchmarks/README.md`), for a second copy of
-the weights in memory.
+In bfloat16, oneDNN multiplies pairs of rows at once. With weights in the usual layout
+it rearranges them in every product. Weights that are packed once make decoding 1.5 to
+1.8 times as fast for small batches (`benchmarks/README.md`), but need memory for a
+second copy of the weights.
 """
+
+from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 
 import torch
 
 from keras_openllama.utils.host_memory import free_memory
 
 
-def pack_linear_weights(graph, packed):
-    """Lets a traced graph use packed matrices wherever that pays.
+def pack_linear_weights(
+    graph: torch.fx.GraphModule, packed: dict[int, torch.Tensor]
+) -> None:
+    """Replaces the matrix products of a traced graph by products with packed weights.
+
+    Only weights that profit are packed. If there is not enough memory for the packed
+    copies, the graph is left unchanged, with a warning.
 
     Args:
-        graph: `torch.fx.GraphModule` whose constants are the weights; changed in place.
-        packed: dict of the packed matrices by the `id` of the weight; what is missing
-            is added.
+        graph: graph whose constants are the weights; modified in place.
+        packed: packed weights by the `id` of the weight; missing ones are added.
     """
-    products = [(node, weight) for node, weight in _products(graph) if _pays(weight)]
+    products = [
+        (node, weight) for node, weight in _linear_nodes(graph) if _is_packable(weight)
+    ]
     missing = {id(w): w for _, w in products if id(w) not in packed}
     needed = sum(weight.nbytes for weight in missing.values())
     if needed > (free_memory() or 0):
@@ -44,18 +53,20 @@ def pack_linear_weights(graph, packed):
     graph.recompile()
 
 
-def _products(graph):
-    """Nodes that multiply by the transpose of a constant, each with the constant."""
+def _linear_nodes(
+    graph: torch.fx.GraphModule,
+) -> Iterator[tuple[torch.fx.Node, torch.Tensor]]:
+    """Yields nodes that multiply by the transpose of a constant, with the constant."""
     aten = torch.ops.aten
-    turns = {aten.t.default, aten.permute.default, aten.transpose.int}
+    transposes = {aten.t.default, aten.permute.default, aten.transpose.int}
     for node in list(graph.graph.nodes):
-        if node.target is aten.mm.default and node.args[1].target in turns:
+        if node.target is aten.mm.default and node.args[1].target in transposes:
             (source, *_) = node.args[1].args
             if source.op == "get_attr":
                 yield node, getattr(graph, source.target)
 
 
-def _pays(weight):
+def _is_packable(weight: torch.Tensor) -> bool:
     return (
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
@@ -65,9 +76,9 @@ def _pays(weight):
 
 
 @functools.cache
-def _warn_of_memory(needed):
+def _warn_of_memory(needed: str) -> None:
     warnings.warn(
         f"With {needed} of free memory, generation in bfloat16 would be about 1.5 "
-        "times as fast: it would keep a copy of the weights in oneDNN's order.",
+        "times as fast: it would hold a copy of the weights in oneDNN's layout.",
         stacklevel=2,
     )

@@ -1,37 +1,90 @@
-"""The text of sequences while their tokens arrive, up to a stop string."""
+"""Decoding of new tokens to text, up to a stop string."""
 
-# Heuristic: tokens between two checks for a stop string; at most so many are wasted.
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+# Heuristic: tokens between two checks for a stop string, the most that can be wasted.
 TOKENS_BETWEEN_STOP_CHECKS = 16
 
 
-def decode_until_stopped(rows, new_tokens):
-    """Feeds new tokens to sequences until all have met a stop string, or none come.
+class TokenDecoder(Protocol):
+    """Decodes tokens one by one, such as `text.stream_decoder.StreamDecoder`."""
+
+    def push(self, token_id: int) -> str:
+        """Takes a token; returns the text that is complete."""
+
+    def flush(self) -> str:
+        """Returns the remaining text."""
+
+
+class DecodingTokenizer(Protocol):
+    """The part of `OpenLlamaTokenizer` that a `StopStringDecoder` needs."""
+
+    def stream_decoder(self, prefix_ids: Sequence[int]) -> TokenDecoder:
+        """Returns a decoder of tokens that follow `prefix_ids`."""
+
+
+class StoppableDecoder(Protocol):
+    """What `decode_until_stopped` needs of a decoder."""
+
+    stopped: bool
+
+    def push(self, token_ids: Sequence[int]) -> object:
+        """Takes the next tokens."""
+
+    def flush(self) -> object:
+        """Ends the sequence."""
+
+
+def decode_until_stopped(
+    decoders: Sequence[StoppableDecoder], new_tokens: Iterable[list[list[int]]]
+) -> Iterator[None]:
+    """Decodes new tokens until all sequences contain a stop string or have ended.
 
     Args:
-        rows: list of `StopStringDecoder`, or of objects with the same `push`,
-            `flush` and `stopped`.
-        new_tokens: iterator that `generate.generate_tokens` returns.
+        decoders: one decoder per sequence.
+        new_tokens: the iterator of `generate.generate_tokens`.
 
     Yields:
-        `None`, whenever the sequences have grown, and at their end.
+        `None` after each group of new tokens, and at the end.
+
+    Example:
+        >>> tokenizer = lm.preprocessor.tokenizer
+        >>> decoder = StopStringDecoder(tokenizer, tokenizer("The"), (",",))
+        >>> steps = [[tokenizer("sea,")], [tokenizer("not decoded")]]
+        >>> for _ in decode_until_stopped([decoder], steps):
+        ...     print(repr(decoder.text))
+        ' sea'
+        ' sea'
     """
     for new in new_tokens:
-        for row, ids in zip(rows, new, strict=True):
-            row.push(ids)
+        for decoder, ids in zip(decoders, new, strict=True):
+            decoder.push(ids)
         yield
-        if all(row.stopped for row in rows):
+        if all(decoder.stopped for decoder in decoders):
             break
-    for row in rows:
-        row.flush()
+    for decoder in decoders:
+        decoder.flush()
     yield
 
 
-def normalize_stop_strings(stop):
-    """`stop` as a tuple of strings.
+def normalize_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Converts the argument `stop` to a tuple of strings.
+
+    Args:
+        stop: `None`, a string, or several strings.
+
+    Returns:
+        The stop strings, possibly none.
 
     Raises:
-        ValueError: for anything but `None`, a string, or a list of strings, or for an
-            empty string.
+        ValueError: for other values, or for an empty string.
+
+    Example:
+        >>> normalize_stop_strings("###")
+        ('###',)
     """
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in stops):
@@ -43,49 +96,70 @@ def normalize_stop_strings(stop):
 
 
 class StopStringDecoder:
-    """Turns the new tokens of a row into text, cut before the first stop string.
+    """Decodes the new tokens of a sequence to text, up to the first stop string.
 
     Args:
         tokenizer: `OpenLlamaTokenizer`.
-        prompt_ids: list of int, what the tokens continue.
-        stops: tuple of strings.
+        prompt_ids: ids that the new tokens follow.
+        stops: the stop strings.
 
     Attributes:
-        text: the text so far, as far as it is final.
-        stopped: whether a stop string has come.
+        text: the decoded text, without characters that may begin a stop string.
+        stopped: whether a stop string was found.
+
+    Example:
+        >>> tokenizer = lm.preprocessor.tokenizer
+        >>> decoder = StopStringDecoder(tokenizer, tokenizer("The"), ("shore",))
+        >>> decoder.push(tokenizer("sea shore"))
+        ' sea '
+        >>> decoder.stopped
+        True
     """
 
-    def __init__(self, tokenizer, prompt_ids, stops=()):
+    def __init__(
+        self,
+        tokenizer: DecodingTokenizer,
+        prompt_ids: Sequence[int],
+        stops: tuple[str, ...] = (),
+    ):
         self._decoder = tokenizer.stream_decoder(prefix_ids=prompt_ids)
         self._stops = stops
-        # A stop string may have begun in so many characters at the end.
-        self._held_back = max(map(len, stops), default=1) - 1
+        # The last characters may be the beginning of a stop string.
+        self._num_withheld = max(map(len, stops), default=1) - 1
         self._pending = ""
         self.text = ""
         self.stopped = False
 
-    def push(self, token_ids):
-        """Takes the next tokens; returns the text that has become final."""
-        pieces = "".join(self._decoder.push(token_id) for token_id in token_ids)
-        return self._release(pieces, self._held_back)
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Decodes the next tokens.
 
-    def flush(self):
-        """Returns what was still held back, once no more tokens come."""
+        Args:
+            token_ids: the next tokens of the sequence.
+
+        Returns:
+            The text that was added to `text`.
+        """
+        pieces = "".join(self._decoder.push(token_id) for token_id in token_ids)
+        return self._release(pieces, self._num_withheld)
+
+    def flush(self) -> str:
+        """Ends the sequence and returns the text that was withheld until now."""
         return self._release(self._decoder.flush(), 0)
 
-    def _release(self, new, hold_back):
+    def _release(self, new: str, num_withheld: int) -> str:
         if self.stopped:
             return ""
         self._pending += new
         found = [(self._pending.find(s), s) for s in self._stops]
         found = [(start + len(s), start) for start, s in found if start >= 0]
         if found:
-            # The one that ends first, so that it does not matter how tokens come.
+            # The stop string that ends first applies, so that the result does not
+            # depend on how the tokens are grouped.
             self.stopped = True
             _, start = min(found)
             final, self._pending = self._pending[:start], ""
         else:
-            end = max(0, len(self._pending) - hold_back)
+            end = max(0, len(self._pending) - num_withheld)
             final, self._pending = self._pending[:end], self._pending[end:]
         self.text += final
         return final

@@ -1,11 +1,16 @@
-"""The loop of `token_loop.TokenLoop` on PyTorch: nothing padded, each step traced.
+"""`token_loop.TokenLoop` on PyTorch: without padding, and with traced decoding steps.
 
-Eager Keras spends several times as long on Python as the step of a small model takes.
-So the network's step is recorded once as a graph of PyTorch operations and replayed. A
-graph belongs to a number of rows, and reads as many columns of the cache as are in use.
+In eager mode, Keras spends several times as long in Python as a small model computes.
+So the decoding step of the network is traced once to a graph of PyTorch operations,
+which is then run for each token. A graph is valid for one batch size. It reads only the
+columns of the cache that are in use.
 """
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from keras import ops, tree
@@ -21,73 +26,99 @@ from keras_openllama.generation.token_loop import (
     used_columns,
 )
 
-# Ours: steps between two looks at which rows are done; a look waits for the device.
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
+
+# Heuristic: steps between two checks whether all sequences have ended. A check waits
+# for the device.
 STEPS_BETWEEN_DONE_CHECKS = 8
 
 
 class TorchTokenLoop(TokenLoop):
-    """See `TokenLoop`. In its state `prefilled` and `step` are Python numbers.
+    """See `TokenLoop`. In the state, `prefilled` and `step` are Python integers.
 
     Args:
         model: `OpenLlamaCausalLM`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: CausalLM):
         self.model = model
-        self._graphs = {}  # By number of rows.
+        self._graphs = {}  # By batch size.
         self._packed = {}  # By id of the weight.
         self._weights = []
 
-    def start(self, prompts, limits):
+    def start(
+        self, prompts: list[list[int]], limits: list[int]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See `TokenLoop.start`."""
         columns = max(map(len, prompts)) + max(limits)
-        tokens, rows = pad_prompts(prompts, limits, columns)
-        start = int(rows["start"])
-        tokens, rows = tree.map_structure(ops.convert_to_tensor, (tokens, rows))
+        tokens, lengths = pad_prompts(prompts, limits, columns)
+        start = int(lengths["start"])
+        tokens, lengths = tree.map_structure(ops.convert_to_tensor, (tokens, lengths))
         state = {
             "tokens": tokens,
             "prefilled": 0,
             "step": 0,
-            "done": rows["limits"] == 0,
+            "done": lengths["limits"] == 0,
             "cache": init_cache(self.model.backbone, len(prompts), columns),
         }
-        return state, {**rows, "start": start}
+        return state, {**lengths, "start": start}
 
     @torch.no_grad()
-    def advance(self, state, rows, stop_ids, until):
-        start = rows["start"]
+    def advance(
+        self,
+        state: dict[str, Any],
+        lengths: dict[str, Any],
+        stop_ids: torch.Tensor,
+        until: int,
+    ) -> dict[str, Any]:
+        """Generates tokens up to a step, or until all sequences have ended.
+
+        Args:
+            state: first result of `start`, or of a previous call.
+            lengths: second result of `start`.
+            stop_ids: int `(number,)`, padded with -1.
+            until: number of the step to stop at.
+
+        Returns:
+            The new state.
+        """
+        start = lengths["start"]
         if state["prefilled"] < start:
-            self._run_prefix(state, rows)
+            self._prefill_prefixes(state, lengths)
             state = {**state, "prefilled": start}
-        self._forget_graphs_of_other_weights()
+        self._drop_stale_graphs()
         while state["step"] < until:
             if state["step"] % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(
                 state["done"].all()
             ):
                 break
-            logits = self._step(state, rows)
-            state = self.sample_next(state, logits, rows, stop_ids)
+            logits = self._step(state, lengths)
+            state = self.sample_next(state, logits, lengths, stop_ids)
         return state
 
-    def _run_prefix(self, state, rows):
-        """All prefixes at once. Padding comes after them, and is never seen."""
-        start = rows["start"]
+    def _prefill_prefixes(self, state, lengths):
+        """Feeds all prefixes at once; causal attention never reads the padding."""
+        start = lengths["start"]
         positions = torch.arange(start, device=state["tokens"].device)[None]
         run_layers(
             self.model.backbone,
             state["tokens"][:, :start],
             positions.expand(len(state["tokens"]), -1),
-            rows["final_lengths"],
+            lengths["final_lengths"],
             None,
             used_columns(state["cache"], start),
             None,
         )
 
-    def _step(self, state, rows):
-        column = rows["start"] + state["step"]
+    def _step(self, state, lengths):
+        column = lengths["start"] + state["step"]
         cache = used_columns(state["cache"], column + 1)
-        fed = state["tokens"][:, column : column + 1]
-        positions, bias = positions_and_bias(rows, column, fed.shape, cache[0][0].shape)
-        inputs = (fed, positions, rows["final_lengths"], bias, cache)
+        tokens = state["tokens"][:, column : column + 1]
+        positions, bias = positions_and_bias(
+            lengths, column, tokens.shape, cache[0][0].shape
+        )
+        inputs = (tokens, positions, lengths["final_lengths"], bias, cache)
         return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):
@@ -98,39 +129,48 @@ class TorchTokenLoop(TokenLoop):
             self._graphs[batch] = graph
         return self._graphs[batch]
 
-    def _forget_graphs_of_other_weights(self):
-        """What LoRA and quantization change, and the values that training changes."""
+    def _drop_stale_graphs(self):
+        """Drops the graphs if LoRA, quantization or training changed the weights."""
         weights = [(id(w), w.value._version) for w in self.model.weights]
         if weights != self._weights:
             self._graphs.clear()
             self._packed.clear()
             self._weights = weights
 
-    def _logits(self, fed, positions, final_lengths, bias, cache):
+    def _logits(self, tokens, positions, final_lengths, bias, cache):
         hidden, _ = run_layers(
-            self.model.backbone, fed, positions, final_lengths, bias, cache, None
+            self.model.backbone, tokens, positions, final_lengths, bias, cache, None
         )
         return self.model.lm_head(hidden)[:, 0]
 
 
-def trace_graph(function, inputs):
-    """Records what `function` does with `inputs`, which it does meanwhile.
+def trace_graph(
+    function: Callable[..., Any], inputs: tuple[Any, ...]
+) -> torch.fx.GraphModule:
+    """Traces a function of tensors to a graph.
+
+    Args:
+        function: a function of tensors; it is run once.
+        inputs: its arguments, nested tensors.
 
     Returns:
-        A `torch.fx.GraphModule` that is called as `function` is.
+        A module that is called like `function`.
     """
     with warnings.catch_warnings():
-        # Of a first token, which has only itself to look at.
+        # PyTorch warns at the first token, which attends only to itself.
         warnings.filterwarnings("ignore", "You are using a softmax over axis")
         graph = make_fx(lambda *inputs: function(*inputs))(*inputs)
     remove_noop_reshapes(graph)
     return graph
 
 
-def remove_noop_reshapes(graph):
-    """Removes views that change nothing, which batched products record.
+def remove_noop_reshapes(graph: torch.fx.GraphModule) -> None:
+    """Removes reshapes to the same shape, which batched products record.
 
-    They cost time, and they alone would tie the graph to one number of columns.
+    They take time, and they would restrict the graph to one number of cache columns.
+
+    Args:
+        graph: a traced graph; modified in place.
     """
     aten = torch.ops.aten
     views = {aten.view.default, aten._unsafe_view.default, aten.expand.default}

@@ -247,16 +247,15 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         parts = dict(x) if isinstance(x, dict) else {"": x}
         if sample_weight is not None:
             parts["weight"] = sample_weight
-        warned = False
+        warned = []  # A list: AutoGraph cannot convert `nonlocal`.
 
         def arrays(*values):
-            nonlocal warned
             given = dict(zip(parts, values, strict=True))
             weight = given.pop("weight", None)
             data = normalize_examples(given.get("", given))
             examples = self.tokenize_examples(data, length)
             if not warned:
-                warned = True
+                warned.append(True)
                 examples.warn()
             x, targets, weights = self.pad_examples(examples, weight, data.batched)
             return *x.values(), targets, weights

@@ -1,4 +1,6 @@
-"""The loss of training: the cross-entropy of the next token, without all its logits."""
+"""The training loss: next-token cross-entropy that never holds all logits at once."""
+
+from __future__ import annotations
 
 import functools
 
@@ -12,38 +14,51 @@ from keras_openllama.training.step_metrics import LossSums
 
 
 def chunked_cross_entropy(
-    hidden, kernel, targets, weights, z_scale=0.0, chunks=None, mesh=None
-):
-    """Sums over the targets of a batch, a chunk of each row at a time.
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+    num_chunks: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> LossSums:
+    """Computes the cross-entropy of logits `hidden @ kernel.T`, chunk by chunk.
 
-    The logits of a chunk are turned into gradients while they are there, so that they
-    are neither kept nor computed twice; all of that in float32. On a mesh each device
-    gathers its part of the vocabulary once, and the gradient of the head is reduced
+    The gradients of a chunk are computed together with its logits, so that logits are
+    neither saved nor recomputed. All of this is in float32. On a mesh, each device
+    gathers its shard of the vocabulary once, and the gradient of the kernel is reduced
     once, after the last chunk.
 
     Args:
-        hidden: `(batch, length, hidden_dim)`, hidden states after the final norm.
-        kernel: `(vocabulary_size, hidden_dim)`, the head, in the dtype of `hidden`.
+        hidden: hidden states after the final norm, `(batch, length, hidden_dim)`.
+        kernel: kernel of the head, `(vocabulary_size, hidden_dim)`, in the dtype of
+            `hidden`.
         targets: int `(batch, length)`.
-        weights: float32 `(batch, length)`; 0 where there is nothing to predict.
-        z_scale: float, weight of `z` in the gradient of `loss`: the gradient is that
-            of `loss + z_scale * z` (the z-loss of PaLM, arXiv:2204.02311, section 5).
-        chunks: int, into how many pieces a row is cut. Chosen by size if `None`.
-        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`, over which
-            the arguments are laid as `OpenLlamaParallel` lays them; `None` for one
-            device.
+        weights: float32 `(batch, length)`; targets with zero weight are ignored.
+        z_loss: weight of `z` in the gradient of `loss`, which is the gradient of
+            `loss + z_loss * z` (the z-loss of PaLM, arXiv:2204.02311, section 5).
+        num_chunks: number of chunks of the sequences, a divisor of `length`; by default
+            the fewest whose logits fit `config.LOGITS_PER_CHUNK`.
+        mesh: mesh with the axes of `distribution.make_mesh`, over which the arguments
+            are sharded as by `OpenLlamaParallel`; `None` for one device.
 
     Returns:
-        `LossSums`; only `loss` carries a gradient.
+        Weighted sums over the targets. Only `loss` has a gradient.
 
-    Source: chunks of the logits with gradients at once, as in Cut Your Losses
+    Example:
+        >>> hidden, kernel = jnp.ones((1, 2, 4)), jnp.zeros((8, 4))
+        >>> targets, weights = jnp.array([[3, 5]]), jnp.array([[1.0, 0.0]])
+        >>> chunked_cross_entropy(hidden, kernel, targets, weights).loss  # log(8)
+        Array(2.0794415, dtype=float32)
+
+    Source: logits in chunks with immediate gradients, as in Cut Your Losses
     (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989).
     """
-    return LossSums(*_fused(z_scale, chunks, mesh, hidden, kernel, targets, weights))
+    return LossSums(*_fused(z_loss, num_chunks, mesh, hidden, kernel, targets, weights))
 
 
-def _chunks(batch, length, vocabulary_size):
-    """The fewest chunks, a divisor of the length, whose logits are few enough."""
+def _choose_num_chunks(batch, length, vocabulary_size):
+    """Returns the smallest divisor of the length whose chunks of logits fit."""
     most = max(1, LOGITS_PER_CHUNK // (batch * vocabulary_size))
     return next(
         n for n in range(1, length + 1) if length % n == 0 and length <= n * most
@@ -51,62 +66,62 @@ def _chunks(batch, length, vocabulary_size):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _fused(z_scale, chunks, mesh, hidden, kernel, targets, weights):
+def _fused(z_loss, num_chunks, mesh, hidden, kernel, targets, weights):
     def sums(hidden, kernel, targets, weights):
-        parts = _cut(chunks, hidden, kernel, targets, weights)
-        first = _first_column(mesh, kernel)
+        parts = _split(num_chunks, hidden, kernel, targets, weights)
+        first = _first_token(mesh, kernel)
 
         def add(sums, chunk):
-            return _plus(sums, _chunk_sums(mesh, first, kernel, *chunk)[0]), None
+            return _add(sums, _chunk_sums(mesh, first, kernel, *chunk)[0]), None
 
         sums, _ = jax.lax.scan(add, _zeros(3), parts)
-        return _over_rows(mesh, sums)
+        return _reduce_over_batch(mesh, sums)
 
-    return _on_each_device(mesh, sums, (P(),) * 3)(hidden, kernel, targets, weights)
+    return _shard_map(mesh, sums, (P(),) * 3)(hidden, kernel, targets, weights)
 
 
-def _forward(z_scale, chunks, mesh, hidden, kernel, targets, weights):
+def _forward(z_loss, num_chunks, mesh, hidden, kernel, targets, weights):
     outputs = (P(),) * 3, (P(BATCH_AXES, None, None), P("model", "fsdp"))
-    compute = functools.partial(_sums_and_gradients, z_scale, chunks, mesh)
-    return _on_each_device(mesh, compute, outputs)(hidden, kernel, targets, weights)
+    compute = functools.partial(_sums_and_gradients, z_loss, num_chunks, mesh)
+    return _shard_map(mesh, compute, outputs)(hidden, kernel, targets, weights)
 
 
-def _sums_and_gradients(z_scale, chunks, mesh, hidden, kernel, targets, weights):
-    """Of a device's rows and part of the vocabulary, reduced over the mesh."""
-    first = _first_column(mesh, kernel)
+def _sums_and_gradients(z_loss, num_chunks, mesh, hidden, kernel, targets, weights):
+    """Computes a device's sums and gradients, reduced over the mesh."""
+    first = _first_token(mesh, kernel)
 
     def add(carry, chunk):
         sums, kernel_gradient = carry
         states, chunk_targets, chunk_weights = chunk
-        new, (logits, normaliser) = _chunk_sums(mesh, first, kernel, *chunk)
-        # d loss / d logits: softmax minus one-hot; z adds 2 z_scale log(Z) softmax.
-        softmax = jnp.exp(logits - normaliser[..., None])
-        slope = chunk_weights * (1 + 2 * z_scale * normaliser)
+        new, (logits, log_normalizer) = _chunk_sums(mesh, first, kernel, *chunk)
+        # d loss / d logits: softmax minus one-hot; z adds 2 z_loss log(Z) softmax.
+        softmax = jnp.exp(logits - log_normalizer[..., None])
+        slope = chunk_weights * (1 + 2 * z_loss * log_normalizer)
         columns = jax.lax.broadcasted_iota("int32", logits.shape, logits.ndim - 1)
         hit = first + columns == chunk_targets[..., None]
         gradient = softmax * slope[..., None] - jnp.where(
             hit, chunk_weights[..., None], 0
         )
         gradient = gradient.astype(states.dtype)
-        states_gradient = _product("btv,vd->btd", gradient, kernel)
-        kernel_gradient += _product("btv,btd->vd", gradient, states)
-        return (_plus(sums, new), kernel_gradient), states_gradient
+        states_gradient = _einsum_float32("btv,vd->btd", gradient, kernel)
+        kernel_gradient += _einsum_float32("btv,btd->vd", gradient, states)
+        return (_add(sums, new), kernel_gradient), states_gradient
 
-    parts = _cut(chunks, hidden, kernel, targets, weights)
+    parts = _split(num_chunks, hidden, kernel, targets, weights)
     start = _zeros(3), jnp.zeros(kernel.shape, "float32")
     (sums, kernel_gradient), states_gradient = jax.lax.scan(add, start, parts)
     hidden_gradient = jnp.moveaxis(states_gradient, 0, 1).reshape(hidden.shape)
-    hidden_gradient = _over_model(mesh, jax.lax.psum, hidden_gradient)
+    hidden_gradient = _reduce_over_vocabulary(mesh, jax.lax.psum, hidden_gradient)
     if mesh is not None:
         kernel_gradient = jax.lax.psum_scatter(
             kernel_gradient, "fsdp", scatter_dimension=1, tiled=True
         )
         kernel_gradient = jax.lax.psum(kernel_gradient, "data")
     gradients = hidden_gradient.astype(hidden.dtype), kernel_gradient
-    return _over_rows(mesh, sums), gradients
+    return _reduce_over_batch(mesh, sums), gradients
 
 
-def _backward(z_scale, chunks, mesh, residuals, cotangents):
+def _backward(z_loss, num_chunks, mesh, residuals, cotangents):
     hidden_gradient, kernel_gradient = residuals
     scale = cotangents[0]  # Of `loss` alone.
     dtype = hidden_gradient.dtype
@@ -122,37 +137,42 @@ _fused.defvjp(_forward, _backward)
 
 
 def _chunk_sums(mesh, first, kernel, hidden, targets, weights):
-    """The sums of a chunk; its logits and the log of their softmax's denominator.
+    """Returns the sums of a chunk, its logits and their log-normalizer.
 
-    On a mesh `kernel` and the logits are a part of the vocabulary, from `first` on.
+    On a mesh, `kernel` and the logits are a shard of the vocabulary that begins at
+    token `first`.
     """
-    logits = _product("btd,vd->btv", hidden, kernel)
-    largest = _over_model(mesh, jax.lax.pmax, jnp.max(logits, axis=-1))
+    logits = _einsum_float32("btd,vd->btv", hidden, kernel)
+    largest = _reduce_over_vocabulary(mesh, jax.lax.pmax, jnp.max(logits, axis=-1))
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    normaliser = largest + jnp.log(_over_model(mesh, jax.lax.psum, exponentials))
+    log_normalizer = largest + jnp.log(
+        _reduce_over_vocabulary(mesh, jax.lax.psum, exponentials)
+    )
     columns = targets - first
     chosen = jnp.take_along_axis(logits, columns[..., None], axis=-1, mode="clip")
     here = (columns >= 0) & (columns < logits.shape[-1])
     chosen = jnp.where(here, chosen[..., 0], 0)
-    chosen = _over_model(mesh, jax.lax.psum, chosen)
+    chosen = _reduce_over_vocabulary(mesh, jax.lax.psum, chosen)
     sums = (
-        jnp.sum((normaliser - chosen) * weights),
-        jnp.sum(jnp.square(normaliser) * weights),
+        jnp.sum((log_normalizer - chosen) * weights),
+        jnp.sum(jnp.square(log_normalizer) * weights),
         jnp.sum(jnp.where(chosen >= largest, weights, 0)),
     )
-    return sums, (logits, normaliser)
+    return sums, (logits, log_normalizer)
 
 
-def _product(equation, a, b):
+def _einsum_float32(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type="float32")
 
 
-def _cut(chunks, hidden, kernel, *rest):
-    """Each of `(batch, length, …)` as `(chunks, batch, length / chunks, …)`."""
+def _split(num_chunks, hidden, kernel, *rest):
+    """Splits `(batch, length, …)` to `(num_chunks, batch, length / num_chunks, …)`."""
     batch, length = hidden.shape[:2]
-    chunks = chunks or _chunks(batch, length, len(kernel))
+    num_chunks = num_chunks or _choose_num_chunks(batch, length, len(kernel))
     return tuple(
-        jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *x.shape[2:]), 1, 0)
+        jnp.moveaxis(
+            x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]), 1, 0
+        )
         for x in (hidden, *rest)
     )
 
@@ -160,8 +180,8 @@ def _cut(chunks, hidden, kernel, *rest):
 # ----- On a mesh
 
 
-def _on_each_device(mesh, compute, outputs):
-    """`compute` of each device's rows and part of the vocabulary."""
+def _shard_map(mesh, compute, outputs):
+    """Runs `compute` on each device's shard of the batch and the vocabulary."""
     if mesh is None:
         return compute
     rows = P(BATCH_AXES, None)
@@ -171,23 +191,23 @@ def _on_each_device(mesh, compute, outputs):
     )
 
 
-def _first_column(mesh, kernel):
-    """Number of the first token of a device's part of the vocabulary."""
+def _first_token(mesh, kernel):
+    """Returns the first token of a device's shard of the vocabulary."""
     return 0 if mesh is None else jax.lax.axis_index("model") * len(kernel)
 
 
-def _over_model(mesh, reduce, x):
-    """What the parts of the vocabulary make together."""
+def _reduce_over_vocabulary(mesh, reduce, x):
+    """Reduces over the shards of the vocabulary."""
     if mesh is None or mesh.shape["model"] == 1:
         return x
     return reduce(x, "model")
 
 
-def _over_rows(mesh, sums):
+def _reduce_over_batch(mesh, sums):
     return sums if mesh is None else jax.lax.psum(sums, BATCH_AXES)
 
 
-def _plus(a, b):
+def _add(a, b):
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 

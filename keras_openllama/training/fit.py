@@ -1,7 +1,10 @@
-"""`fit` and its kin, on whatever users hold: texts, pairs, chats, arrays, datasets."""
+"""`fit`, `evaluate` and `predict` on texts, pairs, chats, arrays and datasets."""
+
+from __future__ import annotations
 
 import inspect
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -22,6 +25,10 @@ from keras_openllama.text.inputs import (
 from keras_openllama.text.token_arrays import as_token_ids
 from keras_openllama.training.callbacks import BitsPerByte, SkippedSteps
 from keras_openllama.training.train_plan import TrainPlan
+from keras_openllama.utils.types import Tensor
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
 
 if keras.config.backend() == "jax":
     from keras_openllama.training.train_step_jax import JaxTrainStep as TrainStep
@@ -30,96 +37,113 @@ else:
         TfTorchTrainStep as TrainStep,
     )
 
-# Learning rates of "auto": Alpaca's for 7B; QLoRA's for adapters (arXiv:2305.14314).
+# Learning rates of optimizer="auto": that of Alpaca for 7B, and that of QLoRA
+# (arXiv:2305.14314) for adapters.
 LEARNING_RATE, ADAPTER_LEARNING_RATE = 2e-5, 2e-4
 
 
-def default_optimizer(lm):
-    """AdamW as `compile` takes it for `"auto"`; weights do not decay, as in Alpaca."""
+def default_optimizer(lm: CausalLM) -> AdamW:
+    """Creates the optimizer of `compile(optimizer="auto")`.
+
+    Args:
+        lm: `OpenLlamaCausalLM`.
+
+    Returns:
+        AdamW without weight decay, as in Alpaca.
+
+    Example:
+        >>> float(default_optimizer(lm).learning_rate)
+        1.9999999494757503e-05
+    """
     rate = ADAPTER_LEARNING_RATE if adapted_layers(lm) else LEARNING_RATE
     return AdamW(rate, weight_decay=0.0)
 
 
 class FitMixin(TrainStep):
-    """`OpenLlamaCausalLM`: what it is trained, evaluated and asked with."""
+    """The methods of `OpenLlamaCausalLM` that train, evaluate and predict."""
 
-    _variables_seen = None  # By the programs that Keras has compiled.
-    train_plan = TrainPlan()  # `compile` sets another one.
+    _compiled_variables = None  # Those of the programs that Keras has compiled.
+    train_plan = TrainPlan()  # Replaced by `compile`.
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        pack=False,
-        callbacks=None,
-        **kwargs,
-    ):
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        pack: bool = False,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """Trains the model; see `keras.Model.fit`.
 
-        Beside loss and token accuracy, `History` has the perplexity, and where
-        `validation_data` are texts or pairs the bits per byte of their text, which can
-        be compared between tokenizers.
+        In addition to loss and token accuracy, the history has the perplexity. If
+        `validation_data` is texts or pairs, it also has the bits per byte of their
+        text, which can be compared between tokenizers.
 
         Args:
             x: with a preprocessor texts, pairs or chats, see
                 `OpenLlamaCausalLMPreprocessor`; or a dict of `"token_ids"` and
-                `"padding_mask"`, both `(batch, length)`. Or batches of any of these: a
-                `tf.data.Dataset`, Grain's datasets, a `keras.utils.PyDataset`, a
-                generator.
-            y: int `(batch, length)`, the token after each position; for texts
-                responses to them, or `None`.
-            batch_size: int, rows per step; Keras's default is 32.
-            sample_weight: float, one per position or one per row. What weighs nothing
-                counts nowhere, in loss or metrics.
-            validation_data: as `x`, or a tuple of `x`, `y` and `sample_weight`.
-            pack: bool, whether several examples share a row, of which each sees itself
-                only; for lists of texts, pairs or chats.
+                `"padding_mask"`, both int `(batch, length)`. Or batches of any of
+                these: a `tf.data.Dataset`, a Grain dataset, a
+                `keras.utils.PyDataset`, a generator.
+            y: targets, int `(batch, length)`, the token after each position; for texts,
+                the responses to them, or `None`.
+            batch_size: sequences per step; 32 by default, as in Keras.
+            sample_weight: float `(batch, length)` or `(batch,)`. Tokens with zero
+                weight are ignored in the loss and the metrics.
+            validation_data: of the types of `x`, or a tuple of `x`, `y` and
+                `sample_weight`.
+            pack: whether several examples share a sequence (example packing); each
+                attends only to itself. For lists of texts, pairs or chats.
             callbacks: see `keras.Model.fit`.
             **kwargs: see `keras.Model.fit`.
 
         Returns:
-            A `keras.callbacks.History`.
+            The history of losses and metrics per epoch.
 
         Raises:
-            ValueError: for data that are malformed, or ids outside the vocabulary.
-            FloatingPointError: if each step of an epoch had to be left out, since
-                loss or gradient was not finite.
+            ValueError: for malformed data, or token ids outside the vocabulary.
+            FloatingPointError: if every step of an epoch was skipped, because loss or
+                gradient was not finite.
 
         Example:
-
-        ```python
-        lm.backbone.enable_lora(8)
-        lm.fit({"prompt": ["2 + 2 ="], "response": [" 4"]}, epochs=3)
-        ```
+            >>> from keras_openllama import OpenLlamaCausalLM
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.preprocessor.sequence_length = 16
+            >>> lm.backbone.enable_lora(4)
+            >>> pairs = {"prompt": ["2 + 2 ="], "response": [" 4"]}
+            >>> history = lm.fit(pairs, verbose=0)
+            >>> sorted(history.history)
+            ['loss', 'perplexity', 'sparse_categorical_accuracy']
         """
         self._prepare_to_train()
         own_callbacks = [SkippedSteps()] if self.train_plan.auto_loss else []
         x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
-        data = self._in_whole_batches(x, y, sample_weight, batch_size)
+        data = self._pad_to_full_batches(x, y, sample_weight, batch_size)
         x, y, sample_weight = data
         if validation_data is not None:
             if not isinstance(validation_data, tuple):
                 validation_data = (validation_data,)
             x_val, *targets = (*validation_data, None, None)[:3]
-            is_text = isinstance(self._normalized(x_val), (Texts, Examples))
+            is_text = isinstance(self._normalize(x_val), (Texts, Examples))
             x_val, *targets, bytes_per_target = self._as_data(
                 x_val, *targets, pack and is_text
             )
             if bytes_per_target and self.train_plan.auto_loss:
                 own_callbacks.append(BitsPerByte(bytes_per_target))
             size = kwargs.get("validation_batch_size") or batch_size
-            x_val, *targets = self._in_whole_batches(x_val, *targets, size)
-            # A dataset or generator comes with its targets.
-            whole = all(target is None for target in targets)
-            validation_data = x_val if whole else (x_val, *targets)
+            x_val, *targets = self._pad_to_full_batches(x_val, *targets, size)
+            # A dataset or generator yields its targets itself.
+            has_targets = any(target is not None for target in targets)
+            validation_data = (x_val, *targets) if has_targets else x_val
         if type(x).__module__.startswith("grain"):
-            kwargs.setdefault("shuffle", False)  # Keras cannot, and would warn.
+            # Keras cannot shuffle Grain's datasets, and would warn.
+            kwargs.setdefault("shuffle", False)
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            # First, so that others see what they say.
+            # Before the user's callbacks, which can then read the logs they add.
             callbacks = [*own_callbacks, *filter(None, given)]
         return self._call_keras(
             "fit",
@@ -134,22 +158,40 @@ class FitMixin(TrainStep):
 
     def evaluate(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        pack=False,
-        return_dict=False,
-        **kwargs,
-    ):
-        """Loss and metrics; takes what `fit` takes. See `keras.Model.evaluate`.
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        pack: bool = False,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> list | dict[str, float]:
+        """Computes loss and metrics; see `keras.Model.evaluate`.
 
-        Without `return_dict=True` they are a list: loss, token accuracy, perplexity.
-        With it, and for texts or pairs, bits per byte are among them.
+        Args:
+            x: see `fit`.
+            y: see `fit`.
+            batch_size: see `fit`.
+            sample_weight: see `fit`.
+            pack: see `fit`.
+            return_dict: whether to return a dict instead of a list.
+            **kwargs: see `keras.Model.evaluate`.
+
+        Returns:
+            A list of loss, token accuracy and perplexity; or a dict with these, and for
+            texts or pairs `"bits_per_byte"`.
+
+        Raises:
+            ValueError: for malformed data, or token ids outside the vocabulary.
+
+        Example:
+            >>> results = lm.evaluate(["The sea"], verbose=0, return_dict=True)
+            >>> round(results["loss"], 2)
+            6.92
         """
-        self._forget_stale_programs()
+        self._drop_stale_programs()
         *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
-        x, y, sample_weight = self._in_whole_batches(*data, batch_size)
+        x, y, sample_weight = self._pad_to_full_batches(*data, batch_size)
         results = self._call_keras(
             "evaluate",
             x,
@@ -161,145 +203,187 @@ class FitMixin(TrainStep):
         )
         if not self.train_plan.auto_loss:
             return results
-        if not return_dict:  # Where KerasHub has them, and perplexity behind them.
+        if not return_dict:  # The order of KerasHub, followed by the perplexity.
             perplexity = results.pop("perplexity")
             return [*results.values(), perplexity]
         if bytes_per_target:
             results["bits_per_byte"] = results["loss"] / np.log(2) / bytes_per_target
         return results
 
-    def predict(self, x, batch_size=None, **kwargs):
-        """Logits, as NumPy; takes what `fit` takes. See `keras.Model.predict`."""
-        self._forget_stale_programs()
+    def predict(
+        self, x: Any, batch_size: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Computes logits; see `keras.Model.predict`.
+
+        Args:
+            x: see `fit`.
+            batch_size: sequences per batch; 32 by default.
+            **kwargs: see `keras.Model.predict`.
+
+        Returns:
+            Logits `(batch, length, vocabulary_size)`. For text, `length` is the
+            preprocessor's `sequence_length`.
+
+        Raises:
+            ValueError: for malformed data, or token ids outside the vocabulary.
+
+        Example:
+            >>> lm.predict(["The sea"], verbose=0).shape
+            (1, 256, 3072)
+        """
+        self._drop_stale_programs()
         x, *_ = self._as_data(x)
         return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
 
     def _call_keras(self, method, *args, **kwargs):
-        """`fit`, `evaluate` or `predict` of `keras.Model`, past KerasHub's class.
+        """Calls `fit`, `evaluate` or `predict` of `keras.Model`, bypassing KerasHub.
 
-        KerasHub's `PipelineModel` would preprocess again what is arrays by now, makes a
-        `tf.data.Dataset` of it, and refuses a `PyDataset` and generators.
+        KerasHub's `PipelineModel` would preprocess the arrays again and convert them to
+        a `tf.data.Dataset`, and does not support `PyDataset` and generators.
         """
         return getattr(keras.Model, method)(self, *args, **kwargs)
 
-    def train_on_batch(self, *args, **kwargs):
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.train_on_batch`."""
         self._prepare_to_train()
         return super().train_on_batch(*args, **kwargs)
 
-    def test_on_batch(self, *args, **kwargs):
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.test_on_batch`."""
-        self._forget_stale_programs()
+        self._drop_stale_programs()
         return super().test_on_batch(*args, **kwargs)
 
-    def predict_on_batch(self, *args, **kwargs):
+    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.predict_on_batch`."""
-        self._forget_stale_programs()
+        self._drop_stale_programs()
         return super().predict_on_batch(*args, **kwargs)
 
-    def preprocess_samples(self, x, y=None, sample_weight=None):
-        """Text goes through the preprocessor; arrays are taken as they are."""
-        if not isinstance(self._normalized(x, y), Arrays):
+    def preprocess_samples(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> tuple | Any:
+        """Preprocesses text; arrays are checked and returned unchanged.
+
+        Args:
+            x: see `fit`.
+            y: see `fit`.
+            sample_weight: see `fit`.
+
+        Returns:
+            `(x, y, sample_weight)`, without trailing `None`.
+
+        Raises:
+            ValueError: for malformed data, or token ids outside the vocabulary.
+
+        Example:
+            >>> x, y, sample_weight = lm.preprocess_samples(["The sea"])
+            >>> y.shape
+            (1, 256)
+        """
+        if not isinstance(self._normalize(x, y), Arrays):
             return self.preprocessor(x, y=y, sample_weight=sample_weight)
         if y is not None and not is_graph_tensor(y):
-            x, y, sample_weight = self._as_arrays(x, y, sample_weight)
+            x, y, sample_weight = self._check_arrays(x, y, sample_weight)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
-    def get_metrics_result(self):
+    def get_metrics_result(self) -> dict[str, Tensor]:
+        """See `keras.Model.get_metrics_result`; adds the perplexity."""
         results = super().get_metrics_result()
         if self.train_plan.auto_loss:
             results["perplexity"] = ops.exp(results["loss"])
         return results
 
-    # ----- Before anything is computed
+    # ----- Preparation
 
-    def _forget_stale_programs(self):
-        """Keras's programs keep the variables that they saw; adapters change them."""
-        seen = [(id(v), v.trainable) for v in self.weights]
-        if seen != self._variables_seen:
+    def _drop_stale_programs(self):
+        """Drops compiled programs whose variables have changed, as by adapters."""
+        variables = [(id(v), v.trainable) for v in self.weights]
+        if variables != self._compiled_variables:
             self.train_function = self.test_function = self.predict_function = None
-            self._variables_seen = seen
+            self._compiled_variables = variables
 
     def _prepare_to_train(self):
-        """Last looks at what is about to be trained."""
-        self._forget_stale_programs()
+        """Checks programs, optimizer and dtypes before training."""
+        self._drop_stale_programs()
         self._check_optimizer()
         dtypes = {variable.dtype for variable in self.trainable_variables}
         if dtypes - {"float32"}:
             warnings.warn(
-                f"Variables of {', '.join(sorted(dtypes - {'float32'}))} are trained: "
-                "small steps are rounded away, and the model hardly learns. Load it "
-                'with dtype="mixed_bfloat16", or train adapters (`enable_lora`), which '
-                "are float32.",
+                "The trainable variables have dtype "
+                f"{', '.join(sorted(dtypes - {'float32'}))}: small updates are rounded "
+                "away, and the model hardly learns. Load it with "
+                'dtype="mixed_bfloat16", or train adapters (`enable_lora`), which are '
+                "float32.",
                 stacklevel=3,
             )
 
     def _check_optimizer(self):
-        """Whether the optimizer knows the variables: adapters may have come or gone."""
+        """Checks that the optimizer has the model's current trainable variables."""
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if optimizer is None:
-            return  # Keras says that there is none.
-        known = {id(v) for v in optimized_variables(optimizer)}
-        stale = optimizer.built and known != {id(v) for v in self.trainable_variables}
+            return  # Keras raises the error.
+        optimized = {id(v) for v in optimized_variables(optimizer)}
+        trainable = {id(v) for v in self.trainable_variables}
+        stale = optimizer.built and optimized != trainable
         if self.train_plan.auto_learning_rate and (stale or not optimizer.built):
             self.optimizer = default_optimizer(self)
         elif stale:
             raise ValueError(
-                "Other variables are to be trained than when the optimizer was built, "
-                "since adapters came or went. Call `compile` again."
+                "The trainable variables have changed since the optimizer was built, "
+                "because adapters were added or removed. Call `compile` again."
             )
 
-    def _normalized(self, x, y=None):
+    def _normalize(self, x, y=None):
         return normalize_training_data(x, y, self.preprocessor is not None)
 
     def _as_data(self, x, y=None, sample_weight=None, pack=False):
-        """What Keras takes: x, y, weights; and bytes of text for each target."""
-        data = self._normalized(x, y)
+        """Returns x, y and weights for Keras, and the bytes of text per target."""
+        data = self._normalize(x, y)
         is_text = isinstance(data, (Texts, Examples))
         if pack and (sample_weight is not None or not is_text):
             raise ValueError(
-                "`pack` takes a list of texts, pairs or chats, and no `sample_weight`. "
-                f"Received: x of type {type(x).__name__}, "
+                "`pack` needs a list of texts, pairs or chats, without "
+                f"`sample_weight`. Received: x of type {type(x).__name__}, "
                 f"sample_weight={sample_weight!r:.80}"
             )
         if isinstance(data, Batches):
-            return self._mapped(x), y, sample_weight, None
+            return self._map_batches(x), y, sample_weight, None
         if isinstance(data, Arrays):
-            return *self._as_arrays(x, y, sample_weight), None
-        rows = self.preprocessor.tokenize_examples(data)
-        rows.warn()
+            return *self._check_arrays(x, y, sample_weight), None
+        examples = self.preprocessor.tokenize_examples(data)
+        examples.warn()
         if pack:
-            x, y, weights = rows.packed()
+            x, y, weights = examples.packed()
         else:
-            x, y, weights = self.preprocessor.pad_examples(rows, sample_weight)
+            x, y, weights = self.preprocessor.pad_examples(examples, sample_weight)
         targets = float(weights.sum())
-        whole = sample_weight is None and targets > 0
-        return x, y, weights, rows.num_bytes / targets if whole else None
+        is_unweighted = sample_weight is None and targets > 0
+        return x, y, weights, examples.num_bytes / targets if is_unweighted else None
 
-    def _in_whole_batches(self, x, y, sample_weight, batch_size):
-        """Rows that weigh nothing behind the others, where batches have to be whole.
+    def _pad_to_full_batches(self, x, y, sample_weight, batch_size):
+        """Appends sequences with zero weight, so that all batches have full size.
 
-        That is so on a mesh, and for micro-batches.
+        A mesh and micro-batches need batches of full size.
         """
-        parts = self._parts_of_a_batch()
+        parts = self._batch_size_divisor()
         if not isinstance(x, dict) or y is None or parts == 1:
             return x, y, sample_weight
-        rows, size = len(y), batch_size or 32  # Keras's default.
+        count, size = len(y), batch_size or 32  # Keras's default.
         if size % parts:
             raise ValueError(
-                f"`batch_size` is a multiple of {parts}, the devices that share a "
-                f"batch times `micro_batches`. Received: batch_size={size}"
+                f"`batch_size` must be a multiple of {parts}, the number of "
+                "data-parallel devices times `micro_batches`. Received: "
+                f"batch_size={size}"
             )
-        more = -rows % (size if rows > size else parts)
+        more = -count % (size if count > size else parts)
         if sample_weight is None:
             sample_weight = np.ones(np.shape(y), "float32")
-        sample_weight = _longer(sample_weight, more)
-        sample_weight[rows:] = 0
-        x = {name: _longer(array, more) for name, array in x.items()}
-        return x, _longer(y, more), sample_weight
+        sample_weight = _append_copies(sample_weight, more)
+        sample_weight[count:] = 0
+        x = {name: _append_copies(array, more) for name, array in x.items()}
+        return x, _append_copies(y, more), sample_weight
 
-    def _parts_of_a_batch(self):
-        """Parts of equal size that a batch has to be cut into: int."""
+    def _batch_size_divisor(self):
+        """Returns the number that must divide the batch size."""
         options = self.train_plan.step_options
         parts = options.micro_batches if options else 1
         if keras.config.backend() == "jax":
@@ -307,34 +391,34 @@ class FitMixin(TrainStep):
             parts *= getattr(distribution, "num_model_replicas", 1)
         return parts
 
-    def _as_arrays(self, x, y, sample_weight):
-        """Arrays, checked: backends would clamp an id that is none."""
+    def _check_arrays(self, x, y, sample_weight):
+        """Checks arrays: backends would clamp invalid token ids."""
         if isinstance(x, dict) and "token_ids" in x:
             as_token_ids(x["token_ids"], self.backbone.vocabulary_size)
         if y is not None:
             as_token_ids(y, self.backbone.vocabulary_size, "y")
         if sample_weight is not None and (to_numpy(sample_weight) < 0).any():
-            raise ValueError("`sample_weight` holds weights below 0.")
-        if y is not None and np.ndim(sample_weight) == 1:  # One per row.
+            raise ValueError("`sample_weight` must not be negative.")
+        if y is not None and np.ndim(sample_weight) == 1:  # One per sequence.
             weights = ops.convert_to_numpy(sample_weight)
             sample_weight = np.broadcast_to(weights[:, None], np.shape(y))
         return x, y, sample_weight
 
-    def _mapped(self, batches):
-        """Batches of text as batches of arrays. (Keras refuses targets beside them.)"""
-
-        told = []
+    def _map_batches(self, batches):
+        """Converts batches of text to batches of arrays that include the targets."""
+        warned = []
 
         def preprocess(batch):
             batch = batch if isinstance(batch, tuple) else (batch,)
             x, y, sample_weight = (*batch, None, None)[:3]
-            data = self._normalized(x, y)
+            data = self._normalize(x, y)
             if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
-            rows = self.preprocessor.tokenize_examples(data)
-            if (rows.num_truncated or rows.num_without_targets) and not told:
-                told.append(rows.warn())  # Of the first such batch alone.
-            return self.preprocessor.pad_examples(rows, sample_weight)
+            examples = self.preprocessor.tokenize_examples(data)
+            if (examples.num_truncated or examples.num_without_targets) and not warned:
+                warned.append(True)  # Only the first such batch is reported.
+                examples.warn()
+            return self.preprocessor.pad_examples(examples, sample_weight)
 
         if is_tf_dataset(batches):
             return batches.map(self.preprocess_samples, num_parallel_calls=-1)
@@ -345,14 +429,14 @@ class FitMixin(TrainStep):
         return batches.map(preprocess)
 
 
-def _longer(array, more):
-    """An array with its first row so many times more."""
+def _append_copies(array, count):
+    """Appends copies of the first element to an array."""
     array = ops.convert_to_numpy(array)
-    return np.concatenate([array, np.repeat(array[:1], more, axis=0)])
+    return np.concatenate([array, np.repeat(array[:1], count, axis=0)])
 
 
 class _MappedPyDataset(keras.utils.PyDataset):
-    """A `PyDataset` whose batches go through a function."""
+    """A `PyDataset` whose batches are mapped by a function."""
 
     def __init__(self, dataset, function):
         super().__init__(

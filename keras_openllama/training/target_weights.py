@@ -1,17 +1,26 @@
-"""What each target of a batch weighs, in loss and metrics."""
+"""The weight of each target in the loss and the metrics."""
+
+from __future__ import annotations
 
 from keras import ops
 
+from keras_openllama.utils.types import Tensor
 
-def target_weights(padding_mask, weights=None):
-    """Weights as the steps of training take them; padding weighs nothing.
+
+def target_weights(padding_mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Combines sample weights with the padding mask; padding has zero weight.
 
     Args:
         padding_mask: bool or int `(batch, length)`, 0 on padding.
-        weights: `None`, or numbers `(batch,)` or `(batch, length)`.
+        weights: sample weights `(batch,)` or `(batch, length)`, or `None`.
 
     Returns:
-        float32 tensor `(batch, length)`.
+        float32 `(batch, length)`.
+
+    Example:
+        >>> import numpy as np
+        >>> target_weights(np.array([[1, 1, 0]]), np.array([0.5]))
+        Array([[0.5, 0.5, 0. ]], dtype=float32)
     """
     real = ops.cast(ops.cast(padding_mask, "bool"), "float32")
     if weights is None:

@@ -1,8 +1,14 @@
-"""What `compile` decides about training, for `fit` and the training steps to act on."""
+"""The decisions of `compile` about training, which `fit` and the train steps follow."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import keras
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
 
 if keras.config.backend() == "jax":
     from keras_openllama.training.train_step_jax import TrainStepOptions
@@ -12,49 +18,64 @@ if keras.config.backend() == "jax":
 class TrainPlan:
     """How a model is trained and evaluated: its attribute `train_plan`.
 
-    `compile` sets it, once; `FitMixin` and the training steps read it. The defaults are
-    those of a model that is not compiled: all is left to Keras.
+    `compile` sets it; `FitMixin` and the train steps read it. The defaults are those of
+    a model that was not compiled, for which Keras does everything.
 
     Attributes:
-        auto_loss: bool, whether loss and metrics are the model's own: the mean of the
-            cross-entropy over all targets of an epoch, with perplexity, and steps left
-            out that are not finite. Else the step is Keras's.
-        auto_learning_rate: bool, whether optimizer and rate follow the adapters that
-            the model has when it is trained.
-        step_options: `train_step_jax.TrainStepOptions` of the fused step; `None`
-            where that step is not taken, as on other backends.
+        auto_loss: whether loss and metrics are the model's own: the cross-entropy
+            averaged over all targets of an epoch, with perplexity, where steps that are
+            not finite are skipped. Otherwise the train step is that of Keras.
+        auto_learning_rate: whether optimizer and learning rate depend on whether the
+            model has adapters when it is trained.
+        step_options: `train_step_jax.TrainStepOptions` of the fused step; `None` if
+            that step is not used, as on other backends.
+
+    Example:
+        >>> TrainPlan().fused, TrainPlan(step_options=TrainStepOptions()).fused
+        (False, True)
     """
 
     auto_loss: bool = False
     auto_learning_rate: bool = False
-    step_options: object = None
+    step_options: TrainStepOptions | None = None
 
     @property
-    def fused(self):
-        """bool, whether the step is the fused one of `train_step_jax`."""
+    def fused(self) -> bool:
+        """Whether the step is that of `train_step_jax`, with a chunked loss."""
         return self.step_options is not None
 
 
 def plan_training(
-    lm, loss, metrics, weighted_metrics, auto_learning_rate, step_options
-):
-    """The plan of a model.
+    lm: CausalLM,
+    loss: Any,
+    metrics: Any,
+    weighted_metrics: Any,
+    auto_learning_rate: bool,
+    step_options: tuple[int, str, float],
+) -> TrainPlan:
+    """Decides how a model is trained.
 
     Args:
         lm: `OpenLlamaCausalLM`, with its optimizer.
-        loss, metrics, weighted_metrics: what its `compile` was given.
-        auto_learning_rate: bool, whether it was given no optimizer.
-        step_options: triple of its `micro_batches`, `rematerialize` and `z_loss`.
+        loss: argument of `OpenLlamaCausalLM.compile`.
+        metrics: argument of `OpenLlamaCausalLM.compile`.
+        weighted_metrics: argument of `OpenLlamaCausalLM.compile`.
+        auto_learning_rate: whether `compile` was called with `optimizer="auto"`.
+        step_options: the arguments `micro_batches`, `rematerialize` and `z_loss`.
 
     Returns:
-        `TrainPlan`.
+        The plan.
 
     Raises:
-        ValueError: for options that need the fused step, where it is not taken.
+        ValueError: for step options that need the fused step if it cannot be used.
+
+    Example:
+        >>> plan_training(lm, "mse", None, None, True, (1, "none", 0.0)).auto_loss
+        False
     """
     auto_loss = loss == "auto" and not metrics
     auto_loss &= weighted_metrics == "auto" or not weighted_metrics
-    # Keras's own step scales a loss, and knows how to compute a quantized head.
+    # Loss scaling, and on JAX a quantized head, need the step of Keras.
     auto_loss &= not _scales_loss(lm.optimizer)
     on_jax = keras.config.backend() == "jax"
     if on_jax:

@@ -1,6 +1,9 @@
-"""The training step on JAX: what `fit` compiles, and pretraining, and its plan."""
+"""The train step on JAX, shared by `fit`, training runs and `pretrain --plan`."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +16,32 @@ from keras_openllama.layers.attention_kernels import select_attention
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.sharded_embedding import embedding_lookup
 from keras_openllama.training.chunked_loss import chunked_cross_entropy
-from keras_openllama.training.step_metrics import StepMetrics
+from keras_openllama.training.step_metrics import LossSums, StepMetrics
 from keras_openllama.training.target_weights import target_weights
+from keras_openllama.utils.types import Tensor
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
 
 
 class TrainStepOptions(NamedTuple):
-    """How a step is computed; none of it changes what is computed, but `z_loss`.
+    """Options of the train step. Only `z_loss` changes what it computes.
 
     Attributes:
-        micro_batches: int, parts of the batch that follow each other, so that the
-            activations of one part are in memory. One update for all.
-        rematerialize: string, one of `config.REMATERIALIZATION`.
-        z_loss: float, weight of the squared log of the softmax's denominator.
-        mesh: `jax.sharding.Mesh` with the axes of `distribution.make_mesh`; `None` for
-            one device.
-        loss_chunks: int, see `chunked_loss.chunked_cross_entropy`.
-        attend: callable of `attention_kernels.select_attention`, or `None` for what
-            every platform can compute.
-        scan: bool, whether the layers are a scan, which compiles sooner; one after the
-            other they are faster on CPUs.
+        micro_batches: number of parts of a batch for gradient accumulation. Only the
+            activations of one part are in memory. There is one update per batch.
+        rematerialize: one of `config.REMATERIALIZATION`.
+        z_loss: weight of the squared logarithm of the softmax's denominator.
+        mesh: mesh with the axes of `distribution.make_mesh`; `None` for one device.
+        loss_chunks: see `chunked_loss.chunked_cross_entropy`.
+        attention_fn: kernel of `attention_kernels.select_attention`; `None` is the
+            attention that every platform supports.
+        scan: whether the layers run in a scan. It reduces compilation time, but is
+            slower on CPUs.
+
+    Example:
+        >>> TrainStepOptions(micro_batches=4).rematerialize
+        'none'
     """
 
     micro_batches: int = 1
@@ -39,50 +49,74 @@ class TrainStepOptions(NamedTuple):
     z_loss: float = 0.0
     mesh: jax.sharding.Mesh | None = None
     loss_chunks: int | None = None
-    attend: object = None
+    attention_fn: Callable[..., Tensor] | None = None
     scan: bool = False
 
 
-def options_for_devices(options, distribution=None):
-    """Options for the devices that a step will run on.
+def options_for_devices(
+    options: TrainStepOptions, distribution: OpenLlamaParallel | None = None
+) -> TrainStepOptions:
+    """Adapts options to the devices that the step will run on.
 
     Args:
-        options: `TrainStepOptions`.
-        distribution: `OpenLlamaParallel`, or `None` for JAX's default device.
+        options: the options.
+        distribution: distribution of the model; `None` for JAX's default device.
 
     Returns:
-        `TrainStepOptions` with the mesh, the fastest attention kernel, and on TPUs a
-        scan over the layers.
+        The options with the mesh, the fastest attention kernel, and on TPUs a scan over
+        the layers.
+
+    Example:
+        >>> options_for_devices(TrainStepOptions()).scan  # On a CPU.
+        False
     """
     mesh, device = None, jax.devices()[0]
     if distribution is not None:
         mesh = distribution.device_mesh.backend_mesh
         device = mesh.devices.flat[0]
     return options._replace(
-        mesh=mesh, attend=select_attention(device, mesh), scan=device.platform == "tpu"
+        mesh=mesh,
+        attention_fn=select_attention(device, mesh),
+        scan=device.platform == "tpu",
     )
 
 
-def loss_sums(lm, values, batch, options):
-    """The sums of `chunked_loss.chunked_cross_entropy` over a batch.
+def loss_sums(
+    lm: CausalLM,
+    values: tuple[list, list],
+    batch: tuple[dict[str, Tensor], Tensor, Tensor],
+    options: TrainStepOptions,
+) -> LossSums:
+    """Computes the weighted sum of the loss over a batch.
 
     Args:
         lm: `OpenLlamaCausalLM`.
-        values: pair of lists, values of its trainable and non-trainable variables.
+        values: values of its trainable and of its non-trainable variables.
         batch: `(x, targets, weights)`: a dict of int `"token_ids"` and
             `"padding_mask"`, int targets, float32 weights; all `(batch, length)`.
-        options: `TrainStepOptions`.
+        options: options of the step.
 
     Returns:
-        `step_metrics.LossSums`.
+        The sums of loss, z-loss and correct targets.
 
     Raises:
         ValueError: if the head is quantized.
+
+    Example:
+        >>> ids = jnp.array([[1, 357, 1239]])
+        >>> x = {"token_ids": ids[:, :-1], "padding_mask": jnp.ones((1, 2), "int32")}
+        >>> values = [
+        ...     [v.value for v in variables]
+        ...     for variables in (lm.trainable_variables, lm.non_trainable_variables)
+        ... ]
+        >>> batch = x, ids[:, 1:], jnp.ones((1, 2))
+        >>> loss_sums(lm, values, batch, TrainStepOptions()).loss.round()
+        Array(8., dtype=float32)
     """
     if lm.lm_head.quantization_mode is not None:
         raise ValueError(
-            "The loss is computed from the head's kernel, and that is quantized: "
-            f"{lm.lm_head.quantization_mode!r}. Call `compile` after `quantize`."
+            "The chunked loss does not support a quantized head "
+            f"({lm.lm_head.quantization_mode!r}). Call `compile` after `quantize`."
         )
     x, targets, weights = batch
     variables = [*lm.trainable_variables, *lm.non_trainable_variables]
@@ -91,12 +125,14 @@ def loss_sums(lm, values, batch, options):
         hidden = lm.backbone.hidden_states(
             x["token_ids"],
             x["padding_mask"],
-            layer_intercept_fn=lambda states, index: _sharded(states, options.mesh),
+            layer_intercept_fn=lambda states, index: _shard_by_batch(
+                states, options.mesh
+            ),
             execution=LayerExecution(
                 rematerialize=options.rematerialize,
-                attention_fn=options.attend,
+                attention_fn=options.attention_fn,
                 scan=options.scan,
-                embedding_fn=_embed(lm.backbone, options.mesh),
+                embedding_fn=_embedding_fn(lm.backbone, options.mesh),
             ),
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
@@ -108,8 +144,8 @@ def loss_sums(lm, values, batch, options):
         )
 
 
-def _embed(backbone, mesh):
-    """What looks up embeddings on a mesh; `None` where the layer itself does."""
+def _embedding_fn(backbone, mesh):
+    """Returns the embedding lookup on a mesh; `None` to use the layer itself."""
     layer = backbone.token_embedding
     if mesh is None or layer.quantization_mode is not None:
         return None
@@ -118,37 +154,44 @@ def _embed(backbone, mesh):
     )
 
 
-def _sharded(states, mesh):
-    """Hidden states by rows, else XLA may hold those of all rows on every device."""
+def _shard_by_batch(states, mesh):
+    """Shards hidden states by the batch; XLA might replicate them otherwise."""
     if mesh is None:
         return states
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None))
     return jax.lax.with_sharding_constraint(states, sharding)
 
 
-def compute_gradients(lm, trainable, non_trainable, batch, options=TrainStepOptions()):  # noqa: B008
-    """Loss and gradient of a batch: the mean over its targets.
+def compute_gradients(
+    lm: CausalLM,
+    trainable: list,
+    non_trainable: list,
+    batch: tuple[dict[str, Tensor], Tensor, Tensor],
+    options: TrainStepOptions = TrainStepOptions(),  # noqa: B008
+) -> tuple[LossSums, Tensor, list]:
+    """Computes the gradients of the mean loss over the targets of a batch.
 
     Args:
         lm: `OpenLlamaCausalLM`.
-        trainable, non_trainable: lists, values of its variables.
+        trainable: values of its trainable variables.
+        non_trainable: values of its non-trainable variables.
         batch: see `loss_sums`.
-        options: `TrainStepOptions`.
+        options: options of the step.
 
     Returns:
-        `step_metrics.LossSums` of the batch, the sum of its weights, and the gradients,
-        float32 or of the variables' dtype, of the mean loss.
+        The sums over the batch; the sum of its weights; and the gradients, in the
+        dtypes of the trainable variables.
 
     Raises:
-        ValueError: if the micro-batches do not divide the rows.
+        ValueError: if `micro_batches` does not divide the batch size.
     """
-    rows = batch[1].shape[0]
-    if rows % options.micro_batches:
+    batch_size = batch[1].shape[0]
+    if batch_size % options.micro_batches:
         raise ValueError(
-            "`micro_batches` divides the rows of a batch. Received: "
-            f"micro_batches={options.micro_batches}, rows={rows}"
+            "`micro_batches` must divide the batch size. Received: "
+            f"micro_batches={options.micro_batches}, batch_size={batch_size}"
         )
-    total = jnp.maximum(jnp.sum(batch[2]), 1e-9)  # No target at all: no gradient.
+    total = jnp.maximum(jnp.sum(batch[2]), 1e-9)  # Without targets, the gradient is 0.
 
     def loss(values, part):
         sums = loss_sums(lm, (values, non_trainable), part, options)
@@ -169,32 +212,60 @@ def compute_gradients(lm, trainable, non_trainable, batch, options=TrainStepOpti
     return sums, total, grads
 
 
-def split_micro_batches(array, parts):
-    """`(batch, …)` to `(parts, batch / parts, …)`, each with rows of every device."""
-    array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+def split_micro_batches(array: Tensor, micro_batches: int) -> Tensor:
+    """Splits a batch into micro-batches, each with sequences of every device.
+
+    Args:
+        array: `(batch, …)`.
+        micro_batches: number of micro-batches, a divisor of `batch`.
+
+    Returns:
+        `(micro_batches, batch / micro_batches, …)`.
+
+    Example:
+        >>> split_micro_batches(jnp.arange(4), 2)
+        Array([[0, 2],
+               [1, 3]], dtype=int32)
+    """
+    size = array.shape[0] // micro_batches
+    array = array.reshape(size, micro_batches, *array.shape[1:])
     return jnp.moveaxis(array, 1, 0)
 
 
-def train_step(lm, state, batch, options=TrainStepOptions(), limit=None):  # noqa: B008
-    """One step of training.
+def train_step(
+    lm: CausalLM,
+    state: tuple[list, list, list],
+    batch: tuple[dict[str, Tensor], Tensor, Tensor],
+    options: TrainStepOptions = TrainStepOptions(),  # noqa: B008
+    max_loss: Tensor | None = None,
+) -> tuple[StepMetrics, tuple[list, list]]:
+    """Computes one training step.
+
+    The step is skipped if loss or gradient is not finite: the new values are then the
+    old ones.
 
     Args:
         lm: `OpenLlamaCausalLM`, compiled.
-        state: triple of lists: values of its trainable, its non-trainable and its
-            optimizer's variables.
+        state: values of its trainable, its non-trainable and its optimizer's
+            variables.
         batch: see `loss_sums`.
-        options: `TrainStepOptions`.
-        limit: float scalar; a loss above it skips the step. `None` is no limit.
+        options: options of the step.
+        max_loss: float scalar; the step is skipped if the loss is larger. `None` is no
+            limit.
 
     Returns:
-        `StepMetrics`, and the new trainable and optimizer values.
+        The metrics of the step, and the new values of the trainable and the optimizer's
+        variables.
+
+    Raises:
+        ValueError: if `micro_batches` does not divide the batch size.
     """
     trainable, non_trainable, optimizer = state
     sums, total, grads = compute_gradients(lm, trainable, non_trainable, batch, options)
     loss, grad_norm = sums.loss / total, global_norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    if limit is not None:
-        applied &= loss <= limit
+    if max_loss is not None:
+        applied &= loss <= max_loss
     new = lm.optimizer.stateless_apply(optimizer, grads, trainable)
     old = trainable, optimizer
     new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
@@ -214,62 +285,76 @@ def train_step(lm, state, batch, options=TrainStepOptions(), limit=None):  # noq
     return metrics, new
 
 
-def global_norm(tensors):
-    """The Euclidean norm of all tensors together, in float32."""
+def global_norm(tensors: list) -> Tensor:
+    """Computes the Euclidean norm of several tensors together.
+
+    Args:
+        tensors: tensors of any shape and float dtype.
+
+    Returns:
+        float32 scalar.
+
+    Example:
+        >>> global_norm([jnp.array([3.0]), jnp.array([[4.0]])])
+        Array(5., dtype=float32)
+    """
     squares = [jnp.sum(jnp.square(t.astype("float32"))) for t in tensors]
     return jnp.sqrt(sum(squares))
 
 
 class JaxTrainStep:
-    """`OpenLlamaCausalLM` on JAX: `fit` and `evaluate` take the step of this module.
+    """The train step of `OpenLlamaCausalLM` on JAX, which `fit` and `evaluate` compile.
 
-    They do so where the loss and the metrics are the model's own. With others, which
-    want all logits, the step is Keras's.
+    With the default loss and metrics it is the step of this module, which computes the
+    loss in chunks. Other losses and metrics need all logits, so the step of Keras is
+    used.
     """
 
-    def train_step(self, state, data):
+    def train_step(self, state: tuple, data: Any) -> tuple[dict[str, Any], tuple]:
+        """See `keras.Model.train_step` on JAX."""
         if not self.train_plan.fused:
             return super().train_step(state, data)
         trainable, non_trainable, optimizer, metrics = state
         batch = prepare_batch(*keras.utils.unpack_x_y_sample_weight(data))
-        options = self._placed_options()
-        found, (trainable, optimizer) = train_step(
+        options = self._step_options_for_devices()
+        step_metrics, (trainable, optimizer) = train_step(
             self, (trainable, non_trainable, optimizer), batch, options
         )
-        logs, metrics = self._measured(
-            metrics, found.loss, found.accuracy, found.targets
+        logs, metrics = self._update_metrics(
+            metrics, step_metrics.loss, step_metrics.accuracy, step_metrics.targets
         )
         return logs, (trainable, non_trainable, optimizer, metrics)
 
-    def test_step(self, state, data):
+    def test_step(self, state: tuple, data: Any) -> tuple[dict[str, Any], tuple]:
+        """See `keras.Model.test_step` on JAX."""
         if not self.train_plan.fused:
             return super().test_step(state, data)
         trainable, non_trainable, metrics = state
         batch = prepare_batch(*keras.utils.unpack_x_y_sample_weight(data))
-        # Nothing is kept for a backward pass, and the policy is for one.
-        options = self._placed_options()._replace(rematerialize="none")
+        # Without a backward pass, there is nothing to rematerialize.
+        options = self._step_options_for_devices()._replace(rematerialize="none")
         sums = loss_sums(self, (trainable, non_trainable), batch, options)
         targets = jnp.sum(batch[2])
         total = jnp.maximum(targets, 1e-9)
-        logs, metrics = self._measured(
+        logs, metrics = self._update_metrics(
             metrics, sums.loss / total, sums.correct / total, targets
         )
         return logs, (trainable, non_trainable, metrics)
 
-    def _placed_options(self):
+    def _step_options_for_devices(self):
         options = self.train_plan.step_options
         distribution = keras.distribution.distribution()
-        # Kernels cannot be divided by XLA, and only our layout says how to.
+        # XLA cannot partition attention kernels; only our layout defines how to.
         if distribution is None or isinstance(distribution, OpenLlamaParallel):
             return options_for_devices(options, distribution)
         return options
 
-    def _measured(self, metrics, loss, accuracy, targets):
-        """Adds a batch to the metrics: what they are now, and their variables."""
+    def _update_metrics(self, metrics, loss, accuracy, targets):
+        """Adds a batch to the metrics; returns their results and variables."""
         mapping = zip(self.metrics_variables, metrics, strict=True)
         with keras.StatelessScope(state_mapping=mapping) as scope:
             loss_tracker(self).update_state(loss, sample_weight=targets)
-            for metric in compiled_metrics(self):  # Accuracy, or none.
+            for metric in compiled_metrics(self):  # Token accuracy, or none.
                 metric.total.assign_add(accuracy * targets)
                 metric.count.assign_add(targets)
             logs = self.get_metrics_result()
@@ -280,8 +365,24 @@ class JaxTrainStep:
         return logs, variables
 
 
-def prepare_batch(x, y, weights=None):
-    """What `fit` was given, in the form of `loss_sums`; padding weighs nothing."""
+def prepare_batch(
+    x: dict[str, Tensor], y: Tensor, weights: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Converts the arguments of `fit` to the batch of `loss_sums`.
+
+    Args:
+        x: dict of `"token_ids"` and `"padding_mask"`, `(batch, length)`.
+        y: targets, int `(batch, length)`.
+        weights: sample weights, `(batch,)` or `(batch, length)`, or `None`.
+
+    Returns:
+        `(x, targets, weights)` of int32 and float32; padding has zero weight.
+
+    Example:
+        >>> x = {"token_ids": [[1, 5]], "padding_mask": jnp.array([[1, 0]])}
+        >>> prepare_batch(x, [[5, 0]])[2]
+        Array([[1., 0.]], dtype=float32)
+    """
     weights = target_weights(x["padding_mask"], weights)
     x = {name: jnp.asarray(x[name], "int32") for name in ("token_ids", "padding_mask")}
     return x, jnp.asarray(y, "int32"), weights

@@ -1,4 +1,8 @@
-"""The training step on TensorFlow and PyTorch, each target by its weight."""
+"""The train step on TensorFlow and PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,24 +17,26 @@ else:
 
 
 class TfTorchTrainStep:
-    """`OpenLlamaCausalLM` on TensorFlow and PyTorch.
+    """The train step of `OpenLlamaCausalLM` on TensorFlow and PyTorch.
 
-    Unlike Keras's own step, the loss of an epoch is the mean over its targets (and not
-    of means over batches), and a step whose loss or gradient is not finite is left out.
-    With a loss or metrics of your own the step is Keras's.
+    It differs from the step of Keras in two ways. The loss of an epoch is the mean over
+    its targets, not over the means of its batches; and a step whose loss or gradient is
+    not finite is skipped. With other losses or metrics, the step of Keras is used.
     """
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """See `keras.Model.train_step`."""
         if not self.train_plan.auto_loss or not self.trainable_variables:
             return super().train_step(data)
         if keras.config.backend() == "tensorflow":
-            return self._step_of_tensorflow(data)
-        return self._step_of_torch(data)
+            return self._train_step_tensorflow(data)
+        return self._train_step_torch(data)
 
-    def test_step(self, data):
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """See `keras.Model.test_step`."""
         if not self.train_plan.auto_loss:
             return super().test_step(data)
-        return self._measured(*self._forward(data, training=False))
+        return self._update_metrics(*self._forward(data, training=False))
 
     def _forward(self, data, training):
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
@@ -39,11 +45,11 @@ class TfTorchTrainStep:
         loss = self.compute_loss(x, y, logits, weights, training=training)
         return loss, x, y, logits, weights
 
-    def _measured(self, loss, x, y, logits, weights):
+    def _update_metrics(self, loss, x, y, logits, weights):
         loss_tracker(self).update_state(loss, sample_weight=ops.sum(weights))
         return self.compute_metrics(x, y, logits, sample_weight=weights)
 
-    def _step_of_torch(self, data):
+    def _train_step_torch(self, data):
         loss, *batch = self._forward(data, training=True)
         self.zero_grad()
         loss.backward()
@@ -53,9 +59,9 @@ class TfTorchTrainStep:
             norm = torch.nn.utils.get_total_norm(gradients)
             if torch.isfinite(loss) and torch.isfinite(norm):
                 self.optimizer.apply(gradients, variables)
-            return self._measured(loss.detach(), *batch)
+            return self._update_metrics(loss.detach(), *batch)
 
-    def _step_of_tensorflow(self, data):
+    def _train_step_tensorflow(self, data):
         with tf.GradientTape() as tape:
             loss, *batch = self._forward(data, training=True)
         variables = self.trainable_variables
@@ -68,4 +74,4 @@ class TfTorchTrainStep:
             ),
             lambda: self.optimizer.iterations.value,
         )
-        return self._measured(loss, *batch)
+        return self._update_metrics(loss, *batch)

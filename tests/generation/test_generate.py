@@ -1,4 +1,4 @@
-"""Generation: rows, limits, stops, samplers, streaming, and what it refuses."""
+"""`generate` and `stream`: batches, limits, stops, samplers, invalid arguments."""
 
 import time
 
@@ -23,7 +23,7 @@ from keras_openllama.generation.token_loop import (
     prefill_chunks,
 )
 
-STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which then runs a few steps too many.
+STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which may run a few extra steps.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
 
 
@@ -33,7 +33,7 @@ def lm():
 
 
 def make_lm(context=128, **options):
-    """A random model whose next token is a clear choice, with a real tokenizer."""
+    """A random model with large differences between logits, and a real tokenizer."""
     keras.utils.set_random_seed(0)
     tokenizer = OpenLlamaTokenizer(trained_model(keep_spaces=True))
     backbone = OpenLlamaBackbone(
@@ -62,7 +62,7 @@ def arrays(lm, prompts=PROMPTS):
 
 
 def greedy_without_cache(lm, prompt, steps):
-    """The plainest greedy decoding: the whole sequence again for each token."""
+    """The simplest greedy decoding: the full sequence is recomputed for each token."""
     ids = lm.preprocessor.prompt_ids([prompt])[0]
     for _ in range(steps):
         padded = np.zeros((1, 64), "int32")
@@ -72,21 +72,21 @@ def greedy_without_cache(lm, prompt, steps):
     return ids
 
 
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="JAX's devices")
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX devices")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_accelerators_cache_is_made_there_and_not_copied(monkeypatch, dtype):
+def test_init_cache_creates_zeros_on_the_accelerator(monkeypatch, dtype):
     lm = make_lm(dtype=dtype)
     on_cpu = init_cache(lm.backbone, 3, 16)
     monkeypatch.setattr(sharding, "device_platform", lambda backbone: "gpu")
-    monkeypatch.setattr(sharding, "to_device", None)  # What copies from the host.
-    there = init_cache(lm.backbone, 3, 16)
-    for pair, expected in zip(there, on_cpu, strict=True):
+    monkeypatch.setattr(sharding, "to_device", None)  # It copies from the host.
+    on_gpu = init_cache(lm.backbone, 3, 16)
+    for pair, expected in zip(on_gpu, on_cpu, strict=True):
         for x, y in zip(pair, expected, strict=True):
             assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
             assert not x.any()
 
 
-def test_generation_is_greedy_without_cache(lm):
+def test_generate_equals_greedy_decoding_without_cache(lm):
     outputs = lm.generate(arrays(lm), max_new_tokens=12, stop_token_ids=None)
     for i, prompt in enumerate(PROMPTS):
         expected = greedy_without_cache(lm, prompt, 12)
@@ -94,13 +94,13 @@ def test_generation_is_greedy_without_cache(lm):
         assert outputs["padding_mask"][i].sum() == len(expected)
 
 
-def test_each_row_gets_what_it_gets_alone(lm):
+def test_generate_on_a_batch_equals_generate_on_single_prompts(lm):
     together = lm.generate(PROMPTS, max_new_tokens=30)
     assert together == [lm.generate(p, max_new_tokens=30) for p in PROMPTS]
     assert len(set(together)) == len(PROMPTS)
 
 
-def test_max_length_counts_the_prompt_and_its_bos(lm):
+def test_max_length_includes_the_prompt_and_bos(lm):
     rows = lm.preprocessor.prompt_ids(PROMPTS)
     outputs = lm.generate(arrays(lm), max_length=25, stop_token_ids=None)
     assert outputs["padding_mask"].sum(axis=1).tolist() == [25] * 3
@@ -112,13 +112,13 @@ def test_max_length_counts_the_prompt_and_its_bos(lm):
     ]
 
 
-def test_a_full_row_comes_back_as_it_is(lm):
+def test_generate_returns_a_prompt_of_max_length_unchanged(lm):
     x = arrays(lm, PROMPTS[:1])
     outputs = lm.generate(x, max_length=x["token_ids"].shape[1], stop_token_ids=None)
     np.testing.assert_array_equal(outputs["token_ids"], x["token_ids"])
 
 
-def test_without_limits_the_sequence_length_is_the_limit(lm):
+def test_max_length_defaults_to_sequence_length(lm):
     lm.preprocessor.sequence_length = 20
     try:
         text = lm.generate("The", stop_token_ids=None)
@@ -128,7 +128,7 @@ def test_without_limits_the_sequence_length_is_the_limit(lm):
     assert text == lm.generate("The", max_new_tokens=20 - n, stop_token_ids=None)
 
 
-def test_a_stop_id_ends_its_row_only(lm):
+def test_stop_token_ids_end_only_their_sequence(lm):
     x = arrays(lm)
     free = lm.generate(x, max_new_tokens=20, stop_token_ids=None)
     lengths = x["padding_mask"].sum(axis=1)
@@ -140,13 +140,13 @@ def test_a_stop_id_ends_its_row_only(lm):
     outputs = lm.generate(x, max_new_tokens=20, stop_token_ids=[stop, 3])
     for i, n in enumerate(lengths):
         ends = [k for k, t in enumerate(new[i]) if t in (stop, 3)]
-        kept = new[i][: ends[0] + 1] if ends else new[i]
-        assert outputs["token_ids"][i, n : n + len(kept)].tolist() == kept
-        assert outputs["padding_mask"][i].sum() == n + len(kept)
-        assert not outputs["token_ids"][i, n + len(kept) :].any()
+        expected = new[i][: ends[0] + 1] if ends else new[i]
+        assert outputs["token_ids"][i, n : n + len(expected)].tolist() == expected
+        assert outputs["padding_mask"][i].sum() == n + len(expected)
+        assert not outputs["token_ids"][i, n + len(expected) :].any()
 
 
-def test_a_stop_string_is_cut_off(lm):
+def test_generate_removes_the_stop_string(lm):
     for prompt in PROMPTS:
         free = lm.generate(prompt, max_new_tokens=40, strip_prompt=True)
         stop = free[20:23]
@@ -156,7 +156,7 @@ def test_a_stop_string_is_cut_off(lm):
     assert both[2] == PROMPTS[2] + cut
 
 
-def test_a_tf_dataset_is_a_list_of_prompts(lm):
+def test_generate_accepts_a_tf_dataset(lm):
     tf = pytest.importorskip("tensorflow")
     expected = lm.generate(PROMPTS, max_new_tokens=5)
     dataset = tf.data.Dataset.from_tensor_slices(PROMPTS)
@@ -169,16 +169,16 @@ def test_a_tf_dataset_is_a_list_of_prompts(lm):
 
 
 def test_strip_prompt_returns_the_new_text(lm):
-    whole = lm.generate(PROMPTS, max_new_tokens=10)
+    with_prompt = lm.generate(PROMPTS, max_new_tokens=10)
     new = lm.generate(PROMPTS, max_new_tokens=10, strip_prompt=True)
-    assert whole == [p + n for p, n in zip(PROMPTS, new, strict=True)]
+    assert with_prompt == [p + n for p, n in zip(PROMPTS, new, strict=True)]
     x = arrays(lm)
     stripped = lm.generate(x, max_new_tokens=10, stop_token_ids=None, strip_prompt=True)
     assert stripped["padding_mask"].sum(axis=1).tolist() == [10, 10, 10]
 
 
 @pytest.mark.parametrize("stop", [None, "e", ["th", "zz"]])
-def test_stream_gives_the_text_of_generate_in_pieces(lm, stop):
+def test_stream_yields_the_text_of_generate(lm, stop):
     options = dict(max_new_tokens=40, stop=stop)
     for prompt in PROMPTS:
         pieces = list(lm.stream(prompt, **options))
@@ -188,7 +188,7 @@ def test_stream_gives_the_text_of_generate_in_pieces(lm, stop):
             assert len(pieces) > 10
 
 
-def test_stream_refuses_before_the_first_piece(lm):
+def test_stream_raises_before_the_first_piece(lm):
     with pytest.raises(ValueError, match="empty prompt"):
         lm.stream("")
     with pytest.raises(ValueError, match="one string"):
@@ -198,7 +198,7 @@ def test_stream_refuses_before_the_first_piece(lm):
 @pytest.mark.parametrize(
     "sampler", ["greedy", "random", "top_k", "top_p", "beam", "contrastive"]
 )
-def test_every_sampler_of_keras_hub_runs(sampler):
+def test_generate_supports_every_sampler_of_keras_hub(sampler):
     lm = make_lm()
     lm.compile(sampler=sampler)
     outputs = lm.generate(arrays(lm), max_new_tokens=6, stop_token_ids=None)
@@ -219,7 +219,7 @@ def test_every_sampler_of_keras_hub_runs(sampler):
     ids=lambda s: type(s).__name__,
 )
 @pytest.mark.slow_on_tensorflow
-def test_samplers_without_choice_are_greedy(lm, sampler):
+def test_samplers_with_a_single_candidate_are_greedy(lm, sampler):
     expected = lm.generate(PROMPTS, max_new_tokens=12)
     try:
         lm.compile(sampler=sampler)
@@ -229,7 +229,7 @@ def test_samplers_without_choice_are_greedy(lm, sampler):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_more_beams_find_likelier_texts(lm):
+def test_beam_search_finds_likelier_texts_than_greedy(lm):
     options = dict(max_new_tokens=8, stop_token_ids=None)
     greedy = [lm.generate(arrays(lm, [p]), **options) for p in PROMPTS]
     try:
@@ -249,7 +249,7 @@ def test_more_beams_find_likelier_texts(lm):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_all_of_the_probability_is_plain_sampling():
+def test_top_p_sampling_with_p_1_is_random_sampling():
     lm, texts = make_lm(), []
     for sampler in (
         keras_hub.samplers.TopPSampler(p=1.0, seed=3),
@@ -263,7 +263,7 @@ def test_all_of_the_probability_is_plain_sampling():
 
 @pytest.mark.parametrize("sampler", ["beam", "contrastive"])
 @pytest.mark.slow_on_tensorflow
-def test_search_is_repeatable(sampler):
+def test_beam_and_contrastive_search_are_deterministic(sampler):
     texts = set()
     for _ in "ab":
         lm = make_lm()
@@ -273,7 +273,7 @@ def test_search_is_repeatable(sampler):
     assert len(texts) == 1
 
 
-def test_a_seed_makes_sampling_repeatable():
+def test_sampling_with_a_seed_is_reproducible():
     lm = make_lm()
     texts = []
     for seed in (1, 1, 2):
@@ -285,7 +285,7 @@ def test_a_seed_makes_sampling_repeatable():
     assert texts[0][0] != texts[0][1]
 
 
-def test_samplers_that_cannot_run_are_refused(lm):
+def test_compile_rejects_unsupported_samplers(lm):
     with pytest.raises(ValueError, match="draft model"):
         lm.compile(sampler="speculative")
     with pytest.raises(ValueError, match="return_all_beams"):
@@ -297,19 +297,19 @@ def test_samplers_that_cannot_run_are_refused(lm):
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
 @pytest.mark.slow_on_tensorflow
-def test_a_stretched_context_is_fixed_by_the_final_length(rope_type):
+def test_rope_scaling_depends_on_the_final_length(rope_type):
     lm = make_lm(context=16, rope_scaling={"rope_type": rope_type, "factor": 4.0})
     x = arrays(lm, PROMPTS[:2])
     n = x["padding_mask"].sum(axis=1)
     outputs = lm.generate(x, max_length=40, stop_token_ids=None)
-    # A row of the final length is what each token was chosen in.
+    # Each token was sampled with the RoPE scaling of the final length.
     logits = keras.ops.convert_to_numpy(lm.score(outputs["token_ids"]))
     for i in range(2):
         chosen = outputs["token_ids"][i, n[i] : 40]
         np.testing.assert_array_equal(logits[i, n[i] - 1 : 39].argmax(-1), chosen)
 
 
-def test_sizes_of_programs_are_few():
+def test_cache_length_and_batch_size_are_rounded_up():
     assert [padded_cache_length(n) for n in (2, 256, 257, 1900)] == [
         256,
         256,
@@ -320,7 +320,7 @@ def test_sizes_of_programs_are_few():
 
 
 def short_generations(lm, batches, lengths, limits):
-    """Prompts of all these sizes, each continued by one token: all ids are stops."""
+    """Generates one token for prompts of all these sizes: all ids are stop ids."""
     every_id = list(range(lm.backbone.vocabulary_size))
     for batch in batches:
         for length in lengths:
@@ -333,9 +333,9 @@ def short_generations(lm, batches, lengths, limits):
                 )
 
 
-@pytest.mark.skipif(keras.config.backend() == "torch", reason="is about XLA")
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="needs XLA")
 @pytest.mark.slow_on_tensorflow
-def test_all_lengths_share_twelve_programs(caplog, monkeypatch):
+def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
     lm = make_lm(context=2048)
     traced = []
     advance = TokenLoop._advance
@@ -365,13 +365,13 @@ def test_all_lengths_share_twelve_programs(caplog, monkeypatch):
     assert len(traced) == len(set(traced)) == 12
 
 
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="is about PyTorch")
-def test_a_traced_step_serves_all_lengths():
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="needs PyTorch")
+def test_torch_loop_traces_one_graph_per_batch_size():
     lm = make_lm(context=2048)
     loop = lm.make_generate_function()
     short_generations(lm, range(1, 9), (1, 2, 300), (1, 1748))
     assert len(loop._graphs) == 8
-    for prompt in PROMPTS:  # Traced with one column of the cache, used with many.
+    for prompt in PROMPTS:  # Traced with one cache column, run with many.
         ids = lm.preprocessor.prompt_ids([prompt])[0]
         text = lm.generate(arrays(lm, [prompt]), max_new_tokens=9, stop_token_ids=None)
         expected = greedy_without_cache(lm, prompt, 9)
@@ -388,7 +388,7 @@ def test_a_traced_step_serves_all_lengths():
         ),
     ],
 )
-def test_long_prompts_go_in_by_chunks(length):
+def test_generate_prefills_long_prompts_in_chunks(length):
     lm = make_lm(context=1024)
     ids = np.random.default_rng(length).integers(3, 500, (2, length)).astype("int32")
     mask = np.arange(length) < np.array([[length], [length - 30]])
@@ -411,30 +411,30 @@ def test_long_prompts_go_in_by_chunks(length):
         (64, 256, [32]),
     ],
 )
-def test_an_accelerator_takes_larger_chunks(rows, columns, sizes):
+def test_prefill_chunks_are_larger_on_accelerators(rows, columns, sizes):
     assert prefill_chunks("gpu", rows, columns) == sizes
     small = [32] if columns == 256 else [256, 32]
     assert prefill_chunks("cpu", rows, columns) == small
 
 
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="is about JAX's devices")
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX devices")
 @pytest.mark.parametrize("length", [70, 1290])
-def test_chunks_of_another_size_fill_the_cache_alike(length, monkeypatch):
+def test_prefill_does_not_depend_on_the_chunk_size(length, monkeypatch):
     lm = make_lm(context=2048)
     prompt = np.random.default_rng(0).integers(3, 500, length).tolist()
     stop_ids, found = np.full(4, -1, "int32"), {}
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr(token_loop, "device_platform", lambda _, p=platform: p)
         loop = TokenLoop(lm)
-        state, rows = loop.start([prompt], [3])
+        state, lengths = loop.start([prompt], [3])
         state = loop.advance(
-            state=state, rows=rows, stop_ids=stop_ids, until=np.int32(3)
+            state=state, lengths=lengths, stop_ids=stop_ids, until=np.int32(3)
         )
         found[platform] = np.array(state["cache"])[..., : length + 2, :]
     np.testing.assert_allclose(found["gpu"], found["cpu"], atol=1e-4, rtol=1e-4)
 
 
-def test_generation_ends_when_all_rows_have_ended(lm, monkeypatch):
+def test_generate_stops_when_all_sequences_have_ended(lm, monkeypatch):
     x = arrays(lm)
     free = lm.generate(x, max_new_tokens=6, stop_token_ids=None)
     lengths = x["padding_mask"].sum(axis=1)
@@ -454,32 +454,36 @@ def test_generation_ends_when_all_rows_have_ended(lm, monkeypatch):
     assert steps[0] <= 5 + STEPS_BETWEEN_DONE_CHECKS
 
 
-def test_the_first_piece_comes_right_after_the_prefill(lm, monkeypatch):
-    """The work done until each piece: one call, one step."""
+def test_stream_yields_the_first_piece_right_after_prefill(lm, monkeypatch):
+    """Each piece needs one more step."""
     loop = lm.make_generate_function()
-    advance, asked = loop.advance, []
+    advance, requested_steps = loop.advance, []
     monkeypatch.setattr(
-        loop, "advance", lambda **k: asked.append(int(k["until"])) or advance(**k)
+        loop,
+        "advance",
+        lambda **k: requested_steps.append(int(k["until"])) or advance(**k),
     )
-    seen = [(piece, list(asked)) for piece in lm.stream("The", max_new_tokens=40)]
-    calls = [len(until) for _, until in seen]
-    # A piece may need several tokens, where one ends within a character.
+    pieces = [
+        (piece, list(requested_steps)) for piece in lm.stream("The", max_new_tokens=40)
+    ]
+    calls = [len(until) for _, until in pieces]
+    # A piece needs several tokens if one ends within a character.
     assert calls[0] <= 4
     assert calls == sorted(set(calls))
-    assert asked == list(range(1, len(asked) + 1))
+    assert requested_steps == list(range(1, len(requested_steps) + 1))
 
 
-def test_pieces_come_in_even_gaps(lm):
+def test_stream_yields_pieces_at_even_intervals(lm):
     list(lm.stream("The", max_new_tokens=100))  # Compiles.
     moments = [time.perf_counter()]
     for _ in lm.stream("The", max_new_tokens=100):
         moments.append(time.perf_counter())
-    whole = moments[-1] - moments[0]
-    # Were they made together and then handed out, one gap would be nearly all.
-    assert max(np.diff(moments)) < whole / 3
+    total = moments[-1] - moments[0]
+    # If all pieces were generated first, one interval would take nearly all the time.
+    assert max(np.diff(moments)) < total / 3
 
 
-def test_a_stream_can_be_abandoned(lm):
+def test_stream_can_be_closed_early(lm):
     expected = lm.generate("The", max_new_tokens=30, strip_prompt=True)
     for pieces in (0, 1, 5):
         stream = lm.stream("The", max_new_tokens=100)
@@ -524,12 +528,12 @@ IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}
     ],
     ids=str,
 )
-def test_bad_input_is_named(lm, inputs, options, message):
+def test_generate_rejects_invalid_arguments(lm, inputs, options, message):
     with pytest.raises(ValueError, match=message):
         lm.generate(inputs, **{"stop_token_ids": "auto", **options})
 
 
-def test_without_preprocessor_stop_ids_must_be_given(lm):
+def test_generate_without_preprocessor_needs_stop_token_ids(lm):
     bare = OpenLlamaCausalLM(lm.backbone)
     with pytest.raises(ValueError, match="preprocessor"):
         bare.generate(IDS)

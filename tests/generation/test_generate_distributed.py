@@ -1,4 +1,4 @@
-"""Generation over a mesh of devices gives what one device gives."""
+"""Generation on a mesh of devices returns the tokens of one device."""
 
 import pytest
 from fake_devices import run_on_eight_devices
@@ -91,7 +91,7 @@ EVERY_LAYOUT = ("tensor-parallel", "fully sharded", "both")
     ],
     ids=str,
 )
-def test_every_layout_gives_the_tokens_of_one_device(tmp_path, shape, layouts):
+def test_generate_on_a_mesh_returns_the_tokens_of_one_device(tmp_path, shape, layouts):
     as_ours(in_transformers(shape), tmp_path)
     printed = run_on_eight_devices(PROGRAM, tmp_path, *layouts)
     assert printed.count("agrees") == len(layouts)

@@ -1,11 +1,11 @@
-"""Packed matrices: the same tokens, never of old weights, and only where they fit."""
+"""Weights packed for oneDNN: the same tokens, current values, limited memory."""
 
 import keras
 import numpy as np
 import pytest
 
 if keras.config.backend() != "torch":
-    pytest.skip("Packing is about PyTorch.", allow_module_level=True)
+    pytest.skip("Needs PyTorch.", allow_module_level=True)
 
 import torch
 
@@ -13,7 +13,9 @@ from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
 from keras_openllama.generation import onednn_weights
 
 if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    pytest.skip("This CPU has no bfloat16 for oneDNN.", allow_module_level=True)
+    pytest.skip(
+        "oneDNN does not support bfloat16 on this CPU.", allow_module_level=True
+    )
 
 KERNELS = 2 * 7 + 1  # Of two layers, and the head.
 
@@ -50,17 +52,17 @@ def packed(lm):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_packed_matrices_give_the_same_logits(rows):
+def test_packed_weights_give_the_same_logits(rows):
     lm = make_lm()
     first = generate(lm, rows)
     assert len(packed(lm)) == KERNELS
-    # The likelihood of each token under the plain products is that of the best one.
+    # With unpacked weights, each token has nearly the largest logit.
     logits = keras.ops.convert_to_numpy(lm.score(first))[:, 8:-1]
     chosen = np.take_along_axis(logits, first[:, 9:, None], axis=-1)[..., 0]
     np.testing.assert_array_less(logits.max(axis=-1) - chosen, 0.05 * logits.std())
 
 
-def test_new_values_are_packed_again():
+def test_changed_weights_are_packed_again():
     lm = make_lm()
     before = generate(lm)
     other = make_lm()
@@ -73,18 +75,18 @@ def test_new_values_are_packed_again():
     assert (before != expected).any()
 
 
-def test_adapters_are_not_left_out():
+def test_packed_weights_do_not_bypass_lora_adapters():
     lm = make_lm()
     before = generate(lm)
     lm.backbone.enable_lora(4)
     for weight in lm.trainable_variables:
         weight.assign(0.5 * keras.random.normal(weight.shape, seed=1))
     assert (generate(lm) != before).any()
-    # They are beside the kernels, which stay what they are.
+    # The kernels themselves do not change.
     assert len(packed(lm)) == KERNELS
 
 
-def test_short_of_memory_it_says_so_once_and_goes_on(no_memory):
+def test_generation_without_free_memory_warns_once_and_does_not_pack(no_memory):
     lm = make_lm()
     with pytest.warns(UserWarning, match="GB of free memory") as warned:
         plain = generate(lm)

@@ -1,4 +1,4 @@
-"""Text while its tokens arrive, up to a stop string."""
+"""Decoding of new tokens to text, up to a stop string."""
 
 import pytest
 
@@ -11,78 +11,78 @@ from keras_openllama.generation.stop_strings import (
 pytestmark = pytest.mark.backend_free
 
 
-class Letters:
-    """A tokenizer, and its decoder: each id is a letter. One is always held back."""
+class LetterTokenizer:
+    """A tokenizer whose ids are letters. Its decoder withholds the last letter."""
 
     def stream_decoder(self, prefix_ids):
-        return _Decoder()
+        return _LetterDecoder()
 
 
-class _Decoder:
-    held = ""
+class _LetterDecoder:
+    withheld = ""
 
     def push(self, token_id):
-        shown, self.held = self.held, "abcdef"[token_id]
-        return shown
+        released, self.withheld = self.withheld, "abcdef"[token_id]
+        return released
 
     def flush(self):
-        return self.held
+        return self.withheld
 
 
-def continuations(number, *stops):
-    return [StopStringDecoder(Letters(), [], stops) for _ in range(number)]
+def make_decoders(number, *stops):
+    return [StopStringDecoder(LetterTokenizer(), [], stops) for _ in range(number)]
 
 
-def test_the_stop_string_that_ends_first_counts_however_tokens_come():
+def test_stop_string_that_ends_first_applies_however_tokens_are_grouped():
     texts = set()
     for stride in (1, 2, 4):
-        (row,) = continuations(1, "abcd", "c")
+        (decoder,) = make_decoders(1, "abcd", "c")
         for start in range(0, 4, stride):
-            row.push(range(start, start + stride))
-        row.flush()
-        texts.add(row.text)
+            decoder.push(range(start, start + stride))
+        decoder.flush()
+        texts.add(decoder.text)
     assert texts == {"ab"}
 
 
-def test_rows_grow_and_are_flushed_at_the_end():
-    rows = continuations(2)
-    steps = decode_until_stopped(rows, iter([[[0, 1], [2]], [[3], []]]))
-    seen = [[row.text for row in rows] for _ in steps]
-    assert seen == [["a", ""], ["ab", ""], ["abd", "c"]]
+def test_decode_until_stopped_flushes_all_decoders_at_the_end():
+    decoders = make_decoders(2)
+    steps = decode_until_stopped(decoders, iter([[[0, 1], [2]], [[3], []]]))
+    texts = [[decoder.text for decoder in decoders] for _ in steps]
+    assert texts == [["a", ""], ["ab", ""], ["abd", "c"]]
 
 
-def test_no_token_is_asked_for_once_all_rows_have_stopped():
-    asked = []
+def test_decode_until_stopped_requests_no_tokens_once_all_have_stopped():
+    requested = []
 
     def tokens():
         for new in ([[0, 2, 1], [0, 1]], [[1], [2, 3]], [[1], [1]]):
-            asked.append(new)
+            requested.append(new)
             yield new
 
-    rows = continuations(2, "c")
-    for _ in decode_until_stopped(rows, tokens()):
+    decoders = make_decoders(2, "c")
+    for _ in decode_until_stopped(decoders, tokens()):
         pass
-    assert len(asked) == 2
-    assert [row.text for row in rows] == ["a", "ab"]
+    assert len(requested) == 2
+    assert [decoder.text for decoder in decoders] == ["a", "ab"]
 
 
-def test_nothing_that_may_begin_a_stop_string_is_shown():
-    (row,) = rows = continuations(1, "bcf")
-    shown = []
-    for _ in decode_until_stopped(rows, ([[i]] for i in (0, 1, 2, 3, 1, 2, 5, 0))):
-        shown.append(row.text)
-    assert row.stopped and shown[-1] == row.text == "abcd"
-    assert all("abcd".startswith(text) for text in shown)
+def test_decoder_withholds_text_that_may_begin_a_stop_string():
+    (decoder,) = decoders = make_decoders(1, "bcf")
+    texts = []
+    for _ in decode_until_stopped(decoders, ([[i]] for i in (0, 1, 2, 3, 1, 2, 5, 0))):
+        texts.append(decoder.text)
+    assert decoder.stopped and texts[-1] == decoder.text == "abcd"
+    assert all("abcd".startswith(text) for text in texts)
 
 
-def test_a_stop_string_that_is_never_finished_is_shown_at_the_end():
-    (row,) = rows = continuations(1, "bcf")
-    for _ in decode_until_stopped(rows, iter([[[0, 1, 2]]])):
+def test_decoder_releases_an_incomplete_stop_string_at_the_end():
+    (decoder,) = decoders = make_decoders(1, "bcf")
+    for _ in decode_until_stopped(decoders, iter([[[0, 1, 2]]])):
         pass
-    assert row.text == "abc" and not row.stopped
+    assert decoder.text == "abc" and not decoder.stopped
 
 
-def test_stop_strings_are_a_string_or_several():
+def test_normalize_stop_strings_accepts_a_string_or_a_list():
     assert normalize_stop_strings(None) == ()
     assert normalize_stop_strings("ab") == ("ab",)
     assert normalize_stop_strings(["a", "b"]) == ("a", "b")

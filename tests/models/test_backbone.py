@@ -24,8 +24,8 @@ def tiny(**options):
     return OpenLlamaBackbone(**{**TINY, **options})
 
 
-def test_variable_paths_are_an_interface():
-    # Layouts, checkpoints and conversions go by them.
+def test_backbone_variable_paths_and_shapes():
+    # Layouts, checkpoints and conversions depend on them.
     per_layer = [
         ("self_attention_norm/scale", (16,)),
         ("self_attention/query/kernel", (32, 16)),
@@ -49,7 +49,7 @@ def test_variable_paths_are_an_interface():
     assert [(v.path, tuple(v.shape)) for v in tiny().variables] == expected
 
 
-def test_initial_weights_differ_and_have_the_published_deviation():
+def test_initial_weights_differ_and_have_the_published_standard_deviation():
     backbone = tiny(hidden_dim=64, num_query_heads=4, head_dim=64)
     weights = {
         v.path: ops.convert_to_numpy(v) for v in backbone.variables if v.ndim == 2
@@ -72,7 +72,7 @@ def test_initial_weights_differ_and_have_the_published_deviation():
     ],
     ids=str,
 )
-def test_config_comes_back(options):
+def test_backbone_from_config_restores_get_config(options):
     backbone = tiny(**options)
     config = backbone.get_config()
     assert {k: config[k] for k in options if k != "dtype"} == {
@@ -83,7 +83,7 @@ def test_config_comes_back(options):
     assert again.dtype_policy == backbone.dtype_policy
 
 
-def test_keras_file_comes_back(tmp_path):
+def test_load_model_restores_a_saved_backbone(tmp_path):
     backbone = tiny(rope_scaling={"rope_type": "linear", "factor": 2.0})
     backbone.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -97,7 +97,7 @@ def test_keras_file_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
-def test_scaled_contexts_agree_with_transformers(rope_type, tmp_path):
+def test_rope_scaling_agrees_with_transformers(rope_type, tmp_path):
     shape = SHAPES[0]
     theirs = in_transformers(
         shape,
@@ -115,7 +115,7 @@ def test_scaled_contexts_agree_with_transformers(rope_type, tmp_path):
             assert_close(ours.score(ids), theirs(torch.tensor(ids)).logits, length)
 
 
-def test_padding_on_the_right_changes_nothing():
+def test_right_padding_does_not_change_hidden_states():
     backbone = tiny(dtype="float32")
     ids = np.array([[1, 5, 7, 9, 0, 0]])
     mask = np.array([[1, 1, 1, 1, 0, 0]])
@@ -126,7 +126,7 @@ def test_padding_on_the_right_changes_nothing():
     )
 
 
-def test_documents_that_share_a_row_are_what_each_is_alone():
+def test_packed_documents_have_the_hidden_states_of_separate_ones():
     backbone = tiny(dtype="float32")
     ids = np.array([[1, 5, 7, 9, 2, 1, 8, 3, 0, 0], [1, 6, 2, 1, 4, 4, 4, 9, 2, 1]])
     numbers = np.array([[1] * 5 + [2] * 3 + [0] * 2, [1] * 3 + [2] * 6 + [3]])
@@ -141,13 +141,13 @@ def test_documents_that_share_a_row_are_what_each_is_alone():
         )
 
 
-def test_head_dim_is_never_guessed():
+def test_head_dim_default_must_be_an_integer():
     with pytest.raises(ValueError, match="num_query_heads=3"):
         tiny(num_query_heads=3, num_key_value_heads=3, head_dim=None)
     assert tiny(head_dim=None).head_dim == 4
 
 
-def test_lora_leaves_only_adapters_to_train():
+def test_enable_lora_makes_only_adapters_trainable():
     backbone = tiny()
     backbone.enable_lora(2)
     names = {v.path for v in backbone.trainable_variables}
@@ -159,7 +159,7 @@ def test_lora_leaves_only_adapters_to_train():
     }
 
 
-def test_lora_takes_any_projection_and_no_other_name():
+def test_enable_lora_accepts_projections_and_rejects_other_names():
     backbone = tiny()
     backbone.enable_lora(2, ["gate", "output"])
     assert len(backbone.trainable_variables) == 8

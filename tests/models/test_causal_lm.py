@@ -53,7 +53,7 @@ def test_fit_learns_from_strings():
 
 
 @pytest.mark.slow_on_tensorflow
-def test_fit_takes_what_the_preprocessor_makes():
+def test_fit_accepts_preprocessed_arrays():
     lm = make_lm()
     x, y, sample_weight = lm.preprocessor(TEXTS)
     losses = train(make_lm(), TEXTS, shuffle=False)
@@ -63,7 +63,7 @@ def test_fit_takes_what_the_preprocessor_makes():
     assert train(lm, x, y, sample_weight=sample_weight, shuffle=False) == losses
 
 
-def test_fit_takes_a_tf_dataset_of_strings():
+def test_fit_accepts_a_tf_dataset_of_strings():
     tf = pytest.importorskip("tensorflow")
     dataset = tf.data.Dataset.from_tensor_slices(TEXTS).batch(4)
     lm = make_lm()
@@ -84,7 +84,7 @@ def test_fit_validates_on_strings():
     )
 
 
-def test_positions_without_weight_do_not_count():
+def test_evaluate_ignores_tokens_with_zero_weight():
     lm = make_lm()
     lm.compile()
     x, y, sample_weight = lm.preprocessor(TEXTS[:2])
@@ -99,7 +99,7 @@ def test_positions_without_weight_do_not_count():
     assert alone == pytest.approx(lm.evaluate(TEXTS[:1], verbose=0)[0], rel=1e-4)
 
 
-def test_predict_gives_logits_of_strings():
+def test_predict_returns_logits_of_strings():
     lm = make_lm()
     assert lm.predict(TEXTS[:2], verbose=0).shape == (2, 16, 512)
 
@@ -107,7 +107,7 @@ def test_predict_gives_logits_of_strings():
 # ----- Scoring
 
 
-def test_score_of_text_is_the_loss_of_each_next_token():
+def test_score_of_text_returns_the_loss_of_each_next_token():
     lm = make_lm()
     ids = lm.preprocessor.prompt_ids(["The body of"])[0]
     logits = logits_of(lm)[0]
@@ -118,7 +118,7 @@ def test_score_of_text_is_the_loss_of_each_next_token():
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def test_score_shows_and_changes_layers():
+def test_score_layer_intercept_fn_reads_and_changes_layers():
     lm = make_lm()
     seen = []
 
@@ -129,7 +129,7 @@ def test_score_shows_and_changes_layers():
     ids = np.array([[1, 5, 9]])
     logits = ops.convert_to_numpy(lm.score(ids, layer_intercept_fn=double))
     assert seen == [-1, 0, 1]
-    # The final norm takes the factor out again: only its epsilon sees it.
+    # The final norm cancels the factor, up to its epsilon.
     np.testing.assert_allclose(logits, ops.convert_to_numpy(lm.score(ids)), atol=1e-3)
 
 
@@ -155,7 +155,7 @@ def test_score_shows_and_changes_layers():
     ],
     ids=str,
 )
-def test_score_names_bad_input(options, message):
+def test_score_rejects_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         make_lm().score(**options)
 
@@ -163,7 +163,7 @@ def test_score_names_bad_input(options, message):
 # ----- Adapters and quantization
 
 
-def test_lora_trains_only_adapters_and_changes_generation():
+def test_fit_with_lora_trains_only_adapters_and_changes_generation():
     lm = make_lm(initializer_std=0.2)
     before = lm.generate("The", max_new_tokens=10)
     frozen = {v.path: ops.convert_to_numpy(v) for v in lm.variables}
@@ -184,7 +184,7 @@ def test_lora_trains_only_adapters_and_changes_generation():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.slow_on_tensorflow
-def test_int8_keeps_the_logits_near(tmp_path, dtype):
+def test_quantize_int8_changes_logits_little(tmp_path, dtype):
     lm = make_lm(dtype, initializer_std=0.2)
     before = logits_of(lm)
     lm.generate("The", max_new_tokens=4)
@@ -205,7 +205,7 @@ def test_int8_keeps_the_logits_near(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
-def test_preset_directory_comes_back(tmp_path, dtype):
+def test_from_preset_restores_save_to_preset(tmp_path, dtype):
     lm = make_lm(dtype, rope_scaling={"rope_type": "linear", "factor": 2.0})
     lm.save_to_preset(tmp_path)
     again = OpenLlamaCausalLM.from_preset(tmp_path, dtype=dtype)
@@ -215,7 +215,7 @@ def test_preset_directory_comes_back(tmp_path, dtype):
     np.testing.assert_array_equal(logits_of(again), logits_of(lm))
 
 
-def test_each_task_on_a_backbone_saves_its_own_head(tmp_path):
+def test_save_to_preset_saves_the_head_of_each_task(tmp_path):
     first = make_lm()
     second = OpenLlamaCausalLM(first.backbone, first.preprocessor)
     assert not np.allclose(logits_of(first), logits_of(second))
@@ -226,7 +226,7 @@ def test_each_task_on_a_backbone_saves_its_own_head(tmp_path):
     assert backbone.count_params() == first.count_params() - 512 * 48
 
 
-def test_keras_hub_finds_the_class_of_a_preset_directory(tmp_path):
+def test_keras_hub_from_preset_returns_our_class(tmp_path):
     import keras_hub
 
     lm = make_lm()
@@ -236,7 +236,7 @@ def test_keras_hub_finds_the_class_of_a_preset_directory(tmp_path):
     np.testing.assert_array_equal(logits_of(again), logits_of(lm))
 
 
-def test_keras_file_comes_back(tmp_path):
+def test_load_model_restores_a_saved_task(tmp_path):
     lm = make_lm()
     lm.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -248,7 +248,7 @@ def test_keras_file_comes_back(tmp_path):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_a_preset_directory_without_tokenizer_generates_from_ids(tmp_path):
+def test_from_preset_without_tokenizer_generates_from_ids(tmp_path):
     lm = make_lm()
     ids = np.array([[1, 40, 60]])
     x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}

@@ -1,3 +1,5 @@
+"""The preprocessor: training arrays, prompts, invalid input, `tf.data`."""
+
 import keras
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ def make(tokenizer=TOKENIZER, sequence_length=12, **options):
     return OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length, **options)
 
 
-def filled_up(ids, length=12):
+def padded(ids, length=12):
     return [*ids, *[0] * (length - len(ids))]
 
 
@@ -27,17 +29,17 @@ def filled_up(ids, length=12):
 
 
 @backend_free
-def test_a_text_becomes_inputs_and_targets_one_step_ahead():
+def test_call_returns_inputs_and_targets_shifted_by_one():
     x, y, sample_weight = make()([TEXT])
     ids = [1, *IDS, 2]
-    assert x["token_ids"].tolist() == [filled_up(ids)]
-    assert x["padding_mask"].tolist() == [filled_up([True] * len(ids))]
-    assert y.tolist() == [filled_up(ids[1:])]
-    assert sample_weight.tolist() == [filled_up([1.0] * (len(ids) - 1))]
+    assert x["token_ids"].tolist() == [padded(ids)]
+    assert x["padding_mask"].tolist() == [padded([True] * len(ids))]
+    assert y.tolist() == [padded(ids[1:])]
+    assert sample_weight.tolist() == [padded([1.0] * (len(ids) - 1))]
 
 
 @backend_free
-def test_arrays_are_numpy_of_fixed_shape_and_dtype():
+def test_call_returns_numpy_arrays_of_fixed_shape_and_dtype():
     for inputs, shape in ((TEXT, (12,)), ([TEXT, LONG, ""], (3, 12)), ([], (0, 12))):
         x, y, sample_weight = make()(inputs)
         arrays = [x["token_ids"], x["padding_mask"], y, sample_weight]
@@ -52,7 +54,7 @@ def test_arrays_are_numpy_of_fixed_shape_and_dtype():
 
 
 @backend_free
-def test_a_single_text_gives_the_row_that_it_has_in_a_batch():
+def test_call_on_a_single_text_equals_its_row_of_a_batch():
     single, batch = make()(TEXT), make()([TEXT])
     keras.tree.map_structure(
         lambda alone, row: np.testing.assert_array_equal(alone, row[0]), single, batch
@@ -60,17 +62,17 @@ def test_a_single_text_gives_the_row_that_it_has_in_a_batch():
 
 
 @backend_free
-def test_a_long_text_loses_its_end_and_keeps_its_start():
+def test_call_truncates_long_texts_at_the_end():
     ids = [1, *TOKENIZER(LONG)]
     x, y, sample_weight = make()([LONG])
     assert x["token_ids"].tolist() == [ids[:12]]
     assert y.tolist() == [ids[1:13]]
     assert x["padding_mask"].all() and sample_weight.all()
-    assert 2 not in y  # The text does not end there.
+    assert 2 not in y  # The text does not end here.
 
 
 @backend_free
-def test_a_text_that_just_fits_has_its_end_token_as_last_target():
+def test_end_token_is_the_last_target_of_a_text_that_just_fits():
     x, y, sample_weight = make(sequence_length=len(IDS) + 1)([TEXT])
     assert x["token_ids"].tolist() == [[1, *IDS]]
     assert y.tolist() == [[*IDS, 2]]
@@ -81,7 +83,7 @@ def test_a_text_that_just_fits_has_its_end_token_as_last_target():
 @pytest.mark.parametrize("add_start_token", [False, True])
 @pytest.mark.parametrize("add_end_token", [False, True])
 @pytest.mark.parametrize("of_tokenizer", [False, True])
-def test_start_and_end_are_as_asked_and_never_doubled(
+def test_start_and_end_tokens_follow_the_options_and_are_never_doubled(
     add_start_token, add_end_token, of_tokenizer
 ):
     tokenizer = OpenLlamaTokenizer(
@@ -92,18 +94,18 @@ def test_start_and_end_are_as_asked_and_never_doubled(
     )
     start, end = [1] * add_start_token, [2] * add_end_token
     x, _, _ = preprocessor([TEXT])
-    assert x["token_ids"].tolist() == [filled_up([*start, *IDS, *end])]
+    assert x["token_ids"].tolist() == [padded([*start, *IDS, *end])]
     assert preprocessor.prompt_ids([TEXT]) == [[*start, *IDS]]
     prompt = preprocessor.generate_preprocess([TEXT])
-    assert prompt["token_ids"].tolist() == [filled_up([*start, *IDS])]
+    assert prompt["token_ids"].tolist() == [padded([*start, *IDS])]
 
 
 @backend_free
-def test_control_strings_in_texts_are_text():
+def test_control_strings_in_texts_stay_text():
     preprocessor = make(sequence_length=40)
     text = "a</s> <s>b"
     x, _, _ = preprocessor([text])
-    assert x["token_ids"].tolist() == [filled_up([1, *TOKENIZER(text), 2], 40)]
+    assert x["token_ids"].tolist() == [padded([1, *TOKENIZER(text), 2], 40)]
     assert preprocessor.prompt_ids([text]) == [[1, *TOKENIZER(text)]]
 
 
@@ -138,7 +140,7 @@ def test_sample_weights_multiply_the_mask():
 
 
 @backend_free
-def test_sample_weights_of_a_batch_as_large_as_its_rows_are_long():
+def test_sample_weight_per_text_if_batch_size_equals_sequence_length():
     texts, per_text = [TEXT] * 12, np.arange(12.0)
     mask = make()(texts)[2]
     weights = make()(texts, sample_weight=per_text)[2]
@@ -164,8 +166,8 @@ def test_sample_weight_of_a_single_text():
     ],
     ids=["bytes", "array", "objects"],
 )
-def test_every_kind_of_batch_gives_the_same(texts):
-    # A tuple stands for (x, y) in Keras, hence the keyword.
+def test_all_types_of_batches_give_the_same_arrays(texts):
+    # A keyword, since Keras takes a tuple as (x, y).
     got, expected = make()(x=texts), make()([TEXT, LONG])
     keras.tree.map_structure(np.testing.assert_array_equal, got, expected)
     got, expected = (make().generate_preprocess(t, 200) for t in (texts, [TEXT, LONG]))
@@ -176,12 +178,12 @@ def test_every_kind_of_batch_gives_the_same(texts):
 
 
 @backend_free
-def test_prompts_begin_with_the_start_token_and_do_not_end():
+def test_prompt_ids_have_a_start_token_and_no_end_token():
     assert make().prompt_ids([TEXT, "a"]) == [[1, *IDS], [1, *TOKENIZER("a")]]
 
 
 @backend_free
-def test_a_parsed_start_token_is_not_doubled():
+def test_prompt_ids_does_not_double_a_parsed_start_token():
     prompts = make().prompt_ids(["<s>" + TEXT, TEXT, "<s>"], parse_special=True)
     assert prompts == [[1, *IDS], [1, *IDS], [1]]
 
@@ -195,7 +197,7 @@ def test_generate_preprocess_and_postprocess_are_inverses():
         assert make().generate_postprocess(arrays) == prompts
 
 
-def test_generate_postprocess_takes_tensors_and_reads_what_the_mask_shows():
+def test_generate_postprocess_accepts_tensors_and_decodes_unmasked_tokens():
     ids = [[1, *IDS, 2, 300], [1, 2, *IDS, 301]]
     mask = [[1] * (len(IDS) + 2) + [0], [1] * (len(IDS) + 2) + [0]]
     rows = {
@@ -207,11 +209,11 @@ def test_generate_postprocess_takes_tensors_and_reads_what_the_mask_shows():
     assert make().generate_postprocess(row) == TEXT
 
 
-# --- Bad input ---
+# --- Invalid input ---
 
 
 @backend_free
-def test_an_empty_prompt_is_refused():
+def test_prompt_ids_rejects_an_empty_prompt():
     v1 = OpenLlamaTokenizer(trained_model(keep_spaces=False))
     v1._warned_of_lost_spaces = True
     for add_start_token in (True, False):
@@ -224,7 +226,7 @@ def test_an_empty_prompt_is_refused():
 
 
 @backend_free
-def test_a_prompt_longer_than_the_rows_is_refused():
+def test_generate_preprocess_rejects_a_prompt_beyond_sequence_length():
     count = len(TOKENIZER(LONG)) + 1
     with pytest.raises(ValueError, match=rf"\[1\]` is a prompt of {count} .* 12"):
         make().generate_preprocess(["a", LONG])
@@ -232,7 +234,7 @@ def test_a_prompt_longer_than_the_rows_is_refused():
 
 @backend_free
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "12", None, True])
-def test_a_sequence_length_that_is_none_is_refused(bad):
+def test_invalid_sequence_length_is_rejected(bad):
     with pytest.raises(ValueError, match="`sequence_length`"):
         make(sequence_length=bad)
     preprocessor = make()
@@ -244,20 +246,20 @@ def test_a_sequence_length_that_is_none_is_refused(bad):
 
 
 @backend_free
-def test_targets_of_ones_own_are_refused():
+def test_call_rejects_token_ids_as_y():
     with pytest.raises(ValueError, match=r"x\['response'\]\[0\]` must be a string"):
         make()([TEXT], y=[[1, 2]])
 
 
 @backend_free
 @pytest.mark.parametrize("shape", [(3,), (1, 12), (2, 11), (2, 1, 1), ()])
-def test_sample_weights_of_the_wrong_shape_are_refused(shape):
+def test_sample_weights_of_the_wrong_shape_are_rejected(shape):
     with pytest.raises(ValueError, match="`sample_weight` must hold"):
         make()([TEXT, TEXT], sample_weight=np.ones(shape))
 
 
 @backend_free
-def test_inputs_that_are_no_text_are_named():
+def test_error_names_inputs_that_are_not_text():
     with pytest.raises(ValueError, match=r"`x\[1\]` must be a string.*7"):
         make()([TEXT, 7])
     with pytest.raises(ValueError, match=r"`inputs\[1\]` must be a string.*7"):
@@ -265,14 +267,14 @@ def test_inputs_that_are_no_text_are_named():
 
 
 @backend_free
-def test_rows_of_different_shapes_are_refused():
+def test_generate_postprocess_rejects_arrays_of_different_shapes():
     with pytest.raises(ValueError, match=r"\(1, 3\) and \(1, 2\)"):
         make().generate_postprocess(
             {"token_ids": np.ones((1, 3), int), "padding_mask": np.ones((1, 2), bool)}
         )
 
 
-# --- Inside TensorFlow's graphs ---
+# --- In TensorFlow graphs ---
 
 
 def equal(tensors, arrays):
@@ -288,7 +290,7 @@ def tensorflow():
     return pytest.importorskip("tensorflow")
 
 
-def test_in_a_dataset_shapes_are_known_and_values_the_same(tensorflow):
+def test_call_in_a_tf_dataset_has_static_shapes_and_the_same_values(tensorflow):
     texts = [TEXT, LONG, "🦙"]
     dataset = tensorflow.data.Dataset.from_tensor_slices(texts)
     batches = dataset.batch(3, drop_remainder=True).map(make())
@@ -309,7 +311,7 @@ def test_in_a_dataset_shapes_are_known_and_values_the_same(tensorflow):
 
 
 @backend_free
-def test_in_a_dataset_sample_weights_multiply_the_mask(tensorflow):
+def test_sample_weights_multiply_the_mask_in_a_tf_dataset(tensorflow):
     texts, weights = [TEXT, LONG], np.array([0.5, 2.0], "float32")
     dataset = tensorflow.data.Dataset.from_tensor_slices((texts, weights)).batch(2)
     [batch] = dataset.map(lambda text, weight: make()(text, sample_weight=weight))
@@ -317,7 +319,7 @@ def test_in_a_dataset_sample_weights_multiply_the_mask(tensorflow):
 
 
 @backend_free
-def test_in_a_dataset_prompts_are_filled_up(tensorflow):
+def test_generate_preprocess_pads_prompts_in_a_tf_dataset(tensorflow):
     dataset = tensorflow.data.Dataset.from_tensor_slices([TEXT, "a"]).batch(2)
     prompts = dataset.map(make().generate_preprocess)
     assert prompts.element_spec["token_ids"].shape.as_list() == [None, 12]
@@ -326,21 +328,21 @@ def test_in_a_dataset_prompts_are_filled_up(tensorflow):
 
 
 @backend_free
-def test_eager_string_tensors_are_taken(tensorflow):
+def test_call_accepts_eager_string_tensors(tensorflow):
     got = make()(tensorflow.constant([TEXT, LONG]))
     keras.tree.map_structure(np.testing.assert_array_equal, got, make()([TEXT, LONG]))
     assert make()(tensorflow.constant(TEXT))[1].shape == (12,)
 
 
 @backend_free
-def test_a_matrix_of_strings_in_a_dataset_is_refused(tensorflow):
+def test_call_rejects_a_matrix_of_strings_in_a_tf_dataset(tensorflow):
     dataset = tensorflow.data.Dataset.from_tensor_slices([[[TEXT]]])
     with pytest.raises(ValueError, match="at most one dimension"):
         dataset.map(make())
 
 
 @backend_free
-def test_the_class_is_one_of_kerashubs():
+def test_preprocessor_is_a_keras_hub_preprocessor():
     assert issubclass(OpenLlamaCausalLMPreprocessor, CausalLMPreprocessor)
     assert OpenLlamaCausalLMPreprocessor.tokenizer_cls is OpenLlamaTokenizer
     assert OpenLlamaCausalLMPreprocessor.backbone_cls is OpenLlamaTokenizer.backbone_cls

@@ -1,3 +1,5 @@
+"""Saving and loading of the preprocessor and its tokenizer."""
+
 import copy
 import json
 import pickle
@@ -23,7 +25,7 @@ def make(tokenizer=TOKENIZER, sequence_length=12, **options):
 
 
 @backend_free
-def test_configuration_round_trips_through_json():
+def test_preprocessor_config_round_trips_through_json():
     preprocessor = make(add_start_token=False, add_end_token=False, name="mine")
     config = json.loads(json.dumps(keras.layers.serialize(preprocessor)))
     copy = keras.layers.deserialize(config)
@@ -35,8 +37,8 @@ def test_configuration_round_trips_through_json():
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama_tests")
-class Holder(keras.Model):
-    """A model that carries a preprocessor, as the task does."""
+class ModelWithPreprocessor(keras.Model):
+    """A model that has a preprocessor, like the task."""
 
     def __init__(self, preprocessor, **kwargs):
         super().__init__(**kwargs)
@@ -59,9 +61,9 @@ class Holder(keras.Model):
         return cls(**config)
 
 
-def test_a_keras_file_holds_the_tokenizer(tmp_path):
+def test_keras_file_contains_the_tokenizer(tmp_path):
     tokenizer = OpenLlamaTokenizer(TOKENIZER.proto, add_bos=True)
-    model = Holder(make(tokenizer, add_end_token=False))
+    model = ModelWithPreprocessor(make(tokenizer, add_end_token=False))
     model(np.ones((1, 2), "float32"))
     model.save(tmp_path / "model.keras")
     copy = keras.models.load_model(tmp_path / "model.keras").preprocessor
@@ -72,7 +74,7 @@ def test_a_keras_file_holds_the_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module")
 def kerashub_directory(tmp_path_factory):
-    """What `save_to_preset` of a task writes, without the weights."""
+    """The files that `save_to_preset` of a task writes, without its weights."""
     directory = tmp_path_factory.mktemp("kerashub")
     OpenLlamaBackbone(
         vocabulary_size=TOKENIZER.vocabulary_size(),
@@ -89,7 +91,7 @@ def kerashub_directory(tmp_path_factory):
 
 @backend_free
 @pytest.mark.parametrize("cls", [OpenLlamaTokenizer, Tokenizer])
-def test_tokenizer_comes_back_from_a_kerashub_directory(kerashub_directory, cls):
+def test_tokenizer_from_preset_loads_a_keras_hub_directory(kerashub_directory, cls):
     copy = cls.from_preset(kerashub_directory)
     assert type(copy) is OpenLlamaTokenizer
     assert copy.add_bos and copy(TEXT) == [1, *IDS]
@@ -99,7 +101,7 @@ def test_tokenizer_comes_back_from_a_kerashub_directory(kerashub_directory, cls)
 
 @backend_free
 @pytest.mark.parametrize("cls", [OpenLlamaCausalLMPreprocessor, CausalLMPreprocessor])
-def test_preprocessor_comes_back_from_a_kerashub_directory(kerashub_directory, cls):
+def test_preprocessor_from_preset_loads_a_keras_hub_directory(kerashub_directory, cls):
     copy = cls.from_preset(kerashub_directory)
     assert type(copy) is OpenLlamaCausalLMPreprocessor
     assert copy.sequence_length == 12 and not copy.add_start_token
@@ -112,14 +114,14 @@ def test_preprocessor_comes_back_from_a_kerashub_directory(kerashub_directory, c
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 )
-def test_a_preprocessor_can_be_copied_for_another_process(copied):
+def test_preprocessor_can_be_deepcopied_and_pickled(copied):
     preprocessor = make(OpenLlamaTokenizer(TOKENIZER.proto, add_bos=True))
     assert copied(preprocessor).tokenizer(TEXT) == [1, *IDS]
     assert copied(preprocessor).sequence_length == 12
 
 
 @backend_free
-def test_both_load_from_a_preset_by_its_name():
+def test_from_preset_loads_tokenizer_and_preprocessor_by_name():
     tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano", add_eos=True)
     assert tokenizer.keeps_spaces and tokenizer(TEXT)[-1] == 2
     preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(

@@ -1,3 +1,5 @@
+"""The tokenizer: round trips, spaces, control strings, saving."""
+
 import json
 import os
 import subprocess
@@ -22,15 +24,15 @@ quick = settings(max_examples=150, deadline=None, derandomize=True)
 V1 = OpenLlamaTokenizer(trained_model(keep_spaces=False))
 V2 = OpenLlamaTokenizer(trained_model(keep_spaces=True))
 LARGE = OpenLlamaTokenizer(large_model())
-V1._warned_of_lost_spaces = True  # Tests of the warning make their own.
+V1._warned_of_lost_spaces = True  # Tests of the warning create other tokenizers.
 
 by_name = pytest.mark.parametrize(
     "tokenizer", [V1, V2, LARGE], ids=["v1", "v2", "large"]
 )
 backend_free = pytest.mark.backend_free
 
-# Whatever Unicode has, and often what tokenizers trip over. SentencePiece itself uses
-# U+2581 for spaces, so it alone cannot come back.
+# All of Unicode, and often what is difficult for tokenizers. SentencePiece represents
+# spaces by U+2581, so this character alone does not round-trip.
 SNIPPETS = ["  ", "\t", "\n", "\r\n", "def f(x):\n    ", "<s>", "</s>", "<unk>"]
 SNIPPETS += ["<0x41>", "[INST]", "日本語", "한국어", "👩\u200d👧", "🦙", "e\u0301"]
 SNIPPETS += ["é", "\0", "\ufffd"]
@@ -44,7 +46,7 @@ texts = st.lists(
 
 
 def merged_spaces(text):
-    """What a v1 model makes of a text."""
+    """The text that a v1 model preserves."""
     return " ".join(part for part in text.split(" ") if part)
 
 
@@ -54,7 +56,7 @@ def merged_spaces(text):
 @backend_free
 @given(texts)
 @quick
-def test_v2_gives_every_text_back(text):
+def test_detokenize_inverts_tokenize_with_v2(text):
     for tokenizer in (V2, LARGE):
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
@@ -62,26 +64,26 @@ def test_v2_gives_every_text_back(text):
 @backend_free
 @given(texts)
 @quick
-def test_v1_gives_every_text_back_with_its_spaces_merged(text):
+def test_detokenize_inverts_tokenize_up_to_spaces_with_v1(text):
     assert V1.detokenize(V1.tokenize(text)) == merged_spaces(text)
 
 
 @backend_free
 @pytest.mark.parametrize("text", ["a\tb", "\ta", "a\n\nb\n", "日本語 の 文", "🦙 b"])
-def test_v1_keeps_all_but_spaces(text):
+def test_v1_preserves_all_characters_but_spaces(text):
     assert V1.detokenize(V1(text)) == text
 
 
 @backend_free
 @by_name
-def test_ids_are_those_of_sentencepiece(tokenizer):
+def test_tokenize_agrees_with_sentencepiece(tokenizer):
     reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
     text = "def add(a, b):\n    return a + b  # 日本語 🦙\n"
     assert tokenizer(text) == reference.encode(text)
 
 
 @backend_free
-def test_layout_of_the_vocabulary_is_llamas():
+def test_special_token_ids_are_those_of_llama():
     assert (V2.unk_token_id, V2.start_token_id, V2.end_token_id) == (0, 1, 2)
     assert V2.pad_token_id == 0
     assert V2.special_tokens == ["<s>", "</s>"]
@@ -91,7 +93,7 @@ def test_layout_of_the_vocabulary_is_llamas():
 
 @backend_free
 @by_name
-def test_vocabulary_is_listed_in_the_order_of_ids(tokenizer):
+def test_get_vocabulary_is_in_the_order_of_ids(tokenizer):
     vocabulary = tokenizer.get_vocabulary()
     assert len(vocabulary) == tokenizer.vocabulary_size()
     for token_id in (0, 1, 2, 13, 300, len(vocabulary) - 1):
@@ -104,7 +106,7 @@ def test_vocabulary_is_listed_in_the_order_of_ids(tokenizer):
 
 
 @backend_free
-def test_model_file_decides_whether_spaces_are_kept():
+def test_keeps_spaces_is_read_from_the_model_file():
     assert not V1.keeps_spaces
     assert V2.keeps_spaces and LARGE.keeps_spaces
 
@@ -116,7 +118,7 @@ def test_model_file_decides_whether_spaces_are_kept():
 @example("in  between")
 @example("none at all")
 @quick
-def test_v1_warns_exactly_when_a_text_loses_spaces(text):
+def test_tokenize_with_v1_warns_exactly_when_a_text_loses_spaces(text):
     tokenizer = OpenLlamaTokenizer(V1.proto)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -125,7 +127,7 @@ def test_v1_warns_exactly_when_a_text_loses_spaces(text):
 
 
 @backend_free
-def test_v1_warns_once_and_names_v2():
+def test_tokenize_with_v1_warns_once_and_recommends_v2():
     tokenizer = OpenLlamaTokenizer(V1.proto)
     with pytest.warns(UserWarning, match="open_llama_7b_v2") as caught:
         tokenizer("if x:\n    return")
@@ -134,7 +136,7 @@ def test_v1_warns_once_and_names_v2():
 
 
 @backend_free
-def test_v2_never_warns():
+def test_tokenize_with_v2_never_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         V2("  if x:\n    return  ")
@@ -146,7 +148,7 @@ def test_v2_never_warns():
 @backend_free
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize("add_eos", [False, True])
-def test_start_and_end_tokens_are_added_as_asked(add_bos, add_eos):
+def test_add_bos_and_add_eos_insert_special_tokens(add_bos, add_eos):
     tokenizer = OpenLlamaTokenizer(V2.proto, add_bos=add_bos, add_eos=add_eos)
     expected = [1] * add_bos + V2("some text") + [2] * add_eos
     assert tokenizer("some text") == expected
@@ -155,7 +157,7 @@ def test_start_and_end_tokens_are_added_as_asked(add_bos, add_eos):
 
 
 @backend_free
-def test_a_call_overrides_the_constructors_start_and_end():
+def test_tokenize_overrides_add_bos_and_add_eos():
     tokenizer = OpenLlamaTokenizer(V2.proto, add_bos=True, add_eos=True)
     assert tokenizer.tokenize("a", add_bos=False, add_eos=False) == V2("a")
 
@@ -179,7 +181,7 @@ def test_control_strings_in_plain_text_stay_text(tokenizer, text):
 
 
 @backend_free
-def test_control_strings_are_parsed_when_asked():
+def test_parse_special_encodes_control_strings_as_tokens():
     assert V2.tokenize("<s>one</s><s>two", parse_special=True) == [
         *[1, *V2("one"), 2],
         *[1, *V2("two")],
@@ -189,7 +191,7 @@ def test_control_strings_are_parsed_when_asked():
 
 
 @backend_free
-def test_parsed_start_and_end_are_not_doubled():
+def test_parse_special_does_not_double_start_and_end_tokens():
     ids = V2.tokenize("<s>a</s>", parse_special=True, add_bos=True, add_eos=True)
     assert ids == [1, *V2("a"), 2]
 
@@ -198,7 +200,7 @@ def test_parsed_start_and_end_are_not_doubled():
 
 
 @backend_free
-def test_batches_give_what_each_text_gives_alone():
+def test_batches_give_the_results_of_single_texts():
     batch = [f"text {i}: " + "多 bytes " * (i % 7) for i in range(300)]
     rows = V2(batch)
     assert rows == [V2(text) for text in batch]
@@ -206,7 +208,7 @@ def test_batches_give_what_each_text_gives_alone():
 
 
 @backend_free
-def test_batches_are_shared_out_to_threads(monkeypatch):
+def test_batches_are_processed_by_all_threads(monkeypatch):
     seen = {}
 
     class Spy:
@@ -224,11 +226,11 @@ def test_batches_are_shared_out_to_threads(monkeypatch):
     tokenizer = OpenLlamaTokenizer(V2.proto)
     monkeypatch.setattr(tokenizer, "_processor", Spy())
     tokenizer.detokenize(tokenizer.tokenize(["a", "b"]))
-    assert seen == {"encode": -1, "decode": -1}  # SentencePiece: one for each core.
+    assert seen == {"encode": -1, "decode": -1}  # One thread per core.
 
 
 @backend_free
-def test_one_tokenizer_serves_several_threads():
+def test_tokenizer_is_thread_safe():
     batch = ["a text of  some length 日本語\n" * 20] * 50
     expected = V2(batch)
     results = []
@@ -242,11 +244,11 @@ def test_one_tokenizer_serves_several_threads():
     assert results == [expected] * 4
 
 
-# --- Bad input ---
+# --- Invalid input ---
 
 
 @backend_free
-def test_without_a_model_everything_says_so():
+def test_tokenizer_without_proto_raises_an_error_that_names_it():
     tokenizer = OpenLlamaTokenizer()
     for use in (
         lambda: tokenizer("a"),
@@ -266,7 +268,7 @@ def test_without_a_model_everything_says_so():
 
 
 @backend_free
-def test_proto_is_a_path_bytes_or_base64(tmp_path):
+def test_proto_accepts_a_path_bytes_or_base64(tmp_path):
     path = train_tokenizer(tmp_path / "a" / "tokenizer.model", keep_spaces=True)
     config = V2.get_config()
     for proto in (path, str(path), path.read_bytes(), config["proto"]):
@@ -276,13 +278,13 @@ def test_proto_is_a_path_bytes_or_base64(tmp_path):
 
 
 @backend_free
-def test_fingerprint_is_that_of_the_file():
+def test_fingerprint_is_a_hash_of_the_model_file():
     assert len(V2.fingerprint) == 64
     assert V2.fingerprint != V1.fingerprint
 
 
 @backend_free
-def test_configuration_round_trips_through_json():
+def test_tokenizer_config_round_trips_through_json():
     tokenizer = OpenLlamaTokenizer(V2.proto, add_bos=True, add_eos=True, name="mine")
     config = json.loads(json.dumps(tokenizer.get_config()))
     for copy in (
@@ -296,7 +298,7 @@ def test_configuration_round_trips_through_json():
 
 
 @backend_free
-def test_a_configuration_cannot_have_a_file_read(tmp_path):
+def test_from_config_does_not_read_files(tmp_path):
     path = train_tokenizer(tmp_path / "tokenizer.model", keep_spaces=True)
     config = {**V2.get_config(), "proto": str(path)}
     with pytest.raises(ValueError, match="base64"):
@@ -304,7 +306,7 @@ def test_a_configuration_cannot_have_a_file_read(tmp_path):
 
 
 @backend_free
-def test_kerashub_directory_round_trips(tmp_path):
+def test_save_assets_and_load_assets_round_trip(tmp_path):
     tokenizer = OpenLlamaTokenizer(V2.proto, add_bos=True)
     assert tokenizer.file_assets == ["vocabulary.spm"]
     tokenizer.save_assets(tmp_path)
@@ -325,7 +327,7 @@ def run_on_jax(script):
 
 
 @backend_free
-def test_without_tensorflow_installed():
+def test_tokenizer_and_preprocessor_work_without_tensorflow():
     script = f"""
         import sys
 
@@ -348,10 +350,10 @@ def test_without_tensorflow_installed():
         try:
             import tensorflow
         except ImportError:
-            print("all without TensorFlow")
+            print("works without TensorFlow")
     """
     result = run_on_jax(script)
-    assert result.stdout.strip() == "all without TensorFlow", result.stderr
+    assert result.stdout.strip() == "works without TensorFlow", result.stderr
 
 
 @backend_free
@@ -373,7 +375,7 @@ def test_tensorflow_is_not_imported_on_jax():
 
 
 @backend_free
-def test_tensorflow_strings_are_taken_also_in_a_dataset():
+def test_tokenize_accepts_tensorflow_strings_in_a_tf_dataset():
     tensorflow = pytest.importorskip("tensorflow")
     batch = ["a  b", "naïve 日本語", ""]
     assert V2(tensorflow.constant(batch)) == V2(batch)
@@ -388,5 +390,5 @@ def test_tensorflow_strings_are_taken_also_in_a_dataset():
 
 
 @backend_free
-def test_the_class_is_one_of_kerashubs():
+def test_tokenizer_is_a_keras_hub_tokenizer():
     assert issubclass(OpenLlamaTokenizer, Tokenizer)

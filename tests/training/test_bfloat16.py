@@ -1,4 +1,4 @@
-"""Mixed bfloat16 trains as float32 does, and so do the switches of memory; on JAX."""
+"""Training in mixed bfloat16 and with memory options agrees with float32, on JAX."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import real_text
 
 if keras.config.backend() != "jax":
-    pytest.skip("The step is JAX's.", allow_module_level=True)
+    pytest.skip("Needs JAX.", allow_module_level=True)
 
 import jax
 from tiny_models import TinyShape, random_lm
@@ -20,10 +20,10 @@ from keras_openllama.training.train_step_jax import (
 )
 
 LENGTH = 256
-ROWS = 16
-SWITCHES = {
-    "as on TPUs": {"rematerialize": "products", "scan": True, "micro_batches": 4},
-    "all again": {"rematerialize": "full"},
+BATCH_SIZE = 16
+MEMORY_OPTIONS = {
+    "TPU defaults": {"rematerialize": "products", "scan": True, "micro_batches": 4},
+    "full rematerialization": {"rematerialize": "full"},
 }
 
 
@@ -33,11 +33,15 @@ def tokens():
     return np.array(tokenizer("\n".join(real_text.prose())), "int32")
 
 
-def rows_of(tokens, rows, length, start=0):
+def make_batch(tokens, batch_size, length, start=0):
     """A batch as `train_step_jax.loss_sums` takes it."""
-    ids = tokens[start : start + rows * (length + 1)].reshape(rows, length + 1)
-    x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((rows, length), "int32")}
-    return x, ids[:, 1:], np.ones((rows, length), "float32")
+    ids = tokens[start : start + batch_size * (length + 1)]
+    ids = ids.reshape(batch_size, length + 1)
+    x = {
+        "token_ids": ids[:, :-1],
+        "padding_mask": np.ones((batch_size, length), "int32"),
+    }
+    return x, ids[:, 1:], np.ones((batch_size, length), "float32")
 
 
 def values(variables):
@@ -46,8 +50,8 @@ def values(variables):
 
 @pytest.fixture(scope="module")
 def of_nano(tokens):
-    """A function of a precision and options: nano's loss and gradients."""
-    batch = rows_of(tokens, ROWS, LENGTH)
+    """A function from dtype and options to the loss and gradients of nano."""
+    batch = make_batch(tokens, BATCH_SIZE, LENGTH)
 
     def compute(dtype, **options):
         lm = OpenLlamaCausalLM.from_preset("open_llama_nano", dtype=dtype)
@@ -69,29 +73,33 @@ def in_bfloat16(of_nano):
 
 
 def error(gradients, expected):
-    """The norm of the difference, by the norm of what is expected."""
+    """Norm of the difference, relative to the expected norm."""
     difference = sum(
         np.sum((a - b) ** 2) for a, b in zip(gradients, expected, strict=True)
     )
     return (difference / sum(np.sum(b**2) for b in expected)) ** 0.5
 
 
-def test_the_gradient_is_within_a_percent_of_float32(of_nano, in_bfloat16):
+def test_mixed_bfloat16_gradients_are_within_one_percent_of_float32(
+    of_nano, in_bfloat16
+):
     loss, grads = in_bfloat16
     expected_loss, expected = of_nano("float32")
     assert loss == pytest.approx(expected_loss, rel=1e-3)
     assert error(grads.values(), expected.values()) < 0.01
     for path, gradient in expected.items():
-        # Weights are rounded, which alone is 1 % in some.
+        # The rounding of the weights alone is 1 % in some.
         assert error([grads[path]], [gradient]) < 0.015, path
         norm = np.linalg.norm(grads[path])
         assert norm == pytest.approx(np.linalg.norm(gradient), rel=0.01), path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switches", SWITCHES)
-def test_switches_keep_each_gradient_within_a_percent(of_nano, in_bfloat16, switches):
-    loss, grads = of_nano("mixed_bfloat16", **SWITCHES[switches])
+@pytest.mark.parametrize("options", MEMORY_OPTIONS)
+def test_memory_options_change_gradients_by_less_than_one_percent(
+    of_nano, in_bfloat16, options
+):
+    loss, grads = of_nano("mixed_bfloat16", **MEMORY_OPTIONS[options])
     expected_loss, expected = in_bfloat16
     assert loss == pytest.approx(expected_loss, rel=1e-3)
     for path, gradient in expected.items():
@@ -103,8 +111,8 @@ STEPS = 200
 
 
 def losses(tokens, dtype, **options):
-    """Those of 200 steps of a small model on real text."""
-    rows, length = 8, 64
+    """The losses of 200 steps of a small model on real text."""
+    batch_size, length = 8, 64
     keras.utils.set_random_seed(0)
     lm = random_lm(SMALL, dtype=dtype)
     lm.compile(optimizer=AdamW(2e-3))
@@ -118,16 +126,17 @@ def losses(tokens, dtype, **options):
     state = values(lm.trainable_variables), values(lm.optimizer.variables)
     found = []
     for number in range(STEPS):
-        start = number * rows * (length + 1) % (len(tokens) - rows * (length + 1))
-        measures, state = step(*state, rows_of(tokens, rows, length, start))
-        found.append(float(measures.loss))
+        start = number * batch_size * (length + 1)
+        start %= len(tokens) - batch_size * (length + 1)
+        metrics, state = step(*state, make_batch(tokens, batch_size, length, start))
+        found.append(float(metrics.loss))
     return np.array(found)
 
 
 @pytest.mark.slow
-def test_the_loss_of_200_steps_is_within_a_percent(tokens):
+def test_mixed_bfloat16_loss_of_200_steps_is_within_one_percent(tokens):
     expected = losses(tokens, "float32")
     options = {"rematerialize": "products", "scan": True, "micro_batches": 2}
     found = losses(tokens, "mixed_bfloat16", **options)
-    assert expected[-20:].mean() < 0.8 * expected[0]  # Something was learnt.
+    assert expected[-20:].mean() < 0.8 * expected[0]  # The model has learned.
     np.testing.assert_allclose(found, expected, rtol=0.01)

@@ -1,4 +1,4 @@
-"""The loss by chunks is the plain cross-entropy of all logits, gradients too."""
+"""The chunked loss equals the cross-entropy of all logits, and so do its gradients."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import pytest
 from keras_openllama.training import chunked_loss
 from keras_openllama.training.chunked_loss import chunked_cross_entropy
 
-pytestmark = pytest.mark.backend_free  # It is JAX, whatever Keras runs on.
+pytestmark = pytest.mark.backend_free  # It is JAX on every backend.
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -31,69 +31,69 @@ def inputs(length=LENGTH, dtype="float32", scale=1.0):
     )
 
 
-def plainly(hidden, kernel, targets, weights):
-    """The sums from all logits at once, in float32."""
+def plain_loss(hidden, kernel, targets, weights):
+    """The sums from all logits, in float32."""
     hidden, kernel = hidden.astype("float32"), kernel.astype("float32")
     logits = jnp.einsum("btd,vd->btv", hidden, kernel)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jax.nn.log_softmax(logits)[
         jnp.arange(len(logits))[:, None], jnp.arange(logits.shape[1]), targets
     ]
     right = jnp.argmax(logits, axis=-1) == targets
     return chunked_loss.LossSums(
         loss=jnp.sum(-chosen * weights),
-        z=jnp.sum(normaliser**2 * weights),
+        z=jnp.sum(log_normalizer**2 * weights),
         correct=jnp.sum(right * weights),
     )
 
 
-def gradients(hidden, kernel, targets, weights, z_scale=0.0, chunks=None):
-    """Those by hidden states and kernel."""
+def gradients(hidden, kernel, targets, weights, z_loss=0.0, num_chunks=None):
+    """Gradients with respect to hidden states and kernel."""
     return jax.grad(
-        lambda *x: chunked_cross_entropy(*x, targets, weights, z_scale, chunks).loss,
+        lambda *x: chunked_cross_entropy(*x, targets, weights, z_loss, num_chunks).loss,
         (0, 1),
     )(hidden, kernel)
 
 
-def plain_gradients(hidden, kernel, targets, weights, z_scale=0.0):
+def plain_gradients(hidden, kernel, targets, weights, z_loss=0.0):
     def loss(*x):
-        sums = plainly(*x, targets, weights)
-        return sums.loss + z_scale * sums.z
+        sums = plain_loss(*x, targets, weights)
+        return sums.loss + z_loss * sums.z
 
     return jax.grad(loss, (0, 1))(hidden, kernel)
 
 
-def distance(ours, theirs):
-    """Norm of the difference, as a part of the norm of the reference."""
-    ours, theirs = (np.asarray(x, "float64") for x in (ours, theirs))
-    assert ours.shape == theirs.shape
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+def relative_error(actual, expected):
+    """Norm of the difference, relative to the norm of the reference."""
+    actual, expected = (np.asarray(x, "float64") for x in (actual, expected))
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, LENGTH, None])
 @pytest.mark.parametrize("scale", [1, 100])  # With 100, exp of a logit is infinite.
-def test_sums_are_those_of_all_logits(chunks, scale):
+def test_chunked_cross_entropy_equals_the_loss_of_all_logits(chunks, scale):
     batch = inputs(scale=scale)
-    sums = chunked_cross_entropy(*batch, chunks=chunks)
-    np.testing.assert_allclose(sums, plainly(*batch), rtol=1e-5)
+    sums = chunked_cross_entropy(*batch, num_chunks=chunks)
+    np.testing.assert_allclose(sums, plain_loss(*batch), rtol=1e-5)
     assert {x.dtype for x in sums} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("z_scale", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("chunks", [1, 2, LENGTH, None])
-def test_gradients_are_those_of_all_logits(chunks, z_scale):
+def test_chunked_gradients_equal_those_of_all_logits(chunks, z_loss):
     batch = inputs()
-    expected = plain_gradients(*batch, z_scale)
-    for x, y in zip(gradients(*batch, z_scale, chunks), expected, strict=True):
-        assert distance(x, y) < 1e-5
+    expected = plain_gradients(*batch, z_loss)
+    for x, y in zip(gradients(*batch, z_loss, chunks), expected, strict=True):
+        assert relative_error(x, y) < 1e-5
 
 
-def test_the_z_loss_is_not_in_the_loss_that_is_told():
+def test_z_loss_is_not_included_in_the_loss():
     batch = inputs()
-    assert chunked_cross_entropy(*batch, z_scale=0.5) == chunked_cross_entropy(*batch)
+    assert chunked_cross_entropy(*batch, z_loss=0.5) == chunked_cross_entropy(*batch)
 
 
-def test_sums_are_the_same_beside_gradients():
+def test_sums_are_the_same_with_gradients():
     hidden, kernel, *rest = inputs()
     alone = chunked_cross_entropy(hidden, kernel, *rest, 0.1, 2)
 
@@ -103,8 +103,8 @@ def test_sums_are_the_same_beside_gradients():
 
     gradient, sums = jax.grad(loss, has_aux=True)(kernel)
     np.testing.assert_allclose(sums, alone, rtol=1e-6)
-    _, whole = gradients(hidden, kernel, *rest, 0.1, 2)
-    assert distance(gradient, whole / 7) < 1e-6  # The chain rule holds.
+    _, expected = gradients(hidden, kernel, *rest, 0.1, 2)
+    assert relative_error(gradient, expected / 7) < 1e-6  # The chain rule holds.
 
 
 @pytest.mark.parametrize("part", ["z", "correct"])
@@ -116,40 +116,40 @@ def test_only_the_loss_has_a_gradient(part):
     assert not gradient.any()
 
 
-def test_bfloat16_costs_no_more_than_its_rounding():
+def test_bfloat16_errors_are_within_its_rounding():
     batch = inputs(dtype="bfloat16")
-    sums, expected = chunked_cross_entropy(*batch, chunks=2), plainly(*batch)
+    sums, expected = chunked_cross_entropy(*batch, num_chunks=2), plain_loss(*batch)
     np.testing.assert_allclose(sums, expected, rtol=1e-5)  # Logits are float32.
-    for x, y in zip(gradients(*batch, chunks=2), plain_gradients(*batch), strict=True):
+    for x, y in zip(
+        gradients(*batch, num_chunks=2), plain_gradients(*batch), strict=True
+    ):
         assert x.dtype == "bfloat16"
-        assert distance(x, y) < 2**-8
+        assert relative_error(x, y) < 2**-8
 
 
-def test_the_gradient_of_the_kernel_adds_up_in_float32():
+def test_kernel_gradient_is_accumulated_in_float32():
     # 1024 equal chunks: a sum in bfloat16 stops growing at the 256th.
     hidden, kernel, targets, weights = inputs(length=1, dtype="bfloat16")
     many = [jnp.tile(x, (1, 1024) + (1,) * (x.ndim - 2)) for x in (targets, weights)]
     _, once = gradients(hidden, kernel, targets, weights)
     hidden = jnp.tile(hidden, (1, 1024, 1))
-    _, gradient = gradients(hidden, kernel, *many, chunks=1024)
-    assert distance(gradient / 1024, once) < 2**-8
+    _, gradient = gradients(hidden, kernel, *many, num_chunks=1024)
+    assert relative_error(gradient / 1024, once) < 2**-8
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 3 * BATCH * VOCABULARY, 1])
-def test_a_length_that_only_one_divides(monkeypatch, limit):
+def test_chunks_of_a_prime_length(monkeypatch, limit):
     monkeypatch.setattr(chunked_loss, "LOGITS_PER_CHUNK", limit)
     batch = inputs(length=7)
     np.testing.assert_allclose(
-        chunked_cross_entropy(*batch), plainly(*batch), rtol=1e-5
+        chunked_cross_entropy(*batch), plain_loss(*batch), rtol=1e-5
     )
     for x, y in zip(gradients(*batch), plain_gradients(*batch), strict=True):
-        assert distance(x, y) < 1e-5
+        assert relative_error(x, y) < 1e-5
 
 
 @pytest.mark.parametrize("positions_at_once", [1, 4, LENGTH])
-def test_no_more_logits_than_the_limit_are_there_at_once(
-    monkeypatch, positions_at_once
-):
+def test_logits_in_memory_are_limited(monkeypatch, positions_at_once):
     limit = positions_at_once * BATCH * VOCABULARY
     monkeypatch.setattr(chunked_loss, "LOGITS_PER_CHUNK", limit)
     program = str(jax.make_jaxpr(lambda *batch: gradients(*batch))(*inputs()))
@@ -168,13 +168,13 @@ def test_correct_is_the_weight_of_targets_with_the_largest_logit():
     wrong = (best + 1) % VOCABULARY
     assert chunked_cross_entropy(hidden, kernel, wrong, weights).correct == 0
     some = best.at[0].set(wrong[0])
-    sums = chunked_cross_entropy(hidden, kernel, some, weights, chunks=3)
+    sums = chunked_cross_entropy(hidden, kernel, some, weights, num_chunks=3)
     assert sums.correct == weights[1:].sum()
 
 
-def test_without_targets_there_is_nothing():
+def test_loss_and_gradients_without_targets_are_zero():
     hidden, kernel, targets, weights = inputs()
     batch = hidden, kernel, targets, jnp.zeros_like(weights)
-    assert chunked_cross_entropy(*batch, z_scale=0.1) == chunked_loss.LossSums(0, 0, 0)
-    for gradient in gradients(*batch, z_scale=0.1):
+    assert chunked_cross_entropy(*batch, z_loss=0.1) == chunked_loss.LossSums(0, 0, 0)
+    for gradient in gradients(*batch, z_loss=0.1):
         assert not gradient.any()

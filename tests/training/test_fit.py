@@ -1,4 +1,4 @@
-"""`fit` on what users have: texts, pairs, chats, packed or not, from any container."""
+"""`fit` on texts, pairs and chats, in any container, with and without packing."""
 
 import warnings
 
@@ -13,10 +13,10 @@ from keras_openllama.text.inputs import normalize_examples
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
-# What `fit` makes of data does not depend on the number of layers.
+# Data processing does not depend on the number of layers.
 SHAPE = TinyShape("tiny", 4, 2, 12, 48, 64, num_layers=1, context=64)
 PAIRS = [
-    ("Name a colour:", " red"),
+    ("Name a color:", " red"),
     ("Name a number that is not small:", " one thousand and one"),
     ("The opposite of up is", " down"),
     ("import", "ing things"),
@@ -38,22 +38,22 @@ def make_lm(keep_spaces=True, length=32, **options):
     return lm
 
 
-def losses_by_hand(lm):
-    """Sum of the losses of all responses' tokens and their number, one by one."""
+def sum_of_losses(lm):
+    """Sum of the losses of all tokens of the responses, and their number."""
     total = count = 0
     for prompt, response in PAIRS:
         prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
-        whole = lm.preprocessor.prompt_ids([prompt + response])[0]
-        if whole[: len(prompt_ids)] != prompt_ids:
+        sequence = lm.preprocessor.prompt_ids([prompt + response])[0]
+        if sequence[: len(prompt_ids)] != prompt_ids:
             rest = lm.preprocessor.tokenizer.tokenize_continuation(response)
-            whole = prompt_ids + rest
-        ids = np.array([[*whole, lm.preprocessor.tokenizer.end_token_id]])
+            sequence = prompt_ids + rest
+        ids = np.array([[*sequence, lm.preprocessor.tokenizer.end_token_id]])
         logits = ops.convert_to_numpy(lm.score(ids[:, :-1])).astype("float64")[0]
-        for place in range(len(prompt_ids) - 1, ids.shape[1] - 1):
-            row = logits[place]
-            largest = row.max()
-            normaliser = largest + np.log(np.exp(row - largest).sum())
-            total += normaliser - row[ids[0, place + 1]]
+        for position in range(len(prompt_ids) - 1, ids.shape[1] - 1):
+            position_logits = logits[position]
+            largest = position_logits.max()
+            log_normalizer = largest + np.log(np.exp(position_logits - largest).sum())
+            total += log_normalizer - position_logits[ids[0, position + 1]]
             count += 1
     return total, count
 
@@ -62,9 +62,9 @@ def losses_by_hand(lm):
 
 
 @pytest.mark.parametrize("length", [32, 40])
-def test_only_responses_are_learned_and_padding_does_not_count(length):
+def test_evaluate_counts_only_responses(length):
     lm = make_lm(length=length)
-    total, count = losses_by_hand(lm)
+    total, count = sum_of_losses(lm)
     found = lm.evaluate(AS_DICT, batch_size=3, verbose=0, return_dict=True)
     assert found["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
@@ -72,17 +72,17 @@ def test_only_responses_are_learned_and_padding_does_not_count(length):
     assert found["bits_per_byte"] == pytest.approx(total / np.log(2) / size, rel=1e-5)
 
 
-def test_packing_does_not_change_the_loss():
+def test_pack_does_not_change_the_loss():
     lm = make_lm(length=40)
     plain = lm.evaluate(AS_DICT, verbose=0, return_dict=True)
     packed = lm.evaluate(AS_DICT, verbose=0, return_dict=True, pack=True)
     rows = lm.preprocessor.tokenize_examples(normalize_examples(AS_DICT))
-    assert len(rows.packed()[1]) < len(PAIRS), "nothing shares a row"
+    assert len(rows.packed()[1]) < len(PAIRS), "no examples are packed"
     for name, value in plain.items():
         assert packed[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_gradients_of_packed_rows_are_those_of_padded_ones():
+def test_pack_does_not_change_the_gradients():
     def trained(pack):
         lm = make_lm(length=40)
         lm.compile(optimizer=keras.optimizers.SGD(0.1))
@@ -93,17 +93,17 @@ def test_gradients_of_packed_rows_are_those_of_padded_ones():
         np.testing.assert_allclose(packed, padded, atol=2e-5)
 
 
-def test_the_loss_of_an_epoch_is_the_mean_over_its_targets():
+def test_fit_averages_the_loss_over_the_targets_of_an_epoch():
     lm = make_lm()
     lm.compile(optimizer=keras.optimizers.SGD(0.0))
-    total, count = losses_by_hand(lm)
-    # Batches of very different numbers of targets.
+    total, count = sum_of_losses(lm)
+    # The batches have very different numbers of targets.
     history = lm.fit(AS_DICT, batch_size=1, verbose=0).history
     assert history["loss"][0] == pytest.approx(total / count, rel=1e-5)
     assert history["perplexity"][0] == pytest.approx(np.exp(total / count), rel=1e-4)
 
 
-def test_what_weighs_nothing_counts_in_no_metric():
+def test_tokens_with_zero_weight_are_ignored_in_loss_and_metrics():
     lm = make_lm()
     x, y, weights = lm.preprocessor(AS_DICT)
     results = lm.evaluate(x, y, sample_weight=weights, verbose=0)
@@ -119,9 +119,7 @@ def test_what_weighs_nothing_counts_in_no_metric():
 @pytest.mark.parametrize(
     "pair", [*PAIRS, ("A: ", "yes"), ("x=", "1\n\ny=2"), ("naïve", "té ☃")]
 )
-def test_a_response_follows_the_tokens_that_generate_gives_its_prompt(
-    keep_spaces, pair
-):
+def test_prompts_are_tokenized_as_by_generate(keep_spaces, pair):
     lm = make_lm(keep_spaces)
     prompt, response = pair
     rows = lm.preprocessor.tokenize_examples(normalize_examples([prompt], [response]))
@@ -130,11 +128,11 @@ def test_a_response_follows_the_tokens_that_generate_gives_its_prompt(
     assert ids[: len(prompt_ids)] == prompt_ids
     assert learned == [i >= len(prompt_ids) for i in range(len(ids))]
     assert ids[-1] == lm.preprocessor.tokenizer.end_token_id
-    whole = lm.preprocessor.tokenizer.detokenize(ids)
+    text = lm.preprocessor.tokenizer.detokenize(ids)
     expected = prompt + response
     if not keep_spaces:
-        expected, whole = expected.replace(" ", ""), whole.replace(" ", "")
-    assert whole == expected
+        expected, text = expected.replace(" ", ""), text.replace(" ", "")
+    assert text == expected
 
 
 # ----- Containers
@@ -192,7 +190,7 @@ def _options():
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_fit_takes_pairs_from_any_container(kind, steady_lm, expected_loss):
+def test_fit_accepts_pairs_in_any_container(kind, steady_lm, expected_loss):
     x = CONTAINERS[kind]()
     data = x if isinstance(x, tuple) else (x,)
     options = _options()
@@ -204,7 +202,7 @@ def test_fit_takes_pairs_from_any_container(kind, steady_lm, expected_loss):
 
 @pytest.mark.parametrize("weights", [None, np.ones(4), np.ones((4, 32))])
 @pytest.mark.parametrize("container", ["arrays", "generator"])
-def test_padding_of_arrays_weighs_nothing(container, weights):
+def test_padding_of_arrays_is_ignored(container, weights):
     lm = make_lm()
     x, y, _ = lm.preprocessor([p + r for p, r in PAIRS])
     expected = lm.evaluate(x, y, sample_weight=x["padding_mask"] * 1.0, verbose=0)[0]
@@ -216,15 +214,15 @@ def test_padding_of_arrays_weighs_nothing(container, weights):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_ids_of_a_generator_are_checked():
+def test_fit_checks_token_ids_of_a_generator():
     lm = make_lm()
     x, y, weights = lm.preprocessor(AS_DICT)
     with pytest.raises(ValueError, match="`y` must be from 0 to 511"):
         lm.fit((b for b in [(x, y + 600, weights)]), verbose=0)
 
 
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="for JAX")
-def test_rows_that_micro_batches_do_not_divide_are_filled_up():
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX")
+def test_fit_pads_batches_that_micro_batches_do_not_divide():
     plain, micro_batched = make_lm(), make_lm()
     micro_batched.compile(optimizer=keras.optimizers.Adam(1e-2), micro_batches=2)
     three = AS_LIST[:3]
@@ -232,19 +230,19 @@ def test_rows_that_micro_batches_do_not_divide_are_filled_up():
     expected = plain.fit(three, **options).history
     for name, values in micro_batched.fit(three, **options).history.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
-    with pytest.raises(ValueError, match="multiple of 2"):
+    with pytest.raises(ValueError, match="must be a multiple of 2"):
         micro_batched.fit(three, batch_size=3, verbose=0)
 
 
 @pytest.mark.slow_on_tensorflow
-def test_texts_come_from_generators_too():
+def test_fit_accepts_a_generator_of_texts():
     texts = [p + r for p, r in PAIRS]
     batches = (texts[i : i + 2] for i in (0, 2))
     losses = make_lm().fit(batches, shuffle=False, verbose=0).history["loss"]
     assert losses == pytest.approx(make_lm().fit(texts, **_options()).history["loss"])
 
 
-def test_validation_tells_perplexity_and_bits_per_byte():
+def test_fit_reports_validation_perplexity_and_bits_per_byte():
     lm = make_lm()
     seen = []
     watch = keras.callbacks.LambdaCallback(
@@ -258,7 +256,7 @@ def test_validation_tells_perplexity_and_bits_per_byte():
     assert seen[0] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
 
 
-def test_it_learns_to_respond():
+def test_fit_on_pairs_learns_the_responses():
     lm = make_lm()
     lm.compile(optimizer=keras.optimizers.Adam(5e-3))
     lm.fit(AS_DICT, epochs=40, batch_size=4, verbose=0)
@@ -279,7 +277,7 @@ CHAT = [
 
 
 @pytest.mark.slow_on_tensorflow
-def test_each_reply_of_a_chat_is_learned_and_nothing_else():
+def test_only_assistant_replies_of_a_chat_are_learned():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
     rows = lm.preprocessor.tokenize_examples(normalize_examples([{"messages": CHAT}]))
@@ -287,15 +285,15 @@ def test_each_reply_of_a_chat_is_learned_and_nothing_else():
     tokenizer = lm.preprocessor.tokenizer
     text = "Be short.\nUSER: Hello\nBOT: Hi!</s>USER: Bye\nBOT: Farewell!</s>"
     assert ids == [1, *tokenizer.tokenize(text, parse_special=True)]
-    kept = [token for token, counts in zip(ids, learned, strict=True) if counts]
-    assert tokenizer.detokenize(kept) == "Hi!Farewell!"
-    assert kept.count(tokenizer.end_token_id) == 2
+    targets = [token for token, counts in zip(ids, learned, strict=True) if counts]
+    assert tokenizer.detokenize(targets) == "Hi!Farewell!"
+    assert targets.count(tokenizer.end_token_id) == 2
     assert rows.num_bytes == len("Hi!Farewell!")
     lm.fit([{"messages": CHAT}, {"messages": CHAT[:3]}], verbose=0)
 
 
 @pytest.mark.slow_on_tensorflow
-def test_a_chat_is_generated_from_as_it_was_learned():
+def test_generate_on_chats_returns_the_learned_replies():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
     lm.compile(optimizer=keras.optimizers.Adam(5e-3))
@@ -306,7 +304,7 @@ def test_a_chat_is_generated_from_as_it_was_learned():
         assert lm.generate(two, max_new_tokens=12) == ["Farewell!"] * 2
 
 
-def test_the_template_is_saved_with_the_preprocessor(tmp_path):
+def test_chat_template_is_saved_with_the_preprocessor(tmp_path):
     lm = make_lm()
     lm.preprocessor.chat_template = TEMPLATE
     lm.save_to_preset(str(tmp_path))
@@ -314,39 +312,41 @@ def test_the_template_is_saved_with_the_preprocessor(tmp_path):
     assert again.chat_template == TEMPLATE
 
 
-# ----- Bad input
+# ----- Invalid input
 
 
 @pytest.mark.slow_on_tensorflow
-def test_what_is_cut_is_told_once_with_counts():
+def test_fit_warns_once_about_truncated_examples():
     lm = make_lm(length=12)
-    with pytest.warns(UserWarning, match=r"2 of 4 examples were truncated.*12") as told:
+    with pytest.warns(
+        UserWarning, match=r"2 of 4 examples were truncated.*12"
+    ) as caught:
         lm.fit(AS_DICT, verbose=0)
-    assert sum("were truncated to" in str(w.message) for w in told) == 1
+    assert sum("were truncated to" in str(w.message) for w in caught) == 1
 
 
-def test_bits_per_byte_are_those_of_what_is_kept():
+def test_bits_per_byte_exclude_truncated_text():
     text = "The sea was calm, and the captain looked at it for a long time."
     lm = make_lm(length=64)
     ids = lm.preprocessor.prompt_ids([text])[0][:11]
-    kept = lm.preprocessor.tokenizer.detokenize(ids)
-    losses = ops.convert_to_numpy(lm.score(kept, scoring_mode="loss"))
-    assert losses.shape == (1, 10), "the shorter text has other tokens"
+    truncated = lm.preprocessor.tokenizer.detokenize(ids)
+    losses = ops.convert_to_numpy(lm.score(truncated, scoring_mode="loss"))
+    assert losses.shape == (1, 10), "the truncated text has other tokens"
     lm.preprocessor.sequence_length = 10
     with pytest.warns(UserWarning, match="truncated"):
         found = lm.evaluate([text], verbose=0, return_dict=True)
-    expected = losses.sum() / np.log(2) / len(kept.encode())
+    expected = losses.sum() / np.log(2) / len(truncated.encode())
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_prompt_that_fills_the_row_teaches_nothing():
+def test_truncated_response_has_zero_weight_and_a_warning():
     lm = make_lm(length=4)
     with pytest.warns(UserWarning, match="of 4 examples have no target"):
         _, _, weights = lm.preprocessor(AS_DICT)
     assert not weights[1].any()
 
 
-def test_empty_texts_teach_nothing_and_are_told():
+def test_empty_texts_have_zero_weight_and_a_warning():
     lm = make_lm()
     with pytest.warns(UserWarning, match="1 of 3 examples have no target"):
         _, _, weights = lm.preprocessor(["a", "", "b"])
@@ -374,7 +374,7 @@ def test_empty_texts_teach_nothing_and_are_told():
         ({"question": ["a"]}, "all of one kind"),
     ],
 )
-def test_malformed_pairs_and_chats_are_refused(x, message):
+def test_fit_rejects_malformed_pairs_and_chats(x, message):
     lm = make_lm()
     lm.preprocessor.chat_template = TEMPLATE
     before = [ops.convert_to_numpy(v) for v in lm.weights]
@@ -384,7 +384,7 @@ def test_malformed_pairs_and_chats_are_refused(x, message):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
 
 
-def test_chats_without_a_template_say_how_to_give_one():
+def test_fit_on_chats_needs_a_chat_template():
     with pytest.raises(ValueError, match="chat_template"):
         make_lm().fit([{"messages": CHAT}], verbose=0)
     with pytest.raises(ValueError, match="content"):
@@ -392,7 +392,7 @@ def test_chats_without_a_template_say_how_to_give_one():
 
 
 @pytest.mark.parametrize("bad", [-1, 512])
-def test_ids_outside_the_vocabulary_are_refused(bad):
+def test_fit_rejects_ids_outside_the_vocabulary(bad):
     lm = make_lm()
     x, y, weights = lm.preprocessor(AS_DICT)
     wrong = y.copy()
@@ -405,45 +405,45 @@ def test_ids_outside_the_vocabulary_are_refused(bad):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_packing_takes_validation_data_as_they_are():
+def test_pack_does_not_apply_to_validation_arrays():
     lm = make_lm()
     arrays = lm.preprocessor(AS_DICT)
     history = lm.fit(AS_DICT, validation_data=arrays, pack=True, verbose=0).history
     assert np.isfinite(history["val_loss"][0])
 
 
-def test_weights_below_zero_are_refused():
+def test_fit_rejects_negative_sample_weights():
     x, y, weights = make_lm().preprocessor(AS_DICT)
-    with pytest.raises(ValueError, match="below 0"):
+    with pytest.raises(ValueError, match="must not be negative"):
         make_lm().fit(x, y, sample_weight=-weights, verbose=0)
 
 
-def test_pack_is_for_lists():
-    with pytest.raises(ValueError, match="`pack` takes a list"):
+def test_pack_rejects_batches():
+    with pytest.raises(ValueError, match="`pack` needs a list"):
         make_lm().fit(Pairs(), pack=True, verbose=0)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+def test_fit_raises_if_all_steps_are_skipped_and_changes_nothing():
     lm = make_lm()
     lm.compile(optimizer=keras.optimizers.Adam(1e-2))
     lm.fit(AS_DICT, **_options())
     scale = lm.backbone.final_norm.scale
-    kept = ops.convert_to_numpy(scale)
-    scale.assign(np.full_like(kept, np.nan))
+    value = ops.convert_to_numpy(scale)
+    scale.assign(np.full_like(value, np.nan))
     others = [v for v in lm.weights if v is not scale]
     before = [ops.convert_to_numpy(v) for v in others]
     moments = [ops.convert_to_numpy(v) for v in lm.optimizer.variables]
-    with pytest.raises(FloatingPointError, match=r"2 of the 2 steps .* 0\.01 now"):
+    with pytest.raises(FloatingPointError, match=r"2 of the 2 steps .*\(now 0\.01\)"):
         lm.fit(AS_DICT, **_options())
     after = [ops.convert_to_numpy(v) for v in others]
     after += [ops.convert_to_numpy(v) for v in lm.optimizer.variables]
     for old, new in zip(before + moments, after, strict=True):
         np.testing.assert_array_equal(old, new)
-    scale.assign(kept)
-    lm.fit(AS_DICT, **_options())  # As if nothing had been.
+    scale.assign(value)
+    lm.fit(AS_DICT, **_options())  # It does not raise.
 
 
-def test_steps_that_are_left_out_are_warned_of():
+def test_fit_warns_about_skipped_steps():
     lm = make_lm()
     x, y, weights = lm.preprocessor(AS_DICT)
     weights[0, :] = np.inf
@@ -452,7 +452,7 @@ def test_steps_that_are_left_out_are_warned_of():
     assert all(np.isfinite(ops.convert_to_numpy(v)).all() for v in lm.weights)
 
 
-def test_a_rate_that_diverges_leaves_finite_weights():
+def test_weights_stay_finite_with_a_diverging_learning_rate():
     lm = make_lm()
     lm.compile(optimizer=keras.optimizers.SGD(1e30))
     with pytest.raises(FloatingPointError, match="learning rate"):
@@ -464,7 +464,7 @@ def test_a_rate_that_diverges_leaves_finite_weights():
 
 
 @pytest.mark.slow_on_tensorflow
-def test_the_default_optimizer_is_adamw_and_faster_for_adapters():
+def test_default_optimizer_is_adamw_with_a_higher_rate_for_adapters():
     lm = random_lm(SHAPE, trained_model(True))
     assert type(lm.optimizer).__name__ == "AdamW"
     assert float(lm.optimizer.learning_rate) == pytest.approx(2e-5)
@@ -477,7 +477,7 @@ def test_the_default_optimizer_is_adamw_and_faster_for_adapters():
 
 
 @pytest.mark.slow_on_tensorflow
-def test_training_bfloat16_variables_is_warned_of():
+def test_fit_warns_about_bfloat16_variables():
     lm = make_lm(dtype="bfloat16")
     with pytest.warns(UserWarning, match="small steps are rounded away"):
         lm.fit(AS_DICT, verbose=0)

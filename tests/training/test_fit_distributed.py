@@ -1,4 +1,4 @@
-"""Fine-tuning over a mesh of devices takes the steps of one device."""
+"""Fine-tuning on a mesh of devices has the losses of one device."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_devices import run_on_eight_devices
 
-pytestmark = pytest.mark.backend_free  # A model is distributed on JAX only.
+pytestmark = pytest.mark.backend_free  # Only JAX supports distributed models.
 
 PROGRAM = """
 import json, sys
@@ -50,17 +50,17 @@ print(json.dumps(results))
 """
 
 
-# `make test` trains over a mesh in tests/test_distribution.py and tests/cli.
+# `make test` trains on a mesh in tests/test_distribution.py and tests/cli.
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "kind",
     ["adapters", "full", "adapters on int8"],
 )
-def test_losses_are_those_of_one_device(kind):
+def test_fit_on_a_mesh_has_the_losses_of_one_device(kind):
     one, *meshes = json.loads(run_on_eight_devices(PROGRAM, kind))
     assert one["val_loss"][-1] < 0.97 * one["val_loss"][0]
-    # Rounded to int8, inputs that differ in the last bit may differ by a step.
+    # Inputs that differ in the last bit may be rounded to different int8 values.
     tolerance = 1e-3 if "int8" in kind else 1e-5
     for mesh in meshes:
         for name, values in mesh.items():

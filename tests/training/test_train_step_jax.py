@@ -10,7 +10,7 @@ import pytest
 from tiny_models import SHAPES, batch, random_lm
 
 if keras.config.backend() != "jax":
-    pytest.skip("The step is for JAX.", allow_module_level=True)
+    pytest.skip("Needs JAX.", allow_module_level=True)
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,17 @@ ROWS, LENGTH = 4, 16
 
 
 @functools.cache
-def unchanged():
+def shared_lm():
     """A model that no test changes."""
     return random_lm(SHAPE)
 
 
 def data(seed=0, rows=ROWS, length=LENGTH):
-    """A batch of few tokens, whose rows have targets of different number and weight."""
+    """A batch of sequences with different numbers and weights of targets."""
     ids = 3 + batch(SHAPE, rows, length + 1, seed) % 8
     random = np.random.default_rng(seed)
     weights = random.choice([0, 0.5, 1, 2], (rows, length)).astype("float32")
-    weights[0] = 0  # A row, and so a part of the batch, without any.
+    weights[0] = 0  # A sequence without targets.
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones((rows, length), "int32")}
     return x, ids[:, 1:], weights
 
@@ -52,8 +52,8 @@ def values_of(variables):
 
 @functools.cache
 def compiled(**options):
-    """Loss and gradients of a batch, by the model that no test changes."""
-    lm = unchanged()
+    """A compiled function for loss and gradients of a batch."""
+    lm = shared_lm()
     non_trainable = values_of(lm.non_trainable_variables)
 
     def run(trainable, batch):
@@ -66,36 +66,36 @@ def compiled(**options):
 
 
 def loss_and_gradients(batch, **options):
-    return compiled(**options)(values_of(unchanged().trainable_variables), batch)
+    return compiled(**options)(values_of(shared_lm().trainable_variables), batch)
 
 
 @functools.cache
 def loss_from_logits():
-    """Plainly: all logits, and the mean of the cross-entropy by weight."""
-    lm = unchanged()
+    """The weighted mean of the cross-entropy, from all logits."""
+    lm = shared_lm()
 
     def loss(trainable, batch, z_loss):
         x, targets, weights = batch
         with keras.StatelessScope(zip(lm.trainable_variables, trainable, strict=True)):
             logits = lm.logits(x["token_ids"], x["padding_mask"])
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        mean = jnp.sum((normaliser - chosen) * weights) / weights.sum()
-        z = jnp.sum(normaliser**2 * weights) / weights.sum()
+        mean = jnp.sum((log_normalizer - chosen) * weights) / weights.sum()
+        z = jnp.sum(log_normalizer**2 * weights) / weights.sum()
         return mean + z_loss * z, mean
 
     return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def plain_loss_and_gradients(batch, z_loss=0.0):
-    trainable = values_of(unchanged().trainable_variables)
+    trainable = values_of(shared_lm().trainable_variables)
     grads, loss = loss_from_logits()(trainable, batch, z_loss)
     return loss, grads
 
 
-def assert_equal_gradients(ours, theirs):
-    """Each tensor's within 1e-5 of its norm."""
-    for name, x, y in zip(paths(unchanged()), ours, theirs, strict=True):
+def assert_equal_gradients(actual, expected):
+    """The difference is below 1e-5 of the norm, for each tensor."""
+    for name, x, y in zip(paths(shared_lm()), actual, expected, strict=True):
         difference = np.linalg.norm(np.asarray(x) - y)
         assert difference <= 1e-5 * np.linalg.norm(y), name
 
@@ -120,7 +120,7 @@ def paths(lm):
     ],
     ids=str,
 )
-def test_gradients_are_those_of_the_mean_over_all_targets(options):
+def test_compute_gradients_of_the_mean_over_all_targets(options):
     loss, grads = loss_and_gradients(data(), **options)
     z_loss = options.get("z_loss", 0.0)
     expected_loss, expected = plain_loss_and_gradients(data(), z_loss)
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_mean_over_all_targets(options):
     assert_equal_gradients(grads, expected)
 
 
-def test_documents_that_share_a_row_give_what_they_give_alone():
+def test_packed_documents_have_the_gradients_of_separate_ones():
     lengths = [7, 4, 3]
     packed, alone = (
         {name: np.zeros((ROWS, LENGTH), "int32") for name in ("ids", "mask", "y", "w")}
@@ -142,7 +142,7 @@ def test_documents_that_share_a_row_give_what_they_give_alone():
             (alone, (row, slice(length)), 1),
         ):
             arrays["ids"][place], arrays["mask"][place] = ids, number
-            # What follows the last token is another document's.
+            # The last token has no target in its document.
             arrays["y"][place] = np.roll(ids, -1)
             arrays["w"][place] = np.arange(length) < length - 1
         start += length
@@ -156,7 +156,7 @@ def test_documents_that_share_a_row_give_what_they_give_alone():
     assert_equal_gradients(grads, expected)
 
 
-def test_targets_without_weight_do_not_matter():
+def test_targets_with_zero_weight_do_not_change_the_gradients():
     x, targets, weights = data()
     other = np.where(weights == 0, (targets + 1) % SHAPE.vocabulary_size, targets)
     assert (other != targets).any()
@@ -166,15 +166,15 @@ def test_targets_without_weight_do_not_matter():
     assert_equal_gradients(grads, expected)
 
 
-def test_a_batch_without_targets_has_no_gradient():
+def test_gradients_without_targets_are_zero():
     x, targets, weights = data()
     loss, grads = loss_and_gradients((x, targets, 0 * weights))
     assert loss == 0
     assert not any(np.any(g) for g in grads)
 
 
-def test_parts_that_do_not_divide_a_batch_are_refused():
-    with pytest.raises(ValueError, match="micro_batches=3, rows=4"):
+def test_micro_batches_must_divide_the_batch_size():
+    with pytest.raises(ValueError, match="micro_batches=3, batch_size=4"):
         loss_and_gradients(data(), micro_batches=3)
 
 
@@ -182,7 +182,7 @@ def test_parts_that_do_not_divide_a_batch_are_refused():
 
 
 class Steps:
-    """A model with its optimizer, its state as arrays, and the compiled step."""
+    """A model with its optimizer, their state as arrays, and the compiled step."""
 
     def __init__(self):
         self.lm = random_lm(SHAPE)
@@ -198,12 +198,14 @@ class Steps:
             )
         )
         self._update = jax.jit(
-            lambda state, batch, limit: train_step(self.lm, state, batch, limit=limit)
+            lambda state, batch, limit: train_step(
+                self.lm, state, batch, max_loss=limit
+            )
         )
 
     def step(self, state, batch, limit=np.inf):
-        measures, (trainable, optimizer) = self._update(state, batch, limit)
-        return measures, (trainable, state[1], optimizer)
+        metrics, (trainable, optimizer) = self._update(state, batch, limit)
+        return metrics, (trainable, state[1], optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def not_a_number(steps, state):
 
 
 def infinite_gradient(steps, state):
-    """Where a state is always 0, the head may be huge: no logit shows it."""
+    """A hidden dimension is always 0, so a huge head does not change the logits."""
     lm = steps.lm
     values = dict(zip(paths(lm), state[0], strict=True))
     scale, head = lm.backbone.final_norm.scale.path, lm.lm_head.kernel.path
@@ -238,15 +240,15 @@ def spike(steps, state):
 
 
 @pytest.mark.parametrize("fault", [not_a_number, infinite_gradient, spike])
-def test_a_bad_step_changes_not_one_bit(steps, fault):
-    measures, state = steps.step(steps.start, data(0))
-    assert measures.applied
+def test_skipped_step_changes_nothing(steps, fault):
+    metrics, state = steps.step(steps.start, data(0))
+    assert metrics.applied
     state, bad, limit = fault(steps, state)
-    measures, after = steps.step(state, bad, limit)
-    assert not measures.applied
+    metrics, after = steps.step(state, bad, limit)
+    assert not metrics.applied
     assert_identical(after, state)
     loss_is_finite, gradient_is_finite = (
-        bool(np.isfinite(x)) for x in (measures.loss, measures.grad_norm)
+        bool(np.isfinite(x)) for x in (metrics.loss, metrics.grad_norm)
     )
     assert (loss_is_finite, gradient_is_finite) == {
         not_a_number: (False, False),
@@ -256,7 +258,7 @@ def test_a_bad_step_changes_not_one_bit(steps, fault):
 
 
 @pytest.mark.parametrize("fault", [not_a_number, spike])
-def test_after_a_bad_step_all_goes_on_as_if_it_had_not_been(steps, fault):
+def test_training_after_a_skipped_step_is_unaffected(steps, fault):
     first, state = steps.step(steps.start, data(0))
     _, after = steps.step(*fault(steps, state))
     with_fault, without = steps.step(after, data(2)), steps.step(state, data(2))
@@ -264,15 +266,15 @@ def test_after_a_bad_step_all_goes_on_as_if_it_had_not_been(steps, fault):
     assert with_fault[0].learning_rate > first.learning_rate
 
 
-def test_a_loss_at_the_limit_is_kept(steps):
-    measures, _ = steps.step(steps.start, data(0))
-    assert steps.step(steps.start, data(0), measures.loss)[0].applied
-    below = np.nextafter(measures.loss, np.float32(0))
+def test_step_is_skipped_only_above_max_loss(steps):
+    metrics, _ = steps.step(steps.start, data(0))
+    assert steps.step(steps.start, data(0), metrics.loss)[0].applied
+    below = np.nextafter(metrics.loss, np.float32(0))
     assert not steps.step(steps.start, data(0), below)[0].applied
 
 
-def test_measures_are_what_they_say(steps):
-    measures, (after, _, _) = steps.step(steps.start, data())
+def test_step_metrics_equal_a_plain_computation(steps):
+    metrics, (after, _, _) = steps.step(steps.start, data())
     loss, grads = plain_loss_and_gradients(data())
     x, targets, weights = data()
     right = np.argmax(steps.lm.score(x["token_ids"]), axis=-1) == targets
@@ -285,7 +287,7 @@ def test_measures_are_what_they_say(steps):
         learning_rate=1e-2 / 4,
     )
     for name, value in expected.items():
-        np.testing.assert_allclose(getattr(measures, name), value, rtol=1e-5)
+        np.testing.assert_allclose(getattr(metrics, name), value, rtol=1e-5)
     for path, old, new in zip(paths(steps.lm), steps.start[0], after, strict=True):
         assert not np.array_equal(old, new), path
 
@@ -294,14 +296,14 @@ def test_measures_are_what_they_say(steps):
 
 
 def cross_entropy():
-    """What `loss="auto"` stands for; given by name, the step is Keras's."""
+    """The loss of `loss="auto"`. Passed explicitly, the step of Keras is used."""
     return keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
     )
 
 
 class FitRun:
-    """A model that begins again from its first weights, without compiling again."""
+    """A model that restarts from its initial weights, without another compilation."""
 
     def __init__(self, loss, prepare=lambda lm: None, optimizer=None, **options):
         self.lm = random_lm(SHAPE, dtype=options.pop("dtype", "float32"))
@@ -312,7 +314,7 @@ class FitRun:
         self.start = [(v, np.array(v.value)) for v in variables]
 
     def run(self, seeds, weights=lambda weights: weights):
-        """Loss and accuracy of each step of `fit`, each on a batch of its own."""
+        """Loss and accuracy of steps of `fit`, each on another batch."""
         for variable, value in self.start:
             variable.assign(value)
         results = []
@@ -329,102 +331,104 @@ class FitRun:
     def state(self):
         return values_of([*self.lm.trainable_variables, *self.lm.optimizer.variables])
 
-    def moved(self):
+    def changed(self):
         return {v.path: not np.array_equal(v.value, x) for v, x in self.start}
 
 
 @pytest.fixture(scope="module")
-def ours():
+def default_fit():
     return FitRun("auto")
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def keras_fit():
     return FitRun(cross_entropy())
 
 
 @pytest.mark.parametrize("weights", [None, "positions", "rows"])
-def test_fit_takes_the_steps_that_keras_would(ours, theirs, weights):
+def test_fit_equals_the_train_step_of_keras(default_fit, keras_fit, weights):
     rows = np.array([0, 0.5, 1, 2], "float32")
     given, for_keras = {
         None: (lambda weights: None, lambda weights: None),
         "positions": (lambda weights: weights, lambda weights: weights),
         "rows": (lambda _: rows, lambda _: np.tile(rows[:, None], (1, LENGTH))),
     }[weights]
-    results = ours.run(range(5), given)
+    results = default_fit.run(range(5), given)
     assert results.shape == (5, 2)
-    np.testing.assert_allclose(results, theirs.run(range(5), for_keras), rtol=2e-5)
+    np.testing.assert_allclose(results, keras_fit.run(range(5), for_keras), rtol=2e-5)
 
 
-def test_fit_moves_every_variable(ours):
-    ours.run([0])
-    moved = ours.moved()
-    assert [path for path in paths(ours.lm) if not moved[path]] == []
+def test_fit_updates_every_variable(default_fit):
+    default_fit.run([0])
+    changed = default_fit.changed()
+    assert [path for path in paths(default_fit.lm) if not changed[path]] == []
 
 
-def test_fit_averages_an_epoch_over_its_targets(ours):
-    ours.run([])
-    rate, ours.lm.optimizer.learning_rate = 1e-2, 0.0
+def test_fit_averages_an_epoch_over_its_targets(default_fit):
+    default_fit.run([])
+    rate, default_fit.lm.optimizer.learning_rate = 1e-2, 0.0
     x, y, weights = data(rows=2 * ROWS)
     options = dict(sample_weight=weights, batch_size=ROWS, verbose=0)
-    history = ours.lm.fit(x, y, shuffle=False, **options).history
-    ours.lm.optimizer.learning_rate = rate
+    history = default_fit.lm.fit(x, y, shuffle=False, **options).history
+    default_fit.lm.optimizer.learning_rate = rate
     options["batch_size"] = 2 * ROWS
-    loss, accuracy, _ = ours.lm.evaluate(x, y, **options)
+    loss, accuracy, _ = default_fit.lm.evaluate(x, y, **options)
     assert history["loss"] == pytest.approx([loss], rel=1e-5)
     assert history["sparse_categorical_accuracy"] == pytest.approx([accuracy], rel=1e-5)
 
 
-def test_fit_tells_of_a_bad_step_and_leaves_it_out(ours):
+def test_fit_skips_and_reports_a_step_that_is_not_finite(default_fit):
     def spoil(weights):
         weights[1, 1] = np.nan
         return weights
 
-    ours.run([0])
-    state = ours.state()
+    default_fit.run([0])
+    state = default_fit.state()
     x, y, weights = data(1)
     options = dict(batch_size=ROWS, shuffle=False, verbose=0)
     with pytest.raises(FloatingPointError, match="1 of the 1 steps"):
-        ours.lm.fit(x, y, sample_weight=spoil(weights), **options)
-    assert_identical(state, ours.state())
+        default_fit.lm.fit(x, y, sample_weight=spoil(weights), **options)
+    assert_identical(state, default_fit.state())
 
 
-def test_with_lora_only_the_adapters_move():
+def test_fit_with_lora_updates_only_the_adapters():
     def prepare(lm):
         keras.utils.set_random_seed(1)
         lm.backbone.enable_lora(4)
         lm.lm_head.trainable = True
         lm.lm_head.enable_lora(4)
 
-    ours, theirs = FitRun("auto", prepare), FitRun(cross_entropy(), prepare)
-    np.testing.assert_allclose(ours.run(range(3)), theirs.run(range(3)), rtol=2e-5)
-    moved = {path for path, moved in ours.moved().items() if moved}
-    adapters = set(paths(ours.lm))
-    assert {path for path in moved if not path.startswith("adamw/")} == adapters
+    default_fit, keras_fit = FitRun("auto", prepare), FitRun(cross_entropy(), prepare)
+    np.testing.assert_allclose(
+        default_fit.run(range(3)), keras_fit.run(range(3)), rtol=2e-5
+    )
+    changed = {path for path, is_changed in default_fit.changed().items() if is_changed}
+    adapters = set(paths(default_fit.lm))
+    assert {path for path in changed if not path.startswith("adamw/")} == adapters
     assert all("lora" in path for path in adapters)
     assert len(adapters) == 2 * 3  # Of query, value and head.
 
 
-# ----- Where fit's step is Keras's
+# ----- The train step of Keras
 
 
-def test_metrics_of_ones_own_are_computed(theirs):
-    # The best of one is what accuracy counts.
+def test_fit_with_custom_metrics_uses_the_step_of_keras(keras_fit):
+    # Top-1 accuracy equals accuracy.
     metric = keras.metrics.SparseTopKCategoricalAccuracy(k=1)
-    ours = FitRun("auto", weighted_metrics=[metric])
-    results = ours.run(range(5))
-    np.testing.assert_allclose(results, theirs.run(range(5)), rtol=2e-5)
+    default_fit = FitRun("auto", weighted_metrics=[metric])
+    results = default_fit.run(range(5))
+    np.testing.assert_allclose(results, keras_fit.run(range(5)), rtol=2e-5)
     assert results[:, 1].any()
 
 
-def test_float16_trains_with_its_loss_scaled(theirs):
-    ours = FitRun("auto", dtype="mixed_float16")
-    assert isinstance(ours.lm.optimizer, keras.optimizers.LossScaleOptimizer)
-    losses, exact = (fitting.run(range(3))[:, 0] for fitting in (ours, theirs))
+def test_fit_with_float16_scales_the_loss(keras_fit):
+    default_fit = FitRun("auto", dtype="mixed_float16")
+    assert isinstance(default_fit.lm.optimizer, keras.optimizers.LossScaleOptimizer)
+    losses, exact = (fit.run(range(3))[:, 0] for fit in (default_fit, keras_fit))
     np.testing.assert_allclose(losses, exact, rtol=5e-3)
 
 
-def test_a_quantized_head_gives_its_own_loss():
+def test_fit_with_a_quantized_head_uses_the_step_of_keras():
     lm = random_lm(SHAPE)
     lm.lm_head.quantize("int8")
     lm.compile(optimizer=keras.optimizers.SGD(0.0))
@@ -435,7 +439,7 @@ def test_a_quantized_head_gives_its_own_loss():
     assert history["sparse_categorical_accuracy"] == pytest.approx([accuracy], rel=1e-5)
 
 
-def test_quantizing_a_compiled_model_asks_to_compile_again():
+def test_fit_after_quantize_asks_to_compile_again():
     lm = random_lm(SHAPE)
     lm.compile()
     lm.lm_head.quantize("int8")
@@ -448,7 +452,7 @@ def test_quantizing_a_compiled_model_asks_to_compile_again():
     "option", [dict(micro_batches=2), dict(rematerialize="full"), dict(z_loss=1e-4)]
 )
 @pytest.mark.parametrize(
-    ("own", "named"),
+    ("custom", "message"),
     [
         (dict(loss=cross_entropy()), "sparse_categorical_crossentropy"),
         (dict(metrics=["accuracy"]), "metrics"),
@@ -457,24 +461,24 @@ def test_quantizing_a_compiled_model_asks_to_compile_again():
     ],
     ids=["loss", "metrics", "weighted_metrics", "optimizer"],
 )
-def test_options_are_refused_where_the_step_is_keras(own, named, option):
-    with pytest.raises(ValueError, match=f"(?s)`micro_batches`.*need.*{named}"):
-        random_lm(SHAPE).compile(**own, **option)
+def test_compile_rejects_step_options_with_the_step_of_keras(custom, message, option):
+    with pytest.raises(ValueError, match=f"(?s)`micro_batches`.*need.*{message}"):
+        random_lm(SHAPE).compile(**custom, **option)
 
 
 # ----- Mixed precision
 
 
-def test_mixed_bfloat16_keeps_variables_and_moments_in_float32(ours):
+def test_mixed_bfloat16_has_float32_variables_and_moments(default_fit):
     mixed = FitRun("auto", dtype="mixed_bfloat16")
-    losses, exact = mixed.run([0, 1])[:, 0], ours.run([0, 1])[:, 0]
+    losses, exact = mixed.run([0, 1])[:, 0], default_fit.run([0, 1])[:, 0]
     np.testing.assert_allclose(losses, exact, rtol=1e-2)
     assert not np.array_equal(losses, exact)
-    kept = [*mixed.lm.trainable_variables, *mixed.lm.optimizer.variables]
-    assert {v.value.dtype.name for v in kept if v.ndim} == {"float32"}
+    variables = [*mixed.lm.trainable_variables, *mixed.lm.optimizer.variables]
+    assert {v.value.dtype.name for v in variables if v.ndim} == {"float32"}
 
 
-def test_gradients_of_embeddings_and_norms_are_not_rounded():
+def test_gradients_of_embeddings_and_norms_are_float32():
     lm = random_lm(SHAPE, dtype="mixed_bfloat16")
     program = jax.make_jaxpr(lambda *values: compute_gradients(lm, *values, data()))(
         *(values_of(lm.trainable_variables), values_of(lm.non_trainable_variables))
@@ -487,11 +491,11 @@ def test_gradients_of_embeddings_and_norms_are_not_rounded():
     assert not [r for r in results if r[:2] == ("bf16", f"{SHAPE.hidden_dim}")]
 
 
-def test_kernels_are_for_distributions_that_say_how_to_divide_them(monkeypatch):
-    asked = []
+def test_attention_kernels_need_our_distribution(monkeypatch):
+    meshes = []
 
     def select_attention(device, mesh=None):
-        asked.append(mesh)
+        meshes.append(mesh)
 
     monkeypatch.setattr(train_step_jax, "select_attention", select_attention)
     ids = batch(SHAPES[0], 2, 9)
@@ -508,9 +512,9 @@ def test_kernels_are_for_distributions_that_say_how_to_divide_them(monkeypatch):
 
     device = keras.distribution.list_devices()[:1]
     fit(keras.distribution.DataParallel(devices=device))
-    assert asked == []
+    assert meshes == []
     fit(None)
-    assert asked == [None]
+    assert meshes == [None]
     parallel = OpenLlamaParallel(make_mesh(devices=device))
     fit(parallel)
-    assert asked == [None, parallel.device_mesh.backend_mesh]
+    assert meshes == [None, parallel.device_mesh.backend_mesh]
