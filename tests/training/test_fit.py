@@ -76,8 +76,8 @@ def test_pack_does_not_change_the_loss():
     lm = make_lm(length=40)
     plain = lm.evaluate(AS_DICT, verbose=0, return_dict=True)
     packed = lm.evaluate(AS_DICT, verbose=0, return_dict=True, pack=True)
-    rows = lm.preprocessor.tokenize_examples(normalize_examples(AS_DICT))
-    assert len(rows.packed()[1]) < len(PAIRS), "no examples are packed"
+    examples = lm.preprocessor.tokenize_examples(normalize_examples(AS_DICT))
+    assert len(examples.packed()[1]) < len(PAIRS), "no examples are packed"
     for name, value in plain.items():
         assert packed[name] == pytest.approx(value, rel=1e-5), name
 
@@ -122,8 +122,10 @@ def test_tokens_with_zero_weight_are_ignored_in_loss_and_metrics():
 def test_prompts_are_tokenized_as_by_generate(keep_spaces, pair):
     lm = make_lm(keep_spaces)
     prompt, response = pair
-    rows = lm.preprocessor.tokenize_examples(normalize_examples([prompt], [response]))
-    (ids,), (learned,) = rows.token_ids, rows.loss_masks
+    examples = lm.preprocessor.tokenize_examples(
+        normalize_examples([prompt], [response])
+    )
+    (ids,), (learned,) = examples.token_ids, examples.loss_masks
     prompt_ids = lm.preprocessor.prompt_ids([prompt])[0]
     assert ids[: len(prompt_ids)] == prompt_ids
     assert learned == [i >= len(prompt_ids) for i in range(len(ids))]
@@ -280,15 +282,17 @@ CHAT = [
 def test_only_assistant_replies_of_a_chat_are_learned():
     lm = make_lm(length=60)
     lm.preprocessor.chat_template = TEMPLATE
-    rows = lm.preprocessor.tokenize_examples(normalize_examples([{"messages": CHAT}]))
-    (ids,), (learned,) = rows.token_ids, rows.loss_masks
+    examples = lm.preprocessor.tokenize_examples(
+        normalize_examples([{"messages": CHAT}])
+    )
+    (ids,), (learned,) = examples.token_ids, examples.loss_masks
     tokenizer = lm.preprocessor.tokenizer
     text = "Be short.\nUSER: Hello\nBOT: Hi!</s>USER: Bye\nBOT: Farewell!</s>"
     assert ids == [1, *tokenizer.tokenize(text, parse_special=True)]
     targets = [token for token, counts in zip(ids, learned, strict=True) if counts]
     assert tokenizer.detokenize(targets) == "Hi!Farewell!"
     assert targets.count(tokenizer.end_token_id) == 2
-    assert rows.num_bytes == len("Hi!Farewell!")
+    assert examples.num_bytes == len("Hi!Farewell!")
     lm.fit([{"messages": CHAT}, {"messages": CHAT[:3]}], verbose=0)
 
 
@@ -479,10 +483,10 @@ def test_default_optimizer_is_adamw_with_a_higher_rate_for_adapters():
 @pytest.mark.slow_on_tensorflow
 def test_fit_warns_about_bfloat16_variables():
     lm = make_lm(dtype="bfloat16")
-    with pytest.warns(UserWarning, match="small steps are rounded away"):
+    with pytest.warns(UserWarning, match="small updates are rounded away"):
         lm.fit(AS_DICT, verbose=0)
     adapted = make_lm(dtype="bfloat16")
     adapted.backbone.enable_lora(2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Variables of bfloat16")
+        warnings.filterwarnings("error", "The trainable variables have dtype")
         adapted.fit(AS_DICT, verbose=0)
