@@ -52,15 +52,15 @@ texts = {
     "manual": "The handler is called if the interpreter receives the signal; it raises "
     "an exception whose argument is the object that was requested.",
 }
-rows = perplexity.evaluate(lm, texts, progress=False)
-print(perplexity.table(rows))
+rows = perplexity.evaluate_perplexity(lm, texts, progress=False)
+print(perplexity.perplexity_table(rows))
 
 """
 Perplexity is per token, so it cannot compare models with different tokenizers. Bits per
 byte can: they count the bytes of the original text. On held-out English,
 `open_llama_nano` reaches 1.38 bits per byte.
 
-`texts.read` of `keras_openllama.evaluation` reads files, directories and prepared
+`texts.read_texts` of `keras_openllama.evaluation` reads files, directories and prepared
 datasets. On the command line:
 
 ```bash
