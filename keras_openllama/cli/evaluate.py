@@ -192,7 +192,8 @@ def add_perplexity(group: argparse._ArgumentGroup) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="tokens of a window (default: the context length of the model)",
+        help="tokens of a window (default: the context length of the model; for "
+        "llama.cpp at most 512)",
     )
     group.add_argument(
         "--stride",

@@ -11,9 +11,9 @@ from keras_openllama.cli.process import PROGRAM, choose_backend
 DESCRIPTION = """\
 Run the command line of lm-evaluation-harness, with the model `keras_openllama`.
 
-All arguments are those of the harness, see `%(prog)s run --help`. Its commands `ls` and
-`validate` are available, too. The environment variable KERAS_BACKEND selects the
-backend of Keras.
+All arguments are those of the harness, see `%(prog)s run --help`. Its
+commands `ls` and `validate` are available, too. The environment variable KERAS_BACKEND
+selects the backend of Keras.
 """
 
 EXAMPLES = f"""\
@@ -29,10 +29,9 @@ arguments of the model (--model_args):
   revision=…    branch, tag or commit on the Hugging Face Hub
   max_length=N, max_gen_toks=N, add_bos=False
   data=N, fsdp=N, model=N   sizes of the device mesh (JAX)
---batch_size N is the number of sequences of 512 tokens, which requests share (default:
-8)
+--batch_size N is the number of sequences of 512 tokens per batch (default: 8)
 
-For the published table, with plots and a run that can be resumed, see
+For the published table, with plots and resumption, see
 {PROGRAM} evaluate --help
 """
 
