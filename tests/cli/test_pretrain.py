@@ -20,10 +20,10 @@ from pretraining_runs import (
     cache_directory,
     checkpoints,
     compilation_cached,
-    course,
+    copy_without_last_checkpoint,
     digests,
     records,
-    rewound,
+    results_of,
     small_data,
     small_model,
     steps_logged,
@@ -303,7 +303,7 @@ def kill_often(start, output, kills, within_saves, seed):
 def test_pretrain_resumes_bit_exactly_after_kills(start, main, uninterrupted, tmp_path):
     kill_often(lambda: start(tmp_path), tmp_path, kills=2, within_saves=1, seed=1)
     assert main(*ALONE, "--output", tmp_path) == 0
-    assert course(tmp_path) == course(uninterrupted())
+    assert results_of(tmp_path) == results_of(uninterrupted())
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_pretrain_resumes_bit_exactly_after_twenty_kills(start, tmp_path):
     for output in (tmp_path / "uninterrupted", killed):
         process = start_run(output)
         assert process.wait() == 0, process.output
-    assert course(killed) == course(tmp_path / "uninterrupted")
+    assert results_of(killed) == results_of(tmp_path / "uninterrupted")
 
 
 # ----- Signals, complete runs
@@ -345,7 +345,7 @@ def test_pretrain_stops_at_signals_and_locks_its_directory(
         assert checkpoints(tmp_path)[1][-1] == last
     assert main(*ALONE, "--output", tmp_path) == 0
     assert f"Resuming from the checkpoint of step {last}." in capfd.readouterr().out
-    assert course(tmp_path) == course(uninterrupted())
+    assert results_of(tmp_path) == results_of(uninterrupted())
 
 
 def test_pretrain_reports_that_a_run_is_complete(main, uninterrupted, capfd):
@@ -360,7 +360,7 @@ def test_pretrain_reports_that_a_run_is_complete(main, uninterrupted, capfd):
 def test_pretrain_on_a_full_disk_keeps_earlier_checkpoints(
     start, main, uninterrupted, tmp_path
 ):
-    output = rewound(uninterrupted(), tmp_path / "run")
+    output = copy_without_last_checkpoint(uninterrupted(), tmp_path / "run")
     before = digests(output, 18)
     process = start(output)
     # The arrays of a checkpoint take megabytes, the log some kilobytes.
@@ -372,7 +372,7 @@ def test_pretrain_on_a_full_disk_keeps_earlier_checkpoints(
     assert digests(output, 18) == before
     # The limit is gone.
     assert main(*ALONE, "--output", output) == 0
-    assert course(output) == course(uninterrupted())
+    assert results_of(output) == results_of(uninterrupted())
 
 
 def test_pretrain_ends_after_consecutive_non_finite_steps(main, tmp_path, capfd):
@@ -389,7 +389,7 @@ def test_pretrain_resumes_a_run_of_two_processes_with_one(main, two, tmp_path):
     marker = json.loads((two() / "checkpoints" / "4" / "checkpoint.json").read_text())
     for number in (0, 1):
         assert any(f"ocdbt.process_{number}/" in name for name in marker["files"])
-    output = rewound(two(), tmp_path / "run")
+    output = copy_without_last_checkpoint(two(), tmp_path / "run")
     assert main(*TOGETHER, "--mesh", "data=1", "--output", output) == 0
     assert records(output)[:2] == records(two())[:2]
     assert_close(output, two(), 1e-5)
@@ -408,7 +408,7 @@ def test_pretrain_with_two_processes_equals_one(two, eight):
 
 @pytest.mark.slow
 def test_pretrain_resumes_a_run_of_eight_devices_with_one(main, eight, tmp_path):
-    output = rewound(eight(), tmp_path / "run")
+    output = copy_without_last_checkpoint(eight(), tmp_path / "run")
     assert main(*TOGETHER, "--mesh", "data=1", "--output", output) == 0
     assert records(output)[:2] == records(eight())[:2]
     assert_close(output, eight(), 1e-5)
@@ -419,7 +419,7 @@ def test_pretrain_resumes_a_run_of_eight_devices_with_one(main, eight, tmp_path)
 def test_pretrain_resumes_a_run_of_eight_devices_with_fewer(
     start, eight, tmp_path, mesh
 ):
-    output = rewound(eight(), tmp_path / "run")
+    output = copy_without_last_checkpoint(eight(), tmp_path / "run")
     devices = 2 if mesh == "fsdp=2" else 4
     process = start(output, [*TOGETHER, "--mesh", mesh], devices)
     assert process.wait() == 0, process.output
@@ -442,7 +442,7 @@ def test_pretrain_ends_if_another_process_is_killed(
     assert 24 not in checkpoints(tmp_path)[1]
     for process in start_two(tmp_path, *LONGER):
         assert process.wait() == 0, process.output
-    assert course(tmp_path) == course(two_longer)
+    assert results_of(tmp_path) == results_of(two_longer)
 
 
 @pytest.mark.slow
@@ -463,7 +463,7 @@ def test_pretrain_stops_all_processes_at_a_signal_to_one(
     assert "Stopped by SIGTERM. The run is saved" in processes[0].output
     for process in start_two(tmp_path, *LONGER):
         assert process.wait() == 0, process.output
-    assert course(tmp_path) == course(two_longer)
+    assert results_of(tmp_path) == results_of(two_longer)
 
 
 @pytest.mark.slow

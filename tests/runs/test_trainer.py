@@ -19,10 +19,10 @@ from pretraining_runs import (
     cache_directory,
     checkpoints,
     compilation_cached,
-    course,
+    copy_without_last_checkpoint,
     digests,
     records,
-    rewound,
+    results_of,
     small_data,
     small_model,
 )
@@ -97,7 +97,7 @@ def uninterrupted(run, tmp_path_factory):
 @pytest.fixture
 def interrupted(uninterrupted, tmp_path):
     """The same run, killed while it wrote its last checkpoint."""
-    return rewound(uninterrupted, tmp_path / "run")
+    return copy_without_last_checkpoint(uninterrupted, tmp_path / "run")
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_train_writes_loss_plot_and_tensorboard_events(uninterrupted):
 
 def test_samples_do_not_affect_training(uninterrupted, run, tmp_path):
     run(tmp_path, sample_every=6)
-    found, wanted = course(tmp_path), course(uninterrupted)
+    found, wanted = results_of(tmp_path), results_of(uninterrupted)
     text = found.pop("samples")
     for step in (6, 12):
         for prompt in PROMPTS:
@@ -251,7 +251,7 @@ def test_a_signal_stops_the_run_after_the_step_and_it_resumes_bit_exactly(
     stopped, lines = run(tmp_path)
     assert stopped is None
     assert "Resuming from the checkpoint of step 5." in lines
-    assert course(tmp_path) == course(uninterrupted)
+    assert results_of(tmp_path) == results_of(uninterrupted)
 
 
 def test_train_does_not_change_a_complete_run(uninterrupted, run, tmp_path):
@@ -284,25 +284,25 @@ def test_a_run_killed_during_a_save_resumes_bit_exactly(
         log.write('{"step": 13, "los')
     _, lines = run(interrupted)
     assert "Resuming from the checkpoint of step 9." in lines
-    assert course(interrupted) == course(uninterrupted)
+    assert results_of(interrupted) == results_of(uninterrupted)
     assert not torn.exists()
 
 
 def test_a_run_in_bfloat16_resumes_bit_exactly(run, tmp_path):
     overrides = dict(precision="mixed_bfloat16", rematerialize="products")
     run(tmp_path / "uninterrupted", **overrides)
-    again = rewound(tmp_path / "uninterrupted", tmp_path / "again")
+    again = copy_without_last_checkpoint(tmp_path / "uninterrupted", tmp_path / "again")
     run(again, **overrides)
-    assert course(again) == course(tmp_path / "uninterrupted")
+    assert results_of(again) == results_of(tmp_path / "uninterrupted")
 
 
 def test_a_run_with_muon_resumes_bit_exactly(run, tmp_path):
     settings = {"optimizer": "muon", "steps": 6, "save_every": 2}
     run(tmp_path / "uninterrupted", **settings)
-    again = rewound(tmp_path / "uninterrupted", tmp_path / "again")
+    again = copy_without_last_checkpoint(tmp_path / "uninterrupted", tmp_path / "again")
     _, lines = run(again, **settings)
     assert "Resuming from the checkpoint of step 4." in lines
-    assert course(again) == course(tmp_path / "uninterrupted")
+    assert results_of(again) == results_of(tmp_path / "uninterrupted")
 
 
 def test_train_raises_if_the_log_cannot_be_written(run, uninterrupted, interrupted):
@@ -317,7 +317,7 @@ def test_train_raises_if_the_log_cannot_be_written(run, uninterrupted, interrupt
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints(interrupted) == ([9], [9])
     run(interrupted)
-    assert course(interrupted) == course(uninterrupted)
+    assert results_of(interrupted) == results_of(uninterrupted)
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_restored(
@@ -335,7 +335,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_restored(
     assert "step 12" in warning
     assert largest.name in warning
     assert "Resuming from the checkpoint of step 9." in lines
-    assert course(output) == course(uninterrupted)
+    assert results_of(output) == results_of(uninterrupted)
     assert (output / "checkpoints" / "12.damaged").is_dir()
 
 
@@ -438,7 +438,7 @@ def test_train_raises_after_too_many_skipped_steps_and_the_run_can_resume(
     # Without the fault the run resumes from before it; step 6 was skipped.
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     run(tmp_path)
-    assert course(tmp_path) == course(uninterrupted)
+    assert results_of(tmp_path) == results_of(uninterrupted)
 
 
 # ----- Changed settings
@@ -498,7 +498,7 @@ def test_resuming_with_settings_that_do_not_affect_results_needs_no_acceptance(
     run(interrupted, save_every=2, keep_last=3, validate_every=4)
     _, complete = checkpoints(interrupted)
     assert complete == [9, 10, 12]
-    assert course(interrupted)["arrays"] == course(uninterrupted)["arrays"]
+    assert results_of(interrupted)["arrays"] == results_of(uninterrupted)["arrays"]
 
 
 @pytest.mark.parametrize(
@@ -564,4 +564,4 @@ def test_profile_records_the_requested_steps_that_the_run_takes(
     assert ends == [logged]
     [trace] = Path(interrupted, "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 0
-    assert course(interrupted) == course(uninterrupted)
+    assert results_of(interrupted) == results_of(uninterrupted)

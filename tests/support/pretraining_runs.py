@@ -131,7 +131,7 @@ def digests(output, step):
     }
 
 
-def course(output):
+def results_of(output):
     """All numerical results of a run, for bit-exact comparison."""
     output = Path(output)
     _, complete = checkpoints(output)
@@ -145,7 +145,7 @@ def course(output):
     }
 
 
-def rewound(output, copy):
+def copy_without_last_checkpoint(output, copy):
     """Copies a run without its last checkpoint, as if killed while writing it."""
     shutil.copytree(output, copy)
     _, complete = checkpoints(copy)
