@@ -293,19 +293,19 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             >>> lm.preprocessor.prompt_ids(["The sea"])
             [[1, 357, 1239]]
         """
-        rows = self.tokenizer.encode(
+        sequences = self.tokenizer.encode(
             texts, parse_special=parse_special, add_bos=False, add_eos=False
         )
         start = self.tokenizer.start_token_id
-        for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
-            if not row:
+        for i, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
+            if not sequence:
                 raise ValueError(
                     f"`inputs[{i}]` is an empty prompt: {text!r}. A prompt must have "
                     + ("text." if not text else "characters other than spaces.")
                 )
-            if self.add_start_token and row[0] != start:
-                row.insert(0, start)
-        return rows
+            if self.add_start_token and sequence[0] != start:
+                sequence.insert(0, start)
+        return sequences
 
     def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokenizes a chat up to the reply that is to be generated.
@@ -369,15 +369,15 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
 
     def _prompt_arrays(self, x, length):
         prompts = normalize_texts(x)
-        rows = self.prompt_ids(prompts.texts)
-        for i, row in enumerate(rows):
-            if len(row) > length:
+        sequences = self.prompt_ids(prompts.texts)
+        for i, sequence in enumerate(sequences):
+            if len(sequence) > length:
                 raise ValueError(
-                    f"`inputs[{i}]` is a prompt of {len(row)} tokens, longer than "
+                    f"`inputs[{i}]` is a prompt of {len(sequence)} tokens, longer than "
                     f"`sequence_length`, {length}. Shorten it, or raise "
                     "`sequence_length`."
                 )
-        arrays = tuple(pad_sequences(rows, length).values())
+        arrays = tuple(pad_sequences(sequences, length).values())
         return arrays if prompts.batched else tuple(array[0] for array in arrays)
 
     def generate_postprocess(self, x: dict[str, Tensor]) -> str | list[str]:
@@ -410,8 +410,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         if token_ids.ndim == 1:
             return self.tokenizer.detokenize(token_ids[padding_mask])
         return [
-            self.tokenizer.detokenize(row[mask])
-            for row, mask in zip(token_ids, padding_mask, strict=True)
+            self.tokenizer.detokenize(sequence[mask])
+            for sequence, mask in zip(token_ids, padding_mask, strict=True)
         ]
 
     def _length_or_default(self, sequence_length):

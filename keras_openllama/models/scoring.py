@@ -98,8 +98,8 @@ def _targets(target_ids, shape, vocabulary_size):
 
 def _shifted(preprocessor, texts):
     """Returns token ids, padding mask and targets, padded to the longest text."""
-    rows = preprocessor.prompt_ids(texts)
-    shape = len(rows), max(len(row) for row in rows) - 1
+    sequences = preprocessor.prompt_ids(texts)
+    shape = len(sequences), max(len(sequence) for sequence in sequences) - 1
     if shape[1] == 0:
         raise ValueError(
             "`inputs` must have at least two tokens, since the first has no loss. "
@@ -107,7 +107,7 @@ def _shifted(preprocessor, texts):
         )
     ids, targets = np.zeros(shape, "int32"), np.zeros(shape, "int32")
     mask = np.zeros(shape, "bool")
-    for i, row in enumerate(rows):
-        n = len(row) - 1
-        ids[i, :n], targets[i, :n], mask[i, :n] = row[:-1], row[1:], True
+    for i, sequence in enumerate(sequences):
+        n = len(sequence) - 1
+        ids[i, :n], targets[i, :n], mask[i, :n] = sequence[:-1], sequence[1:], True
     return ids, mask, targets

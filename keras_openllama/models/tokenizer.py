@@ -325,8 +325,8 @@ class OpenLlamaTokenizer(Tokenizer):
         if is_graph_tensor(inputs):
             return self._tokenize_in_graph(inputs, parse_special, add_bos, add_eos)
         inputs = normalize_texts(inputs)
-        rows = self.encode(inputs.texts, parse_special, add_bos, add_eos)
-        return rows if inputs.batched else rows[0]
+        sequences = self.encode(inputs.texts, parse_special, add_bos, add_eos)
+        return sequences if inputs.batched else sequences[0]
 
     def encode(
         self,
@@ -352,16 +352,16 @@ class OpenLlamaTokenizer(Tokenizer):
         """
         self._warn_of_lost_spaces(texts)
         if parse_special:
-            rows = [self._parse_special(text) for text in texts]
+            sequences = [self._parse_special(text) for text in texts]
         else:
-            rows = self.processor.encode(texts, num_threads=-1)
+            sequences = self.processor.encode(texts, num_threads=-1)
         if self.add_bos if add_bos is None else add_bos:
             start = [self.start_token_id]
-            rows = [row if row[:1] == start else start + row for row in rows]
+            sequences = [ids if ids[:1] == start else start + ids for ids in sequences]
         if self.add_eos if add_eos is None else add_eos:
             end = [self.end_token_id]
-            rows = [row if row[-1:] == end else row + end for row in rows]
-        return rows
+            sequences = [ids if ids[-1:] == end else ids + end for ids in sequences]
+        return sequences
 
     def tokenize_continuation(self, text: str) -> list[int]:
         """Converts text that follows other tokens to ids.
@@ -415,9 +415,9 @@ class OpenLlamaTokenizer(Tokenizer):
         batched = inputs.shape.rank == 1
 
         def flat_ids_and_lengths(texts):
-            rows = self.tokenize(texts if batched else [texts], *options)
-            flat = [token_id for row in rows for token_id in row]
-            lengths = [len(row) for row in rows]
+            sequences = self.tokenize(texts if batched else [texts], *options)
+            flat = [token_id for sequence in sequences for token_id in sequence]
+            lengths = [len(sequence) for sequence in sequences]
             return np.array(flat, "int32"), np.array(lengths, "int64")
 
         ids, lengths = tensorflow.numpy_function(
@@ -468,8 +468,8 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.detokenize([1, 357, 1239, 2])
             'The sea'
         """
-        rows, batched = as_id_sequences(inputs, self.vocabulary_size())
-        texts = self.processor.decode(rows, num_threads=-1)
+        sequences, batched = as_id_sequences(inputs, self.vocabulary_size())
+        texts = self.processor.decode(sequences, num_threads=-1)
         return texts if batched else texts[0]
 
     def stream_decoder(self, prefix_ids: Sequence[int] = ()) -> StreamDecoder:

@@ -184,8 +184,8 @@ def _shard_map(mesh, compute, outputs):
     """Runs `compute` on each device's shard of the batch and the vocabulary."""
     if mesh is None:
         return compute
-    rows = P(BATCH_AXES, None)
-    inputs = P(BATCH_AXES, None, None), P("model", None), rows, rows
+    batch_spec = P(BATCH_AXES, None)
+    inputs = P(BATCH_AXES, None, None), P("model", None), batch_spec, batch_spec
     return jax.shard_map(
         compute, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
     )
