@@ -36,6 +36,21 @@ LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"^(```.*?^```|    .*?)$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
+def syntax_tree(module):
+    """Returns the parsed source of a module, by its dotted name below the package."""
+    path = ROOT / "keras_openllama" / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text("utf-8"))
+
+
+def first_line(name):
+    """Returns the first line of the docstring of a public class or namespace."""
+    node = syntax_tree(keras_openllama._MODULES.get(name, name))
+    if name in keras_openllama._MODULES:
+        (node,) = (n for n in node.body if getattr(n, "name", None) == name)
+    return ast.get_docstring(node).splitlines()[0]
+
+
 def public_names(module):
     """Returns the public names of a module without importing it.
 
@@ -46,9 +61,7 @@ def public_names(module):
         List of strings: `__all__` where the module has one; otherwise its constants,
         classes and functions without a leading underscore, in order.
     """
-    path = ROOT / "keras_openllama" / module.replace(".", "/")
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    body = ast.parse(path.read_text("utf-8")).body
+    body = syntax_tree(module).body
     names = []
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -104,7 +117,8 @@ def api_pages():
     classes, namespaces = [*keras_openllama._MODULES], keras_openllama._NAMESPACES
     pages = {f"api/{name}.md": class_page(name) for name in classes}
     pages |= {f"api/{name}.md": namespace_page(name) for name in namespaces}
-    listed = [f"- [`{name}`]({name}.md)" for name in (*classes, *namespaces)]
+    names = (*classes, *namespaces)
+    listed = [f"- [`{name}`]({name}.md): {first_line(name)}" for name in names]
     pages["api/index.md"] = "\n".join(
         [
             "# API reference",
