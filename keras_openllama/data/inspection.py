@@ -141,7 +141,7 @@ def draw_overview(
         stream: the batches.
         measured: share by source, see `measure_mixture`.
         step: the step whose weights are plotted.
-        path: PNG file to write.
+        path: PNG or SVG file to write.
     """
     weights = stream.mixture.weights_at(step)
     names = sorted(stream.sources, key=lambda name: weights.get(name, 0))
