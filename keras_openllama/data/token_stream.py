@@ -270,7 +270,7 @@ class _Watch:
         for name, before in self._stream.epochs_at(step).items():
             if int(after[name]) > int(before):
                 _log.warning(
-                    "Step %d: source %s has completed %d epochs and continues in a new "
+                    "Step %d: source %s has completed epoch %d and continues in a new "
                     "order.",
                     *(step, name, int(after[name])),
                 )

@@ -134,7 +134,6 @@ def test_best_fit_index_caches_the_number_of_sequences(tmp_path):
     index = BestFitIndex(documents, 50, key=1, cache=cache)
     cached = np.fromfile(cache, "<u4")
     assert cached.sum() == index.sequences_per_epoch
-    np.testing.assert_array_equal(cached, np.fromfile(cache, "<u4"))
     # A cache for the same number of blocks is trusted. Otherwise it is recomputed.
     (cached + 1).astype("<u4").tofile(cache)
     assert (

@@ -259,7 +259,7 @@ def test_dataset_warns_at_the_end_of_an_epoch(data, caplog):
             pass
     messages = [r.message for r in caplog.records if "books" in r.message]
     assert messages == [
-        f"Step {ends[0]}: source books has completed 1 epochs and continues in a new "
+        f"Step {ends[0]}: source books has completed epoch 1 and continues in a new "
         "order."
     ]
 
