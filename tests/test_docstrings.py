@@ -71,7 +71,7 @@ def test_public_functions_have_type_annotations(part):
     assert not missing, "\n".join(missing)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nano():
     return keras_openllama.OpenLlamaCausalLM.from_preset("open_llama_nano")
 
@@ -89,3 +89,30 @@ def test_examples_of_docstrings_run(path, tmp_path, monkeypatch, request):
             example, out=failures.append
         )
         assert not failures, "".join(failures)
+
+
+def type_checking_imports(tree):
+    """Yields module and name of each import that only type checkers carry out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for statement in node.body:
+                if isinstance(statement, ast.ImportFrom):
+                    for alias in statement.names:
+                        yield statement.module, alias.name
+
+
+def test_imports_for_type_checkers_exist():
+    imports = {
+        pair
+        for path in FILES
+        for pair in type_checking_imports(ast.parse(path.read_text()))
+        if pair[0].startswith("keras_openllama")
+    }
+    missing = []
+    for module, name in sorted(imports):
+        if not hasattr(importlib.import_module(module), name):
+            try:
+                importlib.import_module(f"{module}.{name}")
+            except ImportError:
+                missing.append(f"{module}.{name}")
+    assert not missing and len(imports) > 20
