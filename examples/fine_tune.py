@@ -279,6 +279,6 @@ of the loss:
 ```bash
 keras-openllama finetune --preset nano --data examples/instructions.jsonl \\
     --lora-rank 16 --lora-targets query key value output gate up down \\
-    --length 256 --pack --batch-size 2 --epochs 5 --learning-rate 3e-3
+    --sequence-length 256 --pack --batch-size 2 --epochs 5 --learning-rate 3e-3
 ```
 """

@@ -1,8 +1,9 @@
 """OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch.
 
 The public API is the four classes below and the modules `config`, `convert`,
-`distribution`, `evaluation`, `layers`, `optimizers` and `presets`. Everything else is
-private and may change.
+`distribution`, `evaluation`, `layers`, `optimizers` and `presets`.
+`data.token_stream.TokenStream` is public, too. Everything else is private and may
+change.
 """
 
 import importlib

@@ -326,7 +326,7 @@ def test_installed_commands_pretrain_finetune_and_evaluate(run, tmp_path):
     run(
         *("keras-openllama", "finetune", "--preset", "runs/nano"),
         *("--data", "pairs.jsonl", "--validation", "pairs.jsonl"),
-        *("--lora-rank", "2", "--length", "32"),
+        *("--lora-rank", "2", "--sequence-length", "32"),
         *("--batch-size", "4", "--epochs", "1", "--max-new-tokens", "4"),
         *("--sample-prompt", "Q: 1 and 1?", "--output", "runs/finetuned"),
     )

@@ -70,7 +70,8 @@ def start(data, output):
     epochs, save_every, _ = course()
     command = [
         *(sys.executable, "-m", "keras_openllama", "finetune", "--preset", "nano"),
-        *("--data", data, "--output", output, "--length", "24", "--batch-size", "4"),
+        *("--data", data, "--output", output),
+        *("--sequence-length", "24", "--batch-size", "4"),
         *("--learning-rate", "1e-4", "--epochs", epochs, "--save-every", save_every),
         *("--validate-every", "100", "--max-new-tokens", "4", "--export", "none"),
     ]

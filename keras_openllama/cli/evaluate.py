@@ -33,7 +33,7 @@ Evaluate a model: the published table, any task, perplexity, HumanEval.
     %(prog)s --preset runs/3b_v3 --tasks hellaswag piqa --limit 500
         run some tasks of lm-evaluation-harness on a checkpoint of a run
     %(prog)s --preset nano --perplexity book.txt texts/ data/
-        measure perplexity and bits per byte of text files and prepared data sets
+        measure perplexity and bits per byte of text files and prepared datasets
     %(prog)s --preset 7b_v2 --human-eval --run-generated-code
         generate functions and count those that pass their tests
     %(prog)s --compare evaluations/7b evaluations/7b_v2 --output both
@@ -148,7 +148,7 @@ def add_tasks(group: argparse._ArgumentGroup) -> None:
         "--data",
         metavar="DIR",
         help="directory of the tasks' documents as NAME.jsonl, .json or .parquet, with "
-        "the fields of the original data sets; others are downloaded from the Hub",
+        "the fields of the original datasets; others are downloaded from the Hub",
     )
     group.add_argument(
         "--num-fewshot",
@@ -180,7 +180,7 @@ def add_perplexity(group: argparse._ArgumentGroup) -> None:
         default=(),
         metavar="PATH",
         help="measure perplexity of .txt files, directories of them, .jsonl files with "
-        'the key "text", or prepared data sets',
+        'the key "text", or prepared datasets',
     )
     group.add_argument(
         "--protocol",

@@ -37,11 +37,14 @@ Fine-tune a preset on JSON lines: LoRA adapters or all of its weights.
 Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
 {"text": …}. The loss is computed on responses, or on the whole text.
 
-Running the same command again resumes the run. The run's directory holds
-metrics.jsonl, validation.jsonl, loss.png, generated text before and after in
-samples.txt, TensorBoard's events, and at the end adapters/ (for `lm.load_adapters` and
-PEFT) and model/ (merged, for transformers and for `keras-openllama generate --preset
-DIR/model`).
+The optimizer is AdamW (beta_1 0.9, beta_2 0.95, epsilon 1e-8, gradients clipped to norm
+1.0). After the warmup, the learning rate decays to a tenth of its peak by a cosine.
+
+Running the same command again resumes the run. The run's directory holds run.json (the
+settings), metrics.jsonl, validation.jsonl, skipped.jsonl (the examples of skipped
+steps), loss.png, generated text before and after in samples.txt, TensorBoard's events,
+checkpoints/, and at the end adapters/ (for `lm.load_adapters` and PEFT) and model/
+(merged, for transformers and for `keras-openllama generate --preset DIR/model`).
 
 Exit codes:
   0   the run is complete
@@ -50,8 +53,9 @@ Exit codes:
       or not enough memory
   70  too many consecutive steps had a non-finite loss or gradient
   74  a file could not be written
-  75  stopped by a signal (SIGTERM, Ctrl-C); the run is saved, and the same command
-      resumes it
+  75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
+      saved, and the same command resumes it
+  130 Ctrl-C before the first step, or in a run of several processes
 """
 
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
@@ -79,14 +83,13 @@ def parse_arguments(
     data.add_argument(
         "--prompt",
         metavar="TEMPLATE",
-        help='template of the prompt, such as "Q: {question}\\nA:" (default: the key '
-        '"prompt")',
+        help='template of the prompt, such as "Q: {question}\\nA:" '
+        '(default: "{prompt}")',
     )
     data.add_argument(
         "--response",
         metavar="TEMPLATE",
-        help='template of the response, such as " {answer}" (default: the key '
-        '"response")',
+        help='template of the response, such as " {answer}" (default: "{response}")',
     )
     data.add_argument(
         "--chat-template",
@@ -97,16 +100,20 @@ def parse_arguments(
     data.add_argument(
         "--validation", metavar="FILE", help="file of JSON lines for validation"
     )
-    data.add_argument(
+    add_renamed_argument(
+        data,
         "--validation-share",
+        "--validation-fraction",
         type=float,
         default=0.05,
         metavar="X",
         help="fraction of the examples to hold out if --validation is not given "
         "(default: %(default)s)",
     )
-    data.add_argument(
+    add_renamed_argument(
+        data,
         "--length",
+        "--sequence-length",
         type=int,
         default=512,
         metavar="N",
@@ -128,7 +135,8 @@ def parse_arguments(
         "--lora-alpha",
         type=float,
         metavar="X",
-        help="scale of the adapters (default: the rank)",
+        help="LoRA alpha; updates are scaled by alpha / rank (default: the rank, a "
+        "scale of 1)",
     )
     weights.add_argument(
         "--lora-targets",
@@ -203,7 +211,8 @@ def parse_arguments(
         type=int,
         default=0,
         metavar="N",
-        help="seed of adapters and data (default: %(default)s)",
+        help="seed of the adapters' initial values and of the order of the examples "
+        "(default: %(default)s)",
     )
     training.add_argument(
         "--backend",
@@ -231,8 +240,9 @@ def parse_arguments(
         "--sample-prompt",
         action="append",
         metavar="TEXT",
-        help="prompt to generate from before and after training; may be given several "
-        "times (default: held-out prompts)",
+        help="prompt to generate from before and after training, used unchanged "
+        "(without the template of --prompt); may be given several times (default: "
+        "held-out prompts)",
     )
     output.add_argument(
         "--max-new-tokens",
@@ -245,10 +255,14 @@ def parse_arguments(
         "--export",
         choices=("all", "adapters", "model", "none"),
         default="all",
-        help="what to write at the end: adapters, the merged model, both or nothing "
-        "(default: %(default)s)",
+        help="what to write at the end: adapters, the merged model, both or nothing. A "
+        "run of several processes writes nothing until the same command is run again "
+        "on one host (default: %(default)s)",
     )
-    output.add_argument(
+    estimate = parser.add_argument_group(
+        "estimate", "for --batch-size, --sequence-length and --rematerialize"
+    )
+    estimate.add_argument(
         "--estimate",
         action="store_true",
         help="print the memory that training needs, for every preset, and exit",
@@ -265,26 +279,32 @@ def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneC
         parser.error("--preset is required: name the model to fine-tune.")
     if not options.data:
         parser.error("--data is required: name files of examples (JSON lines).")
-    for path in [*options.data, *filter(None, [options.validation])]:
+    paths = [("--data", path) for path in options.data]
+    if options.validation:
+        paths.append(("--validation", options.validation))
+    for flag, path in paths:
         if not Path(path).is_file():
-            parser.error(f"--data, --validation: the file {path} does not exist.")
-    positive = ("length", "batch_size", "micro_batches", "save_every", "validate_every")
+            parser.error(f"{flag}: the file {path} does not exist.")
+    positive = (
+        *("sequence_length", "batch_size", "micro_batches"),
+        *("save_every", "validate_every"),
+    )
     for name in positive:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(
                 f"--{name.replace('_', '-')} must be a positive integer. Received: "
                 f"{getattr(options, name)}"
             )
-    if options.epochs <= 0 or not 0 <= options.validation_share < 1:
+    if options.epochs <= 0 or not 0 <= options.validation_fraction < 1:
         parser.error(
-            "--epochs must be positive, and --validation-share in [0, 1). Received: "
-            f"{options.epochs} and {options.validation_share}"
+            "--epochs must be positive, and --validation-fraction in [0, 1). Received: "
+            f"{options.epochs} and {options.validation_fraction}"
         )
     if options.learning_rate is not None and not options.learning_rate > 0:
         parser.error(
             f"--learning-rate must be positive. Received: {options.learning_rate}"
         )
-    check_adapters(parser, options)
+    check_combinations(parser, options)
     if options.batch_size % options.micro_batches:
         parser.error(
             "--micro-batches must divide --batch-size. Received: "
@@ -303,8 +323,8 @@ def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneC
         response=_unescaped(options.response),
         chat_template=template,
         validation=options.validation,
-        validation_share=options.validation_share,
-        sequence_length=options.length,
+        validation_share=options.validation_fraction,
+        sequence_length=options.sequence_length,
         pack=options.pack,
         lora_rank=options.lora_rank or None,
         lora_alpha=options.lora_alpha,
@@ -324,8 +344,8 @@ def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneC
     )
 
 
-def check_adapters(parser: CommandParser, options: argparse.Namespace) -> None:
-    """Rejects flags of adapters without adapters, and impossible combinations."""
+def check_combinations(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Rejects LoRA flags without --lora-rank, and unsupported combinations."""
     if options.lora_rank < 0:
         parser.error(f"--lora-rank must not be negative. Received: {options.lora_rank}")
     for name in ("int8", "lora_alpha", "lora_targets"):
@@ -333,8 +353,8 @@ def check_adapters(parser: CommandParser, options: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} needs adapters: add --lora-rank.")
     if options.dtype == "bfloat16" and not options.lora_rank:
         parser.error(
-            "--dtype bfloat16 would round small updates to zero: mixed_bfloat16 does "
-            "not. (Or train adapters: --lora-rank.)"
+            "--dtype bfloat16 would round small updates to zero. Use --dtype "
+            "mixed_bfloat16, or train adapters with --lora-rank."
         )
     if options.int8 and options.export == "model":
         parser.error(
@@ -391,7 +411,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         print(
             finetune_memory.memory_table(
                 options.batch_size,
-                options.length,
+                options.sequence_length,
                 options.rematerialize,
                 device_kind(),
             )
@@ -463,7 +483,7 @@ def check_memory(
 
 
 def number_of_devices(mesh: Mapping[str, int] | None) -> int:
-    """Returns the number of devices that share the model."""
+    """Returns the number of devices in the mesh."""
     if os.environ["KERAS_BACKEND"] != "jax":
         return 1
     import jax

@@ -1,4 +1,4 @@
-"""`keras-openllama inspect-data`: shows the contents of a prepared data set."""
+"""`keras-openllama inspect-data`: shows the contents of a prepared dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from keras_openllama.data.prepared_data import PreparedData
 
 DESCRIPTION = """\
-Show the contents of a data set that `prepare-data` wrote.
+Show the contents of a dataset that `prepare-data` wrote.
 
     %(prog)s data                 # print the manifest, and draw a plot
     %(prog)s data --step 1000     # decode the batch of step 1000
@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--mixture",
         metavar="v1|v2|FILE",
-        help="weights of the sources (default: the mixture of the data set)",
+        help="weights of the sources (default: the mixture of the dataset)",
     )
     parser.add_argument(
         "--split",
@@ -92,7 +92,8 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         type=int,
         default=200,
         metavar="N",
-        help="number of steps to count the actual mixture from (default: %(default)s)",
+        help="number of steps over which the actual mixture is measured (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--verify",

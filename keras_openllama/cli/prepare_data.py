@@ -1,4 +1,4 @@
-"""`keras-openllama prepare-data`: tokenizes text files into a data set."""
+"""`keras-openllama prepare-data`: tokenizes text files into a dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepare data for training: tokenize sources of text and write them to a director
         --source wikipedia=redpajama/wikipedia --source arxiv=redpajama/arxiv
 
 PATHS is a file, a quoted glob pattern, a directory, or tfds:NAME[/CONFIG][@SPLIT] for a
-data set of TensorFlow Datasets. A source may be given several times. File formats are
+dataset of TensorFlow Datasets. A source may be given several times. File formats are
 JSON lines (.jsonl, .json, optionally .gz or .zst), Parquet, and text: in a directory
 without any of these formats, each file is a document. Paths and the output may be
 remote (gs://bucket/...).

@@ -27,7 +27,7 @@ DESCRIPTION = """\
 Pretrain a preset by its recipe, on the devices that JAX has.
 
     %(prog)s --preset nano
-        train the small model in minutes, on text that every machine has
+        train the small model in minutes, on text from the Python installation
     %(prog)s --preset 3b_v3 --data DIR --output DIR
         train by the published recipe; run the same command on each host of a pod
     %(prog)s --preset 7b_v2 --plan --topology v4:4x8x8
@@ -46,8 +46,9 @@ Exit codes:
   2   invalid argument, or an argument that does not match the existing run
   70  too many consecutive steps had a non-finite loss or gradient
   74  a checkpoint or the log could not be written
-  75  stopped by a signal (SIGTERM; on one host Ctrl-C, too); the run is saved, and the
-      same command resumes it
+  75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
+      saved, and the same command resumes it
+  130 Ctrl-C before the first step, or in a run of several processes
 """
 
 # Settings that have a flag; the others are set by --set.
@@ -70,7 +71,7 @@ def parse_arguments(
         "--data",
         default=None,
         metavar="DIR",
-        help="prepared data (default for nano: text that every machine has)",
+        help="prepared data (default for nano: text from the Python installation)",
     )
     parser.add_argument(
         "--output",

@@ -42,7 +42,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--accept-changes",
         action="store_true",
         default=False,
-        help="resume a run with settings that differ from those it was started with",
+        help="resume a run with settings that differ from those it was started with "
+        "(otherwise an error)",
     )
     parser.add_argument(
         "--profile",

@@ -39,7 +39,7 @@ class TokenStream:
         mixture: the weights of the sources. Defaults to the data's own mixture. Sources
             that the data does not have are removed with a warning.
         packing: `"concatenate"` concatenates the documents of a source and cuts every
-            `sequence_length` tokens, as LLaMA did. `"best_fit"` cuts no document that
+            `sequence_length` tokens, as EasyLM does. `"best_fit"` cuts no document that
             fits into a sequence, and pads.
         mask_documents: whether tokens attend to their own document only. If so, the
             `padding_mask` numbers the documents of a sequence from 1, positions restart

@@ -246,8 +246,10 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
     ) -> str | list[str] | dict[str, Any]:
         """Generates text after one or more prompts.
 
-        The result for a prompt does not depend on the other prompts of its batch. Array
-        sizes are rounded up internally, so that few lengths need a new compilation.
+        With greedy decoding, the result for a prompt does not depend on the other
+        prompts of its batch, up to rounding. Random samplers draw once for the batch.
+        Array sizes are rounded up internally, so that few lengths need a new
+        compilation.
 
         Args:
             inputs: a string; a list or array of strings; a `tf.data.Dataset` of strings

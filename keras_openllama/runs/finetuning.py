@@ -301,8 +301,8 @@ def _build(config, source):
         )
     if config.sequence_length > lm.backbone.context_length:
         raise ValueError(
-            f"`sequence_length` (--length) must not exceed the context length of "
-            f"{config.preset}, {lm.backbone.context_length} tokens. Received: "
+            f"`sequence_length` (--sequence-length) must not exceed the context length "
+            f"of {config.preset}, {lm.backbone.context_length} tokens. Received: "
             f"sequence_length={config.sequence_length}"
         )
     lm.preprocessor.sequence_length = config.sequence_length

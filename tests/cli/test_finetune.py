@@ -62,7 +62,8 @@ def arguments(small):
     """Flags of a short run of the small model; later flags override earlier ones."""
 
     def arguments(data, output, *more):
-        short = ["--length", "24", "--batch-size", "4", "--max-new-tokens", "4"]
+        short = ["--sequence-length", "24", "--batch-size", "4"]
+        short += ["--max-new-tokens", "4"]
         return [
             *("--preset", str(small), "--data", str(data), "--output", str(output)),
             *("--learning-rate", "5e-3", *short, *map(str, more)),
@@ -86,7 +87,7 @@ def test_finetune_trains_and_exports_adapters_and_a_merged_model(
 ):
     output = tmp_path / "run"
     more = ("--preset", "nano", "--lora-rank", 4, "--epochs", 6)
-    more = (*more, "--validation-share", 0.2)
+    more = (*more, "--validation-fraction", 0.2)
     assert finetune().main(arguments(data, output, *more)) == 0
     losses = [record["loss"] for record in metrics_log.read_metrics(output)]
     assert np.mean(losses[-4:]) < 0.5 * losses[0]
@@ -234,22 +235,22 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--data", "missing.jsonl"), "missing.jsonl does not exist"),
+        (("--data", "missing.jsonl"), "--data: the file missing.jsonl does not exist"),
         (("--int8",), "--int8 needs adapters"),
         (("--lora-targets", "key"), "--lora-targets needs adapters"),
-        (("--dtype", "bfloat16"), "mixed_bfloat16 does not"),
+        (("--dtype", "bfloat16"), "Use --dtype mixed_bfloat16"),
         (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
         (("--backend", "torch", "--micro-batches", 2), "need the JAX backend"),
         (("--prompt", "Q: {}"), "keys in braces"),
         (("--learning-rate", 0), "--learning-rate must be positive"),
         (("--micro-batches", 3), "must divide --batch-size"),
         (("--epochs", 0), "--epochs must be positive"),
-        (("--length", 0), "--length must be a positive integer"),
+        (("--sequence-length", 0), "--sequence-length must be a positive integer"),
         (("--preset", "nanno"), "Did you mean"),
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "does not have 'answer'"),
         (("--mesh", "fsdp=3"), "fsdp = 3 does not divide"),
-        (("--preset", "nano", "--length", 5000), "the context length of nano"),
+        (("--preset", "nano", "--sequence-length", 5000), "the context length of nano"),
         (("--preset", "hf://nobody/nothing"), "is unavailable"),
         # Checked before any download.
         (("--preset", "13b", "--batch-size", 512), "Training needs about"),
@@ -344,7 +345,7 @@ def test_finetune_reports_validation_by_file(arguments, data, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("opposite", "contrary"))
     output = tmp_path / "run"
-    more = ("--epochs", 0.5, "--validation-share", 0.5, "--export", "none")
+    more = ("--epochs", 0.5, "--validation-fraction", 0.5, "--export", "none")
     command = arguments(data, output, *more)
     command.insert(command.index(str(data)), str(other))
     assert finetune().main(command) == 0
