@@ -35,8 +35,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="AXIS=N,…",
         help="device mesh, such as data=4,fsdp=64. Axes: data (replicas), fsdp "
-        "(sharded weights), model (tensor parallelism). JAX only (default: the "
-        "recipe's, else all devices along fsdp)",
+        "(sharded weights), model (tensor parallelism). JAX only (default: that "
+        "of pretrain's recipe, else all devices along fsdp)",
     )
     parser.add_argument(
         "--accept-changes",
