@@ -17,7 +17,7 @@ def match_tensors(
     expected: Mapping[str, tuple[str, tuple[int, ...]]],
     where: Any,
 ) -> dict[str, StoredTensor]:
-    """Assigns the tensors of a checkpoint to the weights of a model.
+    """Matches the tensors of a checkpoint with the weights of a model.
 
     Args:
         tensors: The tensors by their names in the checkpoint.

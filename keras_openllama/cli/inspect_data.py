@@ -131,8 +131,8 @@ def show_batches(data: PreparedData, options: argparse.Namespace) -> None:
         packing=options.packing,
         mask_documents=options.mask_documents,
         split=options.split,
-        hosts=1,
-        host=0,
+        process_count=1,
+        process_index=0,
     )
     processor = load_processor(data.tokenizer_proto(), data.directory)
     steps = options.step or [0]

@@ -140,7 +140,7 @@ def join_hosts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         )
 
 
-class InvalidArgument(Exception):
+class InvalidArgumentError(Exception):
     """An argument does not fit the devices, the data, or the run in the directory."""
 
 
@@ -160,7 +160,7 @@ def open_trainer(
         The trainer.
 
     Raises:
-        InvalidArgument: If `open_run` raises a `RuntimeError` or `ValueError`.
+        InvalidArgumentError: If `open_run` raises a `RuntimeError` or `ValueError`.
     """
     from keras_openllama.runs.trainer import PICTURE, RunOptions
 
@@ -180,7 +180,7 @@ def open_trainer(
 
 @contextlib.contextmanager
 def _checking_arguments():
-    """Raises errors of opening a run as `InvalidArgument`."""
+    """Raises errors of opening a run as `InvalidArgumentError`."""
     import jax
 
     try:
@@ -188,7 +188,7 @@ def _checking_arguments():
     except jax.errors.JaxRuntimeError:  # It is a `RuntimeError`, too.
         raise
     except (RuntimeError, ValueError) as error:
-        raise InvalidArgument(str(error)) from error
+        raise InvalidArgumentError(str(error)) from error
 
 
 def exit_code(
@@ -224,7 +224,7 @@ def _report_error(prog, error, options):
     from keras_openllama.runs.checkpoint_manager import CheckpointError
 
     codes = {
-        InvalidArgument: 2,
+        InvalidArgumentError: 2,
         CheckpointError: interruption.WRITE_FAILED,
         OSError: interruption.WRITE_FAILED,
         interruption.DivergedError: interruption.DIVERGED,

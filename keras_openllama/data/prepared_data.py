@@ -213,7 +213,7 @@ class PreparedData:
             found = token_records.file_size(path)
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes"
-                raise token_records.DamagedFile(
+                raise token_records.DamagedFileError(
                     f"{path} {state}, but should have {size} bytes. Restore it from "
                     "the original dataset, or prepare the data again."
                 )
@@ -235,7 +235,7 @@ class PreparedData:
                 damaged.append(path)
             progress(size)
         if damaged:
-            raise token_records.DamagedFile(
+            raise token_records.DamagedFileError(
                 f"Checksums do not match: {', '.join(damaged)}. Restore the files from "
                 "the original dataset, or prepare the data again."
             )
@@ -319,7 +319,7 @@ class Documents:
             For each document its token ids `(length,)`, and its size in UTF-8 bytes.
 
         Raises:
-            DamagedFile: if a shard is damaged.
+            DamagedFileError: if a shard is damaged.
         """
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         documents = [None] * len(numbers)
@@ -344,7 +344,7 @@ class Documents:
         try:
             return reader.read(numbers)
         except RuntimeError as error:
-            raise token_records.DamagedFile(
+            raise token_records.DamagedFileError(
                 f"{path} is damaged: {error}. Restore it from the original dataset, or "
                 "prepare the data again."
             ) from error

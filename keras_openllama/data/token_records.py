@@ -23,7 +23,7 @@ _OPTIONS = "group_size:1,zstd:1"
 _NO_SPACE = os.strerror(errno.ENOSPC)
 
 
-class DamagedFile(ValueError):
+class DamagedFileError(ValueError):
     """A file of a prepared dataset does not match its manifest."""
 
 
@@ -107,13 +107,14 @@ def open_reader(path: PathLike, count: int) -> array_record_module.ArrayRecordRe
         The reader.
 
     Raises:
-        DamagedFile: if the file is missing, damaged, or has another number of records.
+        DamagedFileError: if the file is missing, damaged, or has another number of
+            records.
     """
     reader = array_record_module.ArrayRecordReader(str(path))
     found = reader.num_records() if reader.ok() else None
     if found != count:
         state = "could not be read" if found is None else f"has {found} records"
-        raise DamagedFile(
+        raise DamagedFileError(
             f"{path} {state}, but should have {count} records. Restore it from the "
             "original dataset, or prepare the data again."
         )
@@ -132,7 +133,7 @@ def check_written(path: PathLike, count: int) -> None:
     """
     try:
         open_reader(path, count)
-    except DamagedFile as error:
+    except DamagedFileError as error:
         raise OSError(errno.EIO, f"Writing failed: {error}", str(path)) from error
 
 

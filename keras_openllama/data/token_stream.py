@@ -17,7 +17,7 @@ from keras_openllama.data.sequence_index import Span
 from keras_openllama.utils import files
 from keras_openllama.utils.types import PathLike
 
-_ENDLESS = 1 << 40  # Steps; Grain needs a number.
+_ENDLESS = 1 << 40  # `MapDataset.range` needs a finite stop.
 
 Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 
@@ -28,27 +28,28 @@ class TokenStream:
     """Batches of training sequences from a mixture of sources.
 
     The batch of a step depends only on the data, the seed, the step and the schedule of
-    the mixture: not on the number of hosts or workers, nor on the first step. Starting
-    at any step has the same cost.
+    the mixture: not on the number of processes or workers, nor on the first step.
+    Starting at any step has the same cost.
 
     Args:
         data: `prepared_data.PreparedData`, or its directory.
-        sequence_length: tokens per sequence that are read and predicted.
-        batch_size: sequences per batch, over all hosts.
-        seed: seed of the order.
+        sequence_length: input tokens, and targets, per sequence.
+        batch_size: sequences per batch, over all processes.
+        seed: seed of the shuffling.
         mixture: the weights of the sources. Defaults to the data's own mixture. Sources
             that the data does not have are removed with a warning.
         packing: `"concatenate"` concatenates the documents of a source and cuts every
             `sequence_length` tokens, as EasyLM does. `"best_fit"` cuts no document that
             fits into a sequence, and pads.
         mask_documents: whether tokens attend to their own document only. If so, the
-            `padding_mask` numbers the documents of a sequence from 1, positions restart
-            with each document, and the first token of a document is not a target.
+            `padding_mask` holds segment ids: 1, 2, … for the documents of a sequence,
+            0 for padding. Positions restart with each document, and the first token of
+            a document is not a target.
         split: `"train"` or `"validation"`.
         sources: names of the sources to read. Defaults to all sources of the mixture.
-        hosts: number of processes that share a batch. Defaults to the processes of
-            `jax.distributed`, or 1 if it is not initialized.
-        host: index of this process.
+        process_count: number of processes that share a batch. Defaults to the processes
+            of `jax.distributed`, or 1 if it is not initialized.
+        process_index: index of this process.
 
     Attributes:
         data: the prepared dataset.
@@ -81,8 +82,8 @@ class TokenStream:
         mask_documents: bool = False,
         split: str = "train",
         sources: Collection[str] | None = None,
-        hosts: int | None = None,
-        host: int | None = None,
+        process_count: int | None = None,
+        process_index: int | None = None,
     ):
         if not isinstance(data, PreparedData):
             data = PreparedData.open(data)
@@ -101,7 +102,7 @@ class TokenStream:
         self.data, self.split = data, split
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.mask_documents = mask_documents
-        self._first, self._count = _share(batch_size, hosts, host)
+        self._first, self._count = _share(batch_size, process_count, process_index)
         mixture = mixture or data.mixture
         if sources is not None:
             mixture = mixture.select(sources)
@@ -140,7 +141,7 @@ class TokenStream:
         ]
 
     def batch(self, step: int) -> Batch:
-        """Returns this host's part of the batch of a step.
+        """Returns this process's part of the batch of a step.
 
         Args:
             step: step of the run, from 0.
@@ -148,12 +149,13 @@ class TokenStream:
         Returns:
             `(x, y, sample_weight)` as `fit` takes them: a dict of int32 `"token_ids"`
             and `"padding_mask"`, int32 targets, and float32 weights, 1 on targets and 0
-            elsewhere. All have the shape `(batch_size / hosts, sequence_length)`.
+            elsewhere. All have the shape
+            `(batch_size / process_count, sequence_length)`.
 
         Raises:
-            DamagedFile: if a shard is damaged.
+            DamagedFileError: if a shard is damaged.
         """
-        sources, numbers = self._host_part(step)
+        sources, numbers = self._process_part(step)
         shape = len(sources), self.sequence_length + 1
         tokens, segments = np.zeros(shape, "int32"), np.zeros(shape, "int32")
         for source in np.unique(sources).tolist():
@@ -164,8 +166,8 @@ class TokenStream:
             weights[:, 1:] *= segments[:, 1:] == segments[:, :-1]
         else:
             segments = np.minimum(segments, 1)
-        # Return views: Grain puts arrays, but not views, into shared memory, which it
-        # leaks at exit.
+        # Returns views, because Grain copies contiguous arrays into shared memory and
+        # leaks it at exit.
         x = {"token_ids": tokens[:, :-1], "padding_mask": segments[:, :-1]}
         return x, tokens[:, 1:], weights[:, 1:]
 
@@ -186,12 +188,12 @@ class TokenStream:
                 segments[place, column : column + size] = segment
                 column += size
 
-    def _host_part(self, step):
+    def _process_part(self, step):
         first = step * self.batch_size + self._first
         return self._interleaving.sequences(first, first + self._count)
 
     def sequences_read(self, step: int) -> list[tuple[str, list[Span]]]:
-        """Returns the origin of this host's sequences of a step.
+        """Returns the origin of this process's sequences of a step.
 
         Args:
             step: step of the run, from 0.
@@ -200,14 +202,14 @@ class TokenStream:
             For each sequence, the name of its source, and its spans: tuples
             `(document, first token, number of tokens)`.
         """
-        sources, numbers = self._host_part(step)
+        sources, numbers = self._process_part(step)
         return [
             (self.sources[source], self._indexes[source].spans(number))
             for source, number in zip(sources.tolist(), numbers.tolist(), strict=True)
         ]
 
     def epochs_at(self, step: int) -> dict[str, float]:
-        """Returns the number of epochs of each source before a step."""
+        """Returns the (fractional) epochs of each source completed before a step."""
         before = self._interleaving.sequences_before(step * self.batch_size).tolist()
         return {
             name: count / index.sequences_per_epoch
@@ -255,10 +257,10 @@ class TokenStream:
                     num_workers=workers, per_worker_buffer_size=prefetch
                 )
             )
-        return dataset.map_with_index(_Watch(self, from_step))
+        return dataset.map_with_index(_WarnAtEpochEnd(self, from_step))
 
 
-class _Watch:
+class _WarnAtEpochEnd:
     """Warns at the end of a source's epoch."""
 
     def __init__(self, stream, from_step):
@@ -277,22 +279,24 @@ class _Watch:
         return batch
 
 
-def _share(batch_size, hosts, host):
-    """First sequence and number of sequences of a host's part of a batch."""
-    if (hosts is None) != (host is None):
+def _share(batch_size, process_count, process_index):
+    """First sequence and number of sequences of a process's part of a batch."""
+    if (process_count is None) != (process_index is None):
         raise ValueError(
-            "`hosts` and `host` must be passed together. Received: "
-            f"hosts={hosts}, host={host}"
+            "`process_count` and `process_index` must be passed together. Received: "
+            f"process_count={process_count}, process_index={process_index}"
         )
-    if hosts is None:
-        hosts, host = _processes()
-    if not 0 <= host < hosts or batch_size % hosts:
+    if process_count is None:
+        process_count, process_index = _processes()
+    if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
-            "`batch_size` must be a multiple of `hosts`, and `host` must be from 0 to "
-            f"hosts - 1. Received: batch_size={batch_size}, hosts={hosts}, host={host}"
+            "`batch_size` must be a multiple of `process_count`, and `process_index` "
+            "must be from 0 to process_count - 1. Received: "
+            f"batch_size={batch_size}, process_count={process_count}, "
+            f"process_index={process_index}"
         )
-    count = batch_size // hosts
-    return host * count, count
+    count = batch_size // process_count
+    return process_index * count, count
 
 
 def _processes():
@@ -315,7 +319,8 @@ def _available(data, split, mixture, warn=True):
     names = [name for name in names if name in mixture.names]
     if not names:
         raise ValueError(
-            f"{data.directory} has no documents for {split} of mixture "
-            f"{mixture.name!r}: {', '.join(mixture.names)}."
+            f"{data.directory} has no {split} documents for any source of mixture "
+            f"{mixture.name!r} ({', '.join(mixture.names)}). Pass another mixture, or "
+            f"prepare a {split} split."
         )
     return names

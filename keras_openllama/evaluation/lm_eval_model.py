@@ -125,7 +125,7 @@ class OpenLlamaLM(TemplateLM):
         )
 
     def _identity(self):
-        """What responses depend on apart from the request."""
+        """What determines a response besides the request."""
         lm = self.lm
         return {
             "weights": weights_fingerprint(lm),

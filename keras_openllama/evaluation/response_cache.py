@@ -23,8 +23,8 @@ class ResponseCache:
 
     Args:
         path: path of an SQLite file. `None` caches in memory only.
-        identity: what the responses depend on apart from the request, such as the
-            model and its dtype. It must be serializable as JSON.
+        identity: what determines a response besides the request, such as the model and
+            its dtype. It must be serializable as JSON.
 
     Raises:
         ValueError: if the file holds responses of another model, or is not an SQLite

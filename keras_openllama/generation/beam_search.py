@@ -108,17 +108,17 @@ class SearchLoop:
         """
         prompt_columns = -(-len(prompt) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         columns = prompt_columns + limit
-        tokens, lengths = pad_prompts([prompt], [limit], columns)
+        tokens, prompt_layout = pad_prompts([prompt], [limit], columns)
         # In the padded prompt, the last token is in the last column.
         tokens[:, prompt_columns - 1] = prompt[-1]
-        lengths["start"] = np.int32(prompt_columns - 1)
+        prompt_layout["start"] = np.int32(prompt_columns - 1)
         replicated = state_shardings(self.model.backbone)[1]
-        tokens, lengths = tree.map_structure(
-            lambda array: to_device(array, replicated), (tokens, lengths)
+        tokens, prompt_layout = tree.map_structure(
+            lambda array: to_device(array, replicated), (tokens, prompt_layout)
         )
         tokens = self._compiled_search(
             tokens=tokens,
-            lengths=lengths,
+            prompt_layout=prompt_layout,
             cache=init_cache(self.model.backbone, 1, columns),
             prompt_columns=prompt_columns,
             stop_token_ids=tuple(stop_token_ids) or None,
@@ -129,7 +129,7 @@ class SearchLoop:
     def _search(
         self,
         tokens: Tensor,
-        lengths: dict[str, Tensor],
+        prompt_layout: dict[str, Tensor],
         cache: Any,
         prompt_columns: int,
         stop_token_ids: tuple[int, ...] | None,
@@ -138,14 +138,14 @@ class SearchLoop:
         columns = tokens.shape[1]
         prompt = tokens[:, :prompt_columns]
         hidden, cache = forward_with_cache(
-            backbone, prompt, lengths, cache, np.int32(0)
+            backbone, prompt, prompt_layout, cache, np.int32(0)
         )
 
         def next_logits(prompt, cache, index):
             inputs = ops.take(prompt, index - 1, axis=1)[:, None]
             cache = tree.map_structure(heads_first, cache)
             hidden, cache = forward_with_cache(
-                backbone, inputs, lengths, cache, index - 1
+                backbone, inputs, prompt_layout, cache, index - 1
             )
             cache = tree.map_structure(lambda x: beams_first(x, len(prompt)), cache)
             return model.lm_head(hidden)[:, 0], hidden[:, 0], cache
@@ -154,7 +154,8 @@ class SearchLoop:
         # repeats the first state, which does not change the maximum.
         column = ops.arange(prompt_columns)
         is_real = ops.logical_or(
-            column < lengths["prefix_lengths"][0], column == lengths["start"]
+            column < prompt_layout["prefix_lengths"][0],
+            column == prompt_layout["start"],
         )
         hidden = ops.where(is_real[None, :, None], hidden, hidden[:, :1])
         return model.sampler(

@@ -12,8 +12,8 @@ positions are those of the sequence itself, so the result for a prompt does not 
 on the other prompts.
 
 The cache is a tuple with a pair of tensors (keys, values) for each layer. Each has
-shape `(num_key_value_heads * batch, columns, head_dim)` and is updated in place; see
-`layers/cached_attention.py`.
+shape `(num_key_value_heads * batch, columns, head_dim)`. In each step, XLA reuses the
+donated buffers, and PyTorch writes in place; see `layers/cached_attention.py`.
 
 With XLA, prefill and decoding are one compiled program for each batch size and number
 of columns. Both are rounded up to few different values, and prefixes are fed in as many
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
 # Heuristic: with fewer columns, the weights dominate memory and time.
 MIN_CACHE_LENGTH = 256
-# Heuristic: the number of stop ids is padded to a multiple, so that few compile.
+# Heuristic: stop ids are padded to a multiple of 4, so that few shapes are compiled.
 STOP_IDS_MULTIPLE = 4
 
 
 def padded_cache_length(columns: int) -> int:
-    """Rounds up a number of cache columns to the size of a compiled program.
+    """Rounds up to a power of two, so that few shapes are compiled.
 
     Args:
         columns: number of columns that are needed.
@@ -70,7 +70,7 @@ def padded_cache_length(columns: int) -> int:
 
 
 def padded_batch_size(batch: int) -> int:
-    """Rounds up a batch size to that of a compiled program.
+    """Rounds up to a power of two, so that few shapes are compiled.
 
     Args:
         batch: number of sequences.
@@ -91,8 +91,8 @@ def prefill_chunks(platform: str, batch: int, columns: int) -> list[int]:
     On a CPU, chunks of 256 tokens are near the peak rate of matrix products, and a
     chunk of 32 takes about as long as two decoding steps. An accelerator reads the
     weights in the time in which it computes about 256 tokens of the whole batch, so
-    smaller chunks are not faster. Larger ones are, as far as memory for their attention
-    scores allows.
+    smaller chunks are not faster. Larger chunks are faster; memory for attention scores
+    limits them.
 
     Args:
         platform: platform of the devices, such as `"cpu"`.
@@ -100,8 +100,8 @@ def prefill_chunks(platform: str, batch: int, columns: int) -> list[int]:
         columns: columns of the cache, a power of two.
 
     Returns:
-        Numbers of tokens per sequence, in descending order. All but the last are below
-        `columns`, and each divides it.
+        Chunk sizes below `columns`, descending; `[columns]` if none is. Each divides
+        `columns`.
 
     Example:
         >>> prefill_chunks("cpu", batch=1, columns=2048)
@@ -120,7 +120,7 @@ def prefill_chunks(platform: str, batch: int, columns: int) -> list[int]:
 def forward_with_cache(
     backbone: Backbone,
     tokens: Tensor,
-    lengths: dict[str, Tensor],
+    prompt_layout: dict[str, Tensor],
     cache: Any,
     column: Tensor,
 ) -> tuple[Tensor, Any]:
@@ -130,8 +130,8 @@ def forward_with_cache(
         backbone: `OpenLlamaBackbone`.
         tokens: int `(batch, length)`, one token per sequence or a chunk of the
             prefixes.
-        lengths: dict of `"prefix_lengths"` and `"final_lengths"`, int `(batch,)` or
-            `(1,)`, and `"start"`, int scalar; see the module docstring.
+        prompt_layout: dict of `"prefix_lengths"` and `"final_lengths"`, int `(batch,)`
+            or `(1,)`, and `"start"`, int scalar; see the module docstring.
         cache: the KV cache, see the module docstring.
         column: int scalar, the column of the first of these tokens.
 
@@ -141,10 +141,10 @@ def forward_with_cache(
     """
     used = used_columns(cache, column + tokens.shape[1])
     positions, bias = positions_and_bias(
-        lengths, column, tokens.shape, used[0][0].shape
+        prompt_layout, column, tokens.shape, used[0][0].shape
     )
     hidden, used = run_layers(
-        backbone, tokens, positions, lengths["final_lengths"], bias, used, column
+        backbone, tokens, positions, prompt_layout["final_lengths"], bias, used, column
     )
     return hidden, cache if keras.config.backend() == "torch" else used
 
@@ -166,7 +166,7 @@ def used_columns(cache: Any, end: Tensor | int) -> Any:
 
 
 def positions_and_bias(
-    lengths: dict[str, Tensor],
+    prompt_layout: dict[str, Tensor],
     column: Tensor,
     shape: Sequence[int],
     cache_shape: Sequence[int],
@@ -174,7 +174,7 @@ def positions_and_bias(
     """Computes rotary positions and the attention bias of tokens.
 
     Args:
-        lengths: see `forward_with_cache`.
+        prompt_layout: see `forward_with_cache`.
         column: see `forward_with_cache`.
         shape: `(batch, length)` of the tokens.
         cache_shape: shape of the keys in the cache.
@@ -185,15 +185,15 @@ def positions_and_bias(
         a token.
 
     Example:
-        >>> lengths = {"prefix_lengths": np.array([1, 3]), "start": 3}
-        >>> positions, bias = positions_and_bias(lengths, 3, (2, 1), (2, 4, 8))
+        >>> prompt_layout = {"prefix_lengths": np.array([1, 3]), "start": 3}
+        >>> positions, bias = positions_and_bias(prompt_layout, 3, (2, 1), (2, 4, 8))
         >>> positions
         Array([[1],
                [3]], dtype=int32)
         >>> (bias[:, 0] == 0).tolist()  # The shorter prefix has a gap.
         [[True, False, False, True], [True, True, True, True]]
     """
-    prefix, start = lengths["prefix_lengths"][:, None], lengths["start"]
+    prefix, start = prompt_layout["prefix_lengths"][:, None], prompt_layout["start"]
     columns = (column + ops.arange(shape[1], dtype="int32"))[None]
     positions = ops.where(columns < start, columns, prefix + columns - start)
     keys = ops.arange(cache_shape[1], dtype="int32")[None]
@@ -305,17 +305,20 @@ class TokenLoop:
 
     `start` puts the prompts on the device; `advance` generates up to a given step, or
     until all sequences have ended. The state is a dict of tensors that stays on the
-    device: `tokens` `(batch, columns)`, `prefilled` and `step` (int scalars), `done`
-    `(batch,)`, and `cache`.
+    device: `tokens` `(batch, columns)`, `num_prefilled` and `step` (int scalars),
+    `done` `(batch,)`, and `cache`.
 
     Args:
         model: `OpenLlamaCausalLM`.
 
     Example:
         >>> loop = TokenLoop(lm)
-        >>> state, lengths = loop.start([[1, 357, 1239]], limits=[4])
+        >>> state, prompt_layout = loop.start([[1, 357, 1239]], limits=[4])
         >>> state = loop.advance(
-        ...     state=state, lengths=lengths, stop_ids=np.array([2]), until=np.int32(4)
+        ...     state=state,
+        ...     prompt_layout=prompt_layout,
+        ...     stop_ids=np.array([2]),
+        ...     until=np.int32(4),
         ... )
         >>> lm.preprocessor.tokenizer.detokenize(state["tokens"][0, :7])
         'The sea shines, and'
@@ -335,37 +338,39 @@ class TokenLoop:
             limits: maximum number of new tokens for each prompt.
 
         Returns:
-            The state, and the `lengths` of `forward_with_cache` with the limits.
+            The state, and the `prompt_layout` of `forward_with_cache` with the limits.
         """
         longest = max(map(len, prompts))
         columns = padded_cache_length(longest + max(limits))
         filler = padded_batch_size(len(prompts)) - len(prompts)
-        tokens, lengths = pad_prompts(
+        tokens, prompt_layout = pad_prompts(
             prompts + [[PAD_TOKEN_ID]] * filler, limits + [0] * filler, columns
         )
         state = {
             "tokens": tokens,
-            "prefilled": np.int32(0),
+            "num_prefilled": np.int32(0),
             "step": np.int32(0),
-            "done": lengths["limits"] == 0,
+            "done": prompt_layout["limits"] == 0,
         }
         replicated = state_shardings(self.model.backbone)[1]
-        state, lengths = tree.map_structure(
-            lambda x: to_device(x, replicated), (state, lengths)
+        state, prompt_layout = tree.map_structure(
+            lambda x: to_device(x, replicated), (state, prompt_layout)
         )
         state["cache"] = init_cache(
-            self.model.backbone, len(lengths["limits"]), columns
+            self.model.backbone, len(prompt_layout["limits"]), columns
         )
-        return state, lengths
+        return state, prompt_layout
 
-    def _advance(self, state, lengths, stop_ids, until):
+    def _advance(self, state, prompt_layout, stop_ids, until):
         state = self._with_sharding(state)
         # On TensorFlow, chunk sizes were measured on CPUs only.
         on_jax = keras.config.backend() == "jax"
         platform = device_platform(self.model.backbone) if on_jax else "cpu"
         chunks = prefill_chunks(platform, *state["tokens"].shape)
         for chunk in chunks:
-            state = self._prefill(state, lengths, chunk, is_last=chunk == chunks[-1])
+            state = self._prefill(
+                state, prompt_layout, chunk, is_last=chunk == chunks[-1]
+            )
 
         def is_running(state):
             return ops.logical_and(
@@ -373,14 +378,14 @@ class TokenLoop:
             )
 
         def step(state):
-            column = lengths["start"] + state["step"]
+            column = prompt_layout["start"] + state["step"]
             inputs = ops.take(state["tokens"], column, axis=1)[:, None]
             hidden, cache = forward_with_cache(
-                self.model.backbone, inputs, lengths, state["cache"], column
+                self.model.backbone, inputs, prompt_layout, state["cache"], column
             )
             logits = self.model.lm_head(hidden)[:, 0]
             return self.sample_next(
-                {**state, "cache": cache}, logits, lengths, stop_ids
+                {**state, "cache": cache}, logits, prompt_layout, stop_ids
             )
 
         return self._with_sharding(while_loop(self.model, is_running, step, state))
@@ -393,21 +398,21 @@ class TokenLoop:
             "cache": constrain_sharding(state["cache"], cache_sharding),
         }
 
-    def _prefill(self, state, lengths, chunk, is_last):
+    def _prefill(self, state, prompt_layout, chunk, is_last):
         """Feeds the prefixes in chunks; the last chunk may extend beyond their end."""
         backbone, overshoot = self.model.backbone, 0 if is_last else chunk - 1
 
         def is_running(state):
-            return state["prefilled"] + overshoot < lengths["start"]
+            return state["num_prefilled"] + overshoot < prompt_layout["start"]
 
         def feed_chunk(state):
-            column = state["prefilled"]
+            column = state["num_prefilled"]
             shape = (state["tokens"].shape[0], chunk)
             tokens = ops.slice(state["tokens"], (0, column), shape)
             _, cache = forward_with_cache(
-                backbone, tokens, lengths, state["cache"], column
+                backbone, tokens, prompt_layout, state["cache"], column
             )
-            return {**state, "cache": cache, "prefilled": column + chunk}
+            return {**state, "cache": cache, "num_prefilled": column + chunk}
 
         return while_loop(self.model, is_running, feed_chunk, state)
 
@@ -415,7 +420,7 @@ class TokenLoop:
         self,
         state: dict[str, Any],
         logits: Tensor,
-        lengths: dict[str, Any],
+        prompt_layout: dict[str, Any],
         stop_ids: Tensor,
     ) -> dict[str, Any]:
         """Samples the next token of each sequence and appends it.
@@ -423,7 +428,7 @@ class TokenLoop:
         Args:
             state: the state of the loop.
             logits: `(batch, vocabulary_size)`.
-            lengths: second result of `start`.
+            prompt_layout: second result of `start`.
             stop_ids: int `(number,)`, padded with -1.
 
         Returns:
@@ -440,12 +445,14 @@ class TokenLoop:
                 token = sampler.get_next_token(probabilities)
         token = ops.where(state["done"], PAD_TOKEN_ID, ops.cast(token, "int32"))
         step = state["step"] + 1
-        done = ops.logical_or(is_any_of(token, stop_ids), step >= lengths["limits"])
+        done = ops.logical_or(
+            is_any_of(token, stop_ids), step >= prompt_layout["limits"]
+        )
         return {
             **state,
             "tokens": ops.slice_update(
                 state["tokens"],
-                (0, lengths["start"] + step),
+                (0, prompt_layout["start"] + step),
                 ops.cast(token, "int32")[:, None],
             ),
             "step": step,
@@ -466,15 +473,15 @@ def pad_prompts(
         columns: number of columns.
 
     Returns:
-        Token ids, int32 `(batch, columns)`, and the `lengths` of `forward_with_cache`
-        with `"limits"`.
+        Token ids, int32 `(batch, columns)`, and the `prompt_layout` of
+        `forward_with_cache` with `"limits"`.
 
     Example:
-        >>> tokens, lengths = pad_prompts([[1, 5, 6], [1, 7]], [2, 2], columns=5)
+        >>> tokens, prompt_layout = pad_prompts([[1, 5, 6], [1, 7]], [2, 2], columns=5)
         >>> tokens
         array([[1, 5, 6, 0, 0],
                [1, 0, 7, 0, 0]], dtype=int32)
-        >>> lengths["prefix_lengths"]
+        >>> prompt_layout["prefix_lengths"]
         array([2, 1], dtype=int32)
     """
     prompt_lengths = np.array([len(prompt) for prompt in prompts], "int32")
@@ -482,13 +489,13 @@ def pad_prompts(
     start = prompt_lengths.max() - 1
     tokens = pad_sequences([prompt[:-1] for prompt in prompts], columns)["token_ids"]
     tokens[:, start] = [prompt[-1] for prompt in prompts]
-    lengths = {
+    prompt_layout = {
         "prefix_lengths": prompt_lengths - 1,
         "final_lengths": prompt_lengths + limits,
         "limits": limits,
         "start": start,
     }
-    return tokens, lengths
+    return tokens, prompt_layout
 
 
 def sample_tokens(
@@ -515,7 +522,7 @@ def sample_tokens(
         >>> len(new_tokens[0])
         4
     """
-    state, lengths = loop.start(prompts, limits)
+    state, prompt_layout = loop.start(prompts, limits)
     multiples = max(1, -(-len(stop_token_ids) // STOP_IDS_MULTIPLE))
     stop_ids = np.full(multiples * STOP_IDS_MULTIPLE, -1, "int32")  # No token is -1.
     stop_ids[: len(stop_token_ids)] = stop_token_ids
@@ -526,7 +533,10 @@ def sample_tokens(
     while any(running):
         until = min(max(limits), seen + (stride or max(limits)))
         state = loop.advance(
-            state=state, lengths=lengths, stop_ids=stop_ids, until=np.int32(until)
+            state=state,
+            prompt_layout=prompt_layout,
+            stop_ids=stop_ids,
+            until=np.int32(until),
         )
         step = int(state["step"])
         tokens = to_numpy(state["tokens"])[: len(prompts)]

@@ -35,7 +35,7 @@ STEPS_BETWEEN_DONE_CHECKS = 8
 
 
 class TorchTokenLoop(TokenLoop):
-    """See `TokenLoop`. In the state, `prefilled` and `step` are Python integers.
+    """See `TokenLoop`. In the state, `num_prefilled` and `step` are Python integers.
 
     Args:
         model: `OpenLlamaCausalLM`.
@@ -52,23 +52,25 @@ class TorchTokenLoop(TokenLoop):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """See `TokenLoop.start`."""
         columns = max(map(len, prompts)) + max(limits)
-        tokens, lengths = pad_prompts(prompts, limits, columns)
-        start = int(lengths["start"])
-        tokens, lengths = tree.map_structure(ops.convert_to_tensor, (tokens, lengths))
+        tokens, prompt_layout = pad_prompts(prompts, limits, columns)
+        start = int(prompt_layout["start"])
+        tokens, prompt_layout = tree.map_structure(
+            ops.convert_to_tensor, (tokens, prompt_layout)
+        )
         state = {
             "tokens": tokens,
-            "prefilled": 0,
+            "num_prefilled": 0,
             "step": 0,
-            "done": lengths["limits"] == 0,
+            "done": prompt_layout["limits"] == 0,
             "cache": init_cache(self.model.backbone, len(prompts), columns),
         }
-        return state, {**lengths, "start": start}
+        return state, {**prompt_layout, "start": start}
 
     @torch.no_grad()
     def advance(
         self,
         state: dict[str, Any],
-        lengths: dict[str, Any],
+        prompt_layout: dict[str, Any],
         stop_ids: torch.Tensor,
         until: int,
     ) -> dict[str, Any]:
@@ -76,49 +78,49 @@ class TorchTokenLoop(TokenLoop):
 
         Args:
             state: first result of `start`, or of a previous call.
-            lengths: second result of `start`.
+            prompt_layout: second result of `start`.
             stop_ids: int `(number,)`, padded with -1.
             until: number of the step to stop at.
 
         Returns:
             The new state.
         """
-        start = lengths["start"]
-        if state["prefilled"] < start:
-            self._prefill_prefixes(state, lengths)
-            state = {**state, "prefilled": start}
+        start = prompt_layout["start"]
+        if state["num_prefilled"] < start:
+            self._prefill_prefixes(state, prompt_layout)
+            state = {**state, "num_prefilled": start}
         self._drop_stale_graphs()
         while state["step"] < until:
             if state["step"] % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(
                 state["done"].all()
             ):
                 break
-            logits = self._step(state, lengths)
-            state = self.sample_next(state, logits, lengths, stop_ids)
+            logits = self._step(state, prompt_layout)
+            state = self.sample_next(state, logits, prompt_layout, stop_ids)
         return state
 
-    def _prefill_prefixes(self, state, lengths):
+    def _prefill_prefixes(self, state, prompt_layout):
         """Feeds all prefixes at once; causal attention never reads the padding."""
-        start = lengths["start"]
+        start = prompt_layout["start"]
         positions = torch.arange(start, device=state["tokens"].device)[None]
         run_layers(
             self.model.backbone,
             state["tokens"][:, :start],
             positions.expand(len(state["tokens"]), -1),
-            lengths["final_lengths"],
+            prompt_layout["final_lengths"],
             None,
             used_columns(state["cache"], start),
             None,
         )
 
-    def _step(self, state, lengths):
-        column = lengths["start"] + state["step"]
+    def _step(self, state, prompt_layout):
+        column = prompt_layout["start"] + state["step"]
         cache = used_columns(state["cache"], column + 1)
         tokens = state["tokens"][:, column : column + 1]
         positions, bias = positions_and_bias(
-            lengths, column, tokens.shape, cache[0][0].shape
+            prompt_layout, column, tokens.shape, cache[0][0].shape
         )
-        inputs = (tokens, positions, lengths["final_lengths"], bias, cache)
+        inputs = (tokens, positions, prompt_layout["final_lengths"], bias, cache)
         return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):

@@ -18,19 +18,21 @@ elif keras.config.backend() == "jax":
 # Score of a masked key. It is finite, so that a query without any visible key (padding)
 # does not become NaN.
 MASKED_SCORE = -1e30
-# Heuristic: columns of the cache that blockwise attention processes at once on a CPU.
+# Heuristic: columns of the cache per block of blockwise attention on a CPU.
 CACHE_BLOCK = 256
-# The same on accelerators, where a loop iteration costs more than its computation, and
-# the limit on float32 scores per block there: 1 GiB.
-ACCELERATOR_BLOCKS, MAX_BLOCK_SCORES = (1024, 512), 1 << 28
+# Block sizes on accelerators, largest first: loop overhead dominates small blocks.
+ACCELERATOR_BLOCKS = 1024, 512
+# Largest number of float32 scores per block (1 GiB).
+MAX_BLOCK_SCORES = 1 << 28
 
 
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention over a whole cache, in a layout that each backend reads only once.
+    """Attention over a whole cache, in a layout for which no backend copies the cache.
 
     Heads and sequences share one axis, since XLA on a CPU otherwise copies the whole
-    cache in each step. The scores are key times query, since the product in the other
-    order reads the keys at a tenth of the memory bandwidth (`benchmarks/README.md`).
+    cache in each step. Scores are computed as `key @ query.T`: `query @ key.T` reaches
+    only a tenth of the memory bandwidth (`benchmarks/README.md`). For grouped-query
+    attention, the query heads of a key/value head are folded into the length axis.
 
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
@@ -52,7 +54,7 @@ def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Te
     query = join_groups(query, key)
     group = query.shape[1] // shape[2]
     scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
-    # In float32: bfloat16 cannot represent 1/sqrt(100).
+    # In float32: 3B has head_dim 100, and bfloat16 would round 1/sqrt(100).
     scores = ops.cast(scores, "float32") * shape[3] ** -0.5
     if shape[2] > 1 and group > 1:
         bias = ops.tile(bias, (1, group, 1))
@@ -136,6 +138,8 @@ def block_columns(queries: int, columns: int) -> int:
 def join_groups(query: Tensor, key: Tensor) -> Tensor:
     """Folds the query heads that share a key/value head into the length axis.
 
+    So grouped-query attention does not repeat keys and values.
+
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
         key: Float tensor `(num_key_value_heads * batch, columns, head_dim)`.
@@ -195,7 +199,9 @@ def heads_first(x: Tensor) -> Tensor:
 
 
 def update_cache(cache: Tensor, update: Tensor, column: Any) -> Tensor:
-    """Writes keys or values into a cache in place.
+    """Returns the cache with keys or values written.
+
+    XLA reuses the donated buffer; PyTorch writes in place.
 
     Args:
         cache: Float tensor `(heads * batch, columns, head_dim)`. On PyTorch a view of
@@ -211,7 +217,7 @@ def update_cache(cache: Tensor, update: Tensor, column: Any) -> Tensor:
         [0.0, 1.0, 1.0, 0.0]
     """
     if keras.config.backend() == "torch":
-        # `slice_update` copies the whole cache on PyTorch; XLA updates it in place.
+        # `slice_update` copies the whole cache on PyTorch; XLA reuses its buffer.
         cache[:, -update.shape[1] :] = update
         return cache
     return ops.slice_update(cache, (0, column, 0), update)

@@ -94,7 +94,8 @@ class CostAssumptions:
             "links": f"a collective uses {self.rings} links of a chip, each way",
             "latency": f"{self.hop_seconds * 1e6:g} us for each step of a ring; an "
             "all-reduce over all chips of a slice uses the rings of its axes in turn",
-            "overlap": "only if the schedule has a collective's start and end apart",
+            "overlap": "only where the schedule places other work between a "
+            "collective's start and done ops",
             "not counted": "the host, the input pipeline, and embedding lookups",
         }
 

@@ -91,7 +91,8 @@ class CheckpointManager:
         Args:
             step: Steps done.
             state: Arrays of JAX or NumPy, by part and name.
-            info: Dict that JSON can store, added to the marker.
+            info: JSON-serializable dict, stored in the checkpoint's metadata file
+                (`checkpoint.json`).
 
         Raises:
             CheckpointError: if this save fails to start, or the previous one failed.

@@ -38,7 +38,7 @@ from keras_openllama.runs.jax_train_state import (
 from keras_openllama.runs.keras_train_state import KerasTrainState
 from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.train_config import TrainConfig
-from keras_openllama.runs.trainer import RunOptions, Sampling, Trainer, lock_run
+from keras_openllama.runs.trainer import RunOptions, SamplePrompts, Trainer, lock_run
 from keras_openllama.text.inputs import normalize_examples
 from keras_openllama.training.fit import ADAPTER_LEARNING_RATE, LEARNING_RATE
 
@@ -240,8 +240,10 @@ def open_run(
             state = KerasTrainState(lm, save_frozen=save_frozen)
         if sample_prompts is None:
             sample_prompts = _prompts(lm, config, [e for _, e in validation])
-        prompts = {f"question {i}": text for i, text in enumerate(sample_prompts, 1)}
-        sampling = Sampling(prompts, max_new_tokens, lm.backbone.context_length, True)
+        prompts = {f"sample {i}": text for i, text in enumerate(sample_prompts, 1)}
+        sampling = SamplePrompts(
+            prompts, max_new_tokens, lm.backbone.context_length, True
+        )
         yield Trainer(train, state, data, options, {"run": config.to_json()}, sampling)
 
 
@@ -362,10 +364,10 @@ def _instruction_data(lm, config, examples, validation):
     by_source = {}
     for source, example in validation:
         by_source.setdefault(source, []).append(example)
-    hosts = jax.process_count(), jax.process_index()
+    process = jax.process_count(), jax.process_index()
     train, _ = tokenize([e for _, e in examples], config.pack)
     held_out = {source: tokenize(some, False) for source, some in by_source.items()}
-    return InstructionData(*(train, config.batch_size, config.seed, held_out), *hosts)
+    return InstructionData(*(train, config.batch_size, config.seed, held_out), *process)
 
 
 def _prompts(lm, config, examples):

@@ -25,11 +25,11 @@ class InstructionData:
     Args:
         arrays: `(x, y, sample_weight)` from the preprocessor, each array of the shape
             `(sequences, sequence_length)`.
-        batch_size: Sequences per batch, over all hosts.
+        batch_size: Sequences per batch, over all processes.
         seed: Seed of the order.
         validation: By source, arrays as above, and the size of their text in bytes.
-        hosts: Number of processes that share a batch.
-        host: Index of this process.
+        process_count: Number of processes that share a batch.
+        process_index: Index of this process.
 
     Attributes:
         num_sequences: Number of sequences.
@@ -54,13 +54,13 @@ class InstructionData:
         batch_size: int,
         seed: int,
         validation: Mapping[str, tuple[Batch, int]] | None = None,
-        hosts: int = 1,
-        host: int = 0,
+        process_count: int = 1,
+        process_index: int = 0,
     ):
         x, y, weights = arrays
         self._arrays = _as_arrays(x, y, weights)
         self._batch_size, self._seed = batch_size, seed
-        self._share = _host_slice(batch_size, hosts, host)
+        self._share = _process_slice(batch_size, process_count, process_index)
         self.num_sequences = len(y)
         self._epoch = None  # The epoch of `_permutation`.
         self._counts = np.count_nonzero(x["padding_mask"], axis=1)
@@ -73,15 +73,15 @@ class InstructionData:
         return max(1, -(-round(epochs * self.num_sequences) // self._batch_size))
 
     def batches(self, from_step: int) -> Iterator[Batch]:
-        """Returns an endless iterator of this host's batches after some steps."""
+        """Returns an endless iterator of this process's batches after some steps."""
         return map(self.batch, itertools.count(from_step))
 
     def batch(self, step: int) -> Batch:
-        """Returns this host's part of the batch of step `step` (from 0)."""
+        """Returns this process's part of the batch of step `step` (from 0)."""
         return _batch(self._arrays, self.sequences_read(step)[self._share])
 
     def sequences_read(self, step: int) -> list[int]:
-        """Returns the indices of the sequences of step `step` (from 0) on all hosts."""
+        """Returns the indices of all processes' sequences of step `step` (from 0)."""
         first = step * self._batch_size
         places = range(first, first + self._batch_size)
         return [
@@ -110,8 +110,8 @@ class InstructionValidation:
 
     Args:
         sources: Arrays and size by source, see `InstructionData`.
-        batch_size: Sequences per batch, over all hosts.
-        share: Slice of this host's sequences in a batch.
+        batch_size: Sequences per batch, over all processes.
+        share: Slice of this process's sequences in a batch.
 
     Attributes:
         sources: Names of the sources that have any targets.
@@ -178,12 +178,12 @@ def _batch(arrays, indices):
     return {"token_ids": token_ids, "padding_mask": padding_mask}, y, weights
 
 
-def _host_slice(batch_size, hosts, host):
-    """Slice of a host's sequences in a batch."""
-    if batch_size % hosts:
+def _process_slice(batch_size, process_count, process_index):
+    """Slice of a process's sequences in a batch."""
+    if batch_size % process_count:
         raise ValueError(
-            "The number of hosts must divide `batch_size` (--batch-size). Received: "
-            f"batch_size={batch_size}, hosts={hosts}"
+            "`batch_size` (--batch-size) must be a multiple of `process_count`. "
+            f"Received: batch_size={batch_size}, process_count={process_count}"
         )
-    share = batch_size // hosts
-    return slice(host * share, (host + 1) * share)
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)

@@ -30,7 +30,7 @@ from keras_openllama.runs.jax_train_state import (
 from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.recipe import ResolvedRecipe
 from keras_openllama.runs.token_data import TokenData
-from keras_openllama.runs.trainer import RunOptions, Sampling, Trainer, lock_run
+from keras_openllama.runs.trainer import RunOptions, SamplePrompts, Trainer, lock_run
 
 # Properties of the tokenizer that data and preset must share.
 _TOKENIZER_PROPERTIES = (
@@ -118,7 +118,7 @@ def open_run(
                 "run": resolved.to_json(),
                 "mesh": mesh,
             },
-            Sampling({prompt.splitlines()[0]: prompt for prompt in PROMPTS}),
+            SamplePrompts({prompt.splitlines()[0]: prompt for prompt in PROMPTS}),
         )
 
 

@@ -104,7 +104,7 @@ def write_run(directory: PathLike, run: Mapping[str, Any], tokenizer: bytes) -> 
 
     Args:
         directory: The run's directory.
-        run: Dict that JSON can store: `preset`, `recipe`, `architecture`, `data`.
+        run: JSON-serializable dict: `preset`, `recipe`, `architecture`, `data`.
         tokenizer: The SentencePiece model.
     """
     files.write_bytes(files.join(directory, TOKENIZER), tokenizer)

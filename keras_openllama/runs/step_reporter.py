@@ -109,7 +109,7 @@ class StepReporter:
             self._log.close()
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Adds a step, whose metrics may still be being computed.
+        """Adds a step, dispatched asynchronously; its metrics may not be ready yet.
 
         Args:
             step: Steps done.

@@ -29,7 +29,7 @@ class TokenData:
     def __init__(self, data: PreparedData, recipe: Recipe, mixture: mixtures.Mixture):
         self._data, self._recipe, self._mixture = data, recipe, mixture
 
-    def _stream(self, **hosts):
+    def _stream(self, **processes):
         recipe = self._recipe
         return TokenStream(
             self._data,
@@ -39,18 +39,18 @@ class TokenData:
             mixture=self._mixture,
             packing=recipe.packing,
             mask_documents=recipe.mask_documents,
-            **hosts,
+            **processes,
         )
 
     @functools.cached_property
-    def _host_stream(self):
+    def _process_stream(self):
         return self._stream()
 
     @functools.cached_property
     def _global_stream(self):
         if jax.process_count() == 1:
-            return self._host_stream
-        return self._stream(hosts=1, host=0)
+            return self._process_stream
+        return self._stream(process_count=1, process_index=0)
 
     @functools.cached_property
     def validation(self) -> TokenValidation:
@@ -59,7 +59,7 @@ class TokenData:
 
     def batches(self, from_step: int) -> Iterable[Any]:
         """Returns the batches of this process after `from_step` steps."""
-        return self._host_stream.dataset(from_step=from_step)
+        return self._process_stream.dataset(from_step=from_step)
 
     def sequences_read(self, step: int) -> list:
         """Identifies the sequences of step `step` (from 0) on all processes."""

@@ -8,7 +8,8 @@ A run has five parts. `Trainer` drives them and does not know which kind of run 
     data      `TrainData`: the batch of each step, a function of the seed and the step
               only. `token_data.TokenData` and `instruction_data.InstructionData`
     output    the run's directory: log, checkpoints, samples, loss plot
-    options   `RunOptions`: where and how it runs; they do not affect the results
+    options   `RunOptions`: where and how it runs. Only the mesh affects the results, by
+              rounding
 
 `pretraining.open_run` and `finetuning.open_run` assemble these. A step takes a batch,
 trains on it and reports its metrics. Then follow validation, samples and a checkpoint,
@@ -57,10 +58,13 @@ class TrainState(Protocol):
         """Puts this process's sequences on the devices, as part of the global batch."""
 
     def compile(self, batch: Any, evaluation: bool) -> None:
-        """Compiles the step, and the evaluation if wanted, for batches like this."""
+        """Compiles the training step, and the evaluation step if `evaluation`.
+
+        They are compiled for the shapes and sharding of `batch`.
+        """
 
     def train_step(self, batch: Any) -> StepMetrics:
-        """Runs a step; the metrics may still be being computed when it returns."""
+        """Runs a step, dispatched asynchronously; the metrics may not be ready yet."""
 
     def evaluate_batch(self, batch: Any) -> tuple[LossSums, Any]:
         """Returns the sums over a batch's targets, and the sum of their weights."""
@@ -73,6 +77,9 @@ class TrainState(Protocol):
 
     def restore(self, checkpoints: CheckpointManager) -> dict[str, Any] | None:
         """Restores the newest intact checkpoint; returns its marker, or `None`."""
+
+    def update_model(self) -> None:
+        """Assigns the current weights to the variables of `lm`."""
 
     def generate(self, prompts: list, **options: Any) -> list[str]:
         """Generates with the current weights, see `OpenLlamaCausalLM.generate`."""
@@ -106,7 +113,7 @@ class TrainData(Protocol):
         """Returns the batches of this process after `from_step` steps."""
 
     def sequences_read(self, step: int) -> list:
-        """Identifies the sequences of step `step` (from 0) on all processes."""
+        """Returns the origin of each sequence of a step (from 0), on all processes."""
 
     def tokens(self, steps: int) -> int:
         """Returns the number of tokens in the first `steps` steps."""
@@ -114,7 +121,10 @@ class TrainData(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where and how a run is executed; the results do not depend on it.
+    """Where and how a run is executed.
+
+    Of these, only the mesh affects the results: it changes losses by rounding, about
+    1e-6 relative in float32.
 
     Attributes:
         output: The run's directory, shared by all processes.
@@ -139,11 +149,11 @@ class RunOptions:
             self.report(line)
 
 
-class Sampling(NamedTuple):
+class SamplePrompts(NamedTuple):
     """The prompts that are completed during a run, and how.
 
     Attributes:
-        prompts: Prompts (strings or chats) by tag; a tag is a single line.
+        prompts: Dict from label (one line) to prompt (string or chat).
         max_new_tokens: Limit of generated tokens per prompt.
         max_length: Limit including the prompt, see `generate`.
         before_and_after: Whether samples are generated before the first step and after
@@ -169,8 +179,8 @@ def lock_run(output: str) -> Iterator[None]:
     """
     if files.is_remote(output):
         raise ValueError(
-            "`output` must be a local directory, or a file system that all hosts have "
-            "mounted (NFS, gcsfuse), because logs are appended to. Received: "
+            "`output` must be a path on a local or mounted (NFS, gcsfuse) file system, "
+            "because logs are appended to; `gs://…` is not supported. Received: "
             f"output={output!r}"
         )
     lock = contextlib.nullcontext()
@@ -189,7 +199,8 @@ class Trainer:
         data: The batches.
         options: Where and how the run is executed; the caller holds the lock of the
             directory, see `lock_run`.
-        info: Dict that JSON can store, added to each checkpoint's marker.
+        info: JSON-serializable dict, stored in each checkpoint's metadata file
+            (`checkpoint.json`).
         sampling: The prompts to complete.
 
     Attributes:
@@ -206,7 +217,7 @@ class Trainer:
         data: TrainData,
         options: RunOptions,
         info: Mapping[str, Any],
-        sampling: Sampling,
+        sampling: SamplePrompts,
     ):
         self.config, self.state, self.data = config, state, data
         self.options, self.info, self.sampling = options, info, sampling
@@ -269,7 +280,7 @@ class Trainer:
         return None if self.complete else stop.signal
 
     def _before_first_step(self):
-        """Validates and samples the untrained model, if requested."""
+        """Validates and samples the model before training, if requested."""
         if self.sampling.before_and_after:
             self._validate()
             if not self._samples_written():
@@ -348,10 +359,10 @@ class Trainer:
             options["max_length"] = self.sampling.max_length
         prompts = self.sampling.prompts
         texts = self.state.generate(list(prompts.values()), **options)
-        for tag, prompt, text in zip(prompts, prompts.values(), texts, strict=True):
+        for label, prompt, text in zip(prompts, prompts.values(), texts, strict=True):
             if isinstance(prompt, dict):  # `generate` returns only the reply of a chat.
                 text = f"{prompt['messages']}\n{text}"
-            self.reporter.log_sample(f"{tag}{when}", text, show=bool(when))
+            self.reporter.log_sample(f"{label}{when}", text, show=bool(when))
 
     def _samples_written(self):
         """Whether the samples before the first or after the last step are written."""

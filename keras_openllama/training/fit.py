@@ -62,7 +62,9 @@ def default_optimizer(lm: CausalLM) -> AdamW:
 class FitMixin(TrainStep):
     """The methods of `OpenLlamaCausalLM` that train, evaluate and predict."""
 
-    _compiled_variables = None  # Those of the programs that Keras has compiled.
+    # Variables of the compiled `train_function`, `test_function` and
+    # `predict_function`.
+    _compiled_variables = None
     train_plan = TrainPlan()  # Replaced by `compile`.
 
     def fit(
@@ -79,25 +81,27 @@ class FitMixin(TrainStep):
         """Trains the model; see `keras.Model.fit`.
 
         In addition to loss and token accuracy, the history has the perplexity. If
-        `validation_data` is texts or pairs, it also has the bits per byte of their
-        text, which can be compared between tokenizers.
+        `validation_data` is texts, prompt/response dicts, or chats, it also has the
+        bits per byte of their text, which can be compared between tokenizers.
 
         Args:
-            x: with a preprocessor texts, pairs or chats, see
+            x: with a preprocessor texts, prompt/response dicts, or chats, see
                 `OpenLlamaCausalLMPreprocessor`; or a dict of `"token_ids"` and
                 `"padding_mask"`, both int `(batch, length)`. Or batches of any of
                 these: a `tf.data.Dataset`, a Grain dataset, a
                 `keras.utils.PyDataset`, a generator.
-            y: targets, int `(batch, length)`, the token after each position; for texts,
-                the responses to them, or `None`.
+            y: targets, int `(batch, length)`, the token after each position; if `x` is
+                texts used as prompts, their responses.
             batch_size: sequences per step; 32 by default, as in Keras.
             sample_weight: float `(batch, length)` or `(batch,)`. Tokens with zero
                 weight are ignored in the loss and the metrics.
             validation_data: of the types of `x`, or a tuple of `x`, `y` and
                 `sample_weight`.
             pack: whether several examples share a sequence (example packing); each
-                attends only to itself. For lists of texts, pairs or chats.
-            callbacks: see `keras.Model.fit`.
+                attends only to itself. For lists of texts, prompt/response dicts, or
+                chats.
+            callbacks: see `keras.Model.fit`. A `keras.callbacks.CallbackList` omits the
+                callbacks that `fit` adds (`SkippedSteps`, `BitsPerByte`).
             **kwargs: see `keras.Model.fit`.
 
         Returns:
@@ -179,7 +183,7 @@ class FitMixin(TrainStep):
 
         Returns:
             A list of loss, token accuracy and perplexity; or a dict with these, and for
-            texts or pairs `"bits_per_byte"`.
+            texts, prompt/response dicts, or chats `"bits_per_byte"`.
 
         Raises:
             ValueError: for malformed data, or token ids outside the vocabulary.
@@ -189,7 +193,7 @@ class FitMixin(TrainStep):
             >>> round(results["loss"], 2)
             6.92
         """
-        self._drop_stale_programs()
+        self._reset_stale_functions()
         *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
         x, y, sample_weight = self._pad_to_full_batches(*data, batch_size)
         results = self._call_keras(
@@ -231,7 +235,7 @@ class FitMixin(TrainStep):
             >>> lm.predict(["The sea"], verbose=0).shape
             (1, 256, 3072)
         """
-        self._drop_stale_programs()
+        self._reset_stale_functions()
         x, *_ = self._as_data(x)
         return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
 
@@ -250,12 +254,12 @@ class FitMixin(TrainStep):
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.test_on_batch`."""
-        self._drop_stale_programs()
+        self._reset_stale_functions()
         return super().test_on_batch(*args, **kwargs)
 
     def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.predict_on_batch`."""
-        self._drop_stale_programs()
+        self._reset_stale_functions()
         return super().predict_on_batch(*args, **kwargs)
 
     def preprocess_samples(
@@ -294,23 +298,23 @@ class FitMixin(TrainStep):
 
     # ----- Preparation
 
-    def _drop_stale_programs(self):
-        """Drops compiled programs whose variables have changed, as by adapters."""
+    def _reset_stale_functions(self):
+        """Resets compiled functions whose variables have changed, as by adapters."""
         variables = [(id(v), v.trainable) for v in self.weights]
         if variables != self._compiled_variables:
             self.train_function = self.test_function = self.predict_function = None
             self._compiled_variables = variables
 
     def _prepare_to_train(self):
-        """Checks programs, optimizer and dtypes before training."""
-        self._drop_stale_programs()
+        """Checks compiled functions, optimizer and dtypes before training."""
+        self._reset_stale_functions()
         self._check_optimizer()
         dtypes = {variable.dtype for variable in self.trainable_variables}
         if dtypes - {"float32"}:
             warnings.warn(
                 "The trainable variables have dtype "
-                f"{', '.join(sorted(dtypes - {'float32'}))}: small updates are rounded "
-                "away, and the model hardly learns. Load it with "
+                f"{', '.join(sorted(dtypes - {'float32'}))}, which rounds small "
+                "updates to zero, so the model barely trains. Load it with "
                 'dtype="mixed_bfloat16", or train adapters (`enable_lora`), which are '
                 "float32.",
                 stacklevel=3,

@@ -94,7 +94,7 @@ def test_finetune_trains_and_exports_adapters_and_a_merged_model(
     before, *_, after = metrics_log.read_validation(output)
     assert after["bits_per_byte"] < 0.8 * before["bits_per_byte"]
     samples = (output / "samples.txt").read_text()
-    assert "question 1, before" in samples and "question 1, after" in samples
+    assert "sample 1, before" in samples and "sample 1, after" in samples
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     merged = OpenLlamaCausalLM.from_preset(str(output / "model"))
     adapted = OpenLlamaCausalLM.from_preset("open_llama_nano")
@@ -185,7 +185,7 @@ def test_finetune_resumes_bit_exactly_after_a_signal(
     samples = [
         (d / "samples.txt").read_text() for d in (uninterrupted, tmp_path / "stopped")
     ]
-    assert samples[0] == samples[1] and "question 1, after" in samples[0]
+    assert samples[0] == samples[1] and "sample 1, after" in samples[0]
 
 
 # ----- Errors
@@ -290,7 +290,7 @@ def test_finetune_restarts_a_run_without_checkpoints(
         assert finetune().main(arguments(data, tmp_path, *more)) == 1
     assert len(metrics_log.read_validation(tmp_path)) == 1
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    assert (tmp_path / "samples.txt").read_text().count("question 1, before") == 1
+    assert (tmp_path / "samples.txt").read_text().count("sample 1, before") == 1
 
 
 @pytest.mark.slow_on_tensorflow
@@ -311,7 +311,7 @@ def test_finetune_resumes_after_an_error_in_the_last_samples(
     losses = [r["loss"] for r in metrics_log.read_metrics(tmp_path)]
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     assert [r["loss"] for r in metrics_log.read_metrics(tmp_path)] == losses
-    assert "question 1, after" in (tmp_path / "samples.txt").read_text()
+    assert "sample 1, after" in (tmp_path / "samples.txt").read_text()
 
 
 def test_finetune_resumes_bit_exactly_on_every_backend(arguments, data, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from keras_openllama.cli.command import CommandParser
 from keras_openllama.cli.training_options import (
-    InvalidArgument,
+    InvalidArgumentError,
     add_run_options,
     exit_code,
     open_trainer,
@@ -80,7 +80,7 @@ def test_open_trainer_raises_invalid_argument_if_opening_fails(kind):
     def refused(run_options):
         raise kind("no such data")
 
-    with pytest.raises(InvalidArgument, match="no such data"):
+    with pytest.raises(InvalidArgumentError, match="no such data"):
         with open_trainer(parsed(), refused):
             pass
 
@@ -112,7 +112,7 @@ def test_exit_code_of_a_complete_and_a_stopped_run(capsys):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (InvalidArgument("no mesh"), 2),
+        (InvalidArgumentError("no mesh"), 2),
         (interruption.DataReadError("no data"), 1),
         (interruption.DivergedError("no loss"), 70),
         (CheckpointError("no room"), 74),
@@ -125,7 +125,7 @@ def test_exit_code_prints_known_errors_in_one_line(error, code, capsys):
 
 
 def test_exit_code_joins_the_lines_of_an_error(capsys):
-    exit_code_of(InvalidArgument("Prepare it:\n    prepare-data"))
+    exit_code_of(InvalidArgumentError("Prepare it:\n    prepare-data"))
     assert capsys.readouterr().err == f"{PROG}: error: Prepare it: prepare-data\n"
 
 
@@ -136,7 +136,7 @@ def test_exit_code_prints_a_traceback_of_unexpected_errors(capsys):
 
 
 def test_exit_code_prints_a_traceback_on_request(capsys):
-    assert exit_code_of(InvalidArgument("no mesh"), "--traceback") == 2
+    assert exit_code_of(InvalidArgumentError("no mesh"), "--traceback") == 2
     assert "Traceback" in capsys.readouterr().err
 
 

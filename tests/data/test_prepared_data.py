@@ -13,7 +13,7 @@ from tokenizer_models import trained_model
 
 from keras_openllama import OpenLlamaTokenizer
 from keras_openllama.data.prepared_data import PreparedData, tokens_per_block
-from keras_openllama.data.token_records import DamagedFile
+from keras_openllama.data.token_records import DamagedFileError
 
 pytestmark = pytest.mark.backend_free
 
@@ -161,7 +161,9 @@ def test_open_rejects_a_manifest_of_another_format(version, path):
 @pytest.mark.parametrize("name", [SHARD, LENGTHS])
 def test_open_rejects_a_missing_file(name, path):
     (path / name).unlink()
-    assert_open_fails(path, DamagedFile, path / name, "is missing, but should have")
+    assert_open_fails(
+        path, DamagedFileError, path / name, "is missing, but should have"
+    )
 
 
 @pytest.mark.parametrize("name", [SHARD, LENGTHS])
@@ -170,12 +172,12 @@ def test_open_rejects_a_file_of_another_size(name, change, path):
     size = (path / name).stat().st_size
     os.truncate(path / name, size + change)
     words = f"has {size + change} bytes, but should have {size} bytes"
-    assert_open_fails(path, DamagedFile, path / name, words)
+    assert_open_fails(path, DamagedFileError, path / name, words)
 
 
 def test_open_rejects_a_missing_source(path):
     shutil.rmtree(path / "tokens" / "books")
-    assert_open_fails(path, DamagedFile, path / "tokens" / "books", "is missing")
+    assert_open_fails(path, DamagedFileError, path / "tokens" / "books", "is missing")
 
 
 def test_read_many_detects_a_flipped_byte(path, original):
@@ -190,7 +192,7 @@ def test_read_many_detects_a_flipped_byte(path, original):
         try:
             # Metadata of the format may change without effect.
             assert all_documents(data) == expected
-        except DamagedFile as error:
+        except DamagedFileError as error:
             assert str(shard) in str(error)
             assert "prepare the data again" in str(error)
             refusals += 1
@@ -207,7 +209,7 @@ def test_read_many_reads_the_shards_that_are_not_damaged(path, original):
     expected = all_documents(original)
     found = documents.read_many(range(first))
     assert [(tokens.tolist(), size) for tokens, size in found] == expected[:first]
-    with pytest.raises(DamagedFile, match="should have") as error:
+    with pytest.raises(DamagedFileError, match="should have") as error:
         documents[first]
     assert str(shard) in str(error.value)
 
@@ -219,7 +221,7 @@ def test_read_many_rejects_a_shard_with_another_number_of_documents(path):
     assert shard.stat().st_size == other["size"]  # Otherwise `open` detects it.
     shutil.copy(path / "tokens" / "code" / "1.0.0" / other["file"], shard)
     count = data.split_info("web", "train")["shards"][1]["documents"]
-    with pytest.raises(DamagedFile) as error:
+    with pytest.raises(DamagedFileError) as error:
         all_documents(PreparedData.open(str(path)))
     words = f"{shard} has {other['documents']} records, but should have {count}"
     assert words in str(error.value)
@@ -232,7 +234,7 @@ def test_verify_checksums_detects_swapped_shards(path):
     assert len(contents[0]) == len(contents[1])  # Otherwise `open` detects it.
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    with pytest.raises(DamagedFile) as error:
+    with pytest.raises(DamagedFileError) as error:
         PreparedData.open(str(path)).verify_checksums()
     assert str(first) in str(error.value) and str(second) in str(error.value)
 
@@ -242,7 +244,7 @@ def test_verify_checksums_names_exactly_the_damaged_shards(path):
     damaged = [shards[1], shards[-1]]
     for shard in damaged:
         flip(shard, 200, bit=7)
-    with pytest.raises(DamagedFile) as error:
+    with pytest.raises(DamagedFileError) as error:
         PreparedData.open(str(path)).verify_checksums()
     named = [shard for shard in shards if str(shard) in str(error.value)]
     assert named == damaged
@@ -251,13 +253,13 @@ def test_verify_checksums_names_exactly_the_damaged_shards(path):
 def test_verify_checksums_detects_a_flipped_bit_in_padding(path):
     shard = path / SHARD
     flip(shard, shard.stat().st_size - 1)
-    with pytest.raises(DamagedFile, match="Checksums do not match"):
+    with pytest.raises(DamagedFileError, match="Checksums do not match"):
         PreparedData.open(str(path)).verify_checksums()
 
 
 def test_verify_checksums_names_damaged_lengths(path):
     flip(path / LENGTHS, 1)
-    with pytest.raises(DamagedFile) as error:
+    with pytest.raises(DamagedFileError) as error:
         PreparedData.open(str(path)).verify_checksums()
     assert str(path / LENGTHS) in str(error.value)
 

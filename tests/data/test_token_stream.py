@@ -1,4 +1,4 @@
-"""`TokenStream`: the same batches for any hosts, workers and first step."""
+"""`TokenStream`: the same batches for any processes, workers and first step."""
 
 import collections
 import logging
@@ -134,10 +134,13 @@ def test_batch_does_not_depend_on_previous_batches(data, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_batch_is_divided_among_hosts(data, options, hosts):
+@pytest.mark.parametrize("count", [2, 4])
+def test_batch_is_divided_among_processes(data, options, count):
     full = stream(data, **options)
-    parts = [stream(data, **options, hosts=hosts, host=host) for host in range(hosts)]
+    parts = [
+        stream(data, **options, process_count=count, process_index=index)
+        for index in range(count)
+    ]
     for step in (0, 17, 333):
         together = [stack(part.batch(step)) for part in parts]
         expected = stack(full.batch(step))
@@ -156,7 +159,7 @@ def test_dataset_with_threads_returns_batches_in_order(data, options):
     ("workers", "options"), [(1, OPTIONS[0]), (3, OPTIONS[3])], ids=str
 )
 def test_dataset_with_workers_returns_batches_in_order(data, workers, options):
-    part = stream(data, **options, hosts=2, host=1)
+    part = stream(data, **options, process_count=2, process_index=1)
     batches = list(part.dataset(from_step=7, steps=9, workers=workers))
     assert len(batches) == 9
     for step, batch in enumerate(batches, 7):
@@ -302,10 +305,10 @@ def test_validation_split_shares_no_documents_with_train(data):
         ({"length": 1.5}, "sequence_length"),
         ({"packing": "tight"}, "best_fit"),
         ({"split": "test"}, "split='test'"),
-        ({"hosts": 3, "host": 0}, "batch_size=8, hosts=3"),
-        ({"hosts": 2, "host": 2}, "host=2"),
-        ({"hosts": 2}, "together"),
-        ({"mixture": mixture_from_weights({"poems": 1})}, "no documents .*poems"),
+        ({"process_count": 3, "process_index": 0}, "batch_size=8, process_count=3"),
+        ({"process_count": 2, "process_index": 2}, "process_index=2"),
+        ({"process_count": 2}, "together"),
+        ({"mixture": mixture_from_weights({"poems": 1})}, "no train documents .*poems"),
     ],
 )
 def test_token_stream_rejects_invalid_arguments(data, options, message):

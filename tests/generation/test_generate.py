@@ -426,9 +426,12 @@ def test_prefill_does_not_depend_on_the_chunk_size(length, monkeypatch):
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr(token_loop, "device_platform", lambda _, p=platform: p)
         loop = TokenLoop(lm)
-        state, lengths = loop.start([prompt], [3])
+        state, prompt_layout = loop.start([prompt], [3])
         state = loop.advance(
-            state=state, lengths=lengths, stop_ids=stop_ids, until=np.int32(3)
+            state=state,
+            prompt_layout=prompt_layout,
+            stop_ids=stop_ids,
+            until=np.int32(3),
         )
         found[platform] = np.array(state["cache"])[..., : length + 2, :]
     np.testing.assert_allclose(found["gpu"], found["cpu"], atol=1e-4, rtol=1e-4)

@@ -483,7 +483,7 @@ def test_default_optimizer_is_adamw_with_a_higher_rate_for_adapters():
 @pytest.mark.slow_on_tensorflow
 def test_fit_warns_about_bfloat16_variables():
     lm = make_lm(dtype="bfloat16")
-    with pytest.warns(UserWarning, match="small updates are rounded away"):
+    with pytest.warns(UserWarning, match="rounds small updates to zero"):
         lm.fit(AS_DICT, verbose=0)
     adapted = make_lm(dtype="bfloat16")
     adapted.backbone.enable_lora(2)
