@@ -41,7 +41,7 @@ The optimizer is AdamW (beta_1 0.9, beta_2 0.95, epsilon 1e-8, gradients clipped
 1.0). After the warmup, the learning rate decays to a tenth of its peak by a cosine.
 
 Running the same command again resumes the run. The run's directory holds run.json (the
-settings), metrics.jsonl, validation.jsonl, skipped.jsonl (the examples of skipped
+settings), metrics.jsonl, validation.jsonl, skipped.jsonl (the sequences of skipped
 steps), loss.png, generated text before and after in samples.txt, TensorBoard's events,
 checkpoints/, and at the end adapters/ (for `lm.load_adapters` and PEFT) and model/
 (merged, for transformers and for `keras-openllama generate --preset DIR/model`).

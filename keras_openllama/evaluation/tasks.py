@@ -71,7 +71,7 @@ def load_tasks(
         names: names of tasks, groups or tags of the harness.
         data: directory of local data. If it has a file `NAME.jsonl`, `NAME.json` or
             `NAME.parquet` for a task (not for a group or tag), its documents, in the
-            format of the task's own data set, replace those of the Hugging Face Hub.
+            format of the task's own dataset, replace those of the Hugging Face Hub.
         include_path: see `task_names`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Texts to evaluate: files, directories of files, and prepared data sets."""
+"""Texts to evaluate: files, directories of files, and prepared datasets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def read_texts(
     Args:
         paths: a `.txt` file is a source of one document; a directory of `.txt` files
             has a source per file. Each line of a `.jsonl` file is a document
-            `{"text": "…"}`. The directory of a prepared data set has a source for each
+            `{"text": "…"}`. The directory of a prepared dataset has a source for each
             of its sources, with the documents of the validation split.
-        lm: the model. A prepared data set must have been made with its tokenizer.
+        lm: the model. A prepared dataset must have been made with its tokenizer.
 
     Returns:
         Documents by the name of their source, see `perplexity.evaluate_perplexity`.
@@ -61,7 +61,7 @@ def _read_path(path, lm):
         if (path / "manifest.json").exists():
             return _read_prepared_data(path, lm)
         raise ValueError(
-            f"{path} has no .txt files and is not a prepared data set. Pass another "
+            f"{path} has no .txt files and is not a prepared dataset. Pass another "
             "directory, or files."
         )
     suffix = path.suffix.lower()
@@ -119,7 +119,7 @@ def _read_prepared_data(path, lm):
         from keras_openllama.data.prepared_data import PreparedData
     except ImportError as error:
         raise ImportError(
-            "Prepared data sets require the extra `train`: pip install "
+            "Prepared datasets require the extra `train`: pip install "
             "'keras-openllama[train]'."
         ) from error
     data = PreparedData.open(str(path))

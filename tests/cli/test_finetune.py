@@ -23,6 +23,7 @@ from pretraining_runs import (
 )
 
 from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.cli.finetune import parse_arguments
 from keras_openllama.runs import metrics_log
 from keras_openllama.runs.step_reporter import StepReporter
 
@@ -261,6 +262,22 @@ def test_finetune_rejects_invalid_arguments(
 ):
     assert message in error_of(capsys, *arguments(data, tmp_path / "run", *more))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.backend_free
+def test_finetune_names_the_flag_of_a_missing_file(arguments, data, tmp_path, capsys):
+    command = arguments(data, tmp_path / "run", "--validation", "missing.jsonl")
+    message = "error: --validation: the file missing.jsonl does not exist"
+    assert message in error_of(capsys, *command)
+
+
+@pytest.mark.backend_free
+def test_parse_arguments_accepts_renamed_flags(capsys):
+    old = ["--length", "8", "--validation-share", "0.1", "--question", "Who?"]
+    _, options = parse_arguments(old, "finetune")
+    values = options.sequence_length, options.validation_fraction
+    assert (*values, options.sample_prompt) == (8, 0.1, ["Who?"])
+    assert capsys.readouterr().err.count("was renamed to") == 3
 
 
 @pytest.mark.backend_free

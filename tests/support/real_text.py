@@ -45,7 +45,7 @@ def write_parquet(path, texts, field="content", group=50):
 
 
 def write_tfds(data_dir, splits, name="prose"):
-    """Creates a data set of TensorFlow Datasets; returns its directory as a string.
+    """Creates a dataset of TensorFlow Datasets; returns its directory as a string.
 
     Args:
         data_dir: path.

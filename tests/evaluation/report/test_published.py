@@ -45,7 +45,7 @@ FOLDERS = "anli arc glue hellaswag openbookqa piqa super_glue truthfulqa winogra
 
 @pytest.fixture(scope="module")
 def harness():
-    """Version and metrics of each harness task, read without its data set."""
+    """Version and metrics of each harness task, read without its dataset."""
     spec = importlib.util.find_spec("lm_eval")
     found = {}
     for folder in FOLDERS.split():

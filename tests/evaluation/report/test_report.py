@@ -125,8 +125,8 @@ def test_table_describes_the_settings_of_a_run(run, expected):
 
 def test_table_lists_skipped_tasks_with_reasons():
     run = made_run(metrics=METRICS[:3])
-    run["skipped"] = {"record": "its data set is not in the cache"}
-    assert "- record: its data set is not in the cache" in results_table([run])
+    run["skipped"] = {"record": "its dataset is not in the cache"}
+    assert "- record: its dataset is not in the cache" in results_table([run])
     assert "- 13b, record: its data" in results_table(
         [made_run(), {**run, "run": {"name": "13b"}}]
     )
