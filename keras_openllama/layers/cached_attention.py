@@ -31,8 +31,8 @@ def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Te
 
     Heads and sequences share one axis, since XLA on a CPU otherwise copies the whole
     cache in each step. Scores are computed as `key @ query.T`: `query @ key.T` reaches
-    only a tenth of the memory bandwidth (`benchmarks/README.md`). For grouped-query
-    attention, the query heads of a key/value head are folded into the length axis.
+    only a tenth of the memory bandwidth. For grouped-query attention, the query heads
+    of a key/value head are folded into the length axis.
 
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
