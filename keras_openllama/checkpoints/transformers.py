@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
-# Settings of transformers that `OpenLlamaBackbone` does not implement, and the values
-# with which they have no effect.
-_UNSUPPORTED = {
+# Settings of transformers of which `OpenLlamaBackbone` implements only these values.
+_SUPPORTED_VALUES = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -68,7 +67,7 @@ def backbone_arguments(
 
     Source: `LlamaConfig` of transformers.
     """
-    for name, allowed in _UNSUPPORTED.items():
+    for name, allowed in _SUPPORTED_VALUES.items():
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(
                 f"{path} sets {name}={config[name]!r}, which OpenLlamaBackbone does "
@@ -319,7 +318,8 @@ def config_settings(
 
 
 def _generation_config(control_ids, tokenizer):
-    # The vocabulary has no padding token. The unknown token is used, and masked.
+    # The vocabulary has no padding token. The unknown token pads instead:
+    # the attention mask hides it.
     pad = tokenizer.ids["unk_token"] if tokenizer else 0
     return {**_as_settings(control_ids), "pad_token_id": pad}
 

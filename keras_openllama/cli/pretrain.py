@@ -29,12 +29,12 @@ Pretrain a preset by its recipe, on the devices that JAX has.
     %(prog)s --preset nano
         train the small model in minutes, on text from the Python installation
     %(prog)s --preset 3b_v3 --data DIR --output DIR
-        train by the published recipe; run the same command on each host of a pod
+        train by its recipe; run the same command on each host of a pod
     %(prog)s --preset 7b_v2 --plan --topology v4:4x8x8
         compile the training step for TPUs, which need not be present, and estimate its
         memory and time
 
-Running the same command again resumes the run, bit-exactly on the same devices. DIR of
+Running the same command again resumes the run, bit-exactly on the same mesh. DIR of
 --data is the output of `prepare-data`. The run's directory holds metrics.jsonl,
 validation.jsonl, samples.txt, loss.png, TensorBoard's events (`tensorboard --logdir
 DIR`) and checkpoints, which `keras-openllama generate --preset DIR` and
@@ -43,7 +43,8 @@ DIR`) and checkpoints, which `keras-openllama generate --preset DIR` and
 Exit codes:
   0   the run is complete
   1   any other error, such as unreadable data
-  2   invalid argument, or an argument that does not match the existing run
+  2   invalid argument, an argument that does not match the existing run, or a planned
+      step that does not fit into memory
   70  too many consecutive steps had a non-finite loss or gradient
   74  a checkpoint or the log could not be written
   75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
@@ -132,8 +133,8 @@ def parse_arguments(
         "--topology",
         default="v4:4x8x8",
         metavar="KIND:AxBxC",
-        help="chips along each axis of a slice: v4:2x2x1 to v4:8x16x16, v5p:4x4x4, "
-        "v5e:8x8, v6e:16x16 (default: %(default)s, a v4-512)",
+        help="chips along each axis of a slice, not the name of a cloud: v4:2x2x1 to "
+        "v4:8x16x16, v5p:4x4x4, v5e:8x8, v6e:16x16 (default: %(default)s, sold as v4-512)",
     )
     add_renamed_argument(
         plan,
@@ -170,7 +171,7 @@ def open_data(options: argparse.Namespace, resolved: Any) -> PreparedData:
 
     Args:
         options: The parsed arguments.
-        resolved: The recipe, as `recipe.resolve` returns it.
+        resolved: The recipe, as `recipe.resolve_recipe` returns it.
 
     Raises:
         ValueError: If `--data` is missing or cannot be opened.

@@ -150,7 +150,9 @@ def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
 
 def _check_names(sources, before, mixture, text_fields):
     if not sources:
-        raise SourceError("No source was given. Give at least one: NAME=PATHS.")
+        raise SourceError(
+            "`sources` must name at least one source (--source NAME=PATHS)."
+        )
     unknown = sorted({*text_fields} - {*sources})
     if unknown:
         raise ValueError(
@@ -158,6 +160,7 @@ def _check_names(sources, before, mixture, text_fields):
             f"{', '.join(sources)}. Received: {', '.join(map(repr, unknown))}"
         )
     if mixture:
+        # Raises for a source that the mixture does not have.
         mixture.restricted_to({*sources, *(before["sources"] if before else ())})
 
 
@@ -187,7 +190,7 @@ def _put_tokenizer(output, proto):
     if found != expected:
         raise ValueError(
             f"{output} was prepared with another tokenizer (SHA-256 {found[:12]}…, not "
-            f"{expected[:12]}…). Choose another --output, or remove it."
+            f"{expected[:12]}…). Choose another --output, or delete this directory."
         )
 
 
@@ -199,7 +202,7 @@ def _prepare_source(output, units, settings, workers, beam_flags, report):
         if summary["fingerprint"] != source_fingerprint(units, settings):
             raise ValueError(
                 f"{directory} was prepared from other files or with other settings. "
-                "Choose another --output, or remove it."
+                "Choose another --output, or delete this directory."
             )
         report(f"{name}: already prepared")
         return

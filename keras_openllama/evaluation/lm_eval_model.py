@@ -38,15 +38,17 @@ class OpenLlamaLM(TemplateLM):
 
     The tokens are those of the harness's own model `hf` for an export of the model: one
     `<s>` at the beginning, contexts and continuations tokenized together, and control
-    strings parsed as tokens.
+    strings parsed as tokens. `docs/evaluation.md` lists the exceptions: truncation, and
+    `loglikelihood_rolling`.
 
     Args:
         preset: see `OpenLlamaCausalLM.from_preset`.
         lm: a loaded model, instead of `preset`.
         dtype: dtype or dtype policy of the weights. Defaults to Keras's global policy.
         revision: branch, tag or commit of a repository on the Hub.
-        batch_size: number of packed sequences of 512 tokens in a batch, or of prompts
-            to generate from. `"auto"` is 8.
+        batch_size: for log-likelihoods the number of sequences of 512 tokens into which
+            requests are packed (not of requests); for generation the number of prompts.
+            `"auto"` is 8; nothing is searched.
         max_length: context length in tokens. Defaults to that of the model.
         max_gen_toks: maximum number of tokens to generate if a task does not set it.
         add_bos: whether to add `<s>` to texts that do not begin with it.
@@ -54,10 +56,10 @@ class OpenLlamaLM(TemplateLM):
             not keep it.
         separate_tokenization: whether to tokenize continuations separately from their
             contexts, as EasyLM did for the published results (`docs/evaluation.md`).
-        data: size of this axis of the device mesh (JAX), see
+        data: number of replicas in the device mesh (JAX), see
             `keras_openllama.distribution.make_mesh`.
-        fsdp: size of this axis of the device mesh.
-        model: size of this axis of the device mesh.
+        fsdp: number of shards of the weights.
+        model: number of tensor-parallel shards.
         response_cache: path of an SQLite file in which to cache responses. After an
             interruption, an evaluation resumes from it bit-exactly.
         max_batch_size: ignored; the harness's command line passes it.

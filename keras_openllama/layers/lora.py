@@ -43,7 +43,10 @@ class MergedProjection:
 
 
 def merged_kernel(layer: Projection) -> np.ndarray:
-    """Returns the kernel with the adapters merged, float32 `(outputs, inputs)`."""
+    """Returns the kernel with the adapters merged.
+
+    It is float32 `(outputs, inputs)`, transposed relative to `keras.layers.Dense`.
+    """
     adapters = layer.adapters(), layer.lora_rank, layer.lora_alpha
     return _with_adapters(as_numpy(kernel_variable(layer).value), adapters)
 
@@ -51,8 +54,9 @@ def merged_kernel(layer: Projection) -> np.ndarray:
 def _with_adapters(kernel, adapters):
     """Merges a kernel and the adapters that `Projection.remove_adapters` returns."""
     variables, rank, alpha = adapters
-    first, second = (as_numpy(variable.value) for variable in variables.values())
-    return kernel.astype("float32") + alpha / rank * (first @ second)
+    # `lora_kernel_a`, (outputs, rank), is PEFT's B; `lora_kernel_b`, (rank, inputs), A.
+    outputs, inputs = (as_numpy(variable.value) for variable in variables.values())
+    return kernel.astype("float32") + alpha / rank * (outputs @ inputs)
 
 
 def merge_adapters(
@@ -117,6 +121,7 @@ def unmerge_adapters(
     """
     for entry in merged:
         _check_unchanged(entry)
+    # As after `enable_lora`: everything is frozen except the adapters.
     for layer in flatten_layers(backbone, include_self=False):
         layer.trainable = False
     for entry in merged:

@@ -36,8 +36,8 @@ from keras_openllama.utils.types import PathLike, Tensor
 class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
     r"""Converts text to `(x, y, sample_weight)` for `fit`, and prompts to token ids.
 
-    A text becomes `<s> text </s>`, truncated or padded to `sequence_length`. The
-    targets are the same tokens shifted by one; padding has zero weight. A text that is
+    A text becomes `<s> text </s>`, truncated or padded to `sequence_length + 1` tokens:
+    inputs, and targets shifted by one. Padding has zero weight. A text that is
     too long is truncated at its end: it loses `</s>`, but never `<s>`. A warning
     reports how many examples were truncated or are empty.
 
@@ -196,7 +196,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             ValueError: for a prompt without a response, or a malformed chat.
 
         Example:
-            >>> examples = lm.preprocessor.tokenize_examples(Texts(["The sea"], True))
+            >>> texts = Texts(["The sea"], batched=True)
+            >>> examples = lm.preprocessor.tokenize_examples(texts)
             >>> examples.token_ids
             [[1, 357, 1239, 2]]
         """
@@ -243,7 +244,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         return {name: array[0] for name, array in x.items()}, y[0], weights[0]
 
     def _training_tensors(self, x, sample_weight, length):
-        """Does the same in a TensorFlow graph; warns about its first batch only."""
+        """Does what `call` does in a TensorFlow graph; warns once, about one batch."""
         parts = dict(x) if isinstance(x, dict) else {"": x}
         if sample_weight is not None:
             parts["weight"] = sample_weight

@@ -43,8 +43,8 @@ def plan_pretraining(
         topology: see `aot_compile.topology_devices`.
         mesh: sizes of the axes `"data"`, `"fsdp"` and `"model"`. Defaults to the mesh
             of the recipe.
-        directory: where the compiled programs are written. Defaults to a new temporary
-            directory.
+        directory: where the HLO text of each compiled step is written. Defaults to a
+            new temporary directory, which is not deleted.
         assumptions: the cost of what the compiler does not estimate.
         alternatives: whether to plan alternatives, each of which takes a minute to
             compile.

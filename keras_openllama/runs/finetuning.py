@@ -63,11 +63,12 @@ class FinetuneConfig:
         validation_share: Share of the examples to hold out, 0 to 1.
         sequence_length: Tokens per sequence.
         pack: Whether sequences hold several examples (packing).
-        lora_rank: Rank of LoRA adapters; `None` trains all weights.
-        lora_alpha: LoRA's alpha.
+        lora_rank: Rank of LoRA adapters; `None` (`--lora-rank 0`) trains all weights.
+        lora_alpha: Updates are scaled by `lora_alpha / lora_rank`; by default 1.
         lora_targets: Names of the layers with adapters.
-        int8: Whether the frozen weights are quantized to int8.
-        dtype: Dtype policy of the model.
+        int8: Whether to quantize the base weights to int8; requires `lora_rank`, and
+            no merged model is exported.
+        dtype: Dtype policy of the model; the command line chooses by device.
         epochs: Passes over the examples.
         batch_size: Sequences per step, over all devices.
         learning_rate: Peak learning rate; the default depends on `lora_rank`.
@@ -141,7 +142,7 @@ class FinetuneConfig:
             rematerialize=self.rematerialize,
             seed=self.seed,
             save_every=self.save_every,
-            milestone_every=0,
+            milestone_every=0,  # Checkpoints are for resuming only.
             # Ten validations by default.
             validate_every=self.validate_every or max(1, steps // 10),
         )

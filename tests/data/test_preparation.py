@@ -786,7 +786,7 @@ def test_prepare_dataset_rejects_invalid_arguments_before_writing(
 
 
 def test_prepare_dataset_rejects_an_empty_list_of_sources(tmp_path):
-    with pytest.raises(SourceError, match="No source was given"):
+    with pytest.raises(SourceError, match="must name at least one source"):
         prepare({}, tmp_path / "data")
 
 
