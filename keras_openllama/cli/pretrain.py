@@ -134,7 +134,8 @@ def parse_arguments(
         default="v4:4x8x8",
         metavar="KIND:AxBxC",
         help="chips along each axis of a slice, not the name of a cloud: v4:2x2x1 to "
-        "v4:8x16x16, v5p:4x4x4, v5e:8x8, v6e:16x16 (default: %(default)s, sold as v4-512)",
+        "v4:8x16x16, v5p:4x4x4, v5e:8x8, v6e:16x16 (default: %(default)s, sold "
+        "as v4-512)",
     )
     add_renamed_argument(
         plan,
