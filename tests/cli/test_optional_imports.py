@@ -9,7 +9,7 @@ from checkout import ROOT
 
 pytestmark = pytest.mark.backend_free
 
-UNUSED = {"IPython", "grain", "matplotlib", "pandas", "rouge_score", "sklearn"}
+UNUSED = {"grain", "matplotlib", "pandas", "rouge_score", "sklearn"}
 # Python imports it whenever it starts.
 RECORD_MODULES = """
 import atexit, os, sys
@@ -41,6 +41,6 @@ def test_hide_from_keras_leaves_them_to_every_other_import(tmp_path):
         "from keras_openllama.cli.optional_imports import hide_from_keras\n"
         "hide_from_keras()\n"
         "from keras_openllama.backend import keras_hub\n"
-        "import IPython, grain, matplotlib, pandas, rouge_score, sklearn"
+        "import grain, matplotlib, pandas, rouge_score, sklearn"
     )
     assert modules_of(tmp_path, "-c", program) >= {"keras", *UNUSED}
