@@ -115,11 +115,12 @@ def tokenize(rounds):
             },
             rounds,
         )
-    ours = seconds["shards written"]
+    shards = seconds["shards written"]
     print(f"tokenizing {size:.1f} MB on one core")
     for name, value in seconds.items():
         rate = size / value
-        print(f"    {name:<22}{rate:>8.2f} MB/s; ours is {value / ours:.2f} x as fast")
+        ratio = value / shards
+        print(f"    {name:<22}{rate:>8.2f} MB/s; shards written at {ratio:.2f} x")
 
 
 def prepared(folder):

@@ -35,6 +35,8 @@ from pathlib import Path
 import numpy as np
 import random_llama  # benchmarks/random_llama.py
 
+import train  # benchmarks/train.py
+
 CONTENDERS = (
     "jax/float32",
     "jax/bfloat16",
@@ -52,15 +54,11 @@ LIMIT_BYTES = 400e6  # Matrices for the limit: larger than any CPU cache.
 
 def sizes_of(options):
     """Arguments of `OpenLlamaBackbone`."""
-    return dict(
-        vocabulary_size=options.vocabulary,
-        num_layers=options.layers,
-        num_query_heads=options.heads,
-        num_key_value_heads=options.key_value_heads,
-        hidden_dim=options.width,
-        intermediate_dim=options.intermediate,
-        max_sequence_length=options.context,
-    )
+    return {
+        **train.keras_sizes(options),
+        "num_key_value_heads": options.key_value_heads,
+        "max_sequence_length": options.context,
+    }
 
 
 # ----- The contenders, each in its own process

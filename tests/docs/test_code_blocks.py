@@ -61,7 +61,7 @@ def commands(source):
         pending += line + "\n"
         try:
             words = shlex.split(pending, comments=True)
-        except ValueError:  # A quoted string goes on in the next line.
+        except ValueError:  # A quoted string continues on the next line.
             continue
         pending = ""
         for place, word in enumerate(words):
