@@ -56,7 +56,7 @@ def write_checkpoint(directory, sizes, dtype):
     }
     directory.mkdir()
     contents = ModelContents(arguments, tensors)
-    for output in transformers.plan_files(contents, dtype, SHARD_BYTES):
+    for output in transformers.output_files(contents, dtype, SHARD_BYTES):
         values = (tensors[path].array() for path in output.tensors)
         with open(directory / output.name, "wb") as file:
             output.write(file, values)

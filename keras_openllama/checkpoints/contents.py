@@ -36,7 +36,8 @@ class ModelContents:
         tokenizer: The serialized SentencePiece model, if any.
         origin: What the weights were loaded from, see `loading.load.describe_origin`;
             `None` for a model that was initialized at random.
-        control_ids: Ids of the start and end tokens, used if there is no tokenizer.
+        special_token_ids: Ids of the start and end tokens, used if there is no
+            tokenizer.
         preprocessing: Settings of the preprocessor, some of `PREPROCESSOR_SETTINGS`.
         paths: Paths that are read, which the export must not replace.
     """
@@ -45,7 +46,7 @@ class ModelContents:
     tensors: Mapping[str, ReadableTensor]
     tokenizer: bytes | None = None
     origin: str | None = None
-    control_ids: tuple[int, int] = (1, 2)
+    special_token_ids: tuple[int, int] = (1, 2)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     paths: tuple[PathLike, ...] = ()
 
@@ -145,6 +146,6 @@ def contents_of_model(lm: keras.Model) -> ModelContents:
     return dataclasses.replace(
         contents,
         tokenizer=tokenizer.proto,
-        control_ids=(tokenizer.start_token_id, tokenizer.end_token_id),
+        special_token_ids=(tokenizer.start_token_id, tokenizer.end_token_id),
         preprocessing={n: getattr(lm.preprocessor, n) for n in PREPROCESSOR_SETTINGS},
     )

@@ -67,7 +67,7 @@ def read_tensors(
     return {row.path: _from_easylm(row, matched[row.path], head_dim) for row in rows}
 
 
-def plan_files(contents: ModelContents, dtype: str, content: str) -> list[OutputFile]:
+def output_files(contents: ModelContents, dtype: str, content: str) -> list[OutputFile]:
     """Describes the single file of an export as an EasyLM checkpoint.
 
     Args:

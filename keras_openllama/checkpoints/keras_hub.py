@@ -215,7 +215,7 @@ def _read_file(path):
 # ----- Writing
 
 
-def plan_files(
+def output_files(
     contents: ModelContents, dtype: str, build_empty_task: Callable[..., keras.Model]
 ) -> list[OutputFile]:
     """Lists the files of an export in KerasHub's format.

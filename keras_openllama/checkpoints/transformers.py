@@ -181,7 +181,7 @@ def _tie_head(tensors):
 # ----- Writing
 
 
-def plan_files(
+def output_files(
     contents: ModelContents, dtype: str, max_shard_bytes: int
 ) -> list[OutputFile]:
     """Lists the files of an export in the format of transformers.
@@ -202,11 +202,11 @@ def plan_files(
     if contents.tokenizer:
         add_start_token = contents.preprocessing.get("add_start_token", True)
         tokenizer = _Tokenizer(contents.tokenizer, add_start_token)
-    control_ids = contents.control_ids
+    special_token_ids = contents.special_token_ids
     if tokenizer:
-        control_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
-    config = config_settings(contents.arguments, dtype, control_ids)
-    generation = _generation_config(control_ids, tokenizer)
+        special_token_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
+    config = config_settings(contents.arguments, dtype, special_token_ids)
+    generation = _generation_config(special_token_ids, tokenizer)
     merges_spaces = tokenizer and tokenizer.merges_spaces
     return [
         small_file("config.json", _json(config)),
@@ -269,14 +269,16 @@ def _index(names, shards, parameters):
 
 
 def config_settings(
-    arguments: dict[str, Any], dtype: str, control_ids: Sequence[int | None] = (1, 2)
+    arguments: dict[str, Any],
+    dtype: str,
+    special_token_ids: Sequence[int | None] = (1, 2),
 ) -> dict[str, Any]:
     """Returns `config.json` with the names that transformers and llama.cpp read.
 
     Args:
         arguments: All arguments of `OpenLlamaBackbone`.
         dtype: The dtype of the weights.
-        control_ids: Ids of the start token and the end token.
+        special_token_ids: Ids of the start token and the end token.
 
     Example:
         >>> from keras_openllama.config import validate_architecture
@@ -310,22 +312,22 @@ def config_settings(
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
-        **_as_settings(control_ids),
+        **_as_settings(special_token_ids),
         "dtype": dtype,
         "torch_dtype": dtype,  # The name in transformers 4.
         "keras_openllama_version": __version__,
     }
 
 
-def _generation_config(control_ids, tokenizer):
+def _generation_config(special_token_ids, tokenizer):
     # The vocabulary has no padding token. The unknown token pads instead:
     # the attention mask hides it.
     pad = tokenizer.ids["unk_token"] if tokenizer else 0
-    return {**_as_settings(control_ids), "pad_token_id": pad}
+    return {**_as_settings(special_token_ids), "pad_token_id": pad}
 
 
-def _as_settings(control_ids):
-    return dict(zip(("bos_token_id", "eos_token_id"), control_ids, strict=True))
+def _as_settings(special_token_ids):
+    return dict(zip(("bos_token_id", "eos_token_id"), special_token_ids, strict=True))
 
 
 class _Tokenizer:

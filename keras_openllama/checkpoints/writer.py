@@ -123,7 +123,7 @@ def write_model(
         config: The options of the export.
         dry_run: Whether to only return the list of files, and write nothing.
         build_empty_task: Function that builds a task without weights. The Keras format
-            requires it: see `keras_hub.plan_files`.
+            requires it: see `keras_hub.output_files`.
 
     Returns:
         The files that were (or would be) written.
@@ -152,10 +152,10 @@ def _plan(contents, config, build_empty_task):
     if not config.tokenizer:
         contents = dataclasses.replace(contents, tokenizer=None)
     if config.to == "transformers":
-        return transformers.plan_files(contents, dtype, config.max_shard_bytes)
+        return transformers.output_files(contents, dtype, config.max_shard_bytes)
     if config.to == "easylm":
-        return easylm.plan_files(contents, dtype, config.content or "params")
-    return keras_hub.plan_files(contents, dtype, build_empty_task)
+        return easylm.output_files(contents, dtype, config.content or "params")
+    return keras_hub.output_files(contents, dtype, build_empty_task)
 
 
 def parse_size(size: str | int) -> int:

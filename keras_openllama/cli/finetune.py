@@ -323,7 +323,7 @@ def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneC
         response=_unescaped(options.response),
         chat_template=template,
         validation=options.validation,
-        validation_share=options.validation_fraction,
+        validation_fraction=options.validation_fraction,
         sequence_length=options.sequence_length,
         pack=options.pack,
         lora_rank=options.lora_rank or None,
@@ -361,6 +361,8 @@ def check_combinations(parser: CommandParser, options: argparse.Namespace) -> No
             "--export model: adapters cannot be merged into int8 weights. Use --export "
             "adapters, or remove --int8."
         )
+    if options.export == "adapters" and not options.lora_rank:
+        parser.error("--export adapters needs adapters: add --lora-rank.")
     saves = options.micro_batches > 1 or options.rematerialize != "none"
     if saves and os.environ["KERAS_BACKEND"] != "jax":
         parser.error(

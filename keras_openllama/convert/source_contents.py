@@ -49,7 +49,7 @@ def contents_of_source(
         tensors,
         tokenizer=proto,
         origin=source.origin or origin,
-        control_ids=source.control_ids(),
+        special_token_ids=source.special_token_ids(),
         preprocessing=source.preprocessing(),
         paths=(*paths, *sorted({tensor.file.path for tensor in tensors.values()})),
     )

@@ -76,7 +76,7 @@ class ModelSource(Protocol):
     def tokenizer_file(self) -> Path:
         """Returns the path of the SentencePiece model."""
 
-    def control_ids(self) -> tuple[int, int]:
+    def special_token_ids(self) -> tuple[int, int]:
         """Returns the ids of the start and end tokens of a model without tokenizer."""
 
     def preprocessing(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class SourceDefaults:
 
     origin = None
 
-    def control_ids(self) -> tuple[int, int]:
+    def special_token_ids(self) -> tuple[int, int]:
         """Returns the ids of the start and end tokens of all OpenLLaMA models."""
         return 1, 2
 
@@ -221,10 +221,10 @@ class TransformersSource(StreamedSource):
         """Returns the path of the SentencePiece model."""
         return self._repository.file(_TOKENIZER)
 
-    def control_ids(self) -> tuple[int, int]:
+    def special_token_ids(self) -> tuple[int, int]:
         """Returns the ids of the start and end tokens in `config.json`."""
         ids = [self._config.get(name) for name in ("bos_token_id", "eos_token_id")]
-        defaults = super().control_ids()
+        defaults = super().special_token_ids()
         # There may be a list of end tokens. An export has only the first of them.
         ids = [i[0] if isinstance(i, list) and i else i for i in ids]
         return tuple(d if i is None else i for i, d in zip(ids, defaults, strict=True))
@@ -311,9 +311,9 @@ class EasyLMSource(StreamedSource):
         """Returns the path of the SentencePiece model of the other source."""
         return self._model.tokenizer_file()
 
-    def control_ids(self) -> tuple[int, int]:
+    def special_token_ids(self) -> tuple[int, int]:
         """Returns the ids of the start and end tokens of the other source."""
-        return self._model.control_ids()
+        return self._model.special_token_ids()
 
     def preprocessing(self) -> dict[str, Any]:
         """Returns the settings of the preprocessor of the other source."""

@@ -44,7 +44,7 @@ from keras_openllama.training.fit import ADAPTER_LEARNING_RATE, LEARNING_RATE
 
 ADAPTERS, MODEL = "adapters", "model"
 _NUM_SAMPLE_PROMPTS = 4  # Heuristic: held-out prompts that are sampled from.
-_FINAL_RATE = 0.1  # The final learning rate as a share of the peak, as in LLaMA.
+_FINAL_RATE = 0.1  # The final learning rate as a fraction of the peak, as in LLaMA.
 # Paths may change between starts of a run; their contents are compared instead.
 _FILES = ("data", "validation")
 
@@ -59,8 +59,8 @@ class FinetuneConfig:
         prompt: Template of prompts, `"{prompt}"` by default.
         response: Template of responses, `"{response}"` by default.
         chat_template: Template of chats, see `OpenLlamaCausalLMPreprocessor`.
-        validation: Path of held-out examples; by default, a share of `data`.
-        validation_share: Share of the examples to hold out, 0 to 1.
+        validation: Path of held-out examples; by default, a fraction of `data`.
+        validation_fraction: Fraction of the examples to hold out, 0 to 1.
         sequence_length: Tokens per sequence.
         pack: Whether sequences hold several examples (packing).
         lora_rank: Rank of LoRA adapters; `None` (`--lora-rank 0`) trains all weights.
@@ -72,7 +72,7 @@ class FinetuneConfig:
         epochs: Passes over the examples.
         batch_size: Sequences per step, over all devices.
         learning_rate: Peak learning rate; the default depends on `lora_rank`.
-        warmup: Share of the steps in the warmup, 0 to 1.
+        warmup: Warmup steps as a fraction of all steps, 0 to 1.
         weight_decay: See `TrainConfig`.
         micro_batches: See `TrainConfig`.
         rematerialize: See `TrainConfig`.
@@ -87,7 +87,7 @@ class FinetuneConfig:
     response: str | None = None
     chat_template: dict | None = None
     validation: str | None = None
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     sequence_length: int = 512
     pack: bool = False
     lora_rank: int | None = None
@@ -151,7 +151,7 @@ class FinetuneConfig:
         """Returns the settings in the form of a recipe in `run.json`."""
         values = dataclasses.asdict(self)
         settings = {
-            name: {"value": value, "source": "command line"}
+            name: {"value": value}
             for name, value in values.items()
             if name not in ("preset", *_FILES)
         }
@@ -253,7 +253,8 @@ def export_model(
 ) -> None:
     """Exports the trained model into the run's directory.
 
-    With several processes nothing is exported; the log says what to do.
+    What cannot be exported is logged: anything by several processes, and the merged
+    model of int8 weights. Without adapters, `ADAPTERS` is ignored.
 
     Args:
         trainer: The trainer of a complete run.
@@ -270,14 +271,18 @@ def export_model(
         return
     trainer.state.update_model()
     lm = trainer.state.lm
-    # Adapters cannot be merged into int8 weights.
-    write = {
-        ADAPTERS: config.lora_rank and lm.save_adapters,
-        MODEL: not config.int8 and lm.export_to_transformers,
-    }
-    for name in names:
+    write = {MODEL: lm.export_to_transformers}
+    if config.lora_rank:
+        write[ADAPTERS] = lm.save_adapters
+    if config.int8 and MODEL in names:
+        del write[MODEL]
+        trainer.options.log(
+            "The merged model is not exported, because adapters cannot be merged into "
+            "int8 weights. The adapters fit the model in any dtype."
+        )
+    for name in filter(write.get, names):
         path = os.path.join(trainer.options.output, name)
-        if write[name] and (replace or not os.path.isdir(path)):
+        if replace or not os.path.isdir(path):
             write[name](path, force=True)
 
 
@@ -343,7 +348,7 @@ def read_examples(
     examples = instructions.read_examples_with_sources(config.data, templates)
     if config.validation is None:
         return instructions.split_examples(
-            examples, config.validation_share, config.seed
+            examples, config.validation_fraction, config.seed
         )
     return examples, instructions.read_examples_with_sources(
         [config.validation], templates

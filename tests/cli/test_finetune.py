@@ -119,10 +119,13 @@ def test_finetune_trains_all_weights_on_packed_examples(arguments, data, tmp_pat
 
 
 @pytest.mark.backend_free
-def test_finetune_on_an_int8_base_exports_only_adapters(arguments, data, tmp_path):
+def test_finetune_on_an_int8_base_exports_only_adapters(
+    arguments, data, tmp_path, capsys
+):
     more = ("--lora-rank", 2, "--int8", "--epochs", 2)
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     assert (tmp_path / "adapters").is_dir() and not (tmp_path / "model").exists()
+    assert "The merged model is not exported" in capsys.readouterr().out
 
 
 # ----- Resuming
@@ -239,6 +242,7 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
         (("--data", "missing.jsonl"), "--data: the file missing.jsonl does not exist"),
         (("--int8",), "--int8 needs adapters"),
         (("--lora-targets", "key"), "--lora-targets needs adapters"),
+        (("--export", "adapters"), "--export adapters needs adapters"),
         (("--dtype", "bfloat16"), "Use --dtype mixed_bfloat16"),
         (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
         (("--backend", "torch", "--micro-batches", 2), "need the JAX backend"),

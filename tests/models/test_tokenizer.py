@@ -167,8 +167,8 @@ def test_tokenize_overrides_add_bos_and_add_eos():
 @quick
 def test_plain_text_never_becomes_control_tokens(text):
     for tokenizer in (V1, V2, LARGE):
-        control_ids = {tokenizer.start_token_id, tokenizer.end_token_id}
-        assert not control_ids & set(tokenizer.tokenize(text))
+        special_token_ids = {tokenizer.start_token_id, tokenizer.end_token_id}
+        assert not special_token_ids & set(tokenizer.tokenize(text))
 
 
 @backend_free
