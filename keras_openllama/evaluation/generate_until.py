@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
-from keras_openllama.generation import generate
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
     decode_until_stopped,
@@ -99,7 +98,7 @@ def generate_until(
     limits = [options.max_new_tokens] * len(prompts)
     stride = TOKENS_BETWEEN_STOP_CHECKS if options.stop else None
     loop, end = lm.make_generate_function(), [tokenizer.end_token_id]
-    new = generate.generate_tokens(loop, prompts, limits, end, stride)
+    new = loop.generate(prompts, limits, end, stride)
     for _ in decode_until_stopped(texts, new):
         pass
     stop = list(options.stop)

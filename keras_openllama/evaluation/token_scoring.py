@@ -13,8 +13,8 @@ from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.evaluation import prefix_tries
 from keras_openllama.evaluation.prefix_tries import TrieBatch
+from keras_openllama.generation.kv_cache import padded_batch_size
 from keras_openllama.generation.sharding import batch_sharding, to_device
-from keras_openllama.generation.token_loop import padded_batch_size
 from keras_openllama.utils.validation import integer_at_least
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +11,13 @@ from keras import ops, tree
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import Sampler, SpeculativeSampler
-from keras_openllama.generation.sharding import state_shardings, to_device
-from keras_openllama.generation.token_loop import (
-    cut_at_stop_id,
+from keras_openllama.generation.kv_cache import (
     forward_with_cache,
     init_cache,
     pad_prompts,
 )
+from keras_openllama.generation.sharding import state_shardings, to_device
+from keras_openllama.generation.token_loop import cut_at_stop_id
 from keras_openllama.layers.cached_attention import heads_first
 from keras_openllama.utils.types import Tensor
 
@@ -83,6 +83,31 @@ class SearchLoop:
         self._compiled_search = compile_function(
             self._search, model, static=("prompt_columns", "stop_token_ids")
         )
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        limits: list[int],
+        stop_token_ids: Sequence[int],
+        stride: int | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """Yields the new tokens of all prompts once; see `TokenLoop.generate`.
+
+        Args:
+            prompts: token ids of each prompt, at least one per prompt.
+            limits: maximum number of new tokens for each prompt.
+            stop_token_ids: ids that end a sequence.
+            stride: ignored, since a search chooses its tokens at the end.
+
+        Yields:
+            For each prompt, its new tokens, including the stop id.
+        """
+        # One prompt at a time: in a batch, KerasHub's searches continue a finished
+        # sequence until all others are finished, which changes its result.
+        yield [
+            self.search(prompt, limit, stop_token_ids) if limit else []
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
 
     def search(
         self, prompt: list[int], limit: int, stop_token_ids: Sequence[int]

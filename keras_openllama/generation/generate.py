@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,7 +15,7 @@ from keras_openllama.generation.stop_strings import (
     decode_until_stopped,
     normalize_stop_strings,
 )
-from keras_openllama.generation.token_loop import TokenLoop, sample_tokens
+from keras_openllama.generation.token_loop import TokenLoop
 from keras_openllama.text.inputs import (
     Batches,
     Chats,
@@ -141,8 +141,9 @@ def _start_decoding(
     token_limits, stop_ids = limits.resolve(model, prompt_ids, default_length)
     tokenizer = model.preprocessor.tokenizer
     decoders = [StopStringDecoder(tokenizer, ids, stop_strings) for ids in prompt_ids]
+    loop = model.make_generate_function()
     # Nothing is compiled before the iterator is advanced.
-    new_tokens = _generate_tokens(model, prompt_ids, token_limits, stop_ids, stride)
+    new_tokens = loop.generate(prompt_ids, token_limits, stop_ids, stride)
     return decoders, decode_until_stopped(decoders, new_tokens)
 
 
@@ -159,18 +160,14 @@ def _generate_arrays(
         )
     prompt_ids, width = prompts.sequences, prompts.width
     token_limits, stop_ids = limits.resolve(model, prompt_ids, width)
-    (outputs,) = _generate_tokens(model, prompt_ids, token_limits, stop_ids, None)
+    loop = model.make_generate_function()
+    (outputs,) = loop.generate(prompt_ids, token_limits, stop_ids)
     longest = max(
         len(ids) + limit for ids, limit in zip(prompt_ids, token_limits, strict=True)
     )
     if not strip_prompt:
         outputs = [ids + new for ids, new in zip(prompt_ids, outputs, strict=True)]
     return pad_sequences(outputs, max(width, longest))
-
-
-def _generate_tokens(model, prompts, limits, stop_token_ids, stride):
-    loop = model.make_generate_function()
-    yield from generate_tokens(loop, prompts, limits, stop_token_ids, stride)
 
 
 def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:
@@ -188,43 +185,3 @@ def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:
         'TokenLoop'
     """
     return (SearchLoop if is_search_sampler(model.sampler) else TokenLoop)(model)
-
-
-def generate_tokens(
-    loop: TokenLoop | SearchLoop,
-    prompts: list[list[int]],
-    limits: list[int],
-    stop_token_ids: Sequence[int],
-    stride: int | None = None,
-) -> Iterator[list[list[int]]]:
-    """Runs a loop on prompts and yields the new tokens.
-
-    Args:
-        loop: result of `make_token_loop`.
-        prompts: token ids of each prompt, at least one per prompt.
-        limits: maximum number of new tokens for each prompt.
-        stop_token_ids: ids that end a sequence.
-        stride: tokens per sequence between two yields; `None` yields once, at the end.
-
-    Yields:
-        For each prompt, its new tokens since the previous yield, including the stop id.
-
-    Example:
-        >>> loop = make_token_loop(lm)
-        >>> prompt = [1, 357, 1239]
-        >>> for (ids,) in generate_tokens(loop, [prompt], [3], [2], stride=2):
-        ...     print(len(ids))
-        2
-        1
-    """
-    if max(limits) == 0:
-        yield [[] for _ in prompts]
-    elif isinstance(loop, SearchLoop):
-        # One prompt at a time: in a batch, KerasHub's searches continue a finished
-        # sequence until all others are finished, which changes its result.
-        yield [
-            loop.search(prompt, limit, stop_token_ids) if limit else []
-            for prompt, limit in zip(prompts, limits, strict=True)
-        ]
-    else:
-        yield from sample_tokens(loop, prompts, limits, stop_token_ids, stride)

@@ -45,7 +45,7 @@ def decode_until_stopped(
 
     Args:
         decoders: one decoder per sequence.
-        new_tokens: the iterator of `generate.generate_tokens`.
+        new_tokens: the iterator of `TokenLoop.generate`.
 
     Yields:
         `None` after each group of new tokens, and at the end.

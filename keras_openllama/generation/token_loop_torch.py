@@ -16,15 +16,15 @@ import torch
 from keras import ops, tree
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from keras_openllama.generation.onednn_weights import pack_linear_weights
-from keras_openllama.generation.token_loop import (
-    TokenLoop,
+from keras_openllama.generation.kv_cache import (
     init_cache,
     pad_prompts,
     positions_and_bias,
     run_layers,
     used_columns,
 )
+from keras_openllama.generation.onednn_weights import pack_linear_weights
+from keras_openllama.generation.token_loop import TokenLoop
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM

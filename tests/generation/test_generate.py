@@ -15,13 +15,12 @@ from keras_openllama import (
     OpenLlamaTokenizer,
 )
 from keras_openllama.generation import sharding, token_loop
-from keras_openllama.generation.token_loop import (
-    TokenLoop,
+from keras_openllama.generation.kv_cache import (
     init_cache,
     padded_batch_size,
     padded_cache_length,
-    prefill_chunks,
 )
+from keras_openllama.generation.token_loop import TokenLoop, prefill_chunks
 
 STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which may run a few extra steps.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]

@@ -17,7 +17,6 @@ import jax
 import keras
 import numpy as np
 from keras_openllama import OpenLlamaCausalLM
-from keras_openllama.generation.token_loop import sample_tokens
 
 random = np.random.default_rng(0)
 ids = random.integers(3, 160, (3, 40)).astype("int32")
@@ -43,7 +42,7 @@ def tokens():
     )
     # As `stream` does it, a few steps a call.
     rows = [row[m].tolist() for row, m in zip(ids, mask)]
-    steps = sample_tokens(lm.make_generate_function(), rows, [20] * 3, [], stride=7)
+    steps = lm.make_generate_function().generate(rows, [20] * 3, [], stride=7)
     pieces = [sum(row, []) for row in zip(*steps)]
     for row, prompt, piece in zip(outputs["token_ids"], rows, pieces):
         assert row[len(prompt) :][:20].tolist() == piece
