@@ -6,6 +6,7 @@ harness with this model registered. Perplexity (`keras_openllama.evaluation.perp
 does not need the harness.
 
 Example:
+    >>> import lm_eval
     >>> import keras_openllama.evaluation
     >>> lm_eval.simple_evaluate(
     ...     "keras_openllama", "preset=nano", tasks=["hellaswag"]

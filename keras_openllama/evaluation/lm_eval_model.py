@@ -150,7 +150,19 @@ class OpenLlamaLM(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
     ) -> "OpenLlamaLM":
-        """Creates a model from `--model_args`, which override `additional_config`."""
+        """Creates a model from the text of `--model_args`.
+
+        Args:
+            arg_string: arguments of this class, such as `"preset=nano,max_length=64"`.
+            additional_config: see `create_from_arg_obj`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if an argument is invalid.
+            OSError: if a file of the model could not be downloaded or read.
+        """
         arguments = simple_parse_args_string(arg_string)
         return cls.create_from_arg_obj(arguments, additional_config)
 
@@ -160,8 +172,23 @@ class OpenLlamaLM(TemplateLM):
         arg_dict: Mapping[str, Any],
         additional_config: Mapping[str, Any] | None = None,
     ) -> "OpenLlamaLM":
-        """Creates a model from a dict, which overrides `additional_config`."""
-        return cls(**{**(additional_config or {}), **arg_dict})
+        """Creates a model from a dict of arguments.
+
+        Args:
+            arg_dict: arguments of this class.
+            additional_config: arguments of `simple_evaluate`, such as `batch_size`.
+                Those that are `None` are ignored, and `arg_dict` overrides the others.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if an argument is invalid.
+            OSError: if a file of the model could not be downloaded or read.
+        """
+        config = additional_config or {}
+        given = {name: value for name, value in config.items() if value is not None}
+        return cls(**{**given, **arg_dict})
 
     # ----- Tokens
 

@@ -1,11 +1,13 @@
 """The adapter gives the same results as the harness's `hf` on an exported model."""
 
+import lm_eval
 import pytest
 from keras import ops
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
-from local_tasks import write_tasks
+from lm_eval.tasks import TaskManager
+from local_tasks import write_own_task, write_tasks
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -304,6 +306,21 @@ def test_importing_the_package_registers_the_model():
     )
     assert (model.batch_size, model.max_length) == (8, 64)
     assert model.get_model_info()["model_num_parameters"] == 4_524_288
+
+
+@pytest.mark.parametrize(
+    "model_args", ["preset=nano", {"preset": "nano"}], ids=["text", "dict"]
+)
+def test_simple_evaluate_creates_the_model_from_its_name(model_args, tmp_path):
+    data = write_tasks(tmp_path / "data", count=4)
+    write_own_task(tmp_path, data / "boolq.jsonl")
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        "keras_openllama", model_args, tasks=["mine"], task_manager=manager, limit=3
+    )
+    assert found["n-samples"]["mine"] == {"original": 4, "effective": 3}
+    assert found["results"]["mine"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
+    assert found["config"]["model_num_parameters"] == 4_524_288
 
 
 @pytest.mark.parametrize(
