@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from keras_openllama.utils.validation import check_integer
+
 # Axes of a device mesh, see `distribution.make_mesh`.
 MESH_AXES = ("data", "fsdp", "model")
 # Projections of a decoder layer, the targets of LoRA.
@@ -127,15 +129,9 @@ def _default_head_dim(hidden_dim, heads):
 
 def _positive_integer(arguments, name):
     value = arguments[name]
-    try:
-        size = int(value)
-    except (TypeError, ValueError, OverflowError):
-        size = 0
-    if isinstance(value, (str, bool)) or size != value or size < 1:
-        raise ValueError(
-            f"`{name}` must be a positive integer. Received: {name}={value!r}"
-        )
-    return size
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # Some programs write 32.0 into JSON files.
+    return check_integer(name, value)
 
 
 def _positive_number(arguments, name):

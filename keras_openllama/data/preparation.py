@@ -30,6 +30,7 @@ from keras_openllama.loading.load import find_source
 from keras_openllama.text.sentencepiece_model import keeps_spaces
 from keras_openllama.utils import files, locks
 from keras_openllama.utils.types import PathLike
+from keras_openllama.utils.validation import check_integer
 
 _BY_TOKENS = "by tokens"  # Name of the default mixture.
 
@@ -80,8 +81,8 @@ def prepare_dataset(
         ... )  # doctest: +SKIP
     """
     for name, value in (("workers", workers), ("unit_bytes", unit_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {value}")
+        if value is not None:
+            check_integer(name, value)
     proto = load_tokenizer_proto(tokenizer)
     cached_processor(proto)  # Raises for an invalid model, before writing anything.
     known = mixtures.load_mixture(mixture) if mixture else None

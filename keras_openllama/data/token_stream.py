@@ -16,6 +16,7 @@ from keras_openllama.data.prepared_data import PreparedData
 from keras_openllama.data.sequence_index import Span
 from keras_openllama.utils import files
 from keras_openllama.utils.types import PathLike
+from keras_openllama.utils.validation import check_integer
 
 _ENDLESS = 1 << 40  # `MapDataset.range` needs a finite stop.
 
@@ -87,14 +88,8 @@ class TokenStream:
     ):
         if not isinstance(data, PreparedData):
             data = PreparedData.open(data)
-        for name, value in (
-            ("sequence_length", sequence_length),
-            ("batch_size", batch_size),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"`{name}` must be a positive integer. Received: {value!r}"
-                )
+        sequence_length = check_integer("sequence_length", sequence_length)
+        batch_size = check_integer("batch_size", batch_size)
         if packing not in PACKINGS:
             raise ValueError(
                 f"`packing` must be one of {', '.join(PACKINGS)}. Received: {packing!r}"

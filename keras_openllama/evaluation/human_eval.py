@@ -22,7 +22,7 @@ from tqdm import tqdm
 from keras_openllama.evaluation.response_cache import weights_fingerprint
 from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.utils.types import PathLike
-from keras_openllama.utils.validation import integer_at_least
+from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -110,6 +110,7 @@ def evaluate_human_eval(
         (1, False)
     """
     _check(lm, samples_per_problem, temperature, limit, batch_size)
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     problems = _problems(limit)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -267,7 +268,7 @@ def _check(lm, samples_per_problem, temperature, limit, batch_size):
     if limit is not None:
         counts["limit"] = limit
     for name, value in counts.items():
-        integer_at_least(1)(name, value)
+        check_integer(name, value)
     if temperature is not None and not temperature > 0:
         raise ValueError(
             "`temperature` must be positive, or None for greedy decoding. Received: "

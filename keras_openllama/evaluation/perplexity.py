@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.training.step_metrics import perplexity_from_loss
+from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -171,7 +172,8 @@ class _Protocol:
         if context is None:
             context = min(LLAMA_CPP_CONTEXT, longest) if self.chunked else longest
         # A chunk of 2 tokens would have no scored tokens.
-        _check_integer("context", context, 3 if self.chunked else 1, longest)
+        least = 3 if self.chunked else 1
+        context = check_integer("context", context, least, longest)
         if self.chunked and stride is not None:
             raise ValueError(
                 '`stride` requires protocol="strided": the chunks of llama.cpp are '
@@ -179,8 +181,8 @@ class _Protocol:
             )
         if stride is None:
             stride = max(1, context // 2)
-        _check_integer("stride", stride, 1, context)
-        self.context, self.stride = context, stride
+        self.context = context
+        self.stride = check_integer("stride", stride, most=context)
 
     def texts(self, name, documents):
         """The documents of a source, checked and adapted to the protocol."""
@@ -332,15 +334,6 @@ def xz_bits_per_byte(data: bytes) -> float:
         True
     """
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) * 8 / len(data)
-
-
-def _check_integer(name, value, least, most):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}")
-    if not least <= value <= most:
-        raise ValueError(
-            f"`{name}` must be from {least} to {most}. Received: {name}={value}"
-        )
 
 
 # --- Table ---

@@ -15,7 +15,7 @@ from keras_openllama.evaluation import prefix_tries
 from keras_openllama.evaluation.prefix_tries import TrieBatch
 from keras_openllama.generation.kv_cache import padded_batch_size
 from keras_openllama.generation.sharding import batch_sharding, to_device
-from keras_openllama.utils.validation import integer_at_least
+from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -53,7 +53,7 @@ class TokenScorer:
 
     def __init__(self, lm: OpenLlamaCausalLM, batch_size: int = DEFAULT_BATCH_SIZE):
         self.lm = lm
-        self.batch_size = integer_at_least(1)("batch_size", batch_size)
+        self.batch_size = check_integer("batch_size", batch_size)
         scaling = lm.backbone.rope_scaling
         # Dynamic scaling depends on the length of each sequence, and a packed sequence
         # has only one length.

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from keras_openllama.text.token_arrays import as_token_ids
+from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM, Tokenizer
@@ -83,7 +82,7 @@ def new_token_limits(
         The maximum number of new tokens for each prompt.
 
     Raises:
-        ValueError: for limits that are no positive integers, a prompt longer than
+        ValueError: for limits that are not positive integers, a prompt longer than
             `max_length` or the context, or limits beyond the context.
 
     Example:
@@ -92,13 +91,10 @@ def new_token_limits(
         ... )
         [4, 2]
     """
-    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if value is not None and not (is_int and value >= 1):
-            raise ValueError(
-                f"`{name}` must be a positive integer or None. "
-                f"Received: {name}={value!r}"
-            )
+    if max_length is not None:
+        max_length = check_integer("max_length", max_length)
+    if max_new_tokens is not None:
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     longest = max(lengths)
     remedy = (
         "Shorten the prompt, or load the model with `rope_scaling` to extend its "

@@ -29,6 +29,7 @@ from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.remat import apply_remat_policy, check_policy
 from keras_openllama.loading.load import load_backbone
 from keras_openllama.utils.types import PathLike, Tensor
+from keras_openllama.utils.validation import check_integer
 
 if keras.config.backend() == "jax":
     from keras_openllama.layers.scan import functional_call, scan_layers
@@ -373,8 +374,7 @@ class OpenLlamaBackbone(Backbone):
                 "`target_layer_names` must be a list of names among "
                 f"{PROJECTIONS}. Received: {names!r}"
             )
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`rank` must be a positive integer. Received: {rank!r}")
+        rank = check_integer("rank", rank)
         if alpha is not None and not alpha > 0:
             raise ValueError(f"`alpha` must be positive. Received: alpha={alpha!r}")
         if lora.adapted_layers(self) or self._merged:

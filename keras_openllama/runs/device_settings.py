@@ -116,6 +116,6 @@ def check_planned(name: str, value: Any) -> dict[str, dict[str, Any]]:
 def _check_plan(name, plan):
     if not isinstance(plan, dict) or set(plan) != {"rows", "rematerialize"}:
         validation.raise_invalid(name, plan, "a dict of 'rows' and 'rematerialize'")
-    validation.integer_at_least(1)(f"{name}: rows", plan["rows"])
+    rows = validation.check_integer(f"{name}: rows", plan["rows"])
     check_rematerialize(f"{name}: rematerialize", plan["rematerialize"])
-    return dict(plan)
+    return {**plan, "rows": rows}

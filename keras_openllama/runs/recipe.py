@@ -99,7 +99,7 @@ class Recipe(TrainConfig):
             number, all devices form the axis `"fsdp"`, which is a heuristic;
             `ResolvedRecipe.mesh_source` tells the two cases apart.
         """
-        validation.integer_at_least(1)("num_devices", num_devices)
+        num_devices = validation.check_integer("num_devices", num_devices)
         fsdp = {"data": 1, "fsdp": num_devices, "model": 1}
         return dict(self.meshes.get(str(num_devices), fsdp))
 
@@ -108,7 +108,26 @@ SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 
 def _checked(name, value):
-    return SETTINGS[name].metadata["check"](name, value)
+    field = SETTINGS[name]
+    try:
+        return field.metadata["check"](name, value)
+    except ValueError as error:
+        number = _whole_number(value) if field.type == "int" else None
+        if number is None:
+            raise
+        # YAML 1.1 parses 5e5 as a string, and 5.0e+5 as a float.
+        raise ValueError(f"{error}. Write it in digits: {number}") from error
+
+
+def _whole_number(value):
+    """Returns a non-negative integer that was written as a float, or `None`."""
+    if not isinstance(value, (str, float)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number >= 0 and number.is_integer() else None
 
 
 def _check_known(names: Iterable[str]) -> None:

@@ -1,12 +1,14 @@
-"""Validates the type and the range of settings.
+"""Validates the type and the range of arguments and settings.
 
-A validator is a function of a setting's name and value. It returns the value, or raises
+A validator is a function of a name and a value. It returns the value, or raises
 `ValueError` with the name, the requirement and the value received.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeAlias
 
@@ -14,12 +16,12 @@ Validator: TypeAlias = Callable[[str, Any], Any]
 
 
 def raise_invalid(name: str, value: object, requirement: str) -> NoReturn:
-    """Raises the `ValueError` for an invalid setting.
+    """Raises the `ValueError` for an invalid argument or setting.
 
     Args:
-        name: Name of the setting.
+        name: Name of the argument or setting.
         value: The value received.
-        requirement: What the setting must be, such as `"a positive integer"`.
+        requirement: What it must be, such as `"a positive integer"`.
 
     Raises:
         ValueError: Always.
@@ -33,22 +35,52 @@ def raise_invalid(name: str, value: object, requirement: str) -> NoReturn:
     raise ValueError(f"`{name}` must be {requirement}. Received: {name}={value!r}")
 
 
-def integer_at_least(least: int) -> Validator:
-    """Returns a validator for an `int` of at least `least`; `bool` is rejected.
+def check_integer(
+    name: str, value: object, least: int = 1, most: int | None = None
+) -> int:
+    """Validates an integer of Python, NumPy or a backend.
+
+    Args:
+        name: Name of the argument or setting.
+        value: The value. Booleans, strings and floats are rejected.
+        least: The least valid integer.
+        most: The greatest valid integer. Defaults to no limit.
+
+    Returns:
+        The value as an `int`.
+
+    Raises:
+        ValueError: If it is not an integer, or out of range.
 
     Example:
-        >>> integer_at_least(1)("steps", 500)
+        >>> check_integer("steps", 500)
         500
+        >>> check_integer("context", 33, most=32)
+        Traceback (most recent call last):
+        ...
+        ValueError: `context` must be an integer from 1 to 32. Received: context=33
     """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is not None and least <= number and (most is None or number <= most):
+        return number
     kinds = {0: "a non-negative integer", 1: "a positive integer"}
     requirement = kinds.get(least, f"an integer of at least {least}")
+    if most is not None:
+        requirement = f"an integer from {least} to {most}"
+    raise_invalid(name, value, requirement)
 
-    def validate(name, value):
-        if type(value) is not int or value < least:  # A bool is an int, too.
-            raise_invalid(name, value, f"{requirement}, written in digits")
-        return value
 
-    return validate
+def integer_at_least(least: int) -> Validator:
+    """Returns `check_integer` as a validator for integers of at least `least`.
+
+    Example:
+        >>> integer_at_least(0)("seed", 7)
+        7
+    """
+    return functools.partial(check_integer, least=least)
 
 
 def _number(requirement, allowed):

@@ -199,11 +199,17 @@ def test_evaluate_perplexity_rejects_non_finite_log_probabilities():
     "arguments, message",
     [
         ({"protocol": "windows"}, "strided, llama.cpp. Received: protocol='windows'"),
-        ({"context": 33}, "`context` must be from 1 to 32"),
+        (
+            {"context": 33},
+            "`context` must be an integer from 1 to 32. Received: context=33",
+        ),
         ({"context": 2.5}, "`context` must be an integer"),
-        ({"stride": 33}, "`stride` must be from 1 to 32"),
-        ({"context": 8, "stride": 9}, "`stride` must be from 1 to 8"),
-        ({"context": 2, "protocol": "llama.cpp"}, "`context` must be from 3 to 32"),
+        ({"stride": 33}, "`stride` must be an integer from 1 to 32"),
+        ({"context": 8, "stride": 9}, "`stride` must be an integer from 1 to 8"),
+        (
+            {"context": 2, "protocol": "llama.cpp"},
+            "`context` must be an integer from 3 to 32",
+        ),
         ({"batch_size": 0}, "batch_size=0"),
         ({"sources": {}}, "`sources` must not be empty"),
         ({"sources": {"empty": ""}}, "'empty' has no tokens"),

@@ -37,7 +37,8 @@ def test_limits_of_a_prompt_of_max_length_and_of_a_full_context():
 @pytest.mark.parametrize("bad", [0, -1, 2.5, True, "8"])
 def test_invalid_limits_are_rejected(name, bad):
     with pytest.raises(
-        ValueError, match=f"`{name}` must be a positive integer .*{bad!r}"
+        ValueError,
+        match=f"`{name}` must be a positive integer. Received: {name}={bad!r}",
     ):
         limits([3], **{name: bad})
     assert limits([3], **{name: np.int64(8)}) == [5 if name == "max_length" else 8]

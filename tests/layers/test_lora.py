@@ -366,7 +366,7 @@ def test_export_to_transformers_merges_adapters(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(rank=0), "`rank` must be a positive integer. Received: 0"),
+        (dict(rank=0), "`rank` must be a positive integer. Received: rank=0"),
         (dict(rank=2.5), "`rank` must be a positive integer"),
         (dict(rank=True), "`rank` must be a positive integer"),
         (dict(rank=2, alpha=0), "`alpha` must be positive"),

@@ -138,6 +138,16 @@ def test_resolve_recipe_prefers_command_line_to_file_to_preset(tmp_path):
     assert resolved.sources["steps"] == recipes.resolve_recipe("7b").sources["steps"]
 
 
+@pytest.mark.parametrize("written", ["5e5", "5.0e+5", "500000.0", "'500_000'"])
+def test_an_integer_that_yaml_parses_otherwise_must_be_written_in_digits(
+    written, tmp_path
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"steps: {written}")
+    with pytest.raises(ValueError, match=r"`steps` must .* Write it in digits: 500000"):
+        recipes.resolve_recipe("7b", file=path)
+
+
 @pytest.mark.parametrize("written", ["3e-4", "'0.0003'", "0.0003", "3.0e-4"])
 def test_resolve_recipe_reads_learning_rates_in_any_notation(tmp_path, written):
     path = yaml_file(tmp_path, f"learning_rate: {written}\n")
