@@ -25,11 +25,13 @@ from keras_openllama.text.inputs import (
     Examples,
     GraphTexts,
     Texts,
+    check_graph_texts,
     normalize_examples,
     normalize_texts,
 )
 from keras_openllama.text.token_arrays import pad_sequences
 from keras_openllama.utils.types import PathLike, Tensor
+from keras_openllama.utils.validation import check_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -106,7 +108,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
     ):
         super().__init__(
             tokenizer=tokenizer,
-            sequence_length=_checked_length(sequence_length),
+            sequence_length=check_integer("sequence_length", sequence_length),
             add_start_token=add_start_token,
             add_end_token=add_end_token,
             **kwargs,
@@ -158,7 +160,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
 
     @sequence_length.setter
     def sequence_length(self, value: int) -> None:
-        self._sequence_length = _checked_length(value)
+        self._sequence_length = check_integer("sequence_length", value)
 
     def build(self, input_shape: Any) -> None:
         """Does nothing: KerasHub would create its packer here, which is not used."""
@@ -358,6 +360,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         """
         length = self._length_or_default(sequence_length)
         if is_graph_tensor(x):
+            check_graph_texts(x, "x")
             token_ids, padding_mask = _in_graph(
                 lambda texts: self._prompt_arrays(texts, length),
                 [x],
@@ -418,20 +421,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
     def _length_or_default(self, sequence_length):
         if sequence_length is None:
             return self.sequence_length
-        return _checked_length(sequence_length)
-
-
-def _checked_length(sequence_length):
-    if (
-        not isinstance(sequence_length, (int, np.integer))
-        or isinstance(sequence_length, bool)
-        or sequence_length < 1
-    ):
-        raise ValueError(
-            "`sequence_length` must be a positive integer. "
-            f"Received: {sequence_length!r}."
-        )
-    return int(sequence_length)
+        return check_integer("sequence_length", sequence_length)
 
 
 def _as_token_weights(weights, shape):
@@ -451,11 +441,6 @@ def _in_graph(function, inputs, dtypes, length):
 
     Its outputs have the static shape of `inputs[0]` and a last dimension of `length`.
     """
-    if inputs[0].shape.rank not in (0, 1):
-        raise ValueError(
-            "`x` must be a string tensor with at most one dimension. "
-            f"Received: {inputs[0]}."
-        )
     outputs = loaded_tensorflow().numpy_function(function, inputs, dtypes)
     for output in outputs:
         output.set_shape([*inputs[0].shape, length])

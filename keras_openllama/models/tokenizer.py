@@ -17,7 +17,7 @@ from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow
 from keras_openllama.backend.keras_hub import Tokenizer
 from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
-from keras_openllama.text.inputs import normalize_texts
+from keras_openllama.text.inputs import check_graph_texts, normalize_texts
 from keras_openllama.text.sentencepiece_model import (
     keeps_spaces,
     load_processor,
@@ -406,12 +406,7 @@ class OpenLlamaTokenizer(Tokenizer):
     def _tokenize_in_graph(self, inputs, *options):
         """Tokenizes a symbolic string tensor by a Python function in the graph."""
         tensorflow = loaded_tensorflow()
-        if inputs.shape.rank not in (0, 1):
-            raise ValueError(
-                "`inputs` must be a string tensor with at most one dimension. "
-                f"Received: {inputs}."
-            )
-
+        check_graph_texts(inputs, "inputs")
         batched = inputs.shape.rank == 1
 
         def flat_ids_and_lengths(texts):

@@ -268,13 +268,35 @@ def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
     """
     if y is not None:
         x = {"prompt": x, "response": y}
-    if any(map(is_graph_tensor, x.values() if isinstance(x, dict) else [x])):
+    parts = x if isinstance(x, dict) else {None: x}
+    in_graph = {key: part for key, part in parts.items() if is_graph_tensor(part)}
+    for key, tensor in in_graph.items():
+        check_graph_texts(tensor, "x" if key is None else f"x[{key!r}]")
+    if in_graph:
         return GraphTexts(x)
     if isinstance(x, dict):
         return _examples_of(x, "x")
     if _is_supervised(x):
         return Examples([_example_of(one, f"x[{i}]") for i, one in enumerate(x)], True)
     return normalize_texts(x, name="x")
+
+
+def check_graph_texts(tensor: Any, name: str) -> None:
+    """Checks that a symbolic TensorFlow tensor holds a text or a batch of texts.
+
+    Args:
+        tensor: the tensor, for which `is_graph_tensor` is true.
+        name: name of the argument in error messages.
+
+    Raises:
+        ValueError: if its dtype is not string, or if it has more than one dimension or
+            an unknown number of them.
+    """
+    if tensor.dtype.name != "string" or tensor.shape.rank not in (0, 1):
+        raise ValueError(
+            f"`{name}` must be a string tensor with at most one dimension. Received: "
+            f"{tensor}"
+        )
 
 
 def _examples_of(x, name):

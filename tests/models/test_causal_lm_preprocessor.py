@@ -337,7 +337,19 @@ def test_call_accepts_eager_string_tensors(tensorflow):
 @backend_free
 def test_call_rejects_a_matrix_of_strings_in_a_tf_dataset(tensorflow):
     dataset = tensorflow.data.Dataset.from_tensor_slices([[[TEXT]]])
-    with pytest.raises(ValueError, match="at most one dimension"):
+    for function in (make(), make().generate_preprocess):
+        with pytest.raises(ValueError, match=r"`x` must be .* one dimension"):
+            dataset.map(function)
+    prompts = tensorflow.data.Dataset.from_tensor_slices([TEXT])
+    pairs = tensorflow.data.Dataset.zip(prompts, dataset)
+    with pytest.raises(ValueError, match=r"`x\['response'\]` must be a string tensor"):
+        pairs.map(make())
+
+
+@backend_free
+def test_call_rejects_token_ids_in_a_tf_dataset(tensorflow):
+    dataset = tensorflow.data.Dataset.from_tensor_slices([[1, 5, 6]])
+    with pytest.raises(ValueError, match="`x` must be a string tensor"):
         dataset.map(make())
 
 
