@@ -231,7 +231,7 @@ for file in sorted((output / "adapters").iterdir()):
 
 merged = OpenLlamaCausalLM.from_preset("open_llama_nano")
 merged.load_adapters(output / "adapters")
-merged.backbone.merge_lora()
+merged.merge_lora()
 print("The merged model gives the same answers:", answers_of(merged, held_out) == after)
 
 """

@@ -58,7 +58,10 @@ def save_adapters(lm: keras.Model, directory: PathLike, force: bool = False) -> 
     """
     layers = adapted_layers(lm.backbone)
     if not layers:
-        raise ValueError("There are no adapters to save. See `enable_lora`.")
+        raise ValueError(
+            "There are no adapters to save. Add some with `enable_lora`, or restore "
+            "merged ones with `unmerge_lora`."
+        )
     variables = {
         _name(layer, factor): layer.adapters()[factor]
         for layer in layers

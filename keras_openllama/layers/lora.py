@@ -76,7 +76,10 @@ def merge_adapters(
     """
     layers = adapted_layers(backbone)
     if not layers:
-        raise ValueError("There are no adapters to merge. See `enable_lora`.")
+        raise ValueError(
+            "There are no adapters to merge. Add some with `enable_lora`, or load them "
+            "with `load_adapters`."
+        )
     quantized = {layer.quantization_mode for layer in layers} - {None}
     if quantized:
         raise ValueError(

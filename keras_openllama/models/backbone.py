@@ -356,7 +356,8 @@ class OpenLlamaBackbone(Backbone):
 
         Raises:
             ValueError: for a name that is no projection of this network, a rank or
-                alpha that is not positive, or if the model already has adapters.
+                alpha that is not positive, or if the model already has adapters, merged
+                reversibly or not.
 
         Example:
             >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
@@ -377,11 +378,17 @@ class OpenLlamaBackbone(Backbone):
         rank = check_integer("rank", rank)
         if alpha is not None and not alpha > 0:
             raise ValueError(f"`alpha` must be positive. Received: alpha={alpha!r}")
-        if lora.adapted_layers(self) or self._merged:
+        if self._merged:
+            raise ValueError(
+                "Adapters are merged reversibly into this model. To add others, call "
+                "`unmerge_lora()` and then `merge_lora(reversible=False)`, or reload "
+                f"the model. Received: rank={rank!r}"
+            )
+        if lora.adapted_layers(self):
             raise ValueError(
                 f"The model already has adapters (rank {lora_rank(self)}). Reload the "
                 "model to use other adapters, or merge these into its weights with "
-                "`merge_lora(reversible=False)`."
+                f"`merge_lora(reversible=False)`. Received: rank={rank!r}"
             )
         super().enable_lora(rank, target_layer_names)
         for layer in lora.adapted_layers(self):
@@ -400,7 +407,8 @@ class OpenLlamaBackbone(Backbone):
                 `unmerge_lora`. This takes as much memory as the adapted matrices.
 
         Raises:
-            ValueError: if the model has no adapters, or is quantized.
+            ValueError: if the model has no adapters, or they are merged already, or the
+                model is quantized.
 
         Example:
             >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
@@ -409,6 +417,11 @@ class OpenLlamaBackbone(Backbone):
             >>> len(backbone.trainable_variables) == len(backbone.variables)
             True
         """
+        if self._merged:
+            raise ValueError(
+                "The adapters of this model are merged already. Call `unmerge_lora()` "
+                f"to restore them. Received: reversible={reversible!r}"
+            )
         merged = lora.merge_adapters(self, reversible)
         # Layer by layer: on TensorFlow, Keras does not propagate `trainable`.
         for layer in (*flatten_layers(self), *self._heads):
@@ -419,7 +432,8 @@ class OpenLlamaBackbone(Backbone):
         """Restores the adapters and the original weights, bit-exactly.
 
         Raises:
-            ValueError: if no adapters were merged with `reversible=True`.
+            ValueError: if no adapters were merged with `reversible=True`, or a weight
+                was trained or quantized since.
 
         Example:
             >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")

@@ -379,6 +379,49 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
 
     # ----- Adapters
 
+    def merge_lora(self, reversible: bool = True) -> None:
+        """Merges the adapters of the backbone into its weights and removes them.
+
+        The same as `lm.backbone.merge_lora`. The merged model is as fast as one without
+        adapters, and all its variables are trainable: call `compile` again before
+        `fit`.
+
+        Args:
+            reversible: whether to save the original weights in host memory for
+                `unmerge_lora`. This takes as much memory as the adapted matrices.
+
+        Raises:
+            ValueError: if the model has no adapters, or they are merged already, or the
+                model is quantized.
+
+        Example:
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.backbone.enable_lora(4)
+            >>> lm.merge_lora()
+            >>> len(lm.trainable_variables) == len(lm.variables)
+            True
+        """
+        self.backbone.merge_lora(reversible)
+
+    def unmerge_lora(self) -> None:
+        """Restores the adapters and the original weights, bit-exactly.
+
+        The same as `lm.backbone.unmerge_lora`.
+
+        Raises:
+            ValueError: if no adapters were merged with `reversible=True`, or a weight
+                was trained or quantized since.
+
+        Example:
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.backbone.enable_lora(4)
+            >>> lm.merge_lora()
+            >>> lm.unmerge_lora()
+            >>> len(lm.trainable_variables)  # The adapters.
+            16
+        """
+        self.backbone.unmerge_lora()
+
     def save_adapters(self, path: PathLike, force: bool = False) -> None:
         """Writes the LoRA adapters as a directory that PEFT can load.
 

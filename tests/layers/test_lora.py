@@ -154,12 +154,12 @@ def test_lora_on_an_int8_base_learns(first):
 def test_unmerge_lora_restores_the_model_exactly(dtype):
     lm = make_lm(dtype=dtype)
     before, logits = values_of(lm), logits_of(lm)
-    lm.backbone.merge_lora()
+    lm.merge_lora()
     assert not any("lora" in weight.path for weight in lm.weights)
     assert len(lm.trainable_variables) == len(lm.weights)
     tolerance = 1e-4 if dtype == "float32" else 0.2
     np.testing.assert_allclose(logits_of(lm), logits, atol=tolerance)
-    lm.backbone.unmerge_lora()
+    lm.unmerge_lora()
     after = values_of(lm)
     assert set(after) == set(before)
     for path, value in before.items():
@@ -174,13 +174,13 @@ def test_fit_after_unmerge_lora_equals_fit_without_merging():
         lm = make_lm()
         first = fit(lm)
         if merge:
-            lm.backbone.merge_lora()
+            lm.merge_lora()
             lm.generate(
                 {"token_ids": [[1, 5]], "padding_mask": [[1, 1]]},
                 max_length=4,
                 stop_token_ids=None,
             )
-            lm.backbone.unmerge_lora()
+            lm.unmerge_lora()
         return first + fit(lm, optimizer=lm.optimizer)
 
     assert losses(True) == losses(False)
@@ -191,7 +191,7 @@ def test_irreversible_merge_lora_gives_a_plain_model(tmp_path):
     logits = logits_of(lm)
     lm.backbone.merge_lora(reversible=False)
     with pytest.raises(ValueError, match="no merged adapters to restore"):
-        lm.backbone.unmerge_lora()
+        lm.unmerge_lora()
     lm.save_to_preset(str(tmp_path))
     restored = type(lm).from_preset(str(tmp_path), preprocessor=None)
     np.testing.assert_allclose(logits_of(restored), logits, atol=1e-4)
@@ -217,9 +217,9 @@ def test_enable_and_merge_lora_take_effect_in_compiled_functions(method):
         weight.assign(0.3 * np.random.default_rng(0).standard_normal(weight.shape))
     adapted = found()
     assert np.abs(adapted - plain).max() > 1e-2
-    lm.backbone.merge_lora()
+    lm.merge_lora()
     np.testing.assert_allclose(found(), adapted, atol=1e-3)
-    lm.backbone.unmerge_lora()
+    lm.unmerge_lora()
     np.testing.assert_allclose(found(), adapted, atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def test_enable_lora_between_two_fits_trains_only_the_adapters():
     assert all("lora" in path for path in after if (after[path] != before[path]).any())
     lm.compile(optimizer=keras.optimizers.Adam())
     lm.fit(x, batch(SHAPE), verbose=0)
-    lm.backbone.merge_lora()
+    lm.merge_lora()
     before = values_of(lm)
     with pytest.raises(ValueError, match="Call `compile` again"):
         lm.fit(x, batch(SHAPE), verbose=0)
@@ -247,14 +247,14 @@ def test_enable_lora_between_two_fits_trains_only_the_adapters():
 @pytest.mark.slow_on_tensorflow
 def test_unmerge_lora_rejects_kernels_that_changed(change):
     lm = make_lm()
-    lm.backbone.merge_lora()
+    lm.merge_lora()
     if change == "quantize":
         lm.backbone.quantize("int8")
     else:
         fit(lm, steps=1)
     before = logits_of(lm)
     with pytest.raises(ValueError, match="trained or quantized since"):
-        lm.backbone.unmerge_lora()
+        lm.unmerge_lora()
     np.testing.assert_array_equal(logits_of(lm), before)
 
 
@@ -382,16 +382,28 @@ def test_enable_lora_rejects_invalid_arguments_without_side_effects(arguments, m
     assert len(lm.trainable_variables) == len(lm.weights)
 
 
-def test_enable_lora_twice_is_rejected_merged_or_not():
+def test_enable_lora_twice_is_rejected():
     lm = make_lm()
     before = values_of(lm)
     with pytest.raises(ValueError, match=r"has adapters \(rank 3\)"):
         lm.backbone.enable_lora(4)
     for path, value in values_of(lm).items():
         np.testing.assert_array_equal(value, before[path])
-    lm.backbone.merge_lora()
-    with pytest.raises(ValueError, match="has adapters"):
+
+
+def test_errors_after_a_reversible_merge_name_steps_that_work():
+    lm = make_lm()
+    logits = logits_of(lm)
+    lm.merge_lora()
+    with pytest.raises(ValueError, match=r"merged already. Call `unmerge_lora\(\)`"):
+        lm.merge_lora(reversible=False)
+    steps = r"`unmerge_lora\(\)` and then `merge_lora\(reversible=False\)`.*rank=4"
+    with pytest.raises(ValueError, match=steps):
         lm.backbone.enable_lora(4)
+    lm.unmerge_lora()
+    lm.merge_lora(reversible=False)
+    lm.backbone.enable_lora(4)
+    np.testing.assert_allclose(logits_of(lm), logits, atol=1e-4)
 
 
 def test_save_adapters_and_merge_lora_need_adapters(tmp_path):
@@ -399,7 +411,7 @@ def test_save_adapters_and_merge_lora_need_adapters(tmp_path):
     with pytest.raises(ValueError, match="no adapters to save"):
         lm.save_adapters(tmp_path / "adapters")
     with pytest.raises(ValueError, match="no adapters to merge"):
-        lm.backbone.merge_lora()
+        lm.merge_lora()
     assert not (tmp_path / "adapters").exists()
 
 
@@ -408,7 +420,7 @@ def test_merge_lora_rejects_quantized_weights():
     lm.quantize("int8")
     lm.backbone.enable_lora(2)
     with pytest.raises(ValueError, match="cannot be merged into weights that are quan"):
-        lm.backbone.merge_lora()
+        lm.merge_lora()
 
 
 def changed(directory, **settings):
