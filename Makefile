@@ -39,7 +39,7 @@ demo: $(VENV)/.base-installed  ## Install, and generate with open_llama_nano (PR
 	@echo 'Next: $(BIN)/keras-openllama generate "Once upon a time" --preset open_llama_nano'
 
 .PHONY: test
-test: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Install every extra; run the tests on the three backends
+test: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Install every extra; run the tests on the three backends (20 minutes)
 	@$(BIN)/python tests/run_backends.py $(PYTEST)
 
 .PHONY: test-all
@@ -68,7 +68,7 @@ gpu-check: $(VENV)/.all-installed  ## Test and benchmark one GPU, on JAX and PyT
 	@$(BIN)/python benchmarks/gpu_check $(GPU_CHECK)
 
 .PHONY: install
-install: $(VENV)/.all-installed  ## Install every extra into .venv
+install: $(VENV)/.all-installed  ## Install every extra except plan (the TPU compiler) into .venv
 
 .PHONY: freeze
 freeze: $(VENV)/.all-installed  ## Write the installed versions to constraints.txt

@@ -84,11 +84,11 @@ def read_run(directory: PathLike) -> dict[str, Any] | None:
             raise ValueError(f"its format is {run['format']}, not {RUN_FORMAT}")
     except _UnsupportedRunError:
         raise ValueError(
-            f"{directory} holds a fine-tuning run of keras_openllama 0.1, which this "
-            "version cannot resume. If that run was complete, load its results: "
+            f"{directory} holds a fine-tuning run of a version before 0.2.0, which "
+            "this version cannot resume. If that run was complete, load its results: "
             f"{directory}/adapters (`lm.load_adapters`) or {directory}/model "
             "(`from_preset`). Otherwise start again in another output directory, or "
-            "finish it with keras_openllama 0.1."
+            "finish it with the version that started it."
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}.") from error

@@ -394,7 +394,7 @@ def test_from_preset_loads_full_finetuning_runs_and_explains_lora_runs(
 @pytest.mark.parametrize("kind", ["lora", "all"])
 def test_finetune_rejects_runs_of_version_0_1(kind, arguments, data, tmp_path, capsys):
     run = shutil.copytree(RUNS_0_1 / kind, tmp_path / "run")
-    assert "fine-tuning run of keras_openllama 0.1" in error_of(
+    assert "fine-tuning run of a version before 0.2.0" in error_of(
         capsys, *arguments(data, run, "--lora-rank", 2)
     )
     with pytest.raises(ValueError, match=r"fine-tuning run .*run/model"):

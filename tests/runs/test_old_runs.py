@@ -1,4 +1,4 @@
-"""Pretraining runs of keras_openllama 0.1 load and resume."""
+"""Pretraining runs of versions before 0.2.0 load and resume."""
 
 import dataclasses
 import shutil
