@@ -55,10 +55,13 @@ random.seed(0)
 np.random.seed(0)
 
 
-def run(command, *arguments):
-    """Runs `keras-openllama COMMAND`; returns the lines that it printed."""
-    words = [sys.executable, "-m", "keras_openllama", command, *arguments]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+def keras_openllama(command, *arguments):
+    """Runs `keras-openllama COMMAND ARGUMENTS` in the directory `output`.
+
+    Returns the lines that it printed.
+    """
+    words = [sys.executable, "-m", "keras_openllama", *command.split(), *arguments]
+    done = subprocess.run(words, cwd=output, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return done.stdout.splitlines()
@@ -88,7 +91,7 @@ modules = [p for p in sorted(library.rglob("*.py")) if not excluded & {*p.parts}
 english = [*filter(None, map(documentation, modules)), *topics.values()]
 with open(output / "english.jsonl", "w", encoding="utf-8") as file:
     file.writelines(json.dumps({"text": text}) + "\n" for text in english)
-sources = [f"code={library}/*.py", f"english={output}/english.jsonl"]
+sources = [f"code={library}/*.py", "english=english.jsonl"]
 print(f"{len(english)} English texts, {sum(map(len, english)) / 1e6:.1f} MB")
 
 """
@@ -98,9 +101,8 @@ SentencePiece BPE with byte fallback, in the layout of OpenLLaMA v2, which keeps
 space. It has 3,072 pieces, the vocabulary size of `open_llama_nano`.
 """
 
-printed = run(
-    *("train-tokenizer", "--output", output / "tokenizer"),
-    *("--vocab-size", 3072, "--style", "v2", "--input", *sources),
+printed = keras_openllama(
+    "train-tokenizer --output tokenizer --vocab-size 3072 --style v2 --input", *sources
 )
 table = printed.index("") + 1
 print("\n".join(printed[table : table + 5]))
@@ -115,10 +117,9 @@ pieces, 3.50.
 Documents become token shards. Some documents are held out for validation.
 """
 
-printed = run(
-    *("prepare-data", "--output", output / "data"),
-    *("--tokenizer", output / "tokenizer", "--validation-fraction", 0.05),
-    *(part for source in sources for part in ("--source", source)),
+printed = keras_openllama(
+    "prepare-data --output data --tokenizer tokenizer --validation-fraction 0.05",
+    *(f"--source={source}" for source in sources),
 )
 print("\n".join(line for line in printed if re.search("for train|validation", line)))
 
@@ -142,9 +143,8 @@ validate_every: {5 if quick else 50}
 sample_every: 0
 """
 )
-run(
-    *("pretrain", "--preset", "nano", "--config", output / "pretrain.yaml"),
-    *("--data", output / "data", "--output", output / "run"),
+keras_openllama(
+    "pretrain --preset nano --config pretrain.yaml --data data --output run"
 )
 
 lines = (output / "run" / "validation.jsonl").read_text().splitlines()

@@ -15,7 +15,8 @@ planned, and never run on a TPU by this project.**
 
 In a notebook, this cell installs the package with the extra `train`. On a TPU, add
 `"jax[tpu]"`. The extra `plan` adds the TPU compiler, with which plans are made on any
-x86-64 Linux machine. In a checkout, `make install` has done this.
+x86-64 Linux machine. In a checkout, `make install` has done this, except for the extra
+`plan`: add it by `.venv/bin/pip install -e ".[plan]"`.
 """
 
 """shell
@@ -28,9 +29,11 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -38,16 +41,27 @@ quick = os.environ.get("EXAMPLES_QUICK") == "1"
 output = Path(os.environ.get("EXAMPLES_OUTPUT") or tempfile.mkdtemp())
 
 
-def run(command, *arguments):
-    """Runs `keras-openllama COMMAND`; returns what it printed.
+def start(command, *arguments):
+    """Starts `keras-openllama COMMAND ARGUMENTS` in the directory `output`.
 
     Each command is a process: a process that uses a TPU keeps it until it ends.
     """
-    words = [sys.executable, "-m", "keras_openllama", command, *arguments]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return done.stdout
+    words = [sys.executable, "-m", "keras_openllama", *command.split(), *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, cwd=output, **pipes)
+
+
+def finish(process, exit_code=0):
+    """Waits for a process; returns what it printed, if it ends with the exit code."""
+    printed, errors = process.communicate()
+    if process.returncode != exit_code:
+        raise RuntimeError(f"Exit code {process.returncode}: {errors[-2000:]}")
+    return printed
+
+
+def keras_openllama(command, *arguments):
+    """Runs `keras-openllama COMMAND ARGUMENTS`; returns what it printed."""
+    return finish(start(command, *arguments))
 
 
 """
@@ -57,7 +71,7 @@ Each preset has a recipe, with the source of each setting. `--show` prints it an
 Settings that were never published are marked.
 """
 
-print(run("pretrain", "--preset", "7b_v2", "--show"))
+print(keras_openllama("pretrain --preset 7b_v2 --show"))
 
 """
 ## The plan
@@ -68,9 +82,13 @@ without `--no-alternatives` neighboring choices are planned, too. On 256 chips o
 the 7B recipe is planned at 26.7 GiB, 4,277 tokens/s/chip and 68 % MFU, 11 days in all.
 """
 
-if importlib.util.find_spec("libtpu") and not quick:
-    arguments = ("--plan", "--topology", "v4:4x8x8", "--no-alternatives")
-    print(run("pretrain", "--preset", "7b_v2", *arguments))
+plan = "pretrain --preset 7b_v2 --plan --topology v4:4x8x8 --no-alternatives"
+if quick:
+    print("Skipped, because EXAMPLES_QUICK is set.")
+elif not importlib.util.find_spec("libtpu"):
+    print("Skipped, because the extra `plan` is not installed.")
+else:
+    print(keras_openllama(plan))
 
 """
 ## Data
@@ -81,9 +99,9 @@ data, from a bucket. Here, it is the manual that is behind Python's `help()`.
 
 manual = output / "manual.jsonl"
 manual.write_text("\n".join(json.dumps({"text": text}) for text in topics.values()))
-run(
-    *("prepare-data", "--tokenizer", "nano", "--output", output / "data"),
-    *("--source", f"manual={manual}", "--validation-fraction", 0.1, "--workers", 1),
+keras_openllama(
+    "prepare-data --tokenizer nano --source manual=manual.jsonl --output data "
+    "--validation-fraction 0.1 --workers 1"
 )
 
 """
@@ -94,35 +112,52 @@ and the other hosts. `--mesh data=4,fsdp=64` selects the mesh; without it the re
 one for the number of chips.
 """
 
-steps = 4 if quick else 40
+steps = 20 if quick else 40
 pretrain = (
-    *("--preset", "nano", "--data", output / "data", "--output", output / "run"),
-    *("--set", "sample_every=0", "--set", "warmup_steps=2", "--batch-size", 2),
-    *("--set", "sequence_length=128", "--save-every", steps // 2, "--steps", steps),
+    f"pretrain --preset nano --data data --batch-size 2 --steps {steps} "
+    f"--save-every {steps // 2} --set sequence_length=128 --set warmup_steps=2 "
+    "--set sample_every=0"
 )
-run("pretrain", *pretrain)
+keras_openllama(f"{pretrain} --output run")
 
 
-def losses():
-    """Returns the training loss of each step of the log."""
-    lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+def losses(directory):
+    """Returns the training loss of each step in the log of a run."""
+    log = output / directory / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {record["step"]: record["loss"] for record in records}
 
 
-first = losses()
-print("loss by step:", {step: round(loss, 2) for step, loss in first.items()})
+uninterrupted = losses("run")
+print("loss by step:", {step: round(loss, 2) for step, loss in uninterrupted.items()})
 
 """
-## Resume
+## Stop and resume
 
-When a slice is preempted, SIGTERM saves a checkpoint, and the process exits with code
-75. A run that is killed loses the steps since its last checkpoint. Running the same
-command again resumes it, bit-exactly on the same mesh. A run that is complete has
-nothing left to do:
+A slice that is preempted receives SIGTERM: the run saves a checkpoint, and the process
+exits with code 75. Here, the same run in another directory is stopped after its first
+steps. (A process that is killed without a warning loses the steps since its last
+checkpoint.)
 """
 
-run("pretrain", *pretrain)
-print("The log is the same:", losses() == first)
+stopped = start(f"{pretrain} --output stopped_run")
+while stopped.poll() is None and len(losses("stopped_run")) < 3:
+    time.sleep(0.02)
+stopped.send_signal(signal.SIGTERM)
+print(finish(stopped, exit_code=75).splitlines()[-1])
+before = losses("stopped_run")
+print(f"The log has {len(before)} of {steps} steps.")
+
+"""
+The same command again resumes the run. On the same mesh this is bit-exact: the log has
+the losses of the uninterrupted run, to the last digit.
+"""
+
+printed = keras_openllama(f"{pretrain} --output stopped_run")
+print(next(line for line in printed.splitlines() if line.startswith("Resuming")))
+resumed = losses("stopped_run")
+print("The same losses as without the interruption:", resumed == uninterrupted)
 
 """
 ## The result
@@ -131,9 +166,7 @@ The run's directory is a preset, and so is each of its checkpoints.
 """
 
 print(sorted(path.name for path in (output / "run").iterdir()))
-text = run(
-    "generate", "The value of", "--preset", output / "run", "--max-new-tokens", 16
-)
+text = keras_openllama("generate --preset run --max-new-tokens 16", "The value of")
 print(text)
 
 """
