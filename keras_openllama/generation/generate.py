@@ -81,7 +81,7 @@ def _generate_texts(
         prompt_ids = [preprocessor.chat_ids(messages) for messages in prompts.chats]
         prefixes = [""] * len(prompt_ids)
     else:
-        prompt_ids = preprocessor.prompt_ids(prompts.texts)
+        prompt_ids = preprocessor.prompt_ids(prompts.texts, name="inputs")
         prefixes = prompts.texts
     stop_strings = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
@@ -113,7 +113,8 @@ def stream(model: CausalLM, text: str, limits: GenerationLimits) -> Iterator[str
         >>> list(stream(lm, "The sea", GenerationLimits(max_new_tokens=3)))
         [' sh', 'ines', ',']
     """
-    prompt_ids = model.preprocessor.prompt_ids(normalize_texts(text).texts)
+    texts = normalize_texts(text).texts
+    prompt_ids = model.preprocessor.prompt_ids(texts, name="inputs")
     stop_strings = normalize_stop_strings(limits.stop)
     (decoder,), steps = _start_decoding(
         model, prompt_ids, limits, stop_strings, stride=1

@@ -14,6 +14,7 @@ from keras_openllama.loading.load import load_preprocessor
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 from keras_openllama.text.examples import (
+    BatchWarnings,
     TrainingExamples,
     chat_exchanges,
     chat_prompt_ids,
@@ -41,7 +42,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
     A text becomes `<s> text </s>`, truncated or padded to `sequence_length + 1` tokens:
     inputs, and targets shifted by one. Padding has zero weight. A text that is
     too long is truncated at its end: it loses `</s>`, but never `<s>`. A warning
-    reports how many examples were truncated or are empty.
+    reports how many examples were truncated or are empty; for the batches of a
+    `tf.data.Dataset` it does so when their number reaches 1, 10, 100 and so on.
 
     This class alone inserts `<s>` and `</s>`: the tokenizer's `add_bos` and `add_eos`
     have no effect here, so no token is inserted twice.
@@ -51,9 +53,9 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
     - `x`: a text or a batch of texts (strings, UTF-8 bytes, a list or array of them,
       or a TensorFlow string tensor, also inside `tf.data.Dataset.map`). Or pairs: a
       dict of `"prompt"` and `"response"`, each of them a text or a batch of texts, or a
-      list of such dicts. Only the responses are learned. Or chats: a list of
-      `{"messages": [{"role": …, "content": …}, …]}`. Each reply of the role
-      `"assistant"` is learned, including the `</s>` that follows it.
+      list of such dicts. Only the responses contribute to the loss. Or chats: a list
+      of `{"messages": [{"role": …, "content": …}, …]}`. Each reply of the role
+      `"assistant"` contributes to the loss, with the `</s>` that follows it.
     - `y`: `None`, or the responses to the prompts in `x`.
     - `sample_weight`: `None`, or weights that are multiplied by those of the tokens:
       one per example, `(batch,)`, or one per target, `(batch, sequence_length)`.
@@ -192,7 +194,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             sequence_length: overrides the constructor's.
 
         Returns:
-            Token ids, and which of them are learned.
+            Token ids and loss masks.
 
         Raises:
             ValueError: for a prompt without a response, or a malformed chat.
@@ -246,20 +248,18 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         return {name: array[0] for name, array in x.items()}, y[0], weights[0]
 
     def _training_tensors(self, x, sample_weight, length):
-        """Does what `call` does in a TensorFlow graph; warns once, about one batch."""
+        """Does what `call` does in a TensorFlow graph."""
         parts = dict(x) if isinstance(x, dict) else {"": x}
         if sample_weight is not None:
             parts["weight"] = sample_weight
-        warned = []  # A list: AutoGraph cannot convert `nonlocal`.
+        batch_warnings = BatchWarnings()
 
         def arrays(*values):
             given = dict(zip(parts, values, strict=True))
             weight = given.pop("weight", None)
             data = normalize_examples(given.get("", given))
             examples = self.tokenize_examples(data, length)
-            if not warned:
-                warned.append(True)
-                examples.warn()
+            batch_warnings.add(examples)
             x, targets, weights = self.pad_examples(examples, weight, data.batched)
             return *x.values(), targets, weights
 
@@ -275,7 +275,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
     # --- Generation ---
 
     def prompt_ids(
-        self, texts: list[str], parse_special: bool = False
+        self, texts: list[str], parse_special: bool = False, name: str = "texts"
     ) -> list[list[int]]:
         """Tokenizes prompts for generation.
 
@@ -283,6 +283,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             texts: the prompts.
             parse_special: whether to encode control strings in the prompts as tokens;
                 see `OpenLlamaTokenizer.tokenize`.
+            name: name of the argument in error messages.
 
         Returns:
             Token ids of each prompt. They begin with `<s>`, unless `add_start_token` is
@@ -296,14 +297,14 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             >>> lm.preprocessor.prompt_ids(["The sea"])
             [[1, 357, 1239]]
         """
-        sequences = self.tokenizer.encode(
+        sequences = self.tokenizer.tokenize_texts(
             texts, parse_special=parse_special, add_bos=False, add_eos=False
         )
         start = self.tokenizer.start_token_id
         for i, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
             if not sequence:
                 raise ValueError(
-                    f"`inputs[{i}]` is an empty prompt: {text!r}. A prompt must have "
+                    f"`{name}[{i}]` is an empty prompt: {text!r}. A prompt must have "
                     + ("text." if not text else "characters other than spaces.")
                 )
             if self.add_start_token and sequence[0] != start:
@@ -372,12 +373,12 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def _prompt_arrays(self, x, length):
-        prompts = normalize_texts(x)
-        sequences = self.prompt_ids(prompts.texts)
+        prompts = normalize_texts(x, name="x")
+        sequences = self.prompt_ids(prompts.texts, name="x")
         for i, sequence in enumerate(sequences):
             if len(sequence) > length:
                 raise ValueError(
-                    f"`inputs[{i}]` is a prompt of {len(sequence)} tokens, longer than "
+                    f"`x[{i}]` is a prompt of {len(sequence)} tokens, longer than "
                     f"`sequence_length`, {length}. Shorten it, or raise "
                     "`sequence_length`."
                 )

@@ -98,7 +98,7 @@ def _targets(target_ids, shape, vocabulary_size):
 
 def _shifted(preprocessor, texts):
     """Returns token ids, padding mask and targets, padded to the longest text."""
-    sequences = preprocessor.prompt_ids(texts)
+    sequences = preprocessor.prompt_ids(texts, name="inputs")
     shape = len(sequences), max(len(sequence) for sequence in sequences) - 1
     if shape[1] == 0:
         raise ValueError(

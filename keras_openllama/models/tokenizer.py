@@ -26,7 +26,7 @@ from keras_openllama.text.sentencepiece_model import (
     read_proto,
 )
 from keras_openllama.text.stream_decoder import StreamDecoder
-from keras_openllama.text.token_arrays import as_id_sequences
+from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_id_sequences
 from keras_openllama.utils.types import PathLike, Tensor
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class OpenLlamaTokenizer(Tokenizer):
     unless `tokenize` is called with `parse_special=True`. So untrusted text cannot end
     a sequence.
 
-    Calling the tokenizer is the same as calling `tokenize`.
+    Calling the tokenizer is the same as calling `tokenize`, which corresponds to
+    `encode` of transformers.
 
     Args:
         proto: the SentencePiece model: path of the file, its bytes, or their base64
@@ -210,8 +211,8 @@ class OpenLlamaTokenizer(Tokenizer):
 
     @property
     def pad_token_id(self) -> int:
-        """0, which pads sequences behind a mask: OpenLLaMA has no padding token."""
-        return 0
+        """0, the id of `<unk>`: OpenLLaMA has no padding token. Padding is masked."""
+        return PAD_TOKEN_ID
 
     @property
     def special_tokens(self) -> list[str]:
@@ -325,20 +326,21 @@ class OpenLlamaTokenizer(Tokenizer):
         if is_graph_tensor(inputs):
             return self._tokenize_in_graph(inputs, parse_special, add_bos, add_eos)
         inputs = normalize_texts(inputs)
-        sequences = self.encode(inputs.texts, parse_special, add_bos, add_eos)
+        options = parse_special, add_bos, add_eos
+        sequences = self.tokenize_texts(inputs.texts, *options)
         return sequences if inputs.batched else sequences[0]
 
-    def encode(
+    def tokenize_texts(
         self,
         texts: list[str],
         parse_special: bool = False,
         add_bos: bool | None = None,
         add_eos: bool | None = None,
     ) -> list[list[int]]:
-        """Converts a list of strings to token ids, without checking the inputs.
+        """Converts a list of strings to token ids; `tokenize` takes other inputs, too.
 
         Args:
-            texts: strings, such as `text.inputs.normalize_texts` returns.
+            texts: strings. Their types are not checked.
             parse_special: see `tokenize`.
             add_bos: see `tokenize`.
             add_eos: see `tokenize`.
@@ -347,7 +349,7 @@ class OpenLlamaTokenizer(Tokenizer):
             A list of token ids for each string.
 
         Example:
-            >>> lm.preprocessor.tokenizer.encode(["The sea"], add_eos=True)
+            >>> lm.preprocessor.tokenizer.tokenize_texts(["The sea"], add_eos=True)
             [[357, 1239, 2]]
         """
         self._warn_of_lost_spaces(texts)

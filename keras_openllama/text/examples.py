@@ -344,18 +344,62 @@ class TrainingExamples:
 
     def warn(self) -> None:
         """Warns about truncated examples and examples without targets, with counts."""
-        total = len(self.token_ids)
-        if self.num_truncated:
-            warnings.warn(
-                f"{self.num_truncated} of {total} examples were truncated to "
-                f"sequence_length={self.sequence_length}. The longest has "
-                f"{self.longest} tokens. To use all tokens, set "
-                "`preprocessor.sequence_length`.",
-                stacklevel=2,
-            )
-        if self.num_without_targets:
-            warnings.warn(
-                f"{self.num_without_targets} of {total} examples have no target "
-                "tokens: they are empty, or truncation removed their response.",
-                stacklevel=2,
-            )
+        _warn(self, f"of {len(self.token_ids)} examples")
+
+
+class BatchWarnings:
+    """Warnings about the examples of many batches, as by `TrainingExamples.warn`.
+
+    The counts are those of all batches so far. A warning is issued when a count reaches
+    1, 10, 100 and so on: truncation in a late batch is reported, and a long stream has
+    few warnings.
+
+    Example:
+        >>> import warnings
+        >>> batches = BatchWarnings()
+        >>> with warnings.catch_warnings(record=True) as reported:
+        ...     for text in ["a", "a long text", "another long text"]:
+        ...         texts = Texts([text], batched=True)
+        ...         batches.add(lm.preprocessor.tokenize_examples(texts, 4))
+        >>> print(*[str(warning.message)[:44] for warning in reported])
+        1 of the 2 examples so far were truncated to
+    """
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._counts = TrainingExamples([], [], 0)
+
+    def add(self, examples: TrainingExamples) -> None:
+        """Adds a batch, and warns if a count has reached a power of ten."""
+        counts = self._counts
+        before = counts.num_truncated, counts.num_without_targets
+        self._total += len(examples.token_ids)
+        counts.sequence_length = examples.sequence_length
+        counts.num_truncated += examples.num_truncated
+        counts.num_without_targets += examples.num_without_targets
+        counts.longest = max(counts.longest, examples.longest)
+        after = counts.num_truncated, counts.num_without_targets
+        if [*map(_num_digits, after)] != [*map(_num_digits, before)]:
+            _warn(counts, f"of the {self._total} examples so far")
+
+
+def _num_digits(count):
+    return len(str(count)) if count else 0
+
+
+def _warn(examples, of_all):
+    """Warns about some of the examples, such as `of_all="of 12 examples"`."""
+    if examples.num_truncated:
+        warnings.warn(
+            f"{examples.num_truncated} {of_all} were truncated to "
+            f"sequence_length={examples.sequence_length}. The longest has "
+            f"{examples.longest} tokens. To use all tokens, set "
+            "`preprocessor.sequence_length`.",
+            stacklevel=3,
+        )
+    if examples.num_without_targets:
+        warnings.warn(
+            f"{examples.num_without_targets} {of_all} have no target tokens: they are "
+            "empty, or truncation removed their response.",
+            stacklevel=3,
+        )

@@ -14,6 +14,7 @@ from keras_openllama.backend.arrays import is_graph_tensor, to_numpy
 from keras_openllama.backend.keras_private import optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
+from keras_openllama.text.examples import BatchWarnings
 from keras_openllama.text.inputs import (
     Arrays,
     Batches,
@@ -410,7 +411,7 @@ class FitMixin(TrainStep):
 
     def _map_batches(self, batches):
         """Converts batches of text to batches of arrays that include the targets."""
-        warned = []
+        batch_warnings = BatchWarnings()
 
         def preprocess(batch):
             batch = batch if isinstance(batch, tuple) else (batch,)
@@ -419,9 +420,7 @@ class FitMixin(TrainStep):
             if isinstance(data, Arrays):
                 return self.preprocess_samples(x, y, sample_weight)
             examples = self.preprocessor.tokenize_examples(data)
-            if (examples.num_truncated or examples.num_without_targets) and not warned:
-                warned.append(True)  # Only the first such batch is reported.
-                examples.warn()
+            batch_warnings.add(examples)
             return self.preprocessor.pad_examples(examples, sample_weight)
 
         if is_tf_dataset(batches):

@@ -505,7 +505,7 @@ IDS = {"token_ids": np.array([[1, 5, 9]]), "padding_mask": np.ones((1, 3))}
     ("inputs", "options", "message"),
     [
         ("", {}, "empty prompt"),
-        (["a", ""], {}, r"inputs\[1\]"),
+        (["a", ""], {}, r"`inputs\[1\]` is an empty prompt"),
         ([], {}, "inputs"),
         (7, {}, "7"),
         ("a b c d e f g h", dict(max_length=4), "max_length=4"),

@@ -1,5 +1,7 @@
 """The preprocessor: training arrays, prompts, invalid input, `tf.data`."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -219,16 +221,16 @@ def test_prompt_ids_rejects_an_empty_prompt():
     for add_start_token in (True, False):
         for prompts, tokenizer in (("", TOKENIZER), ("   ", v1)):
             preprocessor = make(tokenizer, add_start_token=add_start_token)
-            with pytest.raises(ValueError, match=r"`inputs\[0\]` is an empty prompt"):
+            with pytest.raises(ValueError, match=r"`texts\[0\]` is an empty prompt"):
                 preprocessor.prompt_ids([prompts])
-    with pytest.raises(ValueError, match=r"`inputs\[1\]` is an empty prompt"):
+    with pytest.raises(ValueError, match=r"`x\[1\]` is an empty prompt"):
         make().generate_preprocess(["a", ""])
 
 
 @backend_free
 def test_generate_preprocess_rejects_a_prompt_beyond_sequence_length():
     count = len(TOKENIZER(LONG)) + 1
-    with pytest.raises(ValueError, match=rf"\[1\]` is a prompt of {count} .* 12"):
+    with pytest.raises(ValueError, match=rf"`x\[1\]` is a prompt of {count} .* 12"):
         make().generate_preprocess(["a", LONG])
 
 
@@ -262,7 +264,7 @@ def test_sample_weights_of_the_wrong_shape_are_rejected(shape):
 def test_error_names_inputs_that_are_not_text():
     with pytest.raises(ValueError, match=r"`x\[1\]` must be a string.*7"):
         make()([TEXT, 7])
-    with pytest.raises(ValueError, match=r"`inputs\[1\]` must be a string.*7"):
+    with pytest.raises(ValueError, match=r"`x\[1\]` must be a string.*7"):
         make().generate_preprocess([TEXT, 7])
 
 
@@ -308,6 +310,22 @@ def test_call_in_a_tf_dataset_has_static_shapes_and_the_same_values(tensorflow):
 
     some = dataset.batch(2).map(lambda texts: make()(texts, sequence_length=5))
     assert some.element_spec[1].shape.as_list() == [None, 5]
+
+
+@backend_free
+def test_call_in_a_tf_dataset_warns_at_1_10_and_100_truncated_examples(tensorflow):
+    texts = [TEXT, *[LONG] * 100]  # The first batch has no truncated example.
+    dataset = tensorflow.data.Dataset.from_tensor_slices(texts).batch(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len([*dataset.map(make())]) == len(texts)
+    found = [str(warning.message) for warning in caught]
+    counts = [text.split(" were")[0] for text in found if "were truncated to" in text]
+    assert counts == [
+        "1 of the 2 examples so far",
+        "10 of the 11 examples so far",
+        "100 of the 101 examples so far",
+    ]
 
 
 @backend_free

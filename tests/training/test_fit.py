@@ -329,6 +329,16 @@ def test_fit_warns_once_about_truncated_examples():
     assert sum("were truncated to" in str(w.message) for w in caught) == 1
 
 
+def test_fit_on_a_generator_warns_about_truncation_in_later_batches():
+    lm = make_lm(length=12)
+    long = PAIRS[1]
+    batches = (([p], [r]) for p, r in (PAIRS[0], long, long))
+    with pytest.warns(UserWarning, match="examples so far were trunc") as caught:
+        lm.fit(batches, verbose=0)
+    [found] = [w for w in caught if "were truncated to" in str(w.message)]
+    assert str(found.message).startswith("1 of the 2 examples so far")
+
+
 def test_bits_per_byte_exclude_truncated_text():
     text = "The sea was calm, and the captain looked at it for a long time."
     lm = make_lm(length=64)
