@@ -25,8 +25,10 @@ from keras_openllama.evaluation.response_cache import (
 )
 from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
+from keras_openllama.evaluation.unique_requests import UniqueRequests
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.utils.types import PathLike
+from keras_openllama.utils.validation import check_integer, raise_invalid
 
 MAX_GEN_TOKS = 256  # The default of the harness's own models.
 
@@ -44,8 +46,9 @@ class OpenLlamaLM(TemplateLM):
     Args:
         preset: see `OpenLlamaCausalLM.from_preset`.
         lm: a loaded model, instead of `preset`.
-        dtype: dtype or dtype policy of the weights. Defaults to Keras's global policy.
-        revision: branch, tag or commit of a repository on the Hub.
+        dtype: dtype or dtype policy of the weights, with `preset` only. Defaults to
+            Keras's global policy.
+        revision: branch, tag or commit of a repository on the Hub, with `preset` only.
         batch_size: for log-likelihoods the number of sequences of 512 tokens into which
             requests are packed (not of requests); for generation the number of prompts.
             `"auto"` is 8; nothing is searched.
@@ -56,10 +59,10 @@ class OpenLlamaLM(TemplateLM):
             not keep it.
         separate_tokenization: whether to tokenize continuations separately from their
             contexts, as EasyLM did for the published results (`docs/evaluation.md`).
-        data: number of replicas in the device mesh (JAX), see
+        data: number of replicas in the device mesh (JAX), with `preset` only, see
             `keras_openllama.distribution.make_mesh`.
-        fsdp: number of shards of the weights.
-        model: number of tensor-parallel shards.
+        fsdp: number of shards of the weights, with `preset` only.
+        model: number of tensor-parallel shards, with `preset` only.
         response_cache: path of an SQLite file in which to cache responses. After an
             interruption, an evaluation resumes from it bit-exactly.
         max_batch_size: ignored; the harness's command line passes it.
@@ -105,19 +108,27 @@ class OpenLlamaLM(TemplateLM):
                 "Pass one of `preset` (model_args preset=…) and `lm`. Received: "
                 f"preset={preset!r}, lm={lm!r}"
             )
+        # Before a model is loaded, which may take long.
+        self.batch_size = _parse_batch_size(batch_size)
+        self.max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
+        if max_length is not None:
+            max_length = check_integer("max_length", max_length)
+        axes = {"data": data, "fsdp": fsdp, "model": model}
         if lm is None:
-            axes = {"data": data, "fsdp": fsdp, "model": model}
-            mesh = {axis: size for axis, size in axes.items() if size}
+            mesh = {axis: size for axis, size in axes.items() if size is not None}
             lm = load_model(preset, dtype, revision, mesh)
+        else:
+            _check_not_given({"dtype": dtype, "revision": revision, **axes})
         if lm.preprocessor is None:
             raise ValueError(
                 "Tasks need a tokenizer: load the model with its preprocessor. "
                 "Received: lm.preprocessor=None"
             )
         self.lm = lm
-        self.batch_size = _parse_batch_size(batch_size)
-        self.max_length = _check_max_length(max_length, lm.backbone.context_length)
-        self.max_gen_toks = int(max_gen_toks)
+        longest = lm.backbone.context_length
+        if max_length is not None:
+            check_integer("max_length", max_length, most=longest)
+        self.max_length = longest if max_length is None else max_length
         self.add_bos, self.keep_bos = add_bos, keep_bos
         self.separate_tokenization = separate_tokenization
         self._warned_of_truncation = False
@@ -249,7 +260,19 @@ class OpenLlamaLM(TemplateLM):
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Computes log-likelihoods of continuations; see `lm_eval.api.model.LM`."""
+        """Computes log-likelihoods of continuations; see `lm_eval.api.model.LM`.
+
+        Args:
+            requests: requests with the arguments `(context, continuation)`.
+            disable_tqdm: whether to hide the progress bars.
+
+        Returns:
+            For each request, the sum of the log-probabilities of the continuation's
+            tokens in nats, and whether each of them is the most likely token.
+
+        Raises:
+            ValueError: if a continuation is longer than `max_length`.
+        """
         pairs = [request.args for request in requests]
         bar = tqdm(pairs, desc="tokenizing", disable=disable_tqdm or None, delay=1)
         encoded = [(pair, *self._encode_pair(*pair)) for pair in bar]
@@ -262,6 +285,13 @@ class OpenLlamaLM(TemplateLM):
 
         The first token is predicted from `<s>`, which is not scored. (If the tokenizer
         adds `<s>`, `hf` adds another one and scores the second.)
+
+        Args:
+            requests: requests with the arguments `(text,)`.
+            disable_tqdm: whether to hide the progress bar.
+
+        Returns:
+            For each request, the sum of the log-probabilities of its tokens in nats.
         """
         windows, owners = [], []
         for i, request in enumerate(requests):
@@ -284,100 +314,139 @@ class OpenLlamaLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """Pairs of log-likelihood and greedy flag for `(request, context, ids)`."""
-        keys, by_key = [], {}
+        unique = UniqueRequests()
         for request, context, ids in requests:
-            sequence = self._sequence(request, context, ids)
-            keys.append(request_key("loglikelihood", sequence, len(ids)))
-            by_key[keys[-1]] = sequence, len(sequence) - len(ids)
-        unique_keys = list(by_key)
-        sequences, score_from = (
-            zip(*by_key.values(), strict=True) if by_key else ((), ())
-        )
+            sequence = self._truncated_pair(request, context, ids)
+            key = request_key("loglikelihood", sequence, len(ids))
+            unique.add(key, (sequence, len(sequence) - len(ids)), request)
+        responses = self._score_missing(unique)
+        self._store("loglikelihood", unique, responses, disable_tqdm)
+        return [tuple(self.responses.get(key)) for key in unique.keys]
 
-        def respond(batch):
+    def _score_missing(self, unique):
+        """Yields the responses of each batch by key, except those in the cache."""
+        keys = list(unique.inputs)
+        sequences = [sequence for sequence, _ in unique.inputs.values()]
+        score_from = [first for _, first in unique.inputs.values()]
+        for batch in self._pending_batches(keys, sequences):
             scores = self.scorer.score_batch(batch, sequences, score_from)
-            return {
-                unique_keys[i]: (
-                    float(log_probs.sum(dtype="float64")),
-                    bool(greedy.all()),
-                )
+            yield {
+                keys[i]: (float(log_probs.sum(dtype="float64")), bool(greedy.all()))
                 for i, (log_probs, greedy) in scores.items()
             }
 
-        def batches():
-            rest = []
-            for batch in self.scorer.make_batches(sequences):
-                indices = batch.sequence_indices
-                missing = [i for i in indices if unique_keys[i] not in self.responses]
-                # Keeps the batches of an interrupted run, for bit-exact results.
-                if len(missing) == len(indices):
-                    yield batch
-                else:
-                    rest += missing
-            yield from self.scorer.make_batches(sequences, rest)
+    def _pending_batches(self, keys, sequences):
+        """Yields batches of all sequences whose responses are not in the cache.
 
-        pairs = [request for request, _, _ in requests]
-        self._respond("loglikelihood", pairs, keys, batches(), respond, disable_tqdm)
-        return [tuple(self.responses.get(key)) for key in keys]
+        The last bits of a log-probability may depend on the batch. So batches without
+        a cached response remain as they are, which makes the results of a resumed
+        evaluation bit-identical. Only the rest is packed anew.
+        """
+        rest = []
+        for batch in self.scorer.make_batches(sequences):
+            indices = batch.sequence_indices
+            missing = [i for i in indices if keys[i] not in self.responses]
+            if len(missing) == len(indices):
+                yield batch
+            else:
+                rest += missing
+        yield from self.scorer.make_batches(sequences, rest)
 
     def generate_until(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[str]:
-        """Generates text up to a stop string; see `lm_eval.api.model.LM`."""
-        keys, by_key, groups = [], {}, {}
+        """Generates texts up to a stop string; see `lm_eval.api.model.LM`.
+
+        Args:
+            requests: requests with the arguments `(context, gen_kwargs)`.
+            disable_tqdm: whether to hide the progress bar.
+
+        Returns:
+            For each request the generated text, without the stop string.
+
+        Raises:
+            ValueError: if `gen_kwargs` has unsupported keys or invalid values.
+        """
+        unique = UniqueRequests()
         for request in requests:
             context, gen_kwargs = request.args
             options = GenerationOptions.from_gen_kwargs(gen_kwargs, self.max_gen_toks)
-            ids = self._prompt(context, options)
-            keys.append(request_key("generate_until", ids, options))
-            while options.sampler.get("temperature") and keys[-1] in by_key:
-                keys[-1] = request_key(keys[-1])  # Another sample of the same request.
-            by_key[keys[-1]] = ids, options
-            _, lengths = groups.setdefault(request_key(options), (options, {}))
-            lengths[keys[-1]] = len(ids)
+            ids = self._truncated_prompt(context, options)
+            key = request_key("generate_until", ids, options)
+            if options.sampler.get("temperature"):
+                while key in unique.inputs:  # Each equal request is another sample.
+                    key = request_key(key)
+            unique.add(key, (ids, options), request.args)
+        responses = self._generate_missing(unique)
+        self._store("generate_until", unique, responses, disable_tqdm)
+        return [self.responses.get(key) for key in unique.keys]
 
-        def respond(batch):
-            prompts, (_, options) = [by_key[key][0] for key in batch], by_key[batch[0]]
-            texts = generate_until(self.lm, prompts, options)
-            return dict(zip(batch, texts, strict=True))
+    def _generate_missing(self, unique):
+        """Yields the responses of each batch by key, except those in the cache."""
+        keys_by_options = {}
+        for key, (_, options) in unique.inputs.items():
+            keys_by_options.setdefault(request_key(options), []).append(key)
+        for keys in keys_by_options.values():
+            _, options = unique.inputs[keys[0]]
+            sampler = self._resumed_sampler(options, keys)
+            batches = self._pending_prompts(unique, keys)
+            with use_sampler(self.lm, **sampler):
+                for batch in batches:
+                    prompts = [unique.inputs[key][0] for key in batch]
+                    texts = generate_until(self.lm, prompts, options)
+                    yield dict(zip(batch, texts, strict=True))
 
-        def batches():
-            for options, lengths in groups.values():
-                longest_first = sorted(lengths, key=lambda key: (-lengths[key], key))
-                sampler = dict(options.sampler)
-                if "seed" in sampler:  # Otherwise cached samples would be drawn again.
-                    sampler["seed"] += sum(key in self.responses for key in lengths)
-                with use_sampler(self.lm, **sampler):
-                    for first in range(0, len(longest_first), self.batch_size):
-                        batch = longest_first[first : first + self.batch_size]
-                        batch = [key for key in batch if key not in self.responses]
-                        if batch:
-                            yield batch
+    def _resumed_sampler(self, options, keys):
+        """Arguments of `use_sampler` to generate what is missing of the responses.
 
-        pairs = [request.args for request in requests]
-        self._respond("generate_until", pairs, keys, batches(), respond, disable_tqdm)
-        return [self.responses.get(key) for key in keys]
+        The number of cached samples is added to the seed: with the same seed they would
+        be drawn again, as samples of other requests.
+        """
+        sampler = dict(options.sampler)
+        if "seed" in sampler:
+            sampler["seed"] += sum(key in self.responses for key in keys)
+        return sampler
 
-    def _respond(self, kind, requests, keys, batches, respond, disable_tqdm):
-        """Computes and caches responses, one batch at a time."""
-        requests_by_key = {}
-        for request, key in zip(requests, keys, strict=True):
-            requests_by_key.setdefault(key, []).append(request)
-        done = sum(key in self.responses for key in keys)
-        bar = tqdm(
-            total=len(keys), initial=done, desc=kind, disable=disable_tqdm or None
-        )
-        with bar:
-            for batch in batches:
-                new = respond(batch)
+    def _pending_prompts(self, unique, keys):
+        """Returns batches of the keys without a cached response, longest first.
+
+        As in `_pending_batches`, the cache does not change how prompts are batched.
+        """
+
+        def longest_first(key):
+            ids, _ = unique.inputs[key]
+            return -len(ids), key
+
+        keys = sorted(keys, key=longest_first)
+        starts = range(0, len(keys), self.batch_size)
+        batches = [keys[start : start + self.batch_size] for start in starts]
+        pending = [[k for k in batch if k not in self.responses] for batch in batches]
+        return [batch for batch in pending if batch]
+
+    def _store(self, kind, unique, responses, disable_tqdm):
+        """Stores responses as they are computed, and shows the progress.
+
+        They go into this model's cache and the harness's own (`use_cache=…`).
+
+        Args:
+            kind: name of the method that the harness called.
+            unique: the requests.
+            responses: iterable of dicts of responses by key, one per batch.
+            disable_tqdm: whether to hide the progress bar.
+        """
+        done = sum(key in self.responses for key in unique.keys)
+        total, disable = len(unique.keys), disable_tqdm or None
+        with tqdm(total=total, initial=done, desc=kind, disable=disable) as bar:
+            for new in responses:
                 self.responses.add(new)
-                for key, value in new.items():
-                    bar.update(len(requests_by_key[key]))
-                    for request in requests_by_key[key]:
-                        if request is not None:  # `None` for a window of a text.
-                            self.cache_hook.add_partial(kind, request, value)
+                for key, response in new.items():
+                    requests = unique.arguments(key)
+                    bar.update(len(requests))
+                    for arguments in requests:
+                        if arguments is not None:  # `None` for a window of a text.
+                            self.cache_hook.add_partial(kind, arguments, response)
 
-    def _sequence(self, request, context, ids):
+    def _truncated_pair(self, request, context, ids):
         """Context and continuation, truncated on the left to the context length."""
         if len(ids) > self.max_length:
             raise ValueError(
@@ -385,18 +454,20 @@ class OpenLlamaLM(TemplateLM):
                 f"length of {self.max_length}. Received: …{str(request)[-200:]}"
             )
         # One more than the context length, since the last token is only predicted.
-        return self._truncate(context + ids, self.max_length + 1)
+        return self._truncate_left(context + ids, self.max_length + 1)
 
-    def _prompt(self, context, options):
+    def _truncated_prompt(self, context, options):
+        """Token ids of a prompt, truncated on the left to leave room for new tokens."""
         room = self.max_length - options.max_new_tokens
         if room < 1:
             raise ValueError(
                 "`max_gen_toks` of a task must be less than the context length of "
                 f"{self.max_length}. Received: {options.max_new_tokens}"
             )
-        return self._truncate(self.tok_encode(context) or [self.prefix_token_id], room)
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        return self._truncate_left(ids, room)
 
-    def _truncate(self, ids, length):
+    def _truncate_left(self, ids, length):
         """The last `length` ids, with a leading `<s>` kept if `keep_bos`."""
         if len(ids) <= length:
             return ids
@@ -440,24 +511,22 @@ def load_model(
         return OpenLlamaCausalLM.from_preset(preset, dtype=dtype, revision=revision)
 
 
+def _check_not_given(arguments):
+    """Rejects arguments of `load_model` for a model that is loaded already."""
+    given = [f"{k}={v!r}" for k, v in arguments.items() if v is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in arguments)} apply to `preset` only, "
+            f"and `lm` is already loaded. Remove them. Received: {', '.join(given)}"
+        )
+
+
 def _parse_batch_size(value):
     """Parses `batch_size`, which may be a string from a command line."""
-    text = str(value)
-    if text.partition(":")[0] == "auto":
-        return DEFAULT_BATCH_SIZE
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(
-            '`batch_size` must be a positive integer or "auto". Received: '
-            f"batch_size={value!r}"
-        )
-    return int(text)
-
-
-def _check_max_length(max_length, context_length):
-    max_length = context_length if max_length is None else max_length
-    if not 1 <= max_length <= context_length:
-        raise ValueError(
-            "`max_length` must be from 1 to the model's context length, "
-            f"{context_length}. Received: max_length={max_length!r}"
-        )
-    return max_length
+    if isinstance(value, str):
+        if value.partition(":")[0] == "auto":
+            return DEFAULT_BATCH_SIZE
+        if value.isdecimal() and int(value) >= 1:
+            return int(value)
+        raise_invalid("batch_size", value, 'a positive integer or "auto"')
+    return check_integer("batch_size", value)

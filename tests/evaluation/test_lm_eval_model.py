@@ -329,13 +329,27 @@ def test_simple_evaluate_creates_the_model_from_its_name(model_args, tmp_path):
         ({}, "Pass one of `preset`"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": "many"}, "batch_size='many'"),
-        ({"max_length": 10**6}, "max_length=1000000"),
+        (
+            {"max_length": 10**6},
+            "from 1 to 512. Received: max_length=1000000",
+        ),
+        ({"max_length": "1k"}, "max_length='1k'"),
+        ({"max_gen_toks": 0}, "`max_gen_toks` must be .* Received: max_gen_toks=0"),
+        ({"max_gen_toks": "many"}, "max_gen_toks='many'"),
+        ({"dtype": "bfloat16"}, "apply to `preset` only.* Received: dtype='bfloat16'"),
+        ({"revision": "main", "fsdp": 2}, "Received: revision='main', fsdp=2"),
     ],
 )
 def test_model_rejects_invalid_arguments(lm, arguments, message):
     model = {"lm": lm} if arguments else {}
     with pytest.raises(ValueError, match=message):
         get_model("keras_openllama")(**model, **arguments)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length", "max_gen_toks"])
+def test_model_rejects_invalid_arguments_before_it_loads_the_preset(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}=0"):
+        get_model("keras_openllama")("no preset", **{name: 0})
 
 
 def test_model_rejects_invalid_requests(adapter):
