@@ -11,89 +11,32 @@ There are two protocols:
 
 from __future__ import annotations
 
-import itertools
 import lzma
 import math
+import numbers
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from keras_openllama.evaluation.perplexity_protocols import (
+    PROTOCOLS,
+    Document,
+    TokenizedDocument,
+)
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.training.step_metrics import perplexity_from_loss
-from keras_openllama.utils.validation import check_integer
+from keras_openllama.utils.validation import check_integer, one_of
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
-# A text, or its token ids (without `<s>` and `</s>`) and its size in bytes.
-Document: TypeAlias = str | tuple[Sequence[int], int]
-
-PROTOCOLS = ("strided", "llama.cpp")
-LLAMA_CPP_CONTEXT = 512  # The default of `-c` in llama-perplexity.
+TOTAL = "total"  # Name of the row over all sources.
 # Heuristic: tokens whose windows are in memory at the same time.
 _TOKENS_AT_ONCE = 1 << 18
 # Heuristic: xz takes about a second per megabyte.
 _XZ_BYTES = 16 << 20
-
-
-class Window(NamedTuple):
-    """A window of a document, by positions. The position of `<s>` is 0.
-
-    Attributes:
-        start: position of the first token that the model reads.
-        first: position of the first token that is scored.
-        last: position of the last token that is scored.
-    """
-
-    start: int
-    first: int
-    last: int
-
-
-def strided_windows(count: int, context: int, stride: int) -> list[Window]:
-    """Splits a document into the windows of the protocol `"strided"`.
-
-    Args:
-        count: number of tokens, at positions 1 to `count`.
-        context: length of a window in tokens.
-        stride: number of tokens by which windows advance.
-
-    Returns:
-        The windows.
-
-    Example:
-        >>> strided_windows(10, context=4, stride=2)[1]
-        Window(start=2, first=5, last=6)
-    """
-    windows, last = [], 0
-    while last < count:
-        first = last + 1
-        last = min(count, last + (stride if windows else context))
-        windows.append(Window(max(0, last - context), first, last))
-    return windows
-
-
-def llama_cpp_windows(count: int, context: int) -> list[Window]:
-    """Splits a document into the chunks of the protocol `"llama.cpp"`.
-
-    Source: https://github.com/ggml-org/llama.cpp, `perplexity` in
-    tools/perplexity/perplexity.cpp.
-
-    Args:
-        count: number of tokens, at positions 1 to `count`.
-        context: length of a chunk in tokens.
-
-    Returns:
-        The chunks. `<s>` replaces the token at the `start` of each.
-
-    Example:
-        >>> llama_cpp_windows(22, context=8)
-        [Window(start=0, first=5, last=7), Window(start=8, first=13, last=15)]
-    """
-    starts = range(0, (count + 1) // context * context, context)
-    return [Window(s, s + context // 2 + 1, s + context - 1) for s in starts]
 
 
 # --- Measurement ---
@@ -117,7 +60,8 @@ def evaluate_perplexity(
     Args:
         lm: a model with a preprocessor.
         sources: by name, a document or a list of documents, see `texts.read_texts`. A
-            document is a text, or a pair of token ids and bytes.
+            document is a text, or a `TokenizedDocument`: a pair of token ids (without
+            `<s>` and `</s>`) and the number of bytes of their text.
         protocol: one of `PROTOCOLS`.
         context: length of a window in tokens. Defaults to the model's context length,
             with `"llama.cpp"` to at most 512.
@@ -134,8 +78,9 @@ def evaluate_perplexity(
         each chunk. Values that are not available are `None`.
 
     Raises:
-        ValueError: if an argument is invalid, a source has no tokens or is too short
-            for `"llama.cpp"`, or a log-probability is not finite.
+        ValueError: if an argument is invalid, a source is named `"total"`, has no
+            tokens or is too short for `"llama.cpp"`, or a log-probability is not
+            finite.
 
     Example:
         >>> [row] = evaluate_perplexity(lm, {"greeting": "Good morning."})
@@ -149,74 +94,54 @@ def evaluate_perplexity(
             "Perplexity needs a tokenizer: load the model with its preprocessor. "
             "Received: lm.preprocessor=None"
         )
-    protocol = _Protocol(lm, protocol, context, stride)
+    if TOTAL in sources:
+        raise ValueError(
+            f"`sources` must not have the name {TOTAL!r}, which is the row over all "
+            f"sources. Rename it. Received: {', '.join(sources)}"
+        )
+    one_of(*PROTOCOLS)("protocol", protocol)
+    rules = PROTOCOLS[protocol](lm.backbone.context_length, context, stride)
     scorer = TokenScorer(lm, batch_size)
     rows = [
-        _row(scorer, protocol, name, documents, progress)
+        _measure(scorer, rules, name, _as_documents(name, documents), progress)
         for name, documents in sources.items()
     ]
     return rows if len(rows) == 1 else [*rows, _total(rows)]
 
 
-class _Protocol:
-    """A protocol with validated arguments, which splits documents into windows."""
-
-    def __init__(self, lm, name, context, stride):
-        if name not in PROTOCOLS:
-            raise ValueError(
-                f"`protocol` must be one of {', '.join(PROTOCOLS)}. Received: "
-                f"protocol={name!r}"
-            )
-        self.chunked = name == "llama.cpp"
-        longest = lm.backbone.context_length
-        if context is None:
-            context = min(LLAMA_CPP_CONTEXT, longest) if self.chunked else longest
-        # A chunk of 2 tokens would have no scored tokens.
-        least = 3 if self.chunked else 1
-        context = check_integer("context", context, least, longest)
-        if self.chunked and stride is not None:
-            raise ValueError(
-                '`stride` requires protocol="strided": the chunks of llama.cpp are '
-                f"disjoint. Received: stride={stride!r}"
-            )
-        if stride is None:
-            stride = max(1, context // 2)
-        self.context = context
-        self.stride = check_integer("stride", stride, most=context)
-
-    def texts(self, name, documents):
-        """The documents of a source, checked and adapted to the protocol."""
-        if not self.chunked:
-            return documents
-        if len(documents) != 1 or not isinstance(documents[0], str):
-            raise ValueError(
-                'protocol="llama.cpp" requires one text per source, and '
-                f"{name!r} has {len(documents)} documents. Pass it as a text file, or "
-                'use protocol="strided".'
-            )
-        # llama.cpp does the same when it reads a file.
-        return [documents[0].removesuffix("\n")]
-
-    def windows(self, name, count):
-        """The windows of a document of `count` tokens."""
-        if not self.chunked:
-            return strided_windows(count, self.context, self.stride)
-        if count + 1 < 2 * self.context:
-            raise ValueError(
-                f"{name!r} has {count + 1} tokens, and llama.cpp's protocol requires "
-                f"{2 * self.context}, two chunks. Use a longer text, a `context` below "
-                f'{self.context}, or protocol="strided".'
-            )
-        return llama_cpp_windows(count, self.context)
+def _as_documents(name, documents):
+    """A document, or a sequence of documents, as a list of documents."""
+    if isinstance(documents, str) or _is_tokenized(documents):
+        documents = [documents]
+    return [_as_document(name, document) for document in documents]
 
 
-def _row(scorer, protocol, name, documents, progress):
-    documents = [documents] if isinstance(documents, str) else list(documents)
+def _is_tokenized(value):
+    """Whether a value is a pair of token ids and a number of bytes."""
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return is_pair and isinstance(value[1], numbers.Integral)
+
+
+def _as_document(name, document):
+    if isinstance(document, str):
+        return document
+    if not _is_tokenized(document):
+        raise ValueError(
+            f"`sources[{name!r}]` must be a text, a pair of token ids and the number "
+            f"of bytes of their text, or a list of these. Received: {document!r:.200}"
+        )
+    token_ids, num_bytes = list(map(int, document[0])), document[1]
+    argument = f"sources[{name!r}]: number of bytes"
+    num_bytes = check_integer(argument, num_bytes, 1 if token_ids else 0)
+    return TokenizedDocument(token_ids, num_bytes)
+
+
+def _measure(scorer, protocol, name, documents, progress):
+    """The row of a source."""
     tokenizer = scorer.lm.preprocessor.tokenizer
-    token_ids = _tokenize(tokenizer, protocol.texts(name, documents))
     windows = [
         (ids, window)
-        for ids in token_ids
+        for ids in _tokenize(tokenizer, protocol.documents(name, documents))
         for window in protocol.windows(name, len(ids))
     ]
     if not windows:
@@ -226,25 +151,25 @@ def _row(scorer, protocol, name, documents, progress):
     start = time.perf_counter()
     nats = _nats(scorer, windows, tokenizer.start_token_id, protocol, name, progress)
     seconds = time.perf_counter() - start
+    total = math.fsum(nats)
+    if not math.isfinite(total):
+        raise ValueError(
+            f"The log-probabilities of the tokens of {name!r} are not finite. Check "
+            "the weights, and whether the dtype can represent them. Received: a sum of "
+            f"{-total} nats"
+        )
     counts = [window.last + 1 - window.first for _, window in windows]
     row = {
         "name": name,
         "documents": len(documents),
         "bytes": sum(map(_document_bytes, documents)),
         "tokens": sum(counts),
-        "nats": math.fsum(nats),
+        "nats": total,
     }
-    row |= _rates(row, seconds, None if protocol.chunked else _xz(documents))
-    if not math.isfinite(row["nats"]):
-        raise ValueError(
-            f"The log-probabilities of the tokens of {name!r} are not finite. Check "
-            "the weights, and whether the dtype can represent them. Received: a sum of "
-            f"{-row['nats']} nats"
-        )
-    if protocol.chunked:
-        row["bits_per_byte"] = None
-        row["cumulative"] = _cumulative(nats, counts)
-    return row
+    row |= _rates(row, seconds, protocol.has_bits_per_byte)
+    if protocol.has_bits_per_byte:
+        row["xz_bits_per_byte"] = _xz(documents)
+    return row | protocol.details(nats, counts)
 
 
 def _nats(scorer, windows, start_token_id, protocol, name, progress):
@@ -258,7 +183,7 @@ def _nats(scorer, windows, start_token_id, protocol, name, progress):
     ) as bar:
         for begin in range(0, len(windows), at_once):
             part = windows[begin : begin + at_once]
-            sequences = [_sequence(*pair, start_token_id, protocol) for pair in part]
+            sequences = [protocol.sequence(*pair, start_token_id) for pair in part]
             score_from = [window.first - window.start for _, window in part]
             for batch in scorer.make_batches(sequences):
                 for i, (log_probs, _) in scorer.score_batch(
@@ -273,50 +198,40 @@ def _nats(scorer, windows, start_token_id, protocol, name, progress):
     return nats
 
 
-def _sequence(ids, window, start_token_id, protocol):
-    if window.start == 0:
-        return [start_token_id, *ids[: window.last]]
-    tokens = ids[window.start - 1 : window.last]
-    return [start_token_id, *tokens[1:]] if protocol.chunked else tokens
-
-
 def _tokenize(tokenizer, documents):
     texts = [document for document in documents if isinstance(document, str)]
     if texts:
         texts = iter(tokenizer.tokenize(texts, add_bos=False, add_eos=False))
     return [
-        next(texts) if isinstance(document, str) else list(map(int, document[0]))
+        next(texts) if isinstance(document, str) else document.token_ids
         for document in documents
     ]
 
 
 def _document_bytes(document):
-    return len(document.encode()) if isinstance(document, str) else document[1]
+    if isinstance(document, str):
+        return len(document.encode())
+    return document.num_bytes
 
 
-def _rates(row, seconds, xz=None):
+def _rates(row, seconds, has_bits_per_byte):
+    """Values of a row that follow from its sums and the time that it took."""
+    bits = row["nats"] / math.log(2)
     return {
         "perplexity": perplexity_from_loss(row["nats"] / row["tokens"]),
-        "bits_per_byte": row["nats"] / math.log(2) / row["bytes"],
-        "xz_bits_per_byte": xz,
+        "bits_per_byte": bits / row["bytes"] if has_bits_per_byte else None,
+        "xz_bits_per_byte": None,
         "tokens_per_second": row["tokens"] / seconds,
     }
 
 
 def _total(rows):
-    total = {"name": "total"}
+    total = {"name": TOTAL}
     for key in ("documents", "bytes", "tokens", "nats"):
         total[key] = sum(row[key] for row in rows)
-    total |= _rates(total, sum(r["tokens"] / r["tokens_per_second"] for r in rows))
-    if any(row["bits_per_byte"] is None for row in rows):
-        total["bits_per_byte"] = None
-    return total
-
-
-def _cumulative(nats, counts):
-    """Perplexity of all windows up to and including each."""
-    totals = zip(itertools.accumulate(nats), itertools.accumulate(counts), strict=True)
-    return [perplexity_from_loss(total / count) for total, count in totals]
+    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
+    has_bits_per_byte = all(row["bits_per_byte"] is not None for row in rows)
+    return total | _rates(total, seconds, has_bits_per_byte)
 
 
 def _xz(documents):
@@ -392,9 +307,10 @@ def mean_bits_per_byte(rows: Sequence[dict[str, Any]]) -> float:
         The mean.
 
     Example:
-        >>> rows = [{"bits_per_byte": bits} for bits in (1.0, 2.0, 1.1)]
+        >>> bits = {"novel": 1.0, "code": 2.0, "total": 1.1}
+        >>> rows = [{"name": name, "bits_per_byte": bits[name]} for name in bits]
         >>> mean_bits_per_byte(rows)
         1.5
     """
-    sources = rows if len(rows) == 1 else rows[:-1]
+    sources = [row for row in rows if row["name"] != TOTAL]
     return sum(row["bits_per_byte"] for row in sources) / len(sources)

@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keras_openllama.evaluation.perplexity_protocols import (
+    Document,
+    TokenizedDocument,
+)
 from keras_openllama.utils.types import PathLike
 
 if TYPE_CHECKING:
-    from keras_openllama.evaluation.perplexity import Document
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 TEXT_KEY = "text"
@@ -130,7 +133,7 @@ def _read_prepared_data(path, lm):
         if len(documents):
             # Without `<s>` and `</s>`, which are not text.
             sources[name] = [
-                (tokens[1:-1], size)
+                TokenizedDocument(tokens[1:-1], size)
                 for tokens, size in documents.read_many(range(len(documents)))
             ]
     if not sources:

@@ -17,9 +17,12 @@ from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.evaluation import perplexity
 from keras_openllama.evaluation.perplexity import (
     evaluate_perplexity,
-    llama_cpp_windows,
     mean_bits_per_byte,
     perplexity_table,
+)
+from keras_openllama.evaluation.perplexity_protocols import (
+    TokenizedDocument,
+    llama_cpp_windows,
     strided_windows,
 )
 from keras_openllama.evaluation.texts import read_texts
@@ -146,6 +149,8 @@ def test_llama_cpp_protocol_requires_one_text_of_two_chunks(lm):
         evaluate_perplexity(lm, {"text": "Short."}, "llama.cpp")
     with pytest.raises(ValueError, match="'lines' has 2 documents"):
         evaluate_perplexity(lm, {"lines": [TEXT, TEXT]}, "llama.cpp")
+    with pytest.raises(ValueError, match="'ids' has 1 document of token ids"):
+        evaluate_perplexity(lm, {"ids": ([5, 6], 2)}, "llama.cpp")
     with pytest.raises(ValueError, match="stride=8"):
         evaluate_perplexity(lm, {"text": TEXT}, "llama.cpp", stride=8)
 
@@ -175,6 +180,28 @@ def test_each_document_has_its_own_start_token(lm):
     assert f"{a['xz_bits_per_byte']:.3f}" in lines[1]
 
 
+@pytest.mark.parametrize("kind", [tuple, TokenizedDocument._make])
+def test_a_source_may_be_a_single_tokenized_document(lm, kind):
+    ids = lm.preprocessor.tokenizer("One text.")
+    pair = kind((np.array(ids, "int32"), np.int64(9)))
+    expected, found, listed = (
+        evaluate_perplexity(lm, {"x": source}, **QUIET)[0]
+        for source in ("One text.", pair, [pair])
+    )
+    assert found["bytes"] == 9
+    for key in ("documents", "bytes", "tokens", "nats", "bits_per_byte"):
+        assert found[key] == listed[key] == expected[key]
+    assert found["xz_bits_per_byte"] is None
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_mean_bits_per_byte_of_rows_without_a_total():
+    rows = [
+        {"name": name, "bits_per_byte": bits} for name, bits in [("a", 1), ("b", 2)]
+    ]
+    assert mean_bits_per_byte(rows) == 1.5
+
+
 @pytest.mark.filterwarnings("ignore:This tokenizer merges runs of spaces")
 def test_bits_per_byte_use_the_bytes_of_the_original_text(lm):
     merging = random_lm(SHAPE, trained_model(keep_spaces=False))
@@ -198,12 +225,18 @@ def test_evaluate_perplexity_rejects_non_finite_log_probabilities():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"protocol": "windows"}, "strided, llama.cpp. Received: protocol='windows'"),
+        (
+            {"protocol": "windows"},
+            "'strided', 'llama.cpp'. Received: protocol='windows'",
+        ),
         (
             {"context": 33},
             "`context` must be an integer from 1 to 32. Received: context=33",
         ),
         ({"context": 2.5}, "`context` must be an integer"),
+        ({"sources": {"x": [[5, 6]]}}, r"`sources\['x'\]` must be a text, a pair"),
+        ({"sources": {"x": ([5, 6], 0)}}, "number of bytes=0"),
+        ({"sources": {"a": TEXT, "total": TEXT}}, "Received: a, total"),
         ({"stride": 33}, "`stride` must be an integer from 1 to 32"),
         ({"context": 8, "stride": 9}, "`stride` must be an integer from 1 to 8"),
         (
