@@ -28,24 +28,19 @@ if TYPE_CHECKING:
 PROMPT_MULTIPLE = 32
 
 
-def is_search_sampler(sampler: Sampler) -> bool:
-    """Returns whether a sampler runs a search instead of choosing single tokens.
+def check_sampler(sampler: Sampler) -> None:
+    """Checks that `generate` supports a sampler.
 
     Args:
         sampler: a KerasHub sampler.
 
-    Returns:
-        True for beam and contrastive search.
-
     Raises:
-        ValueError: for a sampler that `generate` does not support.
+        ValueError: for other objects, for `SpeculativeSampler`, and for a sampler that
+            returns several sequences per prompt.
 
     Example:
         >>> import keras_hub
-        >>> is_search_sampler(keras_hub.samplers.BeamSampler())
-        True
-        >>> is_search_sampler(keras_hub.samplers.TopKSampler(k=5))
-        False
+        >>> check_sampler(keras_hub.samplers.BeamSampler())
     """
     if not isinstance(sampler, Sampler):
         raise ValueError(
@@ -63,6 +58,24 @@ def is_search_sampler(sampler: Sampler) -> bool:
             "`generate` returns one sequence per prompt. Use a sampler with "
             f"return_all_beams=False. Received: sampler={sampler!r}"
         )
+
+
+def is_search_sampler(sampler: Sampler) -> bool:
+    """Returns whether a sampler runs a search instead of choosing single tokens.
+
+    Args:
+        sampler: a KerasHub sampler.
+
+    Returns:
+        True for beam and contrastive search.
+
+    Example:
+        >>> import keras_hub
+        >>> is_search_sampler(keras_hub.samplers.BeamSampler())
+        True
+        >>> is_search_sampler(keras_hub.samplers.TopKSampler(k=5))
+        False
+    """
     return type(sampler).__call__ is not Sampler.__call__
 
 

@@ -18,11 +18,10 @@ from keras_openllama.generation.stop_strings import (
 from keras_openllama.generation.token_loop import TokenLoop
 from keras_openllama.text.inputs import (
     Batches,
-    Chats,
+    ChatPrompts,
     Texts,
     TokenArrays,
     normalize_prompts,
-    normalize_texts,
 )
 from keras_openllama.text.token_arrays import pad_sequences
 
@@ -71,18 +70,14 @@ def generate(
 
 def _generate_texts(
     model: CausalLM,
-    prompts: Texts | Chats,
+    prompts: Texts | ChatPrompts,
     limits: GenerationLimits,
     strip_prompt: bool,
 ) -> list[str]:
     """Generates text for each prompt. Replies to chats never include the prompt."""
-    preprocessor = model.preprocessor
-    if isinstance(prompts, Chats):
-        prompt_ids = [preprocessor.chat_ids(messages) for messages in prompts.chats]
-        prefixes = [""] * len(prompt_ids)
-    else:
-        prompt_ids = preprocessor.prompt_ids(prompts.texts, name="inputs")
-        prefixes = prompts.texts
+    prompt_ids = _prompt_ids(model, prompts)
+    is_chat = isinstance(prompts, ChatPrompts)
+    prefixes = [""] * len(prompt_ids) if is_chat else prompts.texts
     stop_strings = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
     decoders, steps = _start_decoding(model, prompt_ids, limits, stop_strings, stride)
@@ -94,27 +89,46 @@ def _generate_texts(
     ]
 
 
-def stream(model: CausalLM, text: str, limits: GenerationLimits) -> Iterator[str]:
+def _prompt_ids(model: CausalLM, prompts: Texts | ChatPrompts) -> list[list[int]]:
+    if isinstance(prompts, ChatPrompts):
+        return [model.preprocessor.chat_ids(messages) for messages in prompts.chats]
+    return model.preprocessor.prompt_ids(prompts.texts, name="inputs")
+
+
+def stream(
+    model: CausalLM, inputs: str | dict[str, Any], limits: GenerationLimits
+) -> Iterator[str]:
     """Implements `OpenLlamaCausalLM.stream`; checks the arguments immediately.
 
     Args:
-        model: `OpenLlamaCausalLM` with a preprocessor.
-        text: the prompt.
+        model: `OpenLlamaCausalLM`.
+        inputs: a text or a chat.
         limits: where generation ends.
 
     Returns:
         An iterator over pieces of the new text.
 
     Raises:
-        ValueError: for an empty prompt or malformed limits.
+        ValueError: without a preprocessor, for several prompts, an empty prompt, or
+            malformed limits.
 
     Example:
         >>> from keras_openllama.generation.limits import GenerationLimits
         >>> list(stream(lm, "The sea", GenerationLimits(max_new_tokens=3)))
         [' sh', 'ines', ',']
     """
-    texts = normalize_texts(text).texts
-    prompt_ids = model.preprocessor.prompt_ids(texts, name="inputs")
+    if model.preprocessor is None:
+        raise ValueError(
+            "`stream` needs a `preprocessor`, and this model was built without one. "
+            "Use `generate` with token ids."
+        )
+    prompts = normalize_prompts(inputs, model.backbone.vocabulary_size)
+    if not isinstance(prompts, (Texts, ChatPrompts)) or prompts.batched:
+        raise ValueError(
+            "`stream` takes one text or one chat. Use `generate` for several prompts "
+            f"or for token ids. Received: inputs of type {type(inputs).__name__}"
+        )
+    prompt_ids = _prompt_ids(model, prompts)
     stop_strings = normalize_stop_strings(limits.stop)
     (decoder,), steps = _start_decoding(
         model, prompt_ids, limits, stop_strings, stride=1

@@ -12,7 +12,7 @@ from keras_openllama import presets
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.generation import generate as generation
-from keras_openllama.generation.beam_search import is_search_sampler
+from keras_openllama.generation.beam_search import check_sampler
 from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
@@ -35,7 +35,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
     """OpenLLaMA with its language-model head: train, score, generate, export.
 
     Calling the model takes the inputs of `OpenLlamaBackbone` and returns logits
-    `(batch, length, vocabulary_size)`.
+    `(batch, length, vocabulary_size)` in the compute dtype; `logits` and `score` return
+    float32.
 
     Args:
         backbone: the network below the head.
@@ -106,9 +107,11 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
                 float32 unless set.
             load_weights: whether to load the weights instead of initializing them.
             revision: branch, tag or commit of a repository on the Hugging Face Hub.
-            preprocessor: `"auto"` loads it with its tokenizer; `None` loads neither.
+            preprocessor: `"auto"` loads it with its tokenizer; `None` loads neither; or
+                an `OpenLlamaCausalLMPreprocessor` to use.
             **kwargs: arguments of `OpenLlamaBackbone` that override the preset's, such
-                as `rope_scaling`.
+                as `rope_scaling`; `name` and `trainable` of the model; `compile=False`
+                to leave it uncompiled.
 
         Returns:
             An `OpenLlamaCausalLM`.
@@ -169,8 +172,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             optimizer: see `keras.Model.compile`; `"auto"` is AdamW with a learning rate
                 of 2e-5, or 2e-4 for a model with adapters.
             loss: see `keras.Model.compile`; `"auto"` is the cross-entropy of the next
-                token in nats, averaged over the positions of an epoch by their weight.
-                The perplexity is reported with it.
+                token in nats, the weighted mean over all target tokens of an epoch. The
+                perplexity is reported with it.
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
             sampler: name or instance of a `keras_hub.samplers.Sampler`.
             micro_batches: number of parts into which a batch is split for gradient
@@ -178,8 +181,9 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             rematerialize: which activations the backward pass recomputes instead of
                 saving (gradient checkpointing), one of
                 `keras_openllama.config.REMATERIALIZATION`. JAX only.
-            z_loss: weight of the squared logarithm of the softmax's denominator in the
-                gradient (1e-4 in PaLM, arXiv:2204.02311). JAX only.
+            z_loss: coefficient of the z-loss `log(Z) ** 2`, where Z is the denominator
+                of the softmax (1e-4 in PaLM, arXiv:2204.02311). It is added to the
+                training objective, not to the reported loss. JAX only.
             **kwargs: further arguments of `keras.Model.compile`.
 
         Raises:
@@ -196,7 +200,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             from_logits=True, reduction="mean_with_sample_weight"
         )
         sampler = get_sampler(sampler)
-        is_search_sampler(sampler)  # Raises for unsupported samplers.
+        check_sampler(sampler)
         auto_learning_rate = optimizer == "auto"
         if auto_learning_rate:
             optimizer = default_optimizer(self)
@@ -213,7 +217,9 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             kwargs.get("metrics"),
             weighted_metrics,
             auto_learning_rate,
-            (micro_batches, rematerialize, z_loss),
+            micro_batches=micro_batches,
+            rematerialize=rematerialize,
+            z_loss=z_loss,
         )
         self.logits_function = compile_function(self.logits, self)
 
@@ -252,18 +258,18 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         compilation.
 
         Args:
-            inputs: a string; a list or array of strings; a `tf.data.Dataset` of strings
-                or of batches of strings; or a dict of `"token_ids"` and
-                `"padding_mask"`, both `(batch, length)`, padded on the right. Or a
-                chat, `{"messages": [{"role": …, "content": …}, …]}`, or a list of
-                chats, which use the preprocessor's `chat_template`.
+            inputs: a string or UTF-8 bytes; a list or array of them; a
+                `tf.data.Dataset` of strings or of batches of strings; or a dict of
+                `"token_ids"` and `"padding_mask"`, both `(batch, length)`, padded on
+                the right. Or a chat, `{"messages": [{"role": …, "content": …}, …]}`, or
+                a list of chats, which use the preprocessor's `chat_template`.
             max_length: maximum number of tokens of a sequence, including the prompt and
                 `<s>`. Defaults to `preprocessor.sequence_length`, or to the length of
                 the arrays.
             max_new_tokens: maximum number of generated tokens per prompt. If both
                 limits are given, the stricter one applies.
             stop_token_ids: ids that end a sequence; `"auto"` is the tokenizer's end
-                token, `None` is no token.
+                token, and requires a preprocessor; `None` disables it.
             stop: string or list of strings that end a sequence, and that are removed
                 from it.
             strip_prompt: whether to return the new text without the prompt. Replies to
@@ -288,7 +294,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
 
     def stream(
         self,
-        inputs: str,
+        inputs: str | dict[str, Any],
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         stop_token_ids: Sequence[int] | str | None = "auto",
@@ -300,7 +306,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         never ends within a character, and never contains a part of a stop string.
 
         Args:
-            inputs: the prompt.
+            inputs: a string, or a chat as for `generate`.
             max_length: see `generate`.
             max_new_tokens: see `generate`.
             stop_token_ids: see `generate`.
@@ -310,7 +316,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             An iterator over the pieces, which are never empty.
 
         Raises:
-            ValueError: as `generate`; already at the call, before the first piece.
+            ValueError: as `generate`, and for several prompts or without a
+                preprocessor; already at the call, before the first piece.
 
         Example:
             >>> for piece in lm.stream("The sea", max_new_tokens=4):
@@ -320,11 +327,6 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             ','
             ' and'
         """
-        if self.preprocessor is None or not isinstance(inputs, str):
-            raise ValueError(
-                "`stream` needs a `preprocessor`, and one string as `inputs`. "
-                f"Received: inputs={inputs!r}, preprocessor={self.preprocessor}"
-            )
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         return generation.stream(self, inputs, limits)
 
@@ -367,7 +369,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         """
         from keras_openllama.checkpoints import contents, writer
 
-        request = writer.ExportConfig(
+        config = writer.ExportConfig(
             path,
             "transformers",
             dtype=dtype,
@@ -375,7 +377,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             tokenizer=tokenizer,
             force=force,
         )
-        writer.write_model(contents.contents_of_model(self), request)
+        writer.write_model(contents.contents_of_model(self), config)
 
     # ----- Adapters
 
@@ -456,7 +458,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             revision: branch, tag or commit of a repository on the Hugging Face Hub.
 
         Raises:
-            ValueError: if the files are no LoRA adapters for this model, which is then
+            ValueError: if the files are not LoRA adapters for this model, which is then
                 left unchanged.
             OSError: if a file is unavailable or cannot be read.
 
@@ -489,7 +491,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         Args:
             inputs: token ids, int `(batch, length)`; or with a preprocessor a string or
                 a list of strings.
-            padding_mask: bool `(batch, length)`; `None` is no padding.
+            padding_mask: bool `(batch, length)`; `None` means no padding.
             scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of each target,
                 in nats.
             layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,

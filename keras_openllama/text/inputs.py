@@ -4,10 +4,10 @@ Users of KerasHub pass strings, bytes, lists, NumPy arrays and tensors of any ba
 The `normalize_…` functions detect the kind of input, validate it, and return one of a
 few classes, so that no other module checks input types:
 
-- `normalize_prompts` (`generate`): `Texts`, `Chats`, `TokenArrays` or `Batches`;
-- `normalize_sequences` (`score`): `Texts` or `Arrays`;
+- `normalize_prompts` (`generate`): `Texts`, `ChatPrompts`, `TokenArrays` or `Batches`;
+- `normalize_sequences` (`score`): `Texts` or `RawInputs`;
 - `normalize_examples` (the preprocessor): `Texts`, `Examples` or `GraphTexts`;
-- `normalize_training_data` (`fit`): `Texts`, `Examples`, `GraphTexts`, `Arrays` or
+- `normalize_training_data` (`fit`): `Texts`, `Examples`, `GraphTexts`, `RawInputs` or
   `Batches`;
 - `normalize_texts` (the tokenizer): `Texts`.
 """
@@ -36,10 +36,10 @@ Message: TypeAlias = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts.
+    """One text, or a batch of texts, decoded to `str`.
 
     Attributes:
-        texts: the texts.
+        texts: the texts; a batch may be empty.
         batched: whether the user passed a batch, not a single text.
     """
 
@@ -48,7 +48,7 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chats:
+class ChatPrompts:
     """Chats to continue.
 
     Attributes:
@@ -69,7 +69,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat:
+class ChatExample:
     """A chat to train on.
 
     Attributes:
@@ -91,7 +91,7 @@ class Examples:
         batched: whether the user passed a batch, not a single example.
     """
 
-    examples: list[Pair | Chat]
+    examples: list[Pair | ChatExample]
     batched: bool
 
 
@@ -120,14 +120,14 @@ class TokenArrays:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrays:
+class RawInputs:
     """Token ids, or a dict with token ids, as the user passed them.
 
     Attributes:
-        arrays: the unchanged input.
+        inputs: the unchanged inputs.
     """
 
-    arrays: Any
+    inputs: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Batches:
 
 def normalize_prompts(
     inputs: Any, vocabulary_size: int, has_preprocessor: bool = True
-) -> Texts | Chats | TokenArrays | Batches:
+) -> Texts | ChatPrompts | TokenArrays | Batches:
     """Normalizes the inputs of `generate`.
 
     Args:
@@ -166,19 +166,36 @@ def normalize_prompts(
         >>> normalize_prompts("Once upon a time", vocabulary_size=32_000)
         Texts(texts=['Once upon a time'], batched=False)
     """
-    if has_preprocessor and is_tf_dataset(inputs):
+    if isinstance(inputs, dict) and "token_ids" in inputs:
+        return TokenArrays(*unpadded_ids(inputs, vocabulary_size))
+    if not has_preprocessor:
+        raise ValueError(
+            "The model has no `preprocessor`, so `inputs` must be a dict of "
+            '"token_ids" and "padding_mask". Load the model with its tokenizer to pass '
+            f"text. Received: inputs of type {type(inputs).__name__}"
+        )
+    if is_tf_dataset(inputs):
         batches = inputs.as_numpy_iterator()
         return Batches(Texts(_nonempty_prompts(batch).texts, True) for batch in batches)
-    chats = has_preprocessor and _is_chat(inputs)
-    if not has_preprocessor or (isinstance(inputs, dict) and not chats):
-        return TokenArrays(*unpadded_ids(inputs, vocabulary_size))
-    if not chats:
-        return _nonempty_prompts(inputs)
-    if not isinstance(inputs, dict):
-        return Chats([chat["messages"] for chat in inputs], True)
-    messages = inputs["messages"]
-    batched = isinstance(messages[0], (list, tuple))
-    return Chats(list(messages) if batched else [messages], batched)
+    if isinstance(inputs, dict):
+        return ChatPrompts(*_chats_of_prompt(inputs, "inputs"))
+    if _is_supervised(inputs):
+        chats = [
+            _only(_chats_of_prompt(x, f"inputs[{i}]")[0], f"inputs[{i}]")
+            for i, x in enumerate(inputs)
+        ]
+        return ChatPrompts(chats, True)
+    return _nonempty_prompts(inputs)
+
+
+def _chats_of_prompt(x, name):
+    if set(x) != CHAT_KEYS:
+        raise ValueError(
+            f'`{name}` must be a string, a chat with the key "messages" alone, or a '
+            'dict of arrays with the keys "token_ids" and "padding_mask". Received: '
+            f"keys {sorted(x)}"
+        )
+    return _split_chats(x["messages"], f"{name}['messages']")
 
 
 def _nonempty_prompts(inputs):
@@ -188,7 +205,9 @@ def _nonempty_prompts(inputs):
     return prompts
 
 
-def normalize_sequences(inputs: Any, has_preprocessor: bool = True) -> Texts | Arrays:
+def normalize_sequences(
+    inputs: Any, has_preprocessor: bool = True
+) -> Texts | RawInputs:
     """Normalizes the inputs of `score`.
 
     Args:
@@ -204,16 +223,16 @@ def normalize_sequences(inputs: Any, has_preprocessor: bool = True) -> Texts | A
 
     Example:
         >>> normalize_sequences([[1, 5, 6]])
-        Arrays(arrays=[[1, 5, 6]])
+        RawInputs(inputs=[[1, 5, 6]])
     """
     if has_preprocessor and _is_text(inputs):
         return normalize_texts(inputs)
-    return Arrays(inputs)
+    return RawInputs(inputs)
 
 
 def normalize_training_data(
     x: Any, y: Any = None, has_preprocessor: bool = True
-) -> Texts | Examples | GraphTexts | Arrays | Batches:
+) -> Texts | Examples | GraphTexts | RawInputs | Batches:
     """Normalizes the inputs of `fit`, `evaluate` and `predict`, or a batch of them.
 
     Args:
@@ -223,7 +242,7 @@ def normalize_training_data(
             ids are valid.
 
     Returns:
-        The normalized data. `Arrays` holds `x` only; `y` stays as it is.
+        The normalized data. `RawInputs` holds `x` only; `y` stays as it is.
 
     Raises:
         ValueError: if texts, pairs or chats are malformed, empty or mixed with other
@@ -246,7 +265,7 @@ def normalize_training_data(
             'dict of "token_ids" and "padding_mask"; or batches of these. Received: '
             f"{x!r:.200}"
         )
-    return Arrays(x)
+    return RawInputs(x)
 
 
 def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
@@ -277,7 +296,8 @@ def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
     if isinstance(x, dict):
         return _examples_of(x, "x")
     if _is_supervised(x):
-        return Examples([_example_of(one, f"x[{i}]") for i, one in enumerate(x)], True)
+        examples = [_examples_of(one, f"x[{i}]").examples for i, one in enumerate(x)]
+        return Examples([_only(one, f"x[{i}]") for i, one in enumerate(examples)], True)
     return normalize_texts(x, name="x")
 
 
@@ -302,7 +322,9 @@ def check_graph_texts(tensor: Any, name: str) -> None:
 def _examples_of(x, name):
     """Normalizes a dict of one or several pairs or chats."""
     if set(x) == CHAT_KEYS:
-        return _chats_of(x["messages"], f"{name}['messages']")
+        name = f"{name}['messages']"
+        chats, batched = _split_chats(x["messages"], name)
+        return Examples([ChatExample(chat, name) for chat in chats], batched)
     if set(x) != PAIR_KEYS:
         raise ValueError(
             f'`{name}` must have the keys "prompt" and "response", or the key '
@@ -319,21 +341,27 @@ def _examples_of(x, name):
     return Examples(list(map(Pair, prompts.texts, responses)), prompts.batched)
 
 
-def _example_of(x, name):
-    examples = _examples_of(x, name).examples
-    if len(examples) != 1:
+def _only(items, name):
+    """Returns the only item of a list."""
+    if len(items) != 1:
         raise ValueError(
-            f"`{name}` must be one pair or one chat. Received: {len(examples)} of them"
+            f"`{name}` must be one pair or one chat. Received: {len(items)} of them"
         )
-    return examples[0]
+    return items[0]
 
 
-def _chats_of(messages, name):
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"`{name}` must be a list of messages. Received: {messages!r}")
-    batched = not all(isinstance(message, dict) for message in messages)
-    chats = messages if batched else [messages]
-    return Examples([Chat(chat, name) for chat in chats], batched)
+def _split_chats(messages, name):
+    """Returns a list of chats, and whether `messages` is a batch of them."""
+    is_batch = isinstance(messages, (list, tuple)) and not any(
+        isinstance(message, dict) for message in messages
+    )
+    chats = messages if is_batch and messages else [messages]
+    for chat in chats:
+        if not isinstance(chat, (list, tuple)) or not chat:
+            raise ValueError(
+                f"`{name}` must be a non-empty list of messages. Received: {chat!r}"
+            )
+    return list(chats), is_batch
 
 
 def _check_nonempty(texts, name, kind):
@@ -423,16 +451,11 @@ def _is_supervised(x):
     """Whether `x` is pairs or chats: a dict of texts, or a list of such dicts."""
     if isinstance(x, dict):
         return bool(set(x) & (PAIR_KEYS | CHAT_KEYS))
-    return isinstance(x, (list, tuple)) and bool(x) and all(map(_is_dict, x))
-
-
-def _is_dict(x):
-    return isinstance(x, dict) and "token_ids" not in x
-
-
-def _is_chat(x):
-    """Whether `x` is a chat, or a list of chats."""
-    return _is_supervised(x) and set(x if isinstance(x, dict) else x[0]) == CHAT_KEYS
+    return (
+        isinstance(x, (list, tuple))
+        and bool(x)
+        and all(isinstance(item, dict) and "token_ids" not in item for item in x)
+    )
 
 
 def is_tf_dataset(x: Any) -> bool:

@@ -143,19 +143,13 @@ def unpadded_ids(
         `(sequences, length)`: the token ids, and the length of the arrays in tokens.
 
     Raises:
-        ValueError: if a key is missing, a shape or an id is wrong, a sequence is empty,
+        ValueError: if a shape or an id is wrong, a sequence is empty,
             or the padding is not on the right.
 
     Example:
         >>> unpadded_ids({"token_ids": [[5, 6, 0]], "padding_mask": [[1, 1, 0]]}, 10)
         ([[5, 6]], 3)
     """
-    if not isinstance(inputs, dict) or "token_ids" not in inputs:
-        raise ValueError(
-            '`inputs` that are not text must be a dict of "token_ids" and '
-            f'"padding_mask". Received: {type(inputs).__name__}'
-            + (f" with keys {sorted(inputs)}" if isinstance(inputs, dict) else "")
-        )
     ids = as_token_ids(inputs["token_ids"], vocabulary_size)
     mask = as_padding_mask(inputs.get("padding_mask"), ids.shape)
     lengths = mask.sum(axis=1)

@@ -16,9 +16,9 @@ from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
 from keras_openllama.text.examples import BatchWarnings
 from keras_openllama.text.inputs import (
-    Arrays,
     Batches,
     Examples,
+    RawInputs,
     Texts,
     is_tf_dataset,
     normalize_training_data,
@@ -284,7 +284,7 @@ class FitMixin(TrainStep):
             >>> y.shape
             (1, 256)
         """
-        if not isinstance(self._normalize(x, y), Arrays):
+        if not isinstance(self._normalize(x, y), RawInputs):
             return self.preprocessor(x, y=y, sample_weight=sample_weight)
         if y is not None and not is_graph_tensor(y):
             x, y, sample_weight = self._check_arrays(x, y, sample_weight)
@@ -352,7 +352,7 @@ class FitMixin(TrainStep):
             )
         if isinstance(data, Batches):
             return self._map_batches(x), y, sample_weight, None
-        if isinstance(data, Arrays):
+        if isinstance(data, RawInputs):
             return *self._check_arrays(x, y, sample_weight), None
         examples = self.preprocessor.tokenize_examples(data)
         examples.warn()
@@ -417,7 +417,7 @@ class FitMixin(TrainStep):
             batch = batch if isinstance(batch, tuple) else (batch,)
             x, y, sample_weight = (*batch, None, None)[:3]
             data = self._normalize(x, y)
-            if isinstance(data, Arrays):
+            if isinstance(data, RawInputs):
                 return self.preprocess_samples(x, y, sample_weight)
             examples = self.preprocessor.tokenize_examples(data)
             batch_warnings.add(examples)

@@ -14,6 +14,9 @@ if keras.config.backend() == "jax":
     from keras_openllama.training.train_step_jax import TrainStepOptions
 
 
+_STEP_DEFAULTS = {"micro_batches": 1, "rematerialize": "none", "z_loss": 0.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
     """How a model is trained and evaluated: its attribute `train_plan`.
@@ -51,7 +54,7 @@ def plan_training(
     metrics: Any,
     weighted_metrics: Any,
     auto_learning_rate: bool,
-    step_options: tuple[int, str, float],
+    **step_options: int | str | float,
 ) -> TrainPlan:
     """Decides how a model is trained.
 
@@ -61,7 +64,7 @@ def plan_training(
         metrics: argument of `OpenLlamaCausalLM.compile`.
         weighted_metrics: argument of `OpenLlamaCausalLM.compile`.
         auto_learning_rate: whether `compile` was called with `optimizer="auto"`.
-        step_options: the arguments `micro_batches`, `rematerialize` and `z_loss`.
+        **step_options: the arguments `micro_batches`, `rematerialize` and `z_loss`.
 
     Returns:
         The plan.
@@ -70,28 +73,50 @@ def plan_training(
         ValueError: for step options that need the fused step if it cannot be used.
 
     Example:
-        >>> plan_training(lm, "mse", None, None, True, (1, "none", 0.0)).auto_loss
+        >>> plan_training(lm, "mse", None, None, auto_learning_rate=True).auto_loss
         False
     """
-    auto_loss = loss == "auto" and not metrics
-    auto_loss &= weighted_metrics == "auto" or not weighted_metrics
-    # Loss scaling, and on JAX a quantized head, need the step of Keras.
-    auto_loss &= not _scales_loss(lm.optimizer)
-    on_jax = keras.config.backend() == "jax"
-    if on_jax:
-        auto_loss &= lm.lm_head.quantization_mode is None
-    if auto_loss and on_jax:
-        return TrainPlan(True, auto_learning_rate, TrainStepOptions(*step_options))
-    if step_options != (1, "none", 0.0):
-        raise ValueError(
-            "`micro_batches`, `rematerialize` and `z_loss` need the JAX backend, "
-            'loss="auto", no metrics but weighted_metrics="auto" or [], a head '
-            "that is not quantized, and an optimizer that does not scale the loss "
-            f"(as for float16). Received: {step_options}, "
-            f"backend={keras.config.backend()!r}, loss={loss!r}, "
-            f"weighted_metrics={weighted_metrics!r}, optimizer={lm.optimizer!r}"
+    obstacle = _obstacle_to_auto_loss(lm, loss, metrics, weighted_metrics)
+    backend = keras.config.backend()
+    if obstacle is None and backend == "jax":
+        options = TrainStepOptions(**step_options)
+        return TrainPlan(True, auto_learning_rate, options)
+    changed = [
+        f"{name}={value!r}"
+        for name, value in step_options.items()
+        if value != _STEP_DEFAULTS[name]
+    ]
+    if changed:
+        if backend != "jax":
+            obstacle = f"the JAX backend. Received: backend={backend!r}"
+        raise ValueError(f"{', '.join(changed)} needs {obstacle}")
+    return TrainPlan(obstacle is None, auto_learning_rate)
+
+
+def _obstacle_to_auto_loss(lm, loss, metrics, weighted_metrics):
+    """Returns what the loss of the model would need, or `None`."""
+    if loss != "auto":
+        return f'loss="auto". Received: loss={loss!r}'
+    if metrics:
+        return f"`weighted_metrics` instead of `metrics`. Received: metrics={metrics!r}"
+    if weighted_metrics and weighted_metrics != "auto":
+        return (
+            'weighted_metrics="auto" or []. Received: weighted_metrics='
+            f"{weighted_metrics!r}"
         )
-    return TrainPlan(auto_loss, auto_learning_rate)
+    if _scales_loss(lm.optimizer):
+        return (
+            "an optimizer without loss scaling, which float16 uses. Received: "
+            f"optimizer={lm.optimizer!r}"
+        )
+    on_jax = keras.config.backend() == "jax"
+    if on_jax and lm.lm_head.quantization_mode is not None:
+        return (
+            "a head that is not quantized: quantize the backbone only, "
+            "`lm.backbone.quantize`. Received: a head quantized to "
+            f"{lm.lm_head.quantization_mode}"
+        )
+    return None
 
 
 def _scales_loss(optimizer):

@@ -190,8 +190,24 @@ def test_stream_yields_the_text_of_generate(lm, stop):
 def test_stream_raises_before_the_first_piece(lm):
     with pytest.raises(ValueError, match="empty prompt"):
         lm.stream("")
-    with pytest.raises(ValueError, match="one string"):
+    with pytest.raises(ValueError, match="one text or one chat"):
         lm.stream(["a"])
+    with pytest.raises(ValueError, match="one text or one chat"):
+        lm.stream({"token_ids": [[1, 5]]})
+    with pytest.raises(ValueError, match="needs a `preprocessor`"):
+        OpenLlamaCausalLM(lm.backbone).stream("a")
+
+
+def test_stream_yields_the_reply_to_a_chat():
+    lm = make_lm()
+    lm.preprocessor.chat_template = {
+        "user": "Q: {content}\n",
+        "assistant": "A: {content}",
+    }
+    chat = {"messages": [{"role": "user", "content": "The"}]}
+    pieces = list(lm.stream(chat, max_new_tokens=8))
+    assert "".join(pieces) == lm.generate(chat, max_new_tokens=8)
+    assert len(pieces) > 1
 
 
 @pytest.mark.parametrize(

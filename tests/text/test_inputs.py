@@ -9,13 +9,13 @@ from tokenizer_models import trained_model
 
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 from keras_openllama.text.inputs import (
-    Arrays,
     Batches,
-    Chat,
-    Chats,
+    ChatExample,
+    ChatPrompts,
     Examples,
     GraphTexts,
     Pair,
+    RawInputs,
     Texts,
     TokenArrays,
     normalize_examples,
@@ -124,8 +124,25 @@ def test_each_normalize_function_accepts_string_tensors(tf):
 @backend_free
 def test_normalize_prompts_accepts_chats():
     for inputs in ([{"messages": ASKED}], {"messages": [ASKED]}):
-        assert normalize_prompts(inputs, 512) == Chats([ASKED], True)
-    assert normalize_prompts({"messages": ASKED}, 512) == Chats([ASKED], False)
+        assert normalize_prompts(inputs, 512) == ChatPrompts([ASKED], True)
+    assert normalize_prompts({"messages": ASKED}, 512) == ChatPrompts([ASKED], False)
+
+
+@backend_free
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"messages": []}, r"`inputs\['messages'\]` must be a non-empty list"),
+        ({"messages": None}, r"`inputs\['messages'\]` must be a non-empty list"),
+        ({"messages": [ASKED, []]}, r"must be a non-empty list.*Received: \[\]"),
+        ([{"messages": ASKED}, {"prompt": "Hi"}], r"`inputs\[1\]`.*keys \['prompt'\]"),
+        ([{"messages": [ASKED, ASKED]}], r"`inputs\[0\]` must be one.*Received: 2"),
+        ({"prompt": "Hi"}, r"a chat with the key \"messages\".*keys \['prompt'\]"),
+    ],
+)
+def test_normalize_prompts_rejects_malformed_chats(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        normalize_prompts(inputs, 512)
 
 
 @backend_free
@@ -162,13 +179,13 @@ def test_normalize_prompts_rejects_empty_batches(tf):
 @backend_free
 def test_normalize_prompts_without_preprocessor_accepts_token_ids_only():
     for inputs in ("a", ["a"], {"messages": ASKED}):
-        with pytest.raises(ValueError, match=r"not text must be a dict.*token_ids"):
+        with pytest.raises(ValueError, match=r"has no `preprocessor`, so.*token_ids"):
             normalize_prompts(inputs, 512, has_preprocessor=False)
 
 
 def test_normalize_prompts_without_preprocessor_rejects_a_dataset_of_texts(tf):
     dataset = tf.data.Dataset.from_tensor_slices(["a"])
-    with pytest.raises(ValueError, match=r"not text must be a dict.*Dataset"):
+    with pytest.raises(ValueError, match=r"has no `preprocessor`, so.*Dataset"):
         normalize_prompts(dataset, 512, has_preprocessor=False)
 
 
@@ -178,8 +195,8 @@ def test_normalize_prompts_without_preprocessor_rejects_a_dataset_of_texts(tf):
 @backend_free
 def test_normalize_sequences_returns_texts_or_arrays():
     for ids in ([[1, 2]], np.array([[1, 2]])):
-        assert normalize_sequences(ids).arrays is ids
-    assert normalize_sequences("a", has_preprocessor=False) == Arrays("a")
+        assert normalize_sequences(ids).inputs is ids
+    assert normalize_sequences("a", has_preprocessor=False) == RawInputs("a")
 
 
 # ----- Examples
@@ -213,13 +230,13 @@ def test_normalize_examples_marks_a_single_example_as_unbatched():
     assert normalize_examples(AS_LIST[0]) == Examples(PAIRS[:1], False)
     assert normalize_examples("2 + 2 =", " 4") == Examples(PAIRS[:1], False)
     found = normalize_examples({"messages": TALK})
-    assert found == Examples([Chat(TALK, "x['messages']")], False)
+    assert found == Examples([ChatExample(TALK, "x['messages']")], False)
 
 
 @backend_free
 def test_normalize_training_data_accepts_pairs_mixed_with_chats():
     found = normalize_training_data([AS_LIST[0], {"messages": TALK}])
-    assert found == Examples([PAIRS[0], Chat(TALK, "x[1]['messages']")], True)
+    assert found == Examples([PAIRS[0], ChatExample(TALK, "x[1]['messages']")], True)
     found = normalize_training_data({"messages": [TALK, ASKED]})
     assert [chat.messages for chat in found.examples] == [TALK, ASKED]
 
@@ -234,7 +251,7 @@ def test_normalize_training_data_accepts_pairs_mixed_with_chats():
         ([AS_DICT], r"`x\[0\]` must be one pair or one chat.* 2 of them"),
         ({"prompt": ["a", ""], "response": ["b", "c"]}, "1 of 2 prompts .* at 1"),
         ({"prompt": "a", "response": 7}, r"`x\['response'\]` must be a string"),
-        ({"messages": "Hi"}, r"`x\['messages'\]` must be a list of messages"),
+        ({"messages": "Hi"}, r"`x\['messages'\]` must be a non-empty list of messages"),
     ],
 )
 def test_normalize_examples_names_malformed_examples(x, message):
@@ -275,7 +292,7 @@ def test_normalize_training_data_returns_token_ids_as_arrays():
     ids = keras.ops.ones((1, 3), "int32")
     x = {"token_ids": ids, "padding_mask": ids}
     found = normalize_training_data(x, ids)
-    assert isinstance(found, Arrays) and found.arrays is x
+    assert isinstance(found, RawInputs) and found.inputs is x
 
 
 @backend_free
@@ -302,5 +319,5 @@ def test_normalize_training_data_distinguishes_texts_and_ids_in_a_graph(tf):
     ids = {"token_ids": [[1]], "padding_mask": [[1]]}
     for elements in (["a"], AS_DICT, tuple(AS_DICT.values()), ids):
         tf.data.Dataset.from_tensors(elements).map(normalize)
-    assert [type(one) for one in found] == [GraphTexts] * 3 + [Arrays]
+    assert [type(one) for one in found] == [GraphTexts] * 3 + [RawInputs]
     assert set(found[1].tensors) == set(found[2].tensors) == {"prompt", "response"}

@@ -382,7 +382,7 @@ def test_empty_texts_have_zero_weight_and_a_warning():
         ([{"messages": CHAT[:2]}], "prompt without a response"),
         ([{"messages": [{"role": "judge", "content": "x"}]}], "judge"),
         ([{"messages": [{"role": "user"}]}], '"role" and "content"'),
-        ([{"messages": None}], "must be a list of messages"),
+        ([{"messages": None}], "must be a non-empty list of messages"),
         ([], "all of one kind"),
         ([{"prompt": "a", "response": "b"}, "c"], "all of one kind"),
         ({"question": ["a"]}, "all of one kind"),
