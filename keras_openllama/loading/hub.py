@@ -4,7 +4,12 @@
 bars. It reads `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE`.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import functools
 import re
+import warnings
 from pathlib import Path
 
 from keras_openllama.checkpoints.repository import LocalRepository, Repository
@@ -13,6 +18,8 @@ from keras_openllama.utils.types import PathLike
 HUB_PREFIX = "hf://"
 _API_TIMEOUT = 10.0  # In seconds; huggingface_hub's timeout for file metadata.
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# The Hub answers these if it has too many requests, or takes too long.
+_BUSY = (408, 429)
 
 
 def open_repository(path: PathLike, revision: str | None = None) -> Repository:
@@ -25,28 +32,55 @@ def open_repository(path: PathLike, revision: str | None = None) -> Repository:
     Returns:
         `LocalRepository` or `HubRepository`.
 
+    Raises:
+        ValueError: If the handle is malformed, or a directory is given a revision.
+
     Example:
         >>> str(open_repository("hf://openlm-research/open_llama_3b", revision="main"))
         'the repository openlm-research/open_llama_3b on the Hugging Face Hub'
     """
     if str(path).startswith(HUB_PREFIX):
         return HubRepository(str(path), revision)
+    if revision is not None:
+        raise ValueError(
+            "`revision` applies to repositories on the Hugging Face Hub, and "
+            f"{str(path)!r} is not one. Received: revision={revision!r}"
+        )
     return LocalRepository(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """What the Hub says of a revision.
+
+    Attributes:
+        commit: The commit; if the Hub is unreachable, the revision as it was given.
+        names: Names of the files; none if the Hub is unreachable.
+        unreachable: Why the Hub is unreachable, or `None`.
+    """
+
+    commit: str
+    names: tuple[str, ...] = ()
+    unreachable: str | None = None
 
 
 class HubRepository:
     """The files of a model repository on the Hugging Face Hub, downloaded on demand.
 
     The first access resolves the revision to a commit, and all files are read from that
-    commit. A cached file is used without a request. Without a network connection, or
-    with `HF_HUB_OFFLINE=1`, only the cache is used.
+    commit. A cached file of a known commit is used without a request. With
+    `HF_HUB_OFFLINE=1`, or (with a warning) if the Hub cannot be reached, only the cache
+    is used.
 
-    Every method raises `ValueError` if the handle is malformed or the repository has no
-    such revision, and `OSError` if the repository does not exist or access is denied.
+    Every method raises `ValueError` if the repository has no such revision, and
+    `OSError` if the repository does not exist or access is denied.
 
     Args:
         handle: `"hf://user/repo"`.
         revision: A branch, tag or commit. Defaults to the main branch.
+
+    Raises:
+        ValueError: If the handle is malformed.
 
     Example:
         >>> repository = HubRepository("hf://openlm-research/open_llama_3b")
@@ -56,36 +90,18 @@ class HubRepository:
     def __init__(self, handle: str, revision: str | None = None):
         self.name = handle.removeprefix(HUB_PREFIX)
         self._revision = revision or "main"
-        # The commit, after it was resolved. Without a network connection it stays the
-        # revision, which the cache resolves.
-        self._pin = self._revision
-        self._resolved = False
-        self._names = None
-        self._unreachable = None
-
-    def _resolve(self):
-        """Resolves the revision to a commit, on the first call."""
-        if self._resolved:
-            return
-        # The import takes half a second, and local directories do not need it.
-        from huggingface_hub import constants, utils
-
-        try:
-            utils.validate_repo_id(self.name)
-            valid = "/" in self.name
-        except utils.HFValidationError:
-            valid = False
-        if not valid:
+        if not _is_repository_name(self.name):
             raise ValueError(
-                "`preset` must name a repository on the Hugging Face Hub as "
-                "'hf://openlm-research/open_llama_3b'. Received: "
-                f"preset='{HUB_PREFIX}{self.name}'"
+                "A repository on the Hugging Face Hub is written as "
+                f"'hf://openlm-research/open_llama_3b'. Received: {handle!r}"
             )
-        if constants.HF_HUB_OFFLINE:
-            self._unreachable = "HF_HUB_OFFLINE is set"
-        elif not _COMMIT.fullmatch(self._revision):
-            self._request_info()
-        self._resolved = True
+
+    @property
+    def _commit(self):
+        """The commit. Files of a revision that is a commit need no request for it."""
+        if _COMMIT.fullmatch(self._revision):
+            return self._revision
+        return self._listing.commit
 
     def __str__(self):
         revision = "" if self._revision == "main" else f" at {self._revision}"
@@ -104,13 +120,10 @@ class HubRepository:
         Raises:
             OSError: If the file exists and cannot be downloaded.
         """
-        self._resolve()
         cached = self._cached(name)
-        if cached or self._unreachable:
+        if cached or self._listing.unreachable:
             return cached
-        if self._names is None:
-            self._request_info()
-        return self.file(name) if name in (self._names or ()) else None
+        return self.file(name) if name in self._listing.names else None
 
     def file(self, name: str) -> Path:
         """Returns the path of a file, after downloading it if it is not cached.
@@ -126,41 +139,43 @@ class HubRepository:
             OSError: If the file is not cached and cannot be downloaded. The message has
                 its URL, and the command to download it.
         """
-        self._resolve()
         cached = self._cached(name)
         if cached:
             return cached
-        if self._names is None and not self._unreachable:
-            self._request_info()
-        if self._unreachable:
-            raise self._unavailable(name, self._unreachable)
-        if name not in self._names:
+        if self._listing.unreachable:
+            raise self._unavailable(name, self._listing.unreachable)
+        if name not in self._listing.names:
             raise FileNotFoundError(
-                f"{name} is missing from {self}, which has {', '.join(self._names)}."
+                f"{name} is missing from {self}, which has "
+                f"{', '.join(self._listing.names)}."
             )
         return self._download(name)
 
     def glob(self, pattern: str) -> list[str]:
-        """Returns the names of files that match a pattern such as `"assets/**/*"`."""
-        self._resolve()
-        if self._names is None and not self._unreachable:
-            self._request_info()
-        if self._names is None:
-            from huggingface_hub import constants
+        """Returns the names of files that match a pattern such as `"assets/**/*"`.
 
-            folder = "models--" + self.name.replace("/", "--")
-            cache = Path(constants.HF_HUB_CACHE, folder)
-            reference = cache / "refs" / self._pin
-            commit = reference.read_text("utf-8") if reference.is_file() else self._pin
-            return LocalRepository(cache / "snapshots" / commit).glob(pattern)
+        If the Hub is unreachable, only cached files are found: after a download of some
+        of its files, a repository looks smaller than it is.
+
+        Args:
+            pattern: Pattern as of `pathlib.Path.glob`; `*` and `**/` are supported.
+
+        Returns:
+            Paths inside the repository.
+        """
+        if self._listing.unreachable:
+            return LocalRepository(self._cached_snapshot()).glob(pattern)
         expression = re.escape(pattern).replace(r"\*\*/", "(.*/)?")
         expression = re.compile(expression.replace(r"\*", "[^/]*"))
-        return [name for name in self._names if expression.fullmatch(name)]
+        return [name for name in self._listing.names if expression.fullmatch(name)]
 
-    def _request_info(self):
-        """Requests the commit of the revision and the names of its files."""
-        from huggingface_hub import HfApi, errors
+    @functools.cached_property
+    def _listing(self):
+        """The commit of the revision and the names of its files, requested once."""
+        from huggingface_hub import HfApi, constants, errors
 
+        if constants.HF_HUB_OFFLINE:
+            return _Listing(self._revision, unreachable="HF_HUB_OFFLINE is set")
         try:
             info = HfApi().model_info(
                 self.name, revision=self._revision, timeout=_API_TIMEOUT
@@ -171,20 +186,37 @@ class HubRepository:
                 f"revision. Received: revision={self._revision!r}"
             ) from error
         except errors.HfHubHTTPError as error:
-            if error.response.status_code < 500:
+            status = error.response.status_code
+            if status < 500 and status not in _BUSY:
                 raise self._denied(error) from error
-            self._unreachable = f"the Hub returned {_first_line(error)}"
+            reason = f"the Hub returned {_first_line(error)}"
         except Exception as error:
             # The HTTP client raises many types of errors without a network connection.
-            self._unreachable = f"the Hub cannot be reached ({_first_line(error)})"
+            reason = f"the Hub cannot be reached ({_first_line(error)})"
         else:
-            self._pin = info.sha
-            self._names = [sibling.rfilename for sibling in info.siblings or ()]
+            names = tuple(sibling.rfilename for sibling in info.siblings or ())
+            return _Listing(info.sha, names)
+        warnings.warn(
+            f"Only cached files of {self} are used, which may be older than those of "
+            f"the Hub: {reason}.",
+            stacklevel=3,
+        )
+        return _Listing(self._revision, unreachable=reason)
+
+    def _cached_snapshot(self):
+        """Returns the directory of huggingface_hub's cache for the revision."""
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE, "models--" + self.name.replace("/", "--"))
+        reference = cache / "refs" / self._commit
+        is_branch = reference.is_file()
+        commit = reference.read_text("utf-8") if is_branch else self._commit
+        return cache / "snapshots" / commit
 
     def _cached(self, name):
         from huggingface_hub import try_to_load_from_cache
 
-        path = try_to_load_from_cache(self.name, name, revision=self._pin)
+        path = try_to_load_from_cache(self.name, name, revision=self._commit)
         return Path(path) if isinstance(path, str) else None
 
     def _download(self, name):
@@ -194,8 +226,8 @@ class HubRepository:
             # By the name of the revision, so that the cache stores its commit.
             path = Path(hf_hub_download(self.name, name, revision=self._revision))
             commit = path.parents[name.count("/")].name
-            if commit != self._pin:  # The branch has moved in the meantime.
-                path = Path(hf_hub_download(self.name, name, revision=self._pin))
+            if commit != self._commit:  # The branch has moved in the meantime.
+                path = Path(hf_hub_download(self.name, name, revision=self._commit))
         except errors.LocalEntryNotFoundError as error:
             reason = f"the Hub cannot be reached ({_first_line(error.__cause__)})"
             raise self._unavailable(name, reason) from error
@@ -216,8 +248,7 @@ class HubRepository:
         elif isinstance(error, errors.RepositoryNotFoundError):
             remedy = (
                 f"There is no repository at {page}, or it is private: check the name "
-                f"in `preset`, here '{HUB_PREFIX}{self.name}', or log in with "
-                "`hf auth login`."
+                f"'{HUB_PREFIX}{self.name}', or log in with `hf auth login`."
             )
         else:
             remedy = f"See {page}."
@@ -237,8 +268,19 @@ class HubRepository:
             f"({constants.HF_HUB_CACHE}). It could not be downloaded from {url}: "
             f"{reason}. On a machine with a network connection, run `hf download "
             f"{self.name}{revision} --local-dir {folder}`, copy the directory to this "
-            "machine, and pass its path as the preset."
+            f"machine, and pass its path instead of '{HUB_PREFIX}{self.name}'."
         )
+
+
+def _is_repository_name(name):
+    # The import takes half a second, and local directories do not need it.
+    from huggingface_hub import utils
+
+    try:
+        utils.validate_repo_id(name)
+    except utils.HFValidationError:
+        return False
+    return "/" in name
 
 
 def _first_line(error):

@@ -267,11 +267,6 @@ def find_source(
     known = presets.find(name)
     handle = known.weights["transformers"] if known else name
     on_hub = handle.startswith(hub.HUB_PREFIX)
-    if revision is not None and not on_hub:
-        raise ValueError(
-            "`revision` applies to repositories on the Hugging Face Hub, and "
-            f"preset={name!r} is not one. Received: revision={revision!r}"
-        )
     if known:
         _warn_once(known.name)
         path = handle if on_hub else presets.folder() / handle

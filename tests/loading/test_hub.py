@@ -12,7 +12,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 
 from keras_openllama.checkpoints.repository import LocalRepository
-from keras_openllama.loading.hub import HubRepository
+from keras_openllama.loading.hub import HubRepository, open_repository
 
 pytestmark = pytest.mark.backend_free
 
@@ -130,19 +130,33 @@ def test_file_uses_only_the_cache_offline(hub, monkeypatch):
     assert not hub.requests
 
 
-@pytest.mark.parametrize("revision", [None, "commit"])
-def test_file_uses_the_cache_without_a_network(hub, monkeypatch, revision):
-    revision = revision and hub.commit
-    open_small(revision).file("config.json")
-    disconnect(monkeypatch)
-    assert open_small(revision).file("config.json").read_bytes() == b"{}"
+STALE = "Only cached files of .* may be older"
 
 
-def test_file_uses_the_cache_if_the_hub_is_down(hub):
+def test_file_uses_the_cache_without_a_network_and_warns(hub, monkeypatch):
     open_small().file("config.json")
-    hub.down = True
-    assert open_small().file("config.json").read_bytes() == b"{}"
-    with pytest.raises(OSError, match="503"):
+    disconnect(monkeypatch)
+    with pytest.warns(UserWarning, match=f"{STALE}.*cannot be reached"):
+        assert open_small().file("config.json").read_bytes() == b"{}"
+
+
+def test_file_of_a_cached_commit_needs_no_network(hub, monkeypatch, recwarn):
+    open_small(hub.commit).file("config.json")
+    disconnect(monkeypatch)
+    assert open_small(hub.commit).file("config.json").read_bytes() == b"{}"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("status", [503, 429, 408])
+def test_file_uses_the_cache_if_the_hub_is_down_or_busy(hub, status):
+    open_small().file("config.json")
+    hub.status = status
+    with pytest.warns(UserWarning, match=f"{STALE}.*{status}"):
+        assert open_small().file("config.json").read_bytes() == b"{}"
+    with (
+        pytest.warns(UserWarning, match=STALE),
+        pytest.raises(OSError, match=str(status)),
+    ):
         open_small().file("tokenizer.model")
 
 
@@ -162,8 +176,9 @@ def test_file_without_a_network_raises_an_error_with_the_revision(
     hub, monkeypatch, cache
 ):
     disconnect(monkeypatch)
-    with pytest.raises(
-        OSError, match=r"cannot be reached.*hf download .*--revision v1"
+    with (
+        pytest.warns(UserWarning, match=STALE),
+        pytest.raises(OSError, match=r"cannot be reached.*download .*--revision v1"),
     ):
         open_small("v1").file("tokenizer.model")
     assert not list(cache.glob("**/blobs/*"))
@@ -184,9 +199,14 @@ def test_file_of_a_gated_repository_says_how_to_get_access(hub):
 
 
 @pytest.mark.parametrize("handle", ["hf://", "hf://one", "hf://a/b/c", "hf://a/../b"])
-def test_optional_rejects_a_malformed_handle(hub, handle):
+def test_open_repository_rejects_a_malformed_handle(handle):
     with pytest.raises(ValueError, match="hf://openlm-research/open_llama_3b"):
-        HubRepository(handle).optional("config.json")
+        open_repository(handle)
+
+
+def test_open_repository_rejects_a_revision_of_a_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"is not one\. Received: revision='v1'"):
+        open_repository(tmp_path, revision="v1")
 
 
 # ----- Interrupted downloads

@@ -17,7 +17,8 @@ class HubServer:
         break_after: dict, name of a file to how many bytes of its body are sent before
             the connection is closed, once for each entry of the list.
         gated: names of repositories that need a log-in.
-        down: whether every answer is 503.
+        status: status of every answer, such as 503 for a server that is down; `None`
+            to serve.
     """
 
     def __init__(self):
@@ -26,7 +27,7 @@ class HubServer:
         self.requests = []
         self.break_after = {}
         self.gated = set()
-        self.down = False
+        self.status = None
 
     def publish(self, repository, files, branch="main"):
         """Creates a commit of a repository.
@@ -98,8 +99,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub = self.server_hub
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         hub.requests.append((self.command, path))
-        if hub.down:
-            return self._send(503, b"")
+        if hub.status:
+            return self._send(hub.status, b"")
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             repository = "/".join(parts[2:4])
