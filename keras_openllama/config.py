@@ -147,6 +147,22 @@ def _positive_number(arguments, name):
     return number
 
 
+def context_length(arguments: Mapping[str, Any]) -> int:
+    """Returns the longest supported sequence in tokens, RoPE scaling included.
+
+    Args:
+        arguments: Arguments of `OpenLlamaBackbone`, from `validate_architecture`.
+
+    Example:
+        >>> scaling = {"rope_type": "dynamic", "factor": 2.0}
+        >>> context_length({"max_sequence_length": 2048, "rope_scaling": scaling})
+        4096
+    """
+    scaling = arguments["rope_scaling"]
+    factor = 1.0 if scaling is None else scaling["factor"]
+    return int(arguments["max_sequence_length"] * factor)
+
+
 def check_rope_scaling(rope_scaling: Any) -> dict[str, Any] | None:
     """Validates `rope_scaling` and returns it as a plain dict, or `None`.
 

@@ -162,7 +162,12 @@ def unknown_preset_error(name: str) -> ValueError:
     hint = f" Did you mean {find(nearest[0]).name!r}?" if nearest else ""
     if name.count("/") == 1 and not name.startswith(("/", ".")):
         hint = f" A repository on the Hugging Face Hub is 'hf://{name}'."
+    if Path(name).is_file():
+        hint = (
+            " It is a file: load EasyLM checkpoints with "
+            "`keras_openllama.convert.easylm.load`."
+        )
     return ValueError(
-        f"`preset` must be one of {', '.join(names)}, or an existing directory."
-        f"{hint} Received: preset={name!r}"
+        f"`preset` must be one of {', '.join(names)}, the path of a directory, or "
+        f"'hf://user/repo'.{hint} Received: preset={name!r}"
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from keras_openllama.config import context_length
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -34,7 +35,7 @@ def build_empty_task(
     preprocessor = None
     if tokenizer is not None:
         settings = {
-            "sequence_length": arguments["max_sequence_length"],
+            "sequence_length": context_length(arguments),
             **(preprocessing or {}),
         }
         preprocessor = OpenLlamaCausalLMPreprocessor(

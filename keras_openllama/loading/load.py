@@ -274,8 +274,13 @@ def find_source(
     if not on_hub and not Path(name).is_dir():
         raise presets.unknown_preset_error(name)
     repository = hub.open_repository(name, revision)
-    if not on_hub and repository.optional(_CONFIG) is None and is_run(name):
-        return sources.TrainingRunSource(TrainingRun.open(name))
+    if not on_hub and repository.optional(_CONFIG) is None:
+        if is_run(name):
+            return sources.TrainingRunSource(TrainingRun.open(name))
+        raise FileNotFoundError(
+            f"{_CONFIG} is missing from {repository}, so it is neither a model in "
+            "KerasHub's or transformers' format nor a training run."
+        )
     return _source_of(repository, build_empty_task)
 
 

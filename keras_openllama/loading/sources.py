@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
-from keras_openllama.config import validate_architecture
+from keras_openllama.config import context_length, validate_architecture
 from keras_openllama.loading.filling import CheckpointWeights
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.text.sentencepiece_model import (
@@ -128,7 +128,7 @@ class StreamedSource(SourceDefaults):
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""
-        kwargs.setdefault("sequence_length", self.arguments()["max_sequence_length"])
+        kwargs.setdefault("sequence_length", context_length(self._all_arguments({})))
         return cls(self.tokenizer(cls.tokenizer_cls, {}), **kwargs)
 
     def task(
@@ -147,7 +147,7 @@ class StreamedSource(SourceDefaults):
             # Loaded first, so that an error is raised before weights are read.
             preprocessor = self.preprocessor(
                 cls.preprocessor_cls,
-                {"sequence_length": arguments["max_sequence_length"]},
+                {"sequence_length": context_length(arguments)},
             )
             check_vocabulary(
                 preprocessor.tokenizer.vocabulary_size(), arguments["vocabulary_size"]

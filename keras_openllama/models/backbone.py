@@ -20,6 +20,7 @@ from keras_openllama.backend.keras_private import (
 from keras_openllama.config import (
     BACKBONE_ARGUMENTS,
     PROJECTIONS,
+    context_length,
     validate_architecture,
 )
 from keras_openllama.distribution import layout_map
@@ -238,8 +239,7 @@ class OpenLlamaBackbone(Backbone):
             >>> lm.backbone.context_length
             256
         """
-        factor = 1.0 if self.rope_scaling is None else self.rope_scaling["factor"]
-        return int(self.max_sequence_length * factor)
+        return context_length(self.architecture())
 
     def hidden_states(
         self,

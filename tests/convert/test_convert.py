@@ -322,7 +322,7 @@ def test_convert_rejects_invalid_arguments(models, tmp_path):
     for to in ("easylm", "keras"):
         match = "only. Received: max_shard_size='1GB'"
         assert_rejected(ValueError, match, source, target, to, max_shard_size="1GB")
-    assert_rejected(ValueError, "existing directory", tmp_path / "nowhere", target)
+    assert_rejected(ValueError, "path of a directory", tmp_path / "nowhere", target)
     assert_rejected(ValueError, "Received: preset='3b'", source, target, preset="3b")
     assert_rejected(ValueError, "--preset", models["easylm", "float32"], target)
 

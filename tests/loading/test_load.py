@@ -152,13 +152,22 @@ def test_from_preset_loads_each_class(directory):
     assert preprocessor.sequence_length == 7
 
 
+@pytest.mark.backend_free
+def test_from_preset_of_a_directory_without_a_model_or_of_a_file(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json is missing from.*training run"):
+        OpenLlamaCausalLM.from_preset(tmp_path)
+    (tmp_path / "3b.msgpack").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"convert\.easylm\.load"):
+        OpenLlamaCausalLM.from_preset(tmp_path / "3b.msgpack")
+
+
 def test_from_preset_overrides_arguments_of_the_backbone(directory):
     scaling = {"rope_type": "linear", "factor": 2.0}
     lm = OpenLlamaCausalLM.from_preset(
         str(directory), rope_scaling=scaling, max_sequence_length=96
     )
     assert lm.backbone.rope_scaling == scaling
-    assert lm.preprocessor.sequence_length == 96
+    assert lm.preprocessor.sequence_length == lm.backbone.context_length == 192
 
 
 @pytest.mark.backend_free
