@@ -382,7 +382,12 @@ class Trainer:
         """Starts JAX's profiler if it is to record the next step."""
         first, last = self.options.profile or (0, 0)
         if not self._profiling and first <= self.step + 1 <= last:
-            jax.profiler.start_trace(os.path.join(self.options.output, PROFILE))
+            # Without JAX's tracer of Python calls: it sets a hook in all threads, and
+            # has crashed a run (a null pointer in CPython 3.11's _PyEval_SetProfile).
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            path = os.path.join(self.options.output, PROFILE)
+            jax.profiler.start_trace(path, profiler_options=options)
             self._profiling = True
 
     def _stop_profiler(self):

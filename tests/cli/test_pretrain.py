@@ -575,6 +575,7 @@ def test_pretrain_rejects_changed_settings_unless_accepted(
 def test_pretrain_writes_a_profile(uninterrupted):
     [trace] = (uninterrupted() / "profile").rglob("*.xplane.pb")
     assert b"jit_step" in trace.read_bytes()
+    assert b"$trainer.py" not in trace.read_bytes()  # No trace of Python calls.
 
 
 def test_pretrain_writes_the_files_of_a_run(uninterrupted):
