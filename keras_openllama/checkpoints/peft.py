@@ -5,7 +5,6 @@ Source: https://github.com/huggingface/peft.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.staging import staged
+from keras_openllama.utils.validation import check_integer, positive_number
 
 if TYPE_CHECKING:
     import keras
@@ -33,14 +33,31 @@ _PREFIX = "base_model.model."
 # PEFT's names of the two factors. In PEFT, A is applied to the inputs, and B gives the
 # outputs. Kernels are `(outputs, inputs)` here, so it is the other way round.
 _FACTORS = {"lora_kernel_b": "lora_A", "lora_kernel_a": "lora_B"}
-# Settings of PEFT that change what the adapters compute, and are not supported.
-_UNSUPPORTED = {
+# Settings of PEFT that do not change what trained adapters compute, or whose effect is
+# visible in the names of the tensors. Source: `LoraConfig` of PEFT 0.21.
+_WITHOUT_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("revision", "task_type"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+    *("ensure_weight_tying", "lora_dropout", "megatron_core", "qalora_group_size"),
+}
+# Initializations that leave the weights of the base model as they are. PEFT repeats the
+# others, such as PiSSA, when it loads adapters.
+_INITIALIZATIONS = ("true", "false", "none", "gaussian", "orthogonal", "eva")
+# What settings stand for whose names do not say it.
+_FEATURES = {
+    "alora_invocation_tokens": "adapters that act after certain tokens only",
+    "alpha_pattern": "different alphas per layer",
+    "bias": "trained biases",
+    "fan_in_fan_out": "transposed weights",
+    "init_lora_weights": "an initialization that may change the base model's weights",
+    "lora_bias": "biases of the adapters",
+    "modules_to_save": "fully trained layers in addition to the adapters",
+    "rank_pattern": "different ranks per layer",
+    "trainable_token_indices": "trained embeddings",
     "use_dora": "DoRA",
     "use_rslora": "rank-stabilized scaling",
-    "rank_pattern": "different ranks per layer",
-    "alpha_pattern": "different alphas per layer",
-    "modules_to_save": "fully trained layers in addition to the adapters",
-    "fan_in_fan_out": "transposed weights",
 }
 
 
@@ -63,18 +80,18 @@ def save_adapters(lm: keras.Model, directory: PathLike, force: bool = False) -> 
             "merged ones with `unmerge_lora`."
         )
     variables = {
-        _name(layer, factor): layer.adapters()[factor]
+        _tensor_name(layer, factor): layer.adapters()[factor]
         for layer in layers
         for factor in _FACTORS
     }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base(lm.loaded_from),
+        "base_model_name_or_path": _hub_repository(lm.loaded_from),
         "r": layers[0].lora_rank,
         "lora_alpha": layers[0].lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted({_modules()[layer.name] for layer in layers}),
+        "target_modules": sorted({_target_module(layer) for layer in layers}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -89,7 +106,7 @@ def save_adapters(lm: keras.Model, directory: PathLike, force: bool = False) -> 
         )
 
 
-def _base(origin):
+def _hub_repository(origin):
     """Returns the repository of the base model on the Hub, or `None`."""
     known = presets.find(origin or "")
     handle = known.handles["transformers"] if known else origin or ""
@@ -109,44 +126,103 @@ def load_adapters(lm: keras.Model, repository: Repository) -> None:
             they use a variant of LoRA that is not supported.
         OSError: If a file is missing or cannot be read.
     """
-    config = _read_config(repository)
+    rank, alpha = _read_config(repository.file(CONFIG_FILE))
     stored = safetensors.read_safetensors(repository.file(WEIGHTS_FILE))
-    named = {
-        _name(layer, factor): (layer, factor)
-        for layer in flatten_layers(lm.backbone)
-        if layer.name in _modules()
+    matched = _match(stored, lm.backbone, rank, repository)
+    targets = {layer.name for layer, _, _ in matched}
+    _enable_or_check(lm.backbone, rank, alpha, targets)
+    for layer, factor, tensor in matched:
+        layer.adapters()[factor].assign(tensor.array().astype("float32"))
+
+
+def _read_config(path):
+    """Returns rank and alpha, or raises if another setting is not supported."""
+    config = read_json_object(path)
+    peft_type = config.pop("peft_type", None)
+    if peft_type != "LORA":
+        raise ValueError(
+            f"{path} is not the configuration of LoRA adapters. Only LoRA is "
+            f"supported. Received: peft_type={peft_type!r}"
+        )
+    try:
+        rank = check_integer("r", config.pop("r", None))
+        alpha = positive_number("lora_alpha", config.pop("lora_alpha", None))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    unsupported = [
+        f"{name}={value!r:.80}" + (f" ({_FEATURES[name]})" if name in _FEATURES else "")
+        for name, value in config.items()
+        if not _is_supported(name, value)
+    ]
+    if unsupported:
+        raise ValueError(
+            f"{path} has unsupported settings: {', '.join(unsupported)}. Merge the "
+            "adapters with PEFT (`merge_and_unload`), and load the merged model."
+        )
+    return rank, int(alpha) if alpha.is_integer() else alpha
+
+
+def _is_supported(name, value):
+    if name == "bias":
+        return value in ("none", None)
+    if name == "init_lora_weights":
+        return str(value).lower() in _INITIALIZATIONS
+    return name in _WITHOUT_EFFECT or not value
+
+
+def _match(stored, backbone, rank, repository):
+    """Matches the tensors of a file to the layers of a model.
+
+    Args:
+        stored: The tensors by name.
+        backbone: The model. It may have no adapters yet.
+        rank: The rank of the adapters.
+        repository: Where the file is, for error messages.
+
+    Returns:
+        A list of layer, name of the factor, and tensor.
+
+    Raises:
+        ValueError: If a tensor is unknown, missing, or has another shape.
+    """
+    if not stored:
+        raise ValueError(
+            f"{WEIGHTS_FILE} in {repository} contains no tensors. Save the adapters "
+            "again."
+        )
+    known = {
+        _tensor_name(layer, factor): (layer, factor)
+        for layer in flatten_layers(backbone)
+        if layer.name in weight_names.PROJECTION_MODULES
         for factor in _FACTORS
     }
-    unknown = set(stored) - set(named)
-    if unknown or not stored:
+    unknown = set(stored) - set(known)
+    if unknown:
         raise ValueError(
             f"{repository} has adapters for layers that this model does not have: "
-            f"{format_names(unknown)}."
+            f"{format_names(unknown)}. Load them into their base model."
         )
-    rank, alpha = config["r"], config.get("lora_alpha") or config["r"]
     for name, tensor in stored.items():
-        layer, factor = named[name]
-        expected = _shape(layer, factor, rank)
+        expected = _factor_shape(*known[name], rank)
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{name} in {repository} has the shape {tuple(tensor.shape)}, but this "
-                f"model requires {expected}: the adapters belong to another model."
+                f"model requires {expected} for r={rank}: the adapters belong to "
+                f"another model, or `r` in {CONFIG_FILE} is wrong."
             )
-    targets = {layer.name for layer, _ in (named[name] for name in stored)}
-    required = {name for name, (layer, _) in named.items() if layer.name in targets}
+    targets = {known[name][0].name for name in stored}
+    required = {name for name, (layer, _) in known.items() if layer.name in targets}
     missing = required - set(stored)
     if missing:
         raise ValueError(
             f"{repository} has no adapters for {format_names(missing)}. Adapters of "
-            "only some decoder layers are not supported."
+            "only some decoder layers are not supported: merge them with PEFT "
+            "(`merge_and_unload`), and load the merged model."
         )
-    _enable(lm.backbone, rank, alpha, targets)
-    for name, tensor in stored.items():
-        layer, factor = named[name]
-        layer.adapters()[factor].assign(tensor.array().astype("float32"))
+    return [(*known[name], tensor) for name, tensor in stored.items()]
 
 
-def _enable(backbone, rank, alpha, targets):
+def _enable_or_check(backbone, rank, alpha, targets):
     """Adds adapters to a model, or checks that it has adapters of the same kind."""
     layers = adapted_layers(backbone)
     if not layers:
@@ -161,47 +237,18 @@ def _enable(backbone, rank, alpha, targets):
         )
 
 
-def _read_config(repository):
-    path = repository.file(CONFIG_FILE)
-    config = read_json_object(path)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is not the configuration of LoRA adapters.")
-    rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(
-            f"The rank in {path} must be a positive integer. Received: r={rank!r}"
-        )
-    found = [text for name, text in _UNSUPPORTED.items() if config.get(name)]
-    if config.get("bias", "none") != "none":
-        found.append("biases")
-    if found:
-        raise ValueError(
-            f"{path} uses unsupported features: {', '.join(found)}. Merge the adapters "
-            "with PEFT (`merge_and_unload`), and load the merged model."
-        )
-    return config
+def _target_module(layer):
+    """Returns the name of a projection in transformers, such as `"q_proj"`."""
+    return weight_names.PROJECTION_MODULES[layer.name].rsplit(".", 1)[1]
 
 
-@functools.cache
-def _modules():
-    """Returns the module names in transformers by the names of the Keras layers."""
-    return {
-        row.path.split("/")[-2]: row.transformers.split(".")[-2]
-        for row in weight_names.LAYER
-        if row.path.endswith("/kernel")
-    }
-
-
-def _name(layer, factor):
+def _tensor_name(layer, factor):
     """Returns the name of a factor in the file."""
-    index = layer.path.split("transformer_layer_")[1].split("/")[0]
-    row = next(
-        row for row in weight_names.LAYER if row.path.endswith(f"/{layer.name}/kernel")
-    )
-    module = row.in_layer(index).transformers.removesuffix(".weight")
+    index = re.search(r"transformer_layer_(\d+)/", layer.path)[1]
+    module = weight_names.PROJECTION_MODULES[layer.name].format(i=index)
     return f"{_PREFIX}{module}.{_FACTORS[factor]}.weight"
 
 
-def _shape(layer, factor, rank):
+def _factor_shape(layer, factor, rank):
     outputs, inputs = kernel_variable(layer).shape
     return (outputs, rank) if factor == "lora_kernel_a" else (rank, inputs)

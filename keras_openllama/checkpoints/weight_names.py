@@ -130,6 +130,12 @@ LAYER = (
         TRANSPOSED,
     ),
 )
+# Modules of the projections in transformers, by the name of the Keras layer.
+PROJECTION_MODULES = {
+    row.path.split("/")[-2]: row.transformers.removesuffix(".weight")
+    for row in LAYER
+    if row.path.endswith("/kernel")
+}
 FINAL_NORM = WeightSpec(
     "final_norm/scale", "model.norm.weight", "transformer/ln_f/kernel", ("hidden",)
 )

@@ -431,11 +431,18 @@ def changed(directory, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(use_dora=True), "DoRA"),
+        (dict(use_dora=True), r"use_dora=True \(DoRA\)"),
         (dict(bias="all"), "biases"),
-        (dict(peft_type="IA3"), "not the configuration of LoRA"),
-        (dict(r=None), "must be a positive integer"),
-        (dict(r=5), "another model"),
+        (dict(peft_type="IA3"), "Only LoRA is supported. Received: peft_type='IA3'"),
+        (dict(r=None), r"adapter_config.json: `r` must be .* Received: r=None"),
+        (dict(r=5), "for r=5: .* another model, or `r` in adapter_config.json is wr"),
+        (dict(lora_alpha=None), "`lora_alpha` must be a positive number"),
+        (dict(lora_alpha=0), "Received: lora_alpha=0"),
+        (dict(init_lora_weights="pissa_niter_16"), "may change the base model's weig"),
+        (dict(init_lora_weights="olora"), "init_lora_weights='olora'"),
+        (dict(alora_invocation_tokens=[5, 6]), "act after certain tokens only"),
+        (dict(kasa_config={"beta": 1e-4}), "kasa_config={'beta': 0.0001}. Merge"),
+        (dict(use_new_variant=True), "use_new_variant=True. Merge"),
     ],
 )
 def test_load_adapters_rejects_unsupported_settings(settings, message, tmp_path):
@@ -447,6 +454,30 @@ def test_load_adapters_rejects_unsupported_settings(settings, message, tmp_path)
         lm.load_adapters(tmp_path / "adapters")
     assert values_of(lm).keys() == before.keys()
     assert len(lm.trainable_variables) == len(lm.weights)
+
+
+def test_load_adapters_ignores_settings_without_effect(tmp_path):
+    lm = make_lm()
+    lm.save_adapters(tmp_path / "adapters")
+    changed(
+        tmp_path / "adapters",
+        init_lora_weights="gaussian",
+        lora_dropout=0.1,
+        layers_to_transform=[0, 1],
+        peft_version="0.21.2",
+        use_new_variant=None,
+    )
+    other = random_lm(SHAPE)
+    other.load_adapters(tmp_path / "adapters")
+    np.testing.assert_array_equal(logits_of(other), logits_of(lm))
+
+
+def test_load_adapters_rejects_a_file_without_tensors(tmp_path):
+    make_lm().save_adapters(tmp_path / "adapters")
+    path = tmp_path / "adapters" / "adapter_model.safetensors"
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match=r"contains no tensors\. Save"):
+        random_lm(SHAPE).load_adapters(tmp_path / "adapters")
 
 
 def test_load_adapters_rejects_adapters_of_another_model(tmp_path):
