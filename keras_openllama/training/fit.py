@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -50,7 +51,8 @@ def default_optimizer(lm: CausalLM) -> AdamW:
         lm: `OpenLlamaCausalLM`.
 
     Returns:
-        AdamW without weight decay, as in Alpaca.
+        `optimizers.AdamW` with a constant learning rate and without weight decay (as in
+        Alpaca). It clips gradients to a global norm of 1.
 
     Example:
         >>> float(default_optimizer(lm).learning_rate)
@@ -58,6 +60,51 @@ def default_optimizer(lm: CausalLM) -> AdamW:
     """
     rate = ADAPTER_LEARNING_RATE if adapted_layers(lm) else LEARNING_RATE
     return AdamW(rate, weight_decay=0.0)
+
+
+class _Data(NamedTuple):
+    """Arguments of `keras.Model.fit`, and the size of their text.
+
+    Attributes:
+        x: dict of `"token_ids"` and `"padding_mask"`, or batches.
+        y: targets; `None` for batches, which yield their targets.
+        sample_weight: weights of the targets, or `None`.
+        bytes_per_target: UTF-8 bytes of text per target token; `None` if unknown.
+    """
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+    bytes_per_target: float | None = None
+
+    @property
+    def has_arrays(self):
+        """Whether the sequences are in arrays, which can be split and padded."""
+        return isinstance(self.x, dict) and self.y is not None
+
+    def validation_data(self):
+        """Returns the argument `validation_data` of `keras.Model.fit`."""
+        if self.y is None and self.sample_weight is None:
+            return self.x
+        return self.x, self.y, self.sample_weight
+
+    def split(self, fraction):
+        """Splits off the last `fraction` of the sequences, as Keras does."""
+        count = len(self.y)
+        num_train = math.floor(count * (1 - fraction))
+        if not 0 < num_train < count:
+            raise ValueError(
+                "`validation_split` must leave sequences for training and for "
+                f"validation. Received: validation_split={fraction}, {count} sequences"
+            )
+        return self._slice(slice(num_train)), self._slice(slice(num_train, None))
+
+    def _slice(self, part):
+        x = {name: ops.convert_to_numpy(array)[part] for name, array in self.x.items()}
+        weights = self.sample_weight
+        if weights is not None:
+            weights = ops.convert_to_numpy(weights)[part]
+        return _Data(x, ops.convert_to_numpy(self.y)[part], weights)
 
 
 class FitMixin(TrainStep):
@@ -77,6 +124,7 @@ class FitMixin(TrainStep):
         validation_data: Any = None,
         pack: bool = False,
         callbacks: Any = None,
+        validation_split: float = 0.0,
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains the model; see `keras.Model.fit`.
@@ -103,6 +151,9 @@ class FitMixin(TrainStep):
                 chats.
             callbacks: see `keras.Model.fit`. A `keras.callbacks.CallbackList` omits the
                 callbacks that `fit` adds (`SkippedSteps`, `BitsPerByte`).
+            validation_split: fraction of the sequences to hold out from the end, if
+                `validation_data` is not given: of the examples or arrays, or with
+                `pack` of the packed sequences. Not for batches.
             **kwargs: see `keras.Model.fit`.
 
         Returns:
@@ -124,25 +175,22 @@ class FitMixin(TrainStep):
             ['loss', 'perplexity', 'sparse_categorical_accuracy']
         """
         self._prepare_to_train()
-        own_callbacks = [SkippedSteps()] if self.train_plan.auto_loss else []
-        x, y, sample_weight, _ = self._as_data(x, y, sample_weight, pack)
-        data = self._pad_to_full_batches(x, y, sample_weight, batch_size)
-        x, y, sample_weight = data
+        data = self._as_data(x, y, sample_weight, pack)
+        held_out = None
         if validation_data is not None:
-            if not isinstance(validation_data, tuple):
-                validation_data = (validation_data,)
-            x_val, *targets = (*validation_data, None, None)[:3]
-            is_text = isinstance(self._normalize(x_val), (Texts, Examples))
-            x_val, *targets, bytes_per_target = self._as_data(
-                x_val, *targets, pack and is_text
-            )
-            if bytes_per_target and self.train_plan.auto_loss:
-                own_callbacks.append(BitsPerByte(bytes_per_target))
+            held_out = self._as_validation_data(validation_data, pack)
+        elif validation_split and data.has_arrays:
+            # Keras would split after the padding, and validate on the padding.
+            data, held_out = data.split(validation_split)
+            validation_split = 0.0
+        x, y, sample_weight, _ = self._pad_to_full_batches(data, batch_size)
+        own_callbacks = [SkippedSteps()] if self.train_plan.auto_loss else []
+        if held_out is not None:
+            if held_out.bytes_per_target and self.train_plan.auto_loss:
+                own_callbacks.append(BitsPerByte(held_out.bytes_per_target))
             size = kwargs.get("validation_batch_size") or batch_size
-            x_val, *targets = self._pad_to_full_batches(x_val, *targets, size)
-            # A dataset or generator yields its targets itself.
-            has_targets = any(target is not None for target in targets)
-            validation_data = (x_val, *targets) if has_targets else x_val
+            held_out = self._pad_to_full_batches(held_out, size)
+            validation_data = held_out.validation_data()
         if type(x).__module__.startswith("grain"):
             # Keras cannot shuffle Grain's datasets, and would warn.
             kwargs.setdefault("shuffle", False)
@@ -157,6 +205,7 @@ class FitMixin(TrainStep):
             batch_size=batch_size,
             sample_weight=sample_weight,
             validation_data=validation_data,
+            validation_split=validation_split,
             callbacks=callbacks,
             **kwargs,
         )
@@ -195,8 +244,10 @@ class FitMixin(TrainStep):
             6.92
         """
         self._reset_stale_functions()
-        *data, bytes_per_target = self._as_data(x, y, sample_weight, pack)
-        x, y, sample_weight = self._pad_to_full_batches(*data, batch_size)
+        data = self._as_data(x, y, sample_weight, pack)
+        x, y, sample_weight, bytes_per_target = self._pad_to_full_batches(
+            data, batch_size
+        )
         results = self._call_keras(
             "evaluate",
             x,
@@ -237,7 +288,7 @@ class FitMixin(TrainStep):
             (1, 256, 3072)
         """
         self._reset_stale_functions()
-        x, *_ = self._as_data(x)
+        x = self._as_data(x).x
         return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
 
     def _call_keras(self, method, *args, **kwargs):
@@ -341,7 +392,7 @@ class FitMixin(TrainStep):
         return normalize_training_data(x, y, self.preprocessor is not None)
 
     def _as_data(self, x, y=None, sample_weight=None, pack=False):
-        """Returns x, y and weights for Keras, and the bytes of text per target."""
+        """Tokenizes text and checks arrays; returns `_Data`."""
         data = self._normalize(x, y)
         is_text = isinstance(data, (Texts, Examples))
         if pack and (sample_weight is not None or not is_text):
@@ -351,9 +402,9 @@ class FitMixin(TrainStep):
                 f"sample_weight={sample_weight!r:.80}"
             )
         if isinstance(data, Batches):
-            return self._map_batches(x), y, sample_weight, None
+            return _Data(self._map_batches(x), y, sample_weight)
         if isinstance(data, RawInputs):
-            return *self._check_arrays(x, y, sample_weight), None
+            return _Data(*self._check_arrays(x, y, sample_weight))
         examples = self.preprocessor.tokenize_examples(data)
         examples.warn()
         if pack:
@@ -362,17 +413,26 @@ class FitMixin(TrainStep):
             x, y, weights = self.preprocessor.pad_examples(examples, sample_weight)
         targets = float(weights.sum())
         is_unweighted = sample_weight is None and targets > 0
-        return x, y, weights, examples.num_bytes / targets if is_unweighted else None
+        bytes_per_target = examples.num_bytes / targets if is_unweighted else None
+        return _Data(x, y, weights, bytes_per_target)
 
-    def _pad_to_full_batches(self, x, y, sample_weight, batch_size):
+    def _as_validation_data(self, validation_data, pack):
+        """Returns `_Data` of the argument `validation_data`; packs text only."""
+        if not isinstance(validation_data, tuple):
+            validation_data = (validation_data,)
+        x, y, sample_weight = (*validation_data, None, None)[:3]
+        is_text = isinstance(self._normalize(x), (Texts, Examples))
+        return self._as_data(x, y, sample_weight, pack and is_text)
+
+    def _pad_to_full_batches(self, data, batch_size):
         """Appends sequences with zero weight, so that all batches have full size.
 
         A mesh and micro-batches need batches of full size.
         """
         parts = self._batch_size_divisor()
-        if not isinstance(x, dict) or y is None or parts == 1:
-            return x, y, sample_weight
-        count, size = len(y), batch_size or 32  # Keras's default.
+        if not data.has_arrays or parts == 1:
+            return data
+        count, size = len(data.y), batch_size or 32  # Keras's default.
         if size % parts:
             raise ValueError(
                 f"`batch_size` must be a multiple of {parts}, the number of "
@@ -380,12 +440,14 @@ class FitMixin(TrainStep):
                 f"batch_size={size}"
             )
         more = -count % (size if count > size else parts)
-        if sample_weight is None:
-            sample_weight = np.ones(np.shape(y), "float32")
-        sample_weight = _append_copies(sample_weight, more)
-        sample_weight[count:] = 0
-        x = {name: _append_copies(array, more) for name, array in x.items()}
-        return x, _append_copies(y, more), sample_weight
+        weights = data.sample_weight
+        if weights is None:
+            weights = np.ones(np.shape(data.y), "float32")
+        weights = _append_copies(weights, more)
+        weights[count:] = 0
+        x = {name: _append_copies(array, more) for name, array in data.x.items()}
+        y = _append_copies(data.y, more)
+        return data._replace(x=x, y=y, sample_weight=weights)
 
     def _batch_size_divisor(self):
         """Returns the number that must divide the batch size."""
@@ -403,7 +465,10 @@ class FitMixin(TrainStep):
         if y is not None:
             as_token_ids(y, self.backbone.vocabulary_size, "y")
         if sample_weight is not None and (to_numpy(sample_weight) < 0).any():
-            raise ValueError("`sample_weight` must not be negative.")
+            raise ValueError(
+                "`sample_weight` must not be negative. Received: a minimum of "
+                f"{to_numpy(sample_weight).min()}"
+            )
         if y is not None and np.ndim(sample_weight) == 1:  # One per sequence.
             weights = ops.convert_to_numpy(sample_weight)
             sample_weight = np.broadcast_to(weights[:, None], np.shape(y))

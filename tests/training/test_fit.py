@@ -236,6 +236,37 @@ def test_fit_pads_batches_that_micro_batches_do_not_divide():
         micro_batched.fit(three, batch_size=3, verbose=0)
 
 
+def test_validation_split_holds_out_the_last_sequences():
+    lm = make_lm()
+    lm.compile(optimizer=keras.optimizers.SGD(0.0))
+    history = lm.fit(AS_LIST, validation_split=0.5, **_options()).history
+    for name, part in (("loss", AS_LIST[:2]), ("val_loss", AS_LIST[2:])):
+        expected = lm.evaluate(part, verbose=0, return_dict=True)["loss"]
+        assert history[name] == pytest.approx([expected], rel=1e-5), name
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX")
+def test_validation_split_holds_out_no_padding():
+    lm = make_lm()
+    # 5 sequences are padded to 8. The last 3 would be held out, all of them padding.
+    lm.compile(optimizer=keras.optimizers.SGD(0.0), micro_batches=4)
+    five = [*AS_LIST, AS_LIST[1]]
+    options = dict(_options(), batch_size=4, validation_split=0.3)
+    history = lm.fit(five, **options).history
+    for name, part in (("loss", five[:3]), ("val_loss", five[3:])):
+        expected = lm.evaluate(part, verbose=0, return_dict=True)["loss"]
+        assert history[name] == pytest.approx([expected], rel=1e-5), name
+
+
+def test_validation_split_must_leave_sequences():
+    lm = make_lm()
+    for fraction in (-0.5, 0.9, 1.0):
+        with pytest.raises(ValueError, match=f"validation_split={fraction}, 4 seq"):
+            lm.fit(AS_LIST, validation_split=fraction, verbose=0)
+    with pytest.raises(ValueError, match="validation_split"):  # By Keras.
+        lm.fit(Pairs(), validation_split=0.5, verbose=0)
+
+
 @pytest.mark.slow_on_tensorflow
 def test_fit_accepts_a_generator_of_texts():
     texts = [p + r for p, r in PAIRS]
@@ -428,7 +459,7 @@ def test_pack_does_not_apply_to_validation_arrays():
 
 def test_fit_rejects_negative_sample_weights():
     x, y, weights = make_lm().preprocessor(AS_DICT)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match=r"must not be negative.*minimum of -1\.0"):
         make_lm().fit(x, y, sample_weight=-weights, verbose=0)
 
 
