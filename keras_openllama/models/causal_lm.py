@@ -169,8 +169,9 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         JAX a quantized head, use the train step of Keras instead.
 
         Args:
-            optimizer: see `keras.Model.compile`; `"auto"` is AdamW with a learning rate
-                of 2e-5, or 2e-4 for a model with adapters.
+            optimizer: see `keras.Model.compile`; `"auto"` is `optimizers.AdamW` without
+                weight decay, which clips gradients to a global norm of 1, at a constant
+                learning rate of 2e-5, or 2e-4 for a model with adapters.
             loss: see `keras.Model.compile`; `"auto"` is the cross-entropy of the next
                 token in nats, the weighted mean over all target tokens of an epoch. The
                 perplexity is reported with it.
