@@ -51,10 +51,13 @@ examples:
     %(prog)s - --preset open_llama_7b_v2 --backend torch \\
         --dtype bfloat16 < prompt.txt
 
-  Load your own model from a directory, a pretraining run, or the Hub:
+  Load your own model from a directory, a training run, or the Hub:
     %(prog)s "Dear Sir," --preset ./my_finetuned_model
     %(prog)s "Dear Sir," --preset runs/nano
     %(prog)s "Dear Sir," --preset hf://user/repo --revision main
+
+  Add LoRA adapters to the model that they were trained on:
+    %(prog)s "Dear Sir," --preset 7b_v2 --adapters runs/7b_v2-finetuned/adapters
 """
 
 
@@ -68,12 +71,18 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     model.add_argument(
         "--preset",
         default=DEFAULT_PRESET,
-        help="a name that `presets` lists, a directory, or hf://user/repo (default: "
-        "%(default)s)",
+        help="a name that `presets` lists, a directory, a run that trains all weights, "
+        "or hf://user/repo (default: %(default)s)",
     )
     model.add_argument(
         "--revision",
         help="branch, tag or commit on the Hugging Face Hub (default: the main branch)",
+    )
+    model.add_argument(
+        "--adapters",
+        metavar="DIR",
+        help="LoRA adapters to load into the model: a directory that `finetune` or "
+        "PEFT wrote, or hf://user/repo",
     )
     add_backend(model)
     model.add_argument(
@@ -114,7 +123,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     sampling.add_argument(
         "--temperature",
-        type=_positive_float,
+        type=_temperature,
         metavar="T",
         help="temperature; below 1 favors likely tokens (default: 1)",
     )
@@ -122,13 +131,15 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--top-k",
         type=_positive_int,
         metavar="K",
-        help=f"K of top_k, which this flag implies (default: {DEFAULT_TOP_K})",
+        help="sample from the K most likely tokens (sampler top_k; default: "
+        f"{DEFAULT_TOP_K}); with --top-p, a limit on the tokens that it considers",
     )
     sampling.add_argument(
         "--top-p",
         type=_probability,
         metavar="P",
-        help=f"P of top_p, which this flag implies (default: {DEFAULT_TOP_P})",
+        help="sample from the most likely tokens whose total probability is P (sampler "
+        f"top_p; default: {DEFAULT_TOP_P})",
     )
     sampling.add_argument(
         "--seed", type=int, metavar="N", help="random seed, for reproducible text"
@@ -159,6 +170,8 @@ def _print_generated(prompt, sampler, options):
     lm = OpenLlamaCausalLM.from_preset(
         options.preset, dtype=options.dtype, revision=options.revision
     )
+    if options.adapters:
+        lm.load_adapters(options.adapters)
     lm.compile(sampler=get_sampler(sampler))
     pieces = lm.stream(prompt, max_new_tokens=options.max_new_tokens, stop=options.stop)
     if not options.strip_prompt:
@@ -234,7 +247,9 @@ def _number(kind, is_valid, requirement):
 
 
 _positive_int = _number(int, lambda value: value >= 1, "a positive integer")
-_positive_float = _number(
-    float, lambda value: 0 < value < math.inf, "a positive number"
+_temperature = _number(
+    float,
+    lambda value: 0 < value < math.inf,
+    "a positive number; for greedy decoding, omit the sampling flags",
 )
 _probability = _number(float, lambda value: 0 < value <= 1, "a number in (0, 1]")

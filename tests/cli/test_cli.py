@@ -10,6 +10,7 @@ import warnings
 from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
 
 from keras_openllama.__main__ import COMMANDS, main
@@ -152,6 +153,14 @@ def test_generate_rejects_a_number_out_of_range(option, capsys):
 
 
 @pytest.mark.backend_free
+def test_generate_with_temperature_0_explains_greedy_decoding(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--temperature", "0"])
+    error = capsys.readouterr().err
+    assert "for greedy decoding, omit the sampling flags. Received: '0'" in error
+
+
+@pytest.mark.backend_free
 def test_generate_suggests_the_closest_preset_in_one_line(capsys):
     assert main(["generate", "x", "--preset", "open_llama_7b_v3"]) == 2
     captured = capsys.readouterr()
@@ -197,6 +206,24 @@ def test_generate_prints_prompt_and_text_of_the_embedded_model(capsys):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     expected = lm.generate(PROMPT, max_new_tokens=8)
     assert expected.startswith(PROMPT) and len(expected) > len(PROMPT)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.backend_free
+def test_generate_loads_adapters(tmp_path, capsys):
+    from keras_openllama import OpenLlamaCausalLM
+
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+    plain = lm.generate(PROMPT, max_new_tokens=8)
+    lm.backbone.enable_lora(2)
+    random = np.random.default_rng(0)
+    for variable in lm.trainable_variables:
+        variable.assign(random.normal(size=variable.shape))
+    lm.save_adapters(tmp_path / "adapters")
+    expected = lm.generate(PROMPT, max_new_tokens=8)
+    assert expected != plain
+    adapters = ["--adapters", str(tmp_path / "adapters")]
+    assert main(["generate", PROMPT, "--max-new-tokens", "8", *adapters]) == 0
     assert capsys.readouterr().out == expected + "\n"
 
 
