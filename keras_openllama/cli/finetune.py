@@ -6,17 +6,18 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
+from keras_openllama.cli.process import add_backend, backend_name, choose_backend
 from keras_openllama.cli.training_options import (
     add_run_options,
-    exit_code,
-    join_hosts,
+    initialize_distributed,
     open_trainer,
-    print_on_first_host,
+    print_on_process_0,
+    run_training,
 )
 from keras_openllama.config import PROJECTIONS, REMATERIALIZATION
 
@@ -31,8 +32,9 @@ Fine-tune a preset on JSON lines: LoRA adapters or all of its weights.
     %(prog)s --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
         --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
         make prompts and responses from other keys
-    %(prog)s --estimate
-        print the memory that each kind of fine-tuning needs, and exit
+    %(prog)s --preset 7b_v2 --lora-rank 16 --estimate
+        print the memory that this run needs, and exit; without --preset, the memory of
+        each kind of fine-tuning for every preset
 
 Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
 {"text": …}. The loss is computed on responses, or on the whole text.
@@ -50,7 +52,7 @@ Exit codes:
   0   the run is complete
   1   any other error
   2   invalid argument or example, an argument that does not match the existing run,
-      or not enough memory
+      or not enough memory (with --estimate, too)
   70  too many consecutive steps had a non-finite loss or gradient
   74  a file could not be written
   75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
@@ -59,6 +61,34 @@ Exit codes:
 """
 
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
+CHAT_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
+
+
+def _is_positive(value):
+    return 0 < value < math.inf
+
+
+# Valid numbers by flag, and how an error message describes them.
+_INTEGERS = (lambda value: value >= 1, "a positive integer")
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "sequence_length": _INTEGERS,
+    "batch_size": _INTEGERS,
+    "micro_batches": _INTEGERS,
+    "save_every": _INTEGERS,
+    "validate_every": _INTEGERS,
+    "max_new_tokens": _INTEGERS,
+    "lora_rank": (lambda value: value >= 0, "a positive integer, or 0 for no adapters"),
+    "seed": (lambda value: value >= 0, "a non-negative integer"),
+    "epochs": (_is_positive, "positive"),
+    "learning_rate": (_is_positive, "positive"),
+    "lora_alpha": (_is_positive, "positive"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "a non-negative number"),
+    "validation_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "warmup": (lambda value: 0 <= value < 1, "in [0, 1), a fraction of all steps"),
+}
+# Flags that describe one run. The overview of all presets (--estimate without --preset)
+# has columns for adapters and dtypes of its own, on one device.
+_OF_ONE_RUN = ("lora_rank", "lora_targets", "int8", "dtype", "micro_batches", "mesh")
 
 
 def parse_arguments(
@@ -94,8 +124,7 @@ def parse_arguments(
     data.add_argument(
         "--chat-template",
         metavar="FILE",
-        help="JSON file of a template by role, such as "
-        '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}',
+        help=f"JSON file of a template by role, such as {CHAT_TEMPLATE}",
     )
     data.add_argument(
         "--validation", metavar="FILE", help="file of JSON lines for validation"
@@ -211,15 +240,10 @@ def parse_arguments(
         type=int,
         default=0,
         metavar="N",
-        help="seed of the adapters' initial values and of the order of the examples "
-        "(default: %(default)s)",
+        help="seed of the adapters' initial values, of the order of the examples and "
+        "of the choice of held-out examples (default: %(default)s)",
     )
-    training.add_argument(
-        "--backend",
-        choices=("jax", "tensorflow", "torch"),
-        help="the backend of Keras (default: the environment variable KERAS_BACKEND, "
-        "else jax)",
-    )
+    add_backend(training)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--save-every",
@@ -259,25 +283,49 @@ def parse_arguments(
         "run of several processes writes nothing until the same command is run again "
         "on one host (default: %(default)s)",
     )
-    estimate = parser.add_argument_group(
-        "estimate", "for --batch-size, --sequence-length and --rematerialize"
-    )
+    estimate = parser.add_argument_group("estimate")
     estimate.add_argument(
         "--estimate",
         action="store_true",
-        help="print the memory that training needs, for every preset, and exit",
+        help="print the memory that the run of these flags needs, and exit; needs no "
+        "--data. Without --preset, an overview of every preset on one device, with "
+        "adapters of rank 16 and with all weights, for --batch-size, "
+        "--sequence-length, --rematerialize and --backend",
     )
-    add_run_options(parser)
+    add_run_options(parser, "all devices along fsdp")
     return parser, parser.parse_args(arguments)
 
 
-def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneConfig:
-    """Validates the flags and makes a `finetuning.FinetuneConfig` of them."""
-    from keras_openllama.runs.finetuning import FinetuneConfig
+def check_options(
+    parser: CommandParser, options: argparse.Namespace, backend: str
+) -> None:
+    """Rejects invalid flags before anything slow is imported or loaded.
 
+    Args:
+        parser: Parser that reports an error and exits.
+        options: The parsed arguments.
+        backend: The backend of Keras.
+    """
+    for name, (is_valid, requirement) in _NUMBERS.items():
+        value = getattr(options, name)
+        if value is not None and not is_valid(value):
+            parser.error(f"{_flag(name)} must be {requirement}. Received: {value}")
+    if options.batch_size % options.micro_batches:
+        parser.error(
+            "--micro-batches must divide --batch-size. Received: "
+            f"{options.micro_batches} and {options.batch_size}"
+        )
+    check_backend_flags(parser, options, backend)
+    if options.estimate and not options.preset:
+        for name in _OF_ONE_RUN:
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(
+                    f"{_flag(name)} applies to the estimate of one run: add --preset."
+                )
+        return
     if not options.preset:
         parser.error("--preset is required: name the model to fine-tune.")
-    if not options.data:
+    if not options.data and not options.estimate:
         parser.error("--data is required: name files of examples (JSON lines).")
     paths = [("--data", path) for path in options.data]
     if options.validation:
@@ -285,37 +333,83 @@ def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneC
     for flag, path in paths:
         if not Path(path).is_file():
             parser.error(f"{flag}: the file {path} does not exist.")
-    positive = (
-        *("sequence_length", "batch_size", "micro_batches"),
-        *("save_every", "validate_every"),
-    )
-    for name in positive:
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} must be a positive integer. Received: "
-                f"{getattr(options, name)}"
-            )
-    if options.epochs <= 0 or not 0 <= options.validation_fraction < 1:
-        parser.error(
-            "--epochs must be positive, and --validation-fraction in [0, 1). Received: "
-            f"{options.epochs} and {options.validation_fraction}"
-        )
-    if options.learning_rate is not None and not options.learning_rate > 0:
-        parser.error(
-            f"--learning-rate must be positive. Received: {options.learning_rate}"
-        )
     check_combinations(parser, options)
-    if options.batch_size % options.micro_batches:
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_backend_flags(
+    parser: CommandParser, options: argparse.Namespace, backend: str
+) -> None:
+    """Rejects flags that need JAX on another backend."""
+    if backend == "jax":
+        return
+    needs_jax = {
+        "--micro-batches": options.micro_batches > 1,
+        "--rematerialize": options.rematerialize != "none",
+        "--mesh": options.mesh is not None,
+        "--profile": options.profile is not None,
+    }
+    for flag, is_given in needs_jax.items():
+        if is_given:
+            parser.error(
+                f"{flag} needs the JAX backend: --backend jax. Received: {backend}"
+            )
+
+
+def check_combinations(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Rejects LoRA flags without --lora-rank, and unsupported combinations."""
+    for name in ("int8", "lora_alpha", "lora_targets"):
+        if getattr(options, name) and not options.lora_rank:
+            parser.error(f"{_flag(name)} needs adapters: add --lora-rank.")
+    if options.dtype == "bfloat16" and not options.lora_rank:
         parser.error(
-            "--micro-batches must divide --batch-size. Received: "
-            f"{options.micro_batches} and {options.batch_size}"
+            "--dtype bfloat16 would round small updates to zero. Use --dtype "
+            "mixed_bfloat16, or train adapters with --lora-rank."
         )
-    template = None
-    if options.chat_template:
-        try:
-            template = json.loads(Path(options.chat_template).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            parser.error(f"--chat-template: {error}")
+    if options.int8 and options.export == "model":
+        parser.error(
+            "--export model: adapters cannot be merged into int8 weights. Use --export "
+            "adapters, or remove --int8."
+        )
+    if options.export == "adapters" and not options.lora_rank:
+        parser.error("--export adapters needs adapters: add --lora-rank.")
+
+
+def read_chat_template(path: str) -> dict[str, str]:
+    """Reads the file of `--chat-template`.
+
+    Args:
+        path: Path of a JSON file.
+
+    Returns:
+        The template, see `OpenLlamaCausalLMPreprocessor`.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds no chat template.
+    """
+    from keras_openllama.text.examples import check_template
+
+    try:
+        template = json.loads(Path(path).read_text("utf-8"))
+        check_template(template or {})
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--chat-template: {path} is not valid JSON: {error}. It must map roles to "
+            f"texts with {{content}}, such as {CHAT_TEMPLATE}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--chat-template: {path}: {error}") from error
+    return template
+
+
+def make_config(options: argparse.Namespace) -> FinetuneConfig:
+    """Makes a `finetuning.FinetuneConfig` of valid flags."""
+    from keras_openllama.runs.finetuning import FinetuneConfig
+
+    template = options.chat_template and read_chat_template(options.chat_template)
     return FinetuneConfig(
         preset=options.preset,
         data=tuple(options.data),
@@ -344,32 +438,6 @@ def make_config(parser: CommandParser, options: argparse.Namespace) -> FinetuneC
     )
 
 
-def check_combinations(parser: CommandParser, options: argparse.Namespace) -> None:
-    """Rejects LoRA flags without --lora-rank, and unsupported combinations."""
-    if options.lora_rank < 0:
-        parser.error(f"--lora-rank must not be negative. Received: {options.lora_rank}")
-    for name in ("int8", "lora_alpha", "lora_targets"):
-        if getattr(options, name) and not options.lora_rank:
-            parser.error(f"--{name.replace('_', '-')} needs adapters: add --lora-rank.")
-    if options.dtype == "bfloat16" and not options.lora_rank:
-        parser.error(
-            "--dtype bfloat16 would round small updates to zero. Use --dtype "
-            "mixed_bfloat16, or train adapters with --lora-rank."
-        )
-    if options.int8 and options.export == "model":
-        parser.error(
-            "--export model: adapters cannot be merged into int8 weights. Use --export "
-            "adapters, or remove --int8."
-        )
-    if options.export == "adapters" and not options.lora_rank:
-        parser.error("--export adapters needs adapters: add --lora-rank.")
-    saves = options.micro_batches > 1 or options.rematerialize != "none"
-    if saves and os.environ["KERAS_BACKEND"] != "jax":
-        parser.error(
-            "--micro-batches and --rematerialize need the JAX backend: --backend jax."
-        )
-
-
 def _unescaped(template):
     """Replaces escape sequences of new lines and tabs, which shells do not."""
     return template and template.replace("\\n", "\n").replace("\\t", "\t")
@@ -377,60 +445,76 @@ def _unescaped(template):
 
 def default_dtype(options: argparse.Namespace) -> str:
     """Returns the default of `--dtype`."""
-    if device_kind() == "cpu":
+    if not has_accelerator():
         return "float32"
     return "bfloat16" if options.lora_rank else "mixed_bfloat16"
 
 
-def device_kind() -> str:
-    """Returns the kind of device of the backend: `"cpu"` or `"accelerator"`."""
+def has_accelerator() -> bool:
+    """Whether the backend runs on a GPU or TPU."""
     backend = os.environ["KERAS_BACKEND"]
     if backend == "torch":
         import torch
 
-        found = torch.cuda.is_available()
-    elif backend == "tensorflow":
+        return torch.cuda.is_available()
+    if backend == "tensorflow":
         import tensorflow
 
-        found = tensorflow.config.list_physical_devices("GPU")
-    else:
-        import jax
+        return bool(tensorflow.config.list_physical_devices("GPU"))
+    import jax
 
-        found = jax.default_backend() != "cpu"
-    return "accelerator" if found else "cpu"
+    return jax.default_backend() != "cpu"
+
+
+def _device():
+    """The kind of device in the words of `finetune_memory`."""
+    return "accelerator" if has_accelerator() else "cpu"
 
 
 @command("finetune", extra="train")
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     parser, options = parse_arguments(arguments, prog)
-    os.environ["KERAS_BACKEND"] = options.backend or os.environ.get(
-        "KERAS_BACKEND", "jax"
-    )
-    if options.estimate:
-        from keras_openllama.planning import finetune_memory
-
-        print(
-            finetune_memory.memory_table(
-                options.batch_size,
-                options.sequence_length,
-                options.rematerialize,
-                device_kind(),
-            )
-        )
-        return 0
-    if os.environ["KERAS_BACKEND"] == "jax":
-        join_hosts(parser, options)
-    else:
+    backend = backend_name(options.backend)
+    check_options(parser, options, backend)
+    choose_backend(backend)
+    if backend != "jax":
         # JAX only writes the checkpoints: the backend needs the accelerator's memory.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    config = make_config(parser, options)
-    if options.mesh and os.environ["KERAS_BACKEND"] != "jax":
-        parser.error("--mesh needs the JAX backend: --backend jax.")
+    if options.estimate:
+        print_estimate(options)
+        return 0
+    if backend == "jax":
+        initialize_distributed(parser, options)
+    config = make_config(options)
     if options.output is None:
         name = Path(config.preset).name.removeprefix("open_llama_")
         options.output = f"runs/{name}-finetuned"
-    return exit_code(prog, options, lambda: finetune(config, options))
+    return run_training(prog, options, lambda: finetune(config, options))
+
+
+def print_estimate(options: argparse.Namespace) -> None:
+    """Prints the memory of the run of the flags, or an overview of all presets.
+
+    Raises:
+        ValueError: If the run does not fit into memory, or its model is unknown.
+    """
+    if options.preset:
+        from keras_openllama.runs.finetuning import find_model
+
+        config = make_config(options)
+        check_memory(config, find_model(config)[1], options.mesh)
+        return
+    from keras_openllama.planning import finetune_memory
+
+    table = finetune_memory.memory_table(
+        options.batch_size,
+        options.sequence_length,
+        options.rematerialize,
+        _device(),
+        os.environ["KERAS_BACKEND"],
+    )
+    print(table)
 
 
 def finetune(config: FinetuneConfig, options: argparse.Namespace) -> str | None:
@@ -478,9 +562,9 @@ def check_memory(
         int8=config.int8,
         devices=number_of_devices(mesh),
         backend=os.environ["KERAS_BACKEND"],
-        device=device_kind(),
+        device=_device(),
     )
-    print_on_first_host(f"Estimated memory of training:\n{estimate.table()}")
+    print_on_process_0(f"Estimated memory of training:\n{estimate.table()}")
     finetune_memory.check_fits(estimate, finetune_memory.available_memory())
 
 
@@ -500,4 +584,4 @@ def _print_exports(output):
     ):
         path = os.path.join(output, name)
         if os.path.isdir(path):
-            print_on_first_host(f"{path}: {hint.format(path)}")
+            print_on_process_0(f"{path}: {hint.format(path)}")

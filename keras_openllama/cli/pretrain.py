@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.training_options import (
     add_run_options,
-    exit_code,
-    join_hosts,
+    initialize_distributed,
     open_trainer,
-    print_on_first_host,
+    print_on_process_0,
+    run_training,
 )
 from keras_openllama.runs import recipe as recipes
 
@@ -148,7 +148,10 @@ def parse_arguments(
     plan.add_argument(
         "--json", default=None, metavar="FILE", help="also write the plan to FILE"
     )
-    add_run_options(parser)
+    add_run_options(
+        parser,
+        "the recipe's mesh for this number of devices, else all devices along fsdp",
+    )
     return parser, parser.parse_args(arguments)
 
 
@@ -229,8 +232,8 @@ def main(arguments: list[str], prog: str) -> int | None:
         return plan_run(parser, options, resolved)
     if options.output is None:
         options.output = f"runs/{resolved.preset.removeprefix('open_llama_')}"
-    join_hosts(parser, options)
-    return exit_code(prog, options, lambda: pretrain(options, resolved))
+    initialize_distributed(parser, options)
+    return run_training(prog, options, lambda: pretrain(options, resolved))
 
 
 def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) -> int:
@@ -267,7 +270,7 @@ def pretrain(options: argparse.Namespace, resolved: Any) -> str | None:
 
     def open_run(run_options):
         data = open_data(options, resolved)
-        print_on_first_host(
+        print_on_process_0(
             resolved.for_devices(jax.device_count(), options.mesh).table()
         )
         return pretraining.open_run(resolved, data, run_options)
@@ -276,7 +279,7 @@ def pretrain(options: argparse.Namespace, resolved: Any) -> str | None:
         stopped = trainer.train()
     if not stopped:
         output = options.output
-        print_on_first_host(
+        print_on_process_0(
             "Generate from the model, or export it:\n"
             f'    keras-openllama generate "The captain looked at" --preset {output}\n'
             f"    keras-openllama convert {output} {output}_hf --to transformers"

@@ -38,18 +38,31 @@ def add_backend(group: argparse._ActionsContainer) -> None:
     )
 
 
+def backend_name(name: str | None) -> str:
+    """Returns the backend of a command.
+
+    Args:
+        name: Value of `--backend`. `None` stands for KERAS_BACKEND, and JAX if that is
+            not set.
+
+    Example:
+        >>> backend_name("torch")
+        'torch'
+    """
+    return name or os.environ.get("KERAS_BACKEND") or "jax"
+
+
 def choose_backend(name: str | None) -> None:
     """Sets the backend of Keras, before Keras is imported.
 
     Args:
-        name: Name of the backend. `None` stands for KERAS_BACKEND, and JAX if that is
-            not set.
+        name: See `backend_name`.
 
     Raises:
         ValueError: If the backend is not installed, or Keras was already imported with
             another backend.
     """
-    name = name or os.environ.get("KERAS_BACKEND") or "jax"
+    name = backend_name(name)
     if name in BACKENDS and importlib.util.find_spec(BACKENDS[name]) is None:
         extra = "[torch]" if name == "torch" else ""
         raise ValueError(

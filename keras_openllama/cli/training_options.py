@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from keras_openllama.runs.trainer import RunOptions, Trainer
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser, default_mesh: str) -> None:
     """Adds `--mesh`, `--accept-changes`, `--profile` and the flags for several hosts.
+
+    Args:
+        parser: The parser of the command.
+        default_mesh: Description of the mesh without `--mesh`, for `--help`.
 
     Example:
         >>> parser = argparse.ArgumentParser()
-        >>> add_run_options(parser)
+        >>> add_run_options(parser, "one device")
         >>> parser.parse_args(["--mesh", "fsdp=4"]).mesh
         {'data': 1, 'fsdp': 4, 'model': 1}
     """
@@ -35,15 +39,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="AXIS=N,…",
         help="device mesh, such as data=4,fsdp=64. Axes: data (replicas), fsdp "
-        "(sharded weights), model (tensor parallelism). JAX only (default: that "
-        "of pretrain's recipe, else all devices along fsdp)",
+        "(sharded weights), model (tensor parallelism). JAX only (default: "
+        f"{default_mesh})",
     )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
         default=False,
-        help="resume a run with settings that differ from those it was started with "
-        "(otherwise an error)",
+        help="resume a run with changed settings that affect the results, such as the "
+        "learning rate. Settings that decide what a step reads or which variables "
+        "there are, such as batch size, sequence length and seed, can never change; "
+        "--save-every, micro-batches and the like can always change",
     )
     parser.add_argument(
         "--profile",
@@ -51,7 +57,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="A:B",
         help="profile steps A to B, such as 10:15, with JAX's profiler; the trace is "
-        "written into the run's directory",
+        "written into the run's directory. JAX only",
     )
     hosts = parser.add_argument_group(
         "several hosts",
@@ -106,7 +112,9 @@ def _profile(text):
     return int(first), int(last)
 
 
-def join_hosts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def initialize_distributed(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> None:
     """Connects the hosts of a run with `jax.distributed`, before JAX uses a device.
 
     Args:
@@ -129,15 +137,32 @@ def join_hosts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         if any(value is not None for value in flags) or not any(
             text in str(error) for text in single_host
         ):
-            parser.error(
-                "The hosts could not be connected. --coordinator, --num-processes and "
-                f"--process-id must be given together. {error}"
-            )
+            parser.error(_connection_error(flags, error))
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         parser.error(
             f"JAX detects {jax.process_count()} processes, but did not connect them. "
             "Give --coordinator, --num-processes and --process-id."
         )
+
+
+def _connection_error(flags, error):
+    """Describes an error of `jax.distributed.initialize`, and what to do."""
+    coordinator, num_processes, process_id = flags
+    if all(value is None for value in flags):
+        return (
+            "The hosts that JAX detects could not be connected. Check that the command "
+            f"was started on every host. {error}"
+        )
+    if any(value is None for value in flags):
+        return (
+            "--coordinator, --num-processes and --process-id must be given together. "
+            f"Received: {', '.join(map(str, flags))}. {error}"
+        )
+    return (
+        f"Process {process_id} of {num_processes} could not be connected to "
+        f"--coordinator {coordinator}. Check the address, and that every process was "
+        f"started. {error}"
+    )
 
 
 class InvalidArgumentError(Exception):
@@ -162,7 +187,7 @@ def open_trainer(
     Raises:
         InvalidArgumentError: If `open_run` raises a `RuntimeError` or `ValueError`.
     """
-    from keras_openllama.runs.trainer import PICTURE, RunOptions
+    from keras_openllama.runs.trainer import LOSS_PLOT, RunOptions
 
     run_options = RunOptions(
         options.output,
@@ -175,7 +200,7 @@ def open_trainer(
         with _checking_arguments():
             trainer = stack.enter_context(open_run(run_options))
         yield trainer
-    print_on_first_host(f"Loss plot: {os.path.join(options.output, PICTURE)}")
+    print_on_process_0(f"Loss plot: {os.path.join(options.output, LOSS_PLOT)}")
 
 
 @contextlib.contextmanager
@@ -191,16 +216,19 @@ def _checking_arguments():
         raise InvalidArgumentError(str(error)) from error
 
 
-def exit_code(
+def run_training(
     prog: str, options: argparse.Namespace, train: Callable[[], str | None]
 ) -> int:
-    """Calls a function that trains, and returns the exit code of the command.
+    """Calls a function that trains, and reports its errors.
 
     Args:
         prog: The command as the user typed it.
         options: The parsed arguments.
         train: Function without arguments. It returns the signal that stopped it, or
             `None`.
+
+    Returns:
+        The exit code of the command.
     """
     from keras_openllama.runs import interruption
 
@@ -210,7 +238,7 @@ def exit_code(
         return _report_error(prog, error, options)
     if not stopped:
         return 0
-    print_on_first_host(
+    print_on_process_0(
         f"Stopped by {stopped}. The run is saved: run the same command to resume."
     )
     return interruption.STOPPED
@@ -247,8 +275,8 @@ def _report_error(prog, error, options):
     return code
 
 
-def print_on_first_host(text: str) -> None:
-    """Prints a line on the first host of a run only."""
+def print_on_process_0(text: str) -> None:
+    """Prints a line on process 0 of a run only."""
     import jax
 
     if jax.process_index() == 0:

@@ -294,6 +294,7 @@ def memory_table(
     sequence_length: int,
     rematerialize: str = "none",
     device: str = "cpu",
+    backend: str = "jax",
 ) -> str:
     """Formats the estimates for each preset on one device as a table.
 
@@ -302,6 +303,7 @@ def memory_table(
         sequence_length: tokens of a sequence.
         rematerialize: a policy of `config.REMATERIALIZATION`.
         device: see `estimate_memory`.
+        backend: see `estimate_memory`.
 
     Returns:
         A line per preset, and a column for adapters and for full fine-tuning in each
@@ -316,7 +318,7 @@ def memory_table(
     lines = [
         f"GiB to fine-tune, {batch_size} sequences of {sequence_length} tokens, "
         f"adapters of rank 16 on queries and values, rematerialize={rematerialize}, on "
-        f"{'a CPU' if device == 'cpu' else 'an accelerator'}",
+        f"{'a CPU' if device == 'cpu' else 'an accelerator'} with {backend}",
         f"{'':20}" + "".join(f"{name:>21}" for name in _SETUPS),
     ]
     for name, preset in presets.registry().items():
@@ -327,6 +329,7 @@ def memory_table(
                 sequence_length=sequence_length,
                 rematerialize=rematerialize,
                 device=device,
+                backend=backend,
                 **setup,
             ).total
             for setup in _SETUPS.values()

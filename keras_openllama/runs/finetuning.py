@@ -13,13 +13,13 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import keras
 
 from keras_openllama.backend import jit
-from keras_openllama.config import validate_architecture
+from keras_openllama.config import context_length, validate_architecture
 from keras_openllama.data import instructions
 from keras_openllama.distribution import check_mesh
 from keras_openllama.loading.load import (
@@ -28,6 +28,7 @@ from keras_openllama.loading.load import (
     load_task_from_source,
 )
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.runs import run_directory
 from keras_openllama.runs.instruction_data import InstructionData
 from keras_openllama.runs.jax_train_state import (
@@ -40,7 +41,11 @@ from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.train_config import TrainConfig
 from keras_openllama.runs.trainer import RunOptions, SamplePrompts, Trainer, lock_run
 from keras_openllama.text.inputs import normalize_examples
+from keras_openllama.text.sentencepiece_model import check_vocabulary
 from keras_openllama.training.fit import ADAPTER_LEARNING_RATE, LEARNING_RATE
+
+if TYPE_CHECKING:
+    from keras_openllama.loading.sources import ModelSource
 
 ADAPTERS, MODEL = "adapters", "model"
 _NUM_SAMPLE_PROMPTS = 4  # Heuristic: held-out prompts that are sampled from.
@@ -64,7 +69,8 @@ class FinetuneConfig:
         sequence_length: Tokens per sequence.
         pack: Whether sequences hold several examples (packing).
         lora_rank: Rank of LoRA adapters; `None` (`--lora-rank 0`) trains all weights.
-        lora_alpha: Updates are scaled by `lora_alpha / lora_rank`; by default 1.
+        lora_alpha: LoRA alpha; updates are scaled by `lora_alpha / lora_rank`. Defaults
+            to the rank, a scale of 1.
         lora_targets: Names of the layers with adapters.
         int8: Whether to quantize the base weights to int8; requires `lora_rank`, and
             no merged model is exported.
@@ -72,13 +78,17 @@ class FinetuneConfig:
         epochs: Passes over the examples.
         batch_size: Sequences per step, over all devices.
         learning_rate: Peak learning rate; the default depends on `lora_rank`.
-        warmup: Warmup steps as a fraction of all steps, 0 to 1.
+        warmup: Warmup steps as a fraction of all steps, below 1.
         weight_decay: See `TrainConfig`.
         micro_batches: See `TrainConfig`.
         rematerialize: See `TrainConfig`.
-        seed: See `TrainConfig`.
+        seed: Seed of the adapters' initial values, of the order of the examples, and of
+            the choice of held-out examples.
         save_every: See `TrainConfig`.
         validate_every: Steps between validations; by default a tenth of all steps.
+
+    Raises:
+        ValueError: if a setting is invalid.
     """
 
     preset: str
@@ -105,6 +115,14 @@ class FinetuneConfig:
     seed: int = 0
     save_every: int = 100
     validate_every: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                "`warmup` must be in [0, 1), a fraction of all steps. Received: "
+                f"warmup={self.warmup}"
+            )
+        self.train_config(steps=1)  # Checks the other settings of the steps.
 
     def train_config(self, steps: int) -> TrainConfig:
         """Returns the settings of the training steps.
@@ -194,57 +212,28 @@ def open_run(
             export_model(trainer, config, (ADAPTERS, MODEL), replace=False)
         ```
     """
-    on_jax = keras.config.backend() == "jax"
-    with _reading_preset(config):
-        source = find_source(config.preset)
-        architecture = validate_architecture(source.arguments())
+    source, architecture = find_model(config)
     check_size(architecture)
     examples, validation = read_examples(config)
-    distribution = None
-    if on_jax:
-        jit.use_compilation_cache()
-        mesh = options.mesh or {"data": 1, "fsdp": jax.device_count(), "model": 1}
-        check_mesh(mesh, architecture, config.batch_size, config.micro_batches)
-        distribution = distribution_for(mesh)
-    elif options.mesh:
-        raise ValueError("A mesh requires the JAX backend. Omit --mesh.")
+    distribution = _distribution(config, architecture, options)
     with lock_run(options.output):
-        now = {
-            **config.to_json(),
-            "kind": run_directory.FINETUNING,
-            "architecture": json.loads(json.dumps(architecture)),
-            "weights": "adapters" if config.lora_rank else "all",
-            "data": {"examples": _fingerprint(examples, validation)},
-        }
-        before = run_directory.read_run(options.output)
-        changes = []
-        if before is not None:
-            changes = run_directory.check_settings(before, now, options.accept_changes)
-            for line in changes:
-                options.log(f"Changed: {line}.")
-        # Keras draws the seeds of initializers from `random`. (`set_random_seed` would
-        # import TensorFlow.)
-        random.seed(config.seed)
-        with distribution_scope(distribution):
-            lm = _build(config, source)
-        data = _instruction_data(lm, config, examples, validation)
-        train = config.train_config(data.steps(config.epochs))
-        with distribution_scope(distribution):
-            compile_model(lm, train)
-        proto = lm.preprocessor.tokenizer.proto
-        changed = before is None or bool(changes)
-        run_directory.write_run_once(options.output, now, proto, changed)
-        save_frozen = not config.lora_rank
-        if on_jax:
-            state = JaxTrainState(lm, train, distribution, save_frozen=save_frozen)
-        else:
-            state = KerasTrainState(lm, save_frozen=save_frozen)
-        if sample_prompts is None:
-            sample_prompts = _prompts(lm, config, [e for _, e in validation])
-        prompts = {f"sample {i}": text for i, text in enumerate(sample_prompts, 1)}
-        sampling = SamplePrompts(
-            prompts, max_new_tokens, lm.backbone.context_length, True
+        run = _describe(config, architecture, examples, validation)
+        before, changes = run_directory.read_and_check_run(
+            options.output, run, options.accept_changes
         )
+        # What the examples and prompts need is checked before the weights are loaded.
+        preprocessor = _load_preprocessor(config, source, architecture)
+        data = _instruction_data(config, preprocessor, examples, validation)
+        if sample_prompts is None:
+            sample_prompts = _prompts(config, preprocessor, [e for _, e in validation])
+        sampling = _sampling(preprocessor, architecture, sample_prompts, max_new_tokens)
+        train = config.train_config(data.steps(config.epochs))
+        lm = _build(config, source, preprocessor, train, distribution)
+        proto = preprocessor.tokenizer.proto
+        run_directory.write_run_once(
+            options.output, run, proto, before, changes, options.log
+        )
+        state = _train_state(config, lm, train, distribution)
         yield Trainer(train, state, data, options, {"run": config.to_json()}, sampling)
 
 
@@ -289,39 +278,118 @@ def export_model(
 # ----- Model
 
 
+def find_model(config: FinetuneConfig) -> tuple[ModelSource, dict[str, Any]]:
+    """Finds the model to fine-tune, without reading its weights.
+
+    Args:
+        config: The settings of the run.
+
+    Returns:
+        Its source, and the arguments of its backbone.
+
+    Raises:
+        ValueError: if the model is unknown or unavailable, or its context is shorter
+            than `sequence_length`.
+
+    Example:
+        >>> config = FinetuneConfig("nano", ("examples.jsonl",), sequence_length=256)
+        >>> _, architecture = find_model(config)
+        >>> architecture["num_layers"]
+        4
+    """
+    with _reading_preset(config):
+        source = find_source(config.preset)
+        architecture = validate_architecture(source.arguments())
+    context = context_length(architecture)
+    if config.sequence_length > context:
+        raise ValueError(
+            "`sequence_length` (--sequence-length) must not exceed the context length "
+            f"of {config.preset}, {context} tokens. Received: "
+            f"sequence_length={config.sequence_length}"
+        )
+    return source, architecture
+
+
 @contextlib.contextmanager
 def _reading_preset(config):
     """Converts errors of reading the preset, which are not errors of writing a run."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{config.preset} is unavailable: {error}") from error
-
-
-def _build(config, source):
-    """Loads the model of a run, with adapters if the config has them."""
-    with _reading_preset(config):
-        lm = load_task_from_source(
-            OpenLlamaCausalLM,
-            source,
-            describe_origin(config.preset),
-            dtype=config.dtype,
-        )
-    if config.sequence_length > lm.backbone.context_length:
         raise ValueError(
-            f"`sequence_length` (--sequence-length) must not exceed the context length "
-            f"of {config.preset}, {lm.backbone.context_length} tokens. Received: "
-            f"sequence_length={config.sequence_length}"
-        )
-    lm.preprocessor.sequence_length = config.sequence_length
+            f"The preset (--preset) {config.preset!r} is unavailable: {error}"
+        ) from error
+
+
+def _distribution(config, architecture, options):
+    """Returns the `keras.distribution` of a run; `None` on other backends than JAX."""
+    backend = keras.config.backend()
+    if backend != "jax":
+        for name in ("mesh", "profile"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"`{name}` (--{name}) needs the JAX backend. Omit it, or use JAX. "
+                    f"Received: {name}={getattr(options, name)}, backend={backend!r}"
+                )
+        return None
+    jit.use_compilation_cache()
+    mesh = options.mesh or {"data": 1, "fsdp": jax.device_count(), "model": 1}
+    check_mesh(mesh, architecture, config.batch_size, config.micro_batches)
+    return distribution_for(mesh)
+
+
+def _load_preprocessor(config, source, architecture):
+    """Loads the tokenizer, with the sequence length and chat template of the run."""
+    with _reading_preset(config):
+        preprocessor = source.preprocessor(OpenLlamaCausalLMPreprocessor, {})
+    check_vocabulary(
+        preprocessor.tokenizer.vocabulary_size(), architecture["vocabulary_size"]
+    )
+    preprocessor.sequence_length = config.sequence_length
     if config.chat_template is not None:
-        lm.preprocessor.chat_template = config.chat_template
-    if config.int8:
-        lm.backbone.quantize("int8")
-    if config.lora_rank:
-        targets = config.lora_targets and list(config.lora_targets)
-        lm.backbone.enable_lora(config.lora_rank, targets, config.lora_alpha)
+        preprocessor.chat_template = config.chat_template
+    return preprocessor
+
+
+def _build(config, source, preprocessor, train, distribution):
+    """Loads the weights, adds adapters if the config has them, and compiles."""
+    # Keras draws the seeds of initializers from `random`. (`set_random_seed` would
+    # import TensorFlow.)
+    random.seed(config.seed)
+    with distribution_scope(distribution):
+        with _reading_preset(config):
+            lm = load_task_from_source(
+                OpenLlamaCausalLM,
+                source,
+                describe_origin(config.preset),
+                dtype=config.dtype,
+                preprocessor=preprocessor,
+            )
+        if config.int8:
+            lm.backbone.quantize("int8")
+        if config.lora_rank:
+            targets = config.lora_targets and list(config.lora_targets)
+            lm.backbone.enable_lora(config.lora_rank, targets, config.lora_alpha)
+        compile_model(lm, train)
     return lm
+
+
+def _train_state(config, lm, train, distribution):
+    save_frozen = not config.lora_rank
+    if keras.config.backend() == "jax":
+        return JaxTrainState(lm, train, distribution, save_frozen=save_frozen)
+    return KerasTrainState(lm, save_frozen=save_frozen)
+
+
+def _describe(config, architecture, examples, validation):
+    """Returns the contents of `run.json`."""
+    return {
+        **config.to_json(),
+        "kind": run_directory.FINETUNING,
+        "architecture": json.loads(json.dumps(architecture)),
+        "weights": "adapters" if config.lora_rank else "all",
+        "data": {"examples": _fingerprint(examples, validation)},
+    }
 
 
 # ----- Examples
@@ -360,9 +428,9 @@ def _fingerprint(*parts):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _instruction_data(lm, config, examples, validation):
+def _instruction_data(config, preprocessor, examples, validation):
     def tokenize(examples, pack):
-        tokenized = lm.preprocessor.tokenize_examples(normalize_examples(examples))
+        tokenized = preprocessor.tokenize_examples(normalize_examples(examples))
         tokenized.warn()
         arrays = tokenized.packed() if pack else tokenized.padded()
         return arrays, tokenized.num_bytes
@@ -370,22 +438,56 @@ def _instruction_data(lm, config, examples, validation):
     by_source = {}
     for source, example in validation:
         by_source.setdefault(source, []).append(example)
-    process = jax.process_count(), jax.process_index()
     train, _ = tokenize([e for _, e in examples], config.pack)
     held_out = {source: tokenize(some, False) for source, some in by_source.items()}
-    return InstructionData(*(train, config.batch_size, config.seed, held_out), *process)
+    return InstructionData(
+        train,
+        config.batch_size,
+        config.seed,
+        validation=held_out,
+        process_count=jax.process_count(),
+        process_index=jax.process_index(),
+    )
 
 
-def _prompts(lm, config, examples):
+def _sampling(preprocessor, architecture, prompts, max_new_tokens):
+    """Checks the prompts to complete; returns `SamplePrompts`."""
+    if max_new_tokens < 1:
+        raise ValueError(
+            "`max_new_tokens` (--max-new-tokens) must be a positive integer. Received: "
+            f"max_new_tokens={max_new_tokens}"
+        )
+    context = context_length(architecture)
+    for prompt in prompts:
+        length = len(_prompt_ids(preprocessor, prompt))
+        if length > context:
+            raise ValueError(
+                f"`sample_prompts` (--sample-prompt) has a prompt of {length} tokens, "
+                f"but the context of this model is {context} tokens. Shorten it. "
+                f"Received: {prompt!r:.80}"
+            )
+    labeled = {f"sample {i}": prompt for i, prompt in enumerate(prompts, 1)}
+    return SamplePrompts(
+        labeled,
+        max_new_tokens=max_new_tokens,
+        max_length=context,
+        before_and_after=True,
+    )
+
+
+def _prompt_ids(preprocessor, prompt):
+    if isinstance(prompt, str):
+        return preprocessor.prompt_ids([prompt])[0]
+    return preprocessor.chat_ids(prompt["messages"])
+
+
+def _prompts(config, preprocessor, examples):
     """Returns prompts of examples that leave room for a response."""
     prompts = []
     for example in examples:
         prompt = prompt_from_example(example)
         try:
-            if isinstance(prompt, str):
-                (ids,) = lm.preprocessor.prompt_ids([prompt])
-            else:
-                ids = lm.preprocessor.chat_ids(prompt["messages"])
+            ids = _prompt_ids(preprocessor, prompt)
         except ValueError:
             continue  # It has no prompt, like a chat that starts with the assistant.
         if len(ids) < config.sequence_length:

@@ -150,7 +150,7 @@ class InstructionValidation:
         return {**_rates(*total), "sources": sources}
 
     def _sum_targets(self, arrays, evaluate):
-        """LossSums nats and targets of a source; zero weights pad the last batch."""
+        """Sums nats and targets of a source; zero weights pad the last batch."""
         count = len(arrays[-1])
         nats = targets = 0.0
         for first in range(0, count, self._batch_size):

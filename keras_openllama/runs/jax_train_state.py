@@ -138,7 +138,7 @@ class JaxTrainState:
             checkpoints: The checkpoints of the run.
 
         Returns:
-            The checkpoint's marker, or `None` if there is no checkpoint.
+            The metadata in its `checkpoint.json`, or `None` if there is no checkpoint.
 
         Raises:
             checkpoint_manager.CheckpointError: if there are checkpoints, but none is
@@ -147,18 +147,18 @@ class JaxTrainState:
         arrays = self.arrays()
         target = jax_train_program.abstract_arrays(arrays)
 
-        def free_memory(marker):
+        def free_memory(metadata):
             jax.tree.map(lambda array: array.delete(), arrays)
             return target
 
         found = checkpoints.restore_latest(free_memory)
         if found is None:
             return None
-        marker, arrays = found
+        metadata, arrays = found
         frozen = None if self._save_frozen else self._state.non_trainable
         self._state = jax_train_program.state_from_dict(self.lm, arrays, frozen)
         self.update_model()
-        return marker
+        return metadata
 
     def update_model(self) -> None:
         """Assigns the values of the state to the model's variables."""

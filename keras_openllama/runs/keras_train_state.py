@@ -89,21 +89,21 @@ class KerasTrainState:
             checkpoints: The checkpoints of the run.
 
         Returns:
-            The checkpoint's marker, or `None` if there is no checkpoint.
+            The metadata in its `checkpoint.json`, or `None` if there is no checkpoint.
         """
         sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             self.arrays(),
         )
-        found = checkpoints.restore_latest(lambda marker: target)
+        found = checkpoints.restore_latest(lambda metadata: target)
         if found is None:
             return None
-        marker, arrays = found
+        metadata, arrays = found
         for part, variables in self._variables().items():
             for variable in variables:
                 variable.assign(np.asarray(arrays[part][variable.path]))
-        return marker
+        return metadata
 
     def update_model(self) -> None:
         """Does nothing, because the model's variables are the state."""

@@ -135,7 +135,6 @@ def _report_devices(resolved, mesh, options):
 
 def _check_and_write_run(resolved, preset, data, options):
     """Checks against the run in the directory, or writes it; returns the mixture."""
-    before = run_directory.read_run(options.output)
     name = resolved.recipe.mixture
     mixture = mixtures.load_mixture(name) if name else data.mixture
     now = {
@@ -143,19 +142,20 @@ def _check_and_write_run(resolved, preset, data, options):
         "architecture": dict(preset.config),
         "data": _fingerprint(data),
     }
-    changes = []
+    before, changes = run_directory.read_and_check_run(
+        options.output, now, options.accept_changes
+    )
     if before is not None:
-        changes = run_directory.check_settings(before, now, options.accept_changes)
         steps = CheckpointManager(options.output).steps() or [0]
         mixture, mixture_changes = run_directory.resumed_mixture(
             before, mixture, steps[-1], options.accept_changes
         )
         changes += mixture_changes
-        for line in changes:
-            options.log(f"Changed: {line}.")
     now["mixture"] = mixture.to_json()
-    changed = before is None or bool(changes)
-    run_directory.write_run_once(options.output, now, data.tokenizer_proto(), changed)
+    proto = data.tokenizer_proto()
+    run_directory.write_run_once(
+        options.output, now, proto, before, changes, options.log
+    )
     return mixture
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -113,21 +113,54 @@ def write_run(directory: PathLike, run: Mapping[str, Any], tokenizer: bytes) -> 
     files.write_bytes(files.join(directory, RUN), data)
 
 
-def write_run_once(
-    directory: PathLike, run: Mapping[str, Any], tokenizer: bytes, changed: bool
-) -> None:
-    """Calls `write_run` on process 0 if the run is new or changed; all processes wait.
+def read_and_check_run(
+    directory: PathLike, now: Mapping[str, Any], accept_changes: bool = False
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Reads the run in a directory, and checks that it may be resumed.
 
-    Every process must call it, whatever its own `changed` is: a process that reads the
-    directory late finds what process 0 has just written, and sees no change.
+    Args:
+        directory: The run's directory.
+        now: See `check_settings`.
+        accept_changes: See `check_settings`.
+
+    Returns:
+        The run, or `None` if the directory holds none; and the changes, see
+        `check_settings`.
+
+    Raises:
+        ValueError: if the file is damaged, a change is impossible, or was not accepted.
+    """
+    before = read_run(directory)
+    if before is None:
+        return None, []
+    return before, check_settings(before, now, accept_changes)
+
+
+def write_run_once(
+    directory: PathLike,
+    run: Mapping[str, Any],
+    tokenizer: bytes,
+    before: Mapping[str, Any] | None,
+    changes: list[str],
+    log: Callable[[str], None],
+) -> None:
+    """Logs the changes of a run, and calls `write_run` if it is new or changed.
+
+    Only process 0 writes; the others wait. Every process must call it, whatever it
+    found before: a process that reads the directory late finds what process 0 has just
+    written, and sees no change.
 
     Args:
         directory: The run's directory.
         run: See `write_run`.
         tokenizer: See `write_run`.
-        changed: Whether this process found another run, or none.
+        before: The run that this process found in the directory, or `None`.
+        changes: A line for each setting that changes.
+        log: Function that logs a line.
     """
-    if changed and jax.process_index() == 0:
+    for line in changes:
+        log(f"Changed: {line}.")
+    if (before is None or changes) and jax.process_index() == 0:
         write_run(directory, run, tokenizer)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run")

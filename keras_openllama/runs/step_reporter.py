@@ -200,7 +200,7 @@ class StepReporter:
             keys = ("step", "loss", "grad_norm", "batch")
             sequences = self._data.sequences_read(self._step - 1)
             self._log.write_skipped_step(
-                {**{key: record[key] for key in keys}, "rows": sequences}
+                {**{key: record[key] for key in keys}, "sequences": sequences}
             )
             self.print_line(
                 f"Skipped step {self._step}: loss {record['loss']}, gradient norm "

@@ -41,15 +41,17 @@ from keras_openllama.utils import files
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
-PICTURE = "loss.png"
+LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 
 
 class TrainState(Protocol):
     """A model with its optimizer, and the programs that train and evaluate it.
 
-    A batch is `(x, y, sample_weight)`: `x` a dict of `token_ids` and `padding_mask`;
-    all are arrays of shape `(sequences, sequence_length)`.
+    A batch is `(x, y, sample_weight)`, all arrays of shape
+    `(sequences, sequence_length)`: `x` is a dict of `token_ids` (int32) and
+    `padding_mask` (bool, or int32 that numbers the documents of a sequence), `y` int32
+    and `sample_weight` float32.
     """
 
     lm: OpenLlamaCausalLM
@@ -76,7 +78,11 @@ class TrainState(Protocol):
         """Returns the arrays of a checkpoint, by part and variable path."""
 
     def restore(self, checkpoints: CheckpointManager) -> dict[str, Any] | None:
-        """Restores the newest intact checkpoint; returns its marker, or `None`."""
+        """Restores the newest intact checkpoint.
+
+        Returns:
+            The metadata in its `checkpoint.json`, or `None` if there is no checkpoint.
+        """
 
     def update_model(self) -> None:
         """Assigns the current weights to the variables of `lm`."""
@@ -113,7 +119,11 @@ class TrainData(Protocol):
         """Returns the batches of this process after `from_step` steps."""
 
     def sequences_read(self, step: int) -> list:
-        """Returns the origin of each sequence of a step (from 0), on all processes."""
+        """Identifies the sequences of step `step` (from 0), on all processes.
+
+        Returns:
+            A JSON-serializable value for each sequence, such as its index.
+        """
 
     def tokens(self, steps: int) -> int:
         """Returns the number of tokens in the first `steps` steps."""
@@ -226,13 +236,21 @@ class Trainer:
             options.output, config.keep_last, config.milestone_every
         )
         self.step = self._restore()
+        self.reporter = StepReporter(
+            state.lm,
+            config,
+            data,
+            output=options.output,
+            from_step=self.step,
+            start_time=options.start_time,
+        )
 
     def _restore(self):
-        marker = self.state.restore(self.checkpoints)
-        if marker is None:
+        metadata = self.state.restore(self.checkpoints)
+        if metadata is None:
             return 0
-        self.options.log(f"Resuming from the checkpoint of step {marker['step']}.")
-        return marker["step"]
+        self.options.log(f"Resuming from the checkpoint of step {metadata['step']}.")
+        return metadata["step"]
 
     # ----- The training loop
 
@@ -256,18 +274,22 @@ class Trainer:
         if self.complete:
             self.options.log(f"The run in {self.options.output} is complete.")
             if not self._samples_written():
-                with self._make_reporter() as self.reporter:
+                with self.reporter:
                     self._generate_samples()
             return None
         self._batches = iter(self.data.batches(self.step))
         batch = self._next_batch()
-        self._disable_empty_validation()
+        if self._is_validation_empty():
+            self.options.log("No held-out data: validation is disabled.")
         self._compile(batch)
         try:
-            with self._make_reporter() as self.reporter, StopRequest() as stop:
+            with self.reporter, StopRequest() as stop:
                 if self.step == 0:
                     self._before_first_step()
-                while not self._take_step(batch, stop):
+                while True:
+                    self._take_step(batch)
+                    if self._finish_step(stop):
+                        break
                     with self.reporter.clock.measure("data"):
                         batch = self._next_batch()
                 self.checkpoints.wait()
@@ -286,24 +308,26 @@ class Trainer:
             if not self._samples_written():
                 self._generate_samples()
 
-    def _take_step(self, batch, stop):
-        """Runs a step and what is due after it; returns whether to stop."""
-        config, reporter = self.config, self.reporter
+    def _take_step(self, batch):
+        """Runs a step and reports it."""
         self._start_profiler()
         batch = self.state.put_batch(batch)
-        with reporter.clock.measure("compute"):
+        with self.reporter.clock.measure("compute"):
             metrics = self.state.train_step(batch)
         self.step += 1
-        reporter.add(self.step, metrics)
+        self.reporter.add(self.step, metrics)
         if self.options.profile and self.step == self.options.profile[1]:
             self.state.block_until_ready()
             self._stop_profiler()
+
+    def _finish_step(self, stop):
+        """Does what is due after a step; returns whether training ends here."""
+        config = self.config
         stopped = stop.requested(self.step)
         if stopped:  # The process may be killed within seconds: save first.
             self._save_checkpoint()
             self.checkpoints.wait()
-        last = self.complete and config.validate_every > 0
-        if last or _is_due(config.validate_every, self.step):
+        if self.complete or _is_due(config.validate_every, self.step):
             self._validate()
         if _is_due(config.sample_every, self.step):
             self._generate_samples()
@@ -320,27 +344,22 @@ class Trainer:
         with reading_data():
             return next(self._batches)
 
-    def _disable_empty_validation(self):
-        if self.config.validate_every and not self.data.validation.sources:
-            self.options.log("No held-out data: validation is disabled.")
-            self.config = dataclasses.replace(self.config, validate_every=0)
+    def _is_validation_empty(self):
+        """Whether validation is requested, but there are no held-out data."""
+        return self.config.validate_every > 0 and not self.data.validation.sources
+
+    def _validates(self):
+        return self.config.validate_every > 0 and not self._is_validation_empty()
 
     def _compile(self, batch):
         self.options.log("Compiling the training step …")
         start = time.monotonic()
-        evaluation = self.config.validate_every > 0
-        self.state.compile(self.state.put_batch(batch), evaluation)
+        batch = self.state.put_batch(batch)
+        self.state.compile(batch, evaluation=self._validates())
         self.options.log(f"Compiled in {time.monotonic() - start:.1f} s.")
 
-    def _make_reporter(self):
-        options = self.options
-        return StepReporter(
-            *(self.state.lm, self.config, self.data),
-            *(options.output, self.step, options.start_time),
-        )
-
     def _validate(self):
-        if not self.config.validate_every:
+        if not self._validates():
             return
         self.reporter.flush()
         result = self.data.validation.measure(
@@ -399,7 +418,7 @@ class Trainer:
         if jax.process_index() == 0 and self.step:  # Before step 1 there is no loss.
             output = self.options.output
             runs = loss_plot.read_runs([output])
-            loss_plot.save_loss_plot(runs, os.path.join(output, PICTURE))
+            loss_plot.save_loss_plot(runs, os.path.join(output, LOSS_PLOT))
 
 
 def _is_due(every, step):

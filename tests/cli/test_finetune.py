@@ -22,9 +22,10 @@ from pretraining_runs import (
     results_of,
 )
 
-from keras_openllama import OpenLlamaCausalLM
+from keras_openllama import OpenLlamaCausalLM, presets
 from keras_openllama.cli.finetune import parse_arguments
-from keras_openllama.runs import metrics_log
+from keras_openllama.planning.finetune_memory import estimate_memory
+from keras_openllama.runs import finetuning, metrics_log
 from keras_openllama.runs.step_reporter import StepReporter
 
 SCRIPT = ROOT / "train" / "finetune.py"
@@ -245,18 +246,34 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
         (("--export", "adapters"), "--export adapters needs adapters"),
         (("--dtype", "bfloat16"), "Use --dtype mixed_bfloat16"),
         (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
-        (("--backend", "torch", "--micro-batches", 2), "need the JAX backend"),
+        *(
+            (("--backend", "torch", *more), f"{more[0]} needs the JAX backend")
+            for more in [
+                ("--micro-batches", 2),
+                ("--rematerialize", "full"),
+                ("--mesh", "fsdp=2"),
+                ("--profile", "1:2"),
+            ]
+        ),
         (("--prompt", "Q: {}"), "keys in braces"),
         (("--learning-rate", 0), "--learning-rate must be positive"),
         (("--micro-batches", 3), "must divide --batch-size"),
-        (("--epochs", 0), "--epochs must be positive"),
+        (("--epochs", 0), "--epochs must be positive. Received: 0.0\n"),
+        (("--epochs", "nan"), "--epochs must be positive. Received: nan"),
+        (("--validation-fraction", 1), "--validation-fraction must be in [0, 1)"),
+        (("--warmup", 100), "--warmup must be in [0, 1), a fraction of all steps."),
+        (("--warmup", -0.5), "--warmup must be in [0, 1)"),
+        (("--weight-decay", -1), "--weight-decay must be a non-negative number"),
+        (("--seed", -1), "--seed must be a non-negative integer"),
+        (("--max-new-tokens", 0), "--max-new-tokens must be a positive integer"),
+        (("--lora-rank", 2, "--lora-alpha", -1), "--lora-alpha must be positive"),
         (("--sequence-length", 0), "--sequence-length must be a positive integer"),
         (("--preset", "nanno"), "Did you mean"),
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "does not have 'answer'"),
         (("--mesh", "fsdp=3"), "fsdp = 3 does not divide"),
         (("--preset", "nano", "--sequence-length", 5000), "the context length of nano"),
-        (("--preset", "hf://nobody/nothing"), "is unavailable"),
+        (("--preset", "hf://nobody/nothing"), "'hf://nobody/nothing' is unavailable"),
         # Checked before any download.
         (("--preset", "13b", "--batch-size", 512), "Training needs about"),
     ],
@@ -266,6 +283,57 @@ def test_finetune_rejects_invalid_arguments(
 ):
     assert message in error_of(capsys, *arguments(data, tmp_path / "run", *more))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--sample-prompt", "word " * 600), "(--sample-prompt) has a prompt of"),
+        (("--sequence-length", 513), "the context length of"),
+    ],
+)
+def test_finetune_checks_prompts_and_lengths_before_it_loads_weights(
+    more, message, arguments, data, tmp_path, capsys, monkeypatch
+):
+    def load(*_, **__):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr(finetuning, "load_task_from_source", load)
+    assert message in error_of(capsys, *arguments(data, tmp_path / "run", *more))
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("USER: {content}", "is not valid JSON: "),
+        ("USER: {content}", "It must map roles to texts with {content}, such as {"),
+        ('["user", "assistant"]', 'a dict of strings with the role "assistant"'),
+        ("null", 'a dict of strings with the role "assistant"'),
+        ('{"assistant": "BOT:"}', "{content} exactly once"),
+    ],
+)
+def test_finetune_names_the_file_of_an_invalid_chat_template(
+    text, message, arguments, data, tmp_path, capsys
+):
+    path = tmp_path / "template.json"
+    path.write_text(text)
+    more = ("--chat-template", path)
+    error = error_of(capsys, *arguments(data, tmp_path / "run", *more))
+    assert f"--chat-template: {path}" in error and message in error
+
+
+@pytest.mark.backend_free
+def test_finetune_names_the_extra_of_a_backend_that_is_not_installed(
+    arguments, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    command = arguments(data, tmp_path / "run", "--backend", "torch")
+    from keras_openllama.cli.finetune import main
+
+    assert main(command) == 2
+    assert "pip install 'keras-openllama[torch]'" in capsys.readouterr().err
 
 
 @pytest.mark.backend_free
@@ -288,6 +356,44 @@ def test_parse_arguments_accepts_renamed_flags(capsys):
 def test_estimate_needs_neither_preset_nor_data(capsys):
     assert finetune().main(["--estimate", "--batch-size", "2"]) == 0
     assert "open_llama_13b" in capsys.readouterr().out
+
+
+@pytest.mark.backend_free
+def test_estimate_of_a_preset_is_that_of_its_run(capsys):
+    def estimate(*more):
+        command = ["--estimate", "--preset", "nano", "--sequence-length", 64, *more]
+        assert finetune().main(list(map(str, command))) == 0
+        return capsys.readouterr().out
+
+    config = presets.find("nano").config
+    options = dict(sequence_length=64, lora_rank=4, targets=["key"])
+    expected = estimate_memory(config, "bfloat16", **options, micro_batches=2)
+    flags = ("--lora-rank", 4, "--lora-targets", "key", "--dtype", "bfloat16")
+    assert expected.table() in estimate(*flags, "--micro-batches", 2)
+    assert estimate(*flags) != estimate(*flags, "--int8") != estimate()
+
+
+@pytest.mark.backend_free
+def test_estimate_of_a_preset_that_does_not_fit_fails(capsys):
+    command = ["--estimate", "--preset", "13b", "--batch-size", "512"]
+    assert "Training needs about" in error_of(capsys, *command)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--lora-rank", "64"),
+        ("--lora-targets", "key"),
+        ("--int8",),
+        ("--dtype", "float32"),
+        ("--micro-batches", "2"),
+        ("--mesh", "fsdp=4"),
+    ],
+)
+def test_estimate_of_all_presets_rejects_flags_of_one_run(more, capsys):
+    message = f"{more[0]} applies to the estimate of one run: add --preset"
+    assert message in error_of(capsys, "--estimate", *more)
 
 
 @pytest.mark.backend_free

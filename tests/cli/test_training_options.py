@@ -3,14 +3,16 @@
 import contextlib
 import types
 
+import jax
 import pytest
 
 from keras_openllama.cli.command import CommandParser
 from keras_openllama.cli.training_options import (
     InvalidArgumentError,
     add_run_options,
-    exit_code,
+    initialize_distributed,
     open_trainer,
+    run_training,
 )
 from keras_openllama.runs import interruption
 from keras_openllama.runs.checkpoint_manager import CheckpointError
@@ -22,7 +24,7 @@ PROG = "keras-openllama pretrain"
 
 def parsed(*arguments):
     parser = CommandParser(PROG)
-    add_run_options(parser)
+    add_run_options(parser, "one device")
     options = parser.parse_args(arguments)
     options.output = "runs/mine"
     return options
@@ -55,6 +57,41 @@ def test_run_options_reject_invalid_values_by_flag(flag, value, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"{PROG}: error: argument {flag}: ")
     assert error.endswith(f"Received: {value!r}")
+
+
+# ----- Several hosts
+
+
+def connection_error(capsys, monkeypatch, *arguments):
+    """The message of the command if JAX cannot connect the hosts."""
+
+    def refused(*flags, heartbeat_timeout_seconds):
+        raise RuntimeError("deadline exceeded")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refused)
+    with pytest.raises(SystemExit) as exit:
+        initialize_distributed(CommandParser(PROG), parsed(*arguments))
+    assert exit.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_incomplete_host_flags_are_named(capsys, monkeypatch):
+    error = connection_error(capsys, monkeypatch, "--coordinator", "first:1234")
+    assert "--process-id must be given together. Received: first:1234, None" in error
+    assert error.endswith("deadline exceeded")
+
+
+def test_complete_host_flags_are_not_called_incomplete(capsys, monkeypatch):
+    flags = ("--coordinator", "first:1234", "--num-processes", "4", "--process-id", "2")
+    error = connection_error(capsys, monkeypatch, *flags)
+    assert "Process 2 of 4 could not be connected to --coordinator first:1234" in error
+    assert "given together" not in error
+
+
+def test_hosts_that_jax_detects_need_no_flags(capsys, monkeypatch):
+    error = connection_error(capsys, monkeypatch)
+    assert "started on every host. deadline exceeded" in error
+    assert "--coordinator" not in error
 
 
 # ----- Opening a run
@@ -99,13 +136,13 @@ def exit_code_of(error, *arguments):
     def run():
         raise error
 
-    return exit_code(PROG, parsed(*arguments), run)
+    return run_training(PROG, parsed(*arguments), run)
 
 
-def test_exit_code_of_a_complete_and_a_stopped_run(capsys):
-    assert exit_code(PROG, parsed(), lambda: None) == 0
+def test_run_training_returns_the_code_of_a_complete_and_a_stopped_run(capsys):
+    assert run_training(PROG, parsed(), lambda: None) == 0
     assert capsys.readouterr().out == ""
-    assert exit_code(PROG, parsed(), lambda: "SIGTERM") == interruption.STOPPED
+    assert run_training(PROG, parsed(), lambda: "SIGTERM") == interruption.STOPPED
     assert "Stopped by SIGTERM" in capsys.readouterr().out
 
 
@@ -119,35 +156,35 @@ def test_exit_code_of_a_complete_and_a_stopped_run(capsys):
         (OSError("no disk"), 74),
     ],
 )
-def test_exit_code_prints_known_errors_in_one_line(error, code, capsys):
+def test_run_training_prints_known_errors_in_one_line(error, code, capsys):
     assert exit_code_of(error) == code
     assert capsys.readouterr().err == f"{PROG}: error: {error}\n"
 
 
-def test_exit_code_joins_the_lines_of_an_error(capsys):
+def test_run_training_joins_the_lines_of_an_error(capsys):
     exit_code_of(InvalidArgumentError("Prepare it:\n    prepare-data"))
     assert capsys.readouterr().err == f"{PROG}: error: Prepare it: prepare-data\n"
 
 
-def test_exit_code_prints_a_traceback_of_unexpected_errors(capsys):
+def test_run_training_prints_a_traceback_of_unexpected_errors(capsys):
     assert exit_code_of(ZeroDivisionError("by zero")) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error and error.endswith(f"{PROG}: error: by zero\n")
 
 
-def test_exit_code_prints_a_traceback_on_request(capsys):
+def test_run_training_prints_a_traceback_on_request(capsys):
     assert exit_code_of(InvalidArgumentError("no mesh"), "--traceback") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_exit_code_prints_the_earlier_error_too(capsys):
+def test_run_training_prints_the_earlier_error_too(capsys):
     def run():
         try:
             raise interruption.DivergedError("no loss")
         finally:
             raise OSError("no disk")
 
-    assert exit_code(PROG, parsed(), run) == 74
+    assert run_training(PROG, parsed(), run) == 74
     assert capsys.readouterr().err.splitlines() == [
         f"{PROG}: error: no disk",
         f"{PROG}: earlier error: no loss",

@@ -61,9 +61,22 @@ def test_write_run_once_synchronizes_processes_and_writes_on_the_first(
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: index)
     monkeypatch.setattr(multihost_utils, "sync_global_devices", waited.append)
-    run_directory.write_run_once(str(tmp_path), run(), b"tokenizer", changed)
+    run_directory.write_run_once(
+        str(tmp_path), run(), b"tokenizer", run(), ["seed"] * changed, lambda line: None
+    )
     assert waited == ["run"]
     assert (tmp_path / "run.json").exists() == (changed and index == 0)
+
+
+def test_write_run_once_logs_changes_and_writes_new_runs(tmp_path):
+    lines = []
+    run_directory.write_run_once(str(tmp_path), run(), b"", None, [], lines.append)
+    assert (tmp_path / "run.json").exists() and lines == []
+    changes = ["seed was 0 and is 1"]
+    run_directory.write_run_once(
+        str(tmp_path), run(), b"", run(), changes, lines.append
+    )
+    assert lines == ["Changed: seed was 0 and is 1."]
 
 
 def test_installed_versions_omits_missing_packages(monkeypatch):

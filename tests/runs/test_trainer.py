@@ -401,7 +401,9 @@ def test_skipped_steps_leave_the_whole_state_unchanged(
         record = json.loads(line)
         for name in ("step", "loss", "grad_norm", "batch"):
             assert record[name] == found[step][name]
-        assert record["rows"] == json.loads(json.dumps(stream.sequences_read(step - 1)))
+        assert record["sequences"] == json.loads(
+            json.dumps(stream.sequences_read(step - 1))
+        )
 
 
 def test_steps_after_a_skipped_one_are_as_if_it_had_not_been_there(
