@@ -98,8 +98,8 @@ def table(plans):
     """The plans as a table in Markdown."""
     lines = [
         "| plan | chips | data x fsdp | micro-batch per device | peak GiB | s/step | "
-        "matrix products | other | kernels | exposed communication | "
-        "tokens/s/chip | MFU | days |",
+        "fusions with matrix products | other computation | attention kernels | "
+        "waiting for collectives | tokens/s/chip | MFU | days |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, plan in plans.items():

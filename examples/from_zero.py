@@ -174,10 +174,11 @@ for prompt in ("def __init__(self,", "    if not isinstance(", "Return True if")
 """
 ## Fine-tuning
 
-The questions and answers are those of [fine_tune.ipynb](fine_tune.ipynb). They are
-about novels, the Bible and speeches, of which this model has not read a line. What it
-answers correctly it has from Python's English, such as what an `s` at the end of a word
-means, or from the other questions.
+The questions and answers are those of [fine_tune.ipynb](fine_tune.ipynb), but all
+weights are trained, not adapters. The questions are about novels, the Bible and
+speeches, of which this model has not read a line. What it answers correctly it has from
+Python's English, such as what an `s` at the end of a word means, or from the other
+questions.
 """
 
 lines = (root / "examples" / "instructions.jsonl").read_text("utf-8").splitlines()
@@ -187,7 +188,9 @@ training = [pair for number, pair in enumerate(pairs) if number % 8 != 7]
 
 lm.preprocessor.sequence_length = 256
 epochs = 1 if quick else 5
+# About 43 steps per epoch, of two sequences that each hold several pairs (`pack`).
 schedule = WarmupCosine(1e-3, final=1e-4, warmup_steps=10, steps=43 * epochs)
+# This sets the sampler, too: greedy again.
 lm.compile(optimizer=AdamW(schedule, weight_decay=0.0))
 options = dict(batch_size=2, pack=True, verbose=0)
 before = lm.evaluate(held_out, return_dict=True, **options)

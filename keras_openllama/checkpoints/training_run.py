@@ -1,4 +1,4 @@
-"""Reads the checkpoints of a pretraining run, tensor by tensor, on any backend.
+"""Reads the checkpoints of a training run, tensor by tensor, on any backend.
 
     runs/nano/run.json                          configuration and architecture
     runs/nano/tokenizer.model

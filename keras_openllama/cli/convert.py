@@ -30,8 +30,8 @@ tensors at a time, whatever the size of the model. DEST is created atomically: i
 appears when it is complete.
 
 SOURCE is a preset's name, hf://user/repo, a directory in the format of transformers or
-KerasHub, a pretraining run or one of its checkpoints, or a file of EasyLM, whose
-architecture and tokenizer come from --preset. Formats:
+KerasHub, a run that trains all weights or one of its checkpoints, or a file of EasyLM,
+whose architecture and tokenizer come from --preset. Formats:
   transformers   a directory: safetensors, configuration, tokenizer, model card
   easylm         a file: a stream of parameters as EasyLM loads it
   keras          a directory, as `save_to_preset` writes it

@@ -92,8 +92,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     """Adds the flags that choose the model."""
     group.add_argument(
         "--preset",
-        help="a preset such as 7b_v2 or nano, a directory, a training run or one of "
-        "its checkpoints, or hf://user/repo",
+        help="a preset such as 7b_v2 or nano, a directory, a run that trains all "
+        "weights or one of its checkpoints, or hf://user/repo",
     )
     group.add_argument(
         "--revision",
@@ -114,7 +114,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="sequences of 512 tokens per batch (default: %(default)s)",
+        help="packed sequences of 512 tokens per batch; for generation, prompts per "
+        "batch (default: %(default)s)",
     )
     group.add_argument(
         "--mesh",

@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--validation-fraction",
         type=float,
         default=0.001,
-        metavar="SHARE",
+        metavar="FRACTION",
         help="fraction of the documents to hold out (default: %(default)s)",
     )
     parser.add_argument(

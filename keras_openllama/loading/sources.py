@@ -331,7 +331,7 @@ class EasyLMSource(StreamedSource):
 
 
 class TrainingRunSource(StreamedSource):
-    """A pretraining run, or one of its checkpoints.
+    """A training run that trains all weights, or one of its checkpoints.
 
     Args:
         run: The run.
