@@ -39,10 +39,10 @@ Evaluate a model: the published table, any task, perplexity, HumanEval.
     %(prog)s --compare evaluations/7b evaluations/7b_v2 --output both
         write tables and a plot of several evaluations
 
-The output directory holds results.json, table.md, table.png, table.svg, and the answers
-of the model in answers.sqlite. Running the same command again resumes an interrupted
-evaluation with the same results. docs/evaluation.md describes the differences from the
-harness of 2023 and their effect.
+The output directory holds results.json, table.md, table.png, table.svg, and the
+responses of the model in answers.sqlite. Running the same command again resumes an
+interrupted evaluation with the same results. docs/evaluation.md describes the
+differences from the harness of 2023 and their effect.
 
 Exit codes:
   0   everything was measured
@@ -52,7 +52,7 @@ Exit codes:
   75  stopped by a signal (SIGTERM, Ctrl-C); the same command resumes the evaluation
 """
 
-ANSWERS = "answers.sqlite"
+RESPONSES_FILE = "answers.sqlite"
 
 
 def parse_arguments(
@@ -344,7 +344,7 @@ class Evaluation:
             lm=lm,
             batch_size=options.batch_size,
             separate_tokenization=options.separate_tokenization,
-            response_cache=self.directory / ANSWERS,
+            response_cache=self.directory / RESPONSES_FILE,
         )
         self.results = {
             "metrics": [],
@@ -486,7 +486,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     try:
         evaluation.measure()
     except KeyboardInterrupt:
-        print("\nStopped. The answers are saved: run the same command to resume.")
+        print("\nStopped. The responses are saved: run the same command to resume.")
         return os.EX_TEMPFAIL
     except OSError as error:
         return _report_io_error(error, prog)
