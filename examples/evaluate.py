@@ -46,13 +46,13 @@ Two texts of the same meaning, in the style of the Bible and of the Python manua
 model has read the Bible.
 """
 
-texts = {
+passages = {
     "bible": "And it came to pass, when the king heard it, that he was very sorry, and "
     "he commanded that they should bring the man before him.",
     "manual": "The handler is called if the interpreter receives the signal; it raises "
     "an exception whose argument is the object that was requested.",
 }
-rows = perplexity.evaluate_perplexity(lm, texts, progress=False)
+rows = perplexity.evaluate_perplexity(lm, passages, progress=False)
 print(perplexity.perplexity_table(rows))
 
 """
@@ -60,8 +60,8 @@ Perplexity is per token, so it cannot compare models with different tokenizers. 
 byte can: they count the bytes of the original text. On held-out English,
 `open_llama_nano` reaches 1.38 bits per byte.
 
-`texts.read_texts` of `keras_openllama.evaluation` reads files, directories and prepared
-datasets. On the command line:
+`keras_openllama.evaluation.texts.read_texts(paths, lm)` reads files, directories and
+prepared datasets. On the command line:
 
 ```bash
 keras-openllama evaluate --preset open_llama_nano --perplexity book.txt

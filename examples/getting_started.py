@@ -27,6 +27,9 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"  # Or "tensorflow", or "torch".
 
+import keras
+import keras_hub
+
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.optimizers import AdamW
 
@@ -57,7 +60,7 @@ Greedy decoding always gives the same text. Any sampler of KerasHub can be used 
 Text can also be streamed, and ended at a stop string.
 """
 
-lm.compile(sampler="top_p")
+lm.compile(sampler=keras_hub.samplers.TopPSampler(p=0.9, temperature=0.8, seed=1))
 for piece in lm.stream("It was a dark night, and", max_new_tokens=32, stop="\n"):
     print(piece, end="", flush=True)
 
@@ -78,7 +81,7 @@ for text in lm.generate(prompts, max_new_tokens=16):
 
 for text in ("The whale was in the sea.", "The whale was in the teacup."):
     losses = lm.score(text, scoring_mode="loss")
-    print(f"{float(losses.mean()):.2f} nats per token: {text}")
+    print(f"{float(keras.ops.mean(losses)):.2f} nats per token: {text}")
 
 """
 ## Fine-tune
@@ -103,17 +106,23 @@ print("loss by epoch:", [round(loss, 2) for loss in history["loss"]])
 """
 ## Save
 
-`save_to_preset` writes KerasHub's format, `export_to_transformers` a directory that
-`AutoModelForCausalLM.from_pretrained` loads. Both can be loaded by `from_preset`.
+`save_adapters` writes the adapters alone, in PEFT's format. `save_to_preset` (in
+KerasHub's format) and `export_to_transformers` (for transformers'
+`AutoModelForCausalLM.from_pretrained`) write the whole model with the adapters merged,
+and `from_preset` loads both.
 """
 
 import tempfile
 from pathlib import Path
 
 output = Path(os.environ.get("EXAMPLES_OUTPUT") or tempfile.mkdtemp())
-lm.save_adapters(output / "adapters")  # In PEFT's format.
-lm.export_to_transformers(output / "model")  # The adapters are merged.
+lm.save_adapters(output / "adapters")
+lm.save_to_preset(output / "preset")
+lm.export_to_transformers(output / "model")
 print(sorted(path.name for path in (output / "model").iterdir()))
+
+lm = OpenLlamaCausalLM.from_preset(output / "model")
+print(lm.generate("The opposite of up is", max_new_tokens=3))
 
 """
 ## Next
