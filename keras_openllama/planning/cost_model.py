@@ -1,11 +1,14 @@
 """A cost model for TPUs, based on the compiled program of a step.
 
-The TPU compiler annotates each fusion with an estimate of its clock cycles. Kernels
-and collectives have no annotation: `CostAssumptions` gives their cost, and there are no
-other assumptions. The program is traversed in scheduled order, with one clock for the
-core and one for the interconnect. An asynchronous collective costs the time that the
-core waits for it. Copies between the memories of a chip are prefetched and cost nothing
-here. Neither do embedding lookups, for which the compiler has no estimate.
+The TPU compiler annotates most fusions with an estimate of their clock cycles. Kernels
+and collectives have no annotation: `CostAssumptions` gives their cost. Its `describe`
+lists all assumptions, and what is not counted. The program is traversed in scheduled
+order, with one clock for the core and one for the interconnect. An asynchronous
+collective costs the time that the core waits for it.
+
+Instructions that have neither an annotation nor an assumption cost nothing here:
+embedding lookups and their gradients, and copies between the memories of a chip, which
+the compiler starts ahead of time. `StepCost.uncosted_bytes` says how much they write.
 
 Calibration (`tests/planning/test_calibration.py`): for EasyLM's published 7B step on
 256 chips, the compiler's cycles give 2300 tokens/s/chip, and 2070 if no collective is
@@ -29,6 +32,12 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter"),
     *("all-to-all", "collective-permute"),
 )
+# Instructions without work of their own. Copies count where they end.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("partition-id", "replica-id", "copy-start", "slice-start"),
+    *("custom-call AllocateBuffer", "custom-call ConcatBitcast"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +103,14 @@ class CostAssumptions:
             "links": f"a collective uses {self.rings} links of a chip, each way",
             "latency": f"{self.hop_seconds * 1e6:g} us for each step of a ring; an "
             "all-reduce over all chips of a slice uses the rings of its axes in turn",
+            "permutations": "a collective-permute takes one step over one link, and an "
+            "all-to-all moves each byte over a quarter of a ring",
             "overlap": "only where the schedule places other work between a "
             "collective's start and done ops",
-            "not counted": "the host, the input pipeline, and embedding lookups",
+            "branches": "the slowest branch of a conditional",
+            "not counted": "the host, the input pipeline, embedding lookups and their "
+            "gradients, copies between the memories of a chip, and custom calls other "
+            "than attention kernels",
         }
 
 
@@ -110,6 +124,8 @@ class StepCost:
         kernel_seconds: attention kernels.
         collective_seconds: collectives by opcode, overlapped or not.
         exposed_seconds: time that the core waits for collectives.
+        uncosted_bytes: bytes written by instructions whose cost is unknown, and taken
+            as 0: by opcode, with the target of a custom call or the name of a fusion.
     """
 
     matmul_seconds: float = 0.0
@@ -119,6 +135,9 @@ class StepCost:
         default_factory=lambda: collections.defaultdict(float)
     )
     exposed_seconds: float = 0.0
+    uncosted_bytes: dict[str, int] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(int)
+    )
 
     @property
     def compute_seconds(self) -> float:
@@ -130,13 +149,26 @@ class StepCost:
         """Total time: fusions, kernels and exposed collectives."""
         return self.compute_seconds + self.kernel_seconds + self.exposed_seconds
 
-    def add(self, other: "StepCost", times: int = 1):
-        """Adds the cost of a part that runs a number of times."""
+    def add(self, other: "StepCost", times: int = 1) -> None:
+        """Adds the cost of a part of the step.
+
+        Args:
+            other: the cost of the part.
+            times: how often it runs.
+
+        Example:
+            >>> cost = StepCost(matmul_seconds=0.5)
+            >>> cost.add(StepCost(kernel_seconds=0.25), times=2)
+            >>> cost.step_seconds
+            1.0
+        """
         for name in ("matmul", "other", "kernel", "exposed"):
             field = f"{name}_seconds"
             setattr(self, field, getattr(self, field) + times * getattr(other, field))
         for kind, seconds in other.collective_seconds.items():
             self.collective_seconds[kind] += times * seconds
+        for kind, size in other.uncosted_bytes.items():
+            self.uncosted_bytes[kind] += times * size
 
 
 def estimate_cost(
@@ -153,11 +185,20 @@ def estimate_cost(
         The cost.
 
     Raises:
-        ValueError: if the program has an unknown kernel or trip count.
+        ValueError: if the program has an unknown kernel, trip count or group of a
+            collective, or the end of a collective without its start.
 
     Example:
-        >>> hlo = compiled.as_text()  # doctest: +SKIP
-        >>> estimate_cost(hlo, CHIPS["v4"]).step_seconds  # doctest: +SKIP
+        >>> hlo = '''
+        ... ENTRY %main (x: f32[8]) -> f32[8] {
+        ...   %y = f32[8] fusion(%x), backend_config={"estimated_cycles":"2100"}
+        ...   ROOT %z = f32[8] fusion(%y), calls=%gather_rows
+        ... }'''
+        >>> cost = estimate_cost(hlo, CHIPS["v4"])  # 1.05 GHz
+        >>> cost.step_seconds
+        2e-06
+        >>> dict(cost.uncosted_bytes)
+        {'fusion z': 32}
     """
     program = HloProgram(hlo)
     estimator = _CostEstimator(program, chip, assumptions)
@@ -209,6 +250,8 @@ class _CostEstimator:
                 flops = kernel_flops(instruction)
                 peak = self.chip.peak_flops * self.assumptions.kernel_efficiency
                 cost.kernel_seconds += flops / peak
+            else:
+                _add_uncosted(instruction, cost)
         elif instruction.cycles:
             seconds = instruction.cycles / self.chip.clock
             inside = self.program.called_computation(instruction)
@@ -216,6 +259,8 @@ class _CostEstimator:
                 cost.matmul_seconds += seconds
             else:
                 cost.other_seconds += seconds
+        else:
+            _add_uncosted(instruction, cost)
 
     def _collective(self, instruction):
         """Classifies an instruction as a collective.
@@ -272,6 +317,17 @@ class _CostEstimator:
                 self.assumptions.hop_seconds,
             )
         return moved / bandwidth + hops
+
+
+def _add_uncosted(instruction, cost):
+    """Records an instruction without a cost, unless it has no work of its own."""
+    kind = instruction.opcode
+    if kind == "custom-call":
+        kind += " " + (instruction.attribute(r'custom_call_target="(\w+)"') or "?")
+    elif kind == "fusion":
+        kind += " " + instruction.name.rstrip(".0123456789")
+    if kind not in _FREE:
+        cost.uncosted_bytes[kind] += instruction.bytes
 
 
 def kernel_flops(kernel: HloInstruction) -> float:

@@ -54,10 +54,11 @@ def plan_pretraining(
         `rematerialize`, `micro_batches`, `tokens_per_step`; `peak_memory_bytes`,
         `memory_bytes`, `fits`; `step_seconds`, `compute_seconds`, `matmul_seconds` (a
         part of it), `kernel_seconds`, `collective_seconds`,
-        `exposed_collective_seconds`; `tokens_per_second_per_chip`, `mfu`, `days`,
-        `chip_hours`; `compile_seconds`, `assumptions`, `hlo`; `best`, whether no
-        alternative that fits is faster; and `alternatives`, a list of such dicts, in
-        which those that do not fit have a `reason`.
+        `exposed_collective_seconds`; `uncosted_bytes`, the bytes written by
+        instructions that are not counted, by kind; `tokens_per_second_per_chip`,
+        `mfu`, `days`, `chip_hours`; `compile_seconds`, `assumptions`, `hlo`; `best`,
+        whether no alternative that fits is faster; and `alternatives`, a list of such
+        dicts, in which those that do not fit have a `reason`.
 
     Raises:
         OutOfDeviceMemoryError: if the step does not fit into the memory of a chip. The
@@ -157,6 +158,7 @@ def _figures(config, recipe, choice, chip, step, cost):
         "kernel_seconds": cost.kernel_seconds,
         "collective_seconds": sum(cost.collective_seconds.values()),
         "exposed_collective_seconds": cost.exposed_seconds,
+        "uncosted_bytes": dict(cost.uncosted_bytes),
         "tokens_per_second_per_chip": rate,
         "mfu": rate * flops / chip.peak_flops,
         "days": hours / 24,
@@ -199,6 +201,7 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         "  other computation": f"{other:.3f} s ({other / step:.0%})",
         "  waiting for collectives": share("exposed_collective"),
         "overlapped collectives": f"{hidden:.3f} s",
+        "written without a known cost": _largest_sizes(plan["uncosted_bytes"]),
         "tokens/s/chip": f"{plan['tokens_per_second_per_chip']:,.0f}",
         "MFU (6N + 12 x layers x width x length)": f"{plan['mfu']:.1%}",
         "full run": (f"{plan['days']:.1f} days, {plan['chip_hours']:,.0f} chip-hours"),
@@ -210,6 +213,13 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         lines += _comparison([plan, *plan["alternatives"]])
     assumptions = [f"  {name}: {text}" for name, text in plan["assumptions"].items()]
     return "\n".join([*lines, "Estimated, not measured. Assumptions:", *assumptions])
+
+
+def _largest_sizes(sizes):
+    """The kinds that make up most of the bytes, as text."""
+    kinds = sorted(sizes, key=sizes.get, reverse=True)
+    shown = [kind for kind in kinds if sizes[kind] > 0.01 * sum(sizes.values())]
+    return ", ".join(f"{kind} {sizes[kind] / 2**30:.1f} GiB" for kind in shown)
 
 
 def _comparison(plans):

@@ -285,9 +285,28 @@ def test_estimate_cost_rejects_unknown_instructions():
         cost(PAIRS["operations"][1])
 
 
-def test_estimate_cost_ignores_other_custom_calls():
-    line = FORWARD.replace("tpu_custom_call", "ConcatBitcast")
-    assert cost(line).step_seconds == 0
+def test_estimate_cost_reports_bytes_of_instructions_without_a_cost():
+    computations = [
+        "%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {",
+        "  %copied = bf16[8,128]{1,0} copy-done(%started)",
+        "}",
+    ]
+    found = cost(
+        *("%free = bf16[8,128] bitcast(%x)", "%s = (bf16[8,128]) copy-start(%x)"),
+        '%joined = bf16[8,128] custom-call(%x), custom_call_target="ConcatBitcast"',
+        '%unknown = bf16[8,128] custom-call(%x), custom_call_target="Mystery"',
+        "%gather_fusion.3 = bf16[4,128]{1,0} fusion(%x), kind=kCustom, calls=%fused",
+        "%loop = (s32[], bf16[8,128]{1,0}) while(%x), condition=%c, body=%body, "
+        'backend_config={"known_trip_count":{"n":"5"}}',
+        fusion("costed", MILLISECOND),
+        computations=computations,
+    )
+    assert found.step_seconds == pytest.approx(1e-3)
+    assert found.uncosted_bytes == {
+        "custom-call Mystery": 2048,
+        "fusion gather_fusion": 1024,
+        "copy-done": 5 * 2048,
+    }
 
 
 def test_kernel_flops_uses_the_shape_of_the_query():

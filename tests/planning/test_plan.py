@@ -186,6 +186,7 @@ def test_plan_compiles_a_step_and_estimates_its_cost(
     assert all(plan[f"{part}_seconds"] > 0 for part in parts)
     assert 0 < plan["matmul_seconds"] < plan["compute_seconds"]
     assert plan["exposed_collective_seconds"] < plan["collective_seconds"]
+    assert plan["uncosted_bytes"]["copy-done"] > 0
     rate = plan["tokens_per_step"] / plan["step_seconds"] / chips
     assert plan["tokens_per_second_per_chip"] == pytest.approx(rate)
     assert 0 < plan["mfu"] < 1
