@@ -1,6 +1,8 @@
 """Checkpoints of a run: saved asynchronously and verified by checksums.
 
-    checkpoints/1500/arrays/            written by Orbax: variables, optimizer, guard
+    checkpoints/1500/arrays/            written by Orbax: the variables of the model and
+                                        of the optimizer, and `guard`, the running mean
+                                        by which spikes of the loss are detected
     checkpoints/1500/checkpoint.json    the marker, written last: SHA-256 of each file,
                                         and the description of the run
 
@@ -53,7 +55,8 @@ class CheckpointManager:
     """Saves, restores and removes the checkpoints of a run.
 
     One save runs at a time, in a background thread; training waits only while the
-    arrays are copied from the devices. The next call raises an error of the background.
+    arrays are copied from the devices. If the save fails, the next call raises its
+    error.
 
     Args:
         directory: The run's directory, shared by all processes.
@@ -108,9 +111,9 @@ class CheckpointManager:
             arrays = files.join(os.path.abspath(path), ARRAYS)
             self._orbax.save(arrays, ocp.args.PyTreeSave(state))
         except Exception as error:
-            self._raise_failed(step, error)
+            self._clean_up_and_raise(step, error)
         self._saving_step = step
-        self._pending = run_in_background(self._finish, step, info)
+        self._pending = run_in_background(self._complete_checkpoint, step, info)
 
     def wait(self) -> None:
         """Waits until the pending save has finished.
@@ -118,25 +121,22 @@ class CheckpointManager:
         Raises:
             CheckpointError: if it failed.
         """
-        self.check(wait=True)
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            self._clean_up_and_raise(self._saving_step, error)
 
-    def check(self, wait: bool = False) -> None:
-        """Raises an error of the background save, if it has one by now.
-
-        Args:
-            wait: Whether to wait until the save has finished.
+    def raise_if_failed(self) -> None:
+        """Raises the error of the background save, if it has failed by now.
 
         Raises:
             CheckpointError: if the save failed.
         """
-        pending = self._pending
-        if pending is None or not (wait or pending.done()):
-            return
-        self._pending = None
-        try:
-            pending.result()
-        except Exception as error:
-            self._raise_failed(self._saving_step, error)
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def close(self) -> None:
         """Waits for the pending save and stops Orbax's threads.
@@ -151,8 +151,8 @@ class CheckpointManager:
                 with contextlib.suppress(Exception):  # `wait` has already raised it.
                     self._orbax.close()
 
-    def _raise_failed(self, step: int, error: Exception) -> NoReturn:
-        """Removes the files of a failed save, and raises."""
+    def _clean_up_and_raise(self, step: int, error: Exception) -> NoReturn:
+        """Closes Orbax, removes the files of a failed save, and raises."""
         orbax, self._orbax = self._orbax, None
         if orbax is not None:
             with contextlib.suppress(Exception):  # Orbax raises the same error again.
@@ -160,12 +160,16 @@ class CheckpointManager:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 self._remove_repeatedly(step)
+        steps = self.steps()
+        resume = f"resume from step {steps[-1]}" if steps else "start again"
         raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}: "
-            f"{error}. Earlier checkpoints are unchanged: {self.steps()}."
+            f"{error}. Earlier checkpoints are unchanged: {steps}. Free space or "
+            f"repair the directory, and run the same command to {resume}."
         ) from error
 
-    def _finish(self, step, info):
+    def _complete_checkpoint(self, step, info):
+        """Waits for the arrays of this process; process 0 then writes the marker."""
         self._orbax.wait_until_finished()
         path, process = self.path(step), jax.process_index()
         sums = compute_checksums(path, _written_by(process))
@@ -173,13 +177,8 @@ class CheckpointManager:
             files.write_bytes(_checksums_file(path, process), json.dumps(sums).encode())
             return
         for peer in range(1, jax.process_count()):
-            sums.update(_read_when_written(_checksums_file(path, peer)))
-        marker = {"format": FORMAT, "step": step, **info, "files": sums}
-        marker = add_checksum(
-            json.loads(json.dumps(marker))
-        )  # In the form that is read.
-        data = json.dumps(marker, indent=1).encode()
-        files.write_bytes(files.join(path, MARKER), data)
+            sums.update(_wait_for_checksums(path, peer))
+        _write_marker(path, {"step": step, **info, "files": sums})
         try:
             self._prune()
         except OSError as error:  # The new checkpoint is complete.
@@ -227,35 +226,40 @@ class CheckpointManager:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def restore_latest(
-        self, target_for: Callable[[dict[str, Any]], Any]
+        self, target: Any, before_read: Callable[[], None] | None = None
     ) -> tuple[dict[str, Any], Any] | None:
         """Restores the newest intact checkpoint.
 
         Damaged checkpoints are reported in a warning and renamed.
 
         Args:
-            target_for: Function from a marker to a tree of `jax.ShapeDtypeStruct` with
-                shardings: the arrays to restore.
+            target: Tree of `jax.ShapeDtypeStruct` with shardings: the arrays to
+                restore, which may be a part of those in the checkpoint.
+            before_read: Called when an intact checkpoint was found, just before its
+                arrays are read; for example to free the memory that they need.
 
         Returns:
             The marker and the tree of arrays, or `None` if there is no checkpoint.
 
         Raises:
             CheckpointError: if there are checkpoints, but none is intact.
+            ValueError: if the checkpoint lacks an array of `target`, or has it in
+                another shape.
         """
         steps = self.steps()
-        for step in {*self._directory_steps()} - {*steps}:
+        for step in sorted({*self._directory_steps()} - {*steps}):
             _log.warning(
                 "The checkpoint of step %d is incomplete (it has no %s) and is "
                 "ignored.",
                 *(step, MARKER),
             )
         for step in reversed(steps):
-            problem = self._problem(step)
-            if problem is None:
-                marker = read_marker(self.path(step))
-                return marker, read_arrays(self.path(step), target_for(marker))
-            _log.warning("The checkpoint of step %d is damaged: %s", step, problem)
+            marker, damage = self._verify(step)
+            if damage is None:
+                if before_read is not None:
+                    before_read()
+                return marker, read_arrays(self.path(step), target)
+            _log.warning("The checkpoint of step %d is damaged: %s", step, damage)
             if jax.process_index() == 0:
                 self._rename_damaged(step)
             _barrier(f"damaged-{step}")
@@ -274,22 +278,24 @@ class CheckpointManager:
         files.remove_directory(renamed)
         os.replace(self.path(step), renamed)
 
-    def _problem(self, step):
-        """Returns what is wrong with a checkpoint; each process verifies a share."""
+    def _verify(self, step):
+        """Verifies a checkpoint; each process reads a share of the files.
+
+        Returns:
+            The marker and what is damaged, one of which is `None` on every process.
+        """
+        marker = damage = None
+        process, num_processes = jax.process_index(), jax.process_count()
         try:
             marker = read_marker(self.path(step))
-            verify_files(self.path(step), marker, *_process_index_and_count())
-            problem = None
+            verify_files(self.path(step), marker, process, num_processes)
         except (OSError, ValueError) as error:
-            problem = str(error)
-        if jax.process_count() > 1:
-            good = multihost_utils.process_allgather(jax.numpy.array(problem is None))
-            if not good.all():
-                problem = (
-                    problem
-                    or "another process could not verify its share of the files."
-                )
-        return problem
+            damage = str(error)
+        if num_processes > 1:
+            intact = multihost_utils.process_allgather(jax.numpy.array(damage is None))
+            if not intact.all() and damage is None:
+                damage = "another process could not verify its share of the files."
+        return (marker, None) if damage is None else (None, damage)
 
 
 def read_marker(path: PathLike) -> dict[str, Any]:
@@ -365,7 +371,10 @@ def read_arrays(path: PathLike, target: Any) -> Any:
         if not isinstance(leaf, jax.Array)
     ]
     if missing:
-        raise ValueError(f"The checkpoint {path} has no arrays {', '.join(missing)}.")
+        raise ValueError(
+            f"The checkpoint {path} has no arrays {', '.join(missing)}. It was saved "
+            "with another model or other settings of the optimizer."
+        )
     return found
 
 
@@ -410,19 +419,26 @@ def _checksums_file(path, process):
     return files.join(path, f"checksums-{process}.json")
 
 
-def _read_when_written(path):
+def _wait_for_checksums(path, process):
+    """Reads the checksums of another process's files, when it has written them."""
+    file = _checksums_file(path, process)
     deadline = time.monotonic() + _PEERS_TIMEOUT
-    while not files.exists(path):
+    while not files.exists(file):
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"{path} was not written within {_PEERS_TIMEOUT:.0f} seconds."
+                f"process {process} did not finish its part of the checkpoint, {file}, "
+                f"within {_PEERS_TIMEOUT:.0f} seconds; see the log of that process"
             )
         time.sleep(0.05)
-    return json.loads(files.read_bytes(path))
+    return json.loads(files.read_bytes(file))
 
 
-def _process_index_and_count():
-    return jax.process_index(), jax.process_count()
+def _write_marker(path, content):
+    """Writes the marker of a checkpoint, with its own checksum."""
+    # The checksum is that of the marker in the form in which it is read.
+    marker = json.loads(json.dumps({"format": FORMAT, **content}))
+    data = json.dumps(add_checksum(marker), indent=1).encode()
+    files.write_bytes(files.join(path, MARKER), data)
 
 
 def _barrier(name):

@@ -143,15 +143,16 @@ class JaxTrainState:
         Raises:
             checkpoint_manager.CheckpointError: if there are checkpoints, but none is
                 intact.
+            ValueError: if the checkpoint is that of another model or optimizer. The
+                state is then lost, because its memory was freed.
         """
         arrays = self.arrays()
         target = jax_train_program.abstract_arrays(arrays)
 
-        def free_memory(metadata):
+        def delete_arrays():  # There is no memory for both states.
             jax.tree.map(lambda array: array.delete(), arrays)
-            return target
 
-        found = checkpoints.restore_latest(free_memory)
+        found = checkpoints.restore_latest(target, before_read=delete_arrays)
         if found is None:
             return None
         metadata, arrays = found

@@ -96,7 +96,7 @@ class KerasTrainState:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             self.arrays(),
         )
-        found = checkpoints.restore_latest(lambda metadata: target)
+        found = checkpoints.restore_latest(target)
         if found is None:
             return None
         metadata, arrays = found

@@ -335,7 +335,7 @@ class Trainer:
         due = self.complete or any(_is_due(every, self.step) for every in intervals)
         if due and not stopped:
             self._save_checkpoint()
-        self.checkpoints.check()
+        self.checkpoints.raise_if_failed()
         return stopped or self.complete
 
     # ----- Parts of the loop

@@ -77,8 +77,7 @@ def bits(tree):
 
 def target_for(rows=16):
     """The argument of `restore_latest`."""
-    target = abstract_arrays(arrays(0, rows))
-    return lambda marker: target
+    return abstract_arrays(arrays(0, rows))
 
 
 def save(directory, *steps, **options):
@@ -140,13 +139,33 @@ def test_restore_latest_returns_none_without_checkpoints(tmp_path):
     assert CheckpointManager(tmp_path).restore_latest(target_for()) is None
 
 
-def test_restore_latest_restores_a_part_chosen_by_the_marker(two):
-    def part(marker):
-        assert marker["step"] == 2
-        return {"guard": abstract_arrays(arrays(0))["guard"]}
-
+def test_restore_latest_restores_a_part(two):
+    part = {"guard": target_for()["guard"]}
     _, found = CheckpointManager(two).restore_latest(part)
     assert bits(found) == bits({"guard": values(2)["guard"]})
+
+
+def test_restore_latest_calls_before_read_only_if_a_checkpoint_is_intact(
+    two, tmp_path, monkeypatch
+):
+    calls, read = [], module.read_arrays
+    monkeypatch.setattr(
+        module, "read_arrays", lambda *args: calls.append("read") or read(*args)
+    )
+
+    def restore(directory):
+        calls.clear()
+        manager = CheckpointManager(directory)
+        return manager.restore_latest(target_for(), lambda: calls.append("before"))
+
+    assert restore(two) and calls == ["before", "read"]
+    assert restore(tmp_path / "empty") is None and calls == []
+    run = shutil.copytree(two, tmp_path / "run")
+    for step in "12":
+        truncate(run / "checkpoints" / step / "arrays" / "manifest.ocdbt")
+    with pytest.raises(CheckpointError, match="are damaged"):
+        restore(run)
+    assert calls == []
 
 
 def test_marker_has_size_and_checksum_of_each_file(two):
@@ -176,7 +195,7 @@ def target_with(path, shape):
     tree = abstract_arrays(arrays(0))
     sharding = tree["guard"]["mean_loss"].sharding
     tree["model"][path] = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
-    return lambda marker: tree
+    return tree
 
 
 @pytest.mark.usefixtures("swept")
@@ -188,7 +207,9 @@ def test_restore_latest_rejects_another_shape(shape, two):
 
 @pytest.mark.usefixtures("swept")
 def test_restore_latest_names_an_array_that_was_not_saved(two):
-    with pytest.raises(ValueError, match=r"2 has no arrays .*layer_2/kernel"):
+    with pytest.raises(
+        ValueError, match=r"2 has no arrays .*layer_2/kernel.*another mod"
+    ):
         CheckpointManager(two).restore_latest(target_with("layer_2/kernel", (16, 8)))
 
 
@@ -222,7 +243,7 @@ def test_save_returns_before_files_are_written(owner, name, tmp_path, monkeypatc
     checkpoints = CheckpointManager(tmp_path)
     checkpoints.save(1, arrays(1), {})
     assert gate.reached.wait(SECONDS)
-    checkpoints.check()  # Does not wait.
+    checkpoints.raise_if_failed()  # Does not wait.
     assert checkpoints.steps() == []
     assert CheckpointManager(tmp_path).restore_latest(target_for()) is None
     gate.open()
@@ -461,7 +482,8 @@ def test_save_on_a_full_disk_leaves_earlier_checkpoints_intact(mount):
             message = str(error)
         assert "step 2 could not be written" in message
         assert "No space left on device" in message
-        assert "Earlier checkpoints are unchanged: [1]" in message
+        assert "Earlier checkpoints are unchanged: [1]. Free space" in message
+        assert "run the same command to resume from step 1." in message
         assert contents(disk) == before and names(disk) == ["1"]
         assert used_pages(disk) == used
         failures += 1
@@ -493,9 +515,9 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def by_check(checkpoints):
+def by_raise_if_failed(checkpoints):
     wait_for(checkpoints._pending.done)
-    checkpoints.check()
+    checkpoints.raise_if_failed()
 
 
 def by_save(checkpoints):
@@ -504,7 +526,8 @@ def by_save(checkpoints):
 
 @pytest.mark.usefixtures("swept")
 @pytest.mark.parametrize(
-    "notice", [by_check, by_save, CheckpointManager.wait, CheckpointManager.close]
+    "notice",
+    [by_raise_if_failed, by_save, CheckpointManager.wait, CheckpointManager.close],
 )
 def test_the_next_call_raises_the_error_of_a_background_save(
     notice, two, tmp_path, small_files
@@ -521,7 +544,7 @@ def test_the_next_call_raises_the_error_of_a_background_save(
     lift()
     assert "File too large" in str(error.value)
     assert contents(run) == before and names(run) == ["1", "2"]
-    checkpoints.check()  # The error is raised once,
+    checkpoints.raise_if_failed()  # The error is raised once,
     checkpoints.save(3, arrays(3), {})  # and the next save succeeds.
     checkpoints.close()
     assert names(run) == ["2", "3"] and restored_step(run) == 3
@@ -536,7 +559,7 @@ def test_the_next_call_raises_the_error_of_a_background_save(
     ],
     ids=["checksum", "marker", "Orbax"],
 )
-def test_check_raises_any_error_of_the_background(
+def test_raise_if_failed_raises_any_error_of_the_background(
     owner, name, two, tmp_path, monkeypatch
 ):
     run = shutil.copytree(two, tmp_path / "run")
@@ -553,11 +576,18 @@ def test_check_raises_any_error_of_the_background(
     monkeypatch.setattr(owner, name, fail)
     checkpoints.save(3, arrays(3), {})
     with pytest.raises(CheckpointError, match="the disk is on fire") as e:
-        by_check(checkpoints)
+        by_raise_if_failed(checkpoints)
     assert isinstance(e.value.__cause__, RuntimeError)
     monkeypatch.undo()
     assert contents(run) == before and names(run) == ["1", "2"]
     checkpoints.close()
+
+
+def test_timeout_names_the_process_that_did_not_finish(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PEERS_TIMEOUT", 0.0)
+    message = r"process 1 did not finish its part .*checksums-1.json, within 0 seconds"
+    with pytest.raises(TimeoutError, match=message):
+        module._wait_for_checksums(str(tmp_path), 1)
 
 
 def test_save_raises_at_once_if_it_cannot_start(two, tmp_path, monkeypatch):
@@ -800,7 +830,7 @@ layouts = {
 }
 for name, layout in layouts.items():
     target = abstract_arrays(sharded(0, *layout))
-    marker, found = CheckpointManager(directory).restore_latest(lambda marker: target)
+    marker, found = CheckpointManager(directory).restore_latest(target)
     assert bits(found) == bits(values(3)), name
     for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target)):
         assert array.sharding == wanted.sharding, name
@@ -862,7 +892,7 @@ if what == "save":
     checkpoints.close()
 else:
     target = abstract_arrays(state(0))
-    marker, found = checkpoints.restore_latest(lambda marker: target)
+    marker, found = checkpoints.restore_latest(target)
     assert local(found) == local(state(marker["step"]))
     print(marker["step"])
 """
