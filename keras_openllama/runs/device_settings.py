@@ -14,6 +14,9 @@ from keras_openllama.utils import validation
 
 check_rematerialize = validation.one_of(*REMATERIALIZATION)
 
+_SEQUENCES = "sequences_per_device"
+_OLD_NAMES = {"rows": _SEQUENCES}  # In runs and YAML files of earlier versions.
+
 
 def parse_mesh(text: str) -> dict[str, int]:
     """Parses the text form of a mesh.
@@ -90,7 +93,8 @@ def check_planned(name: str, value: Any) -> dict[str, dict[str, Any]]:
 
     Args:
         name: Name of the setting, for error messages.
-        value: Dict from a number of devices to `"rows"` and `"rematerialize"`.
+        value: Dict from a number of devices to `"sequences_per_device"` (or its old
+            name `"rows"`) and `"rematerialize"`.
 
     Returns:
         The settings by number of devices as a string.
@@ -99,14 +103,16 @@ def check_planned(name: str, value: Any) -> dict[str, dict[str, Any]]:
         ValueError: if an entry is invalid.
 
     Example:
-        >>> check_planned("planned", {8: {"rows": 2, "rematerialize": "full"}})
-        {'8': {'rows': 2, 'rematerialize': 'full'}}
+        >>> plan = {"sequences_per_device": 2, "rematerialize": "full"}
+        >>> check_planned("planned", {8: plan})
+        {'8': {'sequences_per_device': 2, 'rematerialize': 'full'}}
     """
     if not isinstance(value, dict) or not all(str(n).isdecimal() for n in value):
         validation.raise_invalid(
             name,
             value,
-            "a dict by number of chips, such as {8: {rows: 2, rematerialize: full}}",
+            "a dict by number of chips, such as "
+            "{8: {sequences_per_device: 2, rematerialize: full}}",
         )
     return {
         str(chips): _check_plan(f"{name}[{chips}]", value[chips]) for chips in value
@@ -114,8 +120,13 @@ def check_planned(name: str, value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _check_plan(name, plan):
-    if not isinstance(plan, dict) or set(plan) != {"rows", "rematerialize"}:
-        validation.raise_invalid(name, plan, "a dict of 'rows' and 'rematerialize'")
-    rows = validation.check_integer(f"{name}: rows", plan["rows"])
-    check_rematerialize(f"{name}: rematerialize", plan["rematerialize"])
-    return {**plan, "rows": rows}
+    keys = {_SEQUENCES, "rematerialize"}
+    found = plan if isinstance(plan, dict) else {}
+    found = {_OLD_NAMES.get(key, key): value for key, value in found.items()}
+    if set(found) != keys or len(plan) != len(keys):
+        validation.raise_invalid(
+            name, plan, f"a dict of {_SEQUENCES!r} and 'rematerialize'"
+        )
+    sequences = validation.check_integer(f"{name}: {_SEQUENCES}", found[_SEQUENCES])
+    policy = check_rematerialize(f"{name}: rematerialize", found["rematerialize"])
+    return {_SEQUENCES: sequences, "rematerialize": policy}

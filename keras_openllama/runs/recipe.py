@@ -40,9 +40,10 @@ class Recipe(TrainConfig):
         mask_documents: Whether tokens attend only within their own document.
         meshes: Mesh by number of devices (as a string): sizes of the axes `"data"`,
             `"fsdp"` and `"model"`.
-        planned: Memory settings by number of devices (as a string): `"rows"`, the
-            sequences that a device processes at once, from which `micro_batches`
-            follows, and `"rematerialize"`. See `ResolvedRecipe.for_devices`.
+        planned: Memory settings by number of devices (as a string):
+            `"sequences_per_device"`, the sequences that a device processes at once,
+            from which `micro_batches` follows, and `"rematerialize"`. See
+            `ResolvedRecipe.for_devices`.
         precision: `"mixed_bfloat16"` or `"float32"`.
         validation_batches: Batches per validation.
 
@@ -191,8 +192,9 @@ class ResolvedRecipe:
         per_shard = recipe.batch_size // batch_shards
         # The smallest divisor that makes a micro-batch small enough.
         divisors = (n for n in range(1, per_shard + 1) if per_shard % n == 0)
+        at_once = plan["sequences_per_device"]
         planned = {
-            "micro_batches": next(n for n in divisors if per_shard <= n * plan["rows"]),
+            "micro_batches": next(n for n in divisors if per_shard <= n * at_once),
             "rematerialize": plan["rematerialize"],
         }
         changes = {

@@ -231,7 +231,7 @@ def resolved_with(plan, **overrides):
 
 
 def test_for_devices_sets_micro_batches_and_rematerialization():
-    resolved = resolved_with({"rows": 4, "rematerialize": "products"})
+    resolved = resolved_with({"sequences_per_device": 4, "rematerialize": "products"})
     recipe = resolved.for_devices(256).recipe  # 8 sequences per device.
     assert (recipe.micro_batches, recipe.rematerialize) == (2, "products")
     assert resolved.for_devices(256).sources["micro_batches"] == "command line"
@@ -243,12 +243,14 @@ def test_for_devices_sets_micro_batches_and_rematerialization():
     [{"precision": "float32"}, {"sequence_length": 4096}, {"batch_size": 1001}],
 )
 def test_for_devices_ignores_a_plan_that_does_not_apply(change):
-    resolved = resolved_with({"rows": 4, "rematerialize": "products"}, **change)
+    resolved = resolved_with(
+        {"sequences_per_device": 4, "rematerialize": "products"}, **change
+    )
     assert resolved.for_devices(256) == resolved
 
 
 def test_for_devices_prefers_explicit_settings_to_planned_ones():
-    plan = {"rows": 4, "rematerialize": "products"}
+    plan = {"sequences_per_device": 4, "rematerialize": "products"}
     recipe = resolved_with(plan, rematerialize="full").for_devices(256).recipe
     assert (recipe.micro_batches, recipe.rematerialize) == (2, "full")
 
@@ -260,7 +262,7 @@ def test_for_devices_prefers_explicit_settings_to_planned_ones():
 def test_for_devices_limits_the_micro_batch_to_the_planned_size(
     batch_size, mesh, parts
 ):
-    plan = {"rows": 4, "rematerialize": "products"}
+    plan = {"sequences_per_device": 4, "rematerialize": "products"}
     mesh = mesh and dict(zip(("data", "fsdp", "model"), mesh, strict=True))
     recipe = resolved_with(plan, batch_size=batch_size).for_devices(256, mesh).recipe
     assert recipe.micro_batches == parts
@@ -273,14 +275,28 @@ def test_planned_settings_of_presets_divide_the_batch(name):
         recipe = resolved.for_devices(int(chips)).recipe
         mesh = recipe.mesh_for(int(chips))
         rows = recipe.batch_size // (mesh["data"] * mesh["fsdp"])
-        assert rows == recipe.micro_batches * plan["rows"]
+        assert rows == recipe.micro_batches * plan["sequences_per_device"]
         assert recipe.rematerialize == plan["rematerialize"]
 
 
+def test_planned_accepts_the_old_name_rows():
+    old = {"rows": 4, "rematerialize": "products"}
+    new = {"sequences_per_device": 4, "rematerialize": "products"}
+    assert resolved_with(old) == resolved_with(new)
+    with pytest.raises(ValueError, match=r"planned\[256\]"):
+        resolved_with({**old, **new})
+
+
 @pytest.mark.parametrize(
-    "plan", [{"rows": 4}, {"rows": 0, "rematerialize": "full"}, 4, {}]
+    "plan",
+    [
+        {"sequences_per_device": 4},
+        {"sequences_per_device": 0, "rematerialize": "full"},
+        4,
+        {},
+    ],
 )
-def test_planned_requires_rows_and_rematerialize(plan):
+def test_planned_requires_sequences_per_device_and_rematerialize(plan):
     with pytest.raises(ValueError, match=r"planned\[256\]"):
         resolved_with(plan)
 
@@ -289,7 +305,12 @@ def test_planned_requires_rows_and_rematerialize(plan):
 
 WRONG = {
     "mixture": ["v3", "none", 2, ["v1"]],
-    "planned": [8, [4], None, {"v4-8": {"rows": 1, "rematerialize": "full"}}],
+    "planned": [
+        8,
+        [4],
+        None,
+        {"v4-8": {"sequences_per_device": 1, "rematerialize": "full"}},
+    ],
     "sequence_length": [0, "2048", 2048.0],
     "batch_size": [0, True, 1.5],
     "steps": ["1e5", 0, None],

@@ -162,7 +162,7 @@ NEEDS_ACCEPTANCE = {
 }
 FREE = {
     "meshes": {"2": {"fsdp": 2}},
-    "planned": {"2": {"rows": 1, "rematerialize": "full"}},
+    "planned": {"2": {"sequences_per_device": 1, "rematerialize": "full"}},
     "micro_batches": 2,
     "rematerialize": "full",
     "milestone_every": 7,
