@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.config import PACKINGS
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         metavar="K",
         help="decode the batch of this step; may be given several times (default: 0)",
     )
-    parser.add_argument(
+    add_renamed_argument(
+        parser,
         "--rows",
+        "--batch-size",
         type=int,
         default=4,
         metavar="N",
@@ -125,7 +127,7 @@ def show_batches(data: PreparedData, options: argparse.Namespace) -> None:
     stream = TokenStream(
         data,
         options.sequence_length,
-        options.rows,
+        options.batch_size,
         seed=options.seed,
         mixture=mixtures.load_mixture(options.mixture) if options.mixture else None,
         packing=options.packing,

@@ -80,6 +80,15 @@ def test_inspect_data_prints_batches_and_draws_a_plot(data, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--rows"])
+def test_inspect_data_prints_a_batch_of_the_size(flag, data, tmp_path, capsys):
+    picture = f"--picture={tmp_path / 'overview.png'}"
+    main([data.directory, picture, "--sequence-length=64", flag, "2"])
+    captured = capsys.readouterr()
+    assert "step 0: 2 sequences of 64 tokens" in captured.out
+    assert ("--rows was renamed to --batch-size" in captured.err) == (flag == "--rows")
+
+
 def test_inspect_data_verifies_files_and_rejects_other_directories(
     data, tmp_path, capsys
 ):
