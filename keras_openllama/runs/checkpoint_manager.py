@@ -251,7 +251,8 @@ class CheckpointManager:
             _log.warning(
                 "The checkpoint of step %d is incomplete (it has no %s) and is "
                 "ignored.",
-                *(step, MARKER),
+                step,
+                MARKER,
             )
         for step in reversed(steps):
             marker, damage = self._verify(step)

@@ -105,7 +105,10 @@ class JaxTrainState:
         )
         options = options_for_devices(options, self._distribution)
         self._program = jax_train_program.compile_step(
-            *(self.lm, self._state, batch, options),
+            self.lm,
+            self._state,
+            batch,
+            options,
             config.spike_threshold,
             replicated,
         )

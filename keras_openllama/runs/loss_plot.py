@@ -222,7 +222,8 @@ def _draw_run(axes, run, positions, smooth, color):
     line = exponential_average(losses, smooth)
     if smooth > 1:
         axes.plot(
-            *(positions, losses),
+            positions,
+            losses,
             color=color,
             alpha=0.25,
             linewidth=0.7,
@@ -237,7 +238,8 @@ def _draw_run(axes, run, positions, smooth, color):
         steps = [record["step"] for record in run.validation]
         points = np.array([record["loss"] for record in run.validation], "float64")
         axes.plot(
-            *(np.interp(steps, _column(run, "step"), positions), points),
+            np.interp(steps, _column(run, "step"), positions),
+            points,
             color=color,
             linestyle="none",
             marker="o",

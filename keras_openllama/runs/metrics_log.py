@@ -106,7 +106,9 @@ class RunLog:
             logging.getLogger(__name__).warning(
                 "%s ends at step %s, but the run resumes from step %d. The log will "
                 "lack the steps between them.",
-                *(metrics, self.last_step or 0, from_step),
+                metrics,
+                self.last_step or 0,
+                from_step,
             )
         # The stack closes all files, even if closing one of them fails.
         self._open = contextlib.ExitStack()

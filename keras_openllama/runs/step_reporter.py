@@ -77,8 +77,10 @@ class StepReporter:
         sizes = lm.backbone
         self._flops = throughput.flops_per_token(
             lm.count_params(),
-            *(sizes.num_layers, sizes.num_query_heads, sizes.head_dim),
-            config.sequence_length,
+            num_layers=sizes.num_layers,
+            num_query_heads=sizes.num_query_heads,
+            head_dim=sizes.head_dim,
+            sequence_length=config.sequence_length,
         )
         self._peak = throughput.peak_flops(jax.devices()[0].device_kind)
         self.clock = throughput.Clock(start_time)
@@ -189,7 +191,11 @@ class StepReporter:
             **metrics,
             "tokens": total,
             **throughput.speed_metrics(
-                *(tokens, seconds, jax.device_count(), self._flops, self._peak)
+                tokens,
+                seconds,
+                chips=jax.device_count(),
+                flops_per_token=self._flops,
+                peak=self._peak,
             ),
             **self.clock.step(applied),
             "skipped": not applied,

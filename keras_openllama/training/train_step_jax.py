@@ -137,7 +137,10 @@ def loss_sums(
         )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
         return chunked_cross_entropy(
-            *(hidden, kernel, targets, weights),
+            hidden,
+            kernel,
+            targets,
+            weights,
             options.z_loss,
             options.loss_chunks,
             options.mesh,
