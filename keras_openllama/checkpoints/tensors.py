@@ -280,10 +280,17 @@ class ReadAhead:
         tensors: The tensors, in the order in which they are used.
 
     Example:
-        with ReadAhead(torch_zip.read_torch_file(path).values()) as ahead:
-            for stored in ahead:
-                use(stored.array())
-                stored.release()
+        >>> with open("numbers", "wb") as file:
+        ...     _ = file.write(np.arange(6, dtype="float32").tobytes())
+        >>> file = MappedFile("numbers")
+        >>> first = MappedTensor("first", "float32", (3,), (1,), 0, file)
+        >>> second = MappedTensor("second", "float32", (3,), (1,), 12, file)
+        >>> with ReadAhead([first, second]) as ahead:
+        ...     for tensor in ahead:
+        ...         print(tensor.array())
+        ...         tensor.release()
+        [0. 1. 2.]
+        [3. 4. 5.]
     """
 
     def __init__(self, tensors: Iterable[ReadableTensor]):
@@ -307,9 +314,9 @@ class ReadAhead:
             self._read_next()
 
     def _read_next(self):
-        for tensor in self._waiting:
+        tensor = next(self._waiting, None)
+        if tensor is not None:
             self._reading.append((tensor, self._pool.submit(tensor.prefetch)))
-            return
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -9,7 +9,7 @@ import keras
 
 from keras_openllama.layers.attention import CausalSelfAttention, causal_attention
 from keras_openllama.layers.feed_forward import FeedForward
-from keras_openllama.layers.remat import apply_remat_policy
+from keras_openllama.layers.remat import maybe_rematerialize
 from keras_openllama.layers.rms_norm import RMSNorm
 from keras_openllama.utils.types import Tensor
 
@@ -134,7 +134,9 @@ class DecoderLayer(keras.layers.Layer):
         pass needs its output.
         """
         attention, feedforward = self.self_attention, self.feedforward
-        block = functools.partial(apply_remat_policy, rematerialize, in_scan=in_scan)
+        remat = functools.partial(
+            maybe_rematerialize, policy=rematerialize, in_scan=in_scan
+        )
 
         def project_heads(x):
             return attention.project_heads(self.self_attention_norm(x), cos, sin)
@@ -143,13 +145,15 @@ class DecoderLayer(keras.layers.Layer):
             return feedforward.project_up(self.feedforward_norm(x))
 
         def feed_forward(x):
-            gate_and_up = block(project_up, "products")(x)
-            return block(feedforward.project_down, "products")(*gate_and_up)
+            gate_and_up = remat(project_up, if_policy="products")(x)
+            project_down = remat(feedforward.project_down, if_policy="products")
+            return project_down(*gate_and_up)
 
-        heads = block(project_heads, "products", "projections")(x)
+        both = ("products", "projections")
+        heads = remat(project_heads, if_policy=both)(x)
         context = attention_fn(*heads, mask)
-        x = x + block(attention.project_output, "products", "projections")(context)
-        return x + block(feed_forward, "projections")(x)
+        x = x + remat(attention.project_output, if_policy=both)(context)
+        return x + remat(feed_forward, if_policy="projections")(x)
 
     def compute_output_spec(
         self,

@@ -35,34 +35,34 @@ def check_policy(policy: str) -> None:
         )
 
 
-def apply_remat_policy(
-    policy: str,
+def maybe_rematerialize(
     block: Callable[..., Any],
-    *policies: str,
+    policy: str,
+    if_policy: str | tuple[str, ...],
     in_scan: bool = False,
 ) -> Callable[..., Any]:
-    """Rematerializes a block of a layer under some policies.
+    """Rematerializes a block of a layer if the policy in use says so.
 
     A rematerialized block saves only its inputs for the backward pass, which recomputes
     the rest.
 
     Args:
-        policy: The policy in use, one of `config.REMATERIALIZATION`.
         block: Callable of tensors.
-        *policies: The policies under which the block is rematerialized.
+        policy: The policy in use, one of `config.REMATERIALIZATION`.
+        if_policy: The policy, or the policies, that rematerialize this block.
         in_scan: Whether the block runs in `scan.scan_layers`, where a layer is
             recomputed only when its gradient is available.
 
     Returns:
-        A callable with the same arguments.
+        A callable with the same arguments: `block` itself under other policies.
 
     Example:
-        >>> apply_remat_policy("none", abs, "full") is abs
+        >>> maybe_rematerialize(abs, policy="none", if_policy="full") is abs
         True
 
     Source: sublinear memory cost (arXiv:1604.06174); `jax.checkpoint`.
     """
-    if policy not in policies:
+    if policy not in ((if_policy,) if isinstance(if_policy, str) else if_policy):
         return block
     if in_scan:
         return jax.checkpoint(lambda *arguments: block(*arguments), prevent_cse=False)

@@ -27,7 +27,7 @@ from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.execution import LayerExecution
-from keras_openllama.layers.remat import apply_remat_policy, check_policy
+from keras_openllama.layers.remat import check_policy, maybe_rematerialize
 from keras_openllama.loading.load import load_backbone
 from keras_openllama.utils.types import PathLike, Tensor
 from keras_openllama.utils.validation import check_integer
@@ -176,8 +176,8 @@ class OpenLlamaBackbone(Backbone):
         # === Config ===
         for name, value in sizes.items():
             setattr(self, name, value)
-        # The heads that tasks have registered with `add_head`. Weak references, since
-        # Keras would track and save the heads as layers of the backbone.
+        # The heads that tasks have registered with `register_head`. Weak references,
+        # since Keras would track and save the heads as layers of the backbone.
         self._heads = weakref.WeakSet()
         self._merged = ()  # What `lora.merge_adapters` returned.
 
@@ -285,38 +285,41 @@ class OpenLlamaBackbone(Backbone):
             raise ValueError(
                 "`mask` and `execution.attention_fn` exclude each other. Received: both"
             )
-        # 0, 1, 2 … as a cumulative sum, because the length may be unknown here.
-        columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
-        if mask is None:
-            mask = causal_mask(columns, padding_mask)
-        # The number of earlier tokens of the same document.
-        attended = ops.sum(ops.cast(mask[:, 0], "int32"), axis=-1)
-        positions = ops.maximum(attended - 1, 0)
+        mask, positions = _mask_and_positions(token_ids, padding_mask, mask)
         real = ops.cast(ops.cast(padding_mask, "bool"), "int32")
         final_lengths = ops.sum(real, axis=-1)
         cos, sin = self.rotary_embedding(positions, final_lengths)
+        options = _layer_options(execution, padding_mask)
         intercept = layer_intercept_fn or (lambda x, index: x)
-        options = {"in_scan": execution.scan, "rematerialize": execution.rematerialize}
-        if execution.attention_fn is not None:
-            documents = ops.cast(padding_mask, "int32")
-            options["attention_fn"] = lambda *heads: execution.attention_fn(
-                *heads, documents
-            )
-        block = functools.partial(apply_remat_policy, execution.rematerialize)
-        x = intercept((execution.embedding_fn or self.token_embedding)(token_ids), -1)
-        if execution.scan:
-            first = self.transformer_layers[0]
-            apply_layer = functional_call(
-                first, lambda x: intercept(first(x, cos, sin, mask, **options), None)
-            )
-            apply_layer = block(apply_layer, "full", in_scan=True)
-            return self.final_norm(scan_layers(self.transformer_layers, apply_layer, x))
-        for index, layer in enumerate(self.transformer_layers):
-            apply_layer = functools.partial(layer, **options)
-            x = intercept(block(apply_layer, "full")(x, cos, sin, mask), index)
+        embed = execution.embedding_fn or self.token_embedding
+        x = intercept(embed(token_ids), -1)
+        run_layers = self._run_in_scan if execution.scan else self._run_in_sequence
+        x = run_layers(x, (cos, sin, mask), options, intercept)
         return self.final_norm(x)
 
-    def add_head(self, layer: keras.layers.Layer) -> None:
+    def _run_in_sequence(self, x, inputs, options, intercept):
+        for index, layer in enumerate(self.transformer_layers):
+            apply_layer = maybe_rematerialize(
+                functools.partial(layer, **options),
+                policy=options["rematerialize"],
+                if_policy="full",
+            )
+            x = intercept(apply_layer(x, *inputs), index)
+        return x
+
+    def _run_in_scan(self, x, inputs, options, intercept):
+        first = self.transformer_layers[0]
+        apply_layer = maybe_rematerialize(
+            functional_call(
+                first, lambda x: intercept(first(x, *inputs, **options), None)
+            ),
+            policy=options["rematerialize"],
+            if_policy="full",
+            in_scan=True,
+        )
+        return scan_layers(self.transformer_layers, apply_layer, x)
+
+    def register_head(self, layer: keras.layers.Layer) -> None:
         """Registers a layer on top of the backbone, so that LoRA freezes it too.
 
         Args:
@@ -329,7 +332,7 @@ class OpenLlamaBackbone(Backbone):
             ...     hidden_dim=32, intermediate_dim=64,
             ... )
             >>> classifier = keras.layers.Dense(2)
-            >>> backbone.add_head(classifier)
+            >>> backbone.register_head(classifier)
             >>> backbone.enable_lora(4)
             >>> classifier.trainable
             False
@@ -519,3 +522,25 @@ class OpenLlamaBackbone(Backbone):
         return keras.dtype_policies.DTypePolicyMap(
             default_policy=self.dtype_policy, policy_map=quantized
         )
+
+
+def _mask_and_positions(token_ids, padding_mask, mask):
+    """Returns the attention mask, causal if it is `None`, and the tokens' positions."""
+    if mask is None:
+        # 0, 1, 2 … as a cumulative sum, because the length may be unknown here.
+        columns = ops.expand_dims(ops.cumsum(ops.ones_like(token_ids[0])) - 1, 0)
+        mask = causal_mask(columns, padding_mask)
+    # The position is the number of earlier tokens of the same document.
+    attended = ops.sum(ops.cast(mask[:, 0], "int32"), axis=-1)
+    return mask, ops.maximum(attended - 1, 0)
+
+
+def _layer_options(execution, padding_mask):
+    """Returns the options of `DecoderLayer` for a `LayerExecution`."""
+    options = {"in_scan": execution.scan, "rematerialize": execution.rematerialize}
+    if execution.attention_fn is not None:
+        documents = ops.cast(padding_mask, "int32")
+        options["attention_fn"] = lambda *heads: execution.attention_fn(
+            *heads, documents
+        )
+    return options

@@ -75,7 +75,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             dtype=backbone.dtype_policy,
             name="lm_head",
         )
-        backbone.add_head(self.lm_head)
+        backbone.register_head(self.lm_head)
 
         # === Functional model ===
         super().__init__(
