@@ -32,7 +32,7 @@ BLOCK = re.compile(
 )
 MARKS = re.compile(r"compile only \(.+\)|run")
 # Options of other programs.
-OTHER_FLAGS = {"--spot"}
+OTHER_FLAGS = {"--spot", "--model_args"}
 # Words that end a command.
 OPERATORS = {"<", ">", ">>", "|", "&&", "||", ";", "&", "--"}
 
@@ -161,7 +161,7 @@ def test_options_named_in_text_exist(monkeypatch):
         for code in re.findall(r"`([^`\n]+)`", text):
             # Those of other programs are left to them.
             if code.startswith(("--", "keras-openllama", "finetune", "pretrain")):
-                named = {*re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code)}
+                named = {*re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", code)}
                 assert named <= known, f"{name_of(page)}: {named - known}"
 
 
