@@ -119,8 +119,11 @@ def check_torch():
     """Checks the kernels on PyTorch."""
     import torch
 
-    from keras_openllama.layers.attention import causal_attention, causal_mask
-    from keras_openllama.layers.cached_attention import fused_causal_attention
+    from keras_openllama.layers.attention import (
+        causal_attention,
+        causal_mask,
+        fused_causal_attention,
+    )
 
     for case in CASES:
         tensors = inputs(case)

@@ -67,8 +67,11 @@ def on_torch():
     import torch
     from attention import device, formula
 
-    from keras_openllama.layers.attention import causal_attention, causal_mask
-    from keras_openllama.layers.cached_attention import fused_causal_attention
+    from keras_openllama.layers.attention import (
+        causal_attention,
+        causal_mask,
+        fused_causal_attention,
+    )
 
     rows, heads, length, head_dim = sizes()
     inputs = [

@@ -12,6 +12,7 @@ from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import Sampler, SpeculativeSampler
 from keras_openllama.generation.kv_cache import (
+    PromptLayout,
     forward_with_cache,
     init_cache,
     pad_prompts,
@@ -149,7 +150,7 @@ class SearchLoop:
         tokens, prompt_layout = pad_prompts([prompt], [limit], columns)
         # In the padded prompt, the last token is in the last column.
         tokens[:, prompt_columns - 1] = prompt[-1]
-        prompt_layout["start"] = np.int32(prompt_columns - 1)
+        prompt_layout = prompt_layout._replace(start=np.int32(prompt_columns - 1))
         replicated = state_shardings(self.model.backbone)[1]
         tokens, prompt_layout = tree.map_structure(
             lambda array: to_device(array, replicated), (tokens, prompt_layout)
@@ -167,7 +168,7 @@ class SearchLoop:
     def _search(
         self,
         tokens: Tensor,
-        prompt_layout: dict[str, Tensor],
+        prompt_layout: PromptLayout,
         cache: Any,
         prompt_columns: int,
         stop_token_ids: tuple[int, ...] | None,
@@ -192,8 +193,8 @@ class SearchLoop:
         # repeats the first state, which does not change the maximum.
         column = ops.arange(prompt_columns)
         is_real = ops.logical_or(
-            column < prompt_layout["prefix_lengths"][0],
-            column == prompt_layout["start"],
+            column < prompt_layout.prefix_lengths[0],
+            column == prompt_layout.start,
         )
         hidden = ops.where(is_real[None, :, None], hidden, hidden[:, :1])
         return model.sampler(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -32,6 +32,24 @@ if TYPE_CHECKING:
 
 # Heuristic: with fewer columns, the weights dominate memory and time.
 MIN_CACHE_LENGTH = 256
+
+
+class PromptLayout(NamedTuple):
+    """Where the prompts of a batch are in the columns of the cache.
+
+    Attributes:
+        prefix_lengths: int `(batch,)`, lengths of the prompts without their last token.
+        start: int scalar, the column after the longest prefix.
+        limits: int `(batch,)`, maximum number of new tokens.
+        final_lengths: int `(batch,)`, lengths of the sequences after generation, on
+            which dynamic RoPE scaling depends. With one prompt and several beams, all
+            arrays are of shape `(1,)`.
+    """
+
+    prefix_lengths: Tensor
+    start: Tensor | int
+    limits: Tensor
+    final_lengths: Tensor
 
 
 def padded_cache_length(columns: int) -> int:
@@ -68,7 +86,7 @@ def padded_batch_size(batch: int) -> int:
 
 def pad_prompts(
     prompts: list[list[int]], limits: list[int], columns: int
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, PromptLayout]:
     """Arranges prompts in an array as the loop expects them.
 
     The last token of each prompt is in the first column after the longest prefix.
@@ -79,15 +97,14 @@ def pad_prompts(
         columns: number of columns.
 
     Returns:
-        Token ids, int32 `(batch, columns)`, and the `prompt_layout` of
-        `forward_with_cache` with `"limits"`.
+        Token ids, int32 `(batch, columns)`, and where the prompts are in them.
 
     Example:
         >>> tokens, prompt_layout = pad_prompts([[1, 5, 6], [1, 7]], [2, 2], columns=5)
         >>> tokens
         array([[1, 5, 6, 0, 0],
                [1, 0, 7, 0, 0]], dtype=int32)
-        >>> prompt_layout["prefix_lengths"]
+        >>> prompt_layout.prefix_lengths
         array([2, 1], dtype=int32)
     """
     prompt_lengths = np.array([len(prompt) for prompt in prompts], "int32")
@@ -95,13 +112,12 @@ def pad_prompts(
     start = prompt_lengths.max() - 1
     tokens = pad_sequences([prompt[:-1] for prompt in prompts], columns)["token_ids"]
     tokens[:, start] = [prompt[-1] for prompt in prompts]
-    prompt_layout = {
-        "prefix_lengths": prompt_lengths - 1,
-        "final_lengths": prompt_lengths + limits,
-        "limits": limits,
-        "start": start,
-    }
-    return tokens, prompt_layout
+    return tokens, PromptLayout(
+        prefix_lengths=prompt_lengths - 1,
+        start=start,
+        limits=limits,
+        final_lengths=prompt_lengths + limits,
+    )
 
 
 def init_cache(backbone: Backbone, batch: int, columns: int) -> Any:
@@ -133,7 +149,7 @@ def init_cache(backbone: Backbone, batch: int, columns: int) -> Any:
 def forward_with_cache(
     backbone: Backbone,
     tokens: Tensor,
-    prompt_layout: dict[str, Tensor],
+    prompt_layout: PromptLayout,
     cache: Any,
     column: Tensor,
 ) -> tuple[Tensor, Any]:
@@ -143,8 +159,7 @@ def forward_with_cache(
         backbone: `OpenLlamaBackbone`.
         tokens: int `(batch, length)`, one token per sequence or a chunk of the
             prefixes.
-        prompt_layout: dict of `"prefix_lengths"` and `"final_lengths"`, int `(batch,)`
-            or `(1,)`, and `"start"`, int scalar; see the module docstring.
+        prompt_layout: where the prompts are.
         cache: the KV cache, see the module docstring.
         column: int scalar, the column of the first of these tokens.
 
@@ -157,13 +172,17 @@ def forward_with_cache(
         prompt_layout, column, tokens.shape, used[0][0].shape
     )
     hidden, used = run_layers(
-        backbone, tokens, positions, prompt_layout["final_lengths"], bias, used, column
+        backbone, tokens, positions, prompt_layout.final_lengths, bias, used, column
     )
     return hidden, cache if keras.config.backend() == "torch" else used
 
 
 def used_columns(cache: Any, end: Tensor | int) -> Any:
     """Returns the part of the cache that attention reads.
+
+    On PyTorch, where shapes are dynamic, it is a view whose last columns are those of
+    the tokens that are being fed: `cached_attention.update_cache` writes them there, in
+    place, and so into the whole cache.
 
     Args:
         cache: the KV cache.
@@ -179,7 +198,7 @@ def used_columns(cache: Any, end: Tensor | int) -> Any:
 
 
 def positions_and_bias(
-    prompt_layout: dict[str, Tensor],
+    prompt_layout: PromptLayout,
     column: Tensor,
     shape: Sequence[int],
     cache_shape: Sequence[int],
@@ -187,7 +206,7 @@ def positions_and_bias(
     """Computes rotary positions and the attention bias of tokens.
 
     Args:
-        prompt_layout: see `forward_with_cache`.
+        prompt_layout: where the prompts are.
         column: see `forward_with_cache`.
         shape: `(batch, length)` of the tokens.
         cache_shape: shape of the keys in the cache.
@@ -198,7 +217,7 @@ def positions_and_bias(
         a token.
 
     Example:
-        >>> prompt_layout = {"prefix_lengths": np.array([1, 3]), "start": 3}
+        >>> _, prompt_layout = pad_prompts([[1, 5], [1, 5, 6, 7]], [2, 2], columns=8)
         >>> positions, bias = positions_and_bias(prompt_layout, 3, (2, 1), (2, 4, 8))
         >>> positions
         Array([[1],
@@ -206,7 +225,7 @@ def positions_and_bias(
         >>> (bias[:, 0] == 0).tolist()  # The shorter prefix has a gap.
         [[True, False, False, True], [True, True, True, True]]
     """
-    prefix, start = prompt_layout["prefix_lengths"][:, None], prompt_layout["start"]
+    prefix, start = prompt_layout.prefix_lengths[:, None], prompt_layout.start
     columns = (column + ops.arange(shape[1], dtype="int32"))[None]
     positions = ops.where(columns < start, columns, prefix + columns - start)
     keys = ops.arange(cache_shape[1], dtype="int32")[None]

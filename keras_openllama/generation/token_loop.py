@@ -13,7 +13,7 @@ chunks as needed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -23,6 +23,7 @@ from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
 from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
 from keras_openllama.generation.kv_cache import (
+    PromptLayout,
     forward_with_cache,
     init_cache,
     pad_prompts,
@@ -113,14 +114,31 @@ def keeps_every_token(sampler: Sampler) -> bool:
     return type(sampler) is TopPSampler and sampler.k is None and sampler.p >= 1
 
 
+class LoopState(NamedTuple):
+    """The state of a `TokenLoop`, which stays on the device.
+
+    Attributes:
+        tokens: int32 `(batch, columns)`, the prompts and the new tokens.
+        num_prefilled: int scalar, how many columns of the prefixes are in the cache.
+        step: int scalar, the number of generated tokens per sequence.
+        done: bool `(batch,)`, which sequences have ended.
+        cache: the KV cache, see `kv_cache.py`.
+    """
+
+    tokens: Tensor
+    num_prefilled: Tensor | int
+    step: Tensor | int
+    done: Tensor
+    cache: Any = ()
+
+
 class TokenLoop:
     """Generates one token per step: greedy, random, top-k, top-p and similar sampling.
 
     `generate` runs the loop on prompts. In it, `start` puts the prompts on the device,
-    and `advance` generates up to a given step, or until all sequences have ended. The
-    state is a dict of tensors that stays on the
-    device: `tokens` `(batch, columns)`, `num_prefilled` and `step` (int scalars),
-    `done` `(batch,)`, and `cache`.
+    and `advance(state, prompt_layout, stop_ids, until)` returns the state after
+    prefill, if that is not done yet, and after generation up to the step `until`, or
+    until all sequences have ended.
 
     Args:
         model: `OpenLlamaCausalLM`.
@@ -173,8 +191,8 @@ class TokenLoop:
                 stop_ids=stop_ids,
                 until=np.int32(until),
             )
-            step = int(state["step"])
-            tokens = to_numpy(state["tokens"])[: len(prompts)]
+            step = int(state.step)
+            tokens = to_numpy(state.tokens)[: len(prompts)]
             new = tokens[:, first + seen : first + step].tolist()
             for i, limit in enumerate(limits):
                 ids = cut_at_stop_id(new[i][: max(0, limit - seen)], stop_token_ids)
@@ -192,7 +210,7 @@ class TokenLoop:
 
     def start(
         self, prompts: list[list[int]], limits: list[int]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[LoopState, PromptLayout]:
         """Creates the initial state.
 
         Args:
@@ -200,7 +218,7 @@ class TokenLoop:
             limits: maximum number of new tokens for each prompt.
 
         Returns:
-            The state, and the `prompt_layout` of `forward_with_cache` with the limits.
+            The state, and where the prompts are in its columns.
         """
         longest = max(map(len, prompts))
         columns = padded_cache_length(longest + max(limits))
@@ -208,27 +226,25 @@ class TokenLoop:
         tokens, prompt_layout = pad_prompts(
             prompts + [[PAD_TOKEN_ID]] * filler, limits + [0] * filler, columns
         )
-        state = {
-            "tokens": tokens,
-            "num_prefilled": np.int32(0),
-            "step": np.int32(0),
-            "done": prompt_layout["limits"] == 0,
-        }
+        state = LoopState(
+            tokens=tokens,
+            num_prefilled=np.int32(0),
+            step=np.int32(0),
+            done=prompt_layout.limits == 0,
+        )
         replicated = state_shardings(self.model.backbone)[1]
         state, prompt_layout = tree.map_structure(
             lambda x: to_device(x, replicated), (state, prompt_layout)
         )
-        state["cache"] = init_cache(
-            self.model.backbone, len(prompt_layout["limits"]), columns
-        )
-        return state, prompt_layout
+        cache = init_cache(self.model.backbone, len(prompt_layout.limits), columns)
+        return state._replace(cache=cache), prompt_layout
 
     def _advance(self, state, prompt_layout, stop_ids, until):
         state = self._with_sharding(state)
         # On TensorFlow, chunk sizes were measured on CPUs only.
         on_jax = keras.config.backend() == "jax"
         platform = device_platform(self.model.backbone) if on_jax else "cpu"
-        chunks = prefill_chunks(platform, *state["tokens"].shape)
+        chunks = prefill_chunks(platform, *state.tokens.shape)
         for chunk in chunks:
             state = self._prefill(
                 state, prompt_layout, chunk, is_last=chunk == chunks[-1]
@@ -236,61 +252,59 @@ class TokenLoop:
 
         def is_running(state):
             return ops.logical_and(
-                state["step"] < until, ops.logical_not(ops.all(state["done"]))
+                state.step < until, ops.logical_not(ops.all(state.done))
             )
 
         def step(state):
-            column = prompt_layout["start"] + state["step"]
-            inputs = ops.take(state["tokens"], column, axis=1)[:, None]
+            column = prompt_layout.start + state.step
+            inputs = ops.take(state.tokens, column, axis=1)[:, None]
             hidden, cache = forward_with_cache(
-                self.model.backbone, inputs, prompt_layout, state["cache"], column
+                self.model.backbone, inputs, prompt_layout, state.cache, column
             )
             logits = self.model.lm_head(hidden)[:, 0]
             return self.sample_next(
-                {**state, "cache": cache}, logits, prompt_layout, stop_ids
+                state._replace(cache=cache), logits, prompt_layout, stop_ids
             )
 
         return self._with_sharding(while_loop(self.model, is_running, step, state))
 
     def _with_sharding(self, state):
         cache_sharding, replicated = state_shardings(self.model.backbone)
-        rest = {name: value for name, value in state.items() if name != "cache"}
-        return {
-            **constrain_sharding(rest, replicated),
-            "cache": constrain_sharding(state["cache"], cache_sharding),
-        }
+        cache = constrain_sharding(state.cache, cache_sharding)
+        rest = constrain_sharding(state._replace(cache=()), replicated)
+        return rest._replace(cache=cache)
 
     def _prefill(self, state, prompt_layout, chunk, is_last):
         """Feeds the prefixes in chunks; the last chunk may extend beyond their end."""
         backbone, overshoot = self.model.backbone, 0 if is_last else chunk - 1
 
         def is_running(state):
-            return state["num_prefilled"] + overshoot < prompt_layout["start"]
+            return state.num_prefilled + overshoot < prompt_layout.start
 
         def feed_chunk(state):
-            column = state["num_prefilled"]
-            shape = (state["tokens"].shape[0], chunk)
-            tokens = ops.slice(state["tokens"], (0, column), shape)
+            column = state.num_prefilled
+            shape = (state.tokens.shape[0], chunk)
+            tokens = ops.slice(state.tokens, (0, column), shape)
             _, cache = forward_with_cache(
-                backbone, tokens, prompt_layout, state["cache"], column
+                backbone, tokens, prompt_layout, state.cache, column
             )
-            return {**state, "cache": cache, "num_prefilled": column + chunk}
+            return state._replace(cache=cache, num_prefilled=column + chunk)
 
         return while_loop(self.model, is_running, feed_chunk, state)
 
     def sample_next(
         self,
-        state: dict[str, Any],
+        state: LoopState,
         logits: Tensor,
-        prompt_layout: dict[str, Any],
+        prompt_layout: PromptLayout,
         stop_ids: Tensor,
-    ) -> dict[str, Any]:
+    ) -> LoopState:
         """Samples the next token of each sequence and appends it.
 
         Args:
             state: the state of the loop.
             logits: `(batch, vocabulary_size)`.
-            prompt_layout: second result of `start`.
+            prompt_layout: where the prompts are.
             stop_ids: int `(number,)`, padded with -1.
 
         Returns:
@@ -305,21 +319,15 @@ class TokenLoop:
                 token = RandomSampler.get_next_token(sampler, probabilities)
             else:
                 token = sampler.get_next_token(probabilities)
-        token = ops.where(state["done"], PAD_TOKEN_ID, ops.cast(token, "int32"))
-        step = state["step"] + 1
-        done = ops.logical_or(
-            is_any_of(token, stop_ids), step >= prompt_layout["limits"]
+        token = ops.where(state.done, PAD_TOKEN_ID, ops.cast(token, "int32"))
+        step = state.step + 1
+        done = ops.logical_or(is_any_of(token, stop_ids), step >= prompt_layout.limits)
+        column = prompt_layout.start + step
+        return state._replace(
+            tokens=ops.slice_update(state.tokens, (0, column), token[:, None]),
+            step=step,
+            done=ops.logical_or(state.done, done),
         )
-        return {
-            **state,
-            "tokens": ops.slice_update(
-                state["tokens"],
-                (0, prompt_layout["start"] + step),
-                ops.cast(token, "int32")[:, None],
-            ),
-            "step": step,
-            "done": ops.logical_or(state["done"], done),
-        }
 
 
 def cut_at_stop_id(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -17,6 +17,7 @@ from keras import ops, tree
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from keras_openllama.generation.kv_cache import (
+    PromptLayout,
     init_cache,
     pad_prompts,
     positions_and_bias,
@@ -24,7 +25,7 @@ from keras_openllama.generation.kv_cache import (
     used_columns,
 )
 from keras_openllama.generation.onednn_weights import pack_linear_weights
-from keras_openllama.generation.token_loop import TokenLoop
+from keras_openllama.generation.token_loop import LoopState, TokenLoop
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -49,31 +50,31 @@ class TorchTokenLoop(TokenLoop):
 
     def start(
         self, prompts: list[list[int]], limits: list[int]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[LoopState, PromptLayout]:
         """See `TokenLoop.start`."""
         columns = max(map(len, prompts)) + max(limits)
         tokens, prompt_layout = pad_prompts(prompts, limits, columns)
-        start = int(prompt_layout["start"])
+        start = int(prompt_layout.start)
         tokens, prompt_layout = tree.map_structure(
             ops.convert_to_tensor, (tokens, prompt_layout)
         )
-        state = {
-            "tokens": tokens,
-            "num_prefilled": 0,
-            "step": 0,
-            "done": prompt_layout["limits"] == 0,
-            "cache": init_cache(self.model.backbone, len(prompts), columns),
-        }
-        return state, {**prompt_layout, "start": start}
+        state = LoopState(
+            tokens=tokens,
+            num_prefilled=0,
+            step=0,
+            done=prompt_layout.limits == 0,
+            cache=init_cache(self.model.backbone, len(prompts), columns),
+        )
+        return state, prompt_layout._replace(start=start)
 
     @torch.no_grad()
     def advance(
         self,
-        state: dict[str, Any],
-        prompt_layout: dict[str, Any],
+        state: LoopState,
+        prompt_layout: PromptLayout,
         stop_ids: torch.Tensor,
         until: int,
-    ) -> dict[str, Any]:
+    ) -> LoopState:
         """Generates tokens up to a step, or until all sequences have ended.
 
         Args:
@@ -85,15 +86,13 @@ class TorchTokenLoop(TokenLoop):
         Returns:
             The new state.
         """
-        start = prompt_layout["start"]
-        if state["num_prefilled"] < start:
+        start = prompt_layout.start
+        if state.num_prefilled < start:
             self._prefill_prefixes(state, prompt_layout)
-            state = {**state, "num_prefilled": start}
+            state = state._replace(num_prefilled=start)
         self._drop_stale_graphs()
-        while state["step"] < until:
-            if state["step"] % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(
-                state["done"].all()
-            ):
+        while state.step < until:
+            if state.step % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(state.done.all()):
                 break
             logits = self._step(state, prompt_layout)
             state = self.sample_next(state, logits, prompt_layout, stop_ids)
@@ -101,26 +100,26 @@ class TorchTokenLoop(TokenLoop):
 
     def _prefill_prefixes(self, state, prompt_layout):
         """Feeds all prefixes at once; causal attention never reads the padding."""
-        start = prompt_layout["start"]
-        positions = torch.arange(start, device=state["tokens"].device)[None]
+        start = prompt_layout.start
+        positions = torch.arange(start, device=state.tokens.device)[None]
         run_layers(
             self.model.backbone,
-            state["tokens"][:, :start],
-            positions.expand(len(state["tokens"]), -1),
-            prompt_layout["final_lengths"],
+            state.tokens[:, :start],
+            positions.expand(len(state.tokens), -1),
+            prompt_layout.final_lengths,
             None,
-            used_columns(state["cache"], start),
+            used_columns(state.cache, start),
             None,
         )
 
     def _step(self, state, prompt_layout):
-        column = prompt_layout["start"] + state["step"]
-        cache = used_columns(state["cache"], column + 1)
-        tokens = state["tokens"][:, column : column + 1]
+        column = prompt_layout.start + state.step
+        cache = used_columns(state.cache, column + 1)
+        tokens = state.tokens[:, column : column + 1]
         positions, bias = positions_and_bias(
             prompt_layout, column, tokens.shape, cache[0][0].shape
         )
-        inputs = (tokens, positions, prompt_layout["final_lengths"], bias, cache)
+        inputs = (tokens, positions, prompt_layout.final_lengths, bias, cache)
         return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):

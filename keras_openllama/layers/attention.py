@@ -13,7 +13,6 @@ from keras_openllama.layers.cached_attention import (
     MASKED_SCORE,
     attend_blockwise,
     attend_cached,
-    fused_causal_attention,
     heads_first,
     update_cache,
 )
@@ -128,6 +127,22 @@ def _attend_fused(query, key, value, mask):
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return context[..., :head_dim]
+
+
+def fused_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention without padding by PyTorch's fused kernel.
+
+    Args:
+        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
+        key: Float tensor `(batch, num_key_value_heads, length, head_dim)`.
+        value: Float tensor of the shape of `key`.
+
+    Returns:
+        Tensor of the shape of `query`.
+    """
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 def head_padding(head_dim: int, device_type: str) -> int:

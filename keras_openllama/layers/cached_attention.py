@@ -1,4 +1,4 @@
-"""Attention over a KV cache, for decoding."""
+"""Attention over a KV cache, for prefill and decoding."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from keras import ops
 
 from keras_openllama.utils.types import Tensor
 
-if keras.config.backend() == "torch":
-    import torch
-elif keras.config.backend() == "jax":
+if keras.config.backend() == "jax":
     import jax
 
 # Score of a masked key. It is finite, so that a query without any visible key (padding)
@@ -51,15 +49,15 @@ def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Te
         (2, 4, 1, 8)
     """
     shape = query.shape
-    query = join_groups(query, key)
+    query = fold_query_groups(query, key)
     group = query.shape[1] // shape[2]
     scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
     # In float32: 3B has head_dim 100, and bfloat16 would round 1/sqrt(100).
     scores = ops.cast(scores, "float32") * shape[3] ** -0.5
-    if shape[2] > 1 and group > 1:
+    if shape[2] > 1 and group > 1:  # The bias of a single query broadcasts.
         bias = ops.tile(bias, (1, group, 1))
     weights = ops.cast(ops.softmax(scores + bias, axis=-1), value.dtype)
-    return split_groups(ops.matmul(weights, value), shape)
+    return unfold_query_groups(ops.matmul(weights, value), shape)
 
 
 def attend_blockwise(
@@ -84,18 +82,19 @@ def attend_blockwise(
     """
     shape = query.shape
     length, head_dim = shape[2:]
-    query = join_groups(query, key)
-    heads, rows, _ = query.shape
-    block = block_columns(heads * rows, key.shape[1])
+    query = fold_query_groups(query, key)
+    heads_and_batch, queries, _ = query.shape
+    block = block_columns(heads_and_batch * queries, key.shape[1])
 
     def add_block(i, largest, total, context):
         start = i * block
         keys, values = (
-            ops.slice(x, (0, start, 0), (heads, block, head_dim)) for x in (key, value)
+            ops.slice(x, (0, start, 0), (heads_and_batch, block, head_dim))
+            for x in (key, value)
         )
         scores = matmul_float32(query, ops.swapaxes(keys, -1, -2)) * head_dim**-0.5
-        block_bias = ops.slice(bias, (0, 0, start), (heads, length, block))
-        scores = scores + ops.tile(block_bias, (1, rows // length, 1))
+        block_bias = ops.slice(bias, (0, 0, start), (heads_and_batch, length, block))
+        scores = scores + ops.tile(block_bias, (1, queries // length, 1))
         new_largest = ops.maximum(largest, ops.max(scores, axis=-1, keepdims=True))
         weights = ops.exp(scores - new_largest)
         rescale = ops.exp(largest - new_largest)
@@ -112,12 +111,12 @@ def attend_blockwise(
         add_block,
         (
             ops.zeros((), "int32"),
-            ops.full((heads, rows, 1), float("-inf"), "float32"),
-            ops.zeros((heads, rows, 1), "float32"),
-            ops.zeros((heads, rows, head_dim), "float32"),
+            ops.full((heads_and_batch, queries, 1), float("-inf"), "float32"),
+            ops.zeros((heads_and_batch, queries, 1), "float32"),
+            ops.zeros((heads_and_batch, queries, head_dim), "float32"),
         ),
     )
-    return split_groups(ops.cast(context / total, value.dtype), shape)
+    return unfold_query_groups(ops.cast(context / total, value.dtype), shape)
 
 
 def block_columns(queries: int, columns: int) -> int:
@@ -126,16 +125,19 @@ def block_columns(queries: int, columns: int) -> int:
     Args:
         queries: Number of queries, over all sequences and heads.
         columns: Number of columns of the cache, a multiple of `CACHE_BLOCK`.
+
+    Returns:
+        A divisor of `columns`.
     """
     if keras.config.backend() != "jax" or jax.default_backend() == "cpu":
-        return CACHE_BLOCK  # Its scores fit in a CPU's cache.
+        return CACHE_BLOCK  # On a CPU, the scores of a block fit in its cache.
     for block in ACCELERATOR_BLOCKS:
         if columns % block == 0 and queries * block <= MAX_BLOCK_SCORES:
             return block
     return CACHE_BLOCK
 
 
-def join_groups(query: Tensor, key: Tensor) -> Tensor:
+def fold_query_groups(query: Tensor, key: Tensor) -> Tensor:
     """Folds the query heads that share a key/value head into the length axis.
 
     So grouped-query attention does not repeat keys and values.
@@ -153,38 +155,36 @@ def join_groups(query: Tensor, key: Tensor) -> Tensor:
     return heads_first(ops.reshape(query, (batch, heads, -1, head_dim)))
 
 
-def split_groups(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Inverts `join_groups`; `shape` is the shape of its `query`."""
+def unfold_query_groups(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverts `fold_query_groups`.
+
+    Args:
+        x: Tensor `(num_key_value_heads * batch, group * length, head_dim)`.
+        shape: `(batch, num_query_heads, length, head_dim)`.
+
+    Returns:
+        Tensor of the shape `shape`.
+    """
     batch, head_dim = shape[0], shape[3]
     x = ops.reshape(x, (x.shape[0] // batch, batch, x.shape[1], head_dim))
     return ops.reshape(ops.swapaxes(x, 0, 1), shape)
 
 
 def matmul_float32(x: Tensor, y: Tensor) -> Tensor:
-    """Returns `x @ y` accumulated in float32, which is fast with XLA on CPUs."""
+    """Returns `x @ y` as a float32 tensor, on JAX accumulated in float32.
+
+    In bfloat16, XLA on CPUs is fast with float32 results only.
+    """
     if keras.config.backend() == "jax":
         return jax.numpy.matmul(x, y, preferred_element_type="float32")
     return ops.cast(ops.matmul(x, y), "float32")
 
 
-def fused_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention without padding by PyTorch's fused kernel.
+def heads_first(x: Tensor) -> Tensor:
+    """Reshapes keys or values for a KV cache.
 
     Args:
-        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
-        key: Float tensor `(batch, num_key_value_heads, length, head_dim)`.
-        value: Float tensor of the shape of `key`.
-
-    Returns:
-        Tensor of the shape of `query`.
-    """
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
-def heads_first(x: Tensor) -> Tensor:
-    """Reshapes `(batch, heads, length, head_dim)` for a KV cache.
+        x: Tensor `(batch, heads, length, head_dim)`.
 
     Returns:
         Tensor `(heads * batch, length, head_dim)`. Heads come first, so that a cache
@@ -204,8 +204,8 @@ def update_cache(cache: Tensor, update: Tensor, column: Any) -> Tensor:
     XLA reuses the donated buffer; PyTorch writes in place.
 
     Args:
-        cache: Float tensor `(heads * batch, columns, head_dim)`. On PyTorch a view of
-            the cache that ends where `update` ends.
+        cache: Float tensor `(heads * batch, columns, head_dim)`. On PyTorch the view of
+            `kv_cache.used_columns`, which ends where `update` ends.
         update: Float tensor `(heads * batch, length, head_dim)`.
         column: Int scalar, the column where `update` starts. Ignored on PyTorch.
 

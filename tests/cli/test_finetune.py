@@ -164,7 +164,9 @@ def uninterrupted(arguments, data, tmp_path_factory):
 
 @pytest.mark.backend_free
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_finetune_resumes_bit_exactly_after_a_signal(
     end, arguments, data, uninterrupted, tmp_path, capsys
 ):

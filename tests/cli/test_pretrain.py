@@ -385,6 +385,7 @@ def test_pretrain_ends_after_consecutive_non_finite_steps(main, tmp_path, capfd)
 # ----- On other devices
 
 
+@pytest.mark.slow
 def test_pretrain_resumes_a_run_of_two_processes_with_one(main, two, tmp_path):
     marker = json.loads((two() / "checkpoints" / "4" / "checkpoint.json").read_text())
     for number in (0, 1):

@@ -498,8 +498,19 @@ def test_convert_leaves_nothing_behind_if_a_file_exceeds_its_limit(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+INTERRUPTIONS = list(
+    itertools.product(FORMATS, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+)
+
+
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [
+        # One format for each signal; all of them with the slow tests.
+        pytest.param(to, kind, marks=() if i % 4 == 0 else pytest.mark.slow)
+        for i, (to, kind) in enumerate(INTERRUPTIONS)
+    ],
+)
 def test_convert_leaves_no_target_behind_if_it_is_interrupted(
     to, kind, models, tmp_path
 ):

@@ -448,7 +448,7 @@ def test_prefill_does_not_depend_on_the_chunk_size(length, monkeypatch):
             stop_ids=stop_ids,
             until=np.int32(3),
         )
-        found[platform] = np.array(state["cache"])[..., : length + 2, :]
+        found[platform] = np.array(state.cache)[..., : length + 2, :]
     np.testing.assert_allclose(found["gpu"], found["cpu"], atol=1e-4, rtol=1e-4)
 
 
@@ -463,7 +463,7 @@ def test_generate_stops_when_all_sequences_have_ended(lm, monkeypatch):
 
     def counted(**arguments):
         state = advance(**arguments)
-        steps.append(int(state["step"]))
+        steps.append(int(state.step))
         return state
 
     monkeypatch.setattr(lm.make_generate_function(), "advance", counted)

@@ -16,9 +16,9 @@ from keras_openllama.layers.cached_attention import (
     MASKED_SCORE,
     attend_blockwise,
     attend_cached,
+    fold_query_groups,
     heads_first,
-    join_groups,
-    split_groups,
+    unfold_query_groups,
     update_cache,
 )
 
@@ -42,15 +42,15 @@ def test_update_cache_writes_the_given_columns():
     assert not updated[:, 5:].any()
 
 
-def test_split_groups_inverts_join_groups():
+def test_unfold_query_groups_inverts_fold_query_groups():
     query = random(2, 6, 5, 4)
     key = heads_first(ops.convert_to_tensor(random(2, 3, 7, 4)))
-    joined = join_groups(ops.convert_to_tensor(query), key)
+    joined = fold_query_groups(ops.convert_to_tensor(query), key)
     assert tuple(joined.shape) == (3 * 2, 2 * 5, 4)
     # Queries 2 and 3 share head 1. In sequence 1 its index is 1 * 2 + 1.
     expected = query[1, 2:4].reshape(10, 4)
     np.testing.assert_array_equal(ops.convert_to_numpy(joined)[3], expected)
-    split = split_groups(joined, query.shape)
+    split = unfold_query_groups(joined, query.shape)
     np.testing.assert_array_equal(ops.convert_to_numpy(split), query)
 
 

@@ -31,7 +31,15 @@ def loss_and_gradients(lm, ids, **options):
     return jax.jit(run)(*([v.value for v in group] for group in variables))
 
 
-@pytest.mark.parametrize("rematerialize", ["none", "products", "projections", "full"])
+@pytest.mark.parametrize(
+    "rematerialize",
+    [
+        "none",
+        "products",
+        pytest.param("projections", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.slow),
+    ],
+)
 def test_scan_layers_equals_applying_layers_one_by_one(rematerialize):
     lm, ids = random_lm(THREE_LAYERS), batch(THREE_LAYERS, 2, 13)
     assert lm.backbone.num_layers == 3

@@ -49,7 +49,13 @@ np.savez(
 """
 
 
-@pytest.mark.parametrize("kind, dtype", [("model", "bfloat16"), ("data", "float32")])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("model", "bfloat16"),
+        pytest.param("data", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_from_preset_gives_each_device_its_shard(tmp_path, kind, dtype):
     ours = as_ours(in_transformers(SHAPE), tmp_path, dtype=dtype)
     run_on_eight_devices(PROGRAM, tmp_path, kind, dtype)

@@ -168,6 +168,7 @@ def test_suggest_choice_that_fits_recommends_more_chips_if_none_fits():
         ),
     ],
 )
+@pytest.mark.timeout(1800)
 def test_plan_compiles_a_step_and_estimates_its_cost(
     tmp_path, arguments, script, chips
 ):

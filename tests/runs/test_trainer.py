@@ -288,6 +288,7 @@ def test_a_run_killed_during_a_save_resumes_bit_exactly(
     assert not torn.exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_resumes_bit_exactly(run, tmp_path):
     overrides = dict(precision="mixed_bfloat16", rematerialize="products")
     run(tmp_path / "uninterrupted", **overrides)
@@ -296,6 +297,7 @@ def test_a_run_in_bfloat16_resumes_bit_exactly(run, tmp_path):
     assert results_of(again) == results_of(tmp_path / "uninterrupted")
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_resumes_bit_exactly(run, tmp_path):
     settings = {"optimizer": "muon", "steps": 6, "save_every": 2}
     run(tmp_path / "uninterrupted", **settings)

@@ -111,12 +111,9 @@ def paths(lm):
     "options",
     [
         {},
-        dict(micro_batches=2),
-        dict(micro_batches=4),
         dict(rematerialize="projections", loss_chunks=4),
         dict(micro_batches=2, rematerialize="full", z_loss=1e-2),
-        dict(scan=True),
-        dict(scan=True, micro_batches=2, rematerialize="projections"),
+        dict(scan=True, micro_batches=4, rematerialize="projections"),
     ],
     ids=str,
 )
