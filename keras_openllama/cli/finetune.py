@@ -19,7 +19,7 @@ from keras_openllama.cli.training_options import (
     print_on_process_0,
     run_training,
 )
-from keras_openllama.config import PROJECTIONS, REMATERIALIZATION
+from keras_openllama.config import PROJECTIONS, REMATERIALIZATION, context_length
 
 if TYPE_CHECKING:
     from keras_openllama.runs.finetuning import FinetuneConfig
@@ -61,6 +61,7 @@ Exit codes:
 """
 
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
+SEQUENCE_LENGTH = 512
 CHAT_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
 
 
@@ -144,10 +145,9 @@ def parse_arguments(
         "--length",
         "--sequence-length",
         type=int,
-        default=512,
         metavar="N",
         help="tokens of a sequence; longer examples are truncated (default: "
-        "%(default)s)",
+        f"{SEQUENCE_LENGTH}, or the context length of the model if that is shorter)",
     )
     data.add_argument(
         "--pack", action="store_true", help="pack several examples into a sequence"
@@ -407,8 +407,11 @@ def read_chat_template(path: str) -> dict[str, str]:
 
 def make_config(options: argparse.Namespace) -> FinetuneConfig:
     """Makes a `finetuning.FinetuneConfig` of valid flags."""
-    from keras_openllama.runs.finetuning import FinetuneConfig
+    from keras_openllama.runs.finetuning import FinetuneConfig, find_model
 
+    if options.sequence_length is None:
+        _, architecture = find_model(options.preset)
+        options.sequence_length = min(SEQUENCE_LENGTH, context_length(architecture))
     template = options.chat_template and read_chat_template(options.chat_template)
     return FinetuneConfig(
         preset=options.preset,
@@ -503,13 +506,14 @@ def print_estimate(options: argparse.Namespace) -> None:
         from keras_openllama.runs.finetuning import find_model
 
         config = make_config(options)
-        check_memory(config, find_model(config)[1], options.mesh)
+        _, architecture = find_model(config.preset, config.sequence_length)
+        check_memory(config, architecture, options.mesh)
         return
     from keras_openllama.planning import finetune_memory
 
     table = finetune_memory.memory_table(
         options.batch_size,
-        options.sequence_length,
+        options.sequence_length or SEQUENCE_LENGTH,
         options.rematerialize,
         _device(),
         os.environ["KERAS_BACKEND"],

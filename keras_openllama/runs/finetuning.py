@@ -212,7 +212,7 @@ def open_run(
             export_model(trainer, config, (ADAPTERS, MODEL), replace=False)
         ```
     """
-    source, architecture = find_model(config)
+    source, architecture = find_model(config.preset, config.sequence_length)
     check_size(architecture)
     examples, validation = read_examples(config)
     distribution = _distribution(config, architecture, options)
@@ -278,11 +278,14 @@ def export_model(
 # ----- Model
 
 
-def find_model(config: FinetuneConfig) -> tuple[ModelSource, dict[str, Any]]:
+def find_model(
+    preset: str, sequence_length: int = 1
+) -> tuple[ModelSource, dict[str, Any]]:
     """Finds the model to fine-tune, without reading its weights.
 
     Args:
-        config: The settings of the run.
+        preset: See `FinetuneConfig`.
+        sequence_length: See `FinetuneConfig`.
 
     Returns:
         Its source, and the arguments of its backbone.
@@ -292,32 +295,31 @@ def find_model(config: FinetuneConfig) -> tuple[ModelSource, dict[str, Any]]:
             than `sequence_length`.
 
     Example:
-        >>> config = FinetuneConfig("nano", ("examples.jsonl",), sequence_length=256)
-        >>> _, architecture = find_model(config)
+        >>> _, architecture = find_model("nano", sequence_length=256)
         >>> architecture["num_layers"]
         4
     """
-    with _reading_preset(config):
-        source = find_source(config.preset)
+    with _reading_preset(preset):
+        source = find_source(preset)
         architecture = validate_architecture(source.arguments())
     context = context_length(architecture)
-    if config.sequence_length > context:
+    if sequence_length > context:
         raise ValueError(
             "`sequence_length` (--sequence-length) must not exceed the context length "
-            f"of {config.preset}, {context} tokens. Received: "
-            f"sequence_length={config.sequence_length}"
+            f"of {preset}, {context} tokens. Received: "
+            f"sequence_length={sequence_length}"
         )
     return source, architecture
 
 
 @contextlib.contextmanager
-def _reading_preset(config):
+def _reading_preset(preset):
     """Converts errors of reading the preset, which are not errors of writing a run."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"The preset (--preset) {config.preset!r} is unavailable: {error}"
+            f"The preset (--preset) {preset!r} is unavailable: {error}"
         ) from error
 
 
@@ -340,7 +342,7 @@ def _distribution(config, architecture, options):
 
 def _load_preprocessor(config, source, architecture):
     """Loads the tokenizer, with the sequence length and chat template of the run."""
-    with _reading_preset(config):
+    with _reading_preset(config.preset):
         preprocessor = source.preprocessor(OpenLlamaCausalLMPreprocessor, {})
     check_vocabulary(
         preprocessor.tokenizer.vocabulary_size(), architecture["vocabulary_size"]
@@ -357,7 +359,7 @@ def _build(config, source, preprocessor, train, distribution):
     # import TensorFlow.)
     random.seed(config.seed)
     with distribution_scope(distribution):
-        with _reading_preset(config):
+        with _reading_preset(config.preset):
             lm = load_task_from_source(
                 OpenLlamaCausalLM,
                 source,

@@ -23,7 +23,7 @@ from pretraining_runs import (
 )
 
 from keras_openllama import OpenLlamaCausalLM, presets
-from keras_openllama.cli.finetune import parse_arguments
+from keras_openllama.cli.finetune import make_config, parse_arguments
 from keras_openllama.planning.finetune_memory import estimate_memory
 from keras_openllama.runs import finetuning, metrics_log
 from keras_openllama.runs.step_reporter import StepReporter
@@ -357,7 +357,16 @@ def test_parse_arguments_accepts_renamed_flags(capsys):
 @pytest.mark.backend_free
 def test_estimate_needs_neither_preset_nor_data(capsys):
     assert finetune().main(["--estimate", "--batch-size", "2"]) == 0
-    assert "open_llama_13b" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "open_llama_13b" in printed and "2 sequences of 512 tokens" in printed
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(("preset", "length"), [("nano", 256), ("3b_v2", 512)])
+def test_default_sequence_length_fits_the_context(preset, length):
+    command = ["--preset", preset, "--lora-rank", "2", "--data", "pairs.jsonl"]
+    _, options = parse_arguments(command, "finetune")
+    assert make_config(options).sequence_length == length
 
 
 @pytest.mark.backend_free
