@@ -1,8 +1,8 @@
 """Settings of the training steps, shared by pretraining and fine-tuning.
 
 `recipe.Recipe` adds the settings of pretraining data and meshes.
-`finetuning.FinetuneConfig` creates a `TrainConfig` when it knows how many steps its
-epochs take. Importing this module imports neither Keras nor a backend.
+`finetune_config.FinetuneConfig` creates a `TrainConfig` when it knows how many steps
+its epochs take. Importing this module imports neither Keras nor a backend.
 """
 
 from __future__ import annotations

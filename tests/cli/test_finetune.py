@@ -23,7 +23,7 @@ from pretraining_runs import (
 )
 
 from keras_openllama import OpenLlamaCausalLM, presets
-from keras_openllama.cli.finetune import make_config, parse_arguments
+from keras_openllama.cli.finetune_options import make_config, parse_arguments
 from keras_openllama.planning.finetune_memory import estimate_memory
 from keras_openllama.runs import finetuning, metrics_log
 from keras_openllama.runs.step_reporter import StepReporter

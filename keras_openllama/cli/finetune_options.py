@@ -1,0 +1,469 @@
+"""The flags of `keras-openllama finetune`, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keras_openllama.cli.command import CommandParser, add_renamed_argument
+from keras_openllama.cli.process import add_backend
+from keras_openllama.cli.training_options import add_run_options
+from keras_openllama.config import PROJECTIONS, REMATERIALIZATION, context_length
+
+if TYPE_CHECKING:
+    from keras_openllama.runs.finetune_config import FinetuneConfig
+
+DESCRIPTION = """\
+Fine-tune a preset on JSON lines: LoRA adapters or all of its weights.
+
+    %(prog)s --preset nano --data pairs.jsonl --lora-rank 8
+        train adapters on the responses of {"prompt": …, "response": …} lines
+    %(prog)s --preset 7b_v2 --data questions.jsonl --lora-rank 16 \\
+        --prompt "Q: {question}\\nA:" --response " {answer}" --output runs/answers
+        make prompts and responses from other keys
+    %(prog)s --preset 7b_v2 --lora-rank 16 --estimate
+        print the memory that this run needs, and exit; without --preset, the memory of
+        each kind of fine-tuning for every preset
+
+Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
+{"text": …}. The loss is computed on responses, or on the whole text.
+
+The optimizer is AdamW (beta_1 0.9, beta_2 0.95, epsilon 1e-8, gradients clipped to norm
+1.0). After the warmup, the learning rate decays to a tenth of its peak by a cosine.
+
+Running the same command again resumes the run. The run's directory holds run.json (the
+settings), metrics.jsonl, validation.jsonl, skipped.jsonl (the sequences of skipped
+steps), loss.png, generated text before and after in samples.txt, TensorBoard's events,
+checkpoints/, and at the end adapters/ (for `lm.load_adapters` and PEFT) and model/
+(merged, for transformers and for `keras-openllama generate --preset DIR/model`).
+
+Exit codes:
+  0   the run is complete
+  1   any other error
+  2   invalid argument or example, an argument that does not match the existing run,
+      or not enough memory (with --estimate, too)
+  70  too many consecutive steps had a non-finite loss or gradient
+  74  a file could not be written
+  75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
+      saved, and the same command resumes it
+  130 Ctrl-C before the first step, or in a run of several processes
+"""
+
+DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
+SEQUENCE_LENGTH = 512
+CHAT_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
+
+
+def _is_positive(value):
+    return 0 < value < math.inf
+
+
+# Valid numbers by flag, and how an error message describes them.
+_INTEGERS = (lambda value: value >= 1, "a positive integer")
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "sequence_length": _INTEGERS,
+    "batch_size": _INTEGERS,
+    "micro_batches": _INTEGERS,
+    "save_every": _INTEGERS,
+    "validate_every": _INTEGERS,
+    "max_new_tokens": _INTEGERS,
+    "lora_rank": (lambda value: value >= 0, "a positive integer, or 0 for no adapters"),
+    "seed": (lambda value: value >= 0, "a non-negative integer"),
+    "epochs": (_is_positive, "positive"),
+    "learning_rate": (_is_positive, "positive"),
+    "lora_alpha": (_is_positive, "positive"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "a non-negative number"),
+    "validation_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "warmup": (lambda value: 0 <= value < 1, "in [0, 1), a fraction of all steps"),
+}
+# Flags that describe one run. The overview of all presets (--estimate without --preset)
+# has columns for adapters and dtypes of its own, on one device.
+_OF_ONE_RUN = ("lora_rank", "lora_targets", "int8", "dtype", "micro_batches", "mesh")
+
+
+def parse_arguments(
+    arguments: Sequence[str], prog: str
+) -> tuple[CommandParser, argparse.Namespace]:
+    """Returns the parser of the command and the parsed arguments."""
+    parser = CommandParser(prog, description=DESCRIPTION)
+    parser.add_argument(
+        "--preset",
+        help="the model to fine-tune: a preset such as 7b_v2 or nano, a directory, or "
+        "hf://user/repo",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="directory of the run (default: runs/PRESET-finetuned)",
+    )
+    data = parser.add_argument_group("examples")
+    data.add_argument(
+        "--data", nargs="+", default=(), metavar="FILE", help="files of JSON lines"
+    )
+    data.add_argument(
+        "--prompt",
+        metavar="TEMPLATE",
+        help='template of the prompt, such as "Q: {question}\\nA:" '
+        '(default: "{prompt}")',
+    )
+    data.add_argument(
+        "--response",
+        metavar="TEMPLATE",
+        help='template of the response, such as " {answer}" (default: "{response}")',
+    )
+    data.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help=f"JSON file of a template by role, such as {CHAT_TEMPLATE}",
+    )
+    data.add_argument(
+        "--validation", metavar="FILE", help="file of JSON lines for validation"
+    )
+    add_renamed_argument(
+        data,
+        "--validation-share",
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="fraction of the examples to hold out if --validation is not given "
+        "(default: %(default)s)",
+    )
+    add_renamed_argument(
+        data,
+        "--length",
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence; longer examples are truncated (default: "
+        f"{SEQUENCE_LENGTH}, or the context length of the model if that is shorter)",
+    )
+    data.add_argument(
+        "--pack", action="store_true", help="pack several examples into a sequence"
+    )
+    weights = parser.add_argument_group("trained weights")
+    weights.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rank of the LoRA adapters; 0 trains all weights (default: %(default)s)",
+    )
+    weights.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="X",
+        help="LoRA alpha; updates are scaled by alpha / rank (default: the rank, a "
+        "scale of 1)",
+    )
+    weights.add_argument(
+        "--lora-targets",
+        nargs="+",
+        choices=PROJECTIONS,
+        metavar="NAME",
+        help="projections that get adapters, of "
+        f"{', '.join(PROJECTIONS)} (default: query value)",
+    )
+    weights.add_argument(
+        "--int8", action="store_true", help="quantize the frozen weights to int8"
+    )
+    weights.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype policy (default: float32 on CPUs; elsewhere bfloat16 with "
+        "adapters, mixed_bfloat16 without)",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="passes over the examples (default: %(default)s)",
+    )
+    training.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="sequences per step (default: %(default)s)",
+    )
+    training.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="peak of the warmup-cosine schedule (default: 2e-4 with adapters, else "
+        "2e-5)",
+    )
+    training.add_argument(
+        "--warmup",
+        type=float,
+        default=0.03,
+        metavar="X",
+        help="warmup as a fraction of all steps (default: %(default)s)",
+    )
+    training.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="weight decay of AdamW (default: %(default)s)",
+    )
+    training.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches per step for gradient accumulation, which saves memory "
+        "(JAX; default: %(default)s)",
+    )
+    training.add_argument(
+        "--rematerialize",
+        choices=tuple(REMATERIALIZATION),
+        default="none",
+        help="rematerialization policy (gradient checkpointing), which saves memory "
+        "(JAX; default: %(default)s)",
+    )
+    training.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the adapters' initial values, of the order of the examples and "
+        "of the choice of held-out examples (default: %(default)s)",
+    )
+    add_backend(training)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--save-every",
+        type=int,
+        default=100,
+        metavar="STEPS",
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    output.add_argument(
+        "--validate-every",
+        type=int,
+        metavar="STEPS",
+        help="steps between validations (default: a tenth of the run)",
+    )
+    add_renamed_argument(
+        output,
+        "--question",
+        "--sample-prompt",
+        action="append",
+        metavar="TEXT",
+        help="prompt to generate from before and after training, used unchanged "
+        "(without the template of --prompt); may be given several times (default: "
+        "held-out prompts)",
+    )
+    output.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=48,
+        metavar="N",
+        help="maximum number of generated tokens per prompt (default: %(default)s)",
+    )
+    output.add_argument(
+        "--export",
+        choices=("all", "adapters", "model", "none"),
+        default="all",
+        help="what to write at the end: adapters, the merged model, both or nothing. A "
+        "run of several processes writes nothing until the same command is run again "
+        "on one host (default: %(default)s)",
+    )
+    estimate = parser.add_argument_group("estimate")
+    estimate.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print the memory that the run of these flags needs, and exit; needs no "
+        "--data. Without --preset, an overview of every preset on one device, with "
+        "adapters of rank 16 and with all weights, for --batch-size, "
+        "--sequence-length, --rematerialize and --backend",
+    )
+    add_run_options(parser, "all devices along fsdp")
+    return parser, parser.parse_args(arguments)
+
+
+def check_options(
+    parser: CommandParser, options: argparse.Namespace, backend: str
+) -> None:
+    """Rejects invalid flags before anything slow is imported or loaded.
+
+    Args:
+        parser: Parser that reports an error and exits.
+        options: The parsed arguments.
+        backend: The backend of Keras.
+    """
+    for name, (is_valid, requirement) in _NUMBERS.items():
+        value = getattr(options, name)
+        if value is not None and not is_valid(value):
+            parser.error(f"{_flag(name)} must be {requirement}. Received: {value}")
+    if options.batch_size % options.micro_batches:
+        parser.error(
+            "--micro-batches must divide --batch-size. Received: "
+            f"{options.micro_batches} and {options.batch_size}"
+        )
+    check_backend_flags(parser, options, backend)
+    if options.estimate and not options.preset:
+        for name in _OF_ONE_RUN:
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(
+                    f"{_flag(name)} applies to the estimate of one run: add --preset."
+                )
+        return
+    if not options.preset:
+        parser.error("--preset is required: name the model to fine-tune.")
+    if not options.data and not options.estimate:
+        parser.error("--data is required: name files of examples (JSON lines).")
+    paths = [("--data", path) for path in options.data]
+    if options.validation:
+        paths.append(("--validation", options.validation))
+    for flag, path in paths:
+        if not Path(path).is_file():
+            parser.error(f"{flag}: the file {path} does not exist.")
+    check_combinations(parser, options)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_backend_flags(
+    parser: CommandParser, options: argparse.Namespace, backend: str
+) -> None:
+    """Rejects flags that need JAX on another backend."""
+    if backend == "jax":
+        return
+    needs_jax = {
+        "--micro-batches": options.micro_batches > 1,
+        "--rematerialize": options.rematerialize != "none",
+        "--mesh": options.mesh is not None,
+        "--profile": options.profile is not None,
+    }
+    for flag, is_given in needs_jax.items():
+        if is_given:
+            parser.error(
+                f"{flag} needs the JAX backend: --backend jax. Received: {backend}"
+            )
+
+
+def check_combinations(parser: CommandParser, options: argparse.Namespace) -> None:
+    """Rejects LoRA flags without --lora-rank, and unsupported combinations."""
+    for name in ("int8", "lora_alpha", "lora_targets"):
+        if getattr(options, name) and not options.lora_rank:
+            parser.error(f"{_flag(name)} needs adapters: add --lora-rank.")
+    if options.dtype == "bfloat16" and not options.lora_rank:
+        parser.error(
+            "--dtype bfloat16 would round small updates to zero. Use --dtype "
+            "mixed_bfloat16, or train adapters with --lora-rank."
+        )
+    if options.int8 and options.export == "model":
+        parser.error(
+            "--export model: adapters cannot be merged into int8 weights. Use --export "
+            "adapters, or remove --int8."
+        )
+    if options.export == "adapters" and not options.lora_rank:
+        parser.error("--export adapters needs adapters: add --lora-rank.")
+
+
+def read_chat_template(path: str) -> dict[str, str]:
+    """Reads the file of `--chat-template`.
+
+    Args:
+        path: Path of a JSON file.
+
+    Returns:
+        The template, see `OpenLlamaCausalLMPreprocessor`.
+
+    Raises:
+        ValueError: If the file cannot be read, or holds no chat template.
+    """
+    from keras_openllama.text.examples import check_template
+
+    try:
+        template = json.loads(Path(path).read_text("utf-8"))
+        check_template(template or {})
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--chat-template: {path} is not valid JSON: {error}. It must map roles to "
+            f"texts with {{content}}, such as {CHAT_TEMPLATE}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--chat-template: {path}: {error}") from error
+    return template
+
+
+def make_config(options: argparse.Namespace) -> FinetuneConfig:
+    """Makes a `finetune_config.FinetuneConfig` of valid flags."""
+    from keras_openllama.runs.finetune_config import FinetuneConfig
+    from keras_openllama.runs.finetuning import find_model
+
+    if options.sequence_length is None:
+        _, architecture = find_model(options.preset)
+        options.sequence_length = min(SEQUENCE_LENGTH, context_length(architecture))
+    template = options.chat_template and read_chat_template(options.chat_template)
+    return FinetuneConfig(
+        preset=options.preset,
+        data=tuple(options.data),
+        prompt=_unescaped(options.prompt),
+        response=_unescaped(options.response),
+        chat_template=template,
+        validation=options.validation,
+        validation_fraction=options.validation_fraction,
+        sequence_length=options.sequence_length,
+        pack=options.pack,
+        lora_rank=options.lora_rank or None,
+        lora_alpha=options.lora_alpha,
+        lora_targets=options.lora_targets and tuple(options.lora_targets),
+        int8=options.int8,
+        dtype=options.dtype or default_dtype(options),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        weight_decay=options.weight_decay,
+        micro_batches=options.micro_batches,
+        rematerialize=options.rematerialize,
+        seed=options.seed,
+        save_every=options.save_every,
+        validate_every=options.validate_every,
+    )
+
+
+def _unescaped(template):
+    """Replaces escape sequences of new lines and tabs, which shells do not."""
+    return template and template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def default_dtype(options: argparse.Namespace) -> str:
+    """Returns the default of `--dtype`."""
+    if not has_accelerator():
+        return "float32"
+    return "bfloat16" if options.lora_rank else "mixed_bfloat16"
+
+
+def has_accelerator() -> bool:
+    """Whether the backend runs on a GPU or TPU."""
+    backend = os.environ["KERAS_BACKEND"]
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if backend == "tensorflow":
+        import tensorflow
+
+        return bool(tensorflow.config.list_physical_devices("GPU"))
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
+def device_kind() -> str:
+    """The kind of device in the words of `finetune_memory`."""
+    return "accelerator" if has_accelerator() else "cpu"
