@@ -67,7 +67,8 @@ def value_and_gradients(attend, tensors, documents):
         context = attend(*inputs, mask, documents)
         return jnp.sum(context * weights), context * (documents > 0)[:, None, :, None]
 
-    (_, context), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*inputs)
+    compute = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, context), gradients = compute(*inputs)
     return [context, *gradients]
 
 
