@@ -42,6 +42,7 @@ import numpy as np
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.optimizers import AdamW, WarmupCosine
+from keras_openllama.utils import plots
 
 quick = os.environ.get("EXAMPLES_QUICK") == "1"
 places = (Path.cwd() / "repository", Path.cwd(), *Path.cwd().parents)
@@ -185,28 +186,31 @@ def percent_of_one_answer(kind):
 
 
 asked = [kind for kind in kinds.values() if kind in {*map(kind_of, held_out)}]
-gray, blue, orange = "#a8adb8", "#2f6db3", "#d9822b"
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-ends = np.arange(epochs + 1)
-losses = [measured_before["loss"], *history["val_loss"]]
-left.plot(ends[1:] - 0.5, history["loss"], "o-", color=gray, label="training")
-left.plot(ends, losses, "o-", color=blue, label="held out")
-left.set(yscale="log", xlabel="epoch", ylabel="loss (nats per token of an answer)")
-left.yaxis.set_major_formatter("{x:g}")
-left.set_xticks(ends)
-left.legend(frameon=False)
-rows = -np.arange(len(asked))
 shares = [percent_correct(after, kind) for kind in asked]
 guesses = [percent_of_one_answer(kind) for kind in asked]
-right.barh(rows, shares, 0.6, color=blue, label="after fine-tuning")
-right.plot(guesses, rows, "|", color=orange, ms=16, mew=3, label="one answer to all")
-right.set_yticks(rows, asked)
-right.set(xlim=(0, 100), xlabel="correct answers to held-out questions (%)")
-right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-for axes in (left, right):
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(alpha=0.25)
+ends = np.arange(epochs + 1)
+losses = [measured_before["loss"], *history["val_loss"]]
+with plots.style():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    left.plot(ends[1:] - 0.5, history["loss"], "o-", color=plots.GRAY, label="training")
+    left.plot(ends, losses, "o-", label="held out")
+    left.set(
+        title="Loss on answers",
+        yscale="log",
+        xlabel="epoch",
+        ylabel="loss (nats per token)",
+        xticks=ends,
+    )
+    left.yaxis.set_major_formatter("{x:g}")
+    left.legend()
+    rows = -np.arange(len(asked))
+    right.barh(rows, shares, 0.6, label="after fine-tuning")
+    right.plot(guesses, rows, "C1|", ms=16, mew=3, label="the most frequent answer")
+    right.set_yticks(rows, asked)
+    right.set(title="Held-out questions", xlim=(0, 100), xlabel="correct answers (%)")
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower right", ncols=2
+    )
 plt.show()
 
 """
