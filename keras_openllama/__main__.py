@@ -14,7 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from keras_openllama import __version__
-from keras_openllama.cli.process import PROGRAM
+from keras_openllama.cli.process import (
+    PROGRAM,
+    print_unencodable_as_question_marks,
+)
 
 # Name -> summary. The module `keras_openllama.cli.NAME` has the command's `main`.
 COMMANDS = {
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         NAME ...
         0
     """
+    print_unencodable_as_question_marks()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments[0] if arguments else None
     if name in COMMANDS:

@@ -18,6 +18,7 @@ from keras_openllama.cli.process import (
     PROGRAM,
     one_line,
     owns_process,
+    print_unencodable_as_question_marks,
     use_large_pages,
 )
 
@@ -131,6 +132,7 @@ def command(
     def decorate(run_command):
         @functools.wraps(run_command)
         def main(arguments=None, prog=f"{PROGRAM} {name}"):
+            print_unencodable_as_question_marks()
             arguments = sys.argv[1:] if arguments is None else list(arguments)
             if owns_process(arguments):
                 hide_from_keras()

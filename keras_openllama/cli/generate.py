@@ -125,7 +125,8 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--temperature",
         type=_temperature,
         metavar="T",
-        help="temperature; below 1 favors likely tokens (default: 1)",
+        help="temperature; below 1 favors likely tokens, 0 is greedy decoding "
+        "(default: 1)",
     )
     sampling.add_argument(
         "--top-k",
@@ -249,7 +250,7 @@ def _number(kind, is_valid, requirement):
 _positive_int = _number(int, lambda value: value >= 1, "a positive integer")
 _temperature = _number(
     float,
-    lambda value: 0 < value < math.inf,
-    "a positive number; for greedy decoding, omit the sampling flags",
+    lambda value: 0 <= value < math.inf,
+    "a number of at least 0",
 )
 _probability = _number(float, lambda value: 0 < value <= 1, "a number in (0, 1]")

@@ -115,6 +115,16 @@ def owns_process(arguments: Sequence[str]) -> bool:
     return bool(arguments) and sys.orig_argv[-len(arguments) :] == arguments
 
 
+def print_unencodable_as_question_marks() -> None:
+    """Keeps `print` from failing where stdout's encoding lacks a character.
+
+    An encoding other than UTF-8 is common for pipes on Windows, and on Linux with the
+    locale C or `PYTHONIOENCODING`. Stderr prints escape sequences already.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # Notebooks replace stdout.
+        sys.stdout.reconfigure(errors="replace")
+
+
 def use_large_pages() -> None:
     """Restarts the process with an allocator that asks Linux for pages of 2 MB.
 

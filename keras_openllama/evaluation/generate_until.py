@@ -56,7 +56,7 @@ class GenerationOptions(NamedTuple):
                 f"`max_gen_toks` of a task must be positive. Received: {limit}"
             )
         # Normalization adds no temperature if there is none, and 0 without sampling.
-        if options.pop("do_sample") and not options.get("temperature"):
+        if options.pop("do_sample") and options.get("temperature") is None:
             options["temperature"] = 1.0
         sampler = {
             name: options.pop(name)

@@ -28,7 +28,7 @@ from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenSc
 from keras_openllama.evaluation.unique_requests import UniqueRequests
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.utils.types import PathLike
-from keras_openllama.utils.validation import check_integer, raise_invalid
+from keras_openllama.utils.validation import check_integer, one_of, raise_invalid
 
 MAX_GEN_TOKS = 256  # The default of the harness's own models.
 
@@ -111,6 +111,14 @@ class OpenLlamaLM(TemplateLM):
         # Before a model is loaded, which may take long.
         self.batch_size = _parse_batch_size(batch_size)
         self.max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
+        # The harness parses true and false only; other texts would count as true.
+        flags = {
+            "add_bos": add_bos,
+            "keep_bos": keep_bos,
+            "separate_tokenization": separate_tokenization,
+        }
+        for name, value in flags.items():
+            one_of(True, False)(name, value)
         if max_length is not None:
             max_length = check_integer("max_length", max_length)
         axes = {"data": data, "fsdp": fsdp, "model": model}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from keras_openllama.backend.keras_hub import GreedySampler, get_sampler
+from keras_openllama.generation.sampling import check_sampler
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -26,11 +27,12 @@ def use_sampler(
         lm: the model.
         temperature: the sampling temperature. 0 is greedy decoding.
         top_p: sample from the most likely tokens whose probabilities add up to this.
-        top_k: sample from this many of the most likely tokens.
+        top_k: sample from this many of the most likely tokens; 0 and -1 are all tokens,
+            as in transformers and vLLM.
         seed: seed of the sampler.
 
     Raises:
-        ValueError: if `temperature` is negative.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> with use_sampler(lm, temperature=0.8, top_p=0.95, seed=0):
@@ -38,15 +40,14 @@ def use_sampler(
         >>> text.startswith("The sea")
         True
     """
-    if temperature < 0:
-        raise ValueError(
-            f"`temperature` must not be negative. Received: temperature={temperature}"
-        )
+    top_k = None if top_k in (0, -1) else top_k
+    sampler = _make_sampler(temperature, top_p, top_k, seed)
+    check_sampler(sampler, lm.backbone.vocabulary_size)
     if temperature == 0 and type(lm.sampler) is GreedySampler:
         yield  # Reuses the compiled programs.
         return
     before = lm.sampler, lm.generate_function
-    lm.sampler = _make_sampler(temperature, top_p, top_k, seed)
+    lm.sampler = sampler
     lm.generate_function = None  # The compiled function contains the sampler.
     try:
         yield

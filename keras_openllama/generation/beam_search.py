@@ -10,7 +10,6 @@ from keras import ops, tree
 
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function
-from keras_openllama.backend.keras_hub import Sampler, SpeculativeSampler
 from keras_openllama.generation.kv_cache import (
     PromptLayout,
     forward_with_cache,
@@ -27,57 +26,6 @@ if TYPE_CHECKING:
 
 # Heuristic: prompts are padded to a multiple of it, so that fewer lengths compile.
 PROMPT_MULTIPLE = 32
-
-
-def check_sampler(sampler: Sampler) -> None:
-    """Checks that `generate` supports a sampler.
-
-    Args:
-        sampler: a KerasHub sampler.
-
-    Raises:
-        ValueError: for other objects, for `SpeculativeSampler`, and for a sampler that
-            returns several sequences per prompt.
-
-    Example:
-        >>> import keras_hub
-        >>> check_sampler(keras_hub.samplers.BeamSampler())
-    """
-    if not isinstance(sampler, Sampler):
-        raise ValueError(
-            "`sampler` must be the name or an instance of a "
-            f"`keras_hub.samplers.Sampler`. Received: sampler={sampler!r}"
-        )
-    if isinstance(sampler, SpeculativeSampler):
-        raise ValueError(
-            "`SpeculativeSampler` needs a draft model, which `generate` has no "
-            "argument for. Use another sampler, such as 'greedy'. "
-            f"Received: sampler={sampler!r}"
-        )
-    if getattr(sampler, "return_all_beams", False):
-        raise ValueError(
-            "`generate` returns one sequence per prompt. Use a sampler with "
-            f"return_all_beams=False. Received: sampler={sampler!r}"
-        )
-
-
-def is_search_sampler(sampler: Sampler) -> bool:
-    """Returns whether a sampler runs a search instead of choosing single tokens.
-
-    Args:
-        sampler: a KerasHub sampler.
-
-    Returns:
-        True for beam and contrastive search.
-
-    Example:
-        >>> import keras_hub
-        >>> is_search_sampler(keras_hub.samplers.BeamSampler())
-        True
-        >>> is_search_sampler(keras_hub.samplers.TopKSampler(k=5))
-        False
-    """
-    return type(sampler).__call__ is not Sampler.__call__
 
 
 class SearchLoop:

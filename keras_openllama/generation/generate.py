@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_openllama.generation.beam_search import SearchLoop, is_search_sampler
+from keras_openllama.generation.beam_search import SearchLoop
+from keras_openllama.generation.sampling import is_search_sampler
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
     StopStringDecoder,

@@ -21,7 +21,6 @@ from keras import ops, tree
 
 from keras_openllama.backend.arrays import to_numpy
 from keras_openllama.backend.jit import compile_function, while_loop
-from keras_openllama.backend.keras_hub import GreedySampler, RandomSampler, TopPSampler
 from keras_openllama.generation.kv_cache import (
     PromptLayout,
     forward_with_cache,
@@ -30,6 +29,7 @@ from keras_openllama.generation.kv_cache import (
     padded_batch_size,
     padded_cache_length,
 )
+from keras_openllama.generation.sampling import next_tokens
 from keras_openllama.generation.sharding import (
     constrain_sharding,
     device_platform,
@@ -40,7 +40,7 @@ from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 from keras_openllama.utils.types import Tensor
 
 if TYPE_CHECKING:
-    from keras_openllama.backend.keras_hub import CausalLM, Sampler
+    from keras_openllama.backend.keras_hub import CausalLM
 
 # Heuristic: stop ids are padded to a multiple of 4, so that few shapes are compiled.
 STOP_IDS_MULTIPLE = 4
@@ -93,25 +93,6 @@ def is_any_of(tokens: Tensor, stop_ids: Tensor) -> Tensor:
         Array([False,  True], dtype=bool)
     """
     return ops.any(ops.equal(tokens[:, None], stop_ids), axis=-1)
-
-
-def keeps_every_token(sampler: Sampler) -> bool:
-    """Returns whether a top-p sampler does not exclude any token.
-
-    KerasHub's `TopPSampler(p=1)` still excludes tokens once the cumulative probability
-    exceeds 1 by rounding.
-
-    Args:
-        sampler: a KerasHub sampler.
-
-    Returns:
-        True for a top-p sampler with `p >= 1` and no `k`.
-
-    Example:
-        >>> keeps_every_token(TopPSampler(p=1.0)), keeps_every_token(TopPSampler(p=0.9))
-        (True, False)
-    """
-    return type(sampler) is TopPSampler and sampler.k is None and sampler.p >= 1
 
 
 class LoopState(NamedTuple):
@@ -310,15 +291,7 @@ class TokenLoop:
         Returns:
             The state after the step.
         """
-        sampler, logits = self.model.sampler, ops.cast(logits, "float32")
-        if type(sampler) is GreedySampler:
-            token = ops.argmax(logits, axis=-1)
-        else:
-            probabilities = sampler.compute_probabilities(logits)
-            if keeps_every_token(sampler):
-                token = RandomSampler.get_next_token(sampler, probabilities)
-            else:
-                token = sampler.get_next_token(probabilities)
+        token = next_tokens(self.model.sampler, ops.cast(logits, "float32"))
         token = ops.where(state.done, PAD_TOKEN_ID, ops.cast(token, "int32"))
         step = state.step + 1
         done = ops.logical_or(is_any_of(token, stop_ids), step >= prompt_layout.limits)

@@ -12,8 +12,8 @@ from keras_openllama import presets
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.generation import generate as generation
-from keras_openllama.generation.beam_search import check_sampler
 from keras_openllama.generation.limits import GenerationLimits
+from keras_openllama.generation.sampling import check_sampler
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
 from keras_openllama.loading.load import load_task
@@ -176,7 +176,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
                 token in nats, the weighted mean over all target tokens of an epoch. The
                 perplexity is reported with it.
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
-            sampler: name or instance of a `keras_hub.samplers.Sampler`.
+            sampler: name or instance of a `keras_hub.samplers.Sampler`. A temperature
+                of 0 is greedy decoding.
             micro_batches: number of parts into which a batch is split for gradient
                 accumulation, to save memory. There is one update per batch. JAX only.
             rematerialize: which activations the backward pass recomputes instead of
@@ -188,9 +189,10 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             **kwargs: further arguments of `keras.Model.compile`.
 
         Raises:
-            ValueError: for a sampler that `generate` does not support; or for an option
-                that needs JAX on another backend, or in combination with a loss or
-                metrics for which the train step of Keras is used.
+            ValueError: for a sampler that `generate` does not support, or whose
+                arguments are out of range; or for an option that needs JAX on another
+                backend, or in combination with a loss or metrics for which the train
+                step of Keras is used.
 
         Example:
             >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
@@ -201,7 +203,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
             from_logits=True, reduction="mean_with_sample_weight"
         )
         sampler = get_sampler(sampler)
-        check_sampler(sampler)
+        check_sampler(sampler, self.backbone.vocabulary_size)
         auto_learning_rate = optimizer == "auto"
         if auto_learning_rate:
             optimizer = default_optimizer(self)

@@ -267,6 +267,21 @@ def test_generate_until_draws_distinct_samples_and_restores_the_sampler(lm):
     assert lm.sampler is sampler
 
 
+@pytest.mark.slow_on_tensorflow
+def test_generate_until_reads_temperature_0_as_greedy_and_top_k_0_as_off(lm):
+    def responses(**options):
+        options = {"max_gen_toks": 8, "until": [], "seed": 1, **options}
+        model = get_model("keras_openllama")(lm=lm)
+        return model.generate_until(instances("generate_until", [("The", options)]))
+
+    assert responses(do_sample=True, temperature=0.0) == responses()
+    sampled = responses(do_sample=True, temperature=2.0)
+    for top_k in (0, -1, 100_000):
+        assert responses(do_sample=True, temperature=2.0, top_k=top_k) == sampled
+    with pytest.raises(ValueError, match=r"`TopKSampler\.k` must be.*k=-5"):
+        responses(do_sample=True, top_k=-5)
+
+
 def test_loglikelihood_scores_a_token_that_spans_the_boundary(adapter):
     (inside,) = loglikelihoods(adapter, [("expressio", "n")])
     assert inside[0] < 0
@@ -336,6 +351,8 @@ def test_simple_evaluate_creates_the_model_from_its_name(model_args, tmp_path):
         ({"max_length": "1k"}, "max_length='1k'"),
         ({"max_gen_toks": 0}, "`max_gen_toks` must be .* Received: max_gen_toks=0"),
         ({"max_gen_toks": "many"}, "max_gen_toks='many'"),
+        ({"add_bos": "off"}, "`add_bos` must be .* Received: add_bos='off'"),
+        ({"separate_tokenization": 1}, "separate_tokenization=1"),
         ({"dtype": "bfloat16"}, "apply to `preset` only.* Received: dtype='bfloat16'"),
         ({"revision": "main", "fsdp": 2}, "Received: revision='main', fsdp=2"),
     ],

@@ -228,6 +228,9 @@ def test_generate_supports_every_sampler_of_keras_hub(sampler):
         keras_hub.samplers.TopKSampler(k=1),
         keras_hub.samplers.TopPSampler(p=1e-6),
         keras_hub.samplers.RandomSampler(temperature=1e-4),
+        keras_hub.samplers.RandomSampler(temperature=0),
+        keras_hub.samplers.TopKSampler(k=5, temperature=0.0),
+        keras_hub.samplers.TopPSampler(p=0.9, temperature=0.0),
         keras_hub.samplers.BeamSampler(num_beams=1),
         keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.6),
     ],
@@ -308,6 +311,47 @@ def test_compile_rejects_unsupported_samplers(lm):
     with pytest.raises(ValueError, match="sampler"):
         lm.compile(sampler=print)
     lm.compile()
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *[("RandomSampler", {"temperature": t}) for t in (-1, np.nan, np.inf, "1")],
+        *[("TopKSampler", {"k": k}) for k in (0, -1, 2.5, True)],
+        *[("TopPSampler", {"k": k, "p": 0.9}) for k in (0, -1)],
+        *[("TopPSampler", {"p": p}) for p in (0, 1.5, np.nan, None)],
+        *[("BeamSampler", {"num_beams": n}) for n in (0, None)],
+        ("BeamSampler", {"temperature": 0}),
+        *[("ContrastiveSampler", {"k": k}) for k in (0, 100_000)],
+        ("ContrastiveSampler", {"alpha": 2}),
+    ],
+    ids=str,
+)
+def test_compile_rejects_sampler_arguments_out_of_range(lm, name, arguments):
+    sampler = getattr(keras_hub.samplers, name)(**arguments)
+    argument, value = next(iter(arguments.items()))
+    with pytest.raises(
+        ValueError, match=rf"`{name}\.{argument}` must be.*{argument}={value!r}"
+    ):
+        lm.compile(sampler=sampler)
+
+
+@pytest.mark.parametrize("k", [100_000, None])
+@pytest.mark.parametrize("p", [0.5, 1.0])
+@pytest.mark.slow_on_tensorflow
+def test_samplers_with_k_above_the_vocabulary_sample_from_all_tokens(lm, k, p):
+    texts = []
+    for sampler in (
+        keras_hub.samplers.TopPSampler(p=p, k=k, seed=1),
+        keras_hub.samplers.TopKSampler(k=k or 5000, seed=1)
+        if p == 1
+        else keras_hub.samplers.TopPSampler(p=p, seed=1),
+    ):
+        lm.compile(sampler=sampler)
+        texts.append(lm.generate("The", max_new_tokens=12))
+    lm.compile()
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
