@@ -46,10 +46,13 @@ def without_tensorflow() -> Iterator[None]:
 with without_tensorflow():
     import keras_hub
     from keras_hub.samplers import (
+        BeamSampler,
+        ContrastiveSampler,
         GreedySampler,
         RandomSampler,
         Sampler,
         SpeculativeSampler,
+        TopKSampler,
         TopPSampler,
     )
     from keras_hub.src.samplers.serialization import get as get_sampler
@@ -96,8 +99,10 @@ Tokenizer = keras_hub.tokenizers.Tokenizer
 
 __all__ = [
     "Backbone",
+    "BeamSampler",
     "CausalLM",
     "CausalLMPreprocessor",
+    "ContrastiveSampler",
     "GreedySampler",
     "KerasPresetLoader",
     "Preprocessor",
@@ -105,6 +110,7 @@ __all__ = [
     "Sampler",
     "SpeculativeSampler",
     "Tokenizer",
+    "TopKSampler",
     "TopPSampler",
     "classproperty",
     "get_sampler",

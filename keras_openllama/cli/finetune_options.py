@@ -14,6 +14,7 @@ from keras_openllama.cli.command import CommandParser, add_renamed_argument
 from keras_openllama.cli.process import add_backend
 from keras_openllama.cli.training_options import add_run_options
 from keras_openllama.config import PROJECTIONS, REMATERIALIZATION, context_length
+from keras_openllama.utils.text_files import decode_text
 
 if TYPE_CHECKING:
     from keras_openllama.runs.finetune_config import FinetuneConfig
@@ -387,7 +388,7 @@ def read_chat_template(path: str) -> dict[str, str]:
     from keras_openllama.text.examples import check_template
 
     try:
-        template = json.loads(Path(path).read_text("utf-8"))
+        template = json.loads(decode_text(Path(path).read_bytes(), "the file"))
         check_template(template or {})
     except json.JSONDecodeError as error:
         raise ValueError(

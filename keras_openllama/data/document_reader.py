@@ -1,5 +1,6 @@
 """Reading of documents from source files: JSONL, Parquet, plain text and TFDS."""
 
+import codecs
 import io
 import json
 import zlib
@@ -12,6 +13,7 @@ from keras_openllama.data.text_sources import (
     tfds_builder,
 )
 from keras_openllama.utils import files
+from keras_openllama.utils.text_files import find_problem
 
 # Heuristic: longer documents are skipped. The longest books have about 10 MB.
 MAX_DOCUMENT_BYTES = 32 << 20
@@ -82,6 +84,14 @@ def read_documents(
             yield Skipped(EMPTY)
 
 
+def _without_mark(start, path, unit):
+    """Removes a byte-order mark; raises if the file is no UTF-8 text at all."""
+    problem = find_problem(start)
+    if problem:
+        raise SourceError(f"Source {unit.source!r}: {path} {problem}.")
+    return start.removeprefix(codecs.BOM_UTF8)
+
+
 def _decoded(data, limit):
     if len(data) > limit:
         return Skipped(TOO_LONG)
@@ -98,7 +108,10 @@ def _jsonl(unit, fields, limit, progress):
     [path] = unit.paths
     try:
         with files.open_binary(path) as file:
-            for line in _lines(file, unit, _ESCAPED * limit + _CHUNK, progress):
+            lines = _lines(file, unit, _ESCAPED * limit + _CHUNK, progress)
+            for number, line in enumerate(lines):
+                if line and number == unit.start == 0:
+                    line = _without_mark(line, path, unit)
                 if line is None:
                     yield Skipped(TOO_LONG)
                 elif line.strip():
@@ -303,7 +316,8 @@ def _text_files(unit, fields, limit, progress):
                 f"Source {unit.source!r}: {path} could not be read: {error}."
             ) from error
         progress(len(data))
-        yield _decoded(data, limit)
+        data = _without_mark(data, path, unit)
+        yield _decoded(data.replace(b"\r\n", b"\n"), limit)
 
 
 def _read_at_most(file, count):

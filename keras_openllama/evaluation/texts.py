@@ -11,6 +11,7 @@ from keras_openllama.evaluation.perplexity_protocols import (
     Document,
     TokenizedDocument,
 )
+from keras_openllama.utils.text_files import decode_text
 from keras_openllama.utils.types import PathLike
 
 if TYPE_CHECKING:
@@ -81,13 +82,7 @@ def _read_path(path, lm):
 
 
 def _read_text(path):
-    data = path.read_bytes()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {error.start}). Convert it with iconv."
-        ) from None
+    text = decode_text(path.read_bytes(), path)
     if not text.strip():
         raise ValueError(f"{path} is empty. Remove it, or download it again.")
     return text

@@ -20,6 +20,7 @@ from keras_openllama.config import PACKINGS
 from keras_openllama.runs import device_settings
 from keras_openllama.runs.train_config import TrainConfig, checked_field
 from keras_openllama.utils import validation
+from keras_openllama.utils.text_files import decode_text
 from keras_openllama.utils.types import PathLike
 
 COMMAND_LINE = "command line"
@@ -367,7 +368,7 @@ def _parse_recipe(preset, settings, where):
 def _read_yaml(path):
     import yaml  # Of the extra `train`; `pretrain --help` works without.
 
-    text = Path(path).read_text(encoding="utf-8")
+    text = decode_text(Path(path).read_bytes(), path)
     try:
         values = yaml.safe_load(text)
         node = yaml.compose(text, yaml.SafeLoader)

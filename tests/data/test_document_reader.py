@@ -452,14 +452,52 @@ def test_read_documents_of_parquet_verifies_page_checksums(tmp_path):
         damaged_after_planning(path, data)
 
 
+# --- Files from other systems ---
+
+JSONL = b'{"text": "one"}\r\n{"text": "two"}\r\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", b"\xef\xbb\xbf" + JSONL, ["one", "two"]),
+        ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + JSONL), ["one", "two"]),
+        ("a.txt", b"\xef\xbb\xbfone\r\ntwo", ["one\ntwo"]),
+    ],
+)
+def test_read_documents_ignores_a_byte_order_mark(name, data, expected, tmp_path):
+    path = write_file(tmp_path / name, data)
+    assert read_all(path) == expected
+    assert read_all(path, unit_bytes=10) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (JSONL.decode().encode("utf-16"), "UTF-16"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+    ],
+    ids=["UTF-16", "Git LFS"],
+)
+def test_read_documents_rejects_a_file_that_is_not_utf8_text(
+    name, data, problem, tmp_path
+):
+    path = write_file(tmp_path / name, data)
+    with raises_source_error(path, problem):
+        read_all(path)
+
+
 # --- Text files ---
 
 
-def test_read_documents_of_text_files_returns_exact_contents(tmp_path):
+def test_read_documents_of_text_files_changes_nothing_but_windows_line_ends(tmp_path):
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number:02}.txt").write_bytes(text.encode())
-    assert read_all(tmp_path) == TEXTS
-    assert read_all(tmp_path, unit_bytes=1000) == TEXTS
+    expected = [text.replace("\r\n", "\n") for text in TEXTS]
+    assert expected != TEXTS
+    assert read_all(tmp_path) == expected
+    assert read_all(tmp_path, unit_bytes=1000) == expected
 
 
 def test_read_documents_of_text_files_skips_with_reasons(tmp_path):

@@ -86,3 +86,16 @@ def test_split_examples_selects_a_fraction_for_validation(fraction, count):
     train, validation = split_examples(examples, fraction, seed=1)
     assert len(validation) == count and sorted(train + validation) == examples
     assert split_examples(examples, fraction, seed=1) == (train, validation)
+
+
+def test_read_examples_ignores_a_byte_order_mark_and_names_other_encodings(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    line = '{"prompt": "2 + 2 =", "response": " 4"}\n'
+    path.write_text(line * 2, "utf-8-sig")
+    assert len(read_examples([path])) == 2
+    path.write_text(line, "utf-16")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl is UTF-16"):
+        read_examples([path])
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl is a Git LFS pointer"):
+        read_examples([path])

@@ -402,7 +402,7 @@ def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
         TokenLoop,
         "_advance",
         lambda self, **k: (
-            traced.append(k["state"]["tokens"].shape) or advance(self, **k)
+            traced.append(k["state"].tokens.shape) or advance(self, **k)
         ),
     )
     monkeypatch.setattr(lm, "generate_function", None)
