@@ -401,9 +401,7 @@ def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
     monkeypatch.setattr(
         TokenLoop,
         "_advance",
-        lambda self, **k: (
-            traced.append(k["state"].tokens.shape) or advance(self, **k)
-        ),
+        lambda self, **k: traced.append(k["state"].tokens.shape) or advance(self, **k),
     )
     monkeypatch.setattr(lm, "generate_function", None)
 
