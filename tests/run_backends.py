@@ -49,10 +49,11 @@ OPTIMIZED = ("parity", "planning")
 FIRST = (
     "jax: training",
     "jax: cli",
-    "jax: convert",
     "jax: other",
-    "tensorflow: other",
     "torch",
+    "tensorflow: other",
+    "jax: convert",
+    "tensorflow: training",
 )
 AT_A_TIME = 2
 SLOWEST_SHOWN = 15
