@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         NAME ...
         0
     """
-    print_unencodable_as_question_marks()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = arguments[0] if arguments else None
     if name in COMMANDS:
@@ -73,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"keras_openllama.cli.{name.replace('-', '_')}"
         )
         return module.main(arguments[1:], prog=f"{PROGRAM} {name}")
+    print_unencodable_as_question_marks()
     parser = _parser()
     parser.parse_args(arguments[:1])  # --help, --version, another flag, or nothing.
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -1,6 +1,5 @@
 """Reading of documents from source files: JSONL, Parquet, plain text and TFDS."""
 
-import codecs
 import io
 import json
 import zlib
@@ -13,7 +12,7 @@ from keras_openllama.data.text_sources import (
     tfds_builder,
 )
 from keras_openllama.utils import files
-from keras_openllama.utils.text_files import find_problem
+from keras_openllama.utils.text_files import without_mark
 
 # Heuristic: longer documents are skipped. The longest books have about 10 MB.
 MAX_DOCUMENT_BYTES = 32 << 20
@@ -85,11 +84,10 @@ def read_documents(
 
 
 def _without_mark(start, path, unit):
-    """Removes a byte-order mark; raises if the file is no UTF-8 text at all."""
-    problem = find_problem(start)
-    if problem:
-        raise SourceError(f"Source {unit.source!r}: {path} {problem}.")
-    return start.removeprefix(codecs.BOM_UTF8)
+    try:
+        return without_mark(start, path)
+    except ValueError as error:
+        raise SourceError(f"Source {unit.source!r}: {error}") from None
 
 
 def _decoded(data, limit):

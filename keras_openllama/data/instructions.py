@@ -1,6 +1,5 @@
 """Fine-tuning examples in JSON lines files."""
 
-import codecs
 import json
 import string
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from keras_openllama.text.inputs import CHAT_KEYS, PAIR_KEYS
-from keras_openllama.utils.text_files import find_problem
+from keras_openllama.utils.text_files import without_mark
 from keras_openllama.utils.types import PathLike
 
 # A pair, a chat or a text, as `OpenLlamaCausalLM.fit` takes them.
@@ -70,10 +69,7 @@ def read_examples_with_sources(
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
-                    problem = find_problem(line)
-                    if problem:
-                        raise ValueError(f"{path} {problem}.")
-                    line = line.removeprefix(codecs.BOM_UTF8)
+                    line = without_mark(line, path)
                 try:
                     if line.strip():
                         found.append((source, _example(line.decode(), templates)))

@@ -53,17 +53,7 @@ class SearchLoop:
         stop_token_ids: Sequence[int],
         stride: int | None = None,
     ) -> Iterator[list[list[int]]]:
-        """Yields the new tokens of all prompts once; see `TokenLoop.generate`.
-
-        Args:
-            prompts: token ids of each prompt, at least one per prompt.
-            limits: maximum number of new tokens for each prompt.
-            stop_token_ids: ids that end a sequence.
-            stride: ignored, since a search chooses its tokens at the end.
-
-        Yields:
-            For each prompt, its new tokens, including the stop id.
-        """
+        """See `TokenLoop.generate`. Yields once: a search chooses its tokens last."""
         # One prompt at a time: in a batch, KerasHub's searches continue a finished
         # sequence until all others are finished, which changes its result.
         yield [

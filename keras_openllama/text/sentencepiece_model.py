@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from keras_openllama.utils.text_files import is_lfs_pointer
 from keras_openllama.utils.types import PathLike
 
 # A longer string is not a path but the base64 that `get_config` writes.
@@ -164,7 +165,7 @@ def _find_defect(data):
     try:
         fields = _field_numbers(data)
     except IndexError:
-        if data.startswith(b"version https://git-lfs"):
+        if is_lfs_pointer(data):
             return "it is a Git LFS pointer (`git lfs pull` gets the file itself)"
         if data.lstrip().startswith(b"{"):
             return "it is JSON (a tokenizer.json?), not SentencePiece"

@@ -13,28 +13,46 @@ _OTHER_ENCODINGS = {
 }
 
 
-def find_problem(start: bytes) -> str | None:
-    """Says what a file is that should be UTF-8 text, by its first bytes.
-
-    Args:
-        start: At least 32 bytes from the start of the file, or all of it.
-
-    Returns:
-        The end of a sentence about the file, with the remedy; `None` if the bytes look
-        like UTF-8.
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file is a Git LFS pointer, by its first bytes.
 
     Example:
-        >>> find_problem("text".encode("utf-16"))
-        'is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8'
-        >>> find_problem(b"text") is None
+        >>> is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1")
         True
     """
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer: `git lfs pull` gets the file itself"
-    for mark, name in _OTHER_ENCODINGS.items():
+    return start.startswith(b"version https://git-lfs")
+
+
+def without_mark(start: bytes, name: object) -> bytes:
+    """Removes the byte-order mark of UTF-8.
+
+    Args:
+        start: At least 32 bytes from the start of a text file, or all of it.
+        name: Name of the file, for the error message.
+
+    Returns:
+        The bytes after the mark.
+
+    Raises:
+        ValueError: If the bytes show that the file is not UTF-8, or a Git LFS pointer.
+
+    Example:
+        >>> without_mark("text".encode("utf-16"), "a.txt")
+        Traceback (most recent call last):
+        ...
+        ValueError: a.txt is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.
+    """
+    if is_lfs_pointer(start):
+        raise ValueError(
+            f"{name} is a Git LFS pointer: `git lfs pull` gets the file itself."
+        )
+    for mark, encoding in _OTHER_ENCODINGS.items():
         if start.startswith(mark):
-            return f"is {name}, not UTF-8. Convert it: iconv -f {name} -t UTF-8"
-    return None
+            raise ValueError(
+                f"{name} is {encoding}, not UTF-8. Convert it: iconv -f {encoding} -t "
+                "UTF-8."
+            )
+    return start.removeprefix(codecs.BOM_UTF8)
 
 
 def decode_text(data: bytes, name: object) -> str:
@@ -54,11 +72,9 @@ def decode_text(data: bytes, name: object) -> str:
         >>> decode_text(b"\xef\xbb\xbfThe sea", "sea.txt")
         'The sea'
     """
-    problem = find_problem(data)
-    if problem:
-        raise ValueError(f"{name} {problem}.")
+    data = without_mark(data, name)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name} is not UTF-8 (byte {error.start}). Convert it with iconv."
