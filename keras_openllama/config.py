@@ -28,6 +28,8 @@ REMATERIALIZATION = {
     "full": "nothing",
 }
 SCALING_TYPES = ("linear", "dynamic")
+# The control tokens of all OpenLLaMA models, for models without a tokenizer.
+START_TOKEN_ID, END_TOKEN_ID = 1, 2
 # SentencePiece settings that differ between the tokenizers of OpenLLaMA v1 and v2. The
 # other settings were not published.
 TOKENIZER_STYLES = {

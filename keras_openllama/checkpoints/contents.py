@@ -13,6 +13,7 @@ from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tensors import ReadableTensor, dense_bytes
+from keras_openllama.config import END_TOKEN_ID, START_TOKEN_ID
 from keras_openllama.layers.lora import adapted_layers, merged_kernel
 from keras_openllama.text.sentencepiece_model import check_vocabulary
 
@@ -36,8 +37,8 @@ class ModelContents:
         tokenizer: The serialized SentencePiece model, if any.
         origin: What the weights were loaded from, see `loading.load.describe_origin`;
             `None` for a model that was initialized at random.
-        special_token_ids: Ids of the start and end tokens, used if there is no
-            tokenizer.
+        start_token_id: Id of the start token, used if there is no tokenizer.
+        end_token_ids: Ids of the tokens that end a text.
         preprocessing: Settings of the preprocessor, some of `PREPROCESSOR_SETTINGS`.
         paths: Paths that are read, which the export must not replace.
     """
@@ -46,7 +47,8 @@ class ModelContents:
     tensors: Mapping[str, ReadableTensor]
     tokenizer: bytes | None = None
     origin: str | None = None
-    special_token_ids: tuple[int, int] = (1, 2)
+    start_token_id: int = START_TOKEN_ID
+    end_token_ids: tuple[int, ...] = (END_TOKEN_ID,)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     paths: tuple[PathLike, ...] = ()
 
@@ -137,7 +139,10 @@ def contents_of_model(lm: keras.Model) -> ModelContents:
             "`quantize`."
         )
     contents = ModelContents(
-        arguments, {row.path: own[row.path] for row in rows}, origin=lm.loaded_from
+        arguments,
+        {row.path: own[row.path] for row in rows},
+        origin=lm.loaded_from,
+        end_token_ids=tuple(lm.end_token_ids) or (END_TOKEN_ID,),
     )
     if lm.preprocessor is None:
         return contents
@@ -146,6 +151,5 @@ def contents_of_model(lm: keras.Model) -> ModelContents:
     return dataclasses.replace(
         contents,
         tokenizer=tokenizer.proto,
-        special_token_ids=(tokenizer.start_token_id, tokenizer.end_token_id),
         preprocessing={n: getattr(lm.preprocessor, n) for n in PREPROCESSOR_SETTINGS},
     )

@@ -223,15 +223,19 @@ def output_files(
     Args:
         contents: The model.
         dtype: Name of the dtype of the exported weights.
-        build_empty_task: Function `(arguments, dtype, tokenizer, preprocessing)` that
-            returns an `OpenLlamaCausalLM` whose variables have no values. The last two
-            arguments are attributes of `contents`.
+        build_empty_task: Function `(arguments, dtype, tokenizer, preprocessing,
+            end_token_ids)` that returns an `OpenLlamaCausalLM` whose variables have no
+            values. The last three arguments are attributes of `contents`.
 
     Returns:
         The files of the directory.
     """
     task = build_empty_task(
-        contents.arguments, dtype, contents.tokenizer, contents.preprocessing
+        contents.arguments,
+        dtype,
+        contents.tokenizer,
+        contents.preprocessing,
+        contents.end_token_ids,
     )
     weights = {_BACKBONE: _backbone_names(task), _TASK: _task_names(task)}
     return [

@@ -121,6 +121,15 @@ class TrainingRun:
             raise ValueError(f"{path} has no 'architecture'.")
         return run["architecture"]
 
+    def end_token_ids(self) -> list[int]:
+        """Returns the end tokens that `run.json` declares; possibly none.
+
+        Raises:
+            OSError: If `run.json` cannot be read.
+            ValueError: If it is damaged.
+        """
+        return read_json_object(self.path / RUN).get("end_token_ids", [])
+
     def tokenizer_file(self) -> Path:
         """Returns the path of the SentencePiece model.
 

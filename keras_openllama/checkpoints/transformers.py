@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_openllama import __version__
 from keras_openllama.checkpoints import tokenizer_json, weight_names
+from keras_openllama.checkpoints.end_tokens import GENERATION_CONFIG, id_or_list
 from keras_openllama.checkpoints.files import safetensors
 from keras_openllama.checkpoints.matching import match_tensors
 from keras_openllama.checkpoints.model_card import model_card
 from keras_openllama.checkpoints.outputs import OutputFile, small_file
 from keras_openllama.checkpoints.shards import open_checkpoint
+from keras_openllama.config import END_TOKEN_ID, START_TOKEN_ID
 from keras_openllama.text.sentencepiece_model import keeps_spaces, load_processor
 
 if TYPE_CHECKING:
@@ -202,15 +203,17 @@ def output_files(
     if contents.tokenizer:
         add_start_token = contents.preprocessing.get("add_start_token", True)
         tokenizer = _Tokenizer(contents.tokenizer, add_start_token)
-    special_token_ids = contents.special_token_ids
-    if tokenizer:
-        special_token_ids = tokenizer.ids["bos_token"], tokenizer.ids["eos_token"]
-    config = config_settings(contents.arguments, dtype, special_token_ids)
-    generation = _generation_config(special_token_ids, tokenizer)
+    start = tokenizer.ids["bos_token"] if tokenizer else contents.start_token_id
+    config = config_settings(contents.arguments, dtype, start, contents.end_token_ids)
+    # The vocabulary has no padding token. The unknown token pads instead: the
+    # attention mask hides it.
+    pad = tokenizer.ids["unk_token"] if tokenizer else 0
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    generation["pad_token_id"] = pad
     merges_spaces = tokenizer and tokenizer.merges_spaces
     return [
         small_file("config.json", _json(config)),
-        small_file("generation_config.json", _json(generation)),
+        small_file(GENERATION_CONFIG, _json(generation)),
         *(_tokenizer_files(tokenizer, contents.arguments) if tokenizer else ()),
         small_file("README.md", model_card(contents, dtype, merges_spaces)),
         *_weight_files(contents, dtype, max_shard_bytes),
@@ -271,14 +274,16 @@ def _index(names, shards, parameters):
 def config_settings(
     arguments: dict[str, Any],
     dtype: str,
-    special_token_ids: Sequence[int | None] = (1, 2),
+    start_token_id: int = START_TOKEN_ID,
+    end_token_ids: tuple[int, ...] = (END_TOKEN_ID,),
 ) -> dict[str, Any]:
     """Returns `config.json` with the names that transformers and llama.cpp read.
 
     Args:
         arguments: All arguments of `OpenLlamaBackbone`.
         dtype: The dtype of the weights.
-        special_token_ids: Ids of the start token and the end token.
+        start_token_id: Id of the start token.
+        end_token_ids: Ids of the tokens that end a text.
 
     Example:
         >>> from keras_openllama.config import validate_architecture
@@ -312,22 +317,12 @@ def config_settings(
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
-        **_as_settings(special_token_ids),
+        "bos_token_id": start_token_id,
+        "eos_token_id": id_or_list(end_token_ids),
         "dtype": dtype,
         "torch_dtype": dtype,  # The name in transformers 4.
         "keras_openllama_version": __version__,
     }
-
-
-def _generation_config(special_token_ids, tokenizer):
-    # The vocabulary has no padding token. The unknown token pads instead:
-    # the attention mask hides it.
-    pad = tokenizer.ids["unk_token"] if tokenizer else 0
-    return {**_as_settings(special_token_ids), "pad_token_id": pad}
-
-
-def _as_settings(special_token_ids):
-    return dict(zip(("bos_token_id", "eos_token_id"), special_token_ids, strict=True))
 
 
 class _Tokenizer:

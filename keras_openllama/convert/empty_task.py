@@ -1,5 +1,6 @@
 """Builds models without weights, for the names and configurations of Keras's format."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from keras_openllama.config import context_length
@@ -15,6 +16,7 @@ def build_empty_task(
     dtype: str,
     tokenizer: bytes | None = None,
     preprocessing: dict[str, Any] | None = None,
+    end_token_ids: Sequence[int] | None = None,
 ) -> OpenLlamaCausalLM:
     """Builds a task whose variables have no values.
 
@@ -23,6 +25,7 @@ def build_empty_task(
         dtype: Name of the dtype.
         tokenizer: The serialized SentencePiece model. `None` builds no preprocessor.
         preprocessing: Settings of the preprocessor.
+        end_token_ids: Ids of the tokens that end a text.
 
     Returns:
         The task.
@@ -43,4 +46,4 @@ def build_empty_task(
         )
     with without_weights():
         backbone = OpenLlamaBackbone(**arguments, dtype=dtype)
-        return OpenLlamaCausalLM(backbone, preprocessor, compile=False)
+        return OpenLlamaCausalLM(backbone, preprocessor, end_token_ids, compile=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from keras_openllama.checkpoints.contents import ModelContents
 from keras_openllama.checkpoints.matching import format_names
-from keras_openllama.config import validate_architecture
+from keras_openllama.config import END_TOKEN_ID, validate_architecture
 from keras_openllama.text.sentencepiece_model import check_vocabulary, load_processor
 
 if TYPE_CHECKING:
@@ -49,10 +49,18 @@ def contents_of_source(
         tensors,
         tokenizer=proto,
         origin=source.origin or origin,
-        special_token_ids=source.special_token_ids(),
+        start_token_id=source.start_token_id(),
+        end_token_ids=_end_token_ids(source, proto),
         preprocessing=source.preprocessing(),
         paths=(*paths, *sorted({tensor.file.path for tensor in tensors.values()})),
     )
+
+
+def _end_token_ids(source, proto):
+    declared = source.end_token_ids()
+    if declared or proto is None:
+        return tuple(declared) or (END_TOKEN_ID,)
+    return (load_processor(proto, "The tokenizer").eos_id(),)
 
 
 def _proto(source, arguments):

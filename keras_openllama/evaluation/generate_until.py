@@ -94,11 +94,12 @@ def generate_until(
         >>> [text] = generate_until(lm, [[1, 300, 301]], options)
     """
     tokenizer = lm.preprocessor.tokenizer
-    texts = [_GeneratedText(tokenizer, options.stop) for _ in prompts]
     limits = [options.max_new_tokens] * len(prompts)
     stride = TOKENS_BETWEEN_STOP_CHECKS if options.stop else None
-    loop, end = lm.make_generate_function(), [tokenizer.end_token_id]
-    new = loop.generate(prompts, limits, end, stride)
+    # As in the harness: the end tokens of the model, and that of the tokenizer.
+    end = list(dict.fromkeys([*lm.end_token_ids, tokenizer.end_token_id]))
+    texts = [_GeneratedText(tokenizer, options.stop, end) for _ in prompts]
+    new = lm.make_generate_function().generate(prompts, limits, end, stride)
     for _ in decode_until_stopped(texts, new):
         pass
     stop = list(options.stop)
@@ -108,16 +109,15 @@ def generate_until(
 class _GeneratedText:
     """The text of the new tokens, detokenized all together as the harness does."""
 
-    def __init__(self, tokenizer, stop_strings):
+    def __init__(self, tokenizer, stop_strings, end_token_ids):
         self._tokenizer, self._stop_strings = tokenizer, stop_strings
+        self._end_token_ids = end_token_ids
         self._ids, self.text, self.stopped = [], "", False
 
     def push(self, ids):
-        end = self._tokenizer.end_token_id
         self._ids += ids
-        ended = end in self._ids
-        text_ids = self._ids[: self._ids.index(end)] if ended else self._ids
-        self.text = self._tokenizer.detokenize(text_ids)
+        self.text = self._tokenizer.detokenize(self._ids)
+        ended = bool(self._ids) and self._ids[-1] in self._end_token_ids
         self.stopped = ended or any(stop in self.text for stop in self._stop_strings)
 
     def flush(self):

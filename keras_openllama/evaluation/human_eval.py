@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from keras_openllama.evaluation.response_cache import weights_fingerprint
+from keras_openllama.evaluation.response_cache import (
+    declared_end_tokens,
+    weights_fingerprint,
+)
 from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import check_integer
@@ -120,6 +123,7 @@ def evaluate_human_eval(
         "dtype": lm.backbone.dtype_policy.name,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
+        **declared_end_tokens(lm),
     }
     done = count_samples(path, settings)
     work = _remaining_samples(lm, problems, samples_per_problem, done)

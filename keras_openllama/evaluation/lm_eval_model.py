@@ -20,6 +20,7 @@ from keras_openllama.evaluation.generate_until import GenerationOptions, generat
 from keras_openllama.evaluation.prefix_tries import common_prefix_length
 from keras_openllama.evaluation.response_cache import (
     ResponseCache,
+    declared_end_tokens,
     request_key,
     weights_fingerprint,
 )
@@ -148,12 +149,14 @@ class OpenLlamaLM(TemplateLM):
     def _identity(self):
         """What determines a response besides the request."""
         lm = self.lm
+        tokenizer = lm.preprocessor.tokenizer
         return {
+            **declared_end_tokens(lm),
             "weights": weights_fingerprint(lm),
             "dtype": lm.backbone.dtype_policy.name,
             "backend": keras.config.backend(),
             "rope_scaling": lm.backbone.rope_scaling,
-            "tokenizer": lm.preprocessor.tokenizer.fingerprint[:16],
+            "tokenizer": tokenizer.fingerprint[:16],
         }
 
     def get_model_info(self) -> dict[str, Any]:

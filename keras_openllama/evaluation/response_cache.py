@@ -131,6 +131,25 @@ def weights_fingerprint(lm: OpenLlamaCausalLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def declared_end_tokens(lm: OpenLlamaCausalLM) -> dict[str, list[int]]:
+    """Returns the end tokens of a model, for the description of a cache.
+
+    Args:
+        lm: a model with a preprocessor.
+
+    Returns:
+        A dict of `"end_token_ids"`. Empty if a text ends at the end token of the
+        tokenizer only, so that the files of older versions remain valid.
+
+    Example:
+        >>> declared_end_tokens(lm)
+        {}
+    """
+    ids = lm.end_token_ids
+    is_default = ids == [lm.preprocessor.tokenizer.end_token_id]
+    return {} if is_default else {"end_token_ids": ids}
+
+
 def _open(path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return sqlite3.connect(path)

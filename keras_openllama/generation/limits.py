@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from keras_openllama.text.token_arrays import as_token_ids
+from keras_openllama.text.token_arrays import as_unique_ids
 from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
-    from keras_openllama.backend.keras_hub import CausalLM, Tokenizer
+    from keras_openllama.backend.keras_hub import CausalLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GenerationLimits:
 
     max_length: int | None = None
     max_new_tokens: int | None = None
-    stop_token_ids: Sequence[int] | str | None = "auto"
+    stop_token_ids: int | Sequence[int] | str | None = "auto"
     stop: str | Sequence[str] | None = None
 
     def resolve(
@@ -50,7 +50,6 @@ class GenerationLimits:
         Raises:
             ValueError: for limits that are malformed or exceed the context.
         """
-        tokenizer = getattr(model.preprocessor, "tokenizer", None)
         limits = new_token_limits(
             [len(prompt) for prompt in prompts],
             self.max_length,
@@ -59,7 +58,7 @@ class GenerationLimits:
             model.backbone.context_length,
         )
         size = model.backbone.vocabulary_size
-        return limits, resolve_stop_ids(self.stop_token_ids, tokenizer, size)
+        return limits, resolve_stop_ids(self.stop_token_ids, model.end_token_ids, size)
 
 
 def new_token_limits(
@@ -130,15 +129,15 @@ def new_token_limits(
 
 
 def resolve_stop_ids(
-    stop_token_ids: Sequence[int] | str | None,
-    tokenizer: Tokenizer | None,
+    stop_token_ids: int | Sequence[int] | str | None,
+    end_token_ids: Sequence[int],
     vocabulary_size: int,
 ) -> list[int]:
     """Converts `stop_token_ids` of `OpenLlamaCausalLM.generate` to a list of ids.
 
     Args:
-        stop_token_ids: ids, `None`, or `"auto"` for the tokenizer's end token.
-        tokenizer: `OpenLlamaTokenizer`, or `None` if the model has none.
+        stop_token_ids: ids, `None`, or `"auto"` for the end tokens of the model.
+        end_token_ids: the end tokens of the model; empty if they are unknown.
         vocabulary_size: number of tokens.
 
     Returns:
@@ -148,18 +147,17 @@ def resolve_stop_ids(
         ValueError: for other values, or ids outside the vocabulary.
 
     Example:
-        >>> resolve_stop_ids("auto", lm.preprocessor.tokenizer, 3072)
+        >>> resolve_stop_ids("auto", lm.end_token_ids, 3072)
         [2]
     """
     if stop_token_ids is None:
         return []
     if isinstance(stop_token_ids, str):
-        if stop_token_ids != "auto" or tokenizer is None:
+        if stop_token_ids != "auto" or not end_token_ids:
             raise ValueError(
-                "`stop_token_ids` must be a list of ids, None, or, with a "
-                '`preprocessor`, "auto". Received: stop_token_ids='
-                f"{stop_token_ids!r}, tokenizer={tokenizer}"
+                "`stop_token_ids` must be a list of ids, None, or, for a model with "
+                '`end_token_ids` or a `preprocessor`, "auto". Received: '
+                f"stop_token_ids={stop_token_ids!r}, end_token_ids={end_token_ids}"
             )
-        return [tokenizer.end_token_id]
-    ids = [list(stop_token_ids)]
-    return as_token_ids(ids, vocabulary_size, "stop_token_ids")[0].tolist()
+        return list(end_token_ids)
+    return as_unique_ids(stop_token_ids, vocabulary_size, "stop_token_ids")

@@ -61,6 +61,12 @@ class KerasHubSource(SourceDefaults):
             name: settings[name] for name in PREPROCESSOR_SETTINGS if name in settings
         }
 
+    def end_token_ids(self) -> list[int]:
+        """Returns the end tokens of the saved task; empty for older versions."""
+        path = self._repository.optional("task.json")
+        settings = read_json_object(path).get("config", {}) if path else {}
+        return settings.get("end_token_ids") or []
+
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
     ) -> dict[str, StoredTensor]:

@@ -5,6 +5,7 @@ The source for KerasHub's format is in `keras_hub_source`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
-from keras_openllama.config import context_length, validate_architecture
+from keras_openllama.checkpoints.end_tokens import read_end_token_ids
+from keras_openllama.config import (
+    END_TOKEN_ID,
+    START_TOKEN_ID,
+    context_length,
+    validate_architecture,
+)
 from keras_openllama.loading.filling import CheckpointWeights
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.text.sentencepiece_model import (
@@ -76,8 +83,11 @@ class ModelSource(Protocol):
     def tokenizer_file(self) -> Path:
         """Returns the path of the SentencePiece model."""
 
-    def special_token_ids(self) -> tuple[int, int]:
-        """Returns the ids of the start and end tokens of a model without tokenizer."""
+    def start_token_id(self) -> int:
+        """Returns the id of the start token of a model without tokenizer."""
+
+    def end_token_ids(self) -> list[int]:
+        """Returns the declared end tokens; empty if the tokenizer's applies."""
 
     def preprocessing(self) -> dict[str, Any]:
         """Returns settings of the preprocessor, see `PREPROCESSOR_SETTINGS`."""
@@ -96,9 +106,13 @@ class SourceDefaults:
 
     origin = None
 
-    def special_token_ids(self) -> tuple[int, int]:
-        """Returns the ids of the start and end tokens of all OpenLLaMA models."""
-        return 1, 2
+    def start_token_id(self) -> int:
+        """Returns the id of the start token of all OpenLLaMA models."""
+        return START_TOKEN_ID
+
+    def end_token_ids(self) -> list[int]:
+        """Returns no end tokens: that of the tokenizer applies."""
+        return []
 
     def preprocessing(self) -> dict[str, Any]:
         """Returns no settings of the preprocessor."""
@@ -156,6 +170,7 @@ class StreamedSource(SourceDefaults):
         # The variables of an optimizer are created with values, which is not possible
         # inside `without_weights`.
         compile_task = kwargs.pop("compile", True)
+        kwargs.setdefault("end_token_ids", self._end_token_ids(preprocessor))
 
         def build():
             backbone = cls.backbone_cls(**arguments, dtype=policy)
@@ -165,6 +180,12 @@ class StreamedSource(SourceDefaults):
         if compile_task:
             task.compile()
         return task
+
+    def _end_token_ids(self, preprocessor):
+        """Returns the end tokens of a task; `None` for that of its tokenizer."""
+        if preprocessor is None:
+            return self.end_token_ids() or [END_TOKEN_ID]
+        return self.end_token_ids() or None
 
     def _all_arguments(self, overrides):
         return validate_architecture({**self.arguments(), **overrides})
@@ -221,16 +242,62 @@ class TransformersSource(StreamedSource):
         """Returns the path of the SentencePiece model."""
         return self._repository.file(_TOKENIZER)
 
-    def special_token_ids(self) -> tuple[int, int]:
-        """Returns the ids of the start and end tokens in `config.json`."""
-        ids = [self._config.get(name) for name in ("bos_token_id", "eos_token_id")]
-        defaults = super().special_token_ids()
-        # There may be a list of end tokens. An export has only the first of them.
-        ids = [i[0] if isinstance(i, list) and i else i for i in ids]
-        return tuple(d if i is None else i for i, d in zip(ids, defaults, strict=True))
+    def start_token_id(self) -> int:
+        """Returns the id of the start token in `config.json`."""
+        declared = self._config.get("bos_token_id")
+        return super().start_token_id() if declared is None else declared
+
+    def end_token_ids(self) -> list[int]:
+        """Returns the ids that the files declare: of the model, and of the tokenizer.
+
+        The tokenizer's counts only if `tokenizer_config.json` names another one than
+        the SentencePiece model does. Its own does not end a text unless the model
+        declares it, as in transformers.
+        """
+        ids = read_end_token_ids(self._repository, self._config, self._path)
+        of_tokenizer = self._renamed_end_token()
+        return ids if of_tokenizer in (None, *ids) else [*ids, of_tokenizer]
+
+    def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        """Loads a preprocessor, see `ModelSource`."""
+        preprocessor = super().preprocessor(cls, kwargs)
+        self._check_start_token(preprocessor.tokenizer)
+        return preprocessor
+
+    def _check_start_token(self, tokenizer):
+        declared, used = self.start_token_id(), tokenizer.start_token_id
+        if declared != used:
+            warnings.warn(
+                f"{self._path} sets bos_token_id={declared}, but texts begin with the "
+                f"start token of the tokenizer, {tokenizer.id_to_token(used)!r} "
+                f"({used}). If the file's eos_token_id is wrong as well, set "
+                "`lm.end_token_ids`.",
+                stacklevel=2,
+            )
+
+    def _renamed_end_token(self):
+        """Returns the id of the end token that `tokenizer_config.json` names.
+
+        `None` if it names none, or that of the SentencePiece model.
+        """
+        path = self._repository.optional("tokenizer_config.json")
+        token = read_json_object(path).get("eos_token") if path else None
+        token = token["content"] if isinstance(token, dict) else token
+        model = self._repository.optional(_TOKENIZER)
+        if token is None or model is None:
+            return None
+        processor = load_processor(model.read_bytes(), str(model))
+        token_id = self._added_token_ids().get(token, processor.piece_to_id(token))
+        return (
+            None if token_id in (processor.eos_id(), processor.unk_id()) else token_id
+        )
 
     def added_tokens(self, pieces: int) -> list[str]:
         """Returns the tokens that were added to the SentencePiece model."""
+        added = self._added_token_ids()
+        return sorted(token for token, i in added.items() if i >= pieces)
+
+    def _added_token_ids(self):
         ids = {}
         for name in ("added_tokens.json", "tokenizer_config.json"):
             path = self._repository.optional(name)
@@ -239,7 +306,7 @@ class TransformersSource(StreamedSource):
             ids.update({entry["content"]: int(i) for i, entry in decoder.items()})
             if name == "added_tokens.json":
                 ids.update(found)
-        return sorted(token for token, i in ids.items() if i >= pieces)
+        return ids
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
@@ -311,9 +378,13 @@ class EasyLMSource(StreamedSource):
         """Returns the path of the SentencePiece model of the other source."""
         return self._model.tokenizer_file()
 
-    def special_token_ids(self) -> tuple[int, int]:
-        """Returns the ids of the start and end tokens of the other source."""
-        return self._model.special_token_ids()
+    def start_token_id(self) -> int:
+        """Returns the id of the start token of the other source."""
+        return self._model.start_token_id()
+
+    def end_token_ids(self) -> list[int]:
+        """Returns the declared end tokens of the other source."""
+        return self._model.end_token_ids()
 
     def preprocessing(self) -> dict[str, Any]:
         """Returns the settings of the preprocessor of the other source."""
@@ -347,6 +418,10 @@ class TrainingRunSource(StreamedSource):
     def tokenizer_file(self) -> Path:
         """Returns the path of the SentencePiece model."""
         return self._run.tokenizer_file()
+
+    def end_token_ids(self) -> list[int]:
+        """Returns the end tokens of the model that was fine-tuned, if it had any."""
+        return self._run.end_token_ids()
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True

@@ -20,6 +20,7 @@ from keras_openllama.loading.load import load_task
 from keras_openllama.models import scoring
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.text.token_arrays import as_unique_ids
 from keras_openllama.training.fit import FitMixin, default_optimizer
 from keras_openllama.training.train_plan import plan_training
 from keras_openllama.utils.types import PathLike, Tensor
@@ -41,6 +42,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
     Args:
         backbone: the network below the head.
         preprocessor: tokenizer and preprocessing; `None` to work on token ids.
+        end_token_ids: ids of the tokens that end a text; `None` for the end token of
+            the tokenizer. Can be set later.
         **kwargs: further arguments of `keras_hub.models.CausalLM`, such as `name`.
 
     Example:
@@ -64,6 +67,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         self,
         backbone: OpenLlamaBackbone,
         preprocessor: OpenLlamaCausalLMPreprocessor | None = None,
+        end_token_ids: int | Sequence[int] | None = None,
         **kwargs: Any,
     ):
         # === Layers ===
@@ -81,6 +85,39 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         super().__init__(
             inputs=backbone.input, outputs=self.lm_head(backbone.output), **kwargs
         )
+
+        # === Config ===
+        self.end_token_ids = end_token_ids
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids of the tokens that end a text: `generate` stops at each of them.
+
+        `from_preset` reads them from the files of a model, such as `eos_token_id` of
+        `generation_config.json`, and every export writes them. If the files declare
+        none, it is the end token of the tokenizer; empty without a tokenizer.
+
+        Example:
+            >>> lm.end_token_ids
+            [2]
+        """
+        if self._end_token_ids is not None:
+            return list(self._end_token_ids)
+        if self.preprocessor is None:
+            return []
+        return [self.preprocessor.tokenizer.end_token_id]
+
+    @end_token_ids.setter
+    def end_token_ids(self, value: int | Sequence[int] | None) -> None:
+        if value is not None:
+            size = self.backbone.vocabulary_size
+            value = as_unique_ids(value, size, "end_token_ids")
+        self._end_token_ids = value or None
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
+        # Also the tokenizer's: the model may be loaded without it.
+        return {**super().get_config(), "end_token_ids": self.end_token_ids or None}
 
     @classmethod
     def from_preset(
@@ -249,7 +286,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         inputs: Any,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
-        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop_token_ids: int | Sequence[int] | str | None = "auto",
         stop: str | Sequence[str] | None = None,
         strip_prompt: bool = False,
     ) -> str | list[str] | dict[str, Any]:
@@ -271,8 +308,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
                 the arrays.
             max_new_tokens: maximum number of generated tokens per prompt. If both
                 limits are given, the stricter one applies.
-            stop_token_ids: ids that end a sequence; `"auto"` is the tokenizer's end
-                token, and requires a preprocessor; `None` disables it.
+            stop_token_ids: ids that end a sequence; `"auto"` is `end_token_ids` of the
+                model; `None` disables it.
             stop: string or list of strings that end a sequence, and that are removed
                 from it.
             strip_prompt: whether to return the new text without the prompt. Replies to
@@ -300,7 +337,7 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         inputs: str | dict[str, Any],
         max_length: int | None = None,
         max_new_tokens: int | None = None,
-        stop_token_ids: Sequence[int] | str | None = "auto",
+        stop_token_ids: int | Sequence[int] | str | None = "auto",
         stop: str | Sequence[str] | None = None,
     ) -> Iterator[str]:
         """Generates text after a prompt and yields it piece by piece.

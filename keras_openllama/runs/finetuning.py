@@ -102,6 +102,7 @@ def open_run(
         sampling = _sampling(preprocessor, architecture, sample_prompts, max_new_tokens)
         train = config.train_config(data.steps(config.epochs))
         lm = _build(config, source, preprocessor, train, distribution)
+        run["end_token_ids"] = lm.end_token_ids
         proto = preprocessor.tokenizer.proto
         run_directory.write_run_once(
             options.output, run, proto, before, changes, options.log
@@ -246,6 +247,7 @@ def _build(config, source, preprocessor, train, distribution):
             targets = config.lora_targets and list(config.lora_targets)
             lm.backbone.enable_lora(config.lora_rank, targets, config.lora_alpha)
         compile_model(lm, train)
+    lm.add_trained_end_token()
     return lm
 
 

@@ -101,6 +101,32 @@ def as_token_ids(
     return ids.astype("int32")
 
 
+def as_unique_ids(
+    ids: int | Sequence[int], vocabulary_size: int, name: str
+) -> list[int]:
+    """Converts a token id, or several, to a list without duplicates.
+
+    Args:
+        ids: an integer or several; possibly none.
+        vocabulary_size: number of token ids; valid ids are 0 to `vocabulary_size - 1`.
+        name: name of the argument in error messages.
+
+    Returns:
+        The ids, in their order.
+
+    Raises:
+        ValueError: if an element is not an integer, or not in the vocabulary.
+
+    Example:
+        >>> as_unique_ids([2, 77, 2], vocabulary_size=100, name="end_token_ids")
+        [2, 77]
+    """
+    array = np.atleast_1d(to_numpy(ids))
+    if not array.size:
+        return []
+    return list(dict.fromkeys(as_token_ids([array], vocabulary_size, name)[0].tolist()))
+
+
 def as_padding_mask(padding_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Converts a padding mask to an array.
 

@@ -175,6 +175,7 @@ class FitMixin(TrainStep):
             ['loss', 'perplexity', 'sparse_categorical_accuracy']
         """
         self._prepare_to_train()
+        self.add_trained_end_token()
         data = self._as_data(x, y, sample_weight, pack)
         held_out = None
         if validation_data is not None:
@@ -209,6 +210,18 @@ class FitMixin(TrainStep):
             callbacks=callbacks,
             **kwargs,
         )
+
+    def add_trained_end_token(self) -> None:
+        """Adds the token that ends the texts of `fit` to `end_token_ids`.
+
+        A model whose files declare other end tokens would not stop at it.
+        """
+        preprocessor = self.preprocessor
+        if preprocessor is None or not preprocessor.add_end_token:
+            return
+        trained = preprocessor.tokenizer.end_token_id
+        if trained not in self.end_token_ids:
+            self.end_token_ids = [*self.end_token_ids, trained]
 
     def evaluate(
         self,

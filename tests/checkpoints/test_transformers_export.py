@@ -215,9 +215,10 @@ def test_model_card_of_random_weights_has_no_origin(tmp_path):
 def test_convert_without_tokenizer_preserves_the_control_ids(tmp_path):
     lm = random_lm(SHAPE)
     lm.export_to_transformers(tmp_path / "a")
-    config = read_json(tmp_path / "a" / "config.json")
-    config.update(bos_token_id=7, eos_token_id=8)
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    for name in ("config.json", "generation_config.json"):
+        config = read_json(tmp_path / "a" / name)
+        config.update(bos_token_id=7, eos_token_id=8)
+        (tmp_path / "a" / name).write_text(json.dumps(config))
     convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
     generation = read_json(tmp_path / "b" / "generation_config.json")
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (7, 8)

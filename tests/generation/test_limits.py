@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from tokenizer_models import trained_model
 
 from keras_openllama.generation.limits import new_token_limits, resolve_stop_ids
-from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 
 pytestmark = pytest.mark.backend_free
 
@@ -67,18 +65,20 @@ def test_prompts_and_limits_beyond_the_context_are_rejected(lengths, options, me
         limits(lengths, **options)
 
 
-def test_resolve_stop_ids_defaults_to_the_end_token():
-    tokenizer = OpenLlamaTokenizer(trained_model(keep_spaces=True))
-    assert resolve_stop_ids("auto", tokenizer, 512) == [tokenizer.end_token_id]
-    assert resolve_stop_ids(None, tokenizer, 512) == []
+def test_resolve_stop_ids_defaults_to_the_end_tokens_of_the_model():
+    assert resolve_stop_ids("auto", [2, 77], 512) == [2, 77]
+    assert resolve_stop_ids(None, [2, 77], 512) == []
+    assert resolve_stop_ids([], [2, 77], 512) == []
     for ids in ([5, 7], (5, 7), np.array([5, 7])):
-        assert resolve_stop_ids(ids, None, 512) == [5, 7]
+        assert resolve_stop_ids(ids, [], 512) == [5, 7]
+    for one in (5, np.int64(5)):
+        assert resolve_stop_ids(one, [], 512) == [5]
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ("auto", '"auto".*tokenizer=None'),
+        ("auto", r'"auto".*end_token_ids=\[\]'),
         ("eos", "stop_token_ids='eos'"),
         ([512], "`stop_token_ids` must be from 0 to 511"),
         ([1.5], "`stop_token_ids` must be integers"),
@@ -86,4 +86,4 @@ def test_resolve_stop_ids_defaults_to_the_end_token():
 )
 def test_resolve_stop_ids_rejects_invalid_values(ids, message):
     with pytest.raises(ValueError, match=message):
-        resolve_stop_ids(ids, None, 512)
+        resolve_stop_ids(ids, [], 512)
