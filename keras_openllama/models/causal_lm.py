@@ -202,8 +202,8 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
         With the default loss and metrics, a training step whose loss or gradient is not
         finite is skipped: it changes no variable, and a warning reports it. On JAX,
         training and evaluation then compute the loss in chunks and never hold the
-        logits of a whole batch. An optimizer with loss scaling (as for float16), and on
-        JAX a quantized head, use the train step of Keras instead.
+        logits of a whole batch; with a quantized head, they use the train step of Keras
+        instead. As in Keras, the optimizer of a `mixed_float16` model scales the loss.
 
         Args:
             optimizer: see `keras.Model.compile`; `"auto"` is `optimizers.AdamW` without

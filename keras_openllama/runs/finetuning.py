@@ -41,6 +41,7 @@ from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.trainer import RunOptions, SamplePrompts, Trainer, lock_run
 from keras_openllama.text.inputs import normalize_examples
 from keras_openllama.text.sentencepiece_model import check_vocabulary
+from keras_openllama.training.target_weights import no_targets_error
 
 if TYPE_CHECKING:
     from keras_openllama.loading.sources import ModelSource
@@ -317,6 +318,11 @@ def _instruction_data(config, preprocessor, examples, validation):
         by_source.setdefault(source, []).append(example)
     train, _ = tokenize([e for _, e in examples], config.pack)
     held_out = {source: tokenize(some, False) for source, some in by_source.items()}
+    if not train[2].any():
+        raise no_targets_error("The examples (--data) have")
+    has_targets = any(arrays[2].any() for arrays, _ in held_out.values())
+    if config.validation is not None and not has_targets:
+        raise no_targets_error("The held-out examples (--validation) have")
     return InstructionData(
         train,
         config.batch_size,

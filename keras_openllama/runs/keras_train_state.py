@@ -58,6 +58,8 @@ class KerasTrainState:
     def evaluate_batch(self, batch: Any) -> tuple[LossSums, float]:
         """Returns the sums over a batch's targets, and the sum of their weights."""
         x, y, weights = batch
+        if not weights.any():  # Its mean is not a number.
+            return LossSums(0.0, 0.0, 0.0), 0.0
         self.lm.reset_metrics()
         logs = self.lm.test_on_batch(x, y, sample_weight=weights, return_dict=True)
         targets = float(weights.sum())

@@ -181,7 +181,8 @@ class StepReporter:
         self._step = step
         if self._log is not None:
             self._write(metrics, applied, seconds)
-        self._skipped.record(step, applied, metrics["loss"], metrics["grad_norm"])
+        if metrics["targets"]:
+            self._skipped.record(step, applied, metrics["loss"], metrics["grad_norm"])
 
     def _write(self, metrics, applied, seconds):
         total = self._data.tokens(self._step)
@@ -208,9 +209,12 @@ class StepReporter:
             self._log.write_skipped_step(
                 {**{key: record[key] for key in keys}, "sequences": sequences}
             )
+            why = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+            if not record["targets"]:
+                why = "it has no target tokens"
             self.print_line(
-                f"Skipped step {self._step}: loss {record['loss']}, gradient norm "
-                f"{record['grad_norm']}. Its sequences are listed in skipped.jsonl."
+                f"Skipped step {self._step}: {why}. Its sequences are listed in "
+                "skipped.jsonl."
             )
         shown = {
             "loss": f"{record['loss']:.4f}",

@@ -116,12 +116,16 @@ class TokenValidation:
 
         Returns:
             `loss` (nats per token), `perplexity` and `bits_per_byte`, means weighted by
-            the mixture, and `sources`, the same of each source.
+            the mixture, and `sources`, the same of each source with target tokens.
+            Without any, loss and perplexity are NaN.
         """
         sources = {
             name: self._measure_source(name, stream, evaluate)
             for name, stream in self._streams.items()
         }
+        sources = {name: found for name, found in sources.items() if found}
+        if not sources:  # The mean over nothing is not a number.
+            return {"loss": math.nan, "perplexity": math.nan, "sources": {}}
         total = sum(self._weights[name] for name in sources)
 
         def mean(key):
@@ -144,6 +148,8 @@ class TokenValidation:
                 batch = stream.batch(step)
             sums, weight = evaluate(batch)
             nats, targets = nats + float(sums.loss), targets + float(weight)
+        if not targets:
+            return None
         loss = nats / targets
         split = self._data.split_info(name, "validation")
         predicted = split["tokens"]

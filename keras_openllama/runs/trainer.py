@@ -280,7 +280,9 @@ class Trainer:
         self._batches = iter(self.data.batches(self.step))
         batch = self._next_batch()
         if self._is_validation_empty():
-            self.options.log("No held-out data: validation is disabled.")
+            self.options.log(
+                "No held-out data with target tokens: validation is disabled."
+            )
         self._compile(batch)
         try:
             with self.reporter, StopRequest() as stop:

@@ -8,6 +8,10 @@ from typing import Any
 
 import keras
 
+from keras_openllama.backend.keras_private import loss_tracker
+from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
+from keras_openllama.training.target_weights import no_targets_error
+
 
 class SkippedSteps(keras.callbacks.Callback):
     """Warns about steps that were skipped because loss or gradient was not finite.
@@ -16,12 +20,17 @@ class SkippedSteps(keras.callbacks.Callback):
 
     Raises:
         FloatingPointError: after an epoch in which every step was skipped.
+        ValueError: after an epoch without target tokens.
     """
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Reads the iteration number of the optimizer."""
         self._iterations_before = int(self.model.optimizer.iterations)
-        self._steps = 0
+        self._steps, self._targets = 0, None
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Reads the number of targets of the epoch, which validation resets."""
+        self._targets = float(loss_tracker(self.model).count)
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -31,22 +40,65 @@ class SkippedSteps(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Warns, or raises an error if all steps were skipped."""
+        if not self._steps:
+            return
+        if self._targets is None:  # There was no validation.
+            self.on_test_begin()
+        if not self._targets:
+            raise no_targets_error("The batches of this epoch have")
         optimizer = self.model.optimizer
-        if optimizer.gradient_accumulation_steps or not self._steps:
-            return  # With gradient accumulation, iterations do not count steps.
+        inner_optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        is_finite = math.isfinite((logs or {}).get("loss", math.nan))
+        if inner_optimizer.gradient_accumulation_steps:
+            # Iterations do not count steps.
+            if not is_finite:
+                warnings.warn(self._message("Some"), stacklevel=2)
+            return
         applied = int(optimizer.iterations) - self._iterations_before
         skipped = self._steps - applied
-        if not skipped:
-            return
-        message = (
-            f"{skipped} of the {self._steps} steps of this epoch were skipped, because "
-            "their loss or gradient was not finite. Skipped steps change no weights. "
-            f"Reduce the learning rate (now {float(optimizer.learning_rate):g}) and "
-            "check the examples."
-        )
-        if skipped == self._steps:
+        if not skipped or (applied and is_finite and has_dynamic_loss_scale(optimizer)):
+            return  # A dynamic scale of the loss is found by skipping some steps.
+        message = self._message(f"{skipped} of the {self._steps}")
+        if is_finite and has_dynamic_loss_scale(optimizer):
+            scale = float(optimizer.dynamic_scale)
+            warnings.warn(
+                f"{message} The scale of the loss was reduced to {scale:g}.",
+                stacklevel=2,
+            )
+        elif not applied:
             raise FloatingPointError(message)
-        warnings.warn(message, stacklevel=2)
+        else:
+            warnings.warn(message, stacklevel=2)
+
+    def _message(self, steps):
+        rate = float(self.model.optimizer.learning_rate)
+        message = (
+            f"{steps} steps of this epoch were skipped, because they have no target "
+            "tokens, or their loss or gradient was not finite. Skipped steps change no "
+            f"weights. Reduce the learning rate (now {rate:g}) and check the examples."
+        )
+        return message + float16_advice(self.model)
+
+
+def float16_advice(model: keras.Model) -> str:
+    """Returns what to do about values that are not finite in a float16 model.
+
+    Args:
+        model: the model.
+
+    Returns:
+        A sentence that starts with a space; empty for other dtypes.
+
+    Example:
+        >>> float16_advice(lm)
+        ''
+    """
+    if model.dtype_policy.compute_dtype != "float16":
+        return ""
+    return (
+        " The model computes in float16, whose largest number is 65504: load it with "
+        'dtype="mixed_bfloat16" or "float32" instead.'
+    )
 
 
 class BitsPerByte(keras.callbacks.Callback):

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_openllama.backend.arrays import is_graph_tensor, to_numpy
-from keras_openllama.backend.keras_private import optimized_variables
+from keras_openllama.backend.keras_private import loss_tracker, optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
 from keras_openllama.text.examples import BatchWarnings
@@ -25,7 +25,13 @@ from keras_openllama.text.inputs import (
     normalize_training_data,
 )
 from keras_openllama.text.token_arrays import as_token_ids
-from keras_openllama.training.callbacks import BitsPerByte, SkippedSteps
+from keras_openllama.training.callbacks import (
+    BitsPerByte,
+    SkippedSteps,
+    float16_advice,
+)
+from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
+from keras_openllama.training.target_weights import no_targets_error
 from keras_openllama.training.train_plan import TrainPlan
 from keras_openllama.utils.types import Tensor
 
@@ -81,6 +87,16 @@ class _Data(NamedTuple):
     def has_arrays(self):
         """Whether the sequences are in arrays, which can be split and padded."""
         return isinstance(self.x, dict) and self.y is not None
+
+    def check_targets(self, name):
+        """Raises a `ValueError` if no target of the arrays has a weight."""
+        if not self.has_arrays or "padding_mask" not in self.x:
+            return
+        weights = to_numpy(self.x["padding_mask"]) != 0
+        if self.sample_weight is not None:
+            weights = weights * to_numpy(self.sample_weight)
+        if not np.any(weights):
+            raise no_targets_error(f"`{name}` has")
 
     def validation_data(self):
         """Returns the argument `validation_data` of `keras.Model.fit`."""
@@ -160,7 +176,8 @@ class FitMixin(TrainStep):
             The history of losses and metrics per epoch.
 
         Raises:
-            ValueError: for malformed data, or token ids outside the vocabulary.
+            ValueError: for malformed data, token ids outside the vocabulary, or data
+                without target tokens, whose loss would be a mean over nothing.
             FloatingPointError: if every step of an epoch was skipped, because loss or
                 gradient was not finite.
 
@@ -177,6 +194,7 @@ class FitMixin(TrainStep):
         self._prepare_to_train()
         self.add_trained_end_token()
         data = self._as_data(x, y, sample_weight, pack)
+        data.check_targets("x")
         held_out = None
         if validation_data is not None:
             held_out = self._as_validation_data(validation_data, pack)
@@ -184,6 +202,8 @@ class FitMixin(TrainStep):
             # Keras would split after the padding, and validate on the padding.
             data, held_out = data.split(validation_split)
             validation_split = 0.0
+        if held_out is not None:
+            held_out.check_targets("validation_data")
         x, y, sample_weight, _ = self._pad_to_full_batches(data, batch_size)
         own_callbacks = [SkippedSteps()] if self.train_plan.auto_loss else []
         if held_out is not None:
@@ -249,7 +269,8 @@ class FitMixin(TrainStep):
             texts, prompt/response dicts, or chats `"bits_per_byte"`.
 
         Raises:
-            ValueError: for malformed data, or token ids outside the vocabulary.
+            ValueError: for malformed data, token ids outside the vocabulary, or data
+                without target tokens, whose loss would be a mean over nothing.
 
         Example:
             >>> results = lm.evaluate(["The sea"], verbose=0, return_dict=True)
@@ -258,6 +279,7 @@ class FitMixin(TrainStep):
         """
         self._reset_stale_functions()
         data = self._as_data(x, y, sample_weight, pack)
+        data.check_targets("x")
         x, y, sample_weight, bytes_per_target = self._pad_to_full_batches(
             data, batch_size
         )
@@ -272,6 +294,14 @@ class FitMixin(TrainStep):
         )
         if not self.train_plan.auto_loss:
             return results
+        if not float(loss_tracker(self).count):
+            raise no_targets_error("The batches have")
+        if not math.isfinite(results["loss"]):
+            warnings.warn(
+                f"The loss is {results['loss']}, because a logit is not finite. Check "
+                f"the weights.{float16_advice(self)}",
+                stacklevel=2,
+            )
         if not return_dict:  # The order of KerasHub, followed by the perplexity.
             perplexity = results.pop("perplexity")
             return [*results.values(), perplexity]
@@ -355,10 +385,19 @@ class FitMixin(TrainStep):
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def get_metrics_result(self) -> dict[str, Tensor]:
-        """See `keras.Model.get_metrics_result`; adds the perplexity."""
+        """See `keras.Model.get_metrics_result`; adds the perplexity.
+
+        Without target tokens, all results are NaN.
+        """
         results = super().get_metrics_result()
         if self.train_plan.auto_loss:
             results["perplexity"] = ops.exp(results["loss"])
+            # For Keras, a mean over nothing is 0, which would be the best loss of all.
+            has_targets = ops.greater(loss_tracker(self).count, 0)
+            results = {
+                name: ops.where(has_targets, value, math.nan)
+                for name, value in results.items()
+            }
         return results
 
     # ----- Preparation
@@ -394,7 +433,10 @@ class FitMixin(TrainStep):
         trainable = {id(v) for v in self.trainable_variables}
         stale = optimizer.built and optimized != trainable
         if self.train_plan.auto_learning_rate and (stale or not optimizer.built):
+            scales = has_dynamic_loss_scale(self.optimizer)
             self.optimizer = default_optimizer(self)
+            if scales:  # As `compile` did.
+                self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
         elif stale:
             raise ValueError(
                 "The trainable variables have changed since the optimizer was built, "

@@ -7,6 +7,27 @@ from keras import ops
 from keras_openllama.utils.types import Tensor
 
 
+def no_targets_error(subject: str) -> ValueError:
+    """Returns the error about data whose loss would be a mean over nothing.
+
+    Args:
+        subject: what has no targets, with its verb, such as "`x` has".
+
+    Returns:
+        The error, to be raised.
+
+    Example:
+        >>> str(no_targets_error("`x` has"))[:26]
+        '`x` has no target tokens: '
+    """
+    return ValueError(
+        f"{subject} no target tokens: the texts are empty, or prompts fill whole "
+        "sequences, or all sample weights are zero. So there is no loss. Increase the "
+        "sequence length (`preprocessor.sequence_length`, --sequence-length), or "
+        "shorten the prompts."
+    )
+
+
 def target_weights(padding_mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """Combines sample weights with the padding mask; padding has zero weight.
 

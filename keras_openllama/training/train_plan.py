@@ -104,11 +104,6 @@ def _obstacle_to_auto_loss(lm, loss, metrics, weighted_metrics):
             'weighted_metrics="auto" or []. Received: weighted_metrics='
             f"{weighted_metrics!r}"
         )
-    if _scales_loss(lm.optimizer):
-        return (
-            "an optimizer without loss scaling, which float16 uses. Received: "
-            f"optimizer={lm.optimizer!r}"
-        )
     on_jax = keras.config.backend() == "jax"
     if on_jax and lm.lm_head.quantization_mode is not None:
         return (
@@ -117,9 +112,3 @@ def _obstacle_to_auto_loss(lm, loss, metrics, weighted_metrics):
             f"{lm.lm_head.quantization_mode}"
         )
     return None
-
-
-def _scales_loss(optimizer):
-    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or (
-        optimizer is not None and optimizer.loss_scale_factor is not None
-    )

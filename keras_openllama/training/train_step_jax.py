@@ -16,6 +16,7 @@ from keras_openllama.layers.attention_kernels import select_attention
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.sharded_embedding import embedding_lookup
 from keras_openllama.training.chunked_loss import chunked_cross_entropy
+from keras_openllama.training.loss_scaling import has_dynamic_loss_scale, scales_loss
 from keras_openllama.training.step_metrics import LossSums, StepMetrics
 from keras_openllama.training.target_weights import target_weights
 from keras_openllama.utils.types import Tensor
@@ -171,6 +172,7 @@ def compute_gradients(
     non_trainable: list,
     batch: tuple[dict[str, Tensor], Tensor, Tensor],
     options: TrainStepOptions = TrainStepOptions(),  # noqa: B008
+    loss_scale: Tensor | None = None,
 ) -> tuple[LossSums, Tensor, list]:
     """Computes the gradients of the mean loss over the targets of a batch.
 
@@ -180,6 +182,7 @@ def compute_gradients(
         non_trainable: values of its non-trainable variables.
         batch: see `loss_sums`.
         options: options of the step.
+        loss_scale: factor of the gradients, which float16 needs; `None` is 1.
 
     Returns:
         The sums over the batch; the sum of its weights; and the gradients, in the
@@ -198,7 +201,8 @@ def compute_gradients(
 
     def loss(values, part):
         sums = loss_sums(lm, (values, non_trainable), part, options)
-        return sums.loss / total, sums
+        mean = sums.loss / total
+        return (mean if loss_scale is None else mean * loss_scale), sums
 
     gradient = jax.grad(loss, has_aux=True)
     if options.micro_batches == 1:
@@ -244,8 +248,9 @@ def train_step(
 ) -> tuple[StepMetrics, tuple[list, list]]:
     """Computes one training step.
 
-    The step is skipped if loss or gradient is not finite: the new values are then the
-    old ones.
+    The step is skipped if the batch has no targets, or if loss or gradient is not
+    finite: the new values are then the old ones. (`LossScaleOptimizer` still reduces
+    its scale if only the gradient is not finite.)
 
     Args:
         lm: `OpenLlamaCausalLM`, compiled.
@@ -264,28 +269,50 @@ def train_step(
         ValueError: if `micro_batches` does not divide the batch size.
     """
     trainable, non_trainable, optimizer = state
-    sums, total, grads = compute_gradients(lm, trainable, non_trainable, batch, options)
-    loss, grad_norm = sums.loss / total, global_norm(grads)
-    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    scale = _loss_scale(lm.optimizer, optimizer)
+    sums, total, grads = compute_gradients(
+        lm, trainable, non_trainable, batch, options, scale
+    )
+    targets = jnp.sum(batch[2])
+    # The mean over nothing is not a number, and above all not the best loss of all.
+    loss, accuracy = (
+        jnp.where(targets > 0, value / total, jnp.nan)
+        for value in (sums.loss, sums.correct)
+    )
+    grad_norm = global_norm(grads)
+    if scale is not None:
+        grad_norm /= scale
+    usable = jnp.isfinite(loss)
     if max_loss is not None:
-        applied &= loss <= max_loss
+        usable &= loss <= max_loss
+    applied = usable & jnp.isfinite(grad_norm)
     new = lm.optimizer.stateless_apply(optimizer, grads, trainable)
     old = trainable, optimizer
-    new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+    replaced = usable if has_dynamic_loss_scale(lm.optimizer) else applied
+    new = jax.tree.map(lambda a, b: jnp.where(replaced, a, b), new, old)
     with keras.StatelessScope(
         state_mapping=zip(lm.optimizer.variables, optimizer, strict=True)
     ):
         learning_rate = jnp.asarray(lm.optimizer.learning_rate, "float32")
     metrics = StepMetrics(
         loss=loss,
-        accuracy=sums.correct / total,
-        targets=jnp.sum(batch[2]),
+        accuracy=accuracy,
+        targets=targets,
         grad_norm=grad_norm,
         param_norm=global_norm(trainable),
         learning_rate=learning_rate,
         applied=applied,
     )
     return metrics, new
+
+
+def _loss_scale(optimizer, values):
+    """Returns the factor that the optimizer divides gradients by; `None` is 1."""
+    if not scales_loss(optimizer):
+        return None
+    mapping = zip(optimizer.variables, values, strict=True)
+    with keras.StatelessScope(state_mapping=mapping):
+        return optimizer.scale_loss(jnp.ones((), "float32"))
 
 
 def global_norm(tensors: list) -> Tensor:
@@ -356,6 +383,9 @@ class JaxTrainStep:
         """Adds a batch to the metrics; returns their results and variables."""
         mapping = zip(self.metrics_variables, metrics, strict=True)
         with keras.StatelessScope(state_mapping=mapping) as scope:
+            loss, accuracy = (
+                jnp.where(targets > 0, mean, 0) for mean in (loss, accuracy)
+            )
             loss_tracker(self).update_state(loss, sample_weight=targets)
             for metric in compiled_metrics(self):  # Token accuracy, or none.
                 metric.total.assign_add(accuracy * targets)

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_openllama.backend.keras_private import loss_tracker
+from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
 from keras_openllama.training.target_weights import target_weights
 
 if keras.config.backend() == "tensorflow":
@@ -20,8 +21,9 @@ class TfTorchTrainStep:
     """The train step of `OpenLlamaCausalLM` on TensorFlow and PyTorch.
 
     It differs from the step of Keras in two ways. The loss of an epoch is the mean over
-    its targets, not over the means of its batches; and a step whose loss or gradient is
-    not finite is skipped. With other losses or metrics, the step of Keras is used.
+    its targets, not over the means of its batches; and a step without targets, or whose
+    loss or gradient is not finite, is skipped. With other losses or metrics, the step
+    of Keras is used.
     """
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -52,23 +54,30 @@ class TfTorchTrainStep:
     def _train_step_torch(self, data):
         loss, *batch = self._forward(data, training=True)
         self.zero_grad()
-        loss.backward()
+        self.optimizer.scale_loss(loss).backward()
         variables = self.trainable_variables
         gradients = [variable.value.grad for variable in variables]
         with torch.no_grad():
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if torch.isfinite(loss) and torch.isfinite(norm):
+            usable = torch.isfinite(loss) and ops.sum(batch[-1]) > 0
+            if usable and not has_dynamic_loss_scale(self.optimizer):
+                usable = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+            if usable:
                 self.optimizer.apply(gradients, variables)
             return self._update_metrics(loss.detach(), *batch)
 
     def _train_step_tensorflow(self, data):
         with tf.GradientTape() as tape:
             loss, *batch = self._forward(data, training=True)
+            scaled_loss = self.optimizer.scale_loss(loss)
         variables = self.trainable_variables
-        gradients = tape.gradient(loss, variables)
-        norm = tf.linalg.global_norm(gradients)
+        gradients = tape.gradient(scaled_loss, variables)
+        if self.optimizer.loss_scale_factor:  # Keras cannot unscale `IndexedSlices`.
+            gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        usable = tf.math.is_finite(loss) & (tf.reduce_sum(batch[-1]) > 0)
+        if not has_dynamic_loss_scale(self.optimizer):
+            usable &= tf.math.is_finite(tf.linalg.global_norm(gradients))
         tf.cond(
-            tf.math.is_finite(loss) & tf.math.is_finite(norm),
+            usable,
             lambda: self.optimizer.apply_gradients(
                 zip(gradients, variables, strict=True)
             ),

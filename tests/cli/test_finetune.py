@@ -269,6 +269,7 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
         (("--seed", -1), "--seed must be a non-negative integer"),
         (("--max-new-tokens", 0), "--max-new-tokens must be a positive integer"),
         (("--lora-rank", 2, "--lora-alpha", -1), "--lora-alpha must be positive"),
+        (("--sequence-length", 2), "(--data) have no target tokens"),
         (("--sequence-length", 0), "--sequence-length must be a positive integer"),
         (("--preset", "nanno"), "Did you mean"),
         (("--lora-targets", "querry"), "querry"),

@@ -60,6 +60,18 @@ def test_train_step_skips_a_loss_that_is_not_finite(data):
     assert not changed(state.arrays()["model"], before["model"])
 
 
+def test_a_batch_without_targets_is_skipped_and_adds_nothing(data):
+    x, targets, weights = data
+    state = state_of()
+    state.train_step(data)  # Momentum would move the weights.
+    before = state.arrays()
+    metrics = state.train_step((x, targets, 0 * weights))
+    assert np.isnan(metrics.loss) and not metrics.applied
+    for part, arrays in before.items():
+        assert not changed(state.arrays()[part], arrays)
+    assert state.evaluate_batch((x, targets, 0 * weights)) == ((0, 0, 0), 0)
+
+
 def test_evaluate_batch_sums_over_targets(data):
     state = state_of()
     before = state.arrays()["model"]

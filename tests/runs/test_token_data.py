@@ -239,7 +239,26 @@ def test_measure_uses_the_last_weights_of_a_schedule(data):
     assert found["loss"] == pytest.approx(0.25 * losses[0] + 0.75 * losses[1])
 
 
-# --- Sources without documents ---
+# --- Sources without targets or documents ---
+
+
+def test_measure_excludes_sources_without_targets(data):
+    class Evaluation(RecordingEvaluation):
+        """Ignores the targets of one source, the first to be measured."""
+
+        def __call__(self, batch):
+            sums, count = super().__call__(batch)
+            return (sums, count) if len(self.batches) > 1 else (LossSums(0, 0, 0), 0)
+
+    found = validation(data, validation_batches=1).measure(Evaluation())
+    assert [*found["sources"]] == ["code", "books"]
+    code, books = (source["loss"] for source in found["sources"].values())
+    assert found["loss"] == pytest.approx(0.6 * code + 0.4 * books)
+
+
+def test_measure_without_any_targets_is_not_a_number(data):
+    found = validation(data).measure(lambda batch: (LossSums(0, 0, 0), 0))
+    assert math.isnan(found["loss"]) and math.isnan(found["perplexity"])
 
 
 def test_sources_exclude_those_without_held_out_documents(tmp_path):
