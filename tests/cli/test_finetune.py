@@ -496,13 +496,19 @@ def test_finetune_reports_validation_by_file(arguments, data, tmp_path):
 
 @pytest.mark.slow_on_tensorflow
 def test_from_preset_loads_full_finetuning_runs_and_explains_lora_runs(
-    arguments, data, tmp_path
+    arguments, data, small, tmp_path
 ):
-    more = ("--epochs", 0.5)
+    preset = shutil.copytree(small, tmp_path / "preset")
+    task = json.loads((preset / "task.json").read_text())
+    task["config"]["end_token_ids"] = [77]
+    (preset / "task.json").write_text(json.dumps(task))
+    more = ("--epochs", 0.5, "--preset", preset)
     assert finetune().main(arguments(data, tmp_path / "all", *more)) == 0
-    found = logits_of(OpenLlamaCausalLM.from_preset(str(tmp_path / "all")))
+    found = OpenLlamaCausalLM.from_preset(str(tmp_path / "all"))
     expected = OpenLlamaCausalLM.from_preset(str(tmp_path / "all" / "model"))
-    np.testing.assert_allclose(found, logits_of(expected), atol=1e-5)
+    # That of the model, and that of the examples.
+    assert sorted(found.end_token_ids) == sorted(expected.end_token_ids) == [2, 77]
+    np.testing.assert_allclose(logits_of(found), logits_of(expected), atol=1e-5)
     more = (*more, "--lora-rank", 2, "--export", "none")
     assert finetune().main(arguments(data, tmp_path / "lora", *more)) == 0
     with pytest.raises(ValueError, match=r"fine-tuning run .*lora/model"):
