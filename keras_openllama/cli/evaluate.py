@@ -335,9 +335,9 @@ class Evaluation:
         for task, reason in self.skipped.items():
             print(f"evaluate: {task} is skipped: {reason}", file=sys.stderr, flush=True)
         mesh = parse_mesh(options.mesh) if options.mesh else None
-        lm = load_model(options.preset, options.dtype, options.revision, mesh)
-        if options.adapters:
-            lm.load_adapters(options.adapters)
+        lm = load_model(
+            options.preset, options.dtype, options.revision, mesh, options.adapters
+        )
         self.texts = texts.read_texts(options.perplexity, lm)
         # Also without tasks: it rejects the output directory of another model.
         self.model = OpenLlamaLM(

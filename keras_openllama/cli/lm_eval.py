@@ -27,8 +27,12 @@ arguments of the model (--model_args):
   preset=…      a preset, a directory, a training run, or hf://user/repo
   dtype=…       float32 (default) or bfloat16
   revision=…    branch, tag or commit on the Hugging Face Hub
+  adapters=…    LoRA adapters to load
   max_length=N, max_gen_toks=N, add_bos=False
   data=N, fsdp=N, model=N   sizes of the device mesh (JAX)
+Arguments of the harness's model `hf`, such as pretrained=user/repo, peft=… and
+trust_remote_code=True, are understood, ignored where they have no effect here, or
+rejected with what to do instead.
 --batch_size N is the number of sequences of 512 tokens per batch (default: 8)
 
 For the published table, with plots and resumption, see

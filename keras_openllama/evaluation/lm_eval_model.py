@@ -15,8 +15,10 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
+from keras_openllama.checkpoints.peft import CONFIG_FILE as ADAPTER_CONFIG
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.evaluation.generate_until import GenerationOptions, generate_until
+from keras_openllama.evaluation.hf_arguments import accept_hf_arguments
 from keras_openllama.evaluation.prefix_tries import common_prefix_length
 from keras_openllama.evaluation.response_cache import (
     ResponseCache,
@@ -27,7 +29,11 @@ from keras_openllama.evaluation.response_cache import (
 from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.evaluation.unique_requests import UniqueRequests
+from keras_openllama.loading.hub import open_repository
+from keras_openllama.loading.load import find_source
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.text.sentencepiece_model import check_vocabulary
 from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import check_integer, one_of, raise_invalid
 
@@ -44,12 +50,20 @@ class OpenLlamaLM(TemplateLM):
     strings parsed as tokens. `docs/evaluation.md` lists the exceptions: truncation, and
     `loglikelihood_rolling`.
 
+    The arguments of `hf` are accepted too. Some are names of the same thing, such as
+    `pretrained` for `preset` and `peft` for `adapters`; some do not change results here
+    and are ignored; the others raise an error that says what to do instead.
+
     Args:
         preset: see `OpenLlamaCausalLM.from_preset`.
         lm: a loaded model, instead of `preset`.
         dtype: dtype or dtype policy of the weights, with `preset` only. Defaults to
-            Keras's global policy.
+            Keras's global policy, as does `"auto"`.
         revision: branch, tag or commit of a repository on the Hub, with `preset` only.
+        adapters: LoRA adapters to load, see `OpenLlamaCausalLM.load_adapters`, with
+            `preset` only.
+        tokenizer: preset of another tokenizer, with `preset` only. Defaults to that of
+            the model.
         batch_size: for log-likelihoods the number of sequences of 512 tokens into which
             requests are packed (not of requests); for generation the number of prompts.
             `"auto"` is 8; nothing is searched.
@@ -71,8 +85,8 @@ class OpenLlamaLM(TemplateLM):
             devices.
 
     Raises:
-        ValueError: if an argument is invalid, or if not exactly one of `preset` and
-            `lm` is given.
+        ValueError: if an argument is invalid, unknown or not supported, or if not
+            exactly one of `preset` and `lm` is given.
         OSError: if a file of the model could not be downloaded or read.
 
     Example:
@@ -84,12 +98,15 @@ class OpenLlamaLM(TemplateLM):
         True
     """
 
+    @accept_hf_arguments
     def __init__(
         self,
         preset: str | None = None,
         lm: OpenLlamaCausalLM | None = None,
         dtype: str | None = None,
         revision: str | None = None,
+        adapters: str | None = None,
+        tokenizer: str | None = None,
         batch_size: int | str = DEFAULT_BATCH_SIZE,
         max_length: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
@@ -104,7 +121,9 @@ class OpenLlamaLM(TemplateLM):
         device: str | None = None,
     ):
         super().__init__()
-        if (preset is None) == (lm is None):
+        if isinstance(preset, OpenLlamaCausalLM):  # `pretrained` of `hf` may be one.
+            preset, lm = None, preset
+        if (not preset) == (lm is None):
             raise ValueError(
                 "Pass one of `preset` (model_args preset=…) and `lm`. Received: "
                 f"preset={preset!r}, lm={lm!r}"
@@ -112,6 +131,9 @@ class OpenLlamaLM(TemplateLM):
         # Before a model is loaded, which may take long.
         self.batch_size = _parse_batch_size(batch_size)
         self.max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
+        for name, value in {"adapters": adapters, "tokenizer": tokenizer}.items():
+            if value == "":
+                raise_invalid(name, value, "a directory, or hf://user/repo")
         # The harness parses true and false only; other texts would count as true.
         flags = {
             "add_bos": add_bos,
@@ -123,11 +145,17 @@ class OpenLlamaLM(TemplateLM):
         if max_length is not None:
             max_length = check_integer("max_length", max_length)
         axes = {"data": data, "fsdp": fsdp, "model": model}
+        options = {
+            "dtype": _parse_dtype(dtype),
+            "revision": revision,
+            "adapters": adapters,
+            "tokenizer": tokenizer,
+        }
         if lm is None:
             mesh = {axis: size for axis, size in axes.items() if size is not None}
-            lm = load_model(preset, dtype, revision, mesh)
+            lm = load_model(preset, mesh=mesh, **options)
         else:
-            _check_not_given({"dtype": dtype, "revision": revision, **axes})
+            _check_not_given({**options, **axes})
         if lm.preprocessor is None:
             raise ValueError(
                 "Tasks need a tokenizer: load the model with its preprocessor. "
@@ -498,6 +526,8 @@ def load_model(
     dtype: str | None = None,
     revision: str | None = None,
     mesh: Mapping[str, int] | None = None,
+    adapters: str | None = None,
+    tokenizer: str | None = None,
 ) -> OpenLlamaCausalLM:
     """Loads a model, sharded over a device mesh if one is given.
 
@@ -507,6 +537,8 @@ def load_model(
         revision: branch, tag or commit of a repository on the Hub.
         mesh: sizes of the mesh by axis, see `distribution.make_mesh`. If `None` or
             empty, Keras's current distribution applies.
+        adapters: LoRA adapters to load, see `OpenLlamaCausalLM.load_adapters`.
+        tokenizer: preset of another tokenizer.
 
     Returns:
         The model.
@@ -518,8 +550,36 @@ def load_model(
     scope = contextlib.nullcontext()
     if mesh:
         scope = OpenLlamaParallel(make_mesh(**mesh)).scope()
+    # Errors of other files are raised before the weights are read.
+    if adapters is not None:
+        open_repository(adapters).file(ADAPTER_CONFIG)
+    preprocessor = "auto"
+    if tokenizer is not None and tokenizer != preset:
+        preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(tokenizer)
+        size = find_source(preset, revision).arguments()["vocabulary_size"]
+        check_vocabulary(preprocessor.tokenizer.vocabulary_size(), size)
     with scope:
-        return OpenLlamaCausalLM.from_preset(preset, dtype=dtype, revision=revision)
+        lm = OpenLlamaCausalLM.from_preset(
+            preset, dtype=dtype, revision=revision, preprocessor=preprocessor
+        )
+    if adapters is not None:
+        lm.load_adapters(adapters)
+    return lm
+
+
+def _parse_dtype(dtype):
+    """Checks a dtype before a model is loaded; `"auto"` is Keras's global policy."""
+    if dtype in (None, "auto"):
+        return None
+    try:
+        policy = keras.dtype_policies.get(dtype)
+    except (TypeError, ValueError):
+        policy = None
+    if policy is None or "float" not in policy.compute_dtype:
+        raise_invalid(
+            "dtype", dtype, 'a floating-point dtype or policy, such as "bfloat16"'
+        )
+    return dtype
 
 
 def _check_not_given(arguments):

@@ -108,8 +108,9 @@ class KerasHubSource(SourceDefaults):
         kwargs: dict[str, Any],
     ) -> Any:
         """Loads a task, see `ModelSource`."""
-        if preprocessor is None or not isinstance(preprocessor, str):
-            kwargs["preprocessor"] = preprocessor
+        replaces = not isinstance(preprocessor, str)
+        if replaces:  # KerasHub would load the saved tokenizer into a preprocessor.
+            kwargs["preprocessor"] = None
         # Not compiled by KerasHub: it would warn about the saved state of an optimizer,
         # which is not loaded.
         compile_task = kwargs.pop("compile", True)
@@ -127,6 +128,8 @@ class KerasHubSource(SourceDefaults):
                 compile=False,
                 **kwargs,
             )
+        if replaces:
+            task.preprocessor = preprocessor
         if compile_task:
             task.compile()
         return task

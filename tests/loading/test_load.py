@@ -171,12 +171,13 @@ def test_from_preset_overrides_arguments_of_the_backbone(directory):
 
 
 @pytest.mark.backend_free
-def test_from_preset_accepts_a_preprocessor_or_none(directory, tmp_path, theirs):
+def test_from_preset_accepts_a_preprocessor_or_none(directory, saved, tmp_path, theirs):
     own = OpenLlamaCausalLMPreprocessor(
         OpenLlamaTokenizer(trained_model(keep_spaces=False)), sequence_length=9
     )
-    lm = OpenLlamaCausalLM.from_preset(str(directory), preprocessor=own)
-    assert lm.preprocessor is own
+    for path in (directory, saved):
+        lm = OpenLlamaCausalLM.from_preset(str(path), preprocessor=own)
+        assert lm.preprocessor is own and not own.tokenizer.keeps_spaces
     theirs.save_pretrained(tmp_path)
     assert OpenLlamaCausalLM.from_preset(tmp_path, preprocessor=None).preprocessor is (
         None
