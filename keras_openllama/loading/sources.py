@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
+from keras_openllama.checkpoints.chat_template import read_chat_template
 from keras_openllama.checkpoints.end_tokens import read_end_token_ids
 from keras_openllama.config import (
     END_TOKEN_ID,
@@ -142,6 +143,7 @@ class StreamedSource(SourceDefaults):
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""
+        kwargs = {**self.preprocessing(), **kwargs}
         kwargs.setdefault("sequence_length", context_length(self._all_arguments({})))
         return cls(self.tokenizer(cls.tokenizer_cls, {}), **kwargs)
 
@@ -292,6 +294,11 @@ class TransformersSource(StreamedSource):
             None if token_id in (processor.eos_id(), processor.unk_id()) else token_id
         )
 
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns the chat template of the model, if it has one."""
+        template = read_chat_template(self._repository)
+        return {} if template is None else {"chat_template": template}
+
     def added_tokens(self, pieces: int) -> list[str]:
         """Returns the tokens that were added to the SentencePiece model."""
         added = self._added_token_ids()
@@ -422,6 +429,11 @@ class TrainingRunSource(StreamedSource):
     def end_token_ids(self) -> list[int]:
         """Returns the end tokens of the model that was fine-tuned, if it had any."""
         return self._run.end_token_ids()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns the chat template of the run, if it has one."""
+        template = self._run.chat_template()
+        return {} if template is None else {"chat_template": template}
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True

@@ -365,7 +365,9 @@ class OpenLlamaTokenizer(Tokenizer):
             sequences = [ids if ids[-1:] == end else ids + end for ids in sequences]
         return sequences
 
-    def tokenize_continuation(self, text: str) -> list[int]:
+    def tokenize_continuation(
+        self, text: str, parse_special: bool = False
+    ) -> list[int]:
         """Converts text that follows other tokens to ids.
 
         `tokenize` treats every text as the beginning of one, and encodes a space before
@@ -373,6 +375,7 @@ class OpenLlamaTokenizer(Tokenizer):
 
         Args:
             text: text after existing tokens.
+            parse_special: see `tokenize`.
 
         Returns:
             A list of token ids.
@@ -386,6 +389,8 @@ class OpenLlamaTokenizer(Tokenizer):
         self._require_proto()
         if self._continuation_processor is None:
             self._continuation_processor = processor_without_dummy_prefix(self.proto)
+        if parse_special:
+            return self._parse_special(text, self._continuation_processor)
         return self._continuation_processor.encode(text)
 
     def call(
@@ -394,15 +399,17 @@ class OpenLlamaTokenizer(Tokenizer):
         """See `tokenize`."""
         return self.tokenize(inputs, *args, **kwargs)
 
-    def _parse_special(self, text):
+    def _parse_special(self, text, first_processor=None):
         longest_first = sorted(self._controls, key=len, reverse=True)
         pattern = "|".join(re.escape(control) for control in longest_first)
+        processor = first_processor or self.processor
         ids = []
         for part in re.split(f"({pattern})", text):
             if part in self._controls:
                 ids.append(self._controls[part])
+                processor = self.processor
             elif part:
-                ids += self.processor.encode(part)
+                ids += processor.encode(part)
         return ids
 
     def _tokenize_in_graph(self, inputs, *options):
