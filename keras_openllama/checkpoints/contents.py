@@ -23,12 +23,9 @@ if TYPE_CHECKING:
     from keras_openllama.utils.types import PathLike
 
 # The settings of the preprocessor that are exported with a model.
-PREPROCESSOR_SETTINGS = (
-    "sequence_length",
-    "add_start_token",
-    "add_end_token",
-    "chat_template",
-)
+PREPROCESSOR_SETTINGS = ("sequence_length", "add_start_token", "add_end_token")
+# The settings of the tokenizer beside its SentencePiece model.
+TOKENIZER_SETTINGS = ("added_tokens", "prepend_scheme", "add_eos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +41,7 @@ class ModelContents:
             `None` for a model that was initialized at random.
         start_token_id: Id of the start token, used if there is no tokenizer.
         end_token_ids: Ids of the tokens that end a text.
+        tokenizer_settings: Settings of the tokenizer, some of `TOKENIZER_SETTINGS`.
         preprocessing: Settings of the preprocessor, some of `PREPROCESSOR_SETTINGS`.
         paths: Paths that are read, which the export must not replace.
     """
@@ -54,6 +52,7 @@ class ModelContents:
     origin: str | None = None
     start_token_id: int = START_TOKEN_ID
     end_token_ids: tuple[int, ...] = (END_TOKEN_ID,)
+    tokenizer_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     paths: tuple[PathLike, ...] = ()
 
@@ -156,5 +155,6 @@ def contents_of_model(lm: keras.Model) -> ModelContents:
     return dataclasses.replace(
         contents,
         tokenizer=tokenizer.proto,
+        tokenizer_settings=tokenizer.settings(),
         preprocessing={n: getattr(lm.preprocessor, n) for n in PREPROCESSOR_SETTINGS},
     )

@@ -224,8 +224,9 @@ def output_files(
         contents: The model.
         dtype: Name of the dtype of the exported weights.
         build_empty_task: Function `(arguments, dtype, tokenizer, preprocessing,
-            end_token_ids)` that returns an `OpenLlamaCausalLM` whose variables have no
-            values. The last three arguments are attributes of `contents`.
+            tokenizer_settings, end_token_ids)` that returns an `OpenLlamaCausalLM`
+            whose variables have no values. The last four arguments are attributes of
+            `contents`.
 
     Returns:
         The files of the directory.
@@ -235,6 +236,7 @@ def output_files(
         dtype,
         contents.tokenizer,
         contents.preprocessing,
+        contents.tokenizer_settings,
         contents.end_token_ids,
     )
     weights = {_BACKBONE: _backbone_names(task), _TASK: _task_names(task)}

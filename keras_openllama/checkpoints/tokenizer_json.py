@@ -5,10 +5,19 @@ merges the pair whose piece has the highest score, the leftmost of equal scores 
 Therefore merges are ranked by score. Among equal scores (the runs of spaces of some
 models) the longest left part comes first, because SentencePiece extends one run from
 the left to its end before it starts the next one. `build_tokenizer_json` verifies the
-result: it compares both tokenizers on texts that consist of the model's own pieces.
+result: it compares both tokenizers on texts that consist of the model's own pieces and
+the added tokens.
 """
 
 import random
+from collections.abc import Sequence
+
+from keras_openllama.text.added_tokens import (
+    AddedToken,
+    undefined_ids,
+    undefined_token,
+)
+from keras_openllama.text.vocabulary import Vocabulary
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # Piece types of SentencePiece.
 _BPE = 2  # SentencePiece's enum value of the model type.
@@ -17,12 +26,24 @@ _ALL = 1 << 30  # More spaces than any text starts with.
 _NUM_TEXTS = 2000  # Heuristic: the comparison takes about a second.
 
 
-def build_tokenizer_json(proto: bytes, add_start_token: bool = True) -> str:
-    """Converts a SentencePiece model to a `tokenizer.json`.
+def build_tokenizer_json(
+    proto: bytes,
+    add_start_token: bool = True,
+    add_end_token: bool = False,
+    added_tokens: Sequence[AddedToken] = (),
+    prepend_scheme: str = "always",
+) -> str:
+    """Converts a SentencePiece model with added tokens to a `tokenizer.json`.
+
+    With the prepend scheme "first", the library omits the space before a text that
+    begins with a space itself.
 
     Args:
         proto: The serialized model.
         add_start_token: Whether the start token is prepended to each text.
+        add_end_token: Whether the end token is appended to each text.
+        added_tokens: Tokens beside the pieces of the model, by ascending id.
+        prepend_scheme: See `OpenLlamaTokenizer`.
 
     Returns:
         The contents of the file.
@@ -46,8 +67,14 @@ def build_tokenizer_json(proto: bytes, add_start_token: bool = True) -> str:
     reason = _unsupported_feature(model)
     if reason:
         raise _conversion_error(reason)
-    tokenizer = _tokenizer(model, add_start_token)
-    _compare(tokenizer, proto, [piece.piece for piece in model.pieces])
+    tokenizer = _tokenizer(model, prepend_scheme)
+    _add_tokens(tokenizer, len(model.pieces), added_tokens)
+    tokenizer.post_processor = _template(model, add_start_token, add_end_token)
+    vocabulary = Vocabulary(proto, "the model", added_tokens, prepend_scheme)
+    texts = _texts([piece.piece for piece in model.pieces], added_tokens)
+    if prepend_scheme == "first":
+        texts = (text for text in texts if not text.startswith(" "))
+    _compare(tokenizer, vocabulary, list(texts))
     return tokenizer.to_str(pretty=True)
 
 
@@ -80,8 +107,8 @@ def _unsupported_feature(model):
     return next((reason for reason, applies in unsupported.items() if applies), None)
 
 
-def _tokenizer(model, add_start_token):
-    from tokenizers import AddedToken, Tokenizer, models, processors
+def _tokenizer(model, prepend_scheme):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     unknown = next(p.piece for p in model.pieces if p.type == _UNKNOWN)
@@ -93,20 +120,63 @@ def _tokenizer(model, add_start_token):
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = _normalizer(model.normalizer_spec)
-    tokenizer.decoder = _decoder(model.normalizer_spec)
+    spec = model.normalizer_spec
+    if prepend_scheme == "first" and spec.add_dummy_prefix:
+        tokenizer.normalizer = _normalizer(spec, writes_spaces=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            _SPACE, prepend_scheme="first", split=False
+        )
+    else:
+        tokenizer.normalizer = _normalizer(spec)
+    tokenizer.decoder = _decoder(spec)
     specials = [p.piece for p in model.pieces if p.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens(
         [AddedToken(piece, special=True, normalized=False) for piece in specials]
     )
-    if add_start_token:
-        start = model.trainer_spec.bos_piece
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{start} $A",
-            pair=f"{start} $A {start}:1 $B:1",
-            special_tokens=[(start, ids[start])],
-        )
     return tokenizer
+
+
+def _add_tokens(tokenizer, pieces, added_tokens):
+    from tokenizers import AddedToken
+
+    # The library numbers new tokens consecutively, so an id without a token gets one.
+    # The reader of checkpoints ignores these.
+    tokens = [
+        (i, AddedToken(undefined_token(i), special=True, normalized=False))
+        for i in undefined_ids(added_tokens, pieces)
+    ]
+    for token in added_tokens:
+        flags = token.to_json()
+        del flags["id"]
+        tokens.append((token.id, AddedToken(**{"normalized": False, **flags})))
+    for expected, token in sorted(tokens, key=lambda item: item[0]):
+        tokenizer.add_tokens([token])
+        found = tokenizer.token_to_id(token.content)
+        if found != expected:
+            raise _conversion_error(
+                f"the added token {token.content!r} would have the id {found} instead "
+                f"of {expected}"
+            )
+
+
+def _template(model, add_start_token, add_end_token):
+    from tokenizers import processors
+
+    spec = model.trainer_spec
+    start = [spec.bos_piece] * add_start_token
+    end = [spec.eos_piece] * add_end_token
+    if not start + end:
+        return None
+    second = [f"{token}:1" for token in start], [f"{token}:1" for token in end]
+    return processors.TemplateProcessing(
+        single=[*start, "$A", *end],
+        pair=[*start, "$A", *end, *second[0], "$B:1", *second[1]],
+        special_tokens=[(token, _id_of(model, token)) for token in start + end],
+    )
+
+
+def _id_of(model, token):
+    return next(i for i, piece in enumerate(model.pieces) if piece.piece == token)
 
 
 def _merges(model, ids):
@@ -121,7 +191,7 @@ def _merges(model, ids):
     return [pair for *_, pair in sorted(merges)]
 
 
-def _normalizer(spec):
+def _normalizer(spec, writes_spaces=True):
     from tokenizers import Regex, normalizers
 
     steps = []
@@ -130,10 +200,10 @@ def _normalizer(spec):
         for pattern in (r"\A +", rf"[ {_SPACE}]+\z"):
             steps.append(normalizers.Replace(Regex(pattern), ""))
         steps.append(normalizers.Replace(Regex(" +"), " "))
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    steps.append(normalizers.Replace(" ", _SPACE))
-    return normalizers.Sequence(steps)
+    if writes_spaces:
+        steps += [normalizers.Prepend(_SPACE)] * spec.add_dummy_prefix
+        steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps) if steps else None
 
 
 def _decoder(spec):
@@ -147,32 +217,28 @@ def _decoder(spec):
     return decoders.Sequence(steps)
 
 
-def _compare(tokenizer, proto, pieces):
+def _compare(tokenizer, vocabulary, texts):
     """Raises a `ValueError` if a text has other ids than with SentencePiece."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    texts = list(_texts(pieces))
-    # SentencePiece treats strings such as "<s>" as ordinary text.
-    tokenizer.encode_special_tokens = True
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for parse_special in (True, False):
+        tokenizer.encode_special_tokens = not parse_special
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+        expected = vocabulary.encode(texts, parse_special)
+        for text, found, ids in zip(texts, encoded, expected, strict=True):
+            if found.ids != ids:
+                raise _conversion_error(
+                    f"{text!r} would be encoded as {found.ids} instead of {ids}"
+                )
     tokenizer.encode_special_tokens = False
-    expected = processor.encode(texts)
-    decoded = tokenizer.decode_batch(expected)
-    for text, found, ids, back in zip(texts, encoded, expected, decoded, strict=True):
-        if found.ids != ids:
+    pairs = tokenizer.decode_batch(expected), vocabulary.decode(expected)
+    for ids, found, text in zip(expected, *pairs, strict=True):
+        if found != text:
             raise _conversion_error(
-                f"{text!r} would be encoded as {found.ids} instead of {ids}"
-            )
-        if back != processor.decode(ids):
-            raise _conversion_error(
-                f"{ids} would be decoded as {back!r} instead of "
-                f"{processor.decode(ids)!r}"
+                f"{ids} would be decoded as {found!r} instead of {text!r}"
             )
 
 
-def _texts(pieces):
-    """Yields texts that exercise the order of merges."""
+def _texts(pieces, added_tokens):
+    """Yields texts that exercise the order of merges, and the added tokens."""
     rng = random.Random(0)  # The same texts each time.
     pieces = [piece.replace(_SPACE, " ") for piece in pieces]
     repeated = [p for p in pieces if len(p) > 1 and len(set(p)) == 1]
@@ -188,6 +254,15 @@ def _texts(pieces):
         "é\u0301 日本 🙂\u200d",
         "\0",
     )
+    for token in added_tokens:
+        content = token.content
+        yield from (
+            content,
+            f"a{content}b",
+            f" {content} b ",
+            f"a {content}  {content}",
+        )
+        yield f"{content}{content}b{content}"
     for length in range(1, 101):
         yield " " * length + "x" + " " * (101 - length)
     for _ in range(_NUM_TEXTS):

@@ -35,6 +35,7 @@ _Result = TypeVar("_Result")
 
 RUN, RUN_FORMAT = "run.json", 1
 TOKENIZER = "tokenizer.model"
+TOKENIZER_SETTINGS = "tokenizer"  # A key of `run.json`.
 DIRECTORY = "checkpoints"
 ARRAYS = "arrays"
 # Orbax joins the keys of the tree ("model" and the variable path) by a dot.
@@ -141,15 +142,14 @@ class TrainingRun:
             raise FileNotFoundError(f"{TOKENIZER} is missing from the run {self.path}.")
         return path
 
-    def chat_template(self) -> dict[str, str] | str | None:
-        """Returns the chat template of a fine-tuning run, or `None`.
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns arguments of the tokenizer, see `OpenLlamaTokenizer.settings`.
 
         Raises:
             OSError: If `run.json` cannot be read.
             ValueError: If it is damaged.
         """
-        recipe = read_json_object(self.path / RUN).get("recipe", {})
-        return recipe.get("chat_template", {}).get("value")
+        return read_json_object(self.path / RUN).get(TOKENIZER_SETTINGS, {})
 
     def checkpoint(self) -> Checkpoint:
         """Verifies and returns the chosen checkpoint, or else the newest intact one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from keras_openllama import __version__
 from keras_openllama.checkpoints import tokenizer_json, weight_names
-from keras_openllama.checkpoints.chat_template import TEMPLATE_FILE, as_jinja
 from keras_openllama.checkpoints.end_tokens import GENERATION_CONFIG, id_or_list
 from keras_openllama.checkpoints.files import safetensors
 from keras_openllama.checkpoints.matching import match_tensors
@@ -17,6 +17,7 @@ from keras_openllama.checkpoints.model_card import model_card
 from keras_openllama.checkpoints.outputs import OutputFile, small_file
 from keras_openllama.checkpoints.shards import open_checkpoint
 from keras_openllama.config import END_TOKEN_ID, START_TOKEN_ID
+from keras_openllama.text.added_tokens import AddedToken
 from keras_openllama.text.sentencepiece_model import keeps_spaces, load_processor
 
 if TYPE_CHECKING:
@@ -203,7 +204,9 @@ def output_files(
     tokenizer = None
     if contents.tokenizer:
         add_start_token = contents.preprocessing.get("add_start_token", True)
-        tokenizer = _Tokenizer(contents.tokenizer, add_start_token)
+        tokenizer = _Tokenizer(
+            contents.tokenizer, add_start_token, **contents.tokenizer_settings
+        )
     start = tokenizer.ids["bos_token"] if tokenizer else contents.start_token_id
     config = config_settings(contents.arguments, dtype, start, contents.end_token_ids)
     # The vocabulary has no padding token. The unknown token pads instead: the
@@ -215,7 +218,7 @@ def output_files(
     return [
         small_file("config.json", _json(config)),
         small_file(GENERATION_CONFIG, _json(generation)),
-        *(_tokenizer_files(tokenizer, contents) if tokenizer else ()),
+        *(_tokenizer_files(tokenizer, contents.arguments) if tokenizer else ()),
         small_file("README.md", model_card(contents, dtype, merges_spaces)),
         *_weight_files(contents, dtype, max_shard_bytes),
     ]
@@ -332,13 +335,27 @@ class _Tokenizer:
     Args:
         proto: The serialized model.
         add_start_token: Whether the start token is prepended to each text.
+        add_eos: Whether the end token is appended to each text.
+        added_tokens: Tokens beside the pieces of the model, in JSON.
+        prepend_scheme: See `OpenLlamaTokenizer`.
     """
 
-    def __init__(self, proto, add_start_token):
+    def __init__(
+        self,
+        proto,
+        add_start_token,
+        add_eos=False,
+        added_tokens=(),
+        prepend_scheme="always",
+    ):
         processor = load_processor(proto, "The tokenizer")
         self.proto = proto
         self.add_start_token = add_start_token
-        self.json = tokenizer_json.build_tokenizer_json(proto, add_start_token)
+        self.add_end_token = add_eos
+        self.added = [AddedToken.from_json(token) for token in added_tokens]
+        self.json = tokenizer_json.build_tokenizer_json(
+            proto, add_start_token, add_eos, self.added, prepend_scheme
+        )
         self.merges_spaces = not keeps_spaces(processor)
         self.ids = {
             "bos_token": processor.bos_id(),
@@ -350,49 +367,28 @@ class _Tokenizer:
         }
 
 
-def _chat_template(preprocessing):
-    """The chat template in Jinja, or `None`."""
-    template = preprocessing.get("chat_template")
-    if template is None:
-        return None
-    add_tokens = (
-        preprocessing.get(name, True) for name in ("add_start_token", "add_end_token")
-    )
-    return as_jinja(template, *add_tokens)
-
-
-def _tokenizer_files(tokenizer, contents):
+def _tokenizer_files(tokenizer, arguments):
     tokens = {**tokenizer.tokens, "pad_token": tokenizer.tokens["unk_token"]}
+    controls = [AddedToken(tokenizer.tokens[n], i) for n, i in tokenizer.ids.items()]
+    added = {token.id: token for token in [*controls, *tokenizer.added]}
     config = {
         # Only this class uses tokenizer.json as it is. LlamaTokenizer replaces its
         # normalizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **tokens,
         "add_bos_token": tokenizer.add_start_token,
-        "add_eos_token": False,
+        "add_eos_token": tokenizer.add_end_token,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": contents.arguments["max_sequence_length"],
+        "model_max_length": arguments["max_sequence_length"],
         "padding_side": "left",  # Required for generation.
         "added_tokens_decoder": {
-            str(tokenizer.ids[name]): {
-                "content": tokenizer.tokens[name],
-                "special": True,
-                "normalized": False,
-                "lstrip": False,
-                "rstrip": False,
-                "single_word": False,
-            }
-            for name in sorted(tokenizer.ids, key=tokenizer.ids.get)
+            str(i): {k: v for k, v in dataclasses.asdict(token).items() if k != "id"}
+            for i, token in sorted(added.items())
         },
     }
-    chat_template = _chat_template(contents.preprocessing)
-    if chat_template is not None:
-        # Versions of transformers before 4.52 read it here only.
-        config["chat_template"] = chat_template
     return [
         small_file("tokenizer.model", tokenizer.proto),
         small_file("tokenizer.json", tokenizer.json),
         small_file("tokenizer_config.json", _json(config)),
         small_file("special_tokens_map.json", _json(tokens)),
-        *([small_file(TEMPLATE_FILE, chat_template)] if chat_template else ()),
     ]

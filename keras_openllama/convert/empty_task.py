@@ -16,6 +16,7 @@ def build_empty_task(
     dtype: str,
     tokenizer: bytes | None = None,
     preprocessing: dict[str, Any] | None = None,
+    tokenizer_settings: dict[str, Any] | None = None,
     end_token_ids: Sequence[int] | None = None,
 ) -> OpenLlamaCausalLM:
     """Builds a task whose variables have no values.
@@ -25,6 +26,7 @@ def build_empty_task(
         dtype: Name of the dtype.
         tokenizer: The serialized SentencePiece model. `None` builds no preprocessor.
         preprocessing: Settings of the preprocessor.
+        tokenizer_settings: Settings of the tokenizer.
         end_token_ids: Ids of the tokens that end a text.
 
     Returns:
@@ -42,7 +44,7 @@ def build_empty_task(
             **(preprocessing or {}),
         }
         preprocessor = OpenLlamaCausalLMPreprocessor(
-            OpenLlamaTokenizer(tokenizer), **settings
+            OpenLlamaTokenizer(tokenizer, **(tokenizer_settings or {})), **settings
         )
     with without_weights():
         backbone = OpenLlamaBackbone(**arguments, dtype=dtype)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from keras_openllama.checkpoints.contents import ModelContents
-from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.config import END_TOKEN_ID, validate_architecture
 from keras_openllama.text.sentencepiece_model import check_vocabulary, load_processor
 
@@ -42,12 +41,13 @@ def contents_of_source(
         4524288
     """
     arguments = validate_architecture(source.arguments())
-    proto = _proto(source, arguments) if tokenizer else None
+    proto, settings = _tokenizer(source, arguments) if tokenizer else (None, {})
     tensors = source.read_tensors(arguments)
     return ModelContents(
         arguments,
         tensors,
         tokenizer=proto,
+        tokenizer_settings=settings,
         origin=source.origin or origin,
         start_token_id=source.start_token_id(),
         end_token_ids=_end_token_ids(source, proto),
@@ -63,7 +63,8 @@ def _end_token_ids(source, proto):
     return (load_processor(proto, "The tokenizer").eos_id(),)
 
 
-def _proto(source, arguments):
+def _tokenizer(source, arguments):
+    """Returns the SentencePiece model and the settings of the tokenizer."""
     try:
         path = source.tokenizer_file()
     except FileNotFoundError as error:
@@ -74,12 +75,4 @@ def _proto(source, arguments):
     proto = path.read_bytes()
     pieces = load_processor(proto, str(path)).vocab_size()
     check_vocabulary(pieces, arguments["vocabulary_size"])
-    added = source.added_tokens(pieces)
-    if added:
-        raise ValueError(
-            f"In addition to the {pieces} pieces of {path}, the model has added "
-            f"tokens: {format_names(added)}. A SentencePiece model cannot represent "
-            "them. To convert only the weights, skip the tokenizer (tokenizer=False, "
-            "or --no-tokenizer)."
-        )
-    return proto
+    return proto, source.tokenizer_settings()

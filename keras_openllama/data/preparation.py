@@ -134,7 +134,8 @@ def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
 
     Raises:
         OSError: if the file does not exist.
-        ValueError: if there is no such preset.
+        ValueError: if there is no such preset, or the tokenizer has added tokens that
+            plain text can contain.
 
     Example:
         >>> len(load_tokenizer_proto("open_llama_nano")) > 0
@@ -146,7 +147,16 @@ def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
         return files.read_bytes(inside)
     if tokenizer.endswith(".model"):
         return files.read_bytes(tokenizer)
-    return files.read_bytes(find_source(tokenizer).tokenizer_file())
+    source = find_source(tokenizer)
+    added = source.tokenizer_settings().get("added_tokens", ())
+    words = [token["content"] for token in added if not token.get("special", True)]
+    if words:
+        raise ValueError(
+            f"The tokenizer {tokenizer!r} has added tokens that are not special: "
+            f"{', '.join(words)}. Data are prepared with SentencePiece alone, which "
+            "splits them. Use the tokenizer without them: pass its tokenizer.model."
+        )
+    return files.read_bytes(source.tokenizer_file())
 
 
 def _check_names(sources, before, mixture, text_fields):

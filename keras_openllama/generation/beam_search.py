@@ -16,6 +16,7 @@ from keras_openllama.generation.kv_cache import (
     init_cache,
     pad_prompts,
 )
+from keras_openllama.generation.sampling import exclude_undefined_tokens
 from keras_openllama.generation.sharding import state_shardings, to_device
 from keras_openllama.generation.token_loop import cut_at_stop_id
 from keras_openllama.layers.cached_attention import heads_first
@@ -125,7 +126,8 @@ class SearchLoop:
                 backbone, inputs, prompt_layout, cache, index - 1
             )
             cache = tree.map_structure(lambda x: beams_first(x, len(prompt)), cache)
-            return model.lm_head(hidden)[:, 0], hidden[:, 0], cache
+            logits = exclude_undefined_tokens(model, model.lm_head(hidden)[:, 0])
+            return logits, hidden[:, 0], cache
 
         # Contrastive search takes a maximum of similarities over all states. Padding
         # repeats the first state, which does not change the maximum.

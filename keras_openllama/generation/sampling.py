@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from keras import ops
@@ -20,6 +21,9 @@ from keras_openllama.backend.keras_hub import (
 )
 from keras_openllama.utils.types import Tensor
 from keras_openllama.utils.validation import check_integer, raise_invalid
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
 
 # Samplers whose choice at a temperature of 0 is the most likely token.
 _GREEDY_AT_ZERO = (GreedySampler, RandomSampler, TopKSampler, TopPSampler)
@@ -104,6 +108,36 @@ def _check_arguments(sampler, vocabulary_size):
     if isinstance(sampler, ContrastiveSampler):
         check_integer(f"{name}.k", sampler.k, most=vocabulary_size)
         check_number("alpha", lambda alpha: 0 <= alpha <= 1, "in [0, 1]")
+
+
+def exclude_undefined_tokens(model: CausalLM, logits: Tensor) -> Tensor:
+    """Sets the logits of ids that have no token to minus infinity.
+
+    A model may have more rows than its tokenizer has tokens, for example to make their
+    number a multiple of 64. Such ids have no text.
+
+    Args:
+        model: `OpenLlamaCausalLM`, whose tokenizer has the tokens.
+        logits: float32 `(batch, vocabulary_size)`.
+
+    Returns:
+        The logits; unchanged if all ids have tokens, or the model has no tokenizer.
+
+    Example:
+        >>> logits = np.zeros((1, 3072), "float32")
+        >>> exclude_undefined_tokens(lm, logits) is logits
+        True
+    """
+    tokenizer = getattr(model.preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return logits
+    num_rows = logits.shape[-1]
+    undefined = tokenizer.vocabulary.ids_without_token(num_rows)
+    if not undefined:
+        return logits
+    has_token = np.ones(num_rows, "bool")
+    has_token[undefined] = False
+    return ops.where(has_token, logits, -math.inf)
 
 
 def next_tokens(sampler: Sampler, logits: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from keras_openllama.generation.kv_cache import (
     padded_batch_size,
     padded_cache_length,
 )
-from keras_openllama.generation.sampling import next_tokens
+from keras_openllama.generation.sampling import exclude_undefined_tokens, next_tokens
 from keras_openllama.generation.sharding import (
     constrain_sharding,
     device_platform,
@@ -291,7 +291,9 @@ class TokenLoop:
         Returns:
             The state after the step.
         """
-        token = next_tokens(self.model.sampler, ops.cast(logits, "float32"))
+        logits = ops.cast(logits, "float32")
+        logits = exclude_undefined_tokens(self.model, logits)
+        token = next_tokens(self.model.sampler, logits)
         token = ops.where(state.done, PAD_TOKEN_ID, ops.cast(token, "int32"))
         step = state.step + 1
         done = ops.logical_or(is_any_of(token, stop_ids), step >= prompt_layout.limits)

@@ -13,7 +13,10 @@ from keras_openllama.backend.keras_hub import (
     without_tensorflow,
 )
 from keras_openllama.checkpoints import keras_hub
-from keras_openllama.checkpoints.contents import PREPROCESSOR_SETTINGS
+from keras_openllama.checkpoints.contents import (
+    PREPROCESSOR_SETTINGS,
+    TOKENIZER_SETTINGS,
+)
 from keras_openllama.loading.sources import SourceDefaults
 from keras_openllama.utils.files import read_json_object
 
@@ -55,11 +58,16 @@ class KerasHubSource(SourceDefaults):
 
     def preprocessing(self) -> dict[str, Any]:
         """Returns the settings of the saved preprocessor."""
-        path = self._repository.optional("preprocessor.json")
+        return self._saved_settings("preprocessor.json", PREPROCESSOR_SETTINGS)
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns the settings of the saved tokenizer."""
+        return self._saved_settings("tokenizer.json", TOKENIZER_SETTINGS)
+
+    def _saved_settings(self, file, names):
+        path = self._repository.optional(file)
         settings = read_json_object(path).get("config", {}) if path else {}
-        return {
-            name: settings[name] for name in PREPROCESSOR_SETTINGS if name in settings
-        }
+        return {name: settings[name] for name in names if name in settings}
 
     def end_token_ids(self) -> list[int]:
         """Returns the end tokens of the saved task; empty for older versions."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
-from keras_openllama.checkpoints.chat_template import read_chat_template
 from keras_openllama.checkpoints.end_tokens import read_end_token_ids
+from keras_openllama.checkpoints.tokenizer_settings import TokenizerFiles
 from keras_openllama.config import (
     END_TOKEN_ID,
     START_TOKEN_ID,
@@ -28,7 +28,6 @@ from keras_openllama.text.sentencepiece_model import (
     keeps_spaces,
     load_processor,
 )
-from keras_openllama.utils.files import read_json_object
 
 if TYPE_CHECKING:
     from keras_openllama.checkpoints.repository import Repository
@@ -93,8 +92,8 @@ class ModelSource(Protocol):
     def preprocessing(self) -> dict[str, Any]:
         """Returns settings of the preprocessor, see `PREPROCESSOR_SETTINGS`."""
 
-    def added_tokens(self, pieces: int) -> list[str]:
-        """Returns the tokens that follow the `pieces` of the SentencePiece model."""
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns arguments of the tokenizer, see `OpenLlamaTokenizer.settings`."""
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
@@ -119,9 +118,9 @@ class SourceDefaults:
         """Returns no settings of the preprocessor."""
         return {}
 
-    def added_tokens(self, pieces: int) -> list[str]:
-        """Returns no tokens."""
-        return []
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns no settings of the tokenizer."""
+        return {}
 
 
 class StreamedSource(SourceDefaults):
@@ -139,7 +138,8 @@ class StreamedSource(SourceDefaults):
 
     def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a tokenizer, see `ModelSource`."""
-        return cls(str(self._required_tokenizer_file()), **kwargs)
+        path = str(self._required_tokenizer_file())
+        return cls(path, **{**self.tokenizer_settings(), **kwargs})
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""
@@ -233,6 +233,7 @@ class TransformersSource(StreamedSource):
 
     def __init__(self, repository: Repository, config: dict[str, Any], path: Path):
         self._repository = repository
+        self._tokenizer_files = TokenizerFiles(repository)
         self._config = config
         self._path = path
 
@@ -257,7 +258,7 @@ class TransformersSource(StreamedSource):
         declares it, as in transformers.
         """
         ids = read_end_token_ids(self._repository, self._config, self._path)
-        of_tokenizer = self._renamed_end_token()
+        of_tokenizer = self._tokenizer_files.renamed_end_token()
         return ids if of_tokenizer in (None, *ids) else [*ids, of_tokenizer]
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
@@ -277,43 +278,14 @@ class TransformersSource(StreamedSource):
                 stacklevel=2,
             )
 
-    def _renamed_end_token(self):
-        """Returns the id of the end token that `tokenizer_config.json` names.
-
-        `None` if it names none, or that of the SentencePiece model.
-        """
-        path = self._repository.optional("tokenizer_config.json")
-        token = read_json_object(path).get("eos_token") if path else None
-        token = token["content"] if isinstance(token, dict) else token
-        model = self._repository.optional(_TOKENIZER)
-        if token is None or model is None:
-            return None
-        processor = load_processor(model.read_bytes(), str(model))
-        token_id = self._added_token_ids().get(token, processor.piece_to_id(token))
-        return (
-            None if token_id in (processor.eos_id(), processor.unk_id()) else token_id
-        )
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns the added tokens and settings in the files of the tokenizer."""
+        return self._tokenizer_files.settings(self._config["vocab_size"])
 
     def preprocessing(self) -> dict[str, Any]:
-        """Returns the chat template of the model, if it has one."""
-        template = read_chat_template(self._repository)
-        return {} if template is None else {"chat_template": template}
-
-    def added_tokens(self, pieces: int) -> list[str]:
-        """Returns the tokens that were added to the SentencePiece model."""
-        added = self._added_token_ids()
-        return sorted(token for token, i in added.items() if i >= pieces)
-
-    def _added_token_ids(self):
-        ids = {}
-        for name in ("added_tokens.json", "tokenizer_config.json"):
-            path = self._repository.optional(name)
-            found = read_json_object(path) if path else {}
-            decoder = found.get("added_tokens_decoder", {})
-            ids.update({entry["content"]: int(i) for i, entry in decoder.items()})
-            if name == "added_tokens.json":
-                ids.update(found)
-        return ids
+        """Returns whether a text begins with the start token."""
+        adds_start_token = self._tokenizer_files.adds_start_token()
+        return {} if adds_start_token else {"add_start_token": False}
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
@@ -397,9 +369,9 @@ class EasyLMSource(StreamedSource):
         """Returns the settings of the preprocessor of the other source."""
         return self._model.preprocessing()
 
-    def added_tokens(self, pieces: int) -> list[str]:
-        """Returns the added tokens of the other source."""
-        return self._model.added_tokens(pieces)
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns the settings of the tokenizer of the other source."""
+        return self._model.tokenizer_settings()
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
@@ -430,10 +402,9 @@ class TrainingRunSource(StreamedSource):
         """Returns the end tokens of the model that was fine-tuned, if it had any."""
         return self._run.end_token_ids()
 
-    def preprocessing(self) -> dict[str, Any]:
-        """Returns the chat template of the run, if it has one."""
-        template = self._run.chat_template()
-        return {} if template is None else {"chat_template": template}
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns the settings of the run's tokenizer."""
+        return self._run.tokenizer_settings()
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True

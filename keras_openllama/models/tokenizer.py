@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +17,21 @@ from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow
 from keras_openllama.backend.keras_hub import Tokenizer
 from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
+from keras_openllama.text.added_tokens import AddedToken, as_added_tokens
 from keras_openllama.text.inputs import check_graph_texts, normalize_texts
 from keras_openllama.text.sentencepiece_model import (
-    keeps_spaces,
     load_processor,
-    processor_without_dummy_prefix,
     proto_from_base64,
     read_proto,
 )
-from keras_openllama.text.stream_decoder import StreamDecoder
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID, as_id_sequences
+from keras_openllama.text.vocabulary import PREPEND_SCHEMES, Vocabulary
 from keras_openllama.utils.types import PathLike, Tensor
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+
+    from keras_openllama.text.stream_decoder import StreamDecoder
 
 VOCABULARY_FILE = "vocabulary.spm"  # The file's name in KerasHub's directories.
 
@@ -47,7 +48,12 @@ class OpenLlamaTokenizer(Tokenizer):
 
     Control strings such as `"</s>"` in a text are encoded as ordinary characters,
     unless `tokenize` is called with `parse_special=True`. So untrusted text cannot end
-    a sequence.
+    a sequence. (The `tokenizer.json` of an export always encodes them as tokens, as
+    transformers does.)
+
+    A checkpoint can have tokens beside the pieces of its SentencePiece model, such as
+    `<|im_start|>`. `from_preset` reads them from the files of the checkpoint, and
+    exports contain them.
 
     Calling the tokenizer is the same as calling `tokenize`, which corresponds to
     `encode` of transformers.
@@ -58,11 +64,20 @@ class OpenLlamaTokenizer(Tokenizer):
         add_bos: whether to insert `<s>` before each text. The preprocessor of the model
             inserts it independently of this option.
         add_eos: whether to append `</s>` to each text.
+        added_tokens: tokens beside the pieces of the SentencePiece model. Each is a
+            string, for a special token with the next id; an
+            `keras_openllama.text.added_tokens.AddedToken`; or a dict with its
+            attributes. Special tokens are encoded as control strings are. Others are
+            encoded wherever they occur. The model needs an embedding for each of them.
+        prepend_scheme: whether SentencePiece's space before a text also precedes text
+            that follows a control string or an added token: `"always"`, or `"first"`
+            for text at the beginning only.
         **kwargs: further arguments of `keras_hub.tokenizers.Tokenizer`, such as `name`.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not a complete SentencePiece model.
+        ValueError: if it is not a complete SentencePiece model, or an added token is
+            malformed.
 
     Example:
         >>> tokenizer = OpenLlamaTokenizer.from_preset("open_llama_nano")
@@ -70,6 +85,9 @@ class OpenLlamaTokenizer(Tokenizer):
         [[357, 1239], [518, 269, 441, 3016]]
         >>> tokenizer.detokenize([357, 1239])
         'The sea'
+        >>> chat = OpenLlamaTokenizer(tokenizer.proto, added_tokens=["<|im_end|>"])
+        >>> chat("The sea<|im_end|>", parse_special=True)
+        [357, 1239, 3072]
 
     Source: Kudo and Richardson, SentencePiece (arXiv:1808.06226).
     """
@@ -81,11 +99,20 @@ class OpenLlamaTokenizer(Tokenizer):
         proto: PathLike | bytes | None = None,
         add_bos: bool = False,
         add_eos: bool = False,
+        added_tokens: Sequence[str | dict[str, Any] | AddedToken] = (),
+        prepend_scheme: str = "always",
         **kwargs: Any,
     ):
+        if prepend_scheme not in PREPEND_SCHEMES:
+            raise ValueError(
+                f"`prepend_scheme` must be one of {PREPEND_SCHEMES}. "
+                f"Received: {prepend_scheme!r}"
+            )
         super().__init__(_allow_python_workflow=True, **kwargs)
         self.add_bos = add_bos
         self.add_eos = add_eos
+        self.prepend_scheme = prepend_scheme
+        self._given_tokens = added_tokens
         self.file_assets = [VOCABULARY_FILE]
         self.set_proto(proto)
         self.built = True  # No weights; but Keras only quantizes built layers.
@@ -136,20 +163,17 @@ class OpenLlamaTokenizer(Tokenizer):
             3072
         """
         if proto is None:
-            self.proto = None
-            self._processor = None
+            self.proto = self._vocabulary = None
+            self._added_tokens = ()
             return
         data, source = read_proto(proto)
-        self._processor = load_processor(data, source)
+        pieces = load_processor(data, source).vocab_size()
+        self._added_tokens = as_added_tokens(self._given_tokens, first_id=pieces)
+        self._vocabulary = Vocabulary(
+            data, source, self._added_tokens, self.prepend_scheme
+        )
         self.proto = data
-        self._keeps_spaces = keeps_spaces(self._processor)
         self._warned_of_lost_spaces = False
-        self._continuation_processor = None  # Created on first use.
-        self._controls = {
-            self._processor.id_to_piece(i): i
-            for i in range(self._processor.vocab_size())
-            if self._processor.is_control(i)
-        }
 
     # --- The vocabulary ---
 
@@ -161,8 +185,17 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.processor.encode("The sea", out_type=str)
             ['▁The', '▁sea']
         """
+        return self.vocabulary.processor
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The SentencePiece model with the added tokens.
+
+        Raises:
+            ValueError: if the tokenizer has no SentencePiece model.
+        """
         self._require_proto()
-        return self._processor
+        return self._vocabulary
 
     def _require_proto(self):
         if self.proto is None:
@@ -180,19 +213,47 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.keeps_spaces
             True
         """
+        return self.vocabulary.keeps_spaces
+
+    @property
+    def added_tokens(self) -> tuple[AddedToken, ...]:
+        """The tokens beside the pieces of the SentencePiece model, by ascending id.
+
+        Example:
+            >>> proto = lm.preprocessor.tokenizer.proto
+            >>> tokenizer = OpenLlamaTokenizer(proto, added_tokens=["<|im_end|>"])
+            >>> tokenizer.added_tokens[0].id
+            3072
+        """
         self._require_proto()
-        return self._keeps_spaces
+        return self._added_tokens
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the model file, in hexadecimal.
+        """SHA-256 of what determines the token ids of plain text, in hexadecimal.
+
+        That is the model file, and those added tokens that are not special.
 
         Example:
             >>> len(lm.preprocessor.tokenizer.fingerprint)
             64
         """
-        self._require_proto()
-        return hashlib.sha256(self.proto).hexdigest()
+        added = [t.to_json() for t in self.added_tokens if not t.special]
+        added = json.dumps([added, self.prepend_scheme]).encode() if added else b""
+        return hashlib.sha256(self.proto + added).hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the arguments beside `proto` that change token ids, for JSON.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.settings()
+            {'add_eos': False, 'added_tokens': [], 'prepend_scheme': 'always'}
+        """
+        return {
+            "add_eos": self.add_eos,
+            "added_tokens": [token.to_json() for token in self.added_tokens],
+            "prepend_scheme": self.prepend_scheme,
+        }
 
     @property
     def start_token_id(self) -> int:
@@ -241,7 +302,7 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.vocabulary_size()
             3072
         """
-        return self.processor.vocab_size()
+        return self.vocabulary.size
 
     def get_vocabulary(self) -> list[str]:
         """Returns the tokens in the order of their ids.
@@ -250,7 +311,7 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> lm.preprocessor.tokenizer.get_vocabulary()[:4]
             ['<unk>', '<s>', '</s>', '<0x00>']
         """
-        return self.processor.id_to_piece(list(range(self.vocabulary_size())))
+        return [self.vocabulary.token(i) for i in range(self.vocabulary_size())]
 
     def id_to_token(self, id: int) -> str:
         """Returns the token with an id.
@@ -269,7 +330,7 @@ class OpenLlamaTokenizer(Tokenizer):
             '▁sea'
         """
         [[id]], _ = as_id_sequences([id], self.vocabulary_size())
-        return self.processor.id_to_piece(id)
+        return self.vocabulary.token(id)
 
     def token_to_id(self, token: str) -> int:
         """Returns the id of a token.
@@ -285,7 +346,7 @@ class OpenLlamaTokenizer(Tokenizer):
             1239
         """
         [token] = normalize_texts(token, name="token").texts
-        return self.processor.piece_to_id(token)
+        return self.vocabulary.id(token)
 
     # --- Text to ids ---
 
@@ -353,10 +414,7 @@ class OpenLlamaTokenizer(Tokenizer):
             [[357, 1239, 2]]
         """
         self._warn_of_lost_spaces(texts)
-        if parse_special:
-            sequences = [self._parse_special(text) for text in texts]
-        else:
-            sequences = self.processor.encode(texts, num_threads=-1)
+        sequences = self.vocabulary.encode(texts, parse_special)
         if self.add_bos if add_bos is None else add_bos:
             start = [self.start_token_id]
             sequences = [ids if ids[:1] == start else start + ids for ids in sequences]
@@ -386,31 +444,13 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> tokenizer.detokenize(ids + tokenizer.tokenize_continuation("happy"))
             'unhappy'
         """
-        self._require_proto()
-        if self._continuation_processor is None:
-            self._continuation_processor = processor_without_dummy_prefix(self.proto)
-        if parse_special:
-            return self._parse_special(text, self._continuation_processor)
-        return self._continuation_processor.encode(text)
+        return self.vocabulary.encode_continuation(text, parse_special)
 
     def call(
         self, inputs: Any, *args: Any, training: bool | None = None, **kwargs: Any
     ) -> Any:
         """See `tokenize`."""
         return self.tokenize(inputs, *args, **kwargs)
-
-    def _parse_special(self, text, first_processor=None):
-        longest_first = sorted(self._controls, key=len, reverse=True)
-        pattern = "|".join(re.escape(control) for control in longest_first)
-        processor = first_processor or self.processor
-        ids = []
-        for part in re.split(f"({pattern})", text):
-            if part in self._controls:
-                ids.append(self._controls[part])
-                processor = self.processor
-            elif part:
-                ids += processor.encode(part)
-        return ids
 
     def _tokenize_in_graph(self, inputs, *options):
         """Tokenizes a symbolic string tensor by a Python function in the graph."""
@@ -455,7 +495,7 @@ class OpenLlamaTokenizer(Tokenizer):
     def detokenize(
         self, inputs: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> str | list[str]:
-        """Converts token ids to text. Control tokens such as `</s>` have no text.
+        """Converts token ids to text. Special tokens such as `</s>` have no text.
 
         Args:
             inputs: an int, a list of ints, or an integer array or tensor of one
@@ -473,7 +513,7 @@ class OpenLlamaTokenizer(Tokenizer):
             'The sea'
         """
         sequences, batched = as_id_sequences(inputs, self.vocabulary_size())
-        texts = self.processor.decode(sequences, num_threads=-1)
+        texts = self.vocabulary.decode(sequences)
         return texts if batched else texts[0]
 
     def stream_decoder(self, prefix_ids: Sequence[int] = ()) -> StreamDecoder:
@@ -491,7 +531,7 @@ class OpenLlamaTokenizer(Tokenizer):
             >>> [decoder.push(token) for token in tokenizer("sea shore")]
             [' sea', ' sh', 'ore']
         """
-        return StreamDecoder(self.processor, prefix_ids)
+        return self.vocabulary.stream_decoder(prefix_ids)
 
     # --- Saving ---
 
@@ -517,6 +557,11 @@ class OpenLlamaTokenizer(Tokenizer):
             "proto": proto,
             "add_bos": self.add_bos,
             "add_eos": self.add_eos,
+            "added_tokens": [
+                token.to_json() if isinstance(token, AddedToken) else token
+                for token in self._added_tokens or self._given_tokens or ()
+            ],
+            "prepend_scheme": self.prepend_scheme,
         }
 
     @classmethod

@@ -104,7 +104,8 @@ def write_run(directory: PathLike, run: Mapping[str, Any], tokenizer: bytes) -> 
 
     Args:
         directory: The run's directory.
-        run: JSON-serializable dict: `preset`, `recipe`, `architecture`, `data`.
+        run: JSON-serializable dict: `preset`, `recipe`, `architecture`, `data`, and
+            `tokenizer`, the settings of a tokenizer that has other than the defaults.
         tokenizer: The SentencePiece model.
     """
     files.write_bytes(files.join(directory, TOKENIZER), tokenizer)

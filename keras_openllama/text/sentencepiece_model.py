@@ -4,6 +4,7 @@ import base64
 import binascii
 import os
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -12,6 +13,7 @@ from keras_openllama.utils.types import PathLike
 
 # A longer string is not a path but the base64 that `get_config` writes.
 _MAX_PATH_LENGTH = 2048
+SPACE = "▁"  # How SentencePiece writes a space in normalized text and in pieces.
 # Field numbers of SentencePiece's ModelProto. Every complete file has both fields, in
 # this order, after the vocabulary.
 _TRAINER_SPEC, _NORMALIZER_SPEC = 2, 3
@@ -89,26 +91,34 @@ def load_processor(data: bytes, source: str) -> sentencepiece.SentencePieceProce
 
 def keeps_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Returns whether a model preserves runs of spaces. v1 models merge them."""
-    # In normalized text, SentencePiece writes a space as ▁.
-    return "▁▁" in processor.normalize("a  b")
+    return SPACE * 2 in processor.normalize("a  b")
 
 
-def processor_without_dummy_prefix(data: bytes) -> sentencepiece.SentencePieceProcessor:
-    """Loads a model that puts no space before a text.
-
-    SentencePiece calls this space the dummy prefix. A text that continues another text
-    must not have it.
+def processor_with_normalizer(
+    data: bytes, **settings: Any
+) -> sentencepiece.SentencePieceProcessor:
+    """Loads a model with other settings of its normalizer.
 
     Args:
         data: bytes of a SentencePiece model.
+        **settings: fields of SentencePiece's `NormalizerSpec`. Without
+            `add_dummy_prefix`, no space is put before a text, as a text that continues
+            another one requires.
 
     Returns:
         A processor with the changed model loaded.
+
+    Example:
+        >>> proto = lm.preprocessor.tokenizer.proto
+        >>> processor = processor_with_normalizer(proto, add_dummy_prefix=False)
+        >>> processor.encode("sea", out_type=str)
+        ['se', 'a']
     """
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
-    model.normalizer_spec.add_dummy_prefix = False
+    for name, value in settings.items():
+        setattr(model.normalizer_spec, name, value)
     return load_processor(model.SerializeToString(), "the model")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, SupportsInt
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class StreamDecoder:
             not emitted. The first id after them is decoded as their continuation, so it
             keeps its leading space. If the prefix ends inside a character that the
             stream completes, that character is emitted.
+        added_texts: text of each id that the processor does not have, or decodes
+            otherwise; empty for control tokens.
 
     Example:
         >>> tokenizer = lm.preprocessor.tokenizer
@@ -43,9 +46,14 @@ class StreamDecoder:
     """
 
     def __init__(
-        self, processor: SentencePieceProcessor, prefix_ids: Iterable[int] = ()
+        self,
+        processor: SentencePieceProcessor,
+        prefix_ids: Iterable[int] = (),
+        added_texts: Mapping[int, str] = types.MappingProxyType({}),
     ):
         self._processor = processor
+        self._added_texts = added_texts
+        self._num_ids = max([processor.vocab_size(), *(i + 1 for i in added_texts)])
         self._bytes = codecs.getincrementaldecoder("utf-8")(_ONE_MARK_PER_BYTE)
         # Whether SentencePiece would still remove the space before the text.
         self._at_start = True
@@ -77,12 +85,13 @@ class StreamDecoder:
             ValueError: if the id is not in the vocabulary.
         """
         token_id = int(token_id)
-        if not 0 <= token_id < self._processor.vocab_size():
-            size = self._processor.vocab_size()
+        if not 0 <= token_id < self._num_ids:
             raise ValueError(
-                f"`token_id` must be in the vocabulary, from 0 to {size - 1}. "
-                f"Received: {token_id}"
+                "`token_id` must be in the vocabulary, from 0 to "
+                f"{self._num_ids - 1}. Received: {token_id}"
             )
+        if token_id in self._added_texts:
+            return self.flush() + self._added_text(token_id)
         if self._processor.is_byte(token_id):
             byte = int(self._processor.id_to_piece(token_id)[1:-1], base=16)
             text = self._bytes.decode(bytes([byte]))
@@ -110,6 +119,15 @@ class StreamDecoder:
         self._at_start = not text and decode([token_id, self._space_id]) == decode(
             [self._space_id]
         )
+        return text
+
+    def _added_text(self, token_id):
+        text = self._added_texts[token_id]
+        if self._at_start and text.startswith(" "):
+            # What SentencePiece removes of the spaces before a text: one, or all.
+            removes_all = not self._processor.decode([self._space_id] * 2)
+            text = text.lstrip(" ") if removes_all else text[1:]
+        self._at_start = self._at_start and not text
         return text
 
     def _unseen(self, text):

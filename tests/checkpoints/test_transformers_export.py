@@ -196,15 +196,6 @@ def test_export_rejects_a_tokenizer_of_another_model(tmp_path):
         lm.export_to_transformers(tmp_path / "out")
 
 
-def test_convert_rejects_added_tokens(tmp_path):
-    lm = random_lm(SHAPE, trained_model(True))
-    lm.export_to_transformers(tmp_path / "a")
-    (tmp_path / "a" / "added_tokens.json").write_text('{"<|im_start|>": 512}')
-    with pytest.raises(ValueError, match=r"<\|im_start\|>.*--no-tokenizer"):
-        convert(tmp_path / "a", tmp_path / "b", "transformers")
-    convert(tmp_path / "a", tmp_path / "b", "transformers", tokenizer=False)
-
-
 def test_model_card_of_random_weights_has_no_origin(tmp_path):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano", load_weights=False)
     lm.export_to_transformers(tmp_path / "out")

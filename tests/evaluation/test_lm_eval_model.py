@@ -33,6 +33,7 @@ PAIRS = [
     ("An exam", "ple cut within a word"),
     ("<s>Begins with a token", " of control"),
     ("Ends</s>", " with one"),
+    ("It is <unk> to", " <unk> me"),
 ]
 
 

@@ -132,7 +132,8 @@ def test_stream_decoder_decodes_at_most_two_ids_per_call(monkeypatch):
             return self.processor.decode(ids)
 
     tokenizer = OpenLlamaTokenizer(V2.proto)
-    monkeypatch.setattr(tokenizer, "_processor", Counting(tokenizer.processor))
+    counting = Counting(tokenizer.processor)
+    monkeypatch.setattr(tokenizer.vocabulary, "processor", counting)
     streamed(tokenizer, V2("日本 text " * 200), prefix=[1] * 50 + V2("a b" * 50))
     assert 0 < longest <= 2
 
