@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 SHAPE = TinyShape("grouped", 4, 2, 16, context=64)
 PROMPT = "The value of"
+MAX_NEW_TOKENS = 12
 PROMPT_IDS = [1, *load_processor(trained_model(True), "a test").encode(PROMPT)]
 
 
@@ -33,11 +34,12 @@ def export(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def new_ids(export):
-    """The first tokens that the model generates after the prompt: all different."""
+def expected(export):
+    """The tokens after the prompt, up to the second one that differs."""
     ids = new_tokens(OpenLlamaCausalLM.from_preset(export), stop_token_ids=None)
-    assert len(set(ids[:3])) == 3
-    return ids
+    first = [i for i, token_id in enumerate(ids) if token_id not in ids[:i]]
+    second = first[:2][-1]
+    return ids[: second + 1]
 
 
 def update_json(path, **settings):
@@ -63,7 +65,9 @@ def declare(export, tmp_path):
 
 def new_tokens(lm, **options):
     arrays = {"token_ids": [PROMPT_IDS], "padding_mask": [[1] * len(PROMPT_IDS)]}
-    outputs = lm.generate(arrays, max_new_tokens=6, strip_prompt=True, **options)
+    outputs = lm.generate(
+        arrays, max_new_tokens=MAX_NEW_TOKENS, strip_prompt=True, **options
+    )
     return outputs["token_ids"][0][outputs["padding_mask"][0]].tolist()
 
 
@@ -78,19 +82,17 @@ def new_tokens(lm, **options):
     ],
 )
 def test_generate_stops_where_transformers_does(
-    declare, new_ids, tmp_path, config, generation
+    declare, expected, tmp_path, config, generation
 ):
-    values = {"one": new_ids[1], "list": [2, new_ids[1]], "own": 2}
+    values = {"one": expected[-1], "list": [2, expected[-1]], "own": 2}
     files = {"config.json": {"eos_token_id": values[config]}}
     if generation:
         files["generation_config.json"] = {"eos_token_id": values[generation]}
     lm = declare(files)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "declared")
     prompt = torch.tensor([PROMPT_IDS])
-    expected = theirs.generate(prompt, max_new_tokens=6, do_sample=False)
-    expected = expected[0, len(PROMPT_IDS) :].tolist()
-    assert new_tokens(lm) == expected
-    assert len(expected) == 2
+    found = theirs.generate(prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    assert found[0, len(PROMPT_IDS) :].tolist() == new_tokens(lm) == expected
 
 
 @pytest.mark.backend_free
@@ -103,29 +105,32 @@ def test_from_preset_reads_the_end_tokens_of_both_files(declare):
 
 
 @pytest.mark.backend_free
-def test_from_preset_without_preprocessor_reads_end_tokens(declare, new_ids):
-    lm = declare({"config.json": {"eos_token_id": [2, new_ids[0]]}}, preprocessor=None)
-    assert lm.end_token_ids == [2, new_ids[0]]
-    assert new_tokens(lm) == new_ids[:1]
+def test_from_preset_without_preprocessor_reads_end_tokens(declare, expected):
+    end = [2, expected[-1]]
+    lm = declare({"config.json": {"eos_token_id": end}}, preprocessor=None)
+    assert lm.end_token_ids == end
+    assert new_tokens(lm) == expected
 
 
 def test_stream_beam_search_and_the_harness_stop_at_declared_end_tokens(
-    declare, new_ids
+    declare, expected
 ):
-    lm = declare({"config.json": {"eos_token_id": new_ids[1]}})
-    text = lm.generate(PROMPT, max_new_tokens=6, strip_prompt=True)
-    assert text == lm.generate(PROMPT, max_new_tokens=2, strip_prompt=True)
-    assert "".join(lm.stream(PROMPT, max_new_tokens=6)) == text
+    lm = declare({"config.json": {"eos_token_id": expected[-1]}})
+    text = lm.generate(PROMPT, max_new_tokens=MAX_NEW_TOKENS, strip_prompt=True)
+    limit = len(expected)
+    assert text == lm.generate(PROMPT, max_new_tokens=limit, strip_prompt=True)
+    assert "".join(lm.stream(PROMPT, max_new_tokens=MAX_NEW_TOKENS)) == text
     request = Instance(
-        "generate_until", {}, (PROMPT, {"max_gen_toks": 6, "until": []}), 0
+        "generate_until", {}, (PROMPT, {"max_gen_toks": 12, "until": []}), 0
     )
-    detokenized = lm.preprocessor.tokenizer.detokenize(new_ids[:2])
+    detokenized = lm.preprocessor.tokenizer.detokenize(expected)
     assert OpenLlamaLM(lm=lm).generate_until([request]) == [detokenized]
 
     lm.compile(sampler="beam")
     free = new_tokens(lm, stop_token_ids=None)
-    lm.end_token_ids = free[1]
-    assert new_tokens(lm) == free[:2]
+    lm.end_token_ids = [2, free[1]]
+    found = new_tokens(lm)
+    assert found == new_tokens(lm, stop_token_ids=[2, free[1]]) != free
 
 
 def saved_as(kind, lm, path):
