@@ -317,7 +317,8 @@ class Evaluation:
 
     def __init__(self, options: argparse.Namespace) -> None:
         from keras_openllama.evaluation import tasks, texts
-        from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM, load_model
+        from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM
+        from keras_openllama.evaluation.model_loading import load_model
         from keras_openllama.evaluation.report import measurements
         from keras_openllama.runs.device_settings import parse_mesh
 

@@ -1,6 +1,5 @@
 """Adapter for lm-evaluation-harness."""
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +14,15 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from keras_openllama.checkpoints.peft import CONFIG_FILE as ADAPTER_CONFIG
-from keras_openllama.distribution import OpenLlamaParallel, make_mesh
+from keras_openllama.evaluation.chat_prompts import ChatPrompts
 from keras_openllama.evaluation.generate_until import GenerationOptions, generate_until
 from keras_openllama.evaluation.hf_arguments import accept_hf_arguments
+from keras_openllama.evaluation.model_loading import (
+    check_not_given,
+    load_model,
+    parse_batch_size,
+    parse_dtype,
+)
 from keras_openllama.evaluation.prefix_tries import common_prefix_length
 from keras_openllama.evaluation.response_cache import (
     ResponseCache,
@@ -29,11 +33,7 @@ from keras_openllama.evaluation.response_cache import (
 from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.evaluation.unique_requests import UniqueRequests
-from keras_openllama.loading.hub import open_repository
-from keras_openllama.loading.load import find_source
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
-from keras_openllama.text.sentencepiece_model import check_vocabulary
 from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import check_integer, one_of, raise_invalid
 
@@ -129,7 +129,7 @@ class OpenLlamaLM(TemplateLM):
                 f"preset={preset!r}, lm={lm!r}"
             )
         # Before a model is loaded, which may take long.
-        self.batch_size = _parse_batch_size(batch_size)
+        self.batch_size = parse_batch_size(batch_size)
         self.max_gen_toks = check_integer("max_gen_toks", max_gen_toks)
         for name, value in {"adapters": adapters, "tokenizer": tokenizer}.items():
             if value == "":
@@ -146,7 +146,7 @@ class OpenLlamaLM(TemplateLM):
             max_length = check_integer("max_length", max_length)
         axes = {"data": data, "fsdp": fsdp, "model": model}
         options = {
-            "dtype": _parse_dtype(dtype),
+            "dtype": parse_dtype(dtype),
             "revision": revision,
             "adapters": adapters,
             "tokenizer": tokenizer,
@@ -155,7 +155,7 @@ class OpenLlamaLM(TemplateLM):
             mesh = {axis: size for axis, size in axes.items() if size is not None}
             lm = load_model(preset, mesh=mesh, **options)
         else:
-            _check_not_given({**options, **axes})
+            check_not_given({**options, **axes})
         if lm.preprocessor is None:
             raise ValueError(
                 "Tasks need a tokenizer: load the model with its preprocessor. "
@@ -293,6 +293,60 @@ class OpenLlamaLM(TemplateLM):
         all_ids = self.tok_encode(context + continuation)
         shared = common_prefix_length(context_ids, all_ids[:-1])
         return all_ids[:shared] or [self.prefix_token_id], all_ids[shared:]
+
+    # ----- Chats
+
+    @property
+    def _chat_prompts(self):
+        return ChatPrompts(self.lm.preprocessor)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Renders a chat with the chat template of the model.
+
+        Args:
+            chat_history: messages, dicts of `"role"` and `"content"`.
+            add_generation_prompt: whether to end with what begins a reply. Otherwise
+                the last message is to be continued.
+
+        Returns:
+            The text, with all special tokens.
+
+        Raises:
+            ValueError: if the model has no chat template, or the template refuses the
+                messages.
+        """
+        return self._chat_prompts.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the chat template of the model, for the harness's results.
+
+        Args:
+            chat_template: true, or the name `"default"`; false for none.
+
+        Returns:
+            The template in Jinja, or `None`.
+
+        Raises:
+            ValueError: for another name, or if the model has no chat template.
+        """
+        if not chat_template:
+            return None
+        if chat_template not in (True, "default"):
+            raise ValueError(
+                "`apply_chat_template` must be True or 'default': of several chat "
+                "templates a model keeps the default. To use another one, set "
+                "`lm.preprocessor.chat_template` and pass `lm`. Received: "
+                f"apply_chat_template={chat_template!r}"
+            )
+        return self._chat_prompts.source
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of tokenizer and chat template, for the harness's cache of requests."""
+        tokenizer = self.lm.preprocessor.tokenizer.fingerprint[:16]
+        return f"keras_openllama-{tokenizer}-{self._chat_prompts.fingerprint}"
 
     # ----- Requests
 
@@ -519,85 +573,3 @@ class OpenLlamaLM(TemplateLM):
         if self.keep_bos and ids[0] == self.prefix_token_id:
             return ids[:1] + ids[1 - length :] if length > 1 else ids[:1]
         return ids[-length:]
-
-
-def load_model(
-    preset: str,
-    dtype: str | None = None,
-    revision: str | None = None,
-    mesh: Mapping[str, int] | None = None,
-    adapters: str | None = None,
-    tokenizer: str | None = None,
-) -> OpenLlamaCausalLM:
-    """Loads a model, sharded over a device mesh if one is given.
-
-    Args:
-        preset: see `OpenLlamaCausalLM.from_preset`.
-        dtype: dtype or dtype policy of the weights.
-        revision: branch, tag or commit of a repository on the Hub.
-        mesh: sizes of the mesh by axis, see `distribution.make_mesh`. If `None` or
-            empty, Keras's current distribution applies.
-        adapters: LoRA adapters to load, see `OpenLlamaCausalLM.load_adapters`.
-        tokenizer: preset of another tokenizer.
-
-    Returns:
-        The model.
-
-    Example:
-        >>> load_model("nano", dtype="float32").count_params()
-        4524288
-    """
-    scope = contextlib.nullcontext()
-    if mesh:
-        scope = OpenLlamaParallel(make_mesh(**mesh)).scope()
-    # Errors of other files are raised before the weights are read.
-    if adapters is not None:
-        open_repository(adapters).file(ADAPTER_CONFIG)
-    preprocessor = "auto"
-    if tokenizer is not None and tokenizer != preset:
-        preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(tokenizer)
-        size = find_source(preset, revision).arguments()["vocabulary_size"]
-        check_vocabulary(preprocessor.tokenizer.vocabulary_size(), size)
-    with scope:
-        lm = OpenLlamaCausalLM.from_preset(
-            preset, dtype=dtype, revision=revision, preprocessor=preprocessor
-        )
-    if adapters is not None:
-        lm.load_adapters(adapters)
-    return lm
-
-
-def _parse_dtype(dtype):
-    """Checks a dtype before a model is loaded; `"auto"` is Keras's global policy."""
-    if dtype in (None, "auto"):
-        return None
-    try:
-        policy = keras.dtype_policies.get(dtype)
-    except (TypeError, ValueError):
-        policy = None
-    if policy is None or "float" not in policy.compute_dtype:
-        raise_invalid(
-            "dtype", dtype, 'a floating-point dtype or policy, such as "bfloat16"'
-        )
-    return dtype
-
-
-def _check_not_given(arguments):
-    """Rejects arguments of `load_model` for a model that is loaded already."""
-    given = [f"{k}={v!r}" for k, v in arguments.items() if v is not None]
-    if given:
-        raise ValueError(
-            f"{', '.join(f'`{name}`' for name in arguments)} apply to `preset` only, "
-            f"and `lm` is already loaded. Remove them. Received: {', '.join(given)}"
-        )
-
-
-def _parse_batch_size(value):
-    """Parses `batch_size`, which may be a string from a command line."""
-    if isinstance(value, str):
-        if value.partition(":")[0] == "auto":
-            return DEFAULT_BATCH_SIZE
-        if value.isdecimal() and int(value) >= 1:
-            return int(value)
-        raise_invalid("batch_size", value, 'a positive integer or "auto"')
-    return check_integer("batch_size", value)
