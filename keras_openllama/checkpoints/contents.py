@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from keras_openllama.utils.types import PathLike
 
 # The settings of the preprocessor that are exported with a model.
-PREPROCESSOR_SETTINGS = ("sequence_length", "add_start_token", "add_end_token")
+PREPROCESSOR_SETTINGS = (
+    "sequence_length",
+    "add_start_token",
+    "add_end_token",
+    "chat_template",
+)
 # The settings of the tokenizer beside its SentencePiece model.
 TOKENIZER_SETTINGS = ("added_tokens", "prepend_scheme", "add_eos")
 

@@ -142,6 +142,16 @@ class TrainingRun:
             raise FileNotFoundError(f"{TOKENIZER} is missing from the run {self.path}.")
         return path
 
+    def chat_template(self) -> dict[str, str] | str | None:
+        """Returns the chat template of a fine-tuning run, or `None`.
+
+        Raises:
+            OSError: If `run.json` cannot be read.
+            ValueError: If it is damaged.
+        """
+        recipe = read_json_object(self.path / RUN).get("recipe", {})
+        return recipe.get("chat_template", {}).get("value")
+
     def tokenizer_settings(self) -> dict[str, Any]:
         """Returns arguments of the tokenizer, see `OpenLlamaTokenizer.settings`.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_openllama import __version__
 from keras_openllama.checkpoints import tokenizer_json, weight_names
+from keras_openllama.checkpoints.chat_template import TEMPLATE_FILE, as_jinja
 from keras_openllama.checkpoints.end_tokens import GENERATION_CONFIG, id_or_list
 from keras_openllama.checkpoints.files import safetensors
 from keras_openllama.checkpoints.matching import match_tensors
@@ -218,7 +219,7 @@ def output_files(
     return [
         small_file("config.json", _json(config)),
         small_file(GENERATION_CONFIG, _json(generation)),
-        *(_tokenizer_files(tokenizer, contents.arguments) if tokenizer else ()),
+        *(_tokenizer_files(tokenizer, contents) if tokenizer else ()),
         small_file("README.md", model_card(contents, dtype, merges_spaces)),
         *_weight_files(contents, dtype, max_shard_bytes),
     ]
@@ -367,7 +368,18 @@ class _Tokenizer:
         }
 
 
-def _tokenizer_files(tokenizer, arguments):
+def _chat_template(preprocessing):
+    """The chat template in Jinja, or `None`."""
+    template = preprocessing.get("chat_template")
+    if template is None:
+        return None
+    add_tokens = (
+        preprocessing.get(name, True) for name in ("add_start_token", "add_end_token")
+    )
+    return as_jinja(template, *add_tokens)
+
+
+def _tokenizer_files(tokenizer, contents):
     tokens = {**tokenizer.tokens, "pad_token": tokenizer.tokens["unk_token"]}
     controls = [AddedToken(tokenizer.tokens[n], i) for n, i in tokenizer.ids.items()]
     added = {token.id: token for token in [*controls, *tokenizer.added]}
@@ -379,16 +391,21 @@ def _tokenizer_files(tokenizer, arguments):
         "add_bos_token": tokenizer.add_start_token,
         "add_eos_token": tokenizer.add_end_token,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": arguments["max_sequence_length"],
+        "model_max_length": contents.arguments["max_sequence_length"],
         "padding_side": "left",  # Required for generation.
         "added_tokens_decoder": {
             str(i): {k: v for k, v in dataclasses.asdict(token).items() if k != "id"}
             for i, token in sorted(added.items())
         },
     }
+    chat_template = _chat_template(contents.preprocessing)
+    if chat_template is not None:
+        # Versions of transformers before 4.52 read it here only.
+        config["chat_template"] = chat_template
     return [
         small_file("tokenizer.model", tokenizer.proto),
         small_file("tokenizer.json", tokenizer.json),
         small_file("tokenizer_config.json", _json(config)),
         small_file("special_tokens_map.json", _json(tokens)),
+        *([small_file(TEMPLATE_FILE, chat_template)] if chat_template else ()),
     ]

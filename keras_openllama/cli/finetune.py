@@ -87,6 +87,7 @@ def finetune(config: FinetuneConfig, options: argparse.Namespace) -> str | None:
             options.sample_prompt,
             options.max_new_tokens,
             lambda architecture: check_memory(config, architecture, options.mesh),
+            options.max_skipped,
         )
 
     exports = {"all": (finetuning.ADAPTERS, finetuning.MODEL), "none": ()}

@@ -31,8 +31,12 @@ Fine-tune a preset on JSON lines: LoRA adapters or all of its weights.
         print the memory that this run needs, and exit; without --preset, the memory of
         each kind of fine-tuning for every preset
 
-Lines may also be {"messages": [{"role": …, "content": …}, …]}, with --chat-template, or
-{"text": …}. The loss is computed on responses, or on the whole text.
+Files are JSON Lines or JSON arrays. Examples may also be chats of the form
+{"messages": [{"role": …, "content": …}, …]} or {"conversations": [{"from": …,
+"value": …}, …]}, with --chat-template or the chat template of the model; {"text": …};
+{"instruction": …, "input": …, "output": …}, {"question": …, "answer": …}, which are
+chats if there is a chat template. The loss is computed on responses, or on the whole
+text.
 
 The optimizer is AdamW (beta_1 0.9, beta_2 0.95, epsilon 1e-8, gradients clipped to norm
 1.0). After the warmup, the learning rate decays to a tenth of its peak by a cosine.
@@ -81,6 +85,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "weight_decay": (lambda value: 0 <= value < math.inf, "a non-negative number"),
     "validation_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "warmup": (lambda value: 0 <= value < 1, "in [0, 1), a fraction of all steps"),
+    "max_skipped": (lambda value: 0 <= value <= 1, "from 0 to 1"),
 }
 # Flags that describe one run. The overview of all presets (--estimate without --preset)
 # has columns for adapters and dtypes of its own, on one device.
@@ -104,7 +109,11 @@ def parse_arguments(
     )
     data = parser.add_argument_group("examples")
     data.add_argument(
-        "--data", nargs="+", default=(), metavar="FILE", help="files of JSON lines"
+        "--data",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="files of JSON Lines or JSON arrays",
     )
     data.add_argument(
         "--prompt",
@@ -120,10 +129,20 @@ def parse_arguments(
     data.add_argument(
         "--chat-template",
         metavar="FILE",
-        help=f"JSON file of a template by role, such as {CHAT_TEMPLATE}",
+        help="file of a chat template in Jinja, or JSON file of a template by role, "
+        f"such as {CHAT_TEMPLATE} (default: the chat template of the model, if it has "
+        "one)",
     )
     data.add_argument(
-        "--validation", metavar="FILE", help="file of JSON lines for validation"
+        "--validation", metavar="FILE", help="file of examples for validation"
+    )
+    data.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="fraction of the examples that may be skipped because there is nothing to "
+        "learn from them, such as an empty response (default: %(default)s)",
     )
     add_renamed_argument(
         data,
@@ -373,11 +392,12 @@ def check_combinations(parser: CommandParser, options: argparse.Namespace) -> No
         parser.error("--export adapters needs adapters: add --lora-rank.")
 
 
-def read_chat_template(path: str) -> dict[str, str]:
+def read_chat_template(path: str) -> dict[str, str] | str:
     """Reads the file of `--chat-template`.
 
     Args:
-        path: Path of a JSON file.
+        path: Path of a template in Jinja, of a JSON file of a template by role, or of
+            a `tokenizer_config.json` or `chat_template.json` of transformers.
 
     Returns:
         The template, see `OpenLlamaCausalLMPreprocessor`.
@@ -385,19 +405,33 @@ def read_chat_template(path: str) -> dict[str, str]:
     Raises:
         ValueError: If the file cannot be read, or holds no chat template.
     """
-    from keras_openllama.text.examples import check_template
+    from keras_openllama.checkpoints.chat_template import default_template
+    from keras_openllama.text.chat_rendering import check_template
 
     try:
-        template = json.loads(decode_text(Path(path).read_bytes(), "the file"))
+        text = decode_text(Path(path).read_bytes(), "the file")
+        template = _json_or_jinja(text)
+        if isinstance(template, dict) and "chat_template" in template:
+            template = default_template(template["chat_template"])
         check_template(template or {})
     except json.JSONDecodeError as error:
         raise ValueError(
             f"--chat-template: {path} is not valid JSON: {error}. It must map roles to "
-            f"texts with {{content}}, such as {CHAT_TEMPLATE}"
+            f"texts with {{content}}, such as {CHAT_TEMPLATE}, or be a template in "
+            "Jinja"
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"--chat-template: {path}: {error}") from error
     return template
+
+
+def _json_or_jinja(text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        if "{%" in text or "{{" in text:
+            return text
+        raise
 
 
 def make_config(options: argparse.Namespace) -> FinetuneConfig:

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 
+from keras_openllama.data.decompression import Decompressed, zstd_error
 from keras_openllama.data.text_sources import (
     SourceError,
     Unit,
@@ -31,7 +32,6 @@ FAULTS = (NOT_JSON, NOT_OBJECT, NOT_UTF8, NO_TEXT, TOO_LONG)
 
 _CHUNK = 1 << 20  # More bytes than the other fields of a line.
 _ESCAPED = 6  # Maximum bytes of JSON per byte of text: \u0001.
-_COMPRESSED_CHUNK = 1 << 17  # Decompression grows it by an unknown factor.
 
 
 class Skipped(str):
@@ -114,7 +114,7 @@ def _jsonl(unit, fields, limit, progress):
                     yield Skipped(TOO_LONG)
                 elif line.strip():
                     yield _json_document(line, fields, limit)
-    except (OSError, zlib.error, _zstd_error()) as error:
+    except (OSError, zlib.error, zstd_error()) as error:
         raise SourceError(
             f"Source {unit.source!r}: {path} could not be read completely: {error}. "
             "Download it again, or remove it from the source."
@@ -152,7 +152,7 @@ def _lines(file, unit, limit, progress):
     """
     start, stop = unit.start, unit.stop
     if is_compressed(unit.paths[0]):
-        lines = io.BufferedReader(_Decompressed(file, progress), _CHUNK)
+        lines = io.BufferedReader(Decompressed(file, progress), _CHUNK)
         progress = None
     else:
         lines = file
@@ -193,56 +193,6 @@ def _skip_line(lines):
         if part.endswith(b"\n"):
             break
     return _Count(size)
-
-
-class _Decompressed(io.RawIOBase):
-    """The decompressed content of a gzip or zstd file; a truncated file raises."""
-
-    def __init__(self, file, progress):
-        self._file, self._progress = file, progress
-        self._input, self._output = b"", memoryview(b"")
-        self._decompressor, self._is_empty = None, True
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self._output:
-            if not self._input:
-                self._input = self._file.read(_COMPRESSED_CHUNK)
-                self._progress(len(self._input))
-            if not self._input:
-                if self._decompressor is not None or self._is_empty:
-                    raise OSError("it is truncated")
-                return 0
-            if self._decompressor is None:
-                if len(self._input) == 1:  # The format shows in the first two bytes.
-                    more = self._file.read(_COMPRESSED_CHUNK)
-                    self._progress(len(more))
-                    self._input += more
-                self._decompressor, self._is_empty = self._new_decompressor(), False
-            self._output = memoryview(self._decompressor.decompress(self._input))
-            self._input = b""
-            if self._decompressor.eof:  # Another member may follow.
-                self._input = self._decompressor.unused_data
-                self._decompressor = None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-    def _new_decompressor(self):
-        if self._input[:2] == b"\x1f\x8b":
-            return zlib.decompressobj(zlib.MAX_WBITS | 16)
-        import zstandard
-
-        return zstandard.ZstdDecompressor().decompressobj()
-
-
-def _zstd_error():
-    import zstandard
-
-    return zstandard.ZstdError
 
 
 # --- Parquet ---

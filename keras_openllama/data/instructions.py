@@ -1,124 +1,238 @@
-"""Fine-tuning examples in JSON lines files."""
+"""Fine-tuning examples in JSON files."""
 
-import json
+from __future__ import annotations
+
+import collections
+import dataclasses
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from keras_openllama.text.inputs import CHAT_KEYS, PAIR_KEYS
-from keras_openllama.utils.text_files import without_mark
+from keras_openllama.data.json_values import read_json_values
+from keras_openllama.text.messages import UnusableExampleError
+from keras_openllama.text.records import Example, check_text, example_from_record
 from keras_openllama.utils.types import PathLike
 
-# A pair, a chat or a text, as `OpenLlamaCausalLM.fit` takes them.
-Example: TypeAlias = dict[str, Any] | str
 T = TypeVar("T")
 
-_KINDS = (PAIR_KEYS, CHAT_KEYS, {"text"})
+# Fraction of the examples that may be skipped. Heuristic: Stanford Alpaca has less than
+# 0.1 % of empty outputs; a wrong template or key makes most examples unusable.
+MAX_SKIPPED = 0.1
+_MAX_LISTED = 20  # Lines of a file that a message lists.
+
+
+@dataclasses.dataclass(frozen=True)
+class LocatedExample:
+    """A fine-tuning example, and where it is from.
+
+    Attributes:
+        source: Name of its file without the suffix.
+        place: Its file and line, for messages.
+        example: The example.
+    """
+
+    source: str
+    place: str
+    example: Example
+
+
+class ExampleErrors:
+    """Collects what is wrong with examples, to report all of it at once.
+
+    An example that is malformed is an error. An example from which a model cannot
+    learn, such as one with an empty response, is skipped and counted; too many of them
+    are an error as well.
+
+    Args:
+        max_skipped: Largest fraction of the examples that may be skipped.
+
+    Example:
+        >>> errors = ExampleErrors(max_skipped=0.1)
+        >>> errors.add("a.jsonl, line 7", UnusableExampleError("empty response"))
+        >>> errors.summary()
+        ['1 example skipped: empty response (a.jsonl, line 7)']
+        >>> errors.check(total=100)
+    """
+
+    def __init__(self, max_skipped: float = MAX_SKIPPED):
+        self.max_skipped = max_skipped
+        self._malformed: list[str] = []
+        self._skipped: dict[str, list[str]] = collections.defaultdict(list)
+
+    def add(self, place: str, error: ValueError) -> None:
+        """Adds the error of an example.
+
+        Args:
+            place: Its file and line; `""` if the error names them.
+            error: The error.
+        """
+        if isinstance(error, UnusableExampleError):
+            self._skipped[error.reason].append(place)
+        else:
+            self._malformed.append(f"{place}: {error}" if place else str(error))
+
+    def check(self, total: int) -> None:
+        """Raises all errors.
+
+        Args:
+            total: Number of examples, with malformed and skipped ones.
+
+        Raises:
+            ValueError: If an example is malformed, or too many are skipped.
+        """
+        if self._malformed:
+            errors = _listed(self._malformed, f"of {total} examples")
+            raise ValueError("\n".join([errors, *self.summary()]))
+        count = sum(map(len, self._skipped.values()))
+        if count > self.max_skipped * total:
+            raise ValueError(
+                f"{count} of {total} examples would be skipped, more than the fraction "
+                f"{self.max_skipped:g} that `max_skipped` (--max-skipped) allows:\n"
+                + "\n".join(self.summary())
+            )
+
+    def summary(self) -> list[str]:
+        """Returns a line for each reason to skip examples, with counts and places."""
+        return [
+            f"{len(places)} example{'s' * (len(places) > 1)} skipped: {reason} "
+            f"({_joined(places)})"
+            for reason, places in self._skipped.items()
+        ]
+
+
+def _listed(errors, of_all):
+    if len(errors) == 1:
+        return errors[0]
+    more = len(errors) - _MAX_LISTED
+    lines = [f"{len(errors)} errors {of_all}:", *errors[:_MAX_LISTED]]
+    return "\n".join([*lines, *([f"… and {more} more"] if more > 0 else [])])
+
+
+def _joined(places):
+    more = len(places) - _MAX_LISTED
+    listed = "; ".join(places[:_MAX_LISTED])
+    return f"{listed}; … and {more} more" if more > 0 else listed
 
 
 def read_examples(
-    paths: Sequence[PathLike], templates: tuple[str, str] | None = None
+    paths: Sequence[PathLike],
+    templates: tuple[str, str] | None = None,
+    max_skipped: float = MAX_SKIPPED,
 ) -> list[Example]:
-    r"""Reads fine-tuning examples from JSON lines files.
+    r"""Reads fine-tuning examples from JSON files.
 
     Args:
-        paths: JSON lines files. Each line is an object with `"prompt"` and
-            `"response"`, with `"messages"`, or with `"text"`; other keys are ignored.
-        templates: templates of the prompt and the response, such as `"{question}\n"`
+        paths: Files of JSON Lines or JSON arrays. Their objects have `"prompt"` and
+            `"response"` (or `"completion"`), `"instruction"`, `"input"` and `"output"`,
+            `"question"` and `"answer"`, `"messages"`, `"conversations"`, or `"text"`;
+            see `text.records`. Other keys are ignored.
+        templates: Templates of the prompt and the response, such as `"{question}\n"`
             and `" {answer}"`, with keys of the objects in braces. `None` takes the
             objects as they are.
+        max_skipped: Largest fraction of the examples that may be skipped because there
+            is nothing to learn from them.
 
     Returns:
-        Pairs `{"prompt", "response"}`, chats `{"messages"}`, or strings.
+        Examples, see `records.Example`.
 
     Raises:
-        OSError: if a file cannot be read.
-        ValueError: if a line has another form, or the files mix several kinds of
-            examples. The message names the file and the line.
+        OSError: If a file cannot be read.
+        ValueError: If examples are malformed, too many are skipped, or texts are mixed
+            with other examples. The message names the files and lines.
 
     Example:
         >>> _ = open("qa.jsonl", "w").write('{"question": "2 + 2?", "answer": "4"}\n')
         >>> read_examples(["qa.jsonl"], templates=("{question}", " {answer}"))
         [{'prompt': '2 + 2?', 'response': ' 4'}]
     """
-    return [example for _, example in read_examples_with_sources(paths, templates)]
+    errors = ExampleErrors(max_skipped)
+    found, total = read_located_examples(paths, templates, errors)
+    errors.check(total)
+    return [located.example for located in found]
 
 
-def read_examples_with_sources(
-    paths: Sequence[PathLike], templates: tuple[str, str] | None = None
-) -> list[tuple[str, Example]]:
-    """Reads fine-tuning examples, each with its source.
+def read_located_examples(
+    paths: Sequence[PathLike],
+    templates: tuple[str, str] | None,
+    errors: ExampleErrors,
+) -> tuple[list[LocatedExample], int]:
+    """Reads fine-tuning examples, each with its place.
 
     Args:
-        paths: see `read_examples`.
-        templates: see `read_examples`.
+        paths: See `read_examples`.
+        templates: See `read_examples`.
+        errors: Takes the errors of the examples; call its `check` afterwards.
 
     Returns:
-        List of `(source, example)`. The source is the file's name without its suffix.
+        The usable examples, and the number of all.
 
     Raises:
-        OSError: if a file cannot be read.
-        ValueError: see `read_examples`.
+        OSError: If a file cannot be read.
+        ValueError: If a template is invalid, or texts are mixed with other examples.
     """
-    found = []
+    for template in templates or ():
+        _template_keys(template)
+    found, total = [], 0
     for path in paths:
-        source = Path(path).stem
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = without_mark(line, path)
-                try:
-                    if line.strip():
-                        found.append((source, _example(line.decode(), templates)))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-    if not found:
-        raise ValueError(f"{', '.join(map(str, paths))} has no examples.")
-    kinds = {frozenset(e) if isinstance(e, dict) else "text" for _, e in found}
-    if len(kinds) > 1:
+        try:
+            values = read_json_values(path)
+            if not values:
+                raise ValueError(f"{path} has no examples.")
+        except ValueError as error:
+            errors.add("", error)
+            continue
+        total += len(values)
+        for line, value, damage in values:
+            place = f"{path}, line {line}"
+            try:
+                if damage:
+                    raise ValueError(damage)
+                example = _example(value, templates)
+                found.append(LocatedExample(Path(path).stem, place, example))
+            except ValueError as error:
+                errors.add(place, error)
+    _check_kinds(found)
+    return found, total
+
+
+def _check_kinds(examples):
+    """Raises if texts are mixed with other examples."""
+    first = {isinstance(x.example, str): x.place for x in reversed(examples)}
+    if len(first) > 1:
         raise ValueError(
-            "The files mix several kinds of examples (pairs, chats, texts). Use files "
-            "of one kind."
+            f"The files mix several kinds of examples: texts ({first[True]}), and "
+            f"prompts with responses or chats ({first[False]}). Use files of one kind."
         )
-    return found
 
 
-def _example(line, templates):
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"not a JSON object: {line.strip()[:60]}")
-    if templates is not None:
-        prompt, response = (_fill_template(template, found) for template in templates)
-        return {"prompt": prompt, "response": response}
-    for keys in _KINDS:
-        if keys <= set(found):
-            example = {key: found[key] for key in sorted(keys)}
-            _check_values(example)
-            return example["text"] if keys == {"text"} else example
-    raise ValueError(
-        'it must have the keys "prompt" and "response", "messages", or "text". It has: '
-        f"{', '.join(found) or 'none'}. For other keys, pass the templates --prompt "
-        "and --response."
-    )
+def _example(value, templates):
+    if templates is None:
+        return example_from_record(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"not a JSON object: {value!r:.60}")
+    kinds = zip(("prompt", "response"), templates, strict=True)
+    return {kind: _fill_template(template, value, kind) for kind, template in kinds}
 
 
-def _fill_template(template, found):
+def _fill_template(template, found, kind):
     """Fills a template with the values of an object."""
     names = _template_keys(template)
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(
             f"it does not have {', '.join(map(repr, missing))}, which the template "
-            f"{template!r} needs. It has: {', '.join(found)}"
+            f"{template!r} needs. It has: {', '.join(map(str, found))}"
         )
-    _check_values({name: found[name] for name in names})
-    return template.format(**{name: found[name] for name in names})
+    values = {name: "" if found[name] is None else found[name] for name in names}
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f"its {name!r} must be a string: {value!r:.60}")
+    if names and not any(value.strip() for value in values.values()):
+        raise UnusableExampleError(f"empty {kind}")
+    return check_text(template.format(**values), kind, kind)
 
 
 def _template_keys(template):
@@ -131,14 +245,6 @@ def _template_keys(template):
             "{question}; write {{ and }} for literal braces"
         )
     return names
-
-
-def _check_values(values):
-    for name, value in values.items():
-        if name == "messages" and not isinstance(value, list):
-            raise ValueError(f"its {name!r} must be a list: {value!r:.60}")
-        if name != "messages" and not isinstance(value, str):
-            raise ValueError(f"its {name!r} must be a string: {value!r:.60}")
 
 
 def split_examples(

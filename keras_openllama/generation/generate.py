@@ -92,7 +92,8 @@ def _generate_texts(
 
 def _prompt_ids(model: CausalLM, prompts: Texts | ChatPrompts) -> list[list[int]]:
     if isinstance(prompts, ChatPrompts):
-        return [model.preprocessor.chat_ids(messages) for messages in prompts.chats]
+        chats = zip(prompts.chats, prompts.tools, strict=True)
+        return [model.preprocessor.chat_ids(*chat) for chat in chats]
     return model.preprocessor.prompt_ids(prompts.texts, name="inputs")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import keras
 
 from keras_openllama.checkpoints import easylm, transformers
+from keras_openllama.checkpoints.chat_template import read_chat_template
 from keras_openllama.checkpoints.end_tokens import read_end_token_ids
 from keras_openllama.checkpoints.tokenizer_settings import TokenizerFiles
 from keras_openllama.config import (
@@ -283,9 +284,12 @@ class TransformersSource(StreamedSource):
         return self._tokenizer_files.settings(self._config["vocab_size"])
 
     def preprocessing(self) -> dict[str, Any]:
-        """Returns whether a text begins with the start token."""
-        adds_start_token = self._tokenizer_files.adds_start_token()
-        return {} if adds_start_token else {"add_start_token": False}
+        """Returns the chat template, and whether a text begins with the start token."""
+        template = read_chat_template(self._repository)
+        settings = {} if template is None else {"chat_template": template}
+        if not self._tokenizer_files.adds_start_token():
+            settings["add_start_token"] = False
+        return settings
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
@@ -401,6 +405,11 @@ class TrainingRunSource(StreamedSource):
     def end_token_ids(self) -> list[int]:
         """Returns the end tokens of the model that was fine-tuned, if it had any."""
         return self._run.end_token_ids()
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns the chat template of the run, if it has one."""
+        template = self._run.chat_template()
+        return {} if template is None else {"chat_template": template}
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """Returns the settings of the run's tokenizer."""

@@ -13,13 +13,19 @@ from keras_openllama.backend.keras_hub import CausalLMPreprocessor
 from keras_openllama.loading.load import load_preprocessor
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
+from keras_openllama.text.chat_rendering import (
+    ChatTemplate,
+    RenderedExample,
+    chat_exchanges,
+    check_template,
+    render_examples,
+    render_prompt,
+)
 from keras_openllama.text.examples import (
     BatchWarnings,
     TrainingExamples,
-    chat_exchanges,
     chat_prompt_ids,
-    check_template,
-    to_exchanges,
+    parse_text,
     tokenize_examples,
 )
 from keras_openllama.text.inputs import (
@@ -30,6 +36,8 @@ from keras_openllama.text.inputs import (
     normalize_examples,
     normalize_texts,
 )
+from keras_openllama.text.jinja_template import JinjaTemplate
+from keras_openllama.text.messages import normalize_messages
 from keras_openllama.text.token_arrays import pad_sequences
 from keras_openllama.utils.types import PathLike, Tensor
 from keras_openllama.utils.validation import check_integer
@@ -55,7 +63,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
       dict of `"prompt"` and `"response"`, each of them a text or a batch of texts, or a
       list of such dicts. Only the responses contribute to the loss. Or chats: a list
       of `{"messages": [{"role": …, "content": …}, …]}`. Each reply of the role
-      `"assistant"` contributes to the loss, with the `</s>` that follows it.
+      `"assistant"` contributes to the loss, with the token that ends it, unless it
+      has `"weight": 0`. Other forms are converted to these, see `text.records`.
     - `y`: `None`, or the responses to the prompts in `x`.
     - `sample_weight`: `None`, or weights that are multiplied by those of the tokens:
       one per example, `(batch,)`, or one per target, `(batch, sequence_length)`.
@@ -73,7 +82,8 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         add_end_token: whether texts (but not prompts) end with `</s>`.
         chat_template: dict from role to a string that contains `{content}` once, such
             as `{"user": "USER: {content}\n", "assistant": "ASSISTANT: {content}"}`;
-            `None` if there are no chats. Can be set later.
+            or the source of a template in Jinja, as `tokenizer.chat_template` of
+            transformers; `None` if there are no chats. Can be set later.
         **kwargs: further arguments of `keras_hub.models.CausalLMPreprocessor`, such as
             `name`.
 
@@ -105,7 +115,7 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         sequence_length: int = 2048,
         add_start_token: bool = True,
         add_end_token: bool = True,
-        chat_template: dict[str, str] | None = None,
+        chat_template: dict[str, str] | str | None = None,
         **kwargs: Any,
     ):
         super().__init__(
@@ -118,12 +128,12 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
         self.chat_template = chat_template
 
     @property
-    def chat_template(self) -> dict[str, str] | None:
-        """Dict from role to the text of a message; see the constructor."""
+    def chat_template(self) -> dict[str, str] | str | None:
+        """Dict from role to the text of a message, or Jinja; see the constructor."""
         return self._chat_template
 
     @chat_template.setter
-    def chat_template(self, value: dict[str, str] | None) -> None:
+    def chat_template(self, value: dict[str, str] | str | None) -> None:
         check_template(value)
         self._chat_template = value
 
@@ -205,10 +215,40 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             >>> examples.token_ids
             [[1, 357, 1239, 2]]
         """
+        rendered = render_examples(data, self.compiled_chat_template())
+        return self.tokenize_rendered(rendered, sequence_length)
+
+    def tokenize_rendered(
+        self, examples: Sequence[RenderedExample], sequence_length: int | None = None
+    ) -> TrainingExamples:
+        """Tokenizes examples that have been rendered as text.
+
+        Args:
+            examples: result of `text.chat_rendering.render_examples`.
+            sequence_length: overrides the constructor's.
+
+        Returns:
+            Token ids and loss masks.
+
+        Raises:
+            ValueError: for a response that has no tokens.
+        """
         length = self._length_or_default(sequence_length)
-        examples = to_exchanges(data, self.chat_template)
         options = length, self.add_start_token, self.add_end_token
         return tokenize_examples(examples, self.tokenizer, *options)
+
+    def compiled_chat_template(self) -> ChatTemplate | None:
+        """Returns the chat template; one in Jinja with the special tokens."""
+        if not isinstance(self.chat_template, str):
+            return self.chat_template
+        tokens = {
+            "bos_token": self.tokenizer.start_token_id,
+            "eos_token": self.tokenizer.end_token_id,
+            "unk_token": self.tokenizer.unk_token_id,
+            "pad_token": self.tokenizer.pad_token_id,
+        }
+        variables = {n: self.tokenizer.id_to_token(i) for n, i in tokens.items()}
+        return JinjaTemplate(self.chat_template, variables)
 
     def pad_examples(
         self,
@@ -311,12 +351,19 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
                 sequence.insert(0, start)
         return sequences
 
-    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat_ids(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None = None,
+    ) -> list[int]:
         """Tokenizes a chat up to the reply that is to be generated.
 
         Args:
             messages: list of `{"role": …, "content": …}`, the last of which is not the
-                assistant's. As in training, `</s>` follows each earlier reply.
+                assistant's. As in training, `</s>` follows each earlier reply; a
+                template in Jinja writes all special tokens itself, `<s>` included.
+            tools: descriptions of the tools that the chat may use, for templates in
+                Jinja.
 
         Returns:
             A list of token ids.
@@ -335,7 +382,12 @@ class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
             >>> preprocessor.tokenizer.detokenize(ids)
             'Q: Hi A: '
         """
-        exchanges = chat_exchanges(messages, self.chat_template)
+        messages = normalize_messages(messages, "messages")
+        template = self.compiled_chat_template()
+        if isinstance(template, JinjaTemplate):
+            text = render_prompt(messages, template, tools)
+            return parse_text(self.tokenizer, text)
+        exchanges = chat_exchanges(messages, template)
         options = self.add_start_token, self.add_end_token
         return chat_prompt_ids(exchanges, self.tokenizer, *options)
 

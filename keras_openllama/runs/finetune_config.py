@@ -23,7 +23,8 @@ class FinetuneConfig:
         data: Paths of the examples.
         prompt: Template of prompts, `"{prompt}"` by default.
         response: Template of responses, `"{response}"` by default.
-        chat_template: Template of chats, see `OpenLlamaCausalLMPreprocessor`.
+        chat_template: Template of chats, see `OpenLlamaCausalLMPreprocessor`; by
+            default that of the model.
         validation: Path of held-out examples; by default, a fraction of `data`.
         validation_fraction: Fraction of the examples to hold out, 0 to 1.
         sequence_length: Tokens per sequence.
@@ -55,7 +56,7 @@ class FinetuneConfig:
     data: tuple[str, ...]
     prompt: str | None = None
     response: str | None = None
-    chat_template: dict | None = None
+    chat_template: dict[str, str] | str | None = None
     validation: str | None = None
     validation_fraction: float = 0.05
     sequence_length: int = 512

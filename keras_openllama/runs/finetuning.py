@@ -7,6 +7,7 @@ the format of PEFT) and `model/` (merged, in the format of transformers).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -40,7 +41,10 @@ from keras_openllama.runs.jax_train_state import (
 from keras_openllama.runs.keras_train_state import KerasTrainState
 from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.trainer import RunOptions, SamplePrompts, Trainer, lock_run
-from keras_openllama.text.inputs import normalize_examples
+from keras_openllama.text.chat_rendering import RenderedExample, render_example
+from keras_openllama.text.inputs import ChatExample, as_example
+from keras_openllama.text.messages import ASSISTANT, is_reply
+from keras_openllama.text.records import Example
 from keras_openllama.text.sentencepiece_model import check_vocabulary
 from keras_openllama.training.target_weights import no_targets_error
 
@@ -58,6 +62,7 @@ def open_run(
     sample_prompts: list[str] | None = None,
     max_new_tokens: int = 48,
     check_size: Callable[[Mapping[str, Any]], None] = lambda sizes: None,
+    max_skipped: float = instructions.MAX_SKIPPED,
 ) -> Iterator[Trainer]:
     """Starts a fine-tuning run, or resumes the one in the directory.
 
@@ -69,6 +74,8 @@ def open_run(
         max_new_tokens: Limit of generated tokens per sample.
         check_size: Called with the arguments of the backbone before weights are loaded;
             raises a `ValueError` if the model is too large.
+        max_skipped: Largest fraction of the examples that may be skipped because there
+            is nothing to learn from them.
 
     Yields:
         The trainer, to be used inside the `with` block.
@@ -89,18 +96,19 @@ def open_run(
     """
     source, architecture = find_model(config.preset, config.sequence_length)
     check_size(architecture)
-    examples, validation = read_examples(config)
+    # What the examples and prompts need is checked before the weights are loaded.
+    preprocessor = _load_preprocessor(config, source, architecture)
+    config = dataclasses.replace(config, chat_template=preprocessor.chat_template)
+    examples, validation = read_examples(config, preprocessor, max_skipped, options.log)
     distribution = _distribution(config, architecture, options)
     with lock_run(options.output):
         run = _describe(config, architecture, examples, validation)
         before, changes = run_directory.read_and_check_run(
             options.output, run, options.accept_changes
         )
-        # What the examples and prompts need is checked before the weights are loaded.
-        preprocessor = _load_preprocessor(config, source, architecture)
         data = _instruction_data(config, preprocessor, examples, validation)
         if sample_prompts is None:
-            sample_prompts = _prompts(config, preprocessor, [e for _, e in validation])
+            sample_prompts = _prompts(config, preprocessor, validation)
         sampling = _sampling(preprocessor, architecture, sample_prompts, max_new_tokens)
         train = config.train_config(data.steps(config.epochs))
         lm = _build(config, source, preprocessor, train, distribution)
@@ -275,50 +283,101 @@ def _describe(config, architecture, examples, validation):
 # ----- Examples
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingExample:
+    """A fine-tuning example that was read and rendered.
+
+    Attributes:
+        source: Name of its file without the suffix.
+        example: The example, see `text.records`.
+        rendered: The same as text, see `text.chat_rendering`.
+    """
+
+    source: str
+    example: Example
+    rendered: RenderedExample
+
+
 def read_examples(
     config: FinetuneConfig,
-) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    preprocessor: OpenLlamaCausalLMPreprocessor,
+    max_skipped: float = instructions.MAX_SKIPPED,
+    log: Callable[[str], object] = print,
+) -> tuple[list[TrainingExample], list[TrainingExample]]:
     """Reads the training and the held-out examples.
 
     Args:
         config: The settings of the run.
+        preprocessor: Has the chat template.
+        max_skipped: Largest fraction of the examples that may be skipped because there
+            is nothing to learn from them.
+        log: Called with a line of text for each reason to skip examples.
 
     Returns:
-        Two lists of `(source, example)`: for training, and held out.
+        Two lists: for training, and held out.
 
     Raises:
-        ValueError: if a file holds an invalid example.
+        ValueError: if examples are invalid, or too many are skipped. The message names
+            the files and lines.
         OSError: if a file cannot be read.
     """
     templates = None
     if config.prompt is not None or config.response is not None:
         templates = (config.prompt or "{prompt}", config.response or "{response}")
-    examples = instructions.read_examples_with_sources(config.data, templates)
-    if config.validation is None:
-        return instructions.split_examples(
-            examples, config.validation_fraction, config.seed
+    files = [config.data]
+    if config.validation is not None:
+        files.append([config.validation])
+    read = [
+        _read_files(paths, templates, preprocessor, max_skipped, log) for paths in files
+    ]
+    if config.validation is not None:
+        return tuple(read)
+    return instructions.split_examples(read[0], config.validation_fraction, config.seed)
+
+
+def _read_files(paths, templates, preprocessor, max_skipped, log):
+    """Reads examples and renders them as text."""
+    errors = instructions.ExampleErrors(max_skipped)
+    found, total = instructions.read_located_examples(paths, templates, errors)
+    template = preprocessor.compiled_chat_template()
+    examples, num_cut = [], 0
+    for located in found:
+        example = as_example(located.example, "messages")
+        try:
+            rendered = render_example(example, template)
+        except ValueError as error:
+            errors.add(located.place, error)
+            continue
+        examples.append(TrainingExample(located.source, located.example, rendered))
+        is_chat = isinstance(example, ChatExample)
+        num_cut += is_chat and not is_reply(example.messages[-1])
+    errors.check(total)
+    for line in errors.summary():
+        log(line)
+    if num_cut:
+        log(
+            f"{num_cut} of {total} chats do not end with a reply of the assistant: "
+            "their last messages are not learned from."
         )
-    return examples, instructions.read_examples_with_sources(
-        [config.validation], templates
-    )
+    return examples
 
 
 def _fingerprint(*parts):
-    text = json.dumps([[e for _, e in part] for part in parts], ensure_ascii=False)
+    text = json.dumps([[x.example for x in part] for part in parts], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _instruction_data(config, preprocessor, examples, validation):
     def tokenize(examples, pack):
-        tokenized = preprocessor.tokenize_examples(normalize_examples(examples))
+        tokenized = preprocessor.tokenize_rendered([x.rendered for x in examples])
         tokenized.warn()
         arrays = tokenized.packed() if pack else tokenized.padded()
         return arrays, tokenized.num_bytes
 
     by_source = {}
-    for source, example in validation:
-        by_source.setdefault(source, []).append(example)
-    train, _ = tokenize([e for _, e in examples], config.pack)
+    for example in validation:
+        by_source.setdefault(example.source, []).append(example)
+    train, _ = tokenize(examples, config.pack)
     held_out = {source: tokenize(some, False) for source, some in by_source.items()}
     if not train[2].any():
         raise no_targets_error("The examples (--data) have")
@@ -363,14 +422,16 @@ def _sampling(preprocessor, architecture, prompts, max_new_tokens):
 def _prompt_ids(preprocessor, prompt):
     if isinstance(prompt, str):
         return preprocessor.prompt_ids([prompt])[0]
-    return preprocessor.chat_ids(prompt["messages"])
+    return preprocessor.chat_ids(prompt["messages"], prompt.get("tools"))
 
 
 def _prompts(config, preprocessor, examples):
     """Returns prompts of examples that leave room for a response."""
     prompts = []
     for example in examples:
-        prompt = prompt_from_example(example)
+        prompt = prompt_from_example(
+            example.example, preprocessor.chat_template is not None
+        )
         try:
             ids = _prompt_ids(preprocessor, prompt)
         except ValueError:
@@ -382,15 +443,17 @@ def _prompts(config, preprocessor, examples):
     return prompts
 
 
-def prompt_from_example(example: str | Mapping[str, Any]) -> Any:
+def prompt_from_example(example: Example, as_chat: bool = False) -> Any:
     """Returns the prompt of an example.
 
     Args:
-        example: Text, prompt and response, or chat.
+        example: Text, prompt and response, or chat, see `text.records`.
+        as_chat: Whether there is a chat template for an example that is both a pair and
+            a chat.
 
     Returns:
-        The start of a text, the prompt, or the chat without the assistant's last
-        messages.
+        The start of a text, the prompt, or the chat without the last reply and what
+        follows it.
 
     Example:
         >>> prompt_from_example({"prompt": "2 + 2 =", "response": "4"})
@@ -398,9 +461,12 @@ def prompt_from_example(example: str | Mapping[str, Any]) -> Any:
     """
     if isinstance(example, str):
         return example[:60]
-    if "prompt" in example:
+    if "prompt" in example and not (as_chat and "messages" in example):
         return example["prompt"]
     messages = list(example["messages"])
-    while messages and messages[-1]["role"] == "assistant":
+    while messages and not is_reply(messages[-1]):
         messages.pop()
-    return {"messages": messages}
+    while messages and messages[-1]["role"] == ASSISTANT:
+        messages.pop()
+    tools = {"tools": example["tools"]} if "tools" in example else {}
+    return {"messages": messages, **tools}

@@ -1,27 +1,23 @@
-"""Supervised fine-tuning examples as token ids: texts, pairs and chats.
-
-Every example becomes a list of exchanges: a prompt, which is masked out of the loss,
-and a response. A plain text is a response without a prompt.
-"""
+"""Supervised fine-tuning examples as token ids, with a mask of what is learned."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
-from keras_openllama.text.inputs import Examples, Message, Pair, Texts
+from keras_openllama.text.chat_rendering import (
+    Exchange,
+    RenderedChat,
+    RenderedExample,
+    not_a_prompt_error,
+)
 from keras_openllama.text.token_arrays import pad_sequences
 from keras_openllama.utils.bin_packing import best_fit_decreasing
-
-# A prompt and the response to it; either may be empty.
-Exchange: TypeAlias = tuple[str, str]
-ChatTemplate: TypeAlias = dict[str, str]
-
-_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
 
 
 class TextTokenizer(Protocol):
@@ -33,127 +29,17 @@ class TextTokenizer(Protocol):
     def tokenize(self, inputs: list[str], **options: Any) -> list[list[int]]:
         """Returns the token ids of each text."""
 
-    def tokenize_continuation(self, text: str) -> list[int]:
+    def tokenize_continuation(
+        self, text: str, parse_special: bool = False
+    ) -> list[int]:
         """Returns the token ids of a text that continues another one."""
 
     def detokenize(self, inputs: list[int]) -> str:
         """Returns the text of token ids."""
 
 
-# ----- Exchanges
-
-
-def to_exchanges(
-    data: Texts | Examples, template: ChatTemplate | None = None
-) -> list[list[Exchange]]:
-    """Converts texts, pairs or chats to lists of exchanges.
-
-    Args:
-        data: the normalized input.
-        template: a chat template, see `chat_exchanges`. Needed for chats only.
-
-    Returns:
-        One list of `(prompt, response)` per example.
-
-    Raises:
-        ValueError: if a chat is malformed, or there is no template for it.
-
-    Example:
-        >>> to_exchanges(Texts(["Llamas hum."], batched=True))
-        [[('', 'Llamas hum.')]]
-    """
-    if isinstance(data, Texts):
-        return [[("", text)] for text in data.texts]
-    return [
-        [(example.prompt, example.response)]
-        if isinstance(example, Pair)
-        else chat_exchanges(example.messages, template, example.name)
-        for example in data.examples
-    ]
-
-
-def check_template(template: ChatTemplate | None) -> None:
-    """Checks a chat template.
-
-    Args:
-        template: see `chat_exchanges`; `None` is valid.
-
-    Raises:
-        ValueError: if `template` is not a dict of strings with the role `"assistant"`,
-            each with `{content}` exactly once.
-    """
-    if template is None:
-        return
-    if not isinstance(template, dict) or "assistant" not in template:
-        raise ValueError(
-            '`chat_template` must be a dict of strings with the role "assistant", '
-            f"such as {_TEMPLATE}. Received: {template!r}"
-        )
-    for role, text in template.items():
-        if not isinstance(text, str) or text.count("{content}") != 1:
-            raise ValueError(
-                f'`chat_template["{role}"]` must be a string that has {{content}} '
-                f"exactly once. Received: {text!r}"
-            )
-
-
-def chat_exchanges(
-    messages: Sequence[Message], template: ChatTemplate | None, name: str = "messages"
-) -> list[Exchange]:
-    r"""Converts a chat to exchanges. The last one may lack a response.
-
-    Args:
-        messages: dicts `{"role": …, "content": …}`.
-        template: text by role, each with `{content}` exactly once. Text before the
-            assistant's content belongs to the prompt, text after it to the response.
-        name: name of the argument in error messages.
-
-    Returns:
-        List of `(prompt, response)`. A missing response is `""`.
-
-    Raises:
-        ValueError: if there is no template, the template does not have a role, or a
-            message is malformed.
-
-    Example:
-        >>> template = {"user": "Q: {content}\n", "assistant": "A: {content}"}
-        >>> chat_exchanges([{"role": "user", "content": "Hi"}], template)
-        [('Q: Hi\nA: ', '')]
-    """
-    if template is None:
-        raise ValueError(
-            "Chats need a chat template. Set `preprocessor.chat_template`, for "
-            f"example to {_TEMPLATE}."
-        )
-    before, after = template["assistant"].split("{content}")
-    exchanges, prompt = [], ""
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ValueError(
-                f'`{name}[{i}]` must be a dict with the keys "role" and "content". '
-                f"Received: {message!r}"
-            )
-        role, content = message["role"], message["content"]
-        if role not in template or not isinstance(content, str) or not content:
-            raise ValueError(
-                f"`{name}[{i}]` must have a role of {sorted(template)} and non-empty "
-                f"content. Received: {message!r}"
-            )
-        if role == "assistant":
-            exchanges.append((prompt + before, content + after))
-            prompt = ""
-        else:
-            prompt += template[role].replace("{content}", content)
-    if prompt:
-        exchanges.append((prompt + before, ""))
-    return exchanges
-
-
-# ----- Tokens
-
-
 def tokenize_examples(
-    examples: Sequence[Sequence[Exchange]],
+    examples: Sequence[RenderedExample],
     tokenizer: TextTokenizer,
     sequence_length: int,
     add_start_token: bool = True,
@@ -165,10 +51,11 @@ def tokenize_examples(
     After the `</s>` of a response, the next prompt is tokenized as a new text.
 
     Args:
-        examples: lists of exchanges, see `to_exchanges`.
+        examples: see `chat_rendering.render_examples`.
         tokenizer: usually an `OpenLlamaTokenizer`.
         sequence_length: predictions per sequence. A sequence has one token more.
-        add_start_token: whether to add `<s>` before each example.
+        add_start_token: whether to add `<s>` before each example. To a chat that was
+            rendered by a template in Jinja nothing is added.
         add_end_token: whether to add `</s>` after each response.
 
     Returns:
@@ -179,34 +66,101 @@ def tokenize_examples(
 
     Example:
         >>> tokenizer = lm.preprocessor.tokenizer
-        >>> tokenized = tokenize_examples([[("2 + 2 =", " 4")]], tokenizer, 16)
+        >>> exchange = Exchange("2 + 2 =", " 4")
+        >>> tokenized = tokenize_examples([[exchange]], tokenizer, 16)
         >>> tokenizer.detokenize(tokenized.token_ids[0])
         '2 + 2 = 4'
         >>> sum(tokenized.loss_masks[0])  # The response and the end token.
         3
     """
-    exchanges = [exchange for example in examples for exchange in example]
+    exchanges = [
+        exchange
+        for example in examples
+        if not isinstance(example, RenderedChat)
+        for exchange in example
+    ]
     pairs = iter(_pairs_of_ids(exchanges, tokenizer))
     start = [tokenizer.start_token_id] if add_start_token else []
     end = [tokenizer.end_token_id] if add_end_token else []
     tokenized = TrainingExamples([], [], sequence_length)
     for number, example in enumerate(examples):
+        if isinstance(example, RenderedChat):
+            ids, loss_mask, num_bytes = _tokenize_chat(
+                example, tokenizer, sequence_length + 1
+            )
+            tokenized.num_bytes += num_bytes
+            tokenized.add(ids, loss_mask)
+            continue
         ids, loss_mask = list(start), [False] * len(start)
-        for prompt, response in example:
+        for prompt, response, is_learned in example:
             prompt_ids, response_ids = next(pairs)
-            if prompt and not response_ids:
+            if prompt and response and not response_ids:
                 raise ValueError(
-                    f"Example {number} has a prompt without a response, or with a "
-                    f"response that has no tokens: {prompt[-80:]!r}"
+                    f"Example {number} has a response that has no tokens: {response!r}"
                 )
-            room = sequence_length + 1 - len(ids) - len(prompt_ids)
-            part = response, prompt_ids, response_ids, room
-            tokenized.num_bytes += _visible_bytes(*part, tokenizer)
+            is_target = is_learned and bool(response_ids)
+            if is_target:
+                room = sequence_length + 1 - len(ids) - len(prompt_ids)
+                part = response, prompt_ids, response_ids, room
+                tokenized.num_bytes += _visible_bytes(*part, tokenizer)
             ids += prompt_ids + response_ids + end
             loss_mask += [False] * len(prompt_ids)
-            loss_mask += [bool(response_ids)] * len(response_ids + end)
+            loss_mask += [is_target] * len(response_ids + end)
         tokenized.add(ids, loss_mask)
     return tokenized
+
+
+def _tokenize_chat(chat, tokenizer, room):
+    """Token ids of a rendered chat, their loss mask, and bytes of its targets.
+
+    The ids are those of `apply_chat_template` of transformers, unless a token would
+    span the start or the end of a reply: `generate` never produces such a token.
+    """
+    ends = sorted({0, *(end for span in chat.replies for end in span), len(chat.text)})
+    ids = parse_text(tokenizer, chat.text)
+    counts = [len(prefix) for prefix in _prefixes(chat.text, ends, ids, tokenizer)]
+    if len(counts) < len(ends):
+        parts = [chat.text[a:b] for a, b in itertools.pairwise(ends)]
+        pieces = [parse_text(tokenizer, parts[0])] + [
+            tokenizer.tokenize_continuation(part, parse_special=True)
+            for part in parts[1:]
+        ]
+        ids = [token_id for piece in pieces for token_id in piece]
+        counts = [0, *itertools.accumulate(map(len, pieces))]
+    position = dict(zip(ends, counts, strict=True))
+    loss_mask, num_bytes = [False] * len(ids), 0
+    for start, end in chat.replies:
+        first, last = position[start], position[end]
+        loss_mask[first:last] = [True] * (last - first)
+        if first < room:
+            text = tokenizer.detokenize(ids[: min(last, room)])
+            before = tokenizer.detokenize(ids[:first])
+            num_bytes += len(text.encode()) - len(before.encode())
+    return ids, loss_mask, num_bytes
+
+
+def _prefixes(text, ends, ids, tokenizer):
+    """Yields the ids of the text up to each end, while the whole text's begin alike."""
+    for end in ends:
+        prefix = parse_text(tokenizer, text[:end])
+        if ids[: len(prefix)] != prefix:
+            return
+        yield prefix
+
+
+def parse_text(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Tokenizes a rendered chat, in which special tokens are written out.
+
+    Args:
+        tokenizer: usually an `OpenLlamaTokenizer`.
+        text: the text.
+
+    Returns:
+        Token ids.
+    """
+    options = dict(parse_special=True, add_bos=False, add_eos=False)
+    [ids] = tokenizer.tokenize([text], **options)
+    return ids
 
 
 def _visible_bytes(response, prompt_ids, response_ids, room, tokenizer):
@@ -228,7 +182,7 @@ def chat_prompt_ids(
     """Tokenizes a chat that ends with a prompt, for generation.
 
     Args:
-        exchanges: see `chat_exchanges`; the last one has no response.
+        exchanges: see `chat_rendering.chat_exchanges`; the last one has no response.
         tokenizer: usually an `OpenLlamaTokenizer`.
         add_start_token: whether to add `<s>` before the chat.
         add_end_token: whether to add `</s>` after each response.
@@ -239,11 +193,8 @@ def chat_prompt_ids(
     Raises:
         ValueError: if the chat ends with a message of the assistant.
     """
-    if not exchanges or exchanges[-1][1]:
-        raise ValueError(
-            "A chat to continue must not end with a message of the assistant. "
-            f"Received: {exchanges!r:.200}"
-        )
+    if not exchanges or exchanges[-1].response:
+        raise not_a_prompt_error(exchanges)
     ids = [tokenizer.start_token_id] if add_start_token else []
     end = [tokenizer.end_token_id] if add_end_token else []
     for prompt_ids, response_ids in _pairs_of_ids(exchanges, tokenizer):
@@ -254,10 +205,10 @@ def chat_prompt_ids(
 def _pairs_of_ids(exchanges, tokenizer):
     """`(ids of the prompt, ids of the response)` of each exchange."""
     options = dict(add_bos=False, add_eos=False)
-    prompts = tokenizer.tokenize([prompt for prompt, _ in exchanges], **options)
-    joined = tokenizer.tokenize([p + r for p, r in exchanges], **options)
+    prompts = tokenizer.tokenize([prompt for prompt, *_ in exchanges], **options)
+    joined = tokenizer.tokenize([p + r for p, r, _ in exchanges], **options)
     pairs = []
-    for (_, response), prompt, both in zip(exchanges, prompts, joined, strict=True):
+    for (_, response, _), prompt, both in zip(exchanges, prompts, joined, strict=True):
         is_prefix = both[: len(prompt)] == prompt
         # Otherwise one token spans the end of the prompt and the start of the response.
         # `generate` never produces such a token.
@@ -356,6 +307,7 @@ class BatchWarnings:
 
     Example:
         >>> import warnings
+        >>> from keras_openllama.text.inputs import Texts
         >>> batches = BatchWarnings()
         >>> with warnings.catch_warnings(record=True) as reported:
         ...     for text in ["a", "a long text", "another long text"]:

@@ -15,7 +15,7 @@ few classes, so that no other module checks input types:
 import dataclasses
 import inspect
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +24,18 @@ from keras_openllama.backend.arrays import (
     loaded_tensorflow,
     to_numpy,
 )
+from keras_openllama.text.messages import Message, is_message
+from keras_openllama.text.records import (
+    Example,
+    chat_key,
+    chat_messages,
+    example_from_record,
+    form_of,
+    tools_of,
+)
 from keras_openllama.text.token_arrays import unpadded_ids
 
 PAIR_KEYS = {"prompt", "response"}
-CHAT_KEYS = {"messages"}
-Message: TypeAlias = dict[str, str]
 
 
 # ----- Kinds of input
@@ -52,12 +59,18 @@ class ChatPrompts:
     """Chats to continue.
 
     Attributes:
-        chats: lists of messages `{"role": …, "content": …}`.
+        chats: lists of messages, see `messages.normalize_messages`.
         batched: whether the user passed a batch, not a single chat.
+        tools: for each chat, the descriptions of tools that it may use, if any.
     """
 
     chats: list[list[Message]]
     batched: bool
+    tools: list[list[Any] | None] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.tools:
+            self.tools.extend([None] * len(self.chats))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +86,17 @@ class ChatExample:
     """A chat to train on.
 
     Attributes:
-        messages: dicts `{"role": …, "content": …}`. They are not validated yet: the
-            valid roles depend on a chat template.
+        messages: see `messages.normalize_messages`. Their roles are not checked yet:
+            the valid ones depend on a chat template.
         name: name of the argument in error messages.
+        tools: descriptions of the tools that the chat may use.
+        pair: what to train on if there is no chat template.
     """
 
     messages: list[Message]
     name: str
+    tools: list[Any] | None = None
+    pair: Pair | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +185,7 @@ def normalize_prompts(
     """
     if isinstance(inputs, dict) and "token_ids" in inputs:
         return TokenArrays(*unpadded_ids(inputs, vocabulary_size))
+    inputs = _as_chats(inputs)
     if not has_preprocessor:
         raise ValueError(
             "The model has no `preprocessor`, so `inputs` must be a dict of "
@@ -178,24 +196,40 @@ def normalize_prompts(
         batches = inputs.as_numpy_iterator()
         return Batches(Texts(_nonempty_prompts(batch).texts, True) for batch in batches)
     if isinstance(inputs, dict):
-        return ChatPrompts(*_chats_of_prompt(inputs, "inputs"))
+        return _chats_of_prompt(inputs, "inputs")
     if _is_supervised(inputs):
-        chats = [
-            _only(_chats_of_prompt(x, f"inputs[{i}]")[0], f"inputs[{i}]")
-            for i, x in enumerate(inputs)
-        ]
-        return ChatPrompts(chats, True)
+        prompts = [_chats_of_prompt(x, f"inputs[{i}]") for i, x in enumerate(inputs)]
+        return ChatPrompts(
+            [_only(one.chats, f"inputs[{i}]") for i, one in enumerate(prompts)],
+            True,
+            [one.tools[0] for one in prompts],
+        )
     return _nonempty_prompts(inputs)
 
 
+def _as_chats(x):
+    """Gives a list of messages, or of such lists, the key of chats."""
+    if not isinstance(x, (list, tuple)) or not x:
+        return x
+    is_chats = all(
+        isinstance(chat, (list, tuple)) and chat and all(map(is_message, chat))
+        for chat in x
+    )
+    return {"messages": x} if is_chats or all(map(is_message, x)) else x
+
+
 def _chats_of_prompt(x, name):
-    if set(x) != CHAT_KEYS:
+    key = chat_key(x)
+    if key is None:
         raise ValueError(
-            f'`{name}` must be a string, a chat with the key "messages" alone, or a '
-            'dict of arrays with the keys "token_ids" and "padding_mask". Received: '
-            f"keys {sorted(x)}"
+            f'`{name}` must be a string, a chat with the key "messages", or a dict of '
+            'arrays with the keys "token_ids" and "padding_mask". Received: keys '
+            f"{sorted(x)}"
         )
-    return _split_chats(x["messages"], f"{name}['messages']")
+    chats, batched = _split_chats(x[key], f"{name}[{key!r}]")
+    chats = [chat_messages({**x, key: chat}, key, name) for chat in chats]
+    tools = tools_of(x, name)
+    return ChatPrompts(chats, batched, [tools] * len(chats))
 
 
 def _nonempty_prompts(inputs):
@@ -254,6 +288,7 @@ def normalize_training_data(
     """
     if _is_batches(x):
         return Batches(x)
+    x = _as_chats(x)
     if has_preprocessor and (_is_text(x) or _is_supervised(x)):
         return normalize_examples(x, y)
     # Keras would raise an obscure error for these.
@@ -285,6 +320,7 @@ def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
         >>> normalize_examples("2 + 2 =", " 4")
         Examples(examples=[Pair(prompt='2 + 2 =', response=' 4')], batched=False)
     """
+    x = _as_chats(x)
     if y is not None:
         x = {"prompt": x, "response": y}
     parts = x if isinstance(x, dict) else {None: x}
@@ -319,26 +355,70 @@ def check_graph_texts(tensor: Any, name: str) -> None:
         )
 
 
+def as_example(example: Example, name: str) -> str | Pair | ChatExample:
+    """Converts an example of `records.example_from_record`.
+
+    Args:
+        example: A text, a pair, a chat, or both of the last two.
+        name: name of the argument in error messages.
+
+    Returns:
+        The example.
+
+    Example:
+        >>> as_example({"prompt": "2 + 2 =", "response": " 4"}, "x")
+        Pair(prompt='2 + 2 =', response=' 4')
+    """
+    if isinstance(example, str):
+        return example
+    pair = None
+    if "prompt" in example:
+        pair = Pair(example["prompt"], example["response"])
+    if "messages" not in example:
+        return pair
+    return ChatExample(example["messages"], name, example.get("tools"), pair)
+
+
 def _examples_of(x, name):
     """Normalizes a dict of one or several pairs or chats."""
-    if set(x) == CHAT_KEYS:
-        name = f"{name}['messages']"
-        chats, batched = _split_chats(x["messages"], name)
-        return Examples([ChatExample(chat, name) for chat in chats], batched)
-    if set(x) != PAIR_KEYS:
+    form, key = form_of(x), chat_key(x)
+    if key and not (form and form[0] == "prompt"):
+        chats, batched = _split_chats(x[key], f"{name}[{key!r}]")
+        examples = [
+            as_example(example_from_record({**x, key: chat}, name), f"{name}[{key!r}]")
+            for chat in chats
+        ]
+        return Examples(examples, batched)
+    if form is None:
         raise ValueError(
             f'`{name}` must have the keys "prompt" and "response", or the key '
             f'"messages". Received: keys {sorted(x)}'
         )
-    prompts = normalize_texts(x["prompt"], f"{name}['prompt']")
-    responses = normalize_texts(x["response"], f"{name}['response']").texts
+    question, about, answer = form
+    if isinstance(x[question], (list, tuple)) and all(map(is_message, x[question])):
+        return Examples([as_example(example_from_record(x, name), name)], False)
+    prompts = normalize_texts(x[question], f"{name}[{question!r}]")
+    responses = normalize_texts(x[answer], f"{name}[{answer!r}]").texts
     if len(prompts.texts) != len(responses):
         raise ValueError(
             f"`{name}` has {len(prompts.texts)} prompts and {len(responses)} responses."
         )
-    _check_nonempty(prompts.texts, name, "prompt")
     _check_nonempty(responses, name, "response")
-    return Examples(list(map(Pair, prompts.texts, responses)), prompts.batched)
+    if question == "prompt":
+        _check_nonempty(prompts.texts, name, "prompt")
+        return Examples(list(map(Pair, prompts.texts, responses)), prompts.batched)
+    columns = {question: prompts.texts, answer: responses}
+    for key in (about, "system", "system_prompt"):
+        if key is not None and x.get(key) is not None:
+            columns[key] = normalize_texts(x[key], f"{name}[{key!r}]").texts
+    records = [
+        dict(zip(columns, row, strict=True))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    return Examples(
+        [as_example(example_from_record(one, name), name) for one in records],
+        prompts.batched,
+    )
 
 
 def _only(items, name):
@@ -353,7 +433,7 @@ def _only(items, name):
 def _split_chats(messages, name):
     """Returns a list of chats, and whether `messages` is a batch of them."""
     is_batch = isinstance(messages, (list, tuple)) and not any(
-        isinstance(message, dict) for message in messages
+        isinstance(message, (dict, str)) for message in messages
     )
     chats = messages if is_batch and messages else [messages]
     for chat in chats:
@@ -450,7 +530,7 @@ def _is_text(x):
 def _is_supervised(x):
     """Whether `x` is pairs or chats: a dict of texts, or a list of such dicts."""
     if isinstance(x, dict):
-        return bool(set(x) & (PAIR_KEYS | CHAT_KEYS))
+        return bool(form_of(x) or chat_key(x) or set(x) & PAIR_KEYS)
     return (
         isinstance(x, (list, tuple))
         and bool(x)
