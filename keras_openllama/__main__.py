@@ -17,6 +17,7 @@ from keras_openllama import __version__
 from keras_openllama.cli.process import (
     PROGRAM,
     print_unencodable_as_question_marks,
+    tolerate_closed_stdout,
 )
 
 # Name -> summary. The module `keras_openllama.cli.NAME` has the command's `main`.
@@ -66,6 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with tolerate_closed_stdout():
+            return _run(arguments)
+        return 0
+    except KeyboardInterrupt:  # While the module of the command is imported.
+        print(file=sys.stderr)
+        return 130
+
+
+def _run(arguments):
     name = arguments[0] if arguments else None
     if name in COMMANDS:
         module = importlib.import_module(

@@ -149,25 +149,40 @@ def find(name: str) -> Preset | None:
     return registry().get(name) or registry().get(f"{_PREFIX}{name}")
 
 
-def unknown_preset_error(name: str) -> ValueError:
+def nearest_preset(name: str) -> str | None:
+    """Returns the known name that is most like a misspelled one, if any is.
+
+    Example:
+        >>> nearest_preset("7b_v22")
+        'open_llama_7b_v2'
+    """
+    names = [*registry(), *(full.removeprefix(_PREFIX) for full in registry())]
+    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    return find(nearest[0]).name if nearest else None
+
+
+def unknown_preset_error(name: str, argument: str = "preset") -> ValueError:
     """Returns the error for an unknown name; it suggests the closest known name.
+
+    Args:
+        name: The name received.
+        argument: Name of the argument, for the message.
 
     Example:
         >>> "Did you mean 'open_llama_7b_v2'?" in str(unknown_preset_error("7b_v22"))
         True
     """
-    names = list(registry())
-    short = [full.removeprefix(_PREFIX) for full in names]
-    nearest = difflib.get_close_matches(name.lower(), names + short, n=1, cutoff=0.5)
-    hint = f" Did you mean {find(nearest[0]).name!r}?" if nearest else ""
+    nearest = nearest_preset(name)
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
     if name.count("/") == 1 and not name.startswith(("/", ".")):
         hint = f" A repository on the Hugging Face Hub is 'hf://{name}'."
     if Path(name).is_file():
         hint = (
-            " It is a file: load EasyLM checkpoints with "
+            " It is a file: if it is a checkpoint of EasyLM, convert it with "
+            "keras-openllama convert, or load it with "
             "`keras_openllama.convert.easylm.load`."
         )
     return ValueError(
-        f"`preset` must be one of {', '.join(names)}, the path of a directory, or "
-        f"'hf://user/repo'.{hint} Received: preset={name!r}"
+        f"`{argument}` must be one of {', '.join(registry())}, the path of a "
+        f"directory, or 'hf://user/repo'.{hint} Received: {argument}={name!r}"
     )

@@ -63,6 +63,11 @@ class LocalRepository:
         """
         path = self.optional(name)
         if path is None:
+            if not self.path.is_dir():
+                problem = "is a file" if self.path.exists() else "does not exist"
+                raise FileNotFoundError(
+                    f"{self.path} {problem}, and must be a directory with {name}."
+                )
             raise FileNotFoundError(f"{name} is missing from {self}.")
         return path
 

@@ -7,7 +7,6 @@ import contextlib
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 
 from keras_openllama.checkpoints.formats import (
@@ -21,7 +20,6 @@ from keras_openllama.cli.presets import BYTE_UNITS, with_unit
 from keras_openllama.cli.process import (
     choose_backend,
     quiet_tensorflow,
-    show_warning,
 )
 
 DESCRIPTION = """\
@@ -56,7 +54,12 @@ examples:
 
 def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses the arguments of the command."""
-    parser = CommandParser(prog, description=DESCRIPTION, epilog=EXAMPLES)
+    parser = CommandParser(
+        prog,
+        argument_names={"tokenizer": "--no-tokenizer"},
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
     parser.add_argument("source", metavar="SOURCE", help="the model to convert")
     parser.add_argument("target", metavar="DEST", help="the file or directory to write")
     parser.add_argument(
@@ -124,8 +127,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
     choose_backend(None)
-    with _exit_on_sigterm(), warnings.catch_warnings():
-        warnings.showwarning = show_warning
+    with _exit_on_sigterm():
         with quiet_tensorflow():
             from keras_openllama.convert import convert
 

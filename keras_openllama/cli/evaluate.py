@@ -14,13 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
+from keras_openllama.cli.messages import describe_error
+from keras_openllama.cli.paths import (
+    require_directory,
+    require_output_directory,
+    require_preset,
+)
 from keras_openllama.cli.process import (
     add_backend,
     choose_backend,
-    one_line,
     quiet_tensorflow,
 )
+from keras_openllama.utils.files import is_remote
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -111,7 +118,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     add_backend(group)
     group.add_argument(
         "--batch-size",
-        type=int,
+        type=types.positive_int,
         default=8,
         metavar="N",
         help="packed sequences of 512 tokens per batch; for generation, prompts per "
@@ -120,6 +127,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--mesh",
         metavar="AXIS=N,…",
+        type=types.mesh,
         help="device mesh to shard the model over, such as fsdp=4 (JAX; default: one "
         "device)",
     )
@@ -153,13 +161,13 @@ def add_tasks(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--num-fewshot",
-        type=int,
+        type=types.non_negative_int,
         metavar="N",
         help="examples in each prompt (default: those of the task, none in the suite)",
     )
     group.add_argument(
         "--limit",
-        type=float,
+        type=types.positive_number,
         metavar="N",
         help="maximum number of documents per task, or a fraction if below 1",
     )
@@ -191,14 +199,14 @@ def add_perplexity(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--context",
-        type=int,
+        type=types.positive_int,
         metavar="N",
         help="tokens of a window (default: the context length of the model; for "
         "llama.cpp at most 512)",
     )
     group.add_argument(
         "--stride",
-        type=int,
+        type=types.positive_int,
         metavar="N",
         help="tokens between the starts of windows (default: half of the window)",
     )
@@ -216,20 +224,20 @@ def add_human_eval(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--samples-per-problem",
-        type=int,
+        type=types.positive_int,
         default=1,
         metavar="N",
         help="samples per problem, for pass@k (default: %(default)s)",
     )
     group.add_argument(
         "--temperature",
-        type=float,
+        type=types.positive_number,
         metavar="X",
         help="sampling temperature (default: greedy decoding)",
     )
     group.add_argument(
         "--problems",
-        type=int,
+        type=types.positive_int,
         metavar="N",
         help="use the first N problems only (default: all)",
     )
@@ -264,26 +272,31 @@ def check_options(parser: CommandParser, options: argparse.Namespace) -> None:
                 f"--compare-with must be one of {', '.join(known)}. Received: {column}"
             )
     check_numbers(parser, options)
+    check_paths(options)
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Raises `ValueError` for a model, a file or a directory that does not exist."""
+    require_preset("--preset", options.preset)
+    if options.adapters and not options.adapters.startswith("hf://"):
+        require_directory("--adapters", options.adapters)
+    for flag, path in (
+        ("--data", options.data),
+        ("--include-path", options.include_path),
+    ):
+        if path:
+            require_directory(flag, path)
+    for path in options.perplexity:
+        if not is_remote(path) and not os.path.exists(path):
+            raise ValueError(f"--perplexity: {path} does not exist.")
+    if options.output:
+        require_output_directory("--output", options.output)
 
 
 def check_numbers(parser: CommandParser, options: argparse.Namespace) -> None:
-    """Rejects numbers that are out of range."""
-    if options.limit is not None and not options.limit > 0:
-        parser.error(f"--limit must be positive. Received: {options.limit}")
+    """Makes a limit of at least 1 an integer; rejects samples without a temperature."""
     if options.limit and options.limit >= 1:
         options.limit = int(options.limit)
-    for flag in ("batch_size", "samples_per_problem", "problems", "context", "stride"):
-        value = getattr(options, flag)
-        if value is not None and value < 1:
-            parser.error(
-                f"--{flag.replace('_', '-')} must be a positive integer. Received: "
-                f"{value}"
-            )
-    if options.temperature is not None and options.temperature <= 0:
-        parser.error(
-            "--temperature must be positive; omit it for greedy decoding. Received: "
-            f"{options.temperature}"
-        )
     if options.samples_per_problem > 1 and options.temperature is None:
         parser.error(
             "--samples-per-problem: several samples need a --temperature, such as 0.8."
@@ -320,7 +333,6 @@ class Evaluation:
         from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM
         from keras_openllama.evaluation.model_loading import load_model
         from keras_openllama.evaluation.report import measurements
-        from keras_openllama.runs.device_settings import parse_mesh
 
         # The harness warns about each default value of a task's configuration.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -335,9 +347,12 @@ class Evaluation:
         self.tasks, self.skipped = tasks.load_tasks(names, options.data, include)
         for task, reason in self.skipped.items():
             print(f"evaluate: {task} is skipped: {reason}", file=sys.stderr, flush=True)
-        mesh = parse_mesh(options.mesh) if options.mesh else None
         lm = load_model(
-            options.preset, options.dtype, options.revision, mesh, options.adapters
+            options.preset,
+            options.dtype,
+            options.revision,
+            options.mesh,
+            options.adapters,
         )
         self.texts = texts.read_texts(options.perplexity, lm)
         # Also without tasks: it rejects the output directory of another model.
@@ -480,7 +495,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         evaluation = Evaluation(options)
     except KeyboardInterrupt:
         return os.EX_TEMPFAIL
-    except FileNotFoundError:
+    except (FileNotFoundError, BrokenPipeError):
         raise
     except OSError as error:
         return _report_io_error(error, prog)
@@ -489,6 +504,8 @@ def main(arguments: list[str], prog: str) -> int | None:
     except KeyboardInterrupt:
         print("\nStopped. The responses are saved: run the same command to resume.")
         return os.EX_TEMPFAIL
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _report_io_error(error, prog)
     print(f"Results: {evaluation.directory}")
@@ -496,5 +513,5 @@ def main(arguments: list[str], prog: str) -> int | None:
 
 
 def _report_io_error(error, prog):
-    print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+    print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
     return os.EX_IOERR

@@ -110,6 +110,12 @@ def check_memory(
     """Prints the memory that the run needs; raises `ValueError` if it does not fit."""
     from keras_openllama.planning import finetune_memory
 
+    widest = max(architecture["hidden_dim"], architecture["intermediate_dim"])
+    if (config.lora_rank or 0) > widest:
+        raise ValueError(
+            f"--lora-rank must be at most {widest}, the longest side of a matrix of "
+            f"{config.preset}; 8 to 64 are common. Received: {config.lora_rank}"
+        )
     estimate = finetune_memory.estimate_memory(
         architecture,
         config.dtype,

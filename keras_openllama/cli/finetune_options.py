@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, add_renamed_argument
+from keras_openllama.cli.paths import (
+    require_file,
+    require_output_directory,
+    require_preset,
+)
 from keras_openllama.cli.process import add_backend
 from keras_openllama.cli.training_options import add_run_options
 from keras_openllama.config import PROJECTIONS, REMATERIALIZATION, context_length
@@ -64,29 +70,6 @@ SEQUENCE_LENGTH = 512
 CHAT_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
 
 
-def _is_positive(value):
-    return 0 < value < math.inf
-
-
-# Valid numbers by flag, and how an error message describes them.
-_INTEGERS = (lambda value: value >= 1, "a positive integer")
-_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "sequence_length": _INTEGERS,
-    "batch_size": _INTEGERS,
-    "micro_batches": _INTEGERS,
-    "save_every": _INTEGERS,
-    "validate_every": _INTEGERS,
-    "max_new_tokens": _INTEGERS,
-    "lora_rank": (lambda value: value >= 0, "a positive integer, or 0 for no adapters"),
-    "seed": (lambda value: value >= 0, "a non-negative integer"),
-    "epochs": (_is_positive, "positive"),
-    "learning_rate": (_is_positive, "positive"),
-    "lora_alpha": (_is_positive, "positive"),
-    "weight_decay": (lambda value: 0 <= value < math.inf, "a non-negative number"),
-    "validation_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
-    "warmup": (lambda value: 0 <= value < 1, "in [0, 1), a fraction of all steps"),
-    "max_skipped": (lambda value: 0 <= value <= 1, "from 0 to 1"),
-}
 # Flags that describe one run. The overview of all presets (--estimate without --preset)
 # has columns for adapters and dtypes of its own, on one device.
 _OF_ONE_RUN = ("lora_rank", "lora_targets", "int8", "dtype", "micro_batches", "mesh")
@@ -138,7 +121,7 @@ def parse_arguments(
     )
     data.add_argument(
         "--max-skipped",
-        type=float,
+        type=types.share,
         default=0.1,
         metavar="X",
         help="fraction of the examples that may be skipped because there is nothing to "
@@ -148,7 +131,7 @@ def parse_arguments(
         data,
         "--validation-share",
         "--validation-fraction",
-        type=float,
+        type=types.fraction,
         default=0.05,
         metavar="X",
         help="fraction of the examples to hold out if --validation is not given "
@@ -158,7 +141,7 @@ def parse_arguments(
         data,
         "--length",
         "--sequence-length",
-        type=int,
+        type=types.positive_int,
         metavar="N",
         help="tokens of a sequence; longer examples are truncated (default: "
         f"{SEQUENCE_LENGTH}, or the context length of the model if that is shorter)",
@@ -169,14 +152,14 @@ def parse_arguments(
     weights = parser.add_argument_group("trained weights")
     weights.add_argument(
         "--lora-rank",
-        type=int,
+        type=types.non_negative_int,
         default=0,
         metavar="N",
         help="rank of the LoRA adapters; 0 trains all weights (default: %(default)s)",
     )
     weights.add_argument(
         "--lora-alpha",
-        type=float,
+        type=types.positive_number,
         metavar="X",
         help="LoRA alpha; updates are scaled by alpha / rank (default: the rank, a "
         "scale of 1)",
@@ -201,42 +184,46 @@ def parse_arguments(
     training = parser.add_argument_group("training")
     training.add_argument(
         "--epochs",
-        type=float,
+        type=types.number(
+            lambda value: 1e-6 <= value <= 1e6, "a positive number of at most a million"
+        ),
         default=3.0,
         metavar="X",
         help="passes over the examples (default: %(default)s)",
     )
     training.add_argument(
         "--batch-size",
-        type=int,
+        type=types.positive_int,
         default=8,
         metavar="N",
         help="sequences per step (default: %(default)s)",
     )
     training.add_argument(
         "--learning-rate",
-        type=float,
+        type=types.positive_number,
         metavar="X",
         help="peak of the warmup-cosine schedule (default: 2e-4 with adapters, else "
         "2e-5)",
     )
     training.add_argument(
         "--warmup",
-        type=float,
+        type=types.number(
+            lambda value: 0 <= value < 1, "in [0, 1), a fraction of all steps"
+        ),
         default=0.03,
         metavar="X",
         help="warmup as a fraction of all steps (default: %(default)s)",
     )
     training.add_argument(
         "--weight-decay",
-        type=float,
+        type=types.non_negative_number,
         default=0.0,
         metavar="X",
         help="weight decay of AdamW (default: %(default)s)",
     )
     training.add_argument(
         "--micro-batches",
-        type=int,
+        type=types.positive_int,
         default=1,
         metavar="N",
         help="micro-batches per step for gradient accumulation, which saves memory "
@@ -251,7 +238,7 @@ def parse_arguments(
     )
     training.add_argument(
         "--seed",
-        type=int,
+        type=types.run_seed,
         default=0,
         metavar="N",
         help="seed of the adapters' initial values, of the order of the examples and "
@@ -261,14 +248,14 @@ def parse_arguments(
     output = parser.add_argument_group("output")
     output.add_argument(
         "--save-every",
-        type=int,
+        type=types.positive_int,
         default=100,
         metavar="STEPS",
         help="steps between checkpoints (default: %(default)s)",
     )
     output.add_argument(
         "--validate-every",
-        type=int,
+        type=types.positive_int,
         metavar="STEPS",
         help="steps between validations (default: a tenth of the run)",
     )
@@ -276,6 +263,7 @@ def parse_arguments(
         output,
         "--question",
         "--sample-prompt",
+        type=types.not_empty,
         action="append",
         metavar="TEXT",
         help="prompt to generate from before and after training, used unchanged "
@@ -284,7 +272,7 @@ def parse_arguments(
     )
     output.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=types.positive_int,
         default=48,
         metavar="N",
         help="maximum number of generated tokens per prompt (default: %(default)s)",
@@ -320,10 +308,6 @@ def check_options(
         options: The parsed arguments.
         backend: The backend of Keras.
     """
-    for name, (is_valid, requirement) in _NUMBERS.items():
-        value = getattr(options, name)
-        if value is not None and not is_valid(value):
-            parser.error(f"{_flag(name)} must be {requirement}. Received: {value}")
     if options.batch_size % options.micro_batches:
         parser.error(
             "--micro-batches must divide --batch-size. Received: "
@@ -341,13 +325,31 @@ def check_options(
         parser.error("--preset is required: name the model to fine-tune.")
     if not options.data and not options.estimate:
         parser.error("--data is required: name files of examples (JSON lines).")
-    paths = [("--data", path) for path in options.data]
-    if options.validation:
-        paths.append(("--validation", options.validation))
-    for flag, path in paths:
-        if not Path(path).is_file():
-            parser.error(f"{flag}: the file {path} does not exist.")
+    require_preset("--preset", options.preset)
+    for path in options.data:
+        require_file("--data", path)
+    for flag, path in (
+        ("--validation", options.validation),
+        ("--chat-template", options.chat_template),
+    ):
+        if path:
+            require_file(flag, path)
+    if options.output:
+        require_output_directory("--output", options.output)
+    check_braces("--prompt", options.prompt)
+    check_braces("--response", options.response)
     check_combinations(parser, options)
+
+
+def check_braces(flag: str, template: str | None) -> None:
+    """Raises `ValueError` if the braces of a template are not those of a format."""
+    try:
+        list(string.Formatter().parse(template or ""))
+    except ValueError as error:
+        raise ValueError(
+            f"{flag}: {error}. Keys of the data are written as {{name}}, and a brace "
+            f"as {{{{ or }}}}. Received: {template!r}"
+        ) from error
 
 
 def _flag(name):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.paths import require_preset
 from keras_openllama.cli.process import (
     add_backend,
     choose_backend,
     quiet_tensorflow,
-    show_warning,
 )
 
 DEFAULT_PRESET = "open_llama_nano"
@@ -25,6 +24,7 @@ SAMPLERS = {
     "top_k": ("top_k", "temperature", "seed"),
     "top_p": ("top_p", "top_k", "temperature", "seed"),
 }
+DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.9
 
@@ -93,13 +93,14 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     text = parser.add_argument_group("the text")
     text.add_argument(
         "--max-new-tokens",
-        type=_positive_int,
-        default=128,
+        type=types.positive_int,
         metavar="N",
-        help="maximum number of generated tokens (default: %(default)s)",
+        help=f"maximum number of generated tokens (default: {DEFAULT_MAX_NEW_TOKENS}, "
+        "or what the context of the model leaves)",
     )
     text.add_argument(
         "--stop",
+        type=types.not_empty,
         action="append",
         metavar="TEXT",
         help="stop before this string; may be given several times",
@@ -123,27 +124,30 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     sampling.add_argument(
         "--temperature",
-        type=_temperature,
+        type=types.temperature,
         metavar="T",
         help="temperature; below 1 favors likely tokens, 0 is greedy decoding "
         "(default: 1)",
     )
     sampling.add_argument(
         "--top-k",
-        type=_positive_int,
+        type=types.positive_int,
         metavar="K",
         help="sample from the K most likely tokens (sampler top_k; default: "
         f"{DEFAULT_TOP_K}); with --top-p, a limit on the tokens that it considers",
     )
     sampling.add_argument(
         "--top-p",
-        type=_probability,
+        type=types.probability,
         metavar="P",
         help="sample from the most likely tokens whose total probability is P (sampler "
         f"top_p; default: {DEFAULT_TOP_P})",
     )
     sampling.add_argument(
-        "--seed", type=int, metavar="N", help="random seed, for reproducible text"
+        "--seed",
+        type=types.sampler_seed,
+        metavar="N",
+        help="random seed, for reproducible text",
     )
     return parser.parse_args(arguments)
 
@@ -156,16 +160,18 @@ def main(arguments: list[str], prog: str) -> int | None:
     prompt = options.prompt
     if prompt == "-":
         # The new line at the end of a file is not part of the prompt.
-        prompt = sys.stdin.read().removesuffix("\n")
+        prompt = _read_stdin().removesuffix("\n")
+    if not prompt:
+        raise ValueError("PROMPT is empty: the model needs text to continue.")
+    require_preset("--preset", options.preset)
     choose_backend(options.backend)
-    with warnings.catch_warnings():
-        warnings.showwarning = show_warning
-        _print_generated(prompt, sampler, options)
+    _print_generated(prompt, sampler, options)
 
 
 def _print_generated(prompt, sampler, options):
     with quiet_tensorflow():
         from keras_openllama.backend.keras_hub import get_sampler
+        from keras_openllama.generation.limits import ContextLengthError
         from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
     lm = OpenLlamaCausalLM.from_preset(
@@ -174,12 +180,43 @@ def _print_generated(prompt, sampler, options):
     if options.adapters:
         lm.load_adapters(options.adapters)
     lm.compile(sampler=get_sampler(sampler))
-    pieces = lm.stream(prompt, max_new_tokens=options.max_new_tokens, stop=options.stop)
+    limits = {"max_new_tokens": options.max_new_tokens}
+    if options.max_new_tokens is None:
+        limits = {
+            "max_new_tokens": DEFAULT_MAX_NEW_TOKENS,
+            "max_length": lm.backbone.context_length,
+        }
+    try:
+        pieces = lm.stream(prompt, stop=options.stop, **limits)
+    except ContextLengthError as error:
+        raise ValueError(_too_long(error, options)) from error
     if not options.strip_prompt:
         print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+def _read_stdin():
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The standard input is not UTF-8: {error}") from error
+
+
+def _too_long(error, options):
+    """Describes what exceeds the context of the model, and what to do."""
+    context = f"the context of {options.preset}, {error.context} tokens"
+    left = error.context - error.prompt_tokens
+    if left < 1:
+        return (
+            f"PROMPT has {error.prompt_tokens} tokens, and {context}, has no room for "
+            "more: shorten it."
+        )
+    return (
+        f"PROMPT has {error.prompt_tokens} tokens: --max-new-tokens must be at most "
+        f"{left}, since more exceed {context}. Received: {options.max_new_tokens}"
+    )
 
 
 def sampler_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -228,29 +265,3 @@ def _implied_sampler(options):
     if options.temperature is not None or options.seed is not None:
         return "random"
     return "greedy"
-
-
-def _number(kind, is_valid, requirement):
-    """Returns an argparse type whose error states the requirement."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not is_valid(value):
-            raise argparse.ArgumentTypeError(
-                f"must be {requirement}. Received: {text!r}"
-            )
-        return value
-
-    return parse
-
-
-_positive_int = _number(int, lambda value: value >= 1, "a positive integer")
-_temperature = _number(
-    float,
-    lambda value: 0 <= value < math.inf,
-    "a number of at least 0",
-)
-_probability = _number(float, lambda value: 0 < value <= 1, "a number in (0, 1]")

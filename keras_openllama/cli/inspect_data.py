@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
+from keras_openllama.cli.paths import require_directory, require_output_file
 from keras_openllama.config import PACKINGS
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--step",
-        type=int,
+        type=types.non_negative_int,
         action="append",
         metavar="K",
         help="decode the batch of this step; may be given several times (default: 0)",
@@ -44,14 +46,14 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         parser,
         "--rows",
         "--batch-size",
-        type=int,
+        type=types.positive_int,
         default=4,
         metavar="N",
         help="sequences of a batch (default: %(default)s)",
     )
     parser.add_argument(
         "--sequence-length",
-        type=int,
+        type=types.positive_int,
         default=2048,
         metavar="TOKENS",
         help="tokens of a sequence (default: %(default)s)",
@@ -69,7 +71,10 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         help="restrict attention to the document of each token",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the run (default: %(default)s)"
+        "--seed",
+        type=types.run_seed,
+        default=0,
+        help="seed of the run (default: %(default)s)",
     )
     parser.add_argument(
         "--mixture",
@@ -91,7 +96,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sampled-steps",
-        type=int,
+        type=types.positive_int,
         default=200,
         metavar="N",
         help="number of steps over which the actual mixture is measured (default: "
@@ -145,15 +150,21 @@ def show_batches(data: PreparedData, options: argparse.Namespace) -> None:
     for name, share in actual.items():
         target = stream.mixture.weights_at(steps[0]).get(name, 0)
         print(f"    {name:<16}{share:>8.2%}{target:>9.2%}")
-    picture = options.picture or Path(f"{Path(data.directory).resolve().name}.png")
-    inspection.draw_overview(stream, actual, steps[0], picture)
-    print(f"\nPlot: {picture}")
+    inspection.draw_overview(stream, actual, steps[0], options.picture)
+    print(f"\nPlot: {options.picture}")
 
 
 @command("inspect-data", extra="train")
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
+    require_directory("DIRECTORY", options.directory)
+    if options.picture is None:
+        options.picture = Path(f"{Path(options.directory).resolve().name}.png")
+    if not options.verify:
+        from keras_openllama.utils.plots import FORMATS
+
+        require_output_file("--picture", options.picture, FORMATS)
     logging.basicConfig(format="%(message)s", force=True)
     from keras_openllama.data.inspection import format_manifest
     from keras_openllama.data.prepared_data import PreparedData

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.paths import require_output_file
 from keras_openllama.config import LOSS_X_AXES
 
 DESCRIPTION = """\
@@ -38,7 +40,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--smooth",
-        type=int,
+        type=types.positive_int,
         metavar="N",
         help="number of steps to average over; 1 disables smoothing (default: a "
         "hundredth of the longest run)",
@@ -58,7 +60,9 @@ def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
     from keras_openllama.runs import loss_plot
+    from keras_openllama.utils.plots import FORMATS
 
+    require_output_file("--output", options.output, FORMATS)
     runs = loss_plot.read_runs(options.runs)
     loss_plot.save_loss_plot(runs, options.output, options.x, options.smooth)
     for run in runs:

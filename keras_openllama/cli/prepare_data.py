@@ -6,7 +6,9 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.paths import require_output_directory
 from keras_openllama.cli.process import PROGRAM
 from keras_openllama.cli.source_options import add_source_options
 from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
@@ -46,6 +48,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses the arguments of the command, `beam_flags` included."""
     parser = CommandParser(
         prog,
+        argument_names={"unit_bytes": "--shard-bytes"},
         description=DESCRIPTION,
         usage="%(prog)s --source NAME=PATHS ... --tokenizer PRESET|DIR --output DIR "
         "[options] [-- BEAM FLAGS]",
@@ -70,29 +73,29 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     add_source_options(parser, without_mixture="proportional to the number of tokens")
     parser.add_argument(
         "--validation-fraction",
-        type=float,
+        type=types.share,
         default=0.001,
         metavar="FRACTION",
         help="fraction of the documents to hold out (default: %(default)s)",
     )
     parser.add_argument(
         "--max-document-bytes",
-        type=int,
+        type=types.number_of_bytes,
         default=MAX_DOCUMENT_BYTES,
-        metavar="BYTES",
+        metavar="SIZE",
         help="maximum size of a document; longer ones are skipped (default: "
         "%(default)s)",
     )
     parser.add_argument(
         "--shard-bytes",
-        type=int,
+        type=types.number_of_bytes,
         default=UNIT_BYTES,
-        metavar="BYTES",
+        metavar="SIZE",
         help="input bytes of a shard, if its file can be split (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=types.positive_int,
         metavar="N",
         help="number of processes on this machine (default: one per core)",
     )
@@ -121,6 +124,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     logging.basicConfig(format="%(message)s", force=True)
     # Suppresses the messages of TensorFlow Datasets.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    require_output_directory("--output", options.output)
     sources = parse_sources(options.source)
     fields = {
         name: field

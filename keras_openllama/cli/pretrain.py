@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
+from keras_openllama.cli.paths import (
+    require_directory,
+    require_file,
+    require_output_directory,
+    require_output_file,
+)
 from keras_openllama.cli.training_options import (
     add_run_options,
     initialize_distributed,
@@ -83,15 +90,20 @@ def parse_arguments(
     recipe = parser.add_argument_group(
         "recipe", "settings that override those of the preset, see --show"
     )
-    recipe.add_argument("--steps", type=int, metavar="N", help="training steps")
     recipe.add_argument(
-        "--batch-size", type=int, metavar="N", help="sequences per step"
+        "--steps", type=types.positive_int, metavar="N", help="training steps"
     )
     recipe.add_argument(
-        "--save-every", type=int, metavar="N", help="steps between checkpoints"
+        "--batch-size", type=types.positive_int, metavar="N", help="sequences per step"
     )
     recipe.add_argument(
-        "--seed", type=int, metavar="N", help="seed of weights and data"
+        "--save-every",
+        type=types.positive_int,
+        metavar="N",
+        help="steps between checkpoints",
+    )
+    recipe.add_argument(
+        "--seed", type=types.run_seed, metavar="N", help="seed of weights and data"
     )
     recipe.add_argument(
         "--precision",
@@ -166,7 +178,10 @@ def recipe_overrides(
         name, sign, value = text.partition("=")
         if not sign:
             parser.error(f"--set must be NAME=VALUE. Received: {text!r}")
-        values[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            parser.error(f"--set {text}: the value is not valid YAML: {error}")
     return values
 
 
@@ -213,6 +228,12 @@ def main(arguments: list[str], prog: str) -> int | None:
     parser, options = parse_arguments(arguments, prog)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if options.config:
+        require_file("--config", options.config)
+    if options.data:
+        require_directory("--data", options.data)
+    if options.json:
+        require_output_file("--json", options.json)
     try:
         resolved = recipes.resolve_recipe(
             options.preset,
@@ -232,6 +253,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         return plan_run(parser, options, resolved)
     if options.output is None:
         options.output = f"runs/{resolved.preset.removeprefix('open_llama_')}"
+    require_output_directory("--output", options.output)
     initialize_distributed(parser, options)
     return run_training(prog, options, lambda: pretrain(options, resolved))
 
@@ -243,10 +265,6 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
 
     from keras_openllama.planning import plan as planning
 
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        parser.error(
-            f"--json: the directory of {options.json} does not exist. Create it first."
-        )
     try:
         found = planning.plan_pretraining(
             resolved,

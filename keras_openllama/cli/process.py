@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import TextIO
 
 PROGRAM = "keras-openllama"
 # Start of the process, in seconds of `time.monotonic`; before Keras is imported.
@@ -104,6 +103,26 @@ def quiet_tensorflow() -> Iterator[None]:
                     os.write(2, line)
 
 
+@contextlib.contextmanager
+def tolerate_closed_stdout() -> Iterator[None]:
+    """Ends the block silently if the reader of stdout has gone, as in `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Discards what is still to be written to a closed stdout.
+
+    Otherwise Python reports the closed pipe again when it flushes stdout at exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def owns_process(arguments: Sequence[str]) -> bool:
     """Whether the process was started to run this command.
 
@@ -134,28 +153,3 @@ def use_large_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def one_line(message: object) -> str:
-    """Returns a message without line breaks.
-
-    Example:
-        >>> one_line("one   line")
-        'one line'
-    """
-    return " ".join(str(message).split())
-
-
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Prints a warning in one line without its source location.
-
-    It replaces `warnings.showwarning` and has its arguments.
-    """
-    print(f"{PROGRAM}: {one_line(message)}", file=file or sys.stderr)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from keras_openllama.cli import arguments as types
+
 
 def add_source_options(parser: argparse.ArgumentParser, without_mixture: str) -> None:
     """Adds `--mixture`, `--text-field` and `--max-skipped`.
@@ -29,7 +31,7 @@ def add_source_options(parser: argparse.ArgumentParser, without_mixture: str) ->
     )
     parser.add_argument(
         "--max-skipped",
-        type=float,
+        type=types.share,
         default=0.01,
         metavar="SHARE",
         help="largest accepted fraction of damaged documents in a source; with more, "

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras_openllama
+from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.paths import require_output_directory
 from keras_openllama.cli.process import PROGRAM
 from keras_openllama.cli.source_options import add_source_options
 from keras_openllama.config import TOKENIZER_STYLES
@@ -48,32 +50,13 @@ tokenizer.model, tokenizer.vocab (one piece per line), report.json and report.pn
 """
 
 MODEL_FILE = "tokenizer.model"
-_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-
-
-def number_of_bytes(text: str) -> int:
-    """Parses a size in bytes, with an optional suffix k, M or G.
-
-    Raises:
-        argparse.ArgumentTypeError: If the text is not a size.
-
-    Example:
-        >>> number_of_bytes("500M")
-        500000000
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)b?", text.strip(), re.IGNORECASE)
-    number = int(float(match[1]) * _MULTIPLES[match[2].lower()]) if match else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a size in bytes such as 1G, 500M or 20000. Received: {text!r}"
-        )
-    return number
 
 
 def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses the arguments of the command."""
     parser = CommandParser(
         prog,
+        argument_names={"vocabulary_size": "--vocab-size"},
         description=DESCRIPTION,
         usage="%(prog)s --input SOURCE ... --output DIR [options]",
     )
@@ -90,7 +73,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--vocab-size",
-        type=int,
+        type=types.positive_int,
         default=32_000,
         metavar="N",
         help="number of pieces (default: %(default)s)",
@@ -105,14 +88,14 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     add_source_options(parser, without_mixture="equal")
     parser.add_argument(
         "--sample-bytes",
-        type=number_of_bytes,
+        type=types.number_of_bytes,
         default=10**9,
         metavar="SIZE",
         help="text to train on, such as 500M (default: 1G)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=types.run_seed,
         default=0,
         metavar="N",
         help="seed of the random sample (default: %(default)s)",
@@ -292,6 +275,7 @@ def train_tokenizer(options: argparse.Namespace) -> None:
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
+    require_output_directory("--output", options.output)
     train_tokenizer(options)
     path = files.join(options.output, MODEL_FILE)
     print(f"Wrote the tokenizer and its report to {options.output}. Use it with:")

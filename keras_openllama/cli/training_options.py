@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from keras_openllama.cli.process import START, one_line
+from keras_openllama.cli import arguments as types
+from keras_openllama.cli.messages import describe_error
+from keras_openllama.cli.process import START, discard_stdout
 from keras_openllama.config import MESH_AXES
-from keras_openllama.runs.device_settings import parse_mesh
 
 if TYPE_CHECKING:
     from keras_openllama.runs.trainer import RunOptions, Trainer
@@ -72,21 +74,21 @@ def add_run_options(parser: argparse.ArgumentParser, default_mesh: str) -> None:
     )
     hosts.add_argument(
         "--num-processes",
-        type=int,
+        type=types.positive_int,
         default=None,
         metavar="N",
         help="number of processes of the run",
     )
     hosts.add_argument(
         "--process-id",
-        type=int,
+        type=types.non_negative_int,
         default=None,
         metavar="I",
         help="index of this process, from 0",
     )
     hosts.add_argument(
         "--host-timeout",
-        type=int,
+        type=types.positive_int,
         default=60,
         metavar="SECONDS",
         help="the run ends if a host does not respond for this long (default: "
@@ -96,10 +98,7 @@ def add_run_options(parser: argparse.ArgumentParser, default_mesh: str) -> None:
 
 def _mesh(text):
     """Parses the value of `--mesh`; returns the sizes of all axes."""
-    try:
-        return {**dict.fromkeys(MESH_AXES, 1), **parse_mesh(text)}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return {**dict.fromkeys(MESH_AXES, 1), **types.mesh(text)}
 
 
 def _profile(text):
@@ -143,20 +142,37 @@ def initialize_distributed(
             f"JAX detects {jax.process_count()} processes, but did not connect them. "
             "Give --coordinator, --num-processes and --process-id."
         )
+    require_devices(options.mesh)
+
+
+def require_devices(mesh: Mapping[str, int] | None) -> None:
+    """Raises `ValueError` if a mesh has not as many devices as JAX."""
+    import jax
+
+    count = jax.device_count()
+    if mesh is None or math.prod(mesh.values()) == count:
+        return
+    given = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+    raise ValueError(
+        f"--mesh: the product of the sizes must be {count}, the number of devices of "
+        f"JAX. Remove --mesh to use all of them. Received: {given!r}"
+    )
 
 
 def _connection_error(flags, error):
     """Describes an error of `jax.distributed.initialize`, and what to do."""
     coordinator, num_processes, process_id = flags
+    names = ("--coordinator", "--num-processes", "--process-id")
+    missing = [name for name, value in zip(names, flags, strict=True) if value is None]
     if all(value is None for value in flags):
         return (
             "The hosts that JAX detects could not be connected. Check that the command "
             f"was started on every host. {error}"
         )
-    if any(value is None for value in flags):
+    if missing:
         return (
             "--coordinator, --num-processes and --process-id must be given together. "
-            f"Received: {', '.join(map(str, flags))}. {error}"
+            f"Missing: {', '.join(missing)}."
         )
     return (
         f"Process {process_id} of {num_processes} could not be connected to "
@@ -259,13 +275,16 @@ def _report_error(prog, error, options):
         interruption.DataReadError: 1,
     }
     code = next((c for kind, c in codes.items() if isinstance(error, kind)), None)
-    # Unexpected: out of memory, a lost host, …
-    if code is None or options.traceback:
+    if isinstance(error, BrokenPipeError):
+        discard_stdout()
+    # Unexpected: a lost host, …
+    if (code is None and not _is_out_of_memory(error)) or options.traceback:
         traceback.print_exception(error)
     code = code or 1
-    print(f"{prog}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    print(f"{prog}: error: {describe_error(error)}", file=sys.stderr, flush=True)
     if code != 2 and error.__context__ is not error.__cause__:
-        print(f"{prog}: earlier error: {one_line(error.__context__)}", file=sys.stderr)
+        earlier = describe_error(error.__context__)
+        print(f"{prog}: earlier error: {earlier}", file=sys.stderr)
     if jax.process_count() > 1:
         # If only this host failed, JAX would wait for the other hosts to end, and they
         # for this one.
@@ -273,6 +292,10 @@ def _report_error(prog, error, options):
         timer.daemon = True
         timer.start()
     return code
+
+
+def _is_out_of_memory(error):
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def print_on_process_0(text: str) -> None:

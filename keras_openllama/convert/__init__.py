@@ -78,7 +78,10 @@ def convert(
             "open_llama_3b_v2 or a directory with a config.json."
         )
     model = load.find_source(
-        preset if easylm_file else source, revision, build_empty_task
+        preset if easylm_file else source,
+        revision,
+        build_empty_task,
+        argument="preset" if easylm_file else "source",
     )
     contents = contents_of_source(
         EasyLMSource(easylm_file, model) if easylm_file else model,

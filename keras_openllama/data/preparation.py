@@ -147,7 +147,7 @@ def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
         return files.read_bytes(inside)
     if tokenizer.endswith(".model"):
         return files.read_bytes(tokenizer)
-    source = find_source(tokenizer)
+    source = find_source(tokenizer, argument="tokenizer")
     added = source.tokenizer_settings().get("added_tokens", ())
     words = [token["content"] for token in added if not token.get("special", True)]
     if words:

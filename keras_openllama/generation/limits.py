@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
 
+class ContextLengthError(ValueError):
+    """A prompt, or a prompt and the tokens to generate, exceed the context of a model.
+
+    Args:
+        message: the message.
+        prompt_tokens: length of the longest prompt, in tokens.
+        context: the longest supported sequence, in tokens.
+    """
+
+    def __init__(self, message: str, prompt_tokens: int, context: int) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationLimits:
     """Where generation ends.
@@ -100,9 +115,11 @@ def new_token_limits(
         "context."
     )
     if longest > context:
-        raise ValueError(
+        raise ContextLengthError(
             f"`inputs` has a prompt of {longest} tokens, but the context of this model "
-            f"is {context} tokens. {remedy}"
+            f"is {context} tokens. {remedy}",
+            longest,
+            context,
         )
     if max_length is None and max_new_tokens is None:
         max_length = min(default_length, context)
@@ -121,9 +138,11 @@ def new_token_limits(
     if needed > context:
         name = "max_new_tokens" if max_length is None else "max_length"
         value = max_new_tokens if max_length is None else max_length
-        raise ValueError(
+        raise ContextLengthError(
             f"`{name}`={value} allows sequences of up to {needed} tokens, but the "
-            f"context of this model is {context} tokens. Reduce it. {remedy}"
+            f"context of this model is {context} tokens. Reduce it. {remedy}",
+            longest,
+            context,
         )
     return limits
 

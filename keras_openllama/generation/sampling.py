@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Samplers whose choice at a temperature of 0 is the most likely token.
 _GREEDY_AT_ZERO = (GreedySampler, RandomSampler, TopKSampler, TopPSampler)
+# Logits divided by a temperature below this exceed the range of float32, or differ by
+# no more than rounding.
+_ZERO_TEMPERATURE = 1e-6
 
 
 def is_search_sampler(sampler: Sampler) -> bool:
@@ -156,7 +159,7 @@ def next_tokens(sampler: Sampler, logits: Tensor) -> Tensor:
         Array([1], dtype=int32)
     """
     if type(sampler) is GreedySampler or (
-        type(sampler) in _GREEDY_AT_ZERO and sampler.temperature == 0
+        type(sampler) in _GREEDY_AT_ZERO and sampler.temperature < _ZERO_TEMPERATURE
     ):
         return ops.argmax(logits, axis=-1)
     probabilities = sampler.compute_probabilities(logits)

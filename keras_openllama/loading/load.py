@@ -237,6 +237,7 @@ def find_source(
     preset: PathLike,
     revision: str | None = None,
     build_empty_task: Callable[..., keras.Model] | None = None,
+    argument: str = "preset",
 ) -> sources.ModelSource:
     """Finds the source that a preset refers to.
 
@@ -245,6 +246,7 @@ def find_source(
         revision: As for `load_backbone`.
         build_empty_task: As for `keras_hub_source.KerasHubSource`. Only conversions
             require it.
+        argument: Name of the caller's argument, for error messages.
 
     Returns:
         The source. Its weights are not opened yet.
@@ -260,8 +262,8 @@ def find_source(
     """
     if not isinstance(preset, (str, Path)):
         raise ValueError(
-            "`preset` must be a name, a path, or 'hf://user/repo'. Received: "
-            f"preset={preset!r}"
+            f"`{argument}` must be a name, a path, or 'hf://user/repo'. Received: "
+            f"{argument}={preset!r}"
         )
     name = str(preset)
     known = presets.find(name)
@@ -271,8 +273,8 @@ def find_source(
         _warn_once(known.name)
         path = handle if on_hub else presets.folder() / handle
         return sources.RegistrySource(known, hub.open_repository(path, revision))
-    if not on_hub and not Path(name).is_dir():
-        raise presets.unknown_preset_error(name)
+    if not on_hub and not (name and Path(name).is_dir()):
+        raise presets.unknown_preset_error(name, argument)
     repository = hub.open_repository(name, revision)
     if not on_hub and repository.optional(_CONFIG) is None:
         if is_run(name):

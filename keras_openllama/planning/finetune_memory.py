@@ -272,11 +272,10 @@ def check_fits(estimate: MemoryEstimate, available: int | None):
     raise ValueError(
         f"Training needs about {estimate.total / GIB:.1f} GiB of memory. "
         f"{available / GIB:.1f} GiB are available, of which {RESERVED_SHARE:.0%} are "
-        f"reserved.\n{estimate.table()}\n"
-        "Try in this order: adapters (--lora-rank 16), fewer saved activations (on "
-        "JAX: --micro-batches, --rematerialize full), shorter sequences "
-        "(--sequence-length), --dtype bfloat16 and --int8 with adapters, a smaller "
-        "preset."
+        "reserved. Try in this order: adapters (--lora-rank 16), fewer saved "
+        "activations (on JAX: --micro-batches, --rematerialize full), shorter "
+        "sequences (--sequence-length), --dtype bfloat16 and --int8 with adapters, a "
+        "smaller preset."
     )
 
 

@@ -335,8 +335,10 @@ def _resolved_preset(name):
     known = [other.name for other in presets.registry().values() if other.recipe]
     if preset is None or not preset.recipe:
         problem = "Unknown preset" if preset is None else "No recipe is known for"
+        nearest = presets.nearest_preset(name) if preset is None else None
+        hint = f"Did you mean {nearest!r}? " if nearest else ""
         raise ValueError(
-            f"{problem} {name!r}. Presets with a recipe: {', '.join(known)}."
+            f"{problem} {name!r}. {hint}Presets with a recipe: {', '.join(known)}."
         )
     return _parse_recipe(preset.name, preset.recipe, f"The recipe of {preset.name}")
 

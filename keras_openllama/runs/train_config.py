@@ -69,7 +69,7 @@ class TrainConfig:
 
     sequence_length: int = checked_field(validation.integer_at_least(1))
     batch_size: int = checked_field(validation.integer_at_least(1))
-    steps: int = checked_field(validation.integer_at_least(1))
+    steps: int = checked_field(validation.step_count)
     learning_rate: float = checked_field(validation.positive_number)
     final_learning_rate: float = checked_field(validation.positive_number)
     warmup_steps: int = checked_field(validation.integer_at_least(0))

@@ -12,6 +12,8 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeAlias
 
+_FLOAT32_MAX = 3.4e38
+
 Validator: TypeAlias = Callable[[str, Any], Any]
 
 
@@ -83,7 +85,13 @@ def integer_at_least(least: int) -> Validator:
     return functools.partial(check_integer, least=least)
 
 
+# Steps are counted in int32 on devices.
+step_count = functools.partial(check_integer, least=1, most=2**31 - 1)
+
+
 def _number(requirement, allowed):
+    """Returns a validator for numbers in the range of float32."""
+
     def validate(name, value):
         try:
             # YAML 1.1 parses 3e-4, which has no decimal point, as a string.
@@ -92,6 +100,8 @@ def _number(requirement, allowed):
             number = math.nan
         if not (math.isfinite(number) and allowed(number)):
             raise_invalid(name, value, requirement)
+        if abs(number) > _FLOAT32_MAX:
+            raise_invalid(name, value, f"{requirement} of at most {_FLOAT32_MAX}")
         return number
 
     return validate

@@ -37,6 +37,7 @@ def fake_model(monkeypatch):
     class FakeModel:
         preset = None
         arguments = None
+        backbone = SimpleNamespace(context_length=256)
 
         @classmethod
         def from_preset(cls, preset, **arguments):
@@ -151,15 +152,24 @@ def test_version(capsys):
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize(
-    "option", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--top-p", "1.5"]]
+    "option",
+    [
+        *[("--max-new-tokens", value) for value in ("0", "-3", "1e3", "nan")],
+        *[("--temperature", value) for value in ("-1", "nan", "inf", "warm")],
+        *[("--top-p", value) for value in ("0", "1.5", "nan")],
+        *[("--top-k", value) for value in ("0", str(10**15))],
+        *[("--seed", value) for value in ("-1", "nan", str(2**32))],
+    ],
+    ids=" ".join,
 )
 def test_generate_rejects_a_number_out_of_range(option, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["generate", "x", *option])
     assert exit.value.code == 2
-    error = capsys.readouterr().err
-    assert option[0] in error
-    assert repr(option[1]) in error
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: see 'keras-openllama generate --help'"
+    assert error.startswith(f"keras-openllama generate: error: {option[0]} must be ")
+    assert error.endswith(f" Received: {option[1]!r}")
 
 
 @pytest.mark.backend_free
@@ -193,9 +203,35 @@ def test_choose_backend_rejects_a_change_after_keras_is_imported(capsys):
 
 
 @pytest.mark.backend_free
-def test_generate_rejects_an_empty_prompt(capsys):
-    assert main(["generate", ""]) == 2
-    assert "keras-openllama generate: error: " in capsys.readouterr().err
+def test_generate_rejects_an_empty_prompt(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    for prompt in ("", "-"):
+        assert main(["generate", prompt]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("keras-openllama generate: error: PROMPT is empty")
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["The sea", "--max-new-tokens", "255"], "--max-new-tokens must be at most 25"),
+        (["The sea " * 200], "and the context of nano, 256 tokens, has no room"),
+    ],
+)
+def test_generate_says_what_exceeds_the_context_of_the_model(
+    arguments, message, capsys
+):
+    assert main(["generate", *arguments, "--preset", "nano"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "error: PROMPT has " in captured.err and message in captured.err
+
+
+@pytest.mark.backend_free
+def test_generate_stops_at_the_end_of_the_context(capsys):
+    assert main(["generate", "The sea " * 80, "--strip-prompt"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 # generate
@@ -263,12 +299,12 @@ def test_generate_prints_each_piece_before_generating_the_next(fake_model, capsy
 
 
 @pytest.mark.backend_free
-def test_generate_passes_its_options_to_the_model(fake_model):
-    model = ["--preset", "some/directory", "--dtype", "bfloat16", "--revision", "abc"]
+def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
+    model = ["--preset", str(tmp_path), "--dtype", "bfloat16", "--revision", "abc"]
     text = ["--max-new-tokens", "7", "--stop", "x", "--stop", "y"]
     main(["generate", "zero", *model, *text])
     directory, loading = fake_model.preset
-    assert directory == "some/directory"
+    assert directory == str(tmp_path)
     assert loading == {"dtype": "bfloat16", "revision": "abc"}
     prompt, writing = fake_model.arguments
     assert prompt == "zero"

@@ -122,10 +122,15 @@ def test_evaluate_reports_unavailable_tasks_and_measures_the_others(
     [
         ([], "Choose what to measure"),
         (["--tasks", "helaswag"], "no task 'helaswag'"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit must be positive"),
+        (["--tasks", "piqa", "--limit", "0"], "--limit must be a positive"),
         (["--tasks", "piqa", "--compare-with", "GPT-5"], "Received: GPT-5"),
         (["--human-eval", "--samples-per-problem", "3"], "need a --temperature"),
-        (["--perplexity", "nowhere.txt"], "nowhere.txt"),
+        (["--tasks", "piqa", "--limit", "inf"], "--limit must be"),
+        (["--perplexity", "nowhere.txt"], "--perplexity: nowhere.txt does not exist"),
+        (["--perplexity", ".", "--mesh", "rows=2"], "--mesh must be of the form"),
+        (["--perplexity", ".", "--preset", "nanno"], "--preset must be one of"),
+        (["--perplexity", ".", "--adapters", "none"], "--adapters: the directory none"),
+        (["--tasks", "piqa", "--data", "none"], "--data: the directory none"),
         (["--compare", "nowhere"], "cannot be combined"),
     ],
 )

@@ -258,23 +258,38 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
             ]
         ),
         (("--prompt", "Q: {}"), "keys in braces"),
-        (("--learning-rate", 0), "--learning-rate must be positive"),
+        (("--learning-rate", 0), "--learning-rate must be a positive"),
         (("--micro-batches", 3), "must divide --batch-size"),
-        (("--epochs", 0), "--epochs must be positive. Received: 0.0\n"),
-        (("--epochs", "nan"), "--epochs must be positive. Received: nan"),
-        (("--validation-fraction", 1), "--validation-fraction must be in [0, 1)"),
+        (("--learning-rate", 1e300), "--learning-rate must be a positive number"),
+        *(
+            (("--epochs", value), "--epochs must be a positive number")
+            for value in (0, "nan", 1e300)
+        ),
+        (
+            ("--validation-fraction", 1),
+            "--validation-fraction must be a number in [0, 1)",
+        ),
         (("--warmup", 100), "--warmup must be in [0, 1), a fraction of all steps."),
         (("--warmup", -0.5), "--warmup must be in [0, 1)"),
         (("--weight-decay", -1), "--weight-decay must be a non-negative number"),
         (("--seed", -1), "--seed must be a non-negative integer"),
         (("--max-new-tokens", 0), "--max-new-tokens must be a positive integer"),
-        (("--lora-rank", 2, "--lora-alpha", -1), "--lora-alpha must be positive"),
         (("--sequence-length", 2), "(--data) have no target tokens"),
+        (
+            ("--lora-rank", 2, "--lora-alpha", -1),
+            "--lora-alpha must be a positive number",
+        ),
+        (("--lora-rank", 10**8), "--lora-rank must be at most 96"),
+        (("--prompt", "{"), "--prompt: Single '{'"),
+        (("--sample-prompt", ""), "--sample-prompt must not be empty"),
+        (("--data", "."), "--data: . is a directory. Name a file."),
+        (("--chat-template", "none"), "--chat-template: the file none does not exist"),
+        (("--validation", "."), "--validation: . is a directory"),
         (("--sequence-length", 0), "--sequence-length must be a positive integer"),
         (("--preset", "nanno"), "Did you mean"),
         (("--lora-targets", "querry"), "querry"),
         (("--response", " {answer}"), "does not have 'answer'"),
-        (("--mesh", "fsdp=3"), "fsdp = 3 does not divide"),
+        (("--mesh", "fsdp=3"), "--mesh: the product of the sizes must be 1"),
         (("--preset", "nano", "--sequence-length", 5000), "the context length of nano"),
         (("--preset", "hf://nobody/nothing"), "'hf://nobody/nothing' is unavailable"),
         # Checked before any download.
@@ -292,7 +307,7 @@ def test_finetune_rejects_invalid_arguments(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--sample-prompt", "word " * 600), "(--sample-prompt) has a prompt of"),
+        (("--sample-prompt", "word " * 600), "--sample-prompt has a prompt of"),
         (("--sequence-length", 513), "the context length of"),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 import sentencepiece
 from checkout import ROOT
 
-from keras_openllama.cli.train_tokenizer import main, number_of_bytes
+from keras_openllama.cli.arguments import number_of_bytes
+from keras_openllama.cli.train_tokenizer import main
 from keras_openllama.data.document_reader import EMPTY, NOT_JSON, Skipped
 from keras_openllama.data.text_sources import SourceError
 from keras_openllama.data.tokenizer_training import (
@@ -366,8 +367,11 @@ def run_command(output, *inputs, size=900, options=()):
 
 def error_line(capsys, *arguments):
     """The line on stderr with which the command fails, with exit code 2."""
-    assert main([str(argument) for argument in arguments]) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    try:
+        assert main([str(argument) for argument in arguments]) == 2
+    except SystemExit as exit:  # Errors of the parser.
+        assert exit.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("keras-openllama train-tokenizer: error: ")
     return line
 
@@ -474,7 +478,7 @@ def test_train_tokenizer_replaces_a_tokenizer_with_force_only(prose, tmp_path, c
         (["--input", "{prose}", "--vocab-size", "100"], "above 259"),
         (["--input", "{prose}", "--vocab-size", "90000"], "is the maximum"),
         (["--input", "{prose}", "--mixture", "v2"], "has no source 'text'"),
-        (["--input", "{prose}", "--mixture", "v9"], "mixture='v9'"),
+        (["--input", "{prose}", "--mixture", "v9"], "Received: --mixture 'v9'"),
         (["--input", "{prose}", "--text-field", "web=body"], "--text-field names web"),
         (["--input", "{prose}", "--text-field", "text=body"], "no text field: "),
         (["--input", "{prose}", "--max-skipped", "1.5"], "from 0 to 1"),

@@ -229,6 +229,7 @@ def test_generate_supports_every_sampler_of_keras_hub(sampler):
         keras_hub.samplers.TopPSampler(p=1e-6),
         keras_hub.samplers.RandomSampler(temperature=1e-4),
         keras_hub.samplers.RandomSampler(temperature=0),
+        keras_hub.samplers.RandomSampler(temperature=1e-300),
         keras_hub.samplers.TopKSampler(k=5, temperature=0.0),
         keras_hub.samplers.TopPSampler(p=0.9, temperature=0.0),
         keras_hub.samplers.BeamSampler(num_beams=1),

@@ -1,0 +1,148 @@
+"""Checks of paths and presets, before a command does anything that takes time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from keras_openllama import presets
+from keras_openllama.utils.files import is_remote
+
+
+def require_file(flag: str, path: str) -> None:
+    """Raises an error unless a file exists and can be read.
+
+    Args:
+        flag: The flag, for the error message.
+        path: Path of the file.
+
+    Raises:
+        ValueError: If it does not exist, is a directory, or may not be read.
+
+    Example:
+        >>> require_file("--data", ".")
+        Traceback (most recent call last):
+        ...
+        ValueError: --data: . is a directory. Name a file.
+    """
+    if os.path.isdir(path):
+        files = sorted(
+            child
+            for child in Path(path).iterdir()
+            if child.suffix in (".json", ".jsonl") and child.is_file()
+        )
+        names = "Name a file."
+        if files:
+            names = f"Name its files, such as {files[0]} or {path}/*{files[0].suffix}."
+        raise ValueError(f"{flag}: {path} is a directory. {names}")
+    if not os.path.exists(path):
+        raise ValueError(f"{flag}: the file {path} does not exist.")
+    _require_access(flag, path, os.R_OK, "read")
+
+
+def require_directory(flag: str, path: str) -> None:
+    """Raises an error unless a directory exists and can be read.
+
+    Args:
+        flag: The flag, for the error message.
+        path: Path of the directory. A remote path is not checked.
+
+    Raises:
+        ValueError: If it does not exist, is a file, or may not be read.
+
+    Example:
+        >>> require_directory("--data", "missing")
+        Traceback (most recent call last):
+        ...
+        ValueError: --data: the directory missing does not exist.
+    """
+    if is_remote(path):
+        return
+    if not os.path.exists(path):
+        raise ValueError(f"{flag}: the directory {path} does not exist.")
+    if not os.path.isdir(path):
+        raise ValueError(f"{flag}: {path} is a file, and must be a directory.")
+    _require_access(flag, path, os.R_OK | os.X_OK, "read")
+
+
+def require_preset(flag: str, name: str) -> None:
+    """Raises an error if a model is neither a preset, a directory, nor on the Hub.
+
+    Args:
+        flag: The flag, for the error message.
+        name: The name, the path, or `hf://user/repo`.
+
+    Raises:
+        ValueError: If there is no such preset and no such directory.
+
+    Example:
+        >>> require_preset("--preset", "nano")
+    """
+    if not (
+        presets.find(name) or name.startswith("hf://") or (name and os.path.isdir(name))
+    ):
+        raise presets.unknown_preset_error(name)
+
+
+def require_output_directory(flag: str, path: str) -> None:
+    """Raises an error if a directory can be neither created nor written into.
+
+    Args:
+        flag: The flag, for the error message.
+        path: Path of the directory. A remote path is not checked.
+
+    Raises:
+        ValueError: If a file has this path, or permissions are missing.
+
+    Example:
+        >>> require_output_directory("--output", "runs/mine")
+    """
+    if is_remote(path):
+        return
+    existing = Path(path)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(
+            f"{flag}: {existing} is a file. Choose another path for the directory."
+        )
+    _require_access(flag, existing, os.W_OK | os.X_OK, "write in")
+
+
+def require_output_file(flag: str, path: str, suffixes: Sequence[str] = ()) -> None:
+    """Raises an error if a file cannot be written.
+
+    Args:
+        flag: The flag, for the error message.
+        path: Path of the file. A remote path is checked by its suffix only.
+        suffixes: The suffixes that the file may have. By default, any.
+
+    Raises:
+        ValueError: If it is a directory, its directory does not exist, permissions are
+            missing, or it has another suffix.
+
+    Example:
+        >>> require_output_file("--output", "loss.gif", (".png", ".svg"))
+        Traceback (most recent call last):
+        ...
+        ValueError: --output must end in .png or .svg. Received: 'loss.gif'
+    """
+    file = Path(path)
+    if suffixes and file.suffix.lower() not in suffixes:
+        allowed = " or ".join(suffixes)
+        raise ValueError(f"{flag} must end in {allowed}. Received: {str(path)!r}")
+    if is_remote(path):
+        return
+    if file.is_dir():
+        raise ValueError(f"{flag}: {path} is a directory. Name a file in it.")
+    if not file.parent.is_dir():
+        raise ValueError(
+            f"{flag}: the directory of {path} does not exist. Create it first."
+        )
+    _require_access(flag, file.parent, os.W_OK | os.X_OK, "write in")
+
+
+def _require_access(flag, path, mode, verb):
+    if not os.access(path, mode):
+        raise ValueError(f"{flag}: you have no permission to {verb} {path}.")
