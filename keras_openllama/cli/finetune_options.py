@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from keras_openllama.runs.finetune_config import FinetuneConfig
 
 DESCRIPTION = """\
-Fine-tune a preset on JSON lines: LoRA adapters or all of its weights.
+Fine-tune a preset on examples in JSON: LoRA adapters or all of its weights.
 
     %(prog)s --preset nano --data pairs.jsonl --lora-rank 8
         train adapters on the responses of {"prompt": …, "response": …} lines
@@ -324,7 +324,9 @@ def check_options(
     if not options.preset:
         parser.error("--preset is required: name the model to fine-tune.")
     if not options.data and not options.estimate:
-        parser.error("--data is required: name files of examples (JSON lines).")
+        parser.error(
+            "--data is required: name files of examples (JSON Lines or JSON arrays)."
+        )
     require_preset("--preset", options.preset)
     for path in options.data:
         require_file("--data", path)

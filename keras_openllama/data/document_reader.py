@@ -1,5 +1,6 @@
 """Reading of documents from source files: JSONL, Parquet, plain text and TFDS."""
 
+import collections
 import io
 import json
 import zlib
@@ -30,6 +31,8 @@ TOO_LONG = "too long"
 # Empty documents do not count as damaged: code has many empty files.
 FAULTS = (NOT_JSON, NOT_OBJECT, NOT_UTF8, NO_TEXT, TOO_LONG)
 
+# Heuristic: a file with a larger fraction of damaged documents is damaged as a whole.
+_MAX_DAMAGED = 0.5
 _CHUNK = 1 << 20  # More bytes than the other fields of a line.
 _ESCAPED = 6  # Maximum bytes of JSON per byte of text: \u0001.
 
@@ -59,8 +62,8 @@ def read_documents(
         The text of each document, or `Skipped` with a reason.
 
     Raises:
-        SourceError: if a file is damaged or does not have the field; the message names
-            the file.
+        SourceError: if a file is damaged or does not have the field, or most of its
+            documents are damaged; the message names the file.
 
     Example:
         >>> from keras_openllama.data.text_sources import find_units
@@ -76,11 +79,35 @@ def read_documents(
         "text": _text_files,
         "tfds": _tfds,
     }[unit.format]
+    seen, faults = 0, collections.Counter()
     for document in read_unit(unit, fields, max_bytes, progress or (lambda n: None)):
-        if isinstance(document, Skipped) or document.strip():
-            yield document
-        else:
-            yield Skipped(EMPTY)
+        seen += 1
+        if not isinstance(document, Skipped) and not document.strip():
+            document = Skipped(EMPTY)
+        if isinstance(document, Skipped) and document in FAULTS:
+            faults[document] += 1
+        yield document
+    # A text file is one document; the fraction of damaged ones is limited elsewhere.
+    if unit.format != "text" and faults.total() > _MAX_DAMAGED * seen:
+        raise _damaged_file_error(unit, seen, faults)
+
+
+def _damaged_file_error(unit, seen, faults):
+    """The error of a file that is damaged as a whole, or of another format."""
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in faults.items())
+    remedy = "Download it again, or remove it from the source."
+    if faults[NO_TEXT]:
+        remedy = "If the text is in another field, pass --text-field."
+    elif unit.format == "jsonl":
+        remedy = (
+            "Each line must be a JSON object; `jq -c '.[]'` converts a JSON array. "
+            + remedy
+        )
+    return SourceError(
+        f"Source {unit.source!r}: {unit.label} is damaged as a whole, or of another "
+        f"format: {faults.total()} of {seen} documents cannot be read ({reasons}). "
+        f"{remedy}"
+    )
 
 
 def _without_mark(start, path, unit):
@@ -258,8 +285,13 @@ def _text_files(unit, fields, limit, progress):
     for path in unit.paths:
         try:
             with files.open_binary(path) as file:
-                data = _read_at_most(file, limit + 1)
-        except OSError as error:
+                content = (
+                    Decompressed(file, lambda size: None)
+                    if is_compressed(path)
+                    else file
+                )
+                data = _read_at_most(content, limit + 1)
+        except (OSError, zlib.error, zstd_error()) as error:
             raise SourceError(
                 f"Source {unit.source!r}: {path} could not be read: {error}."
             ) from error

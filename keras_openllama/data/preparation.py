@@ -24,7 +24,7 @@ from keras_openllama.data.prepared_data import (
     PreparedData,
     read_manifest,
 )
-from keras_openllama.data.text_sources import SourceError, find_units
+from keras_openllama.data.text_sources import SourceError, find_units, ignored_files
 from keras_openllama.data.tokenizing import TokenizationSettings, cached_processor
 from keras_openllama.loading.load import find_source
 from keras_openllama.text.sentencepiece_model import keeps_spaces
@@ -33,6 +33,7 @@ from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import check_integer
 
 _BY_TOKENS = "by tokens"  # Name of the default mixture.
+_MAX_LISTED = 10  # Files that a line lists.
 
 
 def prepare_dataset(
@@ -110,6 +111,7 @@ def prepare_dataset(
             report(
                 f"{name}: {tqdm.format_sizeof(size)}B of input in {len(units)} units"
             )
+            _report_ignored(name, sources[name], report)
             try:
                 _prepare_source(output, units, options, workers, beam_flags, report)
             except SourceError as error:
@@ -120,6 +122,17 @@ def prepare_dataset(
         if files.exists(unfinished := files.join(output, UNFINISHED)):
             files.remove_directory(unfinished)
     return PreparedData.open(output)
+
+
+def _report_ignored(name, specs, report):
+    ignored = [path for spec in specs for path in ignored_files(spec)]
+    if ignored:
+        listed = ", ".join(ignored[:_MAX_LISTED])
+        more = "…" if len(ignored) > _MAX_LISTED else ""
+        report(
+            f"{name}: {len(ignored)} files beside JSONL and Parquet are ignored: "
+            f"{listed}{more}"
+        )
 
 
 def load_tokenizer_proto(tokenizer: PathLike) -> bytes:

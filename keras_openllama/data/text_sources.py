@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.utils import files
+from keras_openllama.utils.text_files import is_lfs_pointer
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -22,6 +24,12 @@ UNIT_BYTES = 256 << 20
 TFDS_PREFIX = "tfds:"
 _JSONL = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst|zstd))?$", re.IGNORECASE)
 _PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
+# Archives, other compression and binary formats, which are not read.
+_UNREADABLE = re.compile(
+    r"\.(bz2|xz|lzma|lz4|br|zip|7z|rar|tgz|tbz2?|txz|tar(\.\w+)?"
+    r"|arrow|feather|avro|npy|npz|h5|hdf5|pkl|db|sqlite3?)$",
+    re.IGNORECASE,
+)
 _COMPRESSED = re.compile(r"\.(gz|zst|zstd)$", re.IGNORECASE)
 
 
@@ -104,7 +112,7 @@ def find_units(
         specs: each a file, a pattern, a directory, or
             `tfds:NAME[/CONFIG][:VERSION][@SPLIT]` or `tfds:DIRECTORY[@SPLIT]`. In a
             directory, JSONL and Parquet files are read. If there are none, each file is
-            a document.
+            a document; it may be compressed.
         unit_bytes: approximate bytes of input per unit.
 
     Returns:
@@ -159,7 +167,7 @@ def find_files(source: str, spec: str) -> list[str]:
         Paths of the files.
 
     Raises:
-        SourceError: if there are none.
+        SourceError: if there are none, or one has a format that is not read.
     """
     found = []
     for path in [spec] if files.exists(spec) else files.glob(spec):
@@ -173,8 +181,40 @@ def find_files(source: str, spec: str) -> list[str]:
             f"Source {source!r}: {spec!r} matches no files. Pass a file, a directory, "
             f"a pattern in quotes, or {TFDS_PREFIX}NAME."
         )
+    unreadable = [path for path in found if _UNREADABLE.search(path)]
+    if unreadable:
+        raise SourceError(
+            f"Source {source!r}: {', '.join(unreadable[:10])}: this format is not "
+            "read. Extract or convert the files to JSONL (also .gz and .zst), Parquet "
+            "or text, or pass a pattern without them."
+        )
     # A pattern may match a directory and also its files.
     return list(dict.fromkeys(found))
+
+
+def ignored_files(spec: str) -> list[str]:
+    """Finds the files of a directory that are not read beside JSONL and Parquet.
+
+    Args:
+        spec: as for `find_files`.
+
+    Returns:
+        Paths of the files. None are ignored if there is no JSONL or Parquet file.
+
+    Example:
+        >>> files.make_directory("data")
+        >>> for name in ("part.jsonl", "README.md"):
+        ...     files.write_bytes(f"data/{name}", b"")
+        >>> ignored_files("data")
+        ['data/README.md']
+    """
+    ignored = []
+    if not spec.startswith(TFDS_PREFIX):
+        for path in [spec] if files.exists(spec) else files.glob(spec):
+            inside = files.list_files(path) if files.is_directory(path) else []
+            others = [p for p in inside if format_of(p) == "text"]
+            ignored += others if len(others) < len(inside) else []
+    return ignored
 
 
 def format_of(path: str) -> str:
@@ -253,8 +293,9 @@ def _parquet_parts(source, path, unit_bytes):
             ]
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(
-            f"Source {source!r}: {path} is not a readable Parquet file: {error}. "
-            "Download it again, or remove it from the source."
+            f"Source {source!r}: {path} is not a readable Parquet file: "
+            f"{_lfs_pointer(path) or error}. Download it again, or remove it from the "
+            "source."
         ) from error
     parts, start, total = [], 0, 0
     for group, size in enumerate(sizes):
@@ -263,6 +304,14 @@ def _parquet_parts(source, path, unit_bytes):
             parts.append(("parquet", (path,), start, group + 1, total))
             start, total = group + 1, 0
     return parts
+
+
+def _lfs_pointer(path):
+    """What to do with a Git LFS pointer; `None` for another file."""
+    with contextlib.suppress(OSError), files.open_binary(path) as file:
+        if is_lfs_pointer(file.read(64)):
+            return "it is a Git LFS pointer, and `git lfs pull` gets the file itself"
+    return None
 
 
 def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:

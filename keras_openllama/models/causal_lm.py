@@ -302,7 +302,9 @@ class OpenLlamaCausalLM(FitMixin, CausalLM):
                 `tf.data.Dataset` of strings or of batches of strings; or a dict of
                 `"token_ids"` and `"padding_mask"`, both `(batch, length)`, padded on
                 the right. Or a chat, `{"messages": [{"role": …, "content": …}, …]}`, or
-                a list of chats, which use the preprocessor's `chat_template`.
+                a list of chats, which use the preprocessor's `chat_template`. A chat
+                may have `"tools"` for a template in Jinja, and be a list of messages
+                alone, or ShareGPT's `{"conversations": [{"from": …, "value": …}, …]}`.
             max_length: maximum number of tokens of a sequence, including the prompt and
                 `<s>`. Defaults to `preprocessor.sequence_length`, or to the length of
                 the arrays.

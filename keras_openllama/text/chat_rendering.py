@@ -11,7 +11,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from keras_openllama.text.inputs import ChatExample, Examples, Pair, Texts
+from keras_openllama.text.inputs import (
+    ChatExample,
+    Examples,
+    Pair,
+    Texts,
+    check_errors,
+)
 from keras_openllama.text.jinja_template import (
     ChatTemplateError,
     JinjaTemplate,
@@ -29,7 +35,6 @@ from keras_openllama.text.messages import (
 # Text by role, or a template in Jinja.
 ChatTemplate: TypeAlias = dict[str, str] | JinjaTemplate
 
-_MAX_ERRORS = 20  # Examples that an error message lists.
 _TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
 
 
@@ -92,15 +97,8 @@ def render_examples(
             rendered.append(render_example(example, template))
         except ValueError as error:
             errors.append(str(error))
-    if not errors:
-        return rendered
-    if len(errors) == 1:
-        raise ValueError(errors[0])
-    raise ValueError(
-        f"{len(errors)} of {len(data.examples)} examples cannot be used:\n"
-        + "\n".join(errors[:_MAX_ERRORS])
-        + (f"\n… and {more} more" if (more := len(errors) - _MAX_ERRORS) > 0 else "")
-    )
+    check_errors(errors, len(data.examples))
+    return rendered
 
 
 def render_example(
@@ -255,9 +253,16 @@ def _role_in(template, role):
 
 def _render_chat(messages, template, example):
     """Renders a chat to learn from."""
-    messages = _for_template(messages, template)
+    if any("tool_calls" in m for m in messages) and not template.mentions("tool_calls"):
+        raise UnusableExampleError(
+            "calls of tools",
+            f"`{example.name}` has calls of tools, which the chat template does not "
+            "render",
+        )
     try:
-        text, spans = template.render_replies(messages, example.tools)
+        text, spans = template.render_replies(
+            _for_template(messages, template), example.tools
+        )
     except ChatTemplateError as error:
         raise UnusableExampleError(str(error), f"`{example.name}`: {error}") from error
     replies = [message for message in messages if message["role"] == ASSISTANT]

@@ -36,6 +36,7 @@ from keras_openllama.text.records import (
 from keras_openllama.text.token_arrays import unpadded_ids
 
 PAIR_KEYS = {"prompt", "response"}
+_MAX_ERRORS = 20  # Examples that an error message lists.
 
 
 # ----- Kinds of input
@@ -332,9 +333,37 @@ def normalize_examples(x: Any, y: Any = None) -> Texts | Examples | GraphTexts:
     if isinstance(x, dict):
         return _examples_of(x, "x")
     if _is_supervised(x):
-        examples = [_examples_of(one, f"x[{i}]").examples for i, one in enumerate(x)]
-        return Examples([_only(one, f"x[{i}]") for i, one in enumerate(examples)], True)
+        examples, errors = [], []
+        for i, one in enumerate(x):
+            try:
+                found = _examples_of(one, f"x[{i}]").examples
+                examples.append(_only(found, f"x[{i}]"))
+            except ValueError as error:
+                errors.append(str(error))
+        check_errors(errors, len(x))
+        return Examples(examples, True)
     return normalize_texts(x, name="x")
+
+
+def check_errors(errors: list[str], total: int) -> None:
+    """Raises the errors of several examples as one.
+
+    Args:
+        errors: messages that name the example.
+        total: number of all examples.
+
+    Raises:
+        ValueError: if there are any errors.
+    """
+    if len(errors) == 1:
+        raise ValueError(errors[0])
+    if errors:
+        more = len(errors) - _MAX_ERRORS
+        raise ValueError(
+            f"{len(errors)} of {total} examples cannot be used:\n"
+            + "\n".join(errors[:_MAX_ERRORS])
+            + (f"\n… and {more} more" if more > 0 else "")
+        )
 
 
 def check_graph_texts(tensor: Any, name: str) -> None:

@@ -11,6 +11,7 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_MIN_CHARACTERS = 4  # Fewer do not show the encoding.
 
 
 def is_lfs_pointer(start: bytes) -> bool:
@@ -48,11 +49,19 @@ def without_mark(start: bytes, name: object) -> bytes:
         )
     for mark, encoding in _OTHER_ENCODINGS.items():
         if start.startswith(mark):
-            raise ValueError(
-                f"{name} is {encoding}, not UTF-8. Convert it: iconv -f {encoding} -t "
-                "UTF-8."
-            )
+            raise _encoding_error(name, encoding)
+    for first, encoding in enumerate(("UTF-16BE", "UTF-16LE")):
+        # Without a mark: every second byte of the first 16 characters is zero.
+        high, low = start[first:32:2], start[1 - first : 32 : 2]
+        if len(high) >= _MIN_CHARACTERS and not any(high) and all(low):
+            raise _encoding_error(name, encoding)
     return start.removeprefix(codecs.BOM_UTF8)
+
+
+def _encoding_error(name, encoding):
+    return ValueError(
+        f"{name} is {encoding}, not UTF-8. Convert it: iconv -f {encoding} -t UTF-8."
+    )
 
 
 def decode_text(data: bytes, name: object) -> str:

@@ -555,6 +555,24 @@ def test_prepare_dataset_rejects_more_damaged_documents_than_max_skipped(tmp_pat
     assert stamps(shards(output)) == before
 
 
+def test_prepare_dataset_names_a_damaged_file_among_many_good_documents(tmp_path):
+    sources = damaged_lines(tmp_path / "a.jsonl", 1000, 0)
+    sources["web"] += damaged_lines(tmp_path / "b.jsonl", 1, 2)["web"]
+    with pytest.raises(SourceError, match=r"b\.jsonl is damaged as a whole"):
+        prepare(sources, tmp_path / "data")
+
+
+def test_prepare_dataset_reports_the_files_of_a_directory_that_it_ignores(tmp_path):
+    (tmp_path / "web").mkdir()
+    damaged_lines(tmp_path / "web" / "a.jsonl", 9, 0)
+    (tmp_path / "web" / "notes.txt").write_text("The sea")
+    lines = []
+    sources = {"web": [str(tmp_path / "web")]}
+    prepare(sources, tmp_path / "data", report=lines.append)
+    [line] = [line for line in lines if "ignored" in line]
+    assert line.startswith("web: 1 files beside") and "notes.txt" in line
+
+
 def test_prepare_dataset_aborts_early_if_all_documents_are_damaged(tmp_path):
     sources = damaged_lines(tmp_path / "a.jsonl", 0, 100_000)
     with pytest.raises(SourceError, match=r"a\.jsonl: 1000 of 1000 documents"):

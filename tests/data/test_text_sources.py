@@ -83,6 +83,22 @@ def test_find_files_in_a_directory_returns_data_files_only(tmp_path):
     assert found(tmp_path, tmp_path) == sorted(data)
 
 
+def test_ignored_files_are_those_beside_data_files(tmp_path):
+    write_tree(tmp_path / "mixed", ["a.jsonl", "b.parquet", "c.txt", "d/README.md"])
+    write_tree(tmp_path / "text", ["a.txt", "b.md"])
+    ignored = text_sources.ignored_files(str(tmp_path / "mixed"))
+    assert ignored == [f"{tmp_path}/mixed/c.txt", f"{tmp_path}/mixed/d/README.md"]
+    assert text_sources.ignored_files(str(tmp_path / "text")) == []
+    assert text_sources.ignored_files(f"{tmp_path}/mixed/*") == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.xz", "b.zip", "c.tar.gz", "d.arrow"])
+def test_find_files_names_formats_that_are_not_read(name, tmp_path):
+    write_tree(tmp_path, ["a.txt", name])
+    with pytest.raises(text_sources.SourceError, match=f"{name}: this format is not"):
+        text_sources.find_files("web", str(tmp_path))
+
+
 def test_find_files_in_a_directory_without_data_files_returns_all_files(tmp_path):
     text = ["a.py", "b/c.py", "b/d"]
     write_tree(tmp_path, [*text, ".hidden", ".git/config", "b/.x.py"])

@@ -381,6 +381,10 @@ def test_empty_texts_have_zero_weight_and_a_warning():
         ({"prompt": ["a"], "response": [""]}, "responses .* empty"),
         ({"prompt": ["a"], "response": [7]}, r"\['response'\]\[0\]` must be a string"),
         ([{"messages": CHAT[:2]}], r"`x\[0\]\['messages'\]` has no reply"),
+        (
+            [{"prompt": "a", "response": ""}] * 3,
+            r"3 of 3 examples.*\n.*`x\[0\]` are emp",
+        ),
         ([{"messages": CHAT[:2]}] * 2, "2 of 2 examples cannot be used"),
         ([{"messages": [{"role": "judge", "content": "x"}, CHAT[2]]}], "judge"),
         ([{"messages": [{"role": "user"}]}], '"role" and "content"'),
