@@ -1,23 +1,26 @@
-"""Converts a SentencePiece model to an equivalent `tokenizer.json`, or raises an error.
+"""Converts a SentencePiece model to an equivalent `tokenizer.json`, and back.
 
 The `tokenizers` library applies merges by rank, leftmost pair first. SentencePiece
 merges the pair whose piece has the highest score, the leftmost of equal scores first.
 Therefore merges are ranked by score. Among equal scores (the runs of spaces of some
 models) the longest left part comes first, because SentencePiece extends one run from
-the left to its end before it starts the next one. `build_tokenizer_json` verifies the
-result: it compares both tokenizers on texts that consist of the model's own pieces and
-the added tokens.
+the left to its end before it starts the next one. Both directions verify the result:
+they compare both tokenizers on texts that consist of the model's own pieces and the
+added tokens, and raise an error if these differ.
 """
 
+import json
 import random
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from keras_openllama.text.added_tokens import (
     AddedToken,
     undefined_ids,
     undefined_token,
 )
-from keras_openllama.text.vocabulary import Vocabulary
+from keras_openllama.text.vocabulary import PREPEND_SCHEMES, Vocabulary
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # Piece types of SentencePiece.
 _BPE = 2  # SentencePiece's enum value of the model type.
@@ -74,8 +77,119 @@ def build_tokenizer_json(
     texts = _texts([piece.piece for piece in model.pieces], added_tokens)
     if prepend_scheme == "first":
         texts = (text for text in texts if not text.startswith(" "))
-    _compare(tokenizer, vocabulary, list(texts))
+    try:
+        _compare(tokenizer, vocabulary, list(texts))
+    except _DifferenceError as error:
+        raise _conversion_error(str(error)) from error
     return tokenizer.to_str(pretty=True)
+
+
+def build_sentencepiece_model(tokenizer_json: str) -> bytes:
+    """Converts a `tokenizer.json` of a LLaMA tokenizer to a SentencePiece model.
+
+    Later versions of transformers save this file only. The model's scores are the ranks
+    of the merges. It encodes and decodes like the original SentencePiece model, unless
+    the file was converted from one that merges runs of spaces: transformers drops this
+    property.
+
+    Args:
+        tokenizer_json: Contents of the file.
+
+    Returns:
+        The serialized model, without the added tokens.
+
+    Raises:
+        ValueError: If SentencePiece cannot reproduce this tokenizer. The message gives
+            the reason.
+
+    Example:
+        >>> proto = lm.preprocessor.tokenizer.proto
+        >>> again = build_sentencepiece_model(build_tokenizer_json(proto))
+        >>> OpenLlamaTokenizer(again)("The sea") == OpenLlamaTokenizer(proto)("The sea")
+        True
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        data = json.loads(tokenizer.to_str())
+        model = _sentencepiece_model(data, tokenizer)
+        proto = model.SerializeToString()
+        texts = _texts([piece.piece for piece in model.pieces], ())
+        # The library's Metaspace omits the space before a text that begins with one.
+        texts = [text for text in texts if not text.startswith(" ")]
+        _compare(tokenizer, Vocabulary(proto, "it"), texts, (False,))
+    except Exception as error:  # The library raises no narrower class.
+        raise ValueError(
+            "tokenizer.json is not of a LLaMA tokenizer that SentencePiece can "
+            f"reproduce: {error!r}"
+        ) from error
+    return proto
+
+
+def _sentencepiece_model(data, tokenizer):
+    from sentencepiece import sentencepiece_model_pb2
+
+    vocabulary = data["model"]["vocab"]
+    unknown = data["model"]["unk_token"] or "<unk>"  # transformers omits it.
+    controls = {t["content"] for t in data["added_tokens"] if t["special"]}
+    ranks = {}
+    for left, right in data["model"]["merges"]:
+        ranks.setdefault(left + right, len(ranks))
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise ValueError("its ids have gaps")
+    model = sentencepiece_model_pb2.ModelProto()
+    for piece, i in sorted(vocabulary.items(), key=lambda item: item[1]):
+        kind, score = _NORMAL, -float(ranks.get(piece, len(ranks) + i))
+        if piece == unknown or piece in controls:
+            kind, score = _UNKNOWN if piece == unknown else _CONTROL, 0.0
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            kind, score = _BYTE, 0.0
+        model.pieces.add(piece=piece, score=score, type=kind)
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.byte_fallback = _BPE, True
+    trainer.vocab_size = len(vocabulary)
+    trainer.unk_id, trainer.unk_piece = vocabulary[unknown], unknown
+    trainer.bos_id, trainer.eos_id = vocabulary["<s>"], vocabulary["</s>"]
+    trainer.pad_id = -1
+
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = bool(prepend_scheme_of(data))
+    one, two = tokenizer.encode_batch(["a a", "a  a"])
+    model.normalizer_spec.remove_extra_whitespaces = one.ids == two.ids
+    return model
+
+
+def prepend_scheme_of(data: dict[str, Any]) -> str | None:
+    """Returns where a tokenizer adds a space before a text.
+
+    Args:
+        data: Contents of `tokenizer.json`.
+
+    Returns:
+        The prepend scheme, see `OpenLlamaTokenizer`. `None` if it adds no space.
+
+    Example:
+        >>> proto = lm.preprocessor.tokenizer.proto
+        >>> prepend_scheme_of(json.loads(build_tokenizer_json(proto)))
+        'always'
+    """
+    if any(s.get("type") == "Prepend" for s in _steps(data, "normalizer")):
+        return "always"
+    for step in _steps(data, "pre_tokenizer"):
+        if step.get("type") == "Metaspace":
+            scheme = step.get("prepend_scheme", "always")
+            return scheme if scheme in PREPEND_SCHEMES else None
+    return None
+
+
+def _steps(data, name):
+    """Returns the steps of a part of the file, which may be a sequence."""
+    part = data.get(name)
+    if not isinstance(part, dict):
+        return []
+    steps = part.get("normalizers") or part.get("pretokenizers") or [part]
+    return [step for step in steps if isinstance(step, dict)]
 
 
 def _conversion_error(reason):
@@ -217,22 +331,26 @@ def _decoder(spec):
     return decoders.Sequence(steps)
 
 
-def _compare(tokenizer, vocabulary, texts):
-    """Raises a `ValueError` if a text has other ids than with SentencePiece."""
-    for parse_special in (True, False):
+class _DifferenceError(ValueError):
+    """A text has other ids than with SentencePiece, or ids another text."""
+
+
+def _compare(tokenizer, vocabulary, texts, parse_special_values=(True, False)):
+    """Raises a `_DifferenceError` if both tokenizers differ on a text."""
+    for parse_special in parse_special_values:
         tokenizer.encode_special_tokens = not parse_special
         encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
         expected = vocabulary.encode(texts, parse_special)
         for text, found, ids in zip(texts, encoded, expected, strict=True):
             if found.ids != ids:
-                raise _conversion_error(
+                raise _DifferenceError(
                     f"{text!r} would be encoded as {found.ids} instead of {ids}"
                 )
     tokenizer.encode_special_tokens = False
     pairs = tokenizer.decode_batch(expected), vocabulary.decode(expected)
     for ids, found, text in zip(expected, *pairs, strict=True):
         if found != text:
-            raise _conversion_error(
+            raise _DifferenceError(
                 f"{ids} would be decoded as {found!r} instead of {text!r}"
             )
 

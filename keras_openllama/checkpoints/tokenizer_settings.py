@@ -14,6 +14,10 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints.matching import format_names
+from keras_openllama.checkpoints.tokenizer_json import (
+    build_sentencepiece_model,
+    prepend_scheme_of,
+)
 from keras_openllama.text.added_tokens import (
     AddedToken,
     as_added_tokens,
@@ -81,7 +85,7 @@ class TokenizerFiles:
                 setting is not supported.
         """
         self._check_supported()
-        self._repository.file(MODEL)  # Raises if it is missing.
+        self.proto()  # Raises if there is none.
         self._compare_with_fast()
         tokens = self._with_rows(self._tokens, num_rows)
         return {
@@ -100,7 +104,7 @@ class TokenizerFiles:
         `None` if it names none, or that of the SentencePiece model.
         """
         names = self._contents(CONFIG, "eos_token", self.config.get("eos_token"))
-        if not names or self._processor is None:
+        if not names or not any(map(self._repository.optional, (MODEL, FAST))):
             return None
         added = {token.content: token.id for token in self._tokens}
         token_id = added.get(names[0], self._processor.piece_to_id(names[0]))
@@ -109,10 +113,41 @@ class TokenizerFiles:
 
     # ----- The files
 
-    @functools.cached_property
+    def proto(self) -> bytes:
+        """Returns the SentencePiece model, made from `tokenizer.json` if need be.
+
+        Raises:
+            FileNotFoundError: If there is neither file.
+            ValueError: If a file is damaged, or SentencePiece cannot reproduce
+                `tokenizer.json`.
+        """
+        return self._proto_and_processor[0]
+
+    @property
     def _processor(self):
+        return self._proto_and_processor[1]
+
+    @functools.cached_property
+    def _proto_and_processor(self):
         path = self._repository.optional(MODEL)
-        return load_processor(path.read_bytes(), str(path)) if path else None
+        if path is not None:
+            proto = path.read_bytes()
+            return proto, load_processor(proto, str(path))
+        path = self._repository.optional(FAST)
+        if path is None:
+            raise FileNotFoundError(
+                f"{MODEL} is missing from {self._repository}, and there is no {FAST} "
+                "to make it from."
+            )
+        try:
+            proto = build_sentencepiece_model(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{MODEL} is missing from {self._repository}, and cannot be made from "
+                f"{FAST}: {error}. Copy {MODEL} of the model that this one was trained "
+                "from into the directory, or load it with preprocessor=None."
+            ) from error
+        return proto, load_processor(proto, str(path))
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -273,21 +308,15 @@ class TokenizerFiles:
         legacy = self._boolean("legacy")
         if legacy is not None and tokenizer_class != "PreTrainedTokenizerFast":
             return "always" if legacy else "first"
-        steps = _steps(self._fast.get("normalizer"), "normalizers")
-        if any(step.get("type") == "Prepend" for step in steps):
-            return "always"
-        for step in _steps(self._fast.get("pre_tokenizer"), "pretokenizers"):
-            if step.get("type") == "Metaspace":
-                scheme = step.get("prepend_scheme", "always")
-                if scheme in ("always", "first"):
-                    return scheme
+        if scheme := prepend_scheme_of(self._fast):
+            return scheme
         # What LlamaTokenizer of transformers 5 does. Without added tokens, the scheme
         # has an effect on text after control strings only.
         return "first" if has_tokens else "always"
 
     def _compare_with_fast(self):
         """Warns if `tokenizer.json` disagrees with `tokenizer.model`."""
-        if not self._fast:
+        if not self._fast or not self._repository.optional(MODEL):
             return
         from tokenizers import Tokenizer
 
@@ -312,14 +341,6 @@ class TokenizerFiles:
                     stacklevel=2,
                 )
                 return
-
-
-def _steps(data, key):
-    """Returns the steps of a part of `tokenizer.json`, which may be a sequence."""
-    if not isinstance(data, dict):
-        return []
-    steps = data.get(key) if data.get("type") == "Sequence" else [data]
-    return [step for step in steps or [] if isinstance(step, dict)]
 
 
 def _token(entry, token_id, name):

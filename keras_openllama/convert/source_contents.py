@@ -66,13 +66,12 @@ def _end_token_ids(source, proto):
 def _tokenizer(source, arguments):
     """Returns the SentencePiece model and the settings of the tokenizer."""
     try:
-        path = source.tokenizer_file()
+        proto = source.tokenizer_proto()
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} To convert only the weights, skip the tokenizer "
             "(tokenizer=False, or --no-tokenizer)."
         ) from error
-    proto = path.read_bytes()
-    pieces = load_processor(proto, str(path)).vocab_size()
+    pieces = load_processor(proto, "The tokenizer").vocab_size()
     check_vocabulary(pieces, arguments["vocabulary_size"])
     return proto, source.tokenizer_settings()

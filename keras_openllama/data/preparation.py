@@ -169,7 +169,7 @@ def load_tokenizer_proto(tokenizer: PathLike) -> bytes:
             f"{', '.join(words)}. Data are prepared with SentencePiece alone, which "
             "splits them. Use the tokenizer without them: pass its tokenizer.model."
         )
-    return files.read_bytes(source.tokenizer_file())
+    return source.tokenizer_proto()
 
 
 def _check_names(sources, before, mixture, text_fields):

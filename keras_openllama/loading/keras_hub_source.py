@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.backend.keras_hub import (
@@ -18,6 +17,7 @@ from keras_openllama.checkpoints.contents import (
     TOKENIZER_SETTINGS,
 )
 from keras_openllama.loading.sources import SourceDefaults
+from keras_openllama.text.sentencepiece_model import read_model
 from keras_openllama.utils.files import read_json_object
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class KerasHubSource(SourceDefaults):
         path = self._repository.file(_CONFIG)
         return keras_hub.backbone_arguments(read_json_object(path), path)
 
-    def tokenizer_file(self) -> Path:
-        """Returns the path of the SentencePiece model."""
-        return self._repository.file(keras_hub.TOKENIZER)
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model."""
+        return read_model(self._repository.file(keras_hub.TOKENIZER))
 
     def preprocessing(self) -> dict[str, Any]:
         """Returns the settings of the saved preprocessor."""

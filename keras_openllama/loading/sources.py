@@ -28,6 +28,7 @@ from keras_openllama.text.sentencepiece_model import (
     check_vocabulary,
     keeps_spaces,
     load_processor,
+    read_model,
 )
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class ModelSource(Protocol):
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `OpenLlamaBackbone`, before validation."""
 
-    def tokenizer_file(self) -> Path:
-        """Returns the path of the SentencePiece model."""
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model."""
 
     def start_token_id(self) -> int:
         """Returns the id of the start token of a model without tokenizer."""
@@ -139,8 +140,8 @@ class StreamedSource(SourceDefaults):
 
     def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a tokenizer, see `ModelSource`."""
-        path = str(self._required_tokenizer_file())
-        return cls(path, **{**self.tokenizer_settings(), **kwargs})
+        proto = self._required_tokenizer_proto()
+        return cls(proto, **{**self.tokenizer_settings(), **kwargs})
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""
@@ -202,9 +203,9 @@ class StreamedSource(SourceDefaults):
             weights.assign_to(model, variables)
         return model
 
-    def _required_tokenizer_file(self):
+    def _required_tokenizer_proto(self):
         try:
-            return self.tokenizer_file()
+            return self.tokenizer_proto()
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error} To load the model without a tokenizer, pass "
@@ -242,9 +243,9 @@ class TransformersSource(StreamedSource):
         """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return transformers.backbone_arguments(self._config, self._path)
 
-    def tokenizer_file(self) -> Path:
-        """Returns the path of the SentencePiece model."""
-        return self._repository.file(_TOKENIZER)
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model."""
+        return self._tokenizer_files.proto()
 
     def start_token_id(self) -> int:
         """Returns the id of the start token in `config.json`."""
@@ -315,10 +316,11 @@ class RegistrySource(StreamedSource):
         """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return dict(self._preset.config)
 
-    def tokenizer_file(self) -> Path:
-        """Returns the path of the SentencePiece model, after checking its version."""
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model, after checking its version."""
         path = self._repository.file(_TOKENIZER)
-        found = keeps_spaces(load_processor(path.read_bytes(), str(path)))
+        proto = path.read_bytes()
+        found = keeps_spaces(load_processor(proto, str(path)))
         expected = self._preset.tokenizer["keeps_spaces"]
         if found != expected:
             does = {True: "preserves runs of spaces", False: "merges runs of spaces"}
@@ -328,7 +330,7 @@ class RegistrySource(StreamedSource):
                 f"{does[expected]}: it is another model's tokenizer. Delete the file "
                 "and download it again."
             )
-        return path
+        return proto
 
     def read_tensors(
         self, arguments: dict[str, Any], head: bool = True
@@ -357,9 +359,9 @@ class EasyLMSource(StreamedSource):
         """Loads the tokenizer of the other source."""
         return self._model.tokenizer(cls, kwargs)
 
-    def tokenizer_file(self) -> Path:
-        """Returns the path of the SentencePiece model of the other source."""
-        return self._model.tokenizer_file()
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model of the other source."""
+        return self._model.tokenizer_proto()
 
     def start_token_id(self) -> int:
         """Returns the id of the start token of the other source."""
@@ -398,9 +400,9 @@ class TrainingRunSource(StreamedSource):
         """Returns the arguments of `OpenLlamaBackbone`, before validation."""
         return self._run.architecture()
 
-    def tokenizer_file(self) -> Path:
-        """Returns the path of the SentencePiece model."""
-        return self._run.tokenizer_file()
+    def tokenizer_proto(self) -> bytes:
+        """Returns the SentencePiece model."""
+        return read_model(self._run.tokenizer_file())
 
     def end_token_ids(self) -> list[int]:
         """Returns the end tokens of the model that was fine-tuned, if it had any."""

@@ -56,6 +56,24 @@ def read_proto(proto: PathLike | bytes) -> tuple[bytes, str]:
     return path.read_bytes(), repr(str(path))
 
 
+def read_model(path: Path) -> bytes:
+    """Reads the file of a SentencePiece model.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        The bytes of the model.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not a complete SentencePiece model, see `load_processor`.
+    """
+    data = path.read_bytes()
+    load_processor(data, str(path))
+    return data
+
+
 def load_processor(data: bytes, source: str) -> sentencepiece.SentencePieceProcessor:
     """Loads a SentencePiece model that can serve as a LLaMA tokenizer.
 

@@ -10,6 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizer_models import large_model, trained_model
 
@@ -215,3 +216,60 @@ def test_build_tokenizer_json_supports_models_without_dummy_prefix(all_texts):
         ids = processor.encode(text)
         assert fast.encode(text, add_special_tokens=False).ids == ids
         assert fast.decode(ids) == processor.decode(ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_build_sentencepiece_model_inverts_build_tokenizer_json(name, all_texts):
+    proto = MODELS[name]()
+    again = tokenizer_json.build_sentencepiece_model(
+        tokenizer_json.build_tokenizer_json(proto)
+    )
+    found, expected = (
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+        for model in (again, proto)
+    )
+    assert found.encode(all_texts) == expected.encode(all_texts)
+    assert found.id_to_piece([0, 1, 2]) == expected.id_to_piece([0, 1, 2])
+    assert found.bos_id() == 1 and found.eos_id() == 2 and found.pad_id() == -1
+
+
+@pytest.mark.parametrize("name", ["v2", "nano", "tied_scores"])
+def test_build_sentencepiece_model_reads_files_of_transformers(
+    name, all_texts, tmp_path
+):
+    proto = MODELS[name]()
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    again = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer_json.build_sentencepiece_model(text)
+    )
+    # transformers puts no space before a text that begins with one.
+    texts = [text for text in all_texts if text[:1] not in (" ", "▁")]
+    fast = tokenizers.Tokenizer.from_str(text)
+    fast.encode_special_tokens = True
+    expected = fast.encode_batch(texts, add_special_tokens=False)
+    assert again.encode(texts) == [encoded.ids for encoded in expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "null",
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).to_str(),
+        tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str(),
+    ],
+)
+def test_build_sentencepiece_model_rejects_other_tokenizers(text):
+    with pytest.raises(ValueError, match="not of a LLaMA tokenizer"):
+        tokenizer_json.build_sentencepiece_model(text)
+
+
+def test_build_sentencepiece_model_rejects_what_it_cannot_reproduce():
+    data = json.loads(tokenizer_json.build_tokenizer_json(trained_model(True)))
+    del data["model"]["merges"][::2]  # SentencePiece would merge these pairs.
+    with pytest.raises(ValueError, match="would be encoded"):
+        tokenizer_json.build_sentencepiece_model(json.dumps(data))

@@ -138,14 +138,21 @@ def chat_model(proto, tokens, **options):
     return OpenLlamaCausalLM(lm.backbone, preprocessor)
 
 
-def test_checkpoints_of_transformers_5_load(tmp_path):
+@pytest.mark.parametrize("with_model", [True, False])
+def test_checkpoints_of_transformers_5_load(with_model, tmp_path):
     """It writes tokenizer.json and tokenizer_config.json only."""
     checkpoint(tmp_path / "a", FORMS["added_tokens_decoder"])
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
     in_transformers(SHAPE).save_pretrained(tmp_path / "b")
     saved.save_pretrained(tmp_path / "b")
-    (tmp_path / "b" / "tokenizer.model").write_bytes(trained_model(True))
-    assert ids(tmp_path / "b") == ids_of_transformers(tmp_path / "b")
+    assert not (tmp_path / "b" / "tokenizer.model").exists()
+    if with_model:
+        (tmp_path / "b" / "tokenizer.model").write_bytes(trained_model(True))
+    expected = ids_of_transformers(tmp_path / "b")
+    assert ids(tmp_path / "b") == expected
+    lm = OpenLlamaCausalLM.from_preset(str(tmp_path / "b"))
+    lm.export_to_transformers(tmp_path / "c")
+    assert ids_of_transformers(tmp_path / "c") == ids(tmp_path / "c") == expected
 
 
 @pytest.mark.parametrize("scheme", ["always", "first"])
