@@ -338,7 +338,8 @@ def test_convert_rejects_a_quantized_model(models, tmp_path):
 
 def test_convert_without_tokenizer_requires_tokenizer_false(models, tmp_path):
     source = copy(models["transformers", "float32"], tmp_path / "source")
-    (source / "tokenizer.model").unlink()
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (source / name).unlink()
     assert_rejected(
         OSError, r"tokenizer\.model .*--no-tokenizer", source, tmp_path / "out"
     )
