@@ -263,6 +263,19 @@ def read_validation(directory: PathLike) -> list[dict[str, Any]]:
     return [record for _, record in _read_lines(path)]
 
 
+def has_validation(directory: PathLike, step: int) -> bool:
+    """Returns whether `validation.jsonl` has a record of a step.
+
+    Args:
+        directory: The run's directory.
+        step: Steps done.
+
+    Returns:
+        Whether there is one.
+    """
+    return any(record["step"] == step for record in read_validation(directory))
+
+
 def has_sample(directory: PathLike, step: int) -> bool:
     """Returns whether `samples.txt` has a text of a step.
 

@@ -138,8 +138,7 @@ class StepReporter:
             return
         step, tokens = self._step, self._data.tokens(self._step)
         record = {"kind": "validation", "step": step, "tokens": tokens, **result}
-        if step != self._log.last_validation_step:
-            self._log.write_record(record)
+        self._log.write_record(record)
         bits = result.get("bits_per_byte")
         self.print_line(
             f"step {step}: validation loss {result['loss']:.4f}, perplexity "

@@ -12,11 +12,11 @@ A run has five parts. `Trainer` drives them and does not know which kind of run 
               rounding
 
 `pretraining.open_run` and `finetuning.open_run` assemble these. A step takes a batch,
-trains on it and reports its metrics. Then follow validation, samples and a checkpoint,
+trains on it and reports its metrics. Then follow a checkpoint, validation and samples,
 each when it is due. The log is synced to disk before a checkpoint is saved, so that a
-resumed run can drop later records and continue bit-exactly. The samples at the end come
-after the last checkpoint: if they fail, the trained weights are safe, and running the
-command again writes the samples.
+resumed run can drop later records and continue bit-exactly. Validation and samples come
+after the checkpoint: if they fail, the trained weights are safe, and running the
+command again makes up for what is missing.
 """
 
 from __future__ import annotations
@@ -273,42 +273,33 @@ class Trainer:
         """
         if self.complete:
             self.options.log(f"The run in {self.options.output} is complete.")
-            if not self._samples_written():
-                with self.reporter:
-                    self._generate_samples()
-            return None
+            if not (self._validation_is_due() or self._samples_are_due()):
+                return None
         self._batches = iter(self.data.batches(self.step))
         batch = self._next_batch()
         if self._is_validation_empty():
             self.options.log(
                 "No held-out data with target tokens: validation is disabled."
             )
-        self._compile(batch)
+        if not self.complete or self._validation_is_due():
+            self._compile(batch)
         try:
             with self.reporter, StopRequest() as stop:
-                if self.step == 0:
-                    self._before_first_step()
-                while True:
+                # Before the first step, or what an interrupted run did not get to.
+                self._validate_and_sample()
+                stopped = self.complete
+                while not stopped:
                     self._take_step(batch)
-                    if self._finish_step(stop):
-                        break
-                    with self.reporter.clock.measure("data"):
-                        batch = self._next_batch()
+                    stopped = self._finish_step(stop)
+                    if not stopped:
+                        with self.reporter.clock.measure("data"):
+                            batch = self._next_batch()
                 self.checkpoints.wait()
-                if self.complete and not self._samples_written():
-                    self._generate_samples()
         finally:
             self._stop_profiler()
             self.checkpoints.close()
         self._save_loss_plot()
         return None if self.complete else stop.signal
-
-    def _before_first_step(self):
-        """Validates and samples the model before training, if requested."""
-        if self.sampling.before_and_after:
-            self._validate()
-            if not self._samples_written():
-                self._generate_samples()
 
     def _take_step(self, batch):
         """Runs a step and reports it."""
@@ -324,21 +315,17 @@ class Trainer:
 
     def _finish_step(self, stop):
         """Does what is due after a step; returns whether training ends here."""
-        config = self.config
-        stopped = stop.requested(self.step)
-        if stopped:  # The process may be killed within seconds: save first.
+        intervals = self.config.save_every, self.config.milestone_every
+        ends = stop.requested(self.step) or self.complete
+        # First of all: the process may be killed within seconds, or a later part fail.
+        if ends or any(_is_due(every, self.step) for every in intervals):
             self._save_checkpoint()
+        if ends:
             self.checkpoints.wait()
-        if self.complete or _is_due(config.validate_every, self.step):
-            self._validate()
-        if _is_due(config.sample_every, self.step):
-            self._generate_samples()
-        intervals = config.save_every, config.milestone_every
-        due = self.complete or any(_is_due(every, self.step) for every in intervals)
-        if due and not stopped:
-            self._save_checkpoint()
+        if self.complete or not ends:  # Else the resumed run makes up for it.
+            self._validate_and_sample()
         self.checkpoints.raise_if_failed()
-        return stopped or self.complete
+        return ends
 
     # ----- Parts of the loop
 
@@ -360,9 +347,33 @@ class Trainer:
         self.state.compile(batch, evaluation=self._validates())
         self.options.log(f"Compiled in {time.monotonic() - start:.1f} s.")
 
+    def _validate_and_sample(self):
+        """Validates and generates samples, each if it is due at this step."""
+        if self._validation_is_due():
+            self._validate()
+        if self._samples_are_due():
+            self._generate_samples()
+
+    def _validation_is_due(self):
+        """Whether this step needs a validation that is not in the log."""
+        if self.step:
+            due = self.complete or _is_due(self.config.validate_every, self.step)
+        else:
+            due = self.sampling.before_and_after
+        if not (due and self._validates()):
+            return False
+        return not metrics_log.has_validation(self.options.output, self.step)
+
+    def _samples_are_due(self):
+        """Whether this step needs samples that are not in the log."""
+        due = self.step and _is_due(self.config.sample_every, self.step)
+        if not self.step or self.complete:
+            due = due or self.sampling.before_and_after
+        if not (due and self.sampling.prompts):
+            return False
+        return not metrics_log.has_sample(self.options.output, self.step)
+
     def _validate(self):
-        if not self._validates():
-            return
         self.reporter.flush()
         result = self.data.validation.measure(
             lambda batch: self.state.evaluate_batch(self.state.put_batch(batch))
@@ -384,12 +395,6 @@ class Trainer:
             if isinstance(prompt, dict):  # `generate` returns only the reply of a chat.
                 text = f"{prompt['messages']}\n{text}"
             self.reporter.log_sample(f"{label}{when}", text, show=bool(when))
-
-    def _samples_written(self):
-        """Whether the samples before the first or after the last step are written."""
-        if not (self.sampling.before_and_after and self.sampling.prompts):
-            return True
-        return metrics_log.has_sample(self.options.output, self.step)
 
     def _save_checkpoint(self):
         self.reporter.flush()

@@ -32,8 +32,10 @@ from keras_openllama.data.token_stream import TokenStream
 from keras_openllama.distribution import check_hosts
 from keras_openllama.runs import interruption, jax_train_program, recipe, run_directory
 from keras_openllama.runs.interruption import DataReadError
+from keras_openllama.runs.jax_train_state import JaxTrainState
 from keras_openllama.runs.pretraining import PROMPTS, pretrain
 from keras_openllama.runs.step_reporter import StepReporter
+from keras_openllama.runs.token_data import TokenValidation
 from keras_openllama.runs.trainer import RunOptions
 from keras_openllama.training import train_step_jax
 
@@ -320,6 +322,38 @@ def test_train_raises_if_the_log_cannot_be_written(run, uninterrupted, interrupt
     assert checkpoints(interrupted) == ([9], [9])
     run(interrupted)
     assert results_of(interrupted) == results_of(uninterrupted)
+
+
+@pytest.mark.parametrize("fails", ["samples", "validation"])
+@pytest.mark.parametrize("step", [6, 12], ids=["in between", "at the end"])
+def test_a_step_is_saved_before_samples_and_validation_that_fail(
+    run, uninterrupted, tmp_path, monkeypatch, fails, step
+):
+    owner, name = {
+        "samples": (JaxTrainState, "generate"),
+        "validation": (TokenValidation, "measure"),
+    }[fails]
+    works, calls = getattr(owner, name), []
+
+    def broken(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) == step / 6:
+            raise MemoryError("no memory left")
+        return works(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        with pytest.raises(MemoryError):
+            run(tmp_path, sample_every=6)
+    assert checkpoints(tmp_path)[1][-1] == step
+    _, lines = run(tmp_path, sample_every=6)
+    assert f"Resuming from the checkpoint of step {step}." in lines
+    found, expected = results_of(tmp_path), results_of(uninterrupted)
+    samples, _ = found.pop("samples"), expected.pop("samples")
+    assert found == expected
+    for prompt in PROMPTS:
+        for sampled in (6, 12):
+            assert samples.count(f"step {sampled}, {prompt.splitlines()[0]}\n") == 1
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_restored(
