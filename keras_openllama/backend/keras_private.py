@@ -8,7 +8,9 @@ The unexported names of KerasHub are in `backend.keras_hub`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -21,6 +23,7 @@ from keras.src.utils import module_utils
 from keras_openllama.utils.types import Tensor
 
 if TYPE_CHECKING:
+    import h5py
     import torch
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "initialize_with",
     "kernel_variable",
     "loss_tracker",
+    "open_hdf5_files_with",
     "optimized_variables",
     "preserve_tensorflow_availability",
     "register_torch_parameters",
@@ -51,6 +55,7 @@ __all__ = [
 ]
 
 _UNINITIALIZED = "uninitialized_variables"
+_HDF5_LOCK = threading.RLock()
 
 
 # ----- Layers
@@ -248,6 +253,30 @@ def save_state(
         skipped: Layers to skip.
     """
     _keras_save_state(saveable, store, None, "", {id(layer) for layer in skipped})
+
+
+@contextlib.contextmanager
+def open_hdf5_files_with(open_file: Callable[[str, str], h5py.File]) -> Iterator[None]:
+    """Replaces how Keras opens HDF5 files on the disk: `H5IOStore._get_h5_file`.
+
+    Args:
+        open_file: Function of the path and the mode, `"w"` or `"a"`. Files that are
+            only read are opened as always.
+    """
+
+    def get_file(store, path, mode=None):
+        mode = mode or store.mode
+        if mode == "r" or store.archive or not isinstance(path, (str, Path)):
+            return original(store, path, mode)
+        return open_file(str(path), mode)
+
+    with _HDF5_LOCK:
+        original = H5IOStore._get_h5_file
+        H5IOStore._get_h5_file = get_file
+        try:
+            yield
+        finally:
+            H5IOStore._get_h5_file = original
 
 
 # ----- Backends

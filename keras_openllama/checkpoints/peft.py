@@ -18,7 +18,7 @@ from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.utils.files import read_json_object
-from keras_openllama.utils.staging import staged
+from keras_openllama.utils.staging import errors_name_target, staged
 from keras_openllama.utils.validation import check_integer, positive_number
 
 if TYPE_CHECKING:
@@ -98,7 +98,10 @@ def save_adapters(lm: keras.Model, directory: PathLike, force: bool = False) -> 
     }
     specs = {name: (tuple(v.shape), "float32") for name, v in variables.items()}
     values = (as_numpy(variable.value) for variable in variables.values())
-    with staged(directory, force=force, foreign_content=foreign_content) as unfinished:
+    with (
+        errors_name_target(directory),
+        staged(directory, force=force, foreign_content=foreign_content) as unfinished,
+    ):
         with open(unfinished / WEIGHTS_FILE, "wb") as file:
             safetensors.write_safetensors(file, specs, values)
         (unfinished / CONFIG_FILE).write_text(

@@ -17,6 +17,7 @@ from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
 )
+from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.config import (
     BACKBONE_ARGUMENTS,
     PROJECTIONS,
@@ -37,7 +38,7 @@ if keras.config.backend() == "jax":
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaBackbone(Backbone):
+class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
     """The decoder-only transformer of OpenLLaMA: token ids to hidden states.
 
     The defaults are the values that all published OpenLLaMA models share.

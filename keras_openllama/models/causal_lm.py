@@ -11,6 +11,7 @@ from keras import ops
 from keras_openllama import presets
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
+from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.generation import generate as generation
 from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.generation.sampling import check_sampler
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLM(FitMixin, CausalLM):
+class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
     """OpenLLaMA with its language-model head: train, score, generate, export.
 
     Calling the model takes the inputs of `OpenLlamaBackbone` and returns logits

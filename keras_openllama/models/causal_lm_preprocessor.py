@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow, to_numpy
 from keras_openllama.backend.keras_hub import CausalLMPreprocessor
+from keras_openllama.checkpoints.atomic_saving import AtomicPreset
 from keras_openllama.loading.load import load_preprocessor
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
@@ -44,7 +45,7 @@ from keras_openllama.utils.validation import check_integer
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLMPreprocessor(CausalLMPreprocessor):
+class OpenLlamaCausalLMPreprocessor(AtomicPreset, CausalLMPreprocessor):
     r"""Converts text to `(x, y, sample_weight)` for `fit`, and prompts to token ids.
 
     A text becomes `<s> text </s>`, truncated or padded to `sequence_length + 1` tokens:

@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow
 from keras_openllama.backend.keras_hub import Tokenizer
+from keras_openllama.checkpoints.atomic_saving import AtomicPreset
 from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.text.added_tokens import AddedToken, as_added_tokens
@@ -37,7 +38,7 @@ VOCABULARY_FILE = "vocabulary.spm"  # The file's name in KerasHub's directories.
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaTokenizer(Tokenizer):
+class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
     """The tokenizer of OpenLLaMA: SentencePiece on the original `tokenizer.model`.
 
     The models of OpenLLaMA v1 merge runs of spaces into one and drop leading and

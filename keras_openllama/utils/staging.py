@@ -24,6 +24,7 @@ from keras_openllama.utils.files import sync_to_disk
 from keras_openllama.utils.locks import IS_POSIX, try_lock
 from keras_openllama.utils.types import PathLike
 
+_INSIDE = "files"  # Part of the name of a staging directory inside its target.
 _REPLACED = "replaced"  # Name of the old directory until the new one is in place.
 # Returns why a directory must not be replaced, such as "holds 'thesis.tex'", or `None`.
 ForeignContent: TypeAlias = Callable[[Path], str | None]
@@ -79,6 +80,77 @@ def staged(
             _remove(staging, target)
             if lock is not None:
                 os.close(lock)
+
+
+@contextlib.contextmanager
+def staged_files(directory: PathLike, target: PathLike | None = None) -> Iterator[Path]:
+    """Yields a directory whose files move to another one if the block succeeds.
+
+    Unlike with `staged`, the other directory may exist, and the rest of it stays as it
+    is.
+
+    Args:
+        directory: Path of the directory, which is created if it does not exist.
+        target: What errors name: the directory by default, or a file in it.
+
+    Yields:
+        The path of an empty directory on the same disk.
+
+    Raises:
+        OSError: If the files cannot be written. The directory is then unchanged.
+
+    Example:
+        >>> with staged_files("out") as unfinished:
+        ...     _ = (unfinished / "config.json").write_text("{}")
+        >>> os.listdir("out")
+        ['config.json']
+    """
+    directory = Path(os.path.realpath(directory))
+    with errors_name_target(target or directory):
+        if not directory.exists():
+            with staged(directory) as unfinished:
+                yield unfinished
+        else:
+            with _staging_inside(directory) as unfinished:
+                yield unfinished
+
+
+@contextlib.contextmanager
+def errors_name_target(target: PathLike) -> Iterator[None]:
+    """Makes system errors name the target instead of the staging directory.
+
+    Args:
+        target: Path of the file or directory that is written.
+
+    Raises:
+        OSError: In place of a system error of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # Raised by this package, with a complete message.
+            raise
+        raise OSError(
+            error.errno,
+            f"{target} cannot be written: {error.strerror}. It was not changed",
+        ) from error
+
+
+@contextlib.contextmanager
+def _staging_inside(directory):
+    _remove_abandoned(directory / _INSIDE)
+    staging, lock = _make_staging(directory / _INSIDE)
+    try:
+        yield staging
+        _sync(staging)
+        for path in sorted(p for p in staging.rglob("*") if not p.is_dir()):
+            target = directory / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def check_target(

@@ -1,5 +1,6 @@
 """Each unexported name of Keras that the package uses behaves as expected."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -206,6 +207,21 @@ def test_save_state_passes_every_variable_to_a_store_except_of_skipped_layers():
     assert store.paths == ["layers/dense/vars/0", "layers/dense/vars/1"]
     keras_private.save_state(model, skipping, model.layers)
     assert skipping.paths == []
+
+
+def test_open_hdf5_files_with_opens_the_files_that_keras_writes(tmp_path):
+    opened = []
+
+    def open_file(path, mode):
+        opened.append((path, mode))
+        return h5py.File(path, mode)
+
+    model, path = dense_model(), str(tmp_path / "model.weights.h5")
+    with keras_private.open_hdf5_files_with(open_file):
+        model.save_weights(path)
+        model.load_weights(path)  # Opened as always.
+    model.save_weights(tmp_path / "other.weights.h5")
+    assert opened == [(path, "w")]
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Of PyTorch alone.")

@@ -203,3 +203,20 @@ def test_a_link_is_followed(tmp_path):
         write(path)
     assert names(tmp_path / "disk") == ["out"]
     assert (tmp_path / "out").is_symlink()
+
+
+def test_staged_files_replaces_files_only_if_the_block_succeeds(tmp_path):
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(OSError, match=r"model cannot be written: Disk full. It was"):
+        with staging.staged_files(tmp_path, tmp_path / "model") as unfinished:
+            (unfinished / "config.json").write_text("half")
+            raise OSError(28, "Disk full")
+    assert (tmp_path / "config.json").read_text() == "old"
+    with staging.staged_files(tmp_path) as unfinished:
+        (unfinished / "config.json").write_text("new")
+        (unfinished / "assets").mkdir()
+        (unfinished / "assets" / "vocabulary").touch()
+    assert (tmp_path / "config.json").read_text() == "new"
+    found = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))]
+    assert found == ["assets", "assets/vocabulary", "config.json", "mine.txt"]
