@@ -99,11 +99,16 @@ class TokenizerFiles:
         return self._boolean("add_bos_token") is not False
 
     def renamed_end_token(self) -> int | None:
-        """Returns the id of the end token that `tokenizer_config.json` names.
+        """Returns the id of the end token that the files name.
 
-        `None` if it names none, or that of the SentencePiece model.
+        `None` if they name none, or that of the SentencePiece model.
         """
-        names = self._contents(CONFIG, "eos_token", self.config.get("eos_token"))
+        files = {CONFIG: self.config, SPECIAL: self._object(SPECIAL)}
+        names = [
+            name
+            for file, data in files.items()
+            for name in self._contents(file, "eos_token", data.get("eos_token"))
+        ]
         if not names or not any(map(self._repository.optional, (MODEL, FAST))):
             return None
         added = {token.content: token.id for token in self._tokens}

@@ -381,6 +381,10 @@ def _chat_template(preprocessing):
 
 def _tokenizer_files(tokenizer, contents):
     tokens = {**tokenizer.tokens, "pad_token": tokenizer.tokens["unk_token"]}
+    # Only an added token: it would not be found within a text any more if it were one
+    # of the ordinary pieces.
+    names = {token.id: token.content for token in tokenizer.added}
+    tokens["eos_token"] = names.get(contents.end_token_ids[0], tokens["eos_token"])
     controls = [AddedToken(tokenizer.tokens[n], i) for n, i in tokenizer.ids.items()]
     added = {token.id: token for token in [*controls, *tokenizer.added]}
     config = {

@@ -253,15 +253,15 @@ class TransformersSource(StreamedSource):
         return super().start_token_id() if declared is None else declared
 
     def end_token_ids(self) -> list[int]:
-        """Returns the ids that the files declare: of the model, and of the tokenizer.
+        """Returns the ids that the files declare: of the tokenizer, and of the model.
 
-        The tokenizer's counts only if `tokenizer_config.json` names another one than
-        the SentencePiece model does. Its own does not end a text unless the model
-        declares it, as in transformers.
+        The tokenizer's counts only if its files name another one than the SentencePiece
+        model does. Its own does not end a text unless the model declares it, as in
+        transformers.
         """
         ids = read_end_token_ids(self._repository, self._config, self._path)
-        of_tokenizer = self._tokenizer_files.renamed_end_token()
-        return ids if of_tokenizer in (None, *ids) else [*ids, of_tokenizer]
+        renamed = self._tokenizer_files.renamed_end_token()
+        return ids if renamed is None else [renamed, *(i for i in ids if i != renamed)]
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""

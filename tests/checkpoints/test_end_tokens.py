@@ -1,6 +1,7 @@
 """Declared end tokens: generation stops at each of them, and every format has them."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -11,7 +12,12 @@ from lm_eval.api.instance import Instance
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
-from keras_openllama import OpenLlamaCausalLM
+from keras_openllama import (
+    OpenLlamaBackbone,
+    OpenLlamaCausalLM,
+    OpenLlamaCausalLMPreprocessor,
+    OpenLlamaTokenizer,
+)
 from keras_openllama.convert import convert, easylm
 from keras_openllama.evaluation.lm_eval_model import OpenLlamaLM
 from keras_openllama.text.sentencepiece_model import load_processor
@@ -186,7 +192,7 @@ def test_end_token_of_tokenizer_config_ends_texts_too(declare):
         load_weights=False,
     )
     piece = lm.preprocessor.tokenizer.token_to_id("▁of")
-    assert lm.end_token_ids == [2, piece]
+    assert lm.end_token_ids == [piece, 2]
 
 
 @pytest.mark.backend_free
@@ -239,3 +245,41 @@ def test_fit_adds_the_end_token_of_its_texts(declare):
     lm.preprocessor.sequence_length = 16
     lm.fit(["some text"], verbose=0)
     assert lm.end_token_ids == [77, 2]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """Path of an exported model with two added tokens."""
+    tokens = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = OpenLlamaTokenizer(trained_model(True), added_tokens=tokens)
+    backbone = OpenLlamaBackbone(514, 1, 2, 16, 24, max_sequence_length=32)
+    lm = OpenLlamaCausalLM(backbone, OpenLlamaCausalLMPreprocessor(tokenizer))
+    path = tmp_path_factory.mktemp("chat") / "model"
+    lm.export_to_transformers(path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        update_json(path / name, eos_token=None)
+    return path
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_exports_keep_an_added_token_as_the_end_token_of_the_tokenizer(
+    chat_model, tmp_path, file
+):
+    source = shutil.copytree(chat_model, tmp_path / "source")
+    update_json(source / file, eos_token="<|im_end|>")
+    lm = OpenLlamaCausalLM.from_preset(source, load_weights=False)
+    assert lm.end_token_ids == [513, 2]
+    without = OpenLlamaCausalLM.from_preset(
+        source, load_weights=False, preprocessor=None
+    )
+    assert without.end_token_ids == [513, 2]
+
+    convert(source, tmp_path / "keras", "keras")
+    convert(tmp_path / "keras", tmp_path / "again", "transformers")
+    lm.export_to_transformers(tmp_path / "exported")
+    for path in (tmp_path / "again", tmp_path / "exported"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 513)
+        generation = transformers.GenerationConfig.from_pretrained(path)
+        assert generation.eos_token_id == [513, 2]
