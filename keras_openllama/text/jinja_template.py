@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -133,12 +134,13 @@ class JinjaTemplate:
         before = self._part(messages[:index], True, tools)
         until = self._part(messages[: index + 1], False, tools)
         content = _core(messages[index])
+        is_prefix = until is not None and text.startswith(until)
+        if is_prefix and before is not None and until.startswith(before):
+            return len(before), _end_of_reply(until, len(before), content)
         found = self._find_content(messages, index, tools, text)
-        if until is not None and text.startswith(until):
-            if before is not None and until.startswith(before):
-                return len(before), _end_of_reply(until, len(before), content)
-            if found:  # The generation prompt differs, as with a prompt to reason.
-                return found[0], _end_of_reply(until, found[0], content)
+        if is_prefix and found:
+            # The generation prompt differs, as with a prompt to reason.
+            return found[0], _end_of_reply(until, found[0], content)
         if not found:
             raise ChatTemplateError(
                 f"the reply of message {index} cannot be found in what the chat "
@@ -226,16 +228,15 @@ def _end_of_reply(text, start, content):
 
 def _without_marks(marked):
     """Returns a text without marks, and the parts that they enclosed."""
-    spans, position, start = [], 0, None
-    parts = []
-    for character in marked:
-        if character == _START:
+    spans, parts, position, start = [], [], 0, 0
+    for part in re.split(f"([{_START}{_END}])", marked):
+        if part == _START:
             start = position
-        elif character == _END:
+        elif part == _END:
             spans.append((start, position))
         else:
-            parts.append(character)
-            position += 1
+            parts.append(part)
+            position += len(part)
     return "".join(parts), spans
 
 

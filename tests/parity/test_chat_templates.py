@@ -1,8 +1,10 @@
 """Chats have the token ids and the targets of `apply_chat_template` of transformers."""
 
+import json
+
 import pytest
 import transformers
-from tiny_models import SHAPES, random_lm
+from tiny_models import SHAPES, TinyShape, in_transformers, random_lm
 from tokenizer_models import trained_model
 
 from keras_openllama import OpenLlamaCausalLM, OpenLlamaCausalLMPreprocessor
@@ -111,3 +113,53 @@ def test_a_reply_starts_with_the_tokens_that_generate_produces():
     assert examples.loss_masks[0][len(prompt)]
     text = preprocessor.tokenizer.detokenize(examples.token_ids[0][len(prompt) :])
     assert text.strip() == "It was calm."
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_published_template_writes_the_added_tokens_of_its_model(is_file, tmp_path):
+    path = tmp_path / "published"
+    shape = TinyShape("chatml", 2, 2, 16, vocabulary_size=514, context=64)
+    in_transformers(shape).save_pretrained(path)
+    (path / "tokenizer.model").write_bytes(trained_model(keep_spaces=True))
+    tokens = {"512": "<|im_start|>", "513": "<|im_end|>"}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {
+            i: {"content": token, "special": True} for i, token in tokens.items()
+        },
+    }
+    if is_file:
+        (path / "chat_template.jinja").write_text(CHATML)
+    else:
+        config["chat_template"] = CHATML
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    expected = tokenizer.apply_chat_template(CHAT, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        CHAT[:2], add_generation_prompt=True, return_dict=False
+    )
+    assert expected.count(513) == 5
+    lm = OpenLlamaCausalLM.from_preset(str(path))
+    lm.save_to_preset(tmp_path / "saved")
+    lm.export_to_transformers(tmp_path / "exported")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.apply_chat_template(CHAT, return_dict=False) == expected
+    for name in ("published", "saved", "exported"):
+        preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(str(tmp_path / name))
+        data = normalize_examples([{"messages": CHAT}])
+        examples = preprocessor.tokenize_examples(data, sequence_length=500)
+        [ids], [mask] = examples.token_ids, examples.loss_masks
+        assert ids == expected
+        assert preprocessor.chat_ids(CHAT[:2]) == prompt
+        learned = [i for i, is_target in zip(ids, mask, strict=True) if is_target]
+        assert learned.count(513) == 2 and 512 not in learned
+        text = preprocessor.tokenizer.detokenize(learned)
+        assert text.strip() == "It was calm.He was at sea."
