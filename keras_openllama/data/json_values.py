@@ -69,7 +69,13 @@ def read_json_values(path: PathLike) -> list[LocatedValue]:
                 f"{path}, line {error.lineno}: not valid JSON: {error.msg}. The file "
                 "may be truncated."
             ) from None
-        return _check_surrogates([_parse(*line) for line in lines])
+        values = [_parse(*line) for line in lines]
+        if len(values) > 1 and all(value.error for value in values):
+            raise ValueError(
+                f"{path} is neither JSON Lines nor a JSON array: none of its "
+                f"{len(values)} lines is valid JSON."
+            ) from None
+        return _check_surrogates(values)
     return _check_surrogates(_elements(values, text))
 
 

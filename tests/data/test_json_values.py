@@ -65,6 +65,11 @@ def test_read_json_values_keeps_a_chat_as_one_value(tmp_path):
             "could not be decompressed: it is tr",
         ),
         ('{"text": "a"}'.encode("utf-16"), "is UTF-16"),
+        (
+            b"question,answer\na,b\n",
+            "neither JSON Lines nor a JSON array: none of its 2",
+        ),
+        (b"PAR1\x15\x04\n\xff\n", "neither JSON Lines nor a JSON array"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
     ],
 )

@@ -84,6 +84,14 @@ def test_a_model_keeps_its_chat_template_through_every_format(tmp_path):
     assert (tmp_path / "converted" / "chat_template.jinja").read_text() == TAGGED
 
 
+def test_from_preset_warns_of_an_invalid_template_and_ignores_it(tmp_path):
+    exported(TAGGED, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text("{% for %}")
+    with pytest.warns(UserWarning, match="not valid Jinja.*It is ignored"):
+        preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(str(tmp_path / "out"))
+    assert preprocessor.chat_template is None
+
+
 def test_the_weight_of_a_reply_is_0_or_1(tmp_path):
     preprocessor, _ = exported(TAGGED, tmp_path / "out")
     chat = [
