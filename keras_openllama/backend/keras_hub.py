@@ -81,14 +81,27 @@ def lora_rank(backbone: Backbone) -> int | None:
     return backbone._lora_rank
 
 
-def resolve_dtype(loader: KerasPresetLoader, dtype: Any) -> Any:
+def resolve_dtype(loader: PresetLoader, dtype: Any) -> Any:
     """Returns the dtype policy of a preset's backbone: `PresetLoader._resolve_dtype`.
 
     Args:
-        loader: A `KerasPresetLoader`.
+        loader: A `PresetLoader`.
         dtype: The user's `dtype`, or `None`.
     """
     return loader._resolve_dtype(loader.config, {"dtype": dtype})
+
+
+class PresetLoader(KerasPresetLoader):
+    """Loads directories that were saved under a mixed dtype policy, too.
+
+    Overrides `KerasPresetLoader._resolve_dtype`, which raises for `"mixed_bfloat16"`.
+    """
+
+    def _resolve_dtype(self, config, kwargs):
+        saved = (config.get("config", {}).get("dtype") or {}).get("config", {})
+        if kwargs.get("dtype") is None and saved.get("name", "").startswith("mixed_"):
+            return keras.config.dtype_policy()  # As for any other float dtype.
+        return super()._resolve_dtype(config, kwargs)
 
 
 Backbone = keras_hub.models.Backbone
@@ -104,8 +117,8 @@ __all__ = [
     "CausalLMPreprocessor",
     "ContrastiveSampler",
     "GreedySampler",
-    "KerasPresetLoader",
     "Preprocessor",
+    "PresetLoader",
     "RandomSampler",
     "Sampler",
     "SpeculativeSampler",

@@ -14,7 +14,7 @@ from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tensors import ReadableTensor, dense_bytes
 from keras_openllama.config import END_TOKEN_ID, START_TOKEN_ID
-from keras_openllama.layers.lora import adapted_layers, merged_kernel
+from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.text.sentencepiece_model import check_vocabulary
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class LiveTensor:
         """Returns the weight, gathered from all devices; on a CPU without a copy."""
         if self._layer is None:
             return as_numpy(self._variable.value)
-        return merged_kernel(self._layer)  # In float32; the writer casts it.
+        return self._layer.merged_kernel()  # In float32; the writer casts it.
 
     def prefetch(self) -> None:
         """Does nothing: the weight is in memory."""

@@ -79,18 +79,23 @@ def backbone_arguments(
 # ----- Names
 
 
-class _NameRecorder(keras_private.H5IOStore):
-    """Stands in for Keras's HDF5 file, and records the name of each variable."""
+class NameRecorder(keras_private.H5IOStore):
+    """Stands in for Keras's HDF5 file, and records the name of each variable.
+
+    Attributes:
+        variables: The variables by name in the file.
+        groups: Attributes by name of the group of variables.
+    """
 
     def __init__(self):
-        self.variables = {}  # By name in the file.
-        self.groups = {}  # Attributes by name of the group of variables.
+        self.variables = {}
+        self.groups = {}
         self._group = None
 
     def __bool__(self):
         return True
 
-    def make(self, path: str, metadata: dict[str, Any] | None = None) -> _NameRecorder:
+    def make(self, path: str, metadata: dict[str, Any] | None = None) -> NameRecorder:
         """Starts a group of variables, as `H5IOStore.make`."""
         self._group = f"{path}/vars" if path else "vars"
         self.groups[self._group] = metadata or {}
@@ -100,19 +105,33 @@ class _NameRecorder(keras_private.H5IOStore):
         self.variables[f"{self._group}/{key}"] = variable
 
 
-def _names(saved, skipped=()):
-    """Returns the names under which Keras would save the variables of a model."""
-    names = _NameRecorder()
-    keras_private.save_state(saved, names, skipped)
+def saved_names(
+    model: keras.Model, skipped: Iterable[keras.layers.Layer] = ()
+) -> NameRecorder:
+    """Returns the names under which Keras would save the variables of a model.
+
+    Args:
+        model: The model.
+        skipped: Layers to skip.
+
+    Returns:
+        The names of variables and of their groups.
+
+    Example:
+        >>> "layers/rms_norm/vars/0" in saved_names(lm.backbone).variables
+        True
+    """
+    names = NameRecorder()
+    keras_private.save_state(model, names, skipped)
     return names
 
 
 def _backbone_names(task):
-    return _names(task.backbone)
+    return saved_names(task.backbone)
 
 
 def _task_names(task):
-    return _names(task, keras_private.flatten_layers(task.backbone))
+    return saved_names(task, keras_private.flatten_layers(task.backbone))
 
 
 # ----- Reading
@@ -169,7 +188,8 @@ def _task_file(repository):
 
 def _backbone_files(repository):
     index = repository.optional(_BACKBONE_INDEX)
-    if index is None:
+    # As in KerasHub, an index beside the whole weights is ignored: it is stale.
+    if index is None or repository.optional(_BACKBONE):
         return [repository.file(_BACKBONE)]
     names = []
     for entry in read_weight_map(index).values():
@@ -278,7 +298,7 @@ class _HDF5Layout:
         dtype: Name of the dtype of the weights.
     """
 
-    def __init__(self, names: _NameRecorder, dtype: str):
+    def __init__(self, names: NameRecorder, dtype: str):
         self._dtype = dtype
         self._metadata = _RecordingFile()
         with h5py.File(self._metadata, "w") as file:

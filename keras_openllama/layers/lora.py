@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
+from keras_openllama.config import PROJECTIONS
+from keras_openllama.layers.adapter_merging import add_product
 from keras_openllama.layers.projection import Adapters, Projection
 
 
@@ -27,6 +30,31 @@ def adapted_layers(model: keras.layers.Layer) -> list[Projection]:
     ]
 
 
+def adapter_arguments(model: keras.layers.Layer) -> dict[str, Any] | None:
+    """Returns the arguments of `enable_lora` that give a model its adapters.
+
+    Args:
+        model: A model or layer.
+
+    Returns:
+        The arguments by name. `None` if there are no adapters, or those of its layers
+        differ in rank or alpha.
+
+    Example:
+        >>> backbone = lm.backbone.from_config(lm.backbone.get_config())
+        >>> backbone.enable_lora(4, ["key"])
+        >>> adapter_arguments(backbone)
+        {'rank': 4, 'target_layer_names': ['key'], 'alpha': 4}
+    """
+    settings = {(la.lora_rank, la.lora_alpha) for la in adapted_layers(model)}
+    if len(settings) != 1:
+        return None
+    ((rank, alpha),) = settings
+    names = {layer.name for layer in adapted_layers(model)}
+    targets = [name for name in PROJECTIONS if name in names]
+    return {"rank": rank, "target_layer_names": targets, "alpha": alpha}
+
+
 @dataclasses.dataclass(frozen=True)
 class MergedProjection:
     """A projection whose adapters were merged.
@@ -40,23 +68,6 @@ class MergedProjection:
     layer: Projection
     kernel: np.ndarray
     adapters: Adapters
-
-
-def merged_kernel(layer: Projection) -> np.ndarray:
-    """Returns the kernel with the adapters merged.
-
-    It is float32 `(outputs, inputs)`, transposed relative to `keras.layers.Dense`.
-    """
-    adapters = layer.adapters(), layer.lora_rank, layer.lora_alpha
-    return _with_adapters(as_numpy(kernel_variable(layer).value), adapters)
-
-
-def _with_adapters(kernel, adapters):
-    """Merges a kernel and the adapters that `Projection.remove_adapters` returns."""
-    variables, rank, alpha = adapters
-    # `lora_kernel_a`, (outputs, rank), is PEFT's B; `lora_kernel_b`, (rank, inputs), A.
-    outputs, inputs = (as_numpy(variable.value) for variable in variables.values())
-    return kernel.astype("float32") + alpha / rank * (outputs @ inputs)
 
 
 def merge_adapters(
@@ -92,7 +103,7 @@ def merge_adapters(
         # A copy: on a CPU the array may share the memory of the variable.
         kernel = kernel_variable(layer)
         original = np.array(as_numpy(kernel.value)) if reversible else None
-        kernel.assign(merged_kernel(layer).astype(kernel.dtype))
+        kernel.assign(layer.merged_kernel().astype(kernel.dtype))
         merged.append(MergedProjection(layer, original, layer.remove_adapters()))
         kernel.trainable = True  # `Projection.enable_lora` froze it.
     return tuple(merged) if reversible else ()
@@ -101,7 +112,10 @@ def merge_adapters(
 def _check_unchanged(entry):
     """Raises a `ValueError` if a kernel has changed since `merge_adapters`."""
     layer = entry.layer
-    merged = _with_adapters(entry.kernel, entry.adapters).astype(entry.kernel.dtype)
+    variables, rank, alpha = entry.adapters
+    factors = (as_numpy(variable.value) for variable in variables.values())
+    merged = add_product(entry.kernel, *factors, alpha / rank)
+    merged = merged.astype(entry.kernel.dtype)
     current = as_numpy(kernel_variable(layer).value)
     if layer.quantization_mode is not None or (current != merged).any():
         raise ValueError(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.keras_private import (
     kernel_variable,
     track_variables,
     untrack_variables,
 )
+from keras_openllama.layers.adapter_merging import add_product, is_saving_merged
 from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "jax":
@@ -27,6 +31,9 @@ MANY_ROWS = 128
 OUTPUT_BLOCK = 64
 # What `Projection.remove_adapters` returns: adapters by name, rank and alpha.
 Adapters: TypeAlias = tuple[dict[str, keras.Variable], int | None, float | None]
+# Names of the adapters' variables, and of alpha beside them in files of weights.
+FACTORS = ("lora_kernel_a", "lora_kernel_b")
+ALPHA = "lora_alpha"
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -74,12 +81,17 @@ class Projection(keras.layers.EinsumDense):
     def quantized_call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Returns the projection by the quantized kernel, adapters included."""
         # Keras's implementation expects adapters of a kernel `(inputs, outputs)`.
+        with self._adapters_disabled():
+            outputs = super().quantized_call(inputs, training=training)
+        return self._add_adapters(inputs, outputs)
+
+    @contextlib.contextmanager
+    def _adapters_disabled(self):
         enabled, self.lora_enabled = self.lora_enabled, False
         try:
-            outputs = super().quantized_call(inputs, training=training)
+            yield
         finally:
             self.lora_enabled = enabled
-        return self._add_adapters(inputs, outputs)
 
     def _add_adapters(self, inputs, outputs):
         """Adds the product with the adapters to the product with the kernel."""
@@ -93,14 +105,82 @@ class Projection(keras.layers.EinsumDense):
         return ops.cast(adapter, self.compute_dtype)
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
-        """Saves the kernel; warns if adapters are rounded into int8 weights."""
-        if self.lora_enabled and self.quantization_mode is not None:
+        """Saves the kernel and the adapters apart; merged inside `saving_merged`."""
+        adapters = self.adapters()
+        if not adapters:
+            super().save_own_variables(store)
+        elif not is_saving_merged():
+            with self._adapters_disabled():
+                super().save_own_variables(store)
+            for name, variable in adapters.items():
+                store[name] = variable
+            store[ALPHA] = np.asarray(self.lora_alpha, "float64")
+        elif self.quantization_mode is None:
+            store["0"] = self.merged_kernel().astype(kernel_variable(self).dtype)
+        else:
             warnings.warn(
-                "Saving all weights merges the adapters into the int8 kernels and "
-                "rounds them. Use `save_adapters` to save the adapters unchanged.",
+                f"Saving a preset merges the adapters into the {self.quantization_mode}"
+                " kernels and rounds them. Use `save_adapters` to save the adapters "
+                "unchanged.",
                 stacklevel=2,
             )
-        super().save_own_variables(store)
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: dict[str, Any]) -> None:
+        """Loads the kernel and the adapters.
+
+        A file without adapters sets the adapters' product to zero. Adapters that this
+        layer does not have are merged into its kernel.
+
+        Args:
+            store: Arrays by name.
+
+        Raises:
+            ValueError: If the file has adapters of another rank or alpha, its kernel
+                has another quantization, or adapters would be merged into a quantized
+                kernel.
+        """
+        stored = {name: store[name] for name in (*FACTORS, ALPHA) if name in store}
+        base = {name: store[name] for name in store.keys() if name not in stored}
+        own = len(self.variables) - len(self.adapters())
+        if self.built and len(base) != own:
+            raise ValueError(
+                f"{self.path} has {own} variables without adapters, and the file has "
+                f"{len(base)} of it: the file is of a model of another quantization. "
+                f"This layer's is {self.quantization_mode!r}."
+            )
+        if stored:
+            self._check_adapters(stored)
+        kept = {name: ops.copy(v.value) for name, v in self.adapters().items()}
+        super().load_own_variables(base)  # Sets both factors to zero.
+        if self.lora_enabled:
+            # If both factors were zero, neither would ever have a gradient.
+            self.lora_kernel_b.assign(stored.get(FACTORS[1], kept[FACTORS[1]]))
+            if stored:
+                self.lora_kernel_a.assign(stored[FACTORS[0]])
+        elif stored:
+            outputs, inputs = (stored[name] for name in FACTORS)
+            scale = float(stored[ALPHA]) / len(inputs)
+            merged = add_product(base["0"], outputs, inputs, scale)
+            kernel = kernel_variable(self)
+            kernel.assign(merged.astype(kernel.dtype))
+
+    def _check_adapters(self, stored):
+        """Raises a `ValueError` if adapters of a file cannot be loaded."""
+        rank, alpha = len(stored[FACTORS[1]]), float(stored[ALPHA])
+        if not self.lora_enabled and self.quantization_mode is not None:
+            raise ValueError(
+                f"The file has adapters for {self.path}, which has none and is "
+                f"quantized ({self.quantization_mode}). Add adapters with "
+                f"`enable_lora` (rank {rank}, alpha {alpha:g}) before loading."
+            )
+        if self.lora_enabled and (rank, alpha) != (self.lora_rank, self.lora_alpha):
+            raise ValueError(
+                f"The adapters of {self.path} have rank {self.lora_rank} and alpha "
+                f"{self.lora_alpha:g}, and those of the file rank {rank} and alpha "
+                f"{alpha:g}. Add adapters like those of the file with `enable_lora` "
+                "to a model without adapters before loading."
+            )
 
     def enable_lora(
         self,
@@ -135,14 +215,33 @@ class Projection(keras.layers.EinsumDense):
         Source: LoRA (arXiv:2106.09685), section 4.1; https://github.com/huggingface/peft.
         """
         if b_initializer is None:
-            limit = kernel_variable(self).shape[-1] ** -0.5
+            limit = self.matrix_shape[1] ** -0.5
             b_initializer = keras.initializers.RandomUniform(-limit, limit)
         super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape `(outputs, inputs)` of the kernel, which int4 packs into another.
+
+        Example:
+            >>> projection = Projection(128, initializer_std=0.02)
+            >>> projection.build((None, None, 64))
+            >>> projection.matrix_shape
+            (128, 64)
+        """
+        packed = self.quantization_mode == "int4"
+        shape = self.original_kernel_shape if packed else kernel_variable(self).shape
+        return tuple(shape)
+
     def adapters(self) -> dict[str, keras.Variable]:
         """Returns the adapters by name; empty if the layer has none."""
-        names = ("lora_kernel_a", "lora_kernel_b") if self.lora_enabled else ()
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in FACTORS if self.lora_enabled}
+
+    def merged_kernel(self) -> np.ndarray:
+        """Returns the kernel with the adapters merged, float32 `(outputs, inputs)`."""
+        outputs, inputs = (as_numpy(v.value) for v in self.adapters().values())
+        kernel = as_numpy(kernel_variable(self).value)
+        return add_product(kernel, outputs, inputs, self.lora_alpha / self.lora_rank)
 
     def remove_adapters(self) -> Adapters:
         """Removes the adapters and returns the argument of `restore_adapters`."""

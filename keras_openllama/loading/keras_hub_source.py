@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.backend.keras_hub import (
-    KerasPresetLoader,
+    PresetLoader,
     resolve_dtype,
     without_tensorflow,
 )
@@ -148,7 +148,7 @@ class KerasHubSource(SourceDefaults):
 
         # Defined here because it imports KerasHub, which takes seconds and which a
         # conversion does not need.
-        class Loader(KerasPresetLoader):
+        class Loader(PresetLoader):
             def get_backbone_kwargs(self, **kwargs):
                 arguments, kwargs = super().get_backbone_kwargs(**kwargs)
                 return {**arguments, **dict(overrides)}, kwargs

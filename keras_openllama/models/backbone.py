@@ -17,6 +17,7 @@ from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
 )
+from keras_openllama.checkpoints import keras_adapters
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.config import (
     BACKBONE_ARGUMENTS,
@@ -26,6 +27,7 @@ from keras_openllama.config import (
 )
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
+from keras_openllama.layers.adapter_merging import is_saving_merged, saving_merged
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.remat import check_policy, maybe_rematerialize
@@ -339,6 +341,8 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
             False
         """
         self._heads.add(layer)
+        if lora.adapted_layers(self):
+            layer.trainable = False
 
     def enable_lora(
         self,
@@ -457,6 +461,92 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
         for head in self._heads:
             head.trainable = False
 
+    # === Files ===
+
+    def save_to_preset(
+        self, preset_dir: PathLike, max_shard_size: float | None = 10
+    ) -> None:
+        """Saves the backbone as a preset, with LoRA adapters merged.
+
+        Args:
+            preset_dir: path of the directory.
+            max_shard_size: maximum size of a file of weights in GiB; `None` for no
+                limit.
+
+        Example:
+            >>> lm.backbone.save_to_preset("my_backbone")
+            >>> OpenLlamaBackbone.from_preset("my_backbone").num_layers
+            4
+        """
+        with saving_merged():
+            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+
+    def load_weights(
+        self, filepath: PathLike, skip_mismatch: bool = False, **kwargs: Any
+    ) -> None:
+        """Loads weights that `save_weights` or `save` wrote.
+
+        Files of a model with LoRA adapters have the kernels and the adapters apart.
+        They load bit-exactly into a model with adapters of the same rank, alpha and
+        targets. Into a model without adapters they are merged, with a warning.
+
+        Args:
+            filepath: path of the file, `.weights.h5`, `.weights.json` or `.keras`.
+            skip_mismatch: whether to skip layers whose variables do not match.
+            **kwargs: see `keras.Model.load_weights`.
+
+        Raises:
+            ValueError: if variables or adapters do not match the model.
+
+        Example:
+            >>> lm.backbone.save_weights("my.weights.h5")
+            >>> lm.backbone.load_weights("my.weights.h5")
+        """
+        if not skip_mismatch:
+            keras_adapters.check_adapters(self, filepath)
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
+    def save_lora_weights(self, filepath: PathLike) -> None:
+        """Saves the LoRA adapters alone, in KerasHub's format and with their alpha.
+
+        Args:
+            filepath: path of the file; ends in `.lora.h5`.
+
+        Raises:
+            ValueError: if the model has no adapters, or the file another extension.
+
+        Example:
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.enable_lora(4)
+            >>> backbone.save_lora_weights("my.lora.h5")
+        """
+        keras_adapters.save_lora_weights(self, filepath)
+
+    def load_lora_weights(self, filepath: PathLike) -> None:
+        """Loads LoRA adapters that `save_lora_weights` wrote.
+
+        If the model has no adapters, they are first added, as by `enable_lora`. Files
+        of KerasHub do not store alpha, which is then the rank.
+
+        Args:
+            filepath: path of the file.
+
+        Raises:
+            ValueError: if the adapters do not match the model, which is then left
+                unchanged.
+            OSError: if the file cannot be read.
+
+        Example:
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.enable_lora(4, ["key"], alpha=8)
+            >>> backbone.save_lora_weights("key.lora.h5")
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.load_lora_weights("key.lora.h5")
+            >>> len(backbone.trainable_variables)  # 4 layers, 2 matrices each
+            8
+        """
+        keras_adapters.load_lora_weights(self, filepath)
+
     @staticmethod
     def get_layout_map(
         device_mesh: keras.distribution.DeviceMesh,
@@ -488,7 +578,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
         return layout_map(device_mesh, model_parallel_dim_name, data_parallel_dim_name)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor."""
+        """Returns the arguments of the constructor, and `"lora"` with adapters."""
         # KerasHub's `get_config` makes a dtype policy map without a default policy,
         # and serializing such a map resets the compute dtype of the live layers.
         config = {
@@ -496,7 +586,20 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self._policy_with_quantized()),
         }
+        adapters = None if is_saving_merged() else lora.adapter_arguments(self)
+        if adapters:
+            config["lora"] = adapters
         return {**config, **self.architecture()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> OpenLlamaBackbone:
+        """Creates the backbone from `get_config`, with new adapters if it had any."""
+        config = dict(config)
+        adapters = config.pop("lora", None)
+        backbone = super().from_config(config)
+        if adapters:
+            backbone.enable_lora(**adapters)
+        return backbone
 
     def architecture(self) -> dict[str, Any]:
         """Returns the constructor's arguments that define the network.

@@ -11,10 +11,12 @@ from keras import ops
 from keras_openllama import presets
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
+from keras_openllama.checkpoints import keras_adapters
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.generation import generate as generation
 from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.generation.sampling import check_sampler
+from keras_openllama.layers.adapter_merging import saving_merged
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
 from keras_openllama.loading.load import load_task
@@ -421,6 +423,50 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
             force=force,
         )
         writer.write_model(contents.contents_of_model(self), config)
+
+    # ----- Weights
+
+    def save_to_preset(
+        self, preset_dir: PathLike, max_shard_size: float | None = 10
+    ) -> None:
+        """Saves the model as a preset, which `from_preset` loads.
+
+        LoRA adapters are merged. `save` and `save_weights` keep them apart.
+
+        Args:
+            preset_dir: path of the directory.
+            max_shard_size: maximum size of a file of weights in GiB; `None` for no
+                limit.
+
+        Example:
+            >>> lm.save_to_preset("my_preset")
+            >>> lm = OpenLlamaCausalLM.from_preset("my_preset")
+        """
+        with saving_merged():
+            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+
+    def load_weights(
+        self, filepath: PathLike, skip_mismatch: bool = False, **kwargs: Any
+    ) -> None:
+        """Loads weights that `save_weights` or `save` wrote.
+
+        See `OpenLlamaBackbone.load_weights` for LoRA adapters.
+
+        Args:
+            filepath: path of the file, `.weights.h5`, `.weights.json` or `.keras`.
+            skip_mismatch: whether to skip layers whose variables do not match.
+            **kwargs: see `keras.Model.load_weights`.
+
+        Raises:
+            ValueError: if variables or adapters do not match the model.
+
+        Example:
+            >>> lm.save_weights("lm.weights.h5")
+            >>> lm.load_weights("lm.weights.h5")
+        """
+        if not skip_mismatch:
+            keras_adapters.check_adapters(self, filepath)
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     # ----- Adapters
 

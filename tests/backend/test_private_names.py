@@ -60,7 +60,7 @@ def unexported_names():
         keras_hub.CausalLM,
         keras_hub.CausalLMPreprocessor,
         keras_hub.GreedySampler(),
-        keras_hub.KerasPresetLoader,
+        keras_hub.PresetLoader,
         keras_hub.KerasPresetSaver,
         keras_hub.Tokenizer,
     ]

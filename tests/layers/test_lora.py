@@ -258,14 +258,6 @@ def test_unmerge_lora_rejects_kernels_that_changed(change):
     np.testing.assert_array_equal(logits_of(lm), before)
 
 
-def test_save_weights_warns_that_adapters_are_rounded_into_int8(tmp_path):
-    lm = random_lm(SHAPE)
-    lm.backbone.quantize("int8")
-    lm.backbone.enable_lora(2)
-    with pytest.warns(UserWarning, match="Use `save_adapters`"):
-        lm.save_weights(str(tmp_path / "lm.weights.h5"))
-
-
 # ----- Files
 
 
