@@ -66,6 +66,33 @@ def match_tensors(
     return matched
 
 
+def check_whole(tensors: Mapping[str, StoredTensor], where: Any) -> None:
+    """Checks that a file has whole tensors, and not what a process had of them.
+
+    Args:
+        tensors: The tensors by name.
+        where: Names the file in the error message.
+
+    Raises:
+        ValueError: If tensors are empty (DeepSpeed ZeRO-3) or flattened (FSDP).
+    """
+    empty = [name for name, stored in tensors.items() if 0 in stored.shape]
+    if empty:
+        raise ValueError(
+            f"{where} has empty tensors: {format_names(empty)}. DeepSpeed ZeRO-3 "
+            "divides the weights among its processes, and saves such placeholders if "
+            "they are not gathered. Set stage3_gather_16bit_weights_on_model_save=true "
+            "in DeepSpeed's configuration and save again, or make whole weights of a "
+            "DeepSpeed checkpoint with its zero_to_fp32.py."
+        )
+    flat = [name for name in tensors if "flat_param" in name]
+    if flat:
+        raise ValueError(
+            f"{where} has the flattened tensors of FSDP: {format_names(flat)}. Save "
+            "the model with the state dict type FULL_STATE_DICT."
+        )
+
+
 def format_names(names: Iterable[str]) -> str:
     """Joins names by commas for a message, and abbreviates a long list.
 

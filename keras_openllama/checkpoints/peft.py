@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/peft.
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,18 @@ from keras_openllama import presets
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
 from keras_openllama.checkpoints import weight_names
-from keras_openllama.checkpoints.files import safetensors
-from keras_openllama.checkpoints.matching import format_names
+from keras_openllama.checkpoints.files import safetensors, torch_zip
+from keras_openllama.checkpoints.matching import FLOATS, check_whole, format_names
 from keras_openllama.checkpoints.model_files import foreign_content
+from keras_openllama.checkpoints.wrapped_names import unwrap_names
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.staging import errors_name_target, staged
-from keras_openllama.utils.validation import check_integer, positive_number
+from keras_openllama.utils.validation import (
+    check_integer,
+    positive_number,
+    raise_invalid,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -29,10 +35,16 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# In order of preference, as in PEFT.
+_READERS = {
+    WEIGHTS_FILE: safetensors.read_safetensors,
+    "adapter_model.bin": torch_zip.read_torch_file,
+}
 _PREFIX = "base_model.model."
 # PEFT's names of the two factors. In PEFT, A is applied to the inputs, and B gives the
 # outputs. Kernels are `(outputs, inputs)` here, so it is the other way round.
 _FACTORS = {"lora_kernel_b": "lora_A", "lora_kernel_a": "lora_B"}
+_DEFAULT = 8  # Of PEFT, for rank and alpha.
 # Settings of PEFT that do not change what trained adapters compute, or whose effect is
 # visible in the names of the tensors. Source: `LoraConfig` of PEFT 0.21.
 _WITHOUT_EFFECT = {
@@ -57,7 +69,6 @@ _FEATURES = {
     "rank_pattern": "different ranks per layer",
     "trainable_token_indices": "trained embeddings",
     "use_dora": "DoRA",
-    "use_rslora": "rank-stabilized scaling",
 }
 
 
@@ -130,12 +141,33 @@ def load_adapters(lm: keras.Model, repository: Repository) -> None:
         OSError: If a file is missing or cannot be read.
     """
     rank, alpha = _read_config(repository.file(CONFIG_FILE))
-    stored = safetensors.read_safetensors(repository.file(WEIGHTS_FILE))
-    matched = _match(stored, lm.backbone, rank, repository)
+    matched = _match(_open_tensors(repository), lm.backbone, rank, repository)
     targets = {layer.name for layer, _, _ in matched}
     _enable_or_check(lm.backbone, rank, alpha, targets)
     for layer, factor, tensor in matched:
         layer.adapters()[factor].assign(tensor.array().astype("float32"))
+
+
+def _open_tensors(repository):
+    """Returns the tensors of the adapters by name, without reading their values."""
+    for name, read in _READERS.items():
+        if path := repository.optional(name):
+            stored = read(path)
+            break
+    else:
+        try:
+            repository.file(WEIGHTS_FILE)  # Raises an error that says why.
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} Nor is there {name}.") from None
+    if not stored:
+        raise ValueError(f"{path} contains no tensors. Save the adapters again.")
+    check_whole(stored, path)
+    integers = [name for name, tensor in stored.items() if tensor.dtype not in FLOATS]
+    if integers:
+        raise ValueError(
+            f"{path} has tensors that are not floating point: {format_names(integers)}."
+        )
+    return stored
 
 
 def _read_config(path):
@@ -148,8 +180,13 @@ def _read_config(path):
             f"supported. Received: peft_type={peft_type!r}"
         )
     try:
-        rank = check_integer("r", config.pop("r", None))
-        alpha = positive_number("lora_alpha", config.pop("lora_alpha", None))
+        rank = check_integer("r", config.pop("r", _DEFAULT))
+        alpha = config.pop("lora_alpha", _DEFAULT)
+        if isinstance(alpha, str):  # `positive_number` would parse it.
+            raise_invalid("lora_alpha", alpha, "a number, without quotation marks")
+        alpha = positive_number("lora_alpha", alpha)
+        if config.pop("use_rslora", None):
+            alpha *= math.sqrt(rank)  # The scale is alpha / sqrt(rank).
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     unsupported = [
@@ -188,16 +225,16 @@ def _match(stored, backbone, rank, repository):
     Raises:
         ValueError: If a tensor is unknown, missing, or has another shape.
     """
-    if not stored:
-        raise ValueError(
-            f"{WEIGHTS_FILE} in {repository} contains no tensors. Save the adapters "
-            "again."
-        )
     known = {
         _tensor_name(layer, factor): (layer, factor)
         for layer in flatten_layers(backbone)
         if layer.name in weight_names.PROJECTION_MODULES
         for factor in _FACTORS
+    }
+    names = {name.removeprefix(_PREFIX) for name in known}
+    stored = {
+        _PREFIX + name: tensor
+        for name, tensor in unwrap_names(stored, names, repository, _PREFIX).items()
     }
     unknown = set(stored) - set(known)
     if unknown:

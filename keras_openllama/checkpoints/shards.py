@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints.files import safetensors, torch_zip
+from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.utils.types import PathLike
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ _FORMATS = (
     ("model.safetensors", "model.safetensors.index.json", safetensors.read_safetensors),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_zip.read_torch_file),
 )
+# Weights under other names, for the error message.
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.distcp")
 
 
 def open_checkpoint(repository: Repository) -> dict[str, StoredTensor]:
@@ -34,20 +38,48 @@ def open_checkpoint(repository: Repository) -> dict[str, StoredTensor]:
         OSError: If there are no weights, or a file is missing or cannot be downloaded.
         ValueError: If a file is damaged, or the index does not match the files.
     """
+    incomplete = []  # Indexes that name missing files.
     for single, index, read in _FORMATS:
-        if path := repository.optional(index):
-            return _open_shards(repository, path, read)
-        if path := repository.optional(single):
-            return read(path)
-    # There are no weights. Requesting a file raises an error that says why.
+        whole, index_path = repository.optional(single), repository.optional(index)
+        if whole:
+            stale = [*incomplete, *([(index_path, read)] if index_path else [])]
+            _warn_of_ignored(stale, whole)
+            return read(whole)
+        if not index_path:
+            continue
+        if {*_weight_map(index_path).values()} <= {*repository.glob("*")}:
+            _warn_of_ignored(incomplete, index_path)
+            return _open_shards(repository, index_path, read)
+        incomplete.append((index_path, read))
+    if incomplete:
+        # Requesting the missing files raises an error that names them and says why.
+        return _open_shards(repository, *incomplete[0])
+    raise _no_weights(repository)
+
+
+def _warn_of_ignored(indexes, used):
+    """Warns of indexes that are stale: beside whole weights, or of missing files."""
+    for index, _ in indexes:
+        warnings.warn(
+            f"{index} is ignored, because {used} has all weights. Delete the index, "
+            "and the files that it names, if they are not needed.",
+            stacklevel=2,
+        )
+
+
+def _no_weights(repository):
+    """Returns the error for a repository without weights."""
+    names = [name for single, index, _ in _FORMATS for name in (single, index)]
     try:
-        path = repository.file(_FORMATS[1][1])
+        repository.file(_FORMATS[1][1])  # Raises an error that says why it is missing.
+        reason = ""
     except FileNotFoundError as error:
-        names = [name for single, index, _ in _FORMATS for name in (single, index)]
-        raise FileNotFoundError(
-            f"No weights were found in any of {', '.join(names)}: {error}"
-        ) from error
-    return _open_shards(repository, path, torch_zip.read_torch_file)
+        reason = f": {error}"
+    found = [name for kind in _OTHER_WEIGHTS for name in repository.glob(kind)]
+    others = f" It has {format_names(found)}, which are not read." if found else ""
+    return FileNotFoundError(
+        f"No weights were found in any of {', '.join(names)}{reason}{others}"
+    )
 
 
 def _open_shards(repository, index, read):
@@ -57,7 +89,10 @@ def _open_shards(repository, index, read):
         try:
             path = repository.file(name)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{index} names the file {name}: {error}") from None
+            raise FileNotFoundError(
+                f"{index} names the file {name}: {error} Download or save the weights "
+                "again; if they are in another file, delete the index."
+            ) from None
         for tensor, stored in read(path).items():
             if tensor in tensors:
                 other = tensors[tensor].file.path
@@ -67,8 +102,8 @@ def _open_shards(repository, index, read):
     if missing:
         raise ValueError(
             f"{index} names tensors that its files do not contain: "
-            f"{', '.join(missing)}. The index belongs to another checkpoint, or a file "
-            "is damaged."
+            f"{format_names(missing)}. The index belongs to another checkpoint, or a "
+            "file is damaged. Download or save all of them again."
         )
     return tensors
 

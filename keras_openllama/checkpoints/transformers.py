@@ -13,10 +13,15 @@ from keras_openllama.checkpoints import tokenizer_json, weight_names
 from keras_openllama.checkpoints.chat_template import TEMPLATE_FILE, as_jinja
 from keras_openllama.checkpoints.end_tokens import GENERATION_CONFIG, id_or_list
 from keras_openllama.checkpoints.files import safetensors
-from keras_openllama.checkpoints.matching import match_tensors
+from keras_openllama.checkpoints.matching import (
+    check_whole,
+    format_names,
+    match_tensors,
+)
 from keras_openllama.checkpoints.model_card import model_card
 from keras_openllama.checkpoints.outputs import OutputFile, small_file
 from keras_openllama.checkpoints.shards import open_checkpoint
+from keras_openllama.checkpoints.wrapped_names import unwrap_names
 from keras_openllama.config import END_TOKEN_ID, START_TOKEN_ID
 from keras_openllama.text.added_tokens import AddedToken
 from keras_openllama.text.sentencepiece_model import keeps_spaces, load_processor
@@ -103,7 +108,9 @@ def _rope(config, path):
     """Returns `rope_max_wavelength` and `rope_scaling`."""
     # transformers 5 writes `rope_parameters`, which contains `rope_theta`. Earlier
     # versions wrote `rope_theta` and `rope_scaling`, with "rope_type" or "type".
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    settings = config.get("rope_parameters")
+    settings = config.get("rope_scaling") if settings is None else settings
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} sets the RoPE scaling {settings!r}, which must be a dict."
@@ -143,7 +150,8 @@ def read_tensors(
         OSError: If a file is missing, or cannot be downloaded or opened.
         ValueError: If a file is damaged, or its tensors do not match the arguments.
     """
-    tensors = _base_names(open_checkpoint(repository))
+    tensors = _unwrapped(open_checkpoint(repository), arguments, repository)
+    tensors = _base_names(tensors)
     tensors = {name: t for name, t in tensors.items() if not _is_buffer(name)}
     if not head:
         tensors.pop(weight_names.HEAD.transformers, None)
@@ -155,6 +163,23 @@ def read_tensors(
         for row in weight_names.weight_specs(arguments["num_layers"], head)
     }
     return match_tensors(tensors, expected, repository)
+
+
+def _unwrapped(tensors, arguments, repository):
+    """Returns whole tensors by names without wrappers, or raises if that is not all."""
+    check_whole(tensors, repository)
+    specs = weight_names.weight_specs(arguments["num_layers"])
+    known = {spec.transformers for spec in specs}
+    known |= {name.removeprefix("model.") for name in known}  # Of a `LlamaModel`.
+    tensors = unwrap_names(tensors, known, repository)
+    adapters = [name for name in tensors if ".lora_" in name]
+    if adapters:
+        raise ValueError(
+            f"{repository} has LoRA adapters among the weights, as a PeftModel has: "
+            f"{format_names(adapters)}. Merge them with PEFT (`merge_and_unload`), and "
+            "save the merged model."
+        )
+    return tensors
 
 
 def _base_names(tensors):

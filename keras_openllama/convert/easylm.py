@@ -5,6 +5,7 @@ Source: https://github.com/young-geng/EasyLM.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints import contents, writer
@@ -40,8 +41,8 @@ def load(
             contain: a name of `OpenLlamaCausalLM.presets`, a directory or
             `"hf://user/repo"`. Its weights are not read.
         dtype: Dtype or dtype policy. `None` is Keras's global policy.
-        preprocessor: A preprocessor. `"auto"` loads that of the preset. `None` loads no
-            tokenizer.
+        preprocessor: A preprocessor. `"auto"` loads that of the preset, and warns if it
+            is a directory without a tokenizer. `None` loads no tokenizer.
         revision: Branch, tag or commit of a repository on the Hub.
         **kwargs: Arguments of `OpenLlamaBackbone`, which override those of the preset.
 
@@ -58,14 +59,30 @@ def load(
         >>> loaded.count_params() == lm.count_params()
         True
     """
+    source = EasyLMSource(path, find_source(preset, revision))
+    if preprocessor == "auto" and not _has_tokenizer(source):
+        warnings.warn(
+            f"{preset} has no tokenizer, so the model works on token ids. Pass "
+            "preprocessor=None if that is intended.",
+            stacklevel=2,
+        )
+        preprocessor = None
     return load_task_from_source(
         OpenLlamaCausalLM,
-        EasyLMSource(path, find_source(preset, revision)),
+        source,
         describe_origin(path, is_file=True),
         dtype=dtype,
         preprocessor=preprocessor,
         **kwargs,
     )
+
+
+def _has_tokenizer(source):
+    try:
+        source.tokenizer_file()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def save(

@@ -188,12 +188,10 @@ def mixture_from_json(data: dict[str, Any]) -> Mixture:
     """
     try:
         sources = data["sources"]
-        schedule = data.get("schedule") or [
-            {
-                "from_step": 0,
-                "weights": {name: source["weight"] for name, source in sources.items()},
-            }
-        ]
+        schedule = data.get("schedule")
+        if schedule is None:
+            weights = {name: source["weight"] for name, source in sources.items()}
+            schedule = [{"from_step": 0, "weights": weights}]
         schedule = tuple((entry["from_step"], entry["weights"]) for entry in schedule)
         return Mixture(data["name"], schedule, sources)
     except (AttributeError, KeyError, TypeError) as error:

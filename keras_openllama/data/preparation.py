@@ -97,7 +97,9 @@ def prepare_dataset(
         about = known.sources.get(name, {}) if known else {}
         plans[name] = (
             find_units(
-                name, specs, **({"unit_bytes": unit_bytes} if unit_bytes else {})
+                name,
+                specs,
+                **({} if unit_bytes is None else {"unit_bytes": unit_bytes}),
             ),
             TokenizationSettings(
                 proto, text_fields.get(name, about.get("text_field")), **settings

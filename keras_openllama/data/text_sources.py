@@ -318,7 +318,9 @@ def tfds_builder(spec: str) -> tuple[tfds.core.DatasetBuilder, str]:
     """Returns the TFDS builder of a `tfds:` spec, and the name of the split."""
     import tensorflow_datasets as tfds
 
-    name, _, split = spec.removeprefix(TFDS_PREFIX).partition("@")
+    name, at, split = spec.removeprefix(TFDS_PREFIX).partition("@")
+    if at and not split:
+        raise SourceError(f"{spec!r} has no split after '@', such as '@train'.")
     if files.is_directory(name):
         return tfds.builder_from_directory(name), split or "train"
     return tfds.builder(name), split or "train"

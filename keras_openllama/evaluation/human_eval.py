@@ -173,11 +173,13 @@ def score_samples(
         >>> score_samples("human_eval")  # doctest: +SKIP
         {'pass@1': 0.125}
     """
+    if workers is not None:
+        check_integer("workers", workers)
     directory = Path(directory).resolve()
     samples = str(directory / SAMPLES)
     with tempfile.TemporaryDirectory() as working_directory:
         rates = os.path.join(working_directory, "rates.json")
-        workers = workers or os.cpu_count()
+        workers = os.cpu_count() if workers is None else workers
         arguments = [samples, str(directory / PROBLEMS), timeout, workers, rates]
         done = subprocess.run(
             [sys.executable, "-c", _SCORE, json.dumps(arguments)],

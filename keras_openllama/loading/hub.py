@@ -89,7 +89,11 @@ class HubRepository:
 
     def __init__(self, handle: str, revision: str | None = None):
         self.name = handle.removeprefix(HUB_PREFIX)
-        self._revision = revision or "main"
+        if revision == "":
+            raise ValueError(
+                "`revision` must be a branch, tag or commit. Received: revision=''"
+            )
+        self._revision = "main" if revision is None else revision
         if not _is_repository_name(self.name):
             raise ValueError(
                 "A repository on the Hugging Face Hub is written as "

@@ -279,6 +279,11 @@ def find_source(
     if not on_hub and repository.optional(_CONFIG) is None:
         if is_run(name):
             return sources.TrainingRunSource(TrainingRun.open(name))
+        if repository.optional("adapter_config.json"):
+            raise FileNotFoundError(
+                f"{repository} has LoRA adapters and no model: load their base model, "
+                "and then the adapters with `lm.load_adapters`."
+            )
         raise FileNotFoundError(
             f"{_CONFIG} is missing from {repository}, so it is neither a model in "
             "KerasHub's or transformers' format nor a training run."

@@ -214,7 +214,8 @@ class StreamedSource(SourceDefaults):
 
 
 def _policy(dtype):
-    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    policy = keras.config.dtype_policy() if dtype is None else dtype
+    policy = keras.dtype_policies.get(policy)
     if policy.quantization_mode is not None:
         raise ValueError(
             "`dtype` must be a floating-point dtype or policy. To quantize a model, "

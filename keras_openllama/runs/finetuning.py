@@ -323,7 +323,10 @@ def read_examples(
     """
     templates = None
     if config.prompt is not None or config.response is not None:
-        templates = (config.prompt or "{prompt}", config.response or "{response}")
+        templates = (
+            "{prompt}" if config.prompt is None else config.prompt,
+            "{response}" if config.response is None else config.response,
+        )
     files = [config.data]
     if config.validation is not None:
         files.append([config.validation])

@@ -34,6 +34,7 @@ from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
 from keras_openllama.training.target_weights import no_targets_error
 from keras_openllama.training.train_plan import TrainPlan
 from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -209,7 +210,8 @@ class FitMixin(TrainStep):
         if held_out is not None:
             if held_out.bytes_per_target and self.train_plan.auto_loss:
                 own_callbacks.append(BitsPerByte(held_out.bytes_per_target))
-            size = kwargs.get("validation_batch_size") or batch_size
+            size = kwargs.get("validation_batch_size")
+            size = batch_size if size is None else size
             held_out = self._pad_to_full_batches(held_out, size)
             validation_data = held_out.validation_data()
         if type(x).__module__.startswith("grain"):
@@ -484,10 +486,13 @@ class FitMixin(TrainStep):
 
         A mesh and micro-batches need batches of full size.
         """
+        if batch_size is not None:
+            check_integer("batch_size", batch_size)
         parts = self._batch_size_divisor()
         if not data.has_arrays or parts == 1:
             return data
-        count, size = len(data.y), batch_size or 32  # Keras's default.
+        count = len(data.y)
+        size = 32 if batch_size is None else batch_size  # Keras's default.
         if size % parts:
             raise ValueError(
                 f"`batch_size` must be a multiple of {parts}, the number of "

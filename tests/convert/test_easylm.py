@@ -57,6 +57,23 @@ def test_load_reads_what_save_wrote(content, directory, tmp_path):
     assert back.generate(text, max_new_tokens=5) == lm.generate(text, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("preset", ["transformers", "keras"])
+def test_load_takes_the_architecture_of_a_directory_without_a_tokenizer(
+    preset, tmp_path
+):
+    lm = random_lm(SHAPE)
+    easylm.save(lm, tmp_path / "params", dtype="float32")
+    if preset == "keras":
+        random_lm(SHAPE, seed=1).save_to_preset(tmp_path / "model")
+    else:
+        random_lm(SHAPE, seed=1).export_to_transformers(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"model has no tokenizer.*preprocessor=None"):
+        back = easylm.load(tmp_path / "params", tmp_path / "model")
+    assert back.preprocessor is None
+    expected = values(lm)
+    assert all(np.array_equal(v, expected[p]) for p, v in values(back).items())
+
+
 def test_load_reads_the_parameters_of_a_train_state(directory, tmp_path):
     lm = random_lm(SHAPE, trained_model(True), seed=1)
     easylm.save(lm, tmp_path / "params", dtype="float32")

@@ -91,6 +91,7 @@ def test_with_weights_changes_the_schedule_and_survives_json():
             {"name": "x", "sources": {}, "schedule": [{"from_step": 5, "weights": {}}]},
             "start at step 0",
         ),
+        ({"name": "x", "sources": {}, "schedule": []}, "start at step 0"),
     ],
 )
 def test_mixture_from_json_rejects_invalid_data(data, message):

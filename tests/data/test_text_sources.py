@@ -318,3 +318,8 @@ def test_find_units_of_tfds_error_names_a_missing_dataset_or_split(
     ) as error:
         text_sources.find_units("web", [spec])
     assert "'web'" in str(error.value) and repr(spec) in str(error.value)
+
+
+def test_find_units_rejects_a_tfds_source_with_an_empty_split():
+    with pytest.raises(text_sources.SourceError, match="'tfds:c4@' has no split"):
+        text_sources.find_units("web", ["tfds:c4@"])

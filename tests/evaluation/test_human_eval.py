@@ -60,6 +60,11 @@ def test_score_samples_passes_only_correct_solutions(tmp_path):
 
 
 @pytest.mark.backend_free
+def test_score_samples_rejects_zero_workers(tmp_path):
+    with pytest.raises(ValueError, match="`workers` must be a positive integer"):
+        human_eval.score_samples(tmp_path, workers=0)
+
+
 def test_score_samples_estimates_pass_at_10_from_ten_samples(tmp_path):
     name = next(iter(PROBLEMS))
     right = PROBLEMS[name]["canonical_solution"]

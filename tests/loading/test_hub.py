@@ -204,6 +204,11 @@ def test_open_repository_rejects_a_malformed_handle(handle):
         open_repository(handle)
 
 
+def test_open_repository_rejects_an_empty_revision():
+    with pytest.raises(ValueError, match="must be a branch, tag or commit"):
+        open_repository("hf://user/repo", revision="")
+
+
 def test_open_repository_rejects_a_revision_of_a_directory(tmp_path):
     with pytest.raises(ValueError, match=r"is not one\. Received: revision='v1'"):
         open_repository(tmp_path, revision="v1")

@@ -45,6 +45,13 @@ def sum_of_losses(lm):
 # ----- The loss of responses
 
 
+@pytest.mark.parametrize("name", ["batch_size", "validation_batch_size"])
+def test_fit_rejects_a_batch_size_of_zero(name):
+    lm = make_lm(length=32)
+    with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+        lm.fit(AS_DICT, validation_data=AS_DICT, verbose=0, **{name: 0})
+
+
 @pytest.mark.parametrize("length", [32, 40])
 def test_evaluate_counts_only_responses(length):
     lm = make_lm(length=length)
