@@ -24,6 +24,7 @@ from keras_openllama.checkpoints.shards import check_file_names, read_weight_map
 from keras_openllama.config import PROJECTIONS
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.layers.projection import ALPHA, FACTORS, Projection
+from keras_openllama.utils.validation import check_positive
 
 if TYPE_CHECKING:
     import keras
@@ -106,7 +107,7 @@ def check_adapters(model: keras.Model, path: PathLike) -> None:
 def _adapters_of(model):
     """Returns the adapters of a model by the name of the layer in a file."""
     names = saved_names(model)
-    targets = {group: found["name"] for group, found in names.groups.items()}
+    targets = {group: found.get("name") for group, found in names.groups.items()}
     ranks = {
         name: variable.shape[0]
         for name, variable in names.variables.items()
@@ -247,7 +248,8 @@ def _read_lora_file(path):
         with h5py.File(path) as file:
             settings = file["lora/vars"]
             rank = int(settings["rank"][()])
-            alpha = float(settings["alpha"][()]) if "alpha" in settings else None
+            alpha = settings["alpha"][()] if "alpha" in settings else None
+            alpha = None if alpha is None else check_positive("alpha", alpha)
             factors = {
                 int(index): {name: group[f"vars/{name}"][()] for name in FACTORS}
                 for index, group in file["lora"].items()
@@ -260,8 +262,6 @@ def _read_lora_file(path):
         ) from error
     if not factors:
         raise ValueError(f"{path} contains no adapters. Save them again.")
-    if alpha is not None and alpha.is_integer():
-        alpha = int(alpha)
     return rank, alpha, factors
 
 
@@ -304,6 +304,5 @@ def _add_adapters(backbone, path, layers, stored):
             "some decoder layers are not supported."
         )
     adapter = next(iter(stored.values()))
-    alpha = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha
     names = [name for name in PROJECTIONS if name in targets]
-    backbone.enable_lora(adapter.rank, names, alpha)
+    backbone.enable_lora(adapter.rank, names, adapter.alpha)

@@ -23,7 +23,7 @@ from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.staging import errors_name_target, staged
 from keras_openllama.utils.validation import (
     check_integer,
-    positive_number,
+    check_positive,
     raise_invalid,
 )
 
@@ -181,12 +181,12 @@ def _read_config(path):
         )
     try:
         rank = check_integer("r", config.pop("r", _DEFAULT))
-        alpha = config.pop("lora_alpha", _DEFAULT)
-        if isinstance(alpha, str):  # `positive_number` would parse it.
-            raise_invalid("lora_alpha", alpha, "a number, without quotation marks")
-        alpha = positive_number("lora_alpha", alpha)
-        if config.pop("use_rslora", None):
-            alpha *= math.sqrt(rank)  # The scale is alpha / sqrt(rank).
+        alpha = check_positive("lora_alpha", config.pop("lora_alpha", _DEFAULT))
+        rank_stabilized = config.pop("use_rslora", None)
+        if rank_stabilized not in (True, False, None):
+            raise_invalid("use_rslora", rank_stabilized, "true or false")
+        if rank_stabilized:  # The scale is alpha / sqrt(rank).
+            alpha = check_positive("lora_alpha", alpha * math.sqrt(rank))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     unsupported = [
@@ -199,7 +199,7 @@ def _read_config(path):
             f"{path} has unsupported settings: {', '.join(unsupported)}. Merge the "
             "adapters with PEFT (`merge_and_unload`), and load the merged model."
         )
-    return rank, int(alpha) if alpha.is_integer() else alpha
+    return rank, alpha
 
 
 def _is_supported(name, value):

@@ -172,7 +172,8 @@ def _unwrapped(tensors, arguments, repository):
     known = {spec.transformers for spec in specs}
     known |= {name.removeprefix("model.") for name in known}  # Of a `LlamaModel`.
     tensors = unwrap_names(tensors, known, repository)
-    adapters = [name for name in tensors if ".lora_" in name]
+    parts = (".lora_", ".modules_to_save.")
+    adapters = [name for name in tensors if any(part in name for part in parts)]
     if adapters:
         raise ValueError(
             f"{repository} has LoRA adapters among the weights, as a PeftModel has: "

@@ -33,7 +33,7 @@ from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.remat import check_policy, maybe_rematerialize
 from keras_openllama.loading.load import load_backbone
 from keras_openllama.utils.types import PathLike, Tensor
-from keras_openllama.utils.validation import check_integer
+from keras_openllama.utils.validation import check_integer, check_positive
 
 if keras.config.backend() == "jax":
     from keras_openllama.layers.scan import functional_call, scan_layers
@@ -384,8 +384,8 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
                 f"{PROJECTIONS}. Received: {names!r}"
             )
         rank = check_integer("rank", rank)
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"`alpha` must be positive. Received: alpha={alpha!r}")
+        if alpha is not None:
+            alpha = check_positive("alpha", alpha)
         if self._merged:
             raise ValueError(
                 "Adapters are merged reversibly into this model. To add others, call "

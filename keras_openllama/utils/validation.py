@@ -107,6 +107,29 @@ def _number(requirement, allowed):
     return validate
 
 
+def check_positive(name: str, value: object) -> int | float:
+    """Validates a positive number, which must not be a string.
+
+    Args:
+        name: Name of the argument or setting.
+        value: The value.
+
+    Returns:
+        The value; an `int` if it is an integer.
+
+    Raises:
+        ValueError: If it is not a positive number.
+
+    Example:
+        >>> check_positive("alpha", 16.0)
+        16
+    """
+    if isinstance(value, (str, bytes)):
+        raise_invalid(name, value, "a positive number, without quotation marks")
+    number = positive_number(name, value)
+    return int(number) if number.is_integer() else number
+
+
 def one_of(*choices: object) -> Validator:
     """Returns a validator for one of some values of the same type.
 

@@ -316,7 +316,8 @@ def test_load_adapters_scales_by_the_square_root_of_the_rank_for_rslora(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(lora_alpha="16"), "`lora_alpha` must be a number.*lora_alpha='16'"),
+        (dict(lora_alpha="16"), "`lora_alpha` must be .*lora_alpha='16'"),
+        (dict(use_rslora="false"), "`use_rslora` must be true or false"),
         (dict(lora_alpha=[16]), r"`lora_alpha` must be .*lora_alpha=\[16\]"),
         (dict(lora_alpha=True), "`lora_alpha` must be .*lora_alpha=True"),
         (dict(lora_alpha=float("nan")), "`lora_alpha` must be .*lora_alpha=nan"),
