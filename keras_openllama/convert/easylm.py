@@ -60,13 +60,16 @@ def load(
         True
     """
     source = EasyLMSource(path, find_source(preset, revision))
-    if preprocessor == "auto" and not _has_tokenizer(source):
-        warnings.warn(
-            f"{preset} has no tokenizer, so the model works on token ids. Pass "
-            "preprocessor=None if that is intended.",
-            stacklevel=2,
-        )
-        preprocessor = None
+    if preprocessor == "auto":
+        try:
+            source.tokenizer_file()
+        except FileNotFoundError as error:
+            warnings.warn(
+                f"{error} So the model works on token ids. Pass preprocessor=None if "
+                "that is intended.",
+                stacklevel=2,
+            )
+            preprocessor = None
     return load_task_from_source(
         OpenLlamaCausalLM,
         source,
@@ -75,14 +78,6 @@ def load(
         preprocessor=preprocessor,
         **kwargs,
     )
-
-
-def _has_tokenizer(source):
-    try:
-        source.tokenizer_file()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def save(
