@@ -7,6 +7,7 @@ the adapters alone, by the index of the layer; alpha is an addition of this pack
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 import zipfile
@@ -24,6 +25,7 @@ from keras_openllama.checkpoints.shards import check_file_names, read_weight_map
 from keras_openllama.config import PROJECTIONS
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.layers.projection import ALPHA, FACTORS, Projection
+from keras_openllama.utils.files import write_bytes
 from keras_openllama.utils.validation import check_positive
 
 if TYPE_CHECKING:
@@ -188,7 +190,8 @@ def save_lora_weights(backbone: keras.Model, path: PathLike) -> None:
         raise ValueError(
             f"`filepath` must end in {_LORA_SUFFIX}. Received: filepath={str(path)!r}"
         )
-    with h5py.File(path, "w") as file:
+    data = io.BytesIO()  # HDF5 cannot close a file on a full disk.
+    with h5py.File(data, "w") as file:
         settings = file.create_group("lora/vars")
         settings["rank"], settings["alpha"] = layers[0].lora_rank, layers[0].lora_alpha
         for index, layer in _layers_by_index(backbone).items():
@@ -196,6 +199,7 @@ def save_lora_weights(backbone: keras.Model, path: PathLike) -> None:
                 factors = file.create_group(f"lora/{index}/vars")
                 for name, variable in layer.adapters().items():
                     factors[name] = as_numpy(variable.value)
+    write_bytes(path, data.getvalue())
 
 
 def _layers_by_index(backbone):

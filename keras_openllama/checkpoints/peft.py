@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from keras_openllama import presets
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
+from keras_openllama.backend.keras_private import flatten_layers
 from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.files import safetensors, torch_zip
 from keras_openllama.checkpoints.matching import FLOATS, check_whole, format_names
@@ -290,5 +290,5 @@ def _tensor_name(layer, factor):
 
 
 def _factor_shape(layer, factor, rank):
-    outputs, inputs = kernel_variable(layer).shape
+    outputs, inputs = layer.matrix_shape
     return (outputs, rank) if factor == "lora_kernel_a" else (rank, inputs)

@@ -234,7 +234,15 @@ def test_save_to_preset_warns_that_adapters_are_rounded_into_int8(tmp_path):
         lm.save_to_preset(tmp_path)
 
 
-# ----- Adapters alone, in KerasHub's format
+# ----- Adapters alone
+
+
+@pytest.mark.parametrize("mode", QUANTIZATIONS)
+def test_load_adapters_adds_the_saved_adapters_to_a_quantized_model(mode, tmp_path):
+    lm, other = make_lm(mode=mode), make_lm(rank=0, mode=mode)
+    lm.save_adapters(tmp_path / "adapters")
+    other.load_adapters(tmp_path / "adapters")
+    assert_same_weights(other, lm)
 
 
 @pytest.mark.parametrize("mode", QUANTIZATIONS)
