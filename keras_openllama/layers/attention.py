@@ -19,7 +19,7 @@ from keras_openllama.layers.cached_attention import (
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import recompute_in_backward
 from keras_openllama.layers.rotary_embedding import rotate
-from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "torch":
     import torch
@@ -97,7 +97,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     length = query.shape[2]
     if keras.config.backend() == "torch":
         return _attend_fused(query, key, value, mask)
-    if keras.config.backend() != "jax" or length is None:
+    if keras.config.backend() != "jax" or not isinstance(length, int):
         return dot_product_attention(query, key, value, mask)
     block = max(CACHE_BLOCK // 2, -(-length // QUERY_BLOCKS))
     outputs = []
@@ -261,8 +261,14 @@ class CausalSelfAttention(keras.layers.Layer):
         self.head_dim = head_dim
         self.initializer_std = initializer_std
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Creates the four projections."""
+    def build(
+        self,
+        x_shape: Shape,
+        cos_shape: Shape | None = None,
+        sin_shape: Shape | None = None,
+        mask_shape: Shape | None = None,
+    ) -> None:
+        """Creates the four projections by `x_shape`."""
         std, dtype = self.initializer_std, self.dtype_policy
         query_dim = self.num_query_heads * self.head_dim
         key_value_dim = self.num_key_value_heads * self.head_dim
@@ -270,11 +276,11 @@ class CausalSelfAttention(keras.layers.Layer):
         self.key = Projection(key_value_dim, std, dtype=dtype, name="key")
         self.value = Projection(key_value_dim, std, dtype=dtype, name="value")
         self.output_projection = Projection(
-            input_shape[-1], std, dtype=dtype, name="output"
+            x_shape[-1], std, dtype=dtype, name="output"
         )
         for layer in (self.query, self.key, self.value):
-            layer.build(input_shape)
-        self.output_projection.build((*input_shape[:-1], query_dim))
+            layer.build(x_shape)
+        self.output_projection.build((*x_shape[:-1], query_dim))
 
     def call(
         self,
@@ -325,6 +331,16 @@ class CausalSelfAttention(keras.layers.Layer):
         heads = width // self.head_dim
         x = ops.reshape(x, (batch, length, heads, self.head_dim))
         return ops.transpose(x, (0, 2, 1, 3))
+
+    def compute_output_shape(
+        self,
+        x_shape: Shape,
+        cos_shape: Shape | None = None,
+        sin_shape: Shape | None = None,
+        mask_shape: Shape | None = None,
+    ) -> Shape:
+        """Returns the shape of the output without a cache."""
+        return x_shape
 
     def compute_output_spec(
         self,

@@ -6,12 +6,13 @@ import functools
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_openllama.layers.attention import CausalSelfAttention, causal_attention
 from keras_openllama.layers.feed_forward import FeedForward
 from keras_openllama.layers.remat import maybe_rematerialize
 from keras_openllama.layers.rms_norm import RMSNorm
-from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -73,8 +74,14 @@ class DecoderLayer(keras.layers.Layer):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_std = initializer_std
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Creates the norms, the attention layer and the feed-forward network."""
+    def build(
+        self,
+        x_shape: Shape,
+        cos_shape: Shape | None = None,
+        sin_shape: Shape | None = None,
+        mask_shape: Shape | None = None,
+    ) -> None:
+        """Creates the norms, the attention and the feed-forward layer by `x_shape`."""
         self.self_attention_norm = RMSNorm(
             self.layer_norm_epsilon, dtype=self.dtype_policy, name="self_attention_norm"
         )
@@ -95,10 +102,10 @@ class DecoderLayer(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="feedforward",
         )
-        self.self_attention_norm.build(input_shape)
-        self.self_attention.build(input_shape)
-        self.feedforward_norm.build(input_shape)
-        self.feedforward.build(input_shape)
+        self.self_attention_norm.build(x_shape)
+        self.self_attention.build(x_shape)
+        self.feedforward_norm.build(x_shape)
+        self.feedforward.build(x_shape)
 
     def call(
         self,
@@ -110,6 +117,7 @@ class DecoderLayer(keras.layers.Layer):
         **options: Any,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns the hidden states, and with a cache the updated cache."""
+        x = ops.cast(x, self.compute_dtype)
         if cache is None:
             return self._without_cache(x, cos, sin, mask, **options)
         attention, cache = self.self_attention(
@@ -154,6 +162,16 @@ class DecoderLayer(keras.layers.Layer):
         context = attention_fn(*heads, mask)
         x = x + remat(attention.project_output, if_policy=both)(context)
         return x + remat(feed_forward, if_policy="projections")(x)
+
+    def compute_output_shape(
+        self,
+        x_shape: Shape,
+        cos_shape: Shape | None = None,
+        sin_shape: Shape | None = None,
+        mask_shape: Shape | None = None,
+    ) -> Shape:
+        """Returns the shape of the output without a cache."""
+        return x_shape
 
     def compute_output_spec(
         self,

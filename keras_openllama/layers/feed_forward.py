@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_openllama.layers.projection import Projection
-from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -38,7 +38,7 @@ class FeedForward(keras.layers.Layer):
         self.intermediate_dim = intermediate_dim
         self.initializer_std = initializer_std
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
+    def build(self, input_shape: Shape) -> None:
         """Creates the three projections."""
         std, dtype = self.initializer_std, self.dtype_policy
         self.gate = Projection(self.intermediate_dim, std, dtype=dtype, name="gate")
@@ -60,9 +60,9 @@ class FeedForward(keras.layers.Layer):
         """Returns `down(silu(gate) * up)`, `(batch, length, hidden_dim)`."""
         return self.down(ops.silu(gate) * up)
 
-    def compute_output_spec(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        """Returns the shape and dtype of the output."""
-        return keras.KerasTensor(x.shape, self.compute_dtype)
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Returns the shape of the output."""
+        return input_shape
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""

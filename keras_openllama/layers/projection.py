@@ -14,12 +14,13 @@ from keras import ops
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.keras_private import (
+    flatten_layers,
     kernel_variable,
     track_variables,
     untrack_variables,
 )
 from keras_openllama.layers.adapter_merging import add_product, is_saving_merged
-from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "jax":
     import jax
@@ -71,6 +72,11 @@ class Projection(keras.layers.EinsumDense):
             kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_std),
             **kwargs,
         )
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Returns the shape of the output."""
+        _, units = self.partial_output_shape
+        return (*input_shape[:-1], units)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Returns the projection, adapters included."""
@@ -260,6 +266,7 @@ class Projection(keras.layers.EinsumDense):
         self, mode: str | None = None, type_check: bool = True, config: Any = None
     ) -> None:
         """Quantizes the kernel, as `keras.layers.EinsumDense.quantize`."""
+        mode = check_quantization_mode(mode, config)
         # Keras's type check rejects subclasses, which may compute something else.
         super().quantize(mode, type_check=False, config=config)
 
@@ -277,6 +284,44 @@ class Projection(keras.layers.EinsumDense):
     def from_config(cls, config: dict[str, Any]) -> Projection:
         """Creates the layer from `get_config`."""
         return cls(**config)
+
+
+def check_quantization_mode(mode: str | None, config: Any = None) -> str | None:
+    """Checks that projections support a quantization mode of Keras.
+
+    Args:
+        mode: The mode, or `None` if the configuration has it.
+        config: `None`, a `keras.quantizers.QuantizationConfig`, or a mode.
+
+    Returns:
+        The mode, or `None` if neither argument has one, which Keras rejects.
+
+    Raises:
+        ValueError: For `"gptq"` and `"awq"`.
+
+    Example:
+        >>> check_quantization_mode("int8")
+        'int8'
+    """
+    mode = mode or getattr(config, "mode", config)
+    if mode in ("gptq", "awq"):
+        raise ValueError(
+            f"`quantize` does not support {mode!r}, which Keras implements for kernels "
+            "`(inputs, outputs)` only. Use 'int8' or 'int4'; or call "
+            "`export_to_transformers` and quantize the exported model with a tool for "
+            f"transformers or llama.cpp. Received: mode={mode!r}"
+        )
+    return mode
+
+
+def is_float8(model: keras.layers.Layer) -> bool:
+    """Returns whether a layer of a model is quantized to float8.
+
+    Example:
+        >>> is_float8(lm)
+        False
+    """
+    return any(layer.quantization_mode == "float8" for layer in flatten_layers(model))
 
 
 def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
@@ -301,11 +346,16 @@ def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
     return _multiply(inputs, kernel)
 
 
+def _is_few(rows):
+    """Whether there are few rows. A number unknown at an export counts as many."""
+    return isinstance(rows, int) and rows < MANY_ROWS
+
+
 def _use_blocks(inputs, kernel):
     return (
         inputs.device.type == "cpu"
         and inputs.dtype.itemsize == 4
-        and math.prod(inputs.shape[:-1]) < MANY_ROWS
+        and _is_few(math.prod(inputs.shape[:-1]))
         and len(kernel) % OUTPUT_BLOCK == 0
     )
 
@@ -342,7 +392,7 @@ def _multiply_on_cpu(inputs, kernel):
     barrier = jax.lax.optimization_barrier
     rows = math.prod(inputs.shape[:-1])
     is_bfloat16 = inputs.dtype == "bfloat16"
-    if not is_bfloat16 and rows >= MANY_ROWS:
+    if not is_bfloat16 and not _is_few(rows):
         return _multiply(inputs, kernel)
     x = inputs.reshape(rows, -1)
     if is_bfloat16 and rows == 1:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.types import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -33,7 +33,7 @@ class RMSNorm(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.epsilon = epsilon
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
+    def build(self, input_shape: Shape) -> None:
         """Creates the scale."""
         # No autocast: a mixed policy would round the scale to bfloat16. (`autocast` of
         # the layer has an effect only when another layer calls it.)
@@ -49,9 +49,9 @@ class RMSNorm(keras.layers.Layer):
         scale = ops.cast(self.scale, "float32")
         return ops.cast(normed * scale, self.compute_dtype)
 
-    def compute_output_spec(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        """Returns the shape and dtype of the output."""
-        return keras.KerasTensor(x.shape, self.compute_dtype)
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Returns the shape of the output."""
+        return input_shape
 
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_openllama.config import check_rope_scaling
-from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "jax":
     import jax
@@ -122,9 +122,7 @@ class RotaryEmbedding(keras.layers.Layer):
         max_sequence_length: int = 2048,
         **kwargs: Any,
     ) -> None:
-        # Always float32: bfloat16 does not represent every integer above 256.
-        kwargs["dtype"] = "float32"
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         if head_dim % 2:
             raise ValueError(
                 "`head_dim` must be even: rotary embedding pairs its two halves. "
@@ -145,6 +143,7 @@ class RotaryEmbedding(keras.layers.Layer):
         self, positions: Tensor, final_lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns the cosines and the sines."""
+        # Always float32: bfloat16 does not represent every integer above 256.
         positions = ops.cast(positions, "float32")
         if self.scaling is not None and self.scaling["rope_type"] == "linear":
             positions = positions / self.scaling["factor"]
@@ -172,18 +171,27 @@ class RotaryEmbedding(keras.layers.Layer):
         power = self.head_dim / (self.head_dim - 2)
         return (self.max_wavelength * ops.power(stretch, power))[:, None, None]
 
+    def compute_output_shape(
+        self, positions_shape: Shape, final_lengths_shape: Shape | None = None
+    ) -> tuple[Shape, Shape]:
+        """Returns the shapes of the cosines and the sines."""
+        batch, length = positions_shape
+        if self.is_dynamic and final_lengths_shape is not None:
+            batch = final_lengths_shape[0]
+        shape = (batch, 1, length, self.head_dim // 2)
+        return shape, shape
+
     def compute_output_spec(
         self,
         positions: keras.KerasTensor,
         final_lengths: keras.KerasTensor | None = None,
     ) -> tuple[keras.KerasTensor, keras.KerasTensor]:
         """Returns the shapes and dtypes of the cosines and the sines."""
-        batch, length = positions.shape
-        if self.is_dynamic and final_lengths is not None:
-            batch = final_lengths.shape[0]
-        shape = (batch, 1, length, self.head_dim // 2)
+        shapes = self.compute_output_shape(
+            positions.shape, None if final_lengths is None else final_lengths.shape
+        )
         # Two tensors: Keras identifies symbolic tensors by identity.
-        return keras.KerasTensor(shape, "float32"), keras.KerasTensor(shape, "float32")
+        return tuple(keras.KerasTensor(shape, "float32") for shape in shapes)
 
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None
@@ -199,5 +207,4 @@ class RotaryEmbedding(keras.layers.Layer):
             scaling=self.scaling,
             max_sequence_length=self.max_sequence_length,
         )
-        del config["dtype"]
         return config

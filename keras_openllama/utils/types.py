@@ -7,3 +7,5 @@ PathLike: TypeAlias = str | os.PathLike[str]
 # A dense array or tensor of the backend of Keras. The backends have no common base
 # class, and naming the class of one would import that backend.
 Tensor: TypeAlias = Any
+# The shape of a tensor; unknown dimensions are `None`.
+Shape: TypeAlias = tuple[int | None, ...]
