@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,57 @@ def chunked_cross_entropy(
     return LossSums(*_fused(z_loss, num_chunks, mesh, hidden, kernel, targets, weights))
 
 
+def chunked_cross_entropy_of_head(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float = 0.0,
+    num_chunks: int | None = None,
+) -> LossSums:
+    """Computes `chunked_cross_entropy` of the logits of a layer, as of a quantized one.
+
+    The backward pass recomputes the logits of a chunk. On a mesh, XLA partitions it.
+
+    Args:
+        head: layer or function `(batch, length, hidden_dim)` to logits
+            `(batch, length, vocabulary_size)`.
+        hidden: see `chunked_cross_entropy`.
+        targets: see `chunked_cross_entropy`.
+        weights: see `chunked_cross_entropy`.
+        z_loss: see `chunked_cross_entropy`.
+        num_chunks: see `chunked_cross_entropy`.
+
+    Returns:
+        Weighted sums over the targets. Only `loss` has a gradient.
+
+    Example:
+        >>> hidden, head = jnp.ones((1, 2, 4)), lambda x: jnp.zeros((*x.shape[:2], 8))
+        >>> targets, weights = jnp.array([[3, 5]]), jnp.array([[1.0, 0.0]])
+        >>> chunked_cross_entropy_of_head(head, hidden, targets, weights).loss  # log(8)
+        Array(2.0794415, dtype=float32)
+    """
+
+    @jax.checkpoint
+    def chunk_sums(states, targets, weights):
+        logits = head(states).astype("float32")
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        z = jnp.sum(jnp.square(log_normalizer) * weights)
+        loss = jnp.sum((log_normalizer - chosen) * weights)
+        loss += z_loss * (z - jax.lax.stop_gradient(z))  # In the gradient only.
+        correct = jnp.sum(jnp.where(chosen >= jnp.max(logits, axis=-1), weights, 0))
+        return loss, *jax.lax.stop_gradient((z, correct))
+
+    def add(sums, chunk):
+        return _add(sums, chunk_sums(*chunk)), None
+
+    vocabulary_size = jax.eval_shape(head, hidden).shape[-1]
+    parts = _split(num_chunks, vocabulary_size, hidden, targets, weights)
+    sums, _ = jax.lax.scan(add, _zeros(3), parts)
+    return LossSums(*sums)
+
+
 def _choose_num_chunks(batch, length, vocabulary_size):
     """Returns the smallest divisor of the length whose chunks of logits fit."""
     most = max(1, LOGITS_PER_CHUNK // (batch * vocabulary_size))
@@ -68,7 +120,7 @@ def _choose_num_chunks(batch, length, vocabulary_size):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _fused(z_loss, num_chunks, mesh, hidden, kernel, targets, weights):
     def sums(hidden, kernel, targets, weights):
-        parts = _split(num_chunks, hidden, kernel, targets, weights)
+        parts = _split(num_chunks, len(kernel), hidden, targets, weights)
         first = _first_token(mesh, kernel)
 
         def add(sums, chunk):
@@ -107,7 +159,7 @@ def _sums_and_gradients(z_loss, num_chunks, mesh, hidden, kernel, targets, weigh
         kernel_gradient += _einsum_float32("btv,btd->vd", gradient, states)
         return (_add(sums, new), kernel_gradient), states_gradient
 
-    parts = _split(num_chunks, hidden, kernel, targets, weights)
+    parts = _split(num_chunks, len(kernel), hidden, targets, weights)
     start = _zeros(3), jnp.zeros(kernel.shape, "float32")
     (sums, kernel_gradient), states_gradient = jax.lax.scan(add, start, parts)
     hidden_gradient = jnp.moveaxis(states_gradient, 0, 1).reshape(hidden.shape)
@@ -165,15 +217,15 @@ def _einsum_float32(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type="float32")
 
 
-def _split(num_chunks, hidden, kernel, *rest):
+def _split(num_chunks, vocabulary_size, *arrays):
     """Splits `(batch, length, …)` to `(num_chunks, batch, length / num_chunks, …)`."""
-    batch, length = hidden.shape[:2]
-    num_chunks = num_chunks or _choose_num_chunks(batch, length, len(kernel))
+    batch, length = arrays[0].shape[:2]
+    num_chunks = num_chunks or _choose_num_chunks(batch, length, vocabulary_size)
     return tuple(
         jnp.moveaxis(
             x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]), 1, 0
         )
-        for x in (hidden, *rest)
+        for x in arrays
     )
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from keras_openllama.layers.projection import is_float8
+
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
@@ -104,11 +106,7 @@ def _obstacle_to_auto_loss(lm, loss, metrics, weighted_metrics):
             'weighted_metrics="auto" or []. Received: weighted_metrics='
             f"{weighted_metrics!r}"
         )
-    on_jax = keras.config.backend() == "jax"
-    if on_jax and lm.lm_head.quantization_mode is not None:
-        return (
-            "a head that is not quantized: quantize the backbone only, "
-            "`lm.backbone.quantize`. Received: a head quantized to "
-            f"{lm.lm_head.quantization_mode}"
-        )
+    if keras.config.backend() == "jax" and is_float8(lm):
+        # The gradients of its scales are their new values.
+        return "a model that is not quantized to float8, which trains its scales"
     return None

@@ -14,8 +14,12 @@ from keras_openllama.backend.keras_private import compiled_metrics, loss_tracker
 from keras_openllama.distribution import BATCH_AXES, OpenLlamaParallel
 from keras_openllama.layers.attention_kernels import select_attention
 from keras_openllama.layers.execution import LayerExecution
+from keras_openllama.layers.projection import is_float8
 from keras_openllama.layers.sharded_embedding import embedding_lookup
-from keras_openllama.training.chunked_loss import chunked_cross_entropy
+from keras_openllama.training.chunked_loss import (
+    chunked_cross_entropy,
+    chunked_cross_entropy_of_head,
+)
 from keras_openllama.training.loss_scaling import has_dynamic_loss_scale, scales_loss
 from keras_openllama.training.step_metrics import LossSums, StepMetrics
 from keras_openllama.training.target_weights import target_weights
@@ -101,7 +105,7 @@ def loss_sums(
         The sums of loss, z-loss and correct targets.
 
     Raises:
-        ValueError: if the head is quantized.
+        ValueError: if the model is quantized to float8.
 
     Example:
         >>> ids = jnp.array([[1, 357, 1239]])
@@ -114,10 +118,10 @@ def loss_sums(
         >>> loss_sums(lm, values, batch, TrainStepOptions()).loss.round()
         Array(8., dtype=float32)
     """
-    if lm.lm_head.quantization_mode is not None:
+    if is_float8(lm):
         raise ValueError(
-            "The chunked loss does not support a quantized head "
-            f"({lm.lm_head.quantization_mode!r}). Call `compile` after `quantize`."
+            "A model that is quantized to float8 is trained by the train step of "
+            "Keras. Call `compile` after `quantize`."
         )
     x, targets, weights = batch
     variables = [*lm.trainable_variables, *lm.non_trainable_variables]
@@ -136,6 +140,15 @@ def loss_sums(
                 embedding_fn=_embedding_fn(lm.backbone, options.mesh),
             ),
         )
+        if lm.lm_head.quantization_mode is not None:
+            return chunked_cross_entropy_of_head(
+                lm.lm_head,
+                hidden,
+                targets,
+                weights,
+                options.z_loss,
+                options.loss_chunks,
+            )
         kernel = jnp.asarray(lm.lm_head.kernel).astype(hidden.dtype)
         return chunked_cross_entropy(
             hidden,

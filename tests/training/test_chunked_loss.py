@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from keras_openllama.training import chunked_loss
-from keras_openllama.training.chunked_loss import chunked_cross_entropy
+from keras_openllama.training.chunked_loss import (
+    chunked_cross_entropy,
+    chunked_cross_entropy_of_head,
+)
 
 pytestmark = pytest.mark.backend_free  # It is JAX on every backend.
 
@@ -178,3 +181,22 @@ def test_loss_and_gradients_without_targets_are_zero():
     assert chunked_cross_entropy(*batch, z_loss=0.1) == chunked_loss.LossSums(0, 0, 0)
     for gradient in gradients(*batch, z_loss=0.1):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("chunks", [1, 3, None])
+def test_chunked_cross_entropy_of_head_equals_the_loss_of_all_logits(chunks):
+    hidden, kernel, targets, weights = inputs()
+
+    def loss(hidden, kernel):
+        sums = chunked_cross_entropy_of_head(
+            lambda x: x @ kernel.T, hidden, targets, weights, 0.1, chunks
+        )
+        return sums.loss, sums
+
+    found, sums = jax.grad(loss, (0, 1), has_aux=True)(hidden, kernel)
+    np.testing.assert_allclose(
+        sums, plain_loss(hidden, kernel, targets, weights), rtol=1e-5
+    )
+    expected = plain_gradients(hidden, kernel, targets, weights, z_loss=0.1)
+    for gradient, plain in zip(found, expected, strict=True):
+        assert relative_error(gradient, plain) < 1e-5
