@@ -163,7 +163,7 @@ def read_tensors(
     found, expected = {}, {}
     parts = [(_backbone_files(repository), _backbone_names(task))]
     if head:
-        parts.append(([_task_file(repository)], _task_names(task)))
+        parts.append(([task_file(repository)], _task_names(task)))
     for paths, names in parts:
         for path in paths:
             found.update(_read_file(path))
@@ -176,7 +176,12 @@ def read_tensors(
     return {row.path: matched[row.path] for row in rows}
 
 
-def _task_file(repository):
+def task_file(repository: Repository) -> Path:
+    """Returns the path of the weights of the head.
+
+    Raises:
+        FileNotFoundError: If the directory is that of a backbone.
+    """
     try:
         return repository.file(_TASK)
     except FileNotFoundError as error:

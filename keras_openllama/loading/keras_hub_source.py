@@ -27,7 +27,23 @@ if TYPE_CHECKING:
     from keras_openllama.checkpoints.tensors import StoredTensor
     from keras_openllama.loading.sources import Dtype
 
-_CONFIG = "config.json"
+_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer.json"
+
+
+def is_tokenizer(repository: Repository) -> bool:
+    """Returns whether files are those of a tokenizer or preprocessor saved alone.
+
+    Args:
+        repository: a directory or repository without `config.json`.
+
+    Example:
+        >>> from keras_openllama.checkpoints.repository import LocalRepository
+        >>> lm.preprocessor.tokenizer.save_to_preset("my_tokenizer")
+        >>> is_tokenizer(LocalRepository("my_tokenizer"))
+        True
+    """
+    path = repository.optional(_TOKENIZER_CONFIG)
+    return path is not None and "registered_name" in read_json_object(path)
 
 
 class KerasHubSource(SourceDefaults):
@@ -98,12 +114,12 @@ class KerasHubSource(SourceDefaults):
 
     def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a tokenizer, see `ModelSource`."""
-        with self._loader() as loader:
+        with self._loader(of_model=False) as loader:
             return loader.load_tokenizer(cls, **kwargs)
 
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""
-        with self._loader() as loader:
+        with self._loader(of_model=False) as loader:
             return loader.load_preprocessor(cls, **kwargs)
 
     def task(
@@ -128,6 +144,8 @@ class KerasHubSource(SourceDefaults):
                 raise ValueError(
                     f"it contains a {saved.__name__}, not a {cls.__name__}"
                 )
+            if load_weights:  # Without them, KerasHub would initialize the head.
+                keras_hub.task_file(self._repository)
             task = loader.load_task(
                 cls,
                 load_weights,
@@ -143,7 +161,7 @@ class KerasHubSource(SourceDefaults):
         return task
 
     @contextlib.contextmanager
-    def _loader(self, load_weights=False, overrides=()):
+    def _loader(self, load_weights=False, overrides=(), of_model=True):
         """Downloads the files, and yields KerasHub's loader of their directory."""
 
         # Defined here because it imports KerasHub, which takes seconds and which a
@@ -153,17 +171,24 @@ class KerasHubSource(SourceDefaults):
                 arguments, kwargs = super().get_backbone_kwargs(**kwargs)
                 return {**arguments, **dict(overrides)}, kwargs
 
+        # A tokenizer or preprocessor may have been saved alone.
+        config = self._repository.optional(_CONFIG)
+        if config is None and of_model:
+            raise FileNotFoundError(
+                f"{_CONFIG} is missing from {self._repository}, which contains only a "
+                "tokenizer or preprocessor. Load it with `from_preset` of its class."
+            )
         patterns = ["*.json", "assets/**/*", *(["*.weights.h5"] * load_weights)]
         for pattern in patterns:
             for name in self._repository.glob(pattern):
                 self._repository.file(name)
-        config = self._repository.file(_CONFIG)
+        directory = (config or self._repository.file(_TOKENIZER_CONFIG)).parent
         try:
             with without_tensorflow():
-                yield Loader(str(config.parent), read_json_object(config))
+                yield Loader(str(directory), read_json_object(config) if config else {})
         except (OSError, KeyError, TypeError, ValueError) as error:
             # The errors of KerasHub and h5py seldom name the file.
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(
-                f"{config.parent}, in KerasHub's format, cannot be loaded: {error}"
+                f"{directory}, in KerasHub's format, cannot be loaded: {error}"
             ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from keras_openllama import presets
 from keras_openllama.checkpoints.training_run import TrainingRun, is_run
 from keras_openllama.loading import hub, sources
-from keras_openllama.loading.keras_hub_source import KerasHubSource
+from keras_openllama.loading.keras_hub_source import KerasHubSource, is_tokenizer
 from keras_openllama.utils.files import read_json_object
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def load_preprocessor(
         preset: As for `load_backbone`.
         revision: As for `load_backbone`.
         **kwargs: Arguments of the preprocessor. `sequence_length` defaults to the
-            context length of the model.
+            context length of the model, if the files are those of a model.
 
     Returns:
         An instance of `cls`.
@@ -276,8 +276,10 @@ def find_source(
     if not on_hub and not (name and Path(name).is_dir()):
         raise presets.unknown_preset_error(name, argument)
     repository = hub.open_repository(name, revision)
-    if not on_hub and repository.optional(_CONFIG) is None:
-        if is_run(name):
+    if repository.optional(_CONFIG) is None:
+        if is_tokenizer(repository):
+            return KerasHubSource(repository, build_empty_task)
+        if not on_hub and is_run(name):
             return sources.TrainingRunSource(TrainingRun.open(name))
         if repository.optional("adapter_config.json"):
             raise FileNotFoundError(
