@@ -75,7 +75,8 @@ def generation_variables(
     model: Any,
 ) -> tuple[list[keras.Variable], list[keras.Variable]]:
     """Returns the variables that generation reads: weights, and random state."""
-    return model.weights, model.sampler.variables
+    sampler = model.sampler  # `None` before `compile`.
+    return model.weights, sampler.variables if sampler else []
 
 
 def stateless_scope(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CloningRefused",
     "H5IOStore",
     "adam_moments",
     "collect_uninitialized_variables",
@@ -115,6 +116,25 @@ def register_torch_parameters(model: keras.layers.Layer) -> None:
     """
     for layer in flatten_layers(model):
         layer._track_variables()
+
+
+class CloningRefused:
+    """Mixin of a functional model that `keras.models.clone_model` must not copy.
+
+    That function returns a plain `keras.Model` for a class whose constructor takes
+    other arguments than inputs and outputs, and calls no method for it but
+    `Functional._run_through_graph`. It alone passes both of these arguments.
+    """
+
+    def _run_through_graph(self, inputs, **functions):
+        if {"operation_fn", "call_fn"} <= set(functions):
+            name = type(self).__name__
+            raise ValueError(
+                f"`keras.models.clone_model` would turn {name} into a plain "
+                f"`keras.Model`. Use `{name}.from_config(model.get_config())`, which "
+                "has new weights; `set_weights(model.get_weights())` copies the old."
+            )
+        return super()._run_through_graph(inputs, **functions)
 
 
 # ----- Variables

@@ -30,8 +30,10 @@ from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.adapter_merging import is_saving_merged, saving_merged
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.execution import LayerExecution
+from keras_openllama.layers.projection import is_float8
 from keras_openllama.layers.remat import check_policy, maybe_rematerialize
 from keras_openllama.loading.load import load_backbone
+from keras_openllama.models.functional_model import FunctionalModel
 from keras_openllama.utils.types import PathLike, Tensor
 from keras_openllama.utils.validation import check_integer, check_positive
 
@@ -40,7 +42,7 @@ if keras.config.backend() == "jax":
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
+class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
     """The decoder-only transformer of OpenLLaMA: token ids to hidden states.
 
     The defaults are the values that all published OpenLLaMA models share.
@@ -143,6 +145,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
             max_wavelength=sizes["rope_max_wavelength"],
             scaling=sizes["rope_scaling"],
             max_sequence_length=sizes["max_sequence_length"],
+            dtype=dtype,
             name="rotary_embedding",
         )
         self.transformer_layers = [
@@ -344,6 +347,15 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
         if lora.adapted_layers(self):
             layer.trainable = False
 
+    def default_lora_layer_names(self) -> list[str]:
+        """Returns the names of the projections to which `enable_lora` adds adapters.
+
+        Example:
+            >>> lm.backbone.default_lora_layer_names()
+            ['query', 'value']
+        """
+        return ["query", "value"]
+
     def enable_lora(
         self,
         rank: int,
@@ -359,13 +371,13 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
         Args:
             rank: rank of the adapters.
             target_layer_names: names among `"query"`, `"key"`, `"value"`, `"output"`,
-                `"gate"`, `"up"`, `"down"`. Defaults to query and value.
+                `"gate"`, `"up"`, `"down"`. Defaults to `default_lora_layer_names()`.
             alpha: the adapters' output is scaled by `alpha / rank`. Defaults to `rank`.
 
         Raises:
             ValueError: for a name that is no projection of this network, a rank or
                 alpha that is not positive, or if the model already has adapters, merged
-                reversibly or not.
+                reversibly or not, or is quantized to float8.
 
         Example:
             >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
@@ -397,6 +409,12 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, Backbone):
                 f"The model already has adapters (rank {lora_rank(self)}). Reload the "
                 "model to use other adapters, or merge these into its weights with "
                 f"`merge_lora(reversible=False)`. Received: rank={rank!r}"
+            )
+        if is_float8(self):
+            raise ValueError(
+                "A model that is quantized to float8 trains all weights and cannot "
+                "have adapters. Quantize it to 'int8' or 'int4' instead. "
+                f"Received: rank={rank!r}"
             )
         super().enable_lora(rank, target_layer_names)
         for layer in lora.adapted_layers(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from keras_openllama.loading.load import load_task
 from keras_openllama.models import scoring
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.models.functional_model import FunctionalModel
 from keras_openllama.text.token_arrays import as_unique_ids
 from keras_openllama.training.fit import FitMixin, default_optimizer
 from keras_openllama.training.train_plan import plan_training
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
+class OpenLlamaCausalLM(
+    FitMixin, AtomicPreset, AtomicWeights, FunctionalModel, CausalLM
+):
     """OpenLLaMA with its language-model head: train, score, generate, export.
 
     Calling the model takes the inputs of `OpenLlamaBackbone` and returns logits
@@ -65,6 +69,10 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
     preprocessor_cls = OpenLlamaCausalLMPreprocessor
     # The source that `from_preset` read the weights from; exports record it.
     loaded_from = None
+    # Set by `compile`.
+    sampler = None
+    generate_function = None
+    _compile_arguments = None
 
     def __init__(
         self,
@@ -88,6 +96,9 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
         super().__init__(
             inputs=backbone.input, outputs=self.lm_head(backbone.output), **kwargs
         )
+
+        if not self.compiled:  # `score` does not need what `compile` configures.
+            self.logits_function = compile_function(self.logits, self)
 
         # === Config ===
         self.end_token_ids = end_token_ids
@@ -205,8 +216,9 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
         With the default loss and metrics, a training step whose loss or gradient is not
         finite is skipped: it changes no variable, and a warning reports it. On JAX,
         training and evaluation then compute the loss in chunks and never hold the
-        logits of a whole batch; with a quantized head, they use the train step of Keras
-        instead. As in Keras, the optimizer of a `mixed_float16` model scales the loss.
+        logits of a whole batch; a model quantized to float8 uses the train step of
+        Keras instead. As in Keras, the optimizer of a `mixed_float16` model scales the
+        loss.
 
         Args:
             optimizer: see `keras.Model.compile`; `"auto"` is `optimizers.AdamW` without
@@ -265,6 +277,45 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
             z_loss=z_loss,
         )
         self.logits_function = compile_function(self.logits, self)
+        # Read-only, because Keras would track the objects in a dict.
+        self._compile_arguments = types.MappingProxyType(
+            {
+                "optimizer": "auto" if auto_learning_rate else optimizer,
+                "loss": loss,
+                "weighted_metrics": weighted_metrics,
+                "sampler": sampler,
+                "micro_batches": micro_batches,
+                "rematerialize": rematerialize,
+                "z_loss": z_loss,
+                **kwargs,
+            }
+        )
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Returns the arguments of `compile`, which `.keras` files store.
+
+        Example:
+            >>> lm.get_compile_config()["sampler"]["class_name"]
+            'GreedySampler'
+        """
+        if not self.compiled:
+            return {}
+        return {
+            **keras.saving.serialize_keras_object(dict(self._compile_arguments)),
+            # Memory for its state is allocated on loading only if there is a state.
+            "optimizer_is_built": getattr(self.optimizer, "built", False),
+        }
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Calls `compile` with the result of `get_compile_config`."""
+        if "sampler" not in config:  # Of version 0.1: the arguments of Keras alone.
+            super().compile_from_config(config)
+            return
+        arguments = keras.saving.deserialize_keras_object(config)
+        optimizer_is_built = arguments.pop("optimizer_is_built")
+        self.compile(**arguments)
+        if optimizer_is_built:
+            self.optimizer.build(self.trainable_variables)
 
     # ----- Generation
 
@@ -275,14 +326,51 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
             The loop that `generate` and `stream` run; the same object until `compile`
             or `quantize` changes the model.
 
+        Raises:
+            ValueError: if the model is not compiled.
+            NotImplementedError: if a subclass overrides `generate_step` or
+                `call_with_cache`.
+
         Example:
             >>> type(lm.make_generate_function()).__name__
             'TokenLoop'
         """
+        if not self.compiled:
+            raise ValueError(
+                "You must call `compile()` before `generate`: it sets the sampler. "
+                "Received: a model with compile=False"
+            )
         # KerasHub resets it to None when the model or the sampler changes.
         if self.generate_function is None:
+            for method in ("generate_step", "call_with_cache"):
+                found = getattr(getattr(self, method), "__func__", None)
+                if found is not getattr(OpenLlamaCausalLM, method):  # Overridden.
+                    OpenLlamaCausalLM.generate_step(self)
             self.generate_function = generation.make_token_loop(self)
         return self.generate_function
+
+    def generate_step(self, *args: Any, **kwargs: Any) -> None:
+        """Raises an error: `generate` does not have this part of KerasHub's.
+
+        Raises:
+            NotImplementedError: always; it names the alternatives.
+        """
+        raise NotImplementedError(
+            "`generate_step` and `call_with_cache` of KerasHub's models do not exist "
+            "here, and overriding them has no effect: the generation loop has a KV "
+            "cache of its own, for each layer. To choose tokens differently, pass a "
+            "`keras_hub.samplers.Sampler` to `compile`. For logits of given tokens, "
+            "use `score`, whose `layer_intercept_fn` also reads and changes hidden "
+            "states. For each new token, use `stream`."
+        )
+
+    def call_with_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Raises an error: `generate` does not have this part of KerasHub's.
+
+        Raises:
+            NotImplementedError: always; it names the alternatives.
+        """
+        self.generate_step()
 
     def generate(
         self,
@@ -569,11 +657,13 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
 
     def score(
         self,
-        inputs: Any,
+        inputs: Any = None,
         padding_mask: Any = None,
         scoring_mode: str = "logits",
         layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None = None,
         target_ids: Any = None,
+        *,
+        token_ids: Any = None,
     ) -> Tensor:
         """Computes logits or losses of given sequences, as in KerasHub.
 
@@ -587,6 +677,7 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
                 called with the embeddings (index -1) and with each layer's output.
             target_ids: int `(batch, length)`, the correct token after each position.
                 `"loss"` needs it for token ids; for text it is the text itself.
+            token_ids: the same as `inputs`, by its name in KerasHub.
 
         Returns:
             Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0 on
@@ -601,6 +692,12 @@ class OpenLlamaCausalLM(FitMixin, AtomicPreset, AtomicWeights, CausalLM):
             >>> lm.score("The sea", scoring_mode="loss").round(2)
             Array([[1.89, 6.02]], dtype=float32)
         """
+        if (inputs is None) == (token_ids is None):
+            raise ValueError(
+                "`score` needs exactly one of `inputs` and `token_ids`. Received: "
+                f"inputs={str(inputs)[:80]!r}, token_ids={str(token_ids)[:80]!r}"
+            )
+        inputs = token_ids if inputs is None else inputs
         return scoring.score_sequences(
             self, inputs, padding_mask, scoring_mode, layer_intercept_fn, target_ids
         )

@@ -257,6 +257,26 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
         }
 
     @property
+    def start_token(self) -> str:
+        """The start token, spelled as in the model file.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.start_token
+            '<s>'
+        """
+        return self.id_to_token(self.start_token_id)
+
+    @property
+    def end_token(self) -> str:
+        """The end token, spelled as in the model file.
+
+        Example:
+            >>> lm.preprocessor.tokenizer.end_token
+            '</s>'
+        """
+        return self.id_to_token(self.end_token_id)
+
+    @property
     def start_token_id(self) -> int:
         """Id of `<s>`, which begins a sequence."""
         return self.processor.bos_id()

@@ -279,6 +279,7 @@ class FitMixin(TrainStep):
             >>> round(results["loss"], 2)
             6.92
         """
+        self._check_compiled()
         self._reset_stale_functions()
         data = self._as_data(x, y, sample_weight, pack)
         data.check_targets("x")
@@ -351,6 +352,7 @@ class FitMixin(TrainStep):
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """See `keras.Model.test_on_batch`."""
+        self._check_compiled()
         self._reset_stale_functions()
         return super().test_on_batch(*args, **kwargs)
 
@@ -413,6 +415,7 @@ class FitMixin(TrainStep):
 
     def _prepare_to_train(self):
         """Checks compiled functions, optimizer and dtypes before training."""
+        self._check_compiled()
         self._reset_stale_functions()
         self._check_optimizer()
         dtypes = {variable.dtype for variable in self.trainable_variables}
@@ -424,6 +427,13 @@ class FitMixin(TrainStep):
                 'dtype="mixed_bfloat16", or train adapters (`enable_lora`), which are '
                 "float32.",
                 stacklevel=3,
+            )
+
+    def _check_compiled(self):
+        if not self.compiled:
+            raise ValueError(
+                "You must call `compile()` before `fit` and `evaluate`: it sets the "
+                "loss and the optimizer. Received: a model with compile=False"
             )
 
     def _check_optimizer(self):

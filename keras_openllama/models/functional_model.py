@@ -1,0 +1,134 @@
+"""What the backbone and the task share as functional Keras models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_openllama.backend.keras_private import CloningRefused
+from keras_openllama.layers.lora import adapted_layers
+from keras_openllama.layers.projection import check_quantization_mode
+from keras_openllama.utils.types import PathLike
+
+if keras.config.backend() == "torch":
+    import torch
+
+
+class FunctionalModel(CloningRefused):
+    """The methods of `keras.Model` that the backbone and the task change."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> FunctionalModel:
+        """Checks the mode of `quantize` before Keras asks for its configuration."""
+        model = super().__new__(cls, *args, **kwargs)
+        # Keras wraps the method of each layer, and resolves `config` in the wrapper.
+        wrapper = model.quantize
+
+        @functools.wraps(wrapper)
+        def quantize(mode=None, config=None, **options):
+            wrapper(check_quantization_mode(mode, config), config, **options)
+
+        model.quantize = quantize
+        return model
+
+    def quantize(
+        self,
+        mode: str | None = None,
+        config: Any = None,
+        filters: str | Sequence[str] | Callable[..., bool] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Quantizes the weights; see `keras.Model.quantize`.
+
+        Norms stay float32. Call `compile` afterwards if the model has been trained.
+
+        Args:
+            mode: `"int8"` or `"int4"`, to save memory; or `"float8"`, which trains all
+                weights with products in float8.
+            config: a `keras.quantizers.QuantizationConfig` instead of a mode.
+            filters: names of the layers to quantize, see `keras.Model.quantize`.
+            **kwargs: see `keras.Model.quantize`.
+
+        Raises:
+            ValueError: for another mode, such as `"gptq"` and `"awq"`; or for
+                `"float8"` with adapters.
+
+        Example:
+            >>> from keras_openllama import OpenLlamaBackbone
+            >>> backbone = OpenLlamaBackbone.from_preset("open_llama_nano")
+            >>> backbone.quantize("int8")
+            >>> backbone.token_embedding.quantization_mode
+            'int8'
+        """
+        if mode == "float8" and adapted_layers(self):
+            raise ValueError(
+                "A model with adapters cannot be quantized to float8, whose scales are "
+                "trained together with all weights. Use 'int8' or 'int4'. "
+                f"Received: mode={mode!r}"
+            )
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def export(
+        self,
+        filepath: PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Exports the forward pass as a program; see `keras.Model.export`.
+
+        The program takes the inputs of a call, a dict of `"token_ids"` and
+        `"padding_mask"` of any batch size and length, and returns what a call returns.
+        For the weights themselves, use `export_to_transformers`.
+
+        Args:
+            filepath: path of the new directory or file.
+            format: `"tf_saved_model"` on JAX and TensorFlow, `"torch"` on PyTorch, or
+                another format of `keras.Model.export`.
+            verbose: whether to print a message.
+            input_signature: list with a dict of `keras.InputSpec`, for fixed sizes.
+            **kwargs: see `keras.Model.export`.
+
+        Raises:
+            ValueError: for `"tf_saved_model"` on PyTorch.
+
+        Example:
+            >>> import os
+            >>> lm.export("saved_model", verbose=False)
+            >>> "saved_model.pb" in os.listdir("saved_model")
+            True
+        """
+        backend = keras.config.backend()
+        if format == "tf_saved_model" and backend == "torch":
+            raise ValueError(
+                "Keras on PyTorch does not export models whose inputs are a dict to "
+                'a SavedModel. Use format="torch", or run the export with '
+                "KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax. Received: "
+                f"format={format!r}"
+            )
+        # Keras would give the two inputs different lengths, or fix them.
+        if format == "tf_saved_model" and backend == "jax":
+            inputs = self.input if input_signature is None else input_signature[0]
+            shapes = {name: _symbolic_shape(spec) for name, spec in inputs.items()}
+            options = kwargs.get("jax2tf_kwargs") or {}
+            kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [shapes], **options}
+        elif format == "torch" and input_signature is None:
+            sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+            kwargs.setdefault("dynamic_shapes", [(dict.fromkeys(self.input, sizes),)])
+        super().export(
+            filepath,
+            format=format,
+            verbose=verbose,
+            input_signature=input_signature,
+            **kwargs,
+        )
+
+
+def _symbolic_shape(spec):
+    """Returns a shape in the notation of `jax2tf`, such as `"(batch, length)"`."""
+    names = zip(spec.shape, ("batch", "length"), strict=True)
+    sizes = [name if size is None else str(size) for size, name in names]
+    return f"({', '.join(sizes)})"
