@@ -25,6 +25,13 @@ from keras_openllama.text.inputs import (
     normalize_training_data,
 )
 from keras_openllama.text.token_arrays import as_token_ids
+from keras_openllama.training.batch_padding import (
+    PaddedInputs,
+    count_sequences,
+    data_parallel_size,
+    pad_batch,
+    pad_tf_dataset,
+)
 from keras_openllama.training.callbacks import (
     BitsPerByte,
     SkippedSteps,
@@ -158,7 +165,9 @@ class FitMixin(TrainStep):
                 `keras.utils.PyDataset`, a generator.
             y: targets, int `(batch, length)`, the token after each position; if `x` is
                 texts used as prompts, their responses.
-            batch_size: sequences per step; 32 by default, as in Keras.
+            batch_size: sequences per step; 32 by default, as in Keras. Data-parallel
+                devices and micro-batches must divide it. Batches of other sizes, such
+                as the last one, are padded, and the padding is ignored.
             sample_weight: float `(batch, length)` or `(batch,)`. Tokens with zero
                 weight are ignored in the loss and the metrics.
             validation_data: of the types of `x`, or a tuple of `x`, `y` and
@@ -212,6 +221,9 @@ class FitMixin(TrainStep):
                 own_callbacks.append(BitsPerByte(held_out.bytes_per_target))
             size = kwargs.get("validation_batch_size")
             size = batch_size if size is None else size
+            if held_out.has_arrays:
+                size = _round_up(size, self._batch_size_divisor())
+                kwargs["validation_batch_size"] = size
             held_out = self._pad_to_full_batches(held_out, size)
             validation_data = held_out.validation_data()
         if type(x).__module__.startswith("grain"):
@@ -260,7 +272,8 @@ class FitMixin(TrainStep):
         Args:
             x: see `fit`.
             y: see `fit`.
-            batch_size: see `fit`.
+            batch_size: sequences per batch; 32 by default. It is rounded up to a
+                multiple of the number of data-parallel devices.
             sample_weight: see `fit`.
             pack: see `fit`.
             return_dict: whether to return a dict instead of a list.
@@ -283,6 +296,8 @@ class FitMixin(TrainStep):
         self._reset_stale_functions()
         data = self._as_data(x, y, sample_weight, pack)
         data.check_targets("x")
+        if data.has_arrays:
+            batch_size = _round_up(batch_size, self._batch_size_divisor())
         x, y, sample_weight, bytes_per_target = self._pad_to_full_batches(
             data, batch_size
         )
@@ -319,7 +334,7 @@ class FitMixin(TrainStep):
 
         Args:
             x: see `fit`.
-            batch_size: sequences per batch; 32 by default.
+            batch_size: see `evaluate`.
             **kwargs: see `keras.Model.predict`.
 
         Returns:
@@ -334,8 +349,20 @@ class FitMixin(TrainStep):
             (1, 256, 3072)
         """
         self._reset_stale_functions()
+        multiple = data_parallel_size()
+        if multiple > 1 and isinstance(self._normalize(x), Batches):
+            inputs = PaddedInputs(self._map_batches(x, multiple=1), multiple)
+            kwargs.setdefault("steps", inputs.steps)
+            outputs = self._call_keras("predict", inputs.generate(), **kwargs)
+            return inputs.remove_padding(outputs)
         x = self._as_data(x).x
-        return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
+        if multiple == 1:
+            return self._call_keras("predict", x, batch_size=batch_size, **kwargs)
+        size = _round_up(batch_size, multiple)
+        outputs = self._call_keras(
+            "predict", pad_batch(x, multiple), batch_size=size, **kwargs
+        )
+        return outputs[: count_sequences(x)]
 
     def _call_keras(self, method, *args, **kwargs):
         """Calls `fit`, `evaluate` or `predict` of `keras.Model`, bypassing KerasHub.
@@ -345,21 +372,40 @@ class FitMixin(TrainStep):
         """
         return getattr(keras.Model, method)(self, *args, **kwargs)
 
-    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
         """See `keras.Model.train_on_batch`."""
         self._prepare_to_train()
-        return super().train_on_batch(*args, **kwargs)
+        batch = self._padded_samples(x, y, sample_weight)
+        return super().train_on_batch(*batch, **kwargs)
 
-    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def test_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
         """See `keras.Model.test_on_batch`."""
         self._check_compiled()
         self._reset_stale_functions()
-        return super().test_on_batch(*args, **kwargs)
+        batch = self._padded_samples(x, y, sample_weight)
+        return super().test_on_batch(*batch, **kwargs)
 
-    def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def predict_on_batch(self, x: Any, **kwargs: Any) -> Any:
         """See `keras.Model.predict_on_batch`."""
         self._reset_stale_functions()
-        return super().predict_on_batch(*args, **kwargs)
+        multiple = data_parallel_size()
+        if multiple == 1:
+            return super().predict_on_batch(x, **kwargs)
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(self.preprocess_samples(x))
+        outputs = super().predict_on_batch(pad_batch(x, multiple), **kwargs)
+        return outputs[: count_sequences(x)]
+
+    def _padded_samples(self, x, y, sample_weight):
+        """Preprocesses a batch and pads it, if devices or micro-batches share it."""
+        multiple = self._batch_size_divisor()
+        if multiple == 1:
+            return x, y, sample_weight
+        batch = pad_batch(self.preprocess_samples(x, y, sample_weight), multiple)
+        return keras.utils.unpack_x_y_sample_weight(batch)
 
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
@@ -469,7 +515,8 @@ class FitMixin(TrainStep):
                 f"sample_weight={sample_weight!r:.80}"
             )
         if isinstance(data, Batches):
-            return _Data(self._map_batches(x), y, sample_weight)
+            batches = self._map_batches(x, self._batch_size_divisor())
+            return _Data(batches, y, sample_weight)
         if isinstance(data, RawInputs):
             return _Data(*self._check_arrays(x, y, sample_weight))
         examples = self.preprocessor.tokenize_examples(data)
@@ -509,24 +556,15 @@ class FitMixin(TrainStep):
                 "data-parallel devices times `micro_batches`. Received: "
                 f"batch_size={size}"
             )
-        more = -count % (size if count > size else parts)
-        weights = data.sample_weight
-        if weights is None:
-            weights = np.ones(np.shape(data.y), "float32")
-        weights = _append_copies(weights, more)
-        weights[count:] = 0
-        x = {name: _append_copies(array, more) for name, array in data.x.items()}
-        y = _append_copies(data.y, more)
-        return data._replace(x=x, y=y, sample_weight=weights)
+        batch = (data.x, data.y, data.sample_weight)
+        batch = pad_batch(batch, size if count > size else parts)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        return data._replace(x=x, y=y, sample_weight=sample_weight)
 
     def _batch_size_divisor(self):
         """Returns the number that must divide the batch size."""
         options = self.train_plan.step_options
-        parts = options.micro_batches if options else 1
-        if keras.config.backend() == "jax":
-            distribution = keras.distribution.distribution()
-            parts *= getattr(distribution, "num_model_replicas", 1)
-        return parts
+        return (options.micro_batches if options else 1) * data_parallel_size()
 
     def _check_arrays(self, x, y, sample_weight):
         """Checks arrays: backends would clamp invalid token ids."""
@@ -544,11 +582,17 @@ class FitMixin(TrainStep):
             sample_weight = np.broadcast_to(weights[:, None], np.shape(y))
         return x, y, sample_weight
 
-    def _map_batches(self, batches):
-        """Converts batches of text to batches of arrays that include the targets."""
+    def _map_batches(self, batches, multiple):
+        """Converts batches of text to batches of arrays that include the targets.
+
+        Sequences with zero weight are appended, so that `multiple` divides their sizes.
+        """
         batch_warnings = BatchWarnings()
 
         def preprocess(batch):
+            return pad_batch(preprocess_without_padding(batch), multiple)
+
+        def preprocess_without_padding(batch):
             batch = batch if isinstance(batch, tuple) else (batch,)
             x, y, sample_weight = (*batch, None, None)[:3]
             data = self._normalize(x, y)
@@ -559,7 +603,8 @@ class FitMixin(TrainStep):
             return self.preprocessor.pad_examples(examples, sample_weight)
 
         if is_tf_dataset(batches):
-            return batches.map(self.preprocess_samples, num_parallel_calls=-1)
+            batches = batches.map(self.preprocess_samples, num_parallel_calls=-1)
+            return batches if multiple == 1 else pad_tf_dataset(batches, multiple)
         if isinstance(batches, keras.utils.PyDataset):
             return _MappedPyDataset(batches, preprocess)
         if inspect.isgenerator(batches):
@@ -567,10 +612,12 @@ class FitMixin(TrainStep):
         return batches.map(preprocess)
 
 
-def _append_copies(array, count):
-    """Appends copies of the first element to an array."""
-    array = ops.convert_to_numpy(array)
-    return np.concatenate([array, np.repeat(array[:1], count, axis=0)])
+def _round_up(batch_size, multiple):
+    """Rounds a batch size up to a multiple; `None` is Keras's default."""
+    if multiple == 1:
+        return batch_size
+    size = 32 if batch_size is None else check_integer("batch_size", batch_size)
+    return -(-size // multiple) * multiple
 
 
 class _MappedPyDataset(keras.utils.PyDataset):
