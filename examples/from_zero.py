@@ -143,16 +143,19 @@ validate_every: {5 if quick else 50}
 sample_every: 0
 """
 )
-keras_openllama(
-    "pretrain --preset nano --config pretrain.yaml --data data --output run"
-)
+words = "pretrain --preset nano --config pretrain.yaml --data data --output run"
+command = [sys.executable, "-m", "keras_openllama", *words.split()]
+messages = []
+with subprocess.Popen(
+    command, cwd=output, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+) as process:
+    for line in process.stderr:  # Of the progress bar, too.
+        messages.append(line)
+        if "validation loss" in line:
+            print(line.strip(), flush=True)
+if process.returncode:
+    raise RuntimeError("".join(messages)[-2000:])
 
-lines = (output / "run" / "validation.jsonl").read_text().splitlines()
-for record in map(json.loads, lines):
-    print(
-        f"step {record['step']:4}: {record['tokens']:9,} tokens, validation loss "
-        f"{record['loss']:.2f}, {record['bits_per_byte']:.2f} bits per byte"
-    )
 print("The curve:", output / "run" / "loss.png")
 
 """

@@ -16,7 +16,11 @@ from typing import Any
 
 import keras
 
-from keras_openllama.backend.keras_private import preserve_tensorflow_availability
+from keras_openllama.backend.keras_private import (
+    preserve_tensorflow_availability,
+    quiet_lazy_tensorflow,
+)
+from keras_openllama.backend.quiet import ignore_quantize_warnings
 from keras_openllama.utils.types import PathLike
 
 _TENSORFLOW_MODULES = ("tensorflow", "tensorflow_text")
@@ -58,6 +62,10 @@ with without_tensorflow():
     from keras_hub.src.samplers.serialization import get as get_sampler
     from keras_hub.src.utils.preset_utils import KerasPresetLoader, KerasPresetSaver
     from keras_hub.src.utils.python_utils import classproperty
+
+
+ignore_quantize_warnings()
+quiet_lazy_tensorflow()
 
 
 def save_configurations(task: CausalLM, directory: PathLike) -> None:

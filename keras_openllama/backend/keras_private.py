@@ -20,6 +20,7 @@ from keras.src.saving.saving_lib import H5IOStore
 from keras.src.saving.saving_lib import _save_state as _keras_save_state
 from keras.src.utils import module_utils
 
+from keras_openllama.backend.quiet import quiet_tensorflow_import
 from keras_openllama.utils.types import Tensor
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "open_hdf5_files_with",
     "optimized_variables",
     "preserve_tensorflow_availability",
+    "quiet_lazy_tensorflow",
     "register_torch_parameters",
     "save_state",
     "set_variable_layout",
@@ -314,6 +316,22 @@ def torch_dtype(dtype: str) -> torch.dtype:
     from keras.src.backend.torch.core import to_torch_dtype
 
     return to_torch_dtype(dtype)
+
+
+def quiet_lazy_tensorflow() -> None:
+    """Lets Keras import TensorFlow without messages, as it does to save a model.
+
+    Wraps `keras.src.utils.module_utils.tensorflow.initialize`.
+    """
+    lazy = module_utils.tensorflow
+    if "initialize" in vars(lazy):
+        return
+
+    def initialize():
+        with quiet_tensorflow_import():
+            type(lazy).initialize(lazy)
+
+    lazy.initialize = initialize
 
 
 @contextlib.contextmanager

@@ -6,18 +6,17 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+
+from keras_openllama.backend.quiet import quiet_tensorflow_import
 
 PROGRAM = "keras-openllama"
 # Start of the process, in seconds of `time.monotonic`; before Keras is imported.
 START = time.monotonic()
 # Backend -> module to import.
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
-_TENSORFLOW_REPORT = re.compile(rb"WARNING: All log messages before absl|I\d{4} ")
 
 
 def add_backend(group: argparse._ActionsContainer) -> None:
@@ -83,24 +82,13 @@ def choose_backend(name: str | None) -> None:
 def quiet_tensorflow() -> Iterator[None]:
     """Suppresses the messages that TensorFlow's C++ code logs when it is imported.
 
-    TF_CPP_MIN_LOG_LEVEL has no effect on messages that it writes before its logging is
-    set up. All other messages on stderr are printed after the import.
+    With another backend, Keras imports it later, if at all.
     """
     if os.environ["KERAS_BACKEND"] != "tensorflow":
         yield
         return
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            captured.seek(0)
-            for line in captured:
-                if not _TENSORFLOW_REPORT.match(line):
-                    os.write(2, line)
+    with quiet_tensorflow_import():
+        yield
 
 
 @contextlib.contextmanager
