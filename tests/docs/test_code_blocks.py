@@ -32,7 +32,7 @@ BLOCK = re.compile(
 )
 MARKS = re.compile(r"compile only \(.+\)|run")
 # Options of other programs.
-OTHER_FLAGS = {"--spot", "--model_args"}
+OTHER_FLAGS = {"--spot", "--model_args", "--apply_chat_template"}
 # Words that end a command.
 OPERATORS = {"<", ">", ">>", "|", "&&", "||", ";", "&", "--"}
 
