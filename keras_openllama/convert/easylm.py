@@ -62,7 +62,7 @@ def load(
     source = EasyLMSource(path, find_source(preset, revision))
     if preprocessor == "auto":
         try:
-            source.tokenizer_file()
+            source.tokenizer_proto()
         except FileNotFoundError as error:
             warnings.warn(
                 f"{error} So the model works on token ids. Pass preprocessor=None if "
