@@ -32,7 +32,13 @@ BLOCK = re.compile(
 )
 MARKS = re.compile(r"compile only \(.+\)|run")
 # Options of other programs.
-OTHER_FLAGS = {"--spot", "--model_args", "--apply_chat_template"}
+OTHER_FLAGS = {
+    "--apply_chat_template",
+    "--fewshot_as_multiturn",
+    "--model_args",
+    "--spot",
+    "--system_instruction",
+}
 # Words that end a command.
 OPERATORS = {"<", ">", ">>", "|", "&&", "||", ";", "&", "--"}
 
