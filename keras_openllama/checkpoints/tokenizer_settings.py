@@ -9,6 +9,7 @@ Source: `PreTrainedTokenizerBase.from_pretrained` of transformers 5.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -105,9 +106,9 @@ class TokenizerFiles:
         """
         files = {CONFIG: self.config, SPECIAL: self._object(SPECIAL)}
         names = [
-            name
+            token.content
             for file, data in files.items()
-            for name in self._contents(file, "eos_token", data.get("eos_token"))
+            for token in self._named_tokens(file, "eos_token", data.get("eos_token"))
         ]
         if not names or not any(map(self._repository.optional, (MODEL, FAST))):
             return None
@@ -220,15 +221,21 @@ class TokenizerFiles:
         contents = {token.content for token in tokens}
         names = [
             name
-            for name in self._special_names
+            for name in self._special_tokens
             if name not in contents
             and processor.piece_to_id(name) == processor.unk_id()
             and name != processor.id_to_piece(processor.unk_id())
         ]
         try:
-            return as_added_tokens([*tokens, *names], processor.vocab_size())
+            tokens = as_added_tokens([*tokens, *names], processor.vocab_size())
         except ValueError as error:
             raise self._error("The tokenizer", f"has wrong tokens: {error}") from error
+        return [
+            dataclasses.replace(self._special_tokens[token.content], id=token.id)
+            if token.content in names
+            else token
+            for token in tokens
+        ]
 
     def _listed_tokens(self):
         """Yields the tokens of each file that gives ids, the most precise first."""
@@ -250,7 +257,7 @@ class TokenizerFiles:
                     "must map each token to its integer id, such as "
                     f'{{"<|im_end|>": 32000}}. Received: {content!r}: {token_id!r}',
                 )
-        special = set(self._special_names)
+        special = self._special_tokens
         yield (
             ADDED,
             [
@@ -272,24 +279,28 @@ class TokenizerFiles:
         return [_token(entry, int(i), name) for i, entry in decoder.items()]
 
     @functools.cached_property
-    def _special_names(self):
-        """The special tokens that files name, without their ids."""
-        names = {}
-        for file, data in ((CONFIG, self.config), (SPECIAL, self._object(SPECIAL))):
-            for key in _SPECIAL_NAMES:
-                names |= dict.fromkeys(self._contents(file, key, data.get(key)))
-        return list(names)
+    def _special_tokens(self):
+        """The special tokens that files name without their ids (here 0), by text."""
+        return {
+            token.content: token
+            for file, data in ((CONFIG, self.config), (SPECIAL, self._object(SPECIAL)))
+            for key in _SPECIAL_NAMES
+            for token in self._named_tokens(file, key, data.get(key))
+        }
 
-    def _contents(self, file, key, value):
-        if value is None:
+    def _named_tokens(self, file, key, value):
+        """Returns the tokens that a setting names, with the id 0."""
+        if not value:
             return []
         if isinstance(value, str):
-            return [value]
+            return [AddedToken(value, 0)]
         if isinstance(value, dict) and isinstance(value.get("content"), str):
-            return [value["content"]]
+            # As in transformers, these are not found in the normalized text.
+            value = {**value, "special": True, "normalized": False}
+            return [_token(value, 0, file)]
         if isinstance(value, (list, dict)) and not key.endswith("_token"):
             items = value.values() if isinstance(value, dict) else value
-            return [name for item in items for name in self._contents(file, key, item)]
+            return [t for item in items for t in self._named_tokens(file, key, item)]
         raise self._error(
             file, f"sets {key}={value!r:.80}, which must be the text of a token"
         )

@@ -70,6 +70,12 @@ FORMS = {
     "pad_token": {
         "tokenizer_config.json": {"pad_token": START, "extra_special_tokens": [END]}
     },
+    "flags without ids": {
+        "tokenizer_config.json": {
+            "pad_token": {"__type": "AddedToken", **entry(START, rstrip=True)}
+        },
+        "special_tokens_map.json": {"mask_token": entry(END, lstrip=True)},
+    },
     "legacy": {
         "tokenizer_config.json": {"legacy": True, "added_tokens_decoder": decoder()}
     },
