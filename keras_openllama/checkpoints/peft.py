@@ -233,14 +233,16 @@ def _match(stored, backbone, rank, repository):
     }
     names = {name.removeprefix(_PREFIX) for name in known}
     stored = {
-        _PREFIX + name: tensor
+        _PREFIX + name.removeprefix(_PREFIX): tensor
         for name, tensor in unwrap_names(stored, names, repository, _PREFIX).items()
     }
     unknown = set(stored) - set(known)
     if unknown:
         raise ValueError(
             f"{repository} has adapters for layers that this model does not have: "
-            f"{format_names(unknown)}. Load them into their base model."
+            f"{format_names(unknown)}. Load them into their base model; adapters "
+            "of the embeddings or the head are not supported: merge them with PEFT "
+            "(`merge_and_unload`), and load the merged model."
         )
     for name, tensor in stored.items():
         expected = _factor_shape(*known[name], rank)

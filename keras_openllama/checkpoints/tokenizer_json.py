@@ -183,12 +183,35 @@ def prepend_scheme_of(data: dict[str, Any]) -> str | None:
     return None
 
 
+def template_of(data: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Returns where a tokenizer puts special tokens around a text.
+
+    Args:
+        data: Contents of `tokenizer.json`.
+
+    Returns:
+        The parts, each with the key `"Sequence"` (the text) or `"SpecialToken"`. `None`
+        if the file does not define them.
+
+    Example:
+        >>> proto = lm.preprocessor.tokenizer.proto
+        >>> template = template_of(json.loads(build_tokenizer_json(proto)))
+        >>> [next(iter(part)) for part in template]
+        ['SpecialToken', 'Sequence']
+    """
+    for step in _steps(data, "post_processor"):
+        if step.get("type") == "TemplateProcessing":
+            return step.get("single") or None
+    return None
+
+
 def _steps(data, name):
     """Returns the steps of a part of the file, which may be a sequence."""
     part = data.get(name)
     if not isinstance(part, dict):
         return []
-    steps = part.get("normalizers") or part.get("pretokenizers") or [part]
+    names = "normalizers", "pretokenizers", "processors"
+    steps = next((part[name] for name in names if part.get(name)), [part])
     return [step for step in steps if isinstance(step, dict)]
 
 

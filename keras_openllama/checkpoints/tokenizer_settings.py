@@ -18,6 +18,7 @@ from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tokenizer_json import (
     build_sentencepiece_model,
     prepend_scheme_of,
+    template_of,
 )
 from keras_openllama.text.added_tokens import (
     AddedToken,
@@ -40,6 +41,8 @@ _SPECIAL_NAMES = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"),
     *("cls_token", "mask_token", "additional_special_tokens", "extra_special_tokens"),
 )
+# General classes of transformers, which do what the files say.
+_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer")
 # Settings of which `OpenLlamaTokenizer` implements only these values.
 _SUPPORTED_VALUES = {
     "add_prefix_space": (True, None),
@@ -92,30 +95,53 @@ class TokenizerFiles:
         return {
             "added_tokens": [token.to_json() for token in tokens],
             "prepend_scheme": self._prepend_scheme(bool(tokens)),
-            "add_eos": bool(self._boolean("add_eos_token")),
+            "add_eos": self._adds("add_eos_token", last=True) or False,
         }
 
     def adds_start_token(self) -> bool:
         """Returns whether a text begins with `<s>`; it does unless a file says no."""
-        return self._boolean("add_bos_token") is not False
+        return self._adds("add_bos_token", last=False) is not False
+
+    def _adds(self, name, last):
+        """Returns a setting, which transformers 5 writes into `tokenizer.json` only."""
+        value = self._boolean(name)
+        template = template_of(self._fast)
+        if value is not None or template is None:
+            return value
+        return "SpecialToken" in template[-1 if last else 0]
+
+    def start_token(self) -> int | None:
+        """Returns the id of the start token that the files name, if any."""
+        first = (template_of(self._fast) or [{}])[0]
+        in_template = first.get("SpecialToken", {}).get("id")
+        return self._id_of([*self._names_of("bos_token"), in_template])
 
     def renamed_end_token(self) -> int | None:
         """Returns the id of the end token that the files name.
 
         `None` if they name none, or that of the SentencePiece model.
         """
+        token_id = self._id_of(self._names_of("eos_token"))
+        if token_id is None or token_id == self._processor.eos_id():
+            return None
+        return token_id
+
+    def _names_of(self, key):
         files = {CONFIG: self.config, SPECIAL: self._object(SPECIAL)}
-        names = [
+        return [
             token.content
             for file, data in files.items()
-            for token in self._named_tokens(file, "eos_token", data.get("eos_token"))
+            for token in self._named_tokens(file, key, data.get(key))
         ]
-        if not names or not any(map(self._repository.optional, (MODEL, FAST))):
+
+    def _id_of(self, names):
+        """Returns the id of the first name, if there is one, and it has an id."""
+        name = next(filter(None, names), None)
+        if name is None or not any(map(self._repository.optional, (MODEL, FAST))):
             return None
         added = {token.content: token.id for token in self._tokens}
-        token_id = added.get(names[0], self._processor.piece_to_id(names[0]))
-        known = self._processor.eos_id(), self._processor.unk_id()
-        return None if token_id in known else token_id
+        token_id = added.get(name, self._processor.piece_to_id(name))
+        return None if token_id == self._processor.unk_id() else token_id
 
     # ----- The files
 
@@ -178,6 +204,17 @@ class TokenizerFiles:
         return ValueError(f"{name} of {self._repository} {problem}.")
 
     def _check_supported(self):
+        tokenizer_class = self.config.get("tokenizer_class")
+        if (
+            tokenizer_class not in _CLASSES
+            and "llama" not in f"{tokenizer_class}".lower()
+        ):
+            raise self._error(
+                CONFIG,
+                f"sets tokenizer_class={tokenizer_class!r}, which may encode texts "
+                f"otherwise than {MODEL}. Write 'LlamaTokenizer' there if it does not, "
+                "or load the model with preprocessor=None",
+            )
         for name, allowed in _SUPPORTED_VALUES.items():
             value = self.config.get(name)
             if value not in allowed:

@@ -267,19 +267,28 @@ class TransformersSource(StreamedSource):
     def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
         """Loads a preprocessor, see `ModelSource`."""
         preprocessor = super().preprocessor(cls, kwargs)
-        self._check_start_token(preprocessor.tokenizer)
+        if preprocessor.add_start_token:
+            self._check_start_token(preprocessor.tokenizer)
         return preprocessor
 
     def _check_start_token(self, tokenizer):
-        declared, used = self.start_token_id(), tokenizer.start_token_id
-        if declared != used:
-            warnings.warn(
-                f"{self._path} sets bos_token_id={declared}, but texts begin with the "
-                f"start token of the tokenizer, {tokenizer.id_to_token(used)!r} "
-                f"({used}). If the file's eos_token_id is wrong as well, set "
-                "`lm.end_token_ids`.",
-                stacklevel=2,
-            )
+        used = tokenizer.start_token_id
+        of_tokenizer = self._tokenizer_files.start_token()
+        if self.start_token_id() != used:
+            declared = f"{self._path} sets bos_token_id={self.start_token_id()}"
+        elif of_tokenizer not in (None, used):
+            token = tokenizer.id_to_token(of_tokenizer)
+            declared = f"The tokenizer's files set bos_token={token!r} ({of_tokenizer})"
+        else:
+            return
+        warnings.warn(
+            f"{declared}, but texts begin with the start token of the tokenizer, "
+            f"{tokenizer.id_to_token(used)!r} ({used}). If the model was trained "
+            "without it, set `lm.preprocessor.add_start_token = False`, and write "
+            "another start token into the texts. If the file's eos_token_id is wrong "
+            "as well, set `lm.end_token_ids`.",
+            stacklevel=2,
+        )
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """Returns the added tokens and settings in the files of the tokenizer."""

@@ -78,6 +78,7 @@ def test_tokens_without_a_row_are_ignored_with_a_warning(tmp_path):
         ({CONFIG: {"extra_special_tokens": [3]}}, "extra_special_tokens=3"),
         ({CONFIG: {"add_bos_token": "no", "add_eos_token": "no"}}, "must be a boolean"),
         ({CONFIG: {"legacy": 1}}, "legacy=1"),
+        ({CONFIG: {"tokenizer_class": "GPT2Tokenizer"}}, "GPT2Tokenizer.*LlamaTok"),
         ({CONFIG: {"add_prefix_space": False}}, "add_prefix_space=False"),
         ({CONFIG: {"sp_model_kwargs": {"enable_sampling": True}}}, "sp_model_kwargs"),
         (

@@ -196,3 +196,30 @@ def test_tokenizer_config_is_kept_by_conversions(tmp_path):
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")(text)
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")(text)
     assert found["input_ids"] == expected["input_ids"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_from_preset_reads_the_template_that_transformers_5_writes(bos, eos, tmp_path):
+    """It writes `add_bos_token` and `add_eos_token` into tokenizer.json only."""
+    config = {"add_bos_token": bos, "add_eos_token": eos}
+    checkpoint(tmp_path, {"tokenizer_config.json": config})
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.model").unlink()
+    saved.save_pretrained(tmp_path)
+    assert config.keys().isdisjoint(
+        json.loads((tmp_path / "tokenizer_config.json").read_text())
+    )
+    preprocessor = OpenLlamaCausalLMPreprocessor.from_preset(str(tmp_path))
+    assert preprocessor.add_start_token is bos
+    ids = preprocessor.tokenizer("the sea", add_bos=bos)
+    assert list(ids) == saved("the sea")["input_ids"]
+
+
+def test_from_preset_warns_of_another_start_token(tmp_path):
+    checkpoint(tmp_path, FORMS["added_tokens.json"])
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"bos_token": START}))
+    with pytest.warns(UserWarning, match=r"bos_token='<\|im_start\|>'.*add_start_tok"):
+        OpenLlamaCausalLMPreprocessor.from_preset(str(tmp_path))
