@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints.files import safetensors, torch_zip
 from keras_openllama.checkpoints.matching import format_names
+from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.types import PathLike
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def read_weight_map(index: Path) -> dict[str, Any]:
         ValueError: If the file is damaged or has no weight map.
     """
     try:
-        files_of = json.loads(index.read_bytes())["weight_map"]
+        files_of = read_json_object(index)["weight_map"]
         files_of.values()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from keras_openllama.utils.text_files import check_not_lfs_pointer
 from keras_openllama.utils.types import PathLike
 
 _PAGE = mmap.PAGESIZE
@@ -68,7 +69,7 @@ class MappedFile:
 
     Raises:
         OSError: If the file cannot be opened.
-        ValueError: If the file is empty.
+        ValueError: If the file is empty, or a Git LFS pointer.
     """
 
     def __init__(self, path: PathLike):
@@ -77,6 +78,7 @@ class MappedFile:
             self.size = os.fstat(file.fileno()).st_size
             if self.size == 0:
                 raise ValueError(f"{self.path} is empty. {self.remedy}")
+            check_not_lfs_pointer(file.read(64), self.path)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @property

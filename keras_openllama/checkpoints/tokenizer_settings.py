@@ -27,6 +27,7 @@ from keras_openllama.text.added_tokens import (
 )
 from keras_openllama.text.sentencepiece_model import load_processor
 from keras_openllama.utils.files import read_json_object
+from keras_openllama.utils.text_files import decode_text
 
 if TYPE_CHECKING:
     from keras_openllama.checkpoints.repository import Repository
@@ -172,7 +173,8 @@ class TokenizerFiles:
                 "to make it from."
             )
         try:
-            proto = build_sentencepiece_model(path.read_text("utf-8"))
+            text = decode_text(path.read_bytes(), path)
+            proto = build_sentencepiece_model(text)
         except ValueError as error:
             raise ValueError(
                 f"{MODEL} is missing from {self._repository}, and cannot be made from "
@@ -375,7 +377,7 @@ class TokenizerFiles:
 
         path = self._repository.file(FAST)
         try:
-            fast = Tokenizer.from_file(str(path))
+            fast = Tokenizer.from_str(decode_text(path.read_bytes(), path))
         except Exception as error:  # The library raises no narrower class.
             raise ValueError(f"{path} is not a valid tokenizer: {error}.") from error
         fast.encode_special_tokens = True

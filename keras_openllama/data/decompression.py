@@ -13,6 +13,7 @@ from keras_openllama.utils.types import PathLike
 
 _COMPRESSED_CHUNK = 1 << 17  # Decompression grows it by an unknown factor.
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_SKIPPABLE = b"\x2a\x4d\x18"  # Bytes 1 to 3 of a frame of zstd without content.
 
 
 class Decompressed(io.RawIOBase):
@@ -65,6 +66,9 @@ class Decompressed(io.RawIOBase):
             )
         if self._input[:2] == _GZIP:
             return zlib.decompressobj(zlib.MAX_WBITS | 16)
+        is_zstd = self._input.startswith(_ZSTD) or self._input[1:4] == _SKIPPABLE
+        if self._is_empty and not is_zstd and len(self._input) >= len(_ZSTD):
+            raise OSError("it is neither a gzip nor a zstd file")
         import zstandard
 
         return zstandard.ZstdDecompressor().decompressobj()

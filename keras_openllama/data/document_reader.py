@@ -153,7 +153,8 @@ def _json_document(line, fields, limit):
     if isinstance(line, Skipped):
         return line
     try:
-        value = json.loads(line)
+        # A mark may follow the first line: where files were concatenated.
+        value = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         return Skipped(NOT_JSON)
     if not isinstance(value, dict):

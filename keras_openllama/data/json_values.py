@@ -55,6 +55,7 @@ def read_json_values(path: PathLike) -> list[LocatedValue]:
     data = without_mark(read_decompressed(path), path)
     # What is not UTF-8 becomes lone surrogates, and is an error of its line.
     text = data.decode("utf-8", "surrogateescape")
+    text = text.replace("\n\ufeff", "\n")  # Files that were concatenated.
     lines = [(i, s) for i, s in enumerate(text.split("\n"), 1) if s.strip()]
     if not lines:
         return []

@@ -19,6 +19,7 @@ from keras_openllama.checkpoints.contents import (
 from keras_openllama.loading.sources import SourceDefaults
 from keras_openllama.text.sentencepiece_model import read_model
 from keras_openllama.utils.files import read_json_object
+from keras_openllama.utils.text_files import check_not_lfs_pointer
 
 if TYPE_CHECKING:
     import keras
@@ -181,7 +182,9 @@ class KerasHubSource(SourceDefaults):
         patterns = ["*.json", "assets/**/*", *(["*.weights.h5"] * load_weights)]
         for pattern in patterns:
             for name in self._repository.glob(pattern):
-                self._repository.file(name)
+                path = self._repository.file(name)
+                with open(path, "rb") as file:
+                    check_not_lfs_pointer(file.read(64), path)
         directory = (config or self._repository.file(_TOKENIZER_CONFIG)).parent
         try:
             with without_tensorflow():

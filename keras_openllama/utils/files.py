@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from keras_openllama.utils.locks import IS_POSIX
+from keras_openllama.utils.text_files import check_not_lfs_pointer
 from keras_openllama.utils.types import PathLike
 
 
@@ -187,15 +188,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is not valid JSON, or not an object.
+        ValueError: If it is not valid JSON, not an object, or a Git LFS pointer.
 
     Example:
         >>> _ = Path("config.json").write_text('{"num_layers": 26}')
         >>> read_json_object(Path("config.json"))
         {'num_layers': 26}
     """
+    data = path.read_bytes()
+    check_not_lfs_pointer(data, path)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(data, dict):

@@ -24,6 +24,22 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(b"version https://git-lfs")
 
 
+def check_not_lfs_pointer(start: bytes, name: object) -> None:
+    """Checks that a file is itself there, and not a Git LFS pointer to it.
+
+    Args:
+        start: The first bytes of the file.
+        name: Name of the file, for the error message.
+
+    Raises:
+        ValueError: If it is a pointer.
+    """
+    if is_lfs_pointer(start):
+        raise ValueError(
+            f"{name} is a Git LFS pointer: `git lfs pull` gets the file itself."
+        )
+
+
 def without_mark(start: bytes, name: object) -> bytes:
     """Removes the byte-order mark of UTF-8.
 
@@ -43,10 +59,7 @@ def without_mark(start: bytes, name: object) -> bytes:
         ...
         ValueError: a.txt is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.
     """
-    if is_lfs_pointer(start):
-        raise ValueError(
-            f"{name} is a Git LFS pointer: `git lfs pull` gets the file itself."
-        )
+    check_not_lfs_pointer(start, name)
     for mark, encoding in _OTHER_ENCODINGS.items():
         if start.startswith(mark):
             raise _encoding_error(name, encoding)

@@ -117,3 +117,14 @@ def test_an_equal_tokenizer_json_is_silent(tmp_path, recwarn):
     recwarn.clear()
     settings(tmp_path, {})
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_tokenizer_json_may_begin_with_a_byte_order_mark(with_model, tmp_path):
+    text = build_tokenizer_json(trained_model(keep_spaces=True))
+    (tmp_path / FAST).write_text("\ufeff" + text, "utf-8")
+    if with_model:
+        (tmp_path / "tokenizer.model").write_bytes(trained_model(keep_spaces=True))
+    files = TokenizerFiles(LocalRepository(tmp_path))
+    assert files.settings(512)["added_tokens"] == []
+    assert files.proto()

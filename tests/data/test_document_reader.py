@@ -305,8 +305,15 @@ def test_read_documents_rejects_uncompressed_content_in_a_compressed_file(
     name, content, tmp_path
 ):
     path = write_file(tmp_path / name, content)
-    with raises_source_error(path, "could not be read completely"):
+    problem = "neither a gzip nor a zstd file" if content else "it is truncated"
+    with raises_source_error(path, "could not be read completely", problem):
         read_all(path)
+
+
+def test_read_documents_of_zstd_accepts_a_frame_without_content(tmp_path):
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path = write_file(tmp_path / "a.jsonl.zst", skippable + zstd(LINE))
+    assert len(read_all(path)) == 1
 
 
 def test_read_documents_rejects_trailing_bytes(tmp_path):
@@ -465,6 +472,7 @@ JSONL = b'{"text": "one"}\r\n{"text": "two"}\r\n'
         ("a.jsonl", b"\xef\xbb\xbf" + JSONL, ["one", "two"]),
         ("a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + JSONL), ["one", "two"]),
         ("a.txt", b"\xef\xbb\xbfone\r\ntwo", ["one\ntwo"]),
+        ("joined.jsonl", JSONL[:17] + b"\xef\xbb\xbf" + JSONL[17:], ["one", "two"]),
     ],
 )
 def test_read_documents_ignores_a_byte_order_mark(name, data, expected, tmp_path):

@@ -78,3 +78,9 @@ def test_read_json_values_names_a_damaged_file(data, message, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=rf"x\.jsonl.*{message}"):
         read_json_values(path)
+
+
+def test_read_json_values_ignores_byte_order_marks_of_joined_files(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf[1]\n\xef\xbb\xbf[2]\n")
+    assert [value.value for value in read_json_values(path)] == [[1], [2]]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -434,6 +435,31 @@ def test_from_preset_rejects_the_tokenizer_of_another_version(
     with pytest.raises(ValueError, match=r"tokenizer\.model merges runs of spaces"):
         OpenLlamaCausalLM.from_preset("open_llama_3b_v2")
     OpenLlamaCausalLM.from_preset(f"hf://{HANDLE}")  # Which has no expected version.
+
+
+def git_lfs_pointers(source, directory):
+    """Replaces each file of a model in turn by a Git LFS pointer; yields its path."""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        shutil.copytree(source, directory)
+        pointer = directory / path.relative_to(source)
+        pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+        yield pointer
+        shutil.rmtree(directory)
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("form", ["transformers", "sharded", "Keras"])
+def test_from_preset_names_files_that_are_git_lfs_pointers(
+    form, directory, saved, tmp_path
+):
+    source = {"sharded": directory, "Keras": saved}.get(form, tmp_path / "exported")
+    if form == "transformers":
+        model = OpenLlamaCausalLM.from_preset(str(saved))
+        model.export_to_transformers(source)
+        (source / "README.md").unlink()
+    for pointer in git_lfs_pointers(source, tmp_path / "model"):
+        with pytest.raises(ValueError, match=f"{pointer.name}.* is a Git LFS pointer"):
+            OpenLlamaCausalLM.from_preset(str(tmp_path / "model"))
 
 
 @pytest.mark.backend_free
