@@ -640,6 +640,10 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
         }
         is_map = isinstance(self.dtype_policy, keras.dtype_policies.DTypePolicyMap)
         if is_map or not quantized:
+            if is_saving_merged():
+                # The dtype of the weights: KerasHub cannot load presets of mixed
+                # policies. It then uses `keras.config.dtype_policy()`.
+                return keras.DTypePolicy(self.variable_dtype)
             return self.dtype_policy
         return keras.dtype_policies.DTypePolicyMap(
             default_policy=self.dtype_policy, policy_map=quantized

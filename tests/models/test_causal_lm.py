@@ -226,12 +226,15 @@ def test_save_to_preset_saves_the_head_of_each_task(tmp_path):
     assert backbone.count_params() == first.count_params() - 512 * 48
 
 
-def test_keras_hub_from_preset_returns_our_class(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_keras_hub_from_preset_returns_our_class(tmp_path, dtype):
     import keras_hub
 
-    lm = make_lm()
+    lm = make_lm(dtype)
     lm.save_to_preset(tmp_path)
     again = keras_hub.models.CausalLM.from_preset(str(tmp_path))
+    assert again.dtype_policy == keras.config.dtype_policy()
+    again = keras_hub.models.CausalLM.from_preset(str(tmp_path), dtype=dtype)
     assert isinstance(again, OpenLlamaCausalLM)
     np.testing.assert_array_equal(logits_of(again), logits_of(lm))
 
