@@ -80,6 +80,35 @@ class SkippedSteps(keras.callbacks.Callback):
         return message + float16_advice(self.model)
 
 
+class NotFiniteLoss(keras.callbacks.Callback):
+    """Warns after an epoch whose loss is not finite.
+
+    It is for losses other than the default one, for which `SkippedSteps` does more.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Warns if the mean loss of the epoch is not finite."""
+        warn_if_not_finite(self.model, (logs or {}).get("loss", 0.0))
+
+
+def warn_if_not_finite(model: keras.Model, loss: float) -> None:
+    """Warns about a loss that is not finite.
+
+    Args:
+        model: the model.
+        loss: its loss.
+
+    Example:
+        >>> warn_if_not_finite(lm, 6.92)
+    """
+    if not math.isfinite(loss):
+        warnings.warn(
+            f"The loss is {loss}, because a logit is not finite. Check the weights."
+            f"{float16_advice(model)}",
+            stacklevel=3,
+        )
+
+
 def float16_advice(model: keras.Model) -> str:
     """Returns what to do about values that are not finite in a float16 model.
 

@@ -34,8 +34,9 @@ from keras_openllama.training.batch_padding import (
 )
 from keras_openllama.training.callbacks import (
     BitsPerByte,
+    NotFiniteLoss,
     SkippedSteps,
-    float16_advice,
+    warn_if_not_finite,
 )
 from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
 from keras_openllama.training.target_weights import no_targets_error
@@ -176,7 +177,7 @@ class FitMixin(TrainStep):
                 attends only to itself. For lists of texts, prompt/response dicts, or
                 chats.
             callbacks: see `keras.Model.fit`. A `keras.callbacks.CallbackList` omits the
-                callbacks that `fit` adds (`SkippedSteps`, `BitsPerByte`).
+                callbacks that `fit` adds (such as `SkippedSteps`).
             validation_split: fraction of the sequences to hold out from the end, if
                 `validation_data` is not given: of the examples or arrays, or with
                 `pack` of the packed sequences. Not for batches.
@@ -215,9 +216,10 @@ class FitMixin(TrainStep):
         if held_out is not None:
             held_out.check_targets("validation_data")
         x, y, sample_weight, _ = self._pad_to_full_batches(data, batch_size)
-        own_callbacks = [SkippedSteps()] if self.train_plan.auto_loss else []
+        auto_loss = self.train_plan.auto_loss
+        own_callbacks = [SkippedSteps() if auto_loss else NotFiniteLoss()]
         if held_out is not None:
-            if held_out.bytes_per_target and self.train_plan.auto_loss:
+            if held_out.bytes_per_target and auto_loss:
                 own_callbacks.append(BitsPerByte(held_out.bytes_per_target))
             size = kwargs.get("validation_batch_size")
             size = batch_size if size is None else size
@@ -310,16 +312,11 @@ class FitMixin(TrainStep):
             return_dict=return_dict or self.train_plan.auto_loss,
             **kwargs,
         )
+        if self.train_plan.auto_loss and not float(loss_tracker(self).count):
+            raise no_targets_error("The batches have")
+        warn_if_not_finite(self, float(loss_tracker(self).result()))
         if not self.train_plan.auto_loss:
             return results
-        if not float(loss_tracker(self).count):
-            raise no_targets_error("The batches have")
-        if not math.isfinite(results["loss"]):
-            warnings.warn(
-                f"The loss is {results['loss']}, because a logit is not finite. Check "
-                f"the weights.{float16_advice(self)}",
-                stacklevel=2,
-            )
         if not return_dict:  # The order of KerasHub, followed by the perplexity.
             perplexity = results.pop("perplexity")
             return [*results.values(), perplexity]

@@ -63,6 +63,15 @@ def test_evaluate_warns_if_the_loss_overflows_float16():
     assert not np.isfinite(loss)
 
 
+def test_fit_with_a_loss_of_keras_warns_if_it_overflows_float16():
+    lm = overflowing_lm()
+    lm.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.warns(UserWarning, match="The loss is nan.*float16.*mixed_bfloat16"):
+        lm.fit(AS_DICT, verbose=0)
+    with pytest.warns(UserWarning, match="The loss is nan.*float16.*mixed_bfloat16"):
+        lm.evaluate(AS_DICT, verbose=0)
+
+
 def test_fit_reduces_a_loss_scale_that_overflows_and_goes_on():
     lm = make_lm(dtype="mixed_float16")
     # The gradient of a single batch overflows with this scale, but not the loss.
