@@ -77,8 +77,9 @@ class Vocabulary:
             parse_special: self._make_splitters(parse_special)
             for parse_special in (False, True)
         }
-        # The text of the added tokens, and of ids without a token.
-        self._texts = dict.fromkeys(self._undefined, "")
+        # The text of the added tokens, and of ids without one. As in transformers, the
+        # unknown token is a control token; SentencePiece decodes it as " ⁇ ".
+        self._texts = dict.fromkeys([self.processor.unk_id(), *self._undefined], "")
         for token in added_tokens:
             text = self._searched_text(token).replace(SPACE, " ")
             self._texts[token.id] = "" if token.special else text
@@ -113,7 +114,7 @@ class Vocabulary:
         """Returns the token with an id; an id without a token has a placeholder."""
         if id in self._added:
             return self._added[id].content
-        if id in self._texts:
+        if id in self._undefined:
             return undefined_token(id)
         return self.processor.id_to_piece(id)
 
@@ -216,7 +217,7 @@ class Vocabulary:
         Returns:
             The texts. Special tokens and ids without a token have no text.
         """
-        if not self._texts:
+        if all(map(self._texts.keys().isdisjoint, sequences)):
             return self.processor.decode(sequences, num_threads=-1)
         return [self._decode_one(ids) for ids in sequences]
 

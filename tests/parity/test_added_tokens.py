@@ -223,3 +223,18 @@ def test_from_preset_warns_of_another_start_token(tmp_path):
     path.write_text(json.dumps({"bos_token": START}))
     with pytest.warns(UserWarning, match=r"bos_token='<\|im_start\|>'.*add_start_tok"):
         OpenLlamaCausalLMPreprocessor.from_preset(str(tmp_path))
+
+
+@pytest.mark.parametrize("tokens", [(), (START, END)])
+def test_detokenize_omits_the_unknown_token_like_transformers(tokens, tmp_path):
+    lm = chat_model(trained_model(True), tokens)
+    lm.export_to_transformers(tmp_path / "a")
+    of_transformers = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    tokenizer = lm.preprocessor.tokenizer
+    for text in ("the <unk> sea", "<unk>the sea<unk>", "<unk>"):
+        ids = tokenizer.tokenize(text, parse_special=True)
+        assert ids == of_transformers(text, add_special_tokens=False)["input_ids"]
+        expected = of_transformers.decode(ids, skip_special_tokens=True)
+        assert tokenizer.detokenize(ids) == expected
+        decoder = tokenizer.stream_decoder()
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == expected
