@@ -69,7 +69,8 @@ class OpenLlamaLM(TemplateLM):
             `"auto"` is 8; nothing is searched.
         max_length: context length in tokens. Defaults to that of the model.
         max_gen_toks: maximum number of tokens to generate if a task does not set it.
-        add_bos: whether to add `<s>` to texts that do not begin with it.
+        add_bos: whether to add `<s>` to texts that do not begin with it. Defaults to
+            `add_start_token` of the preprocessor.
         keep_bos: whether to keep `<s>` when a text is truncated on the left. `hf` does
             not keep it.
         separate_tokenization: whether to tokenize continuations separately from their
@@ -110,7 +111,7 @@ class OpenLlamaLM(TemplateLM):
         batch_size: int | str = DEFAULT_BATCH_SIZE,
         max_length: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
-        add_bos: bool = True,
+        add_bos: bool | None = None,
         keep_bos: bool = True,
         separate_tokenization: bool = False,
         data: int | None = None,
@@ -141,7 +142,8 @@ class OpenLlamaLM(TemplateLM):
             "separate_tokenization": separate_tokenization,
         }
         for name, value in flags.items():
-            one_of(True, False)(name, value)
+            if value is not None:
+                one_of(True, False)(name, value)
         if max_length is not None:
             max_length = check_integer("max_length", max_length)
         axes = {"data": data, "fsdp": fsdp, "model": model}
@@ -166,7 +168,8 @@ class OpenLlamaLM(TemplateLM):
         if max_length is not None:
             check_integer("max_length", max_length, most=longest)
         self.max_length = longest if max_length is None else max_length
-        self.add_bos, self.keep_bos = add_bos, keep_bos
+        self.add_bos = lm.preprocessor.add_start_token if add_bos is None else add_bos
+        self.keep_bos = keep_bos
         self.separate_tokenization = separate_tokenization
         self._warned_of_truncation = False
         self.scorer = TokenScorer(lm, self.batch_size)

@@ -300,6 +300,18 @@ def test_the_first_token_is_predicted_from_bos_without_add_bos(lm):
     assert len(bare.generate_until(instances("generate_until", [("", options)]))) == 1
 
 
+def test_add_bos_defaults_to_the_preprocessor(lm):
+    lm.preprocessor.add_start_token = False
+    try:
+        model = get_model("keras_openllama")(lm=lm)
+        marked = get_model("keras_openllama")(lm=lm, add_bos=True)
+    finally:
+        lm.preprocessor.add_start_token = True
+    start = model.prefix_token_id
+    assert start not in model.tok_encode("The value")
+    assert start in marked.tok_encode("The value")
+
+
 def test_no_requests_give_no_responses(adapter):
     assert loglikelihoods(adapter, []) == []
     assert adapter.generate_until([]) == []
