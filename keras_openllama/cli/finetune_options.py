@@ -58,7 +58,8 @@ Exit codes:
   1   any other error
   2   invalid argument or example, an argument that does not match the existing run,
       or not enough memory (with --estimate, too)
-  70  too many consecutive steps had a non-finite loss or gradient
+  70  too many consecutive steps had a non-finite loss or gradient, or the validation
+      loss is not finite
   74  a file could not be written
   75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
       saved, and the same command resumes it

@@ -52,7 +52,8 @@ Exit codes:
   1   any other error, such as unreadable data
   2   invalid argument, an argument that does not match the existing run, or a planned
       step that does not fit into memory
-  70  too many consecutive steps had a non-finite loss or gradient
+  70  too many consecutive steps had a non-finite loss or gradient, or the validation
+      loss is not finite
   74  a checkpoint or the log could not be written
   75  stopped by a signal (SIGTERM; in a run of one process Ctrl-C, too); the run is
       saved, and the same command resumes it

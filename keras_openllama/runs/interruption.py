@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 # Exit codes of `pretrain` and `finetune` besides 0 and Python's own, from sysexits.h.
 STOPPED = 75  # EX_TEMPFAIL: stopped by a signal and saved; run the command to resume.
-DIVERGED = 70  # EX_SOFTWARE: too many consecutive steps were skipped.
+DIVERGED = 70  # EX_SOFTWARE: the run has diverged.
 WRITE_FAILED = 74  # EX_IOERR: a checkpoint or a log could not be written.
 
 
@@ -41,7 +41,7 @@ def reading_data() -> Iterator[None]:
 
 
 class DivergedError(Exception):
-    """Too many consecutive steps were skipped."""
+    """Too many consecutive steps were skipped, or the validation loss is not finite."""
 
 
 class StopRequest:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,11 @@ import jax
 
 from keras_openllama.runs import loss_plot, metrics_log, run_directory
 from keras_openllama.runs.checkpoint_manager import CheckpointManager
-from keras_openllama.runs.interruption import StopRequest, reading_data
+from keras_openllama.runs.interruption import (
+    DivergedError,
+    StopRequest,
+    reading_data,
+)
 from keras_openllama.runs.step_reporter import StepReporter
 from keras_openllama.runs.train_config import TrainConfig
 from keras_openllama.training.step_metrics import LossSums, StepMetrics
@@ -266,7 +271,8 @@ class Trainer:
             `None` if the run is complete, or the name of the signal.
 
         Raises:
-            interruption.DivergedError: if too many consecutive steps were skipped.
+            interruption.DivergedError: if too many consecutive steps were skipped, or
+                the validation loss is not finite.
             interruption.DataReadError: if training data cannot be read.
             checkpoint_manager.CheckpointError: if a checkpoint cannot be written.
             OSError: if the log cannot be written.
@@ -378,6 +384,12 @@ class Trainer:
         result = self.data.validation.measure(
             lambda batch: self.state.evaluate_batch(self.state.put_batch(batch))
         )
+        if not math.isfinite(result["loss"]):
+            raise DivergedError(
+                f"The validation loss of step {self.step} is {result['loss']}: the "
+                "weights have diverged. Start again in another output directory "
+                "with a lower learning rate."
+            )
         self.reporter.log_validation(result)
         self._save_loss_plot()
 

@@ -479,6 +479,14 @@ def test_train_raises_after_too_many_skipped_steps_and_the_run_can_resume(
     assert results_of(tmp_path) == results_of(uninterrupted)
 
 
+def test_train_raises_if_the_validation_loss_is_not_finite(run, tmp_path):
+    for _ in range(2):  # Running the command again does not hide it.
+        with pytest.raises(
+            interruption.DivergedError, match=r"loss of step \d+ is nan"
+        ):
+            run(tmp_path, learning_rate=1e38, max_skipped_steps=100)
+
+
 # ----- Changed settings
 
 
