@@ -58,10 +58,10 @@ class TfTorchTrainStep:
         variables = self.trainable_variables
         gradients = [variable.value.grad for variable in variables]
         with torch.no_grad():
-            usable = torch.isfinite(loss) and ops.sum(batch[-1]) > 0
-            if usable and not has_dynamic_loss_scale(self.optimizer):
-                usable = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-            if usable:
+            usable = torch.isfinite(loss) & (ops.sum(batch[-1]) > 0)
+            if not has_dynamic_loss_scale(self.optimizer):
+                usable &= torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+            if usable:  # A single synchronization with the device.
                 self.optimizer.apply(gradients, variables)
             return self._update_metrics(loss.detach(), *batch)
 
