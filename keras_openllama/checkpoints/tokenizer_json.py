@@ -103,6 +103,7 @@ def build_sentencepiece_model(tokenizer_json: str) -> bytes:
             the reason.
 
     Example:
+        >>> from keras_openllama import OpenLlamaTokenizer
         >>> proto = lm.preprocessor.tokenizer.proto
         >>> again = build_sentencepiece_model(build_tokenizer_json(proto))
         >>> OpenLlamaTokenizer(again)("The sea") == OpenLlamaTokenizer(proto)("The sea")

@@ -86,7 +86,7 @@ def test_with_hub_prefix_recognizes_repositories(directory):
         ("add_bos=", "`add_bos` must be one of True, False"),
         ("add_bos_token=yes", "`add_bos` must be one of True, False"),
         ("peft=", "`adapters` must be a directory"),
-        ("peft=missing", "adapter_config.json is missing"),
+        ("peft=missing", "does not exist, .* adapter_config.json"),
         ("tokenizer=missing", "missing"),
         ("preset=b", "`preset` is given twice.*'b' and 'no preset'"),
         ("max_lenght=5", "no argument 'max_lenght'.*Did you mean 'max_length'"),
