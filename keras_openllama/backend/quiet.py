@@ -21,8 +21,11 @@ def quiet_tensorflow_import() -> Iterator[None]:
     TF_CPP_MIN_LOG_LEVEL has no effect on messages that it writes before its logging is
     set up. All other messages on stderr are printed after the import.
     """
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as captured:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        open(os.path.join(directory, "stderr"), "w+b") as captured,
+    ):
+        stderr = os.dup(2)
         os.dup2(captured.fileno(), 2)
         try:
             yield

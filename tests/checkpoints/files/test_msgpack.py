@@ -72,7 +72,10 @@ def test_read_msgpack_rejects_a_truncated_file(tmp_path, write):
     "data, message",
     [
         (b"\xc1", "not valid msgpack"),
-        (b"version https://git-lfs.github.com/spec/v1", "is not a pair"),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            "Git LFS pointer: `git lfs pull`",
+        ),
         (b"PK\x03\x04", "is not a pair"),
         (msgpack.packb([["a"], 3]), "value of a is not of type bytes"),
         (msgpack.packb([["a/b"], b"\xc0"]), "is not a list of strings"),
