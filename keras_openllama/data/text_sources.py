@@ -199,7 +199,7 @@ def ignored_files(spec: str) -> list[str]:
         spec: as for `find_files`.
 
     Returns:
-        Paths of the files. None are ignored if there is no JSONL or Parquet file.
+        Paths of the files; empty if there is no JSONL or Parquet file.
 
     Example:
         >>> files.make_directory("data")

@@ -18,10 +18,9 @@ from keras_openllama.backend.keras_hub import Tokenizer
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset
 from keras_openllama.loading.load import load_tokenizer
 from keras_openllama.models.backbone import OpenLlamaBackbone
-from keras_openllama.text.added_tokens import AddedToken, as_added_tokens
+from keras_openllama.text.added_tokens import AddedToken
 from keras_openllama.text.inputs import check_graph_texts, normalize_texts
 from keras_openllama.text.sentencepiece_model import (
-    load_processor,
     proto_from_base64,
     read_proto,
 )
@@ -165,13 +164,10 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
         """
         if proto is None:
             self.proto = self._vocabulary = None
-            self._added_tokens = ()
             return
         data, source = read_proto(proto)
-        pieces = load_processor(data, source).vocab_size()
-        self._added_tokens = as_added_tokens(self._given_tokens, first_id=pieces)
         self._vocabulary = Vocabulary(
-            data, source, self._added_tokens, self.prepend_scheme
+            data, source, self._given_tokens, self.prepend_scheme
         )
         self.proto = data
         self._warned_of_lost_spaces = False
@@ -226,8 +222,7 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
             >>> tokenizer.added_tokens[0].id
             3072
         """
-        self._require_proto()
-        return self._added_tokens
+        return self.vocabulary.added_tokens
 
     @property
     def fingerprint(self) -> str:
@@ -573,6 +568,7 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
         proto = self.proto
         if proto is not None:  # JSON cannot represent bytes.
             proto = base64.b64encode(proto).decode("ascii")
+        tokens = self._given_tokens if proto is None else self.added_tokens
         return {
             **super().get_config(),
             "proto": proto,
@@ -580,7 +576,7 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
             "add_eos": self.add_eos,
             "added_tokens": [
                 token.to_json() if isinstance(token, AddedToken) else token
-                for token in self._added_tokens or self._given_tokens or ()
+                for token in tokens
             ],
             "prepend_scheme": self.prepend_scheme,
         }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.text.added_tokens import (
     AddedToken,
     TokenSplitter,
+    as_added_tokens,
     undefined_ids,
     undefined_token,
 )
@@ -33,22 +34,24 @@ class Vocabulary:
     Args:
         proto: bytes of the SentencePiece model.
         source: description of the model's source for error messages.
-        added_tokens: tokens beside the model's pieces, by ascending id.
+        added_tokens: tokens beside the model's pieces, see `as_added_tokens`.
         prepend_scheme: `"always"`: the text between two tokens is encoded like a text
             of its own, with a space before it. `"first"`: only text at the beginning
             has this space. The names are those of the `tokenizers` library.
 
     Attributes:
         processor: a SentencePiece processor with the model loaded.
+        added_tokens: the tokens beside the model's pieces, by ascending id.
         keeps_spaces: whether runs of spaces are preserved.
         size: number of token ids: the highest one plus 1.
 
     Raises:
-        ValueError: if `proto` is not a complete SentencePiece model.
+        ValueError: if `proto` is not a complete SentencePiece model, or an added token
+            is malformed.
 
     Example:
         >>> proto = lm.preprocessor.tokenizer.proto
-        >>> vocabulary = Vocabulary(proto, "proto", [AddedToken("<sep>", 3072)])
+        >>> vocabulary = Vocabulary(proto, "proto", ["<sep>"])
         >>> vocabulary.encode(["The sea<sep>"], parse_special=True)
         [[357, 1239, 3072]]
         >>> vocabulary.decode([[357, 1239, 3072]])
@@ -59,7 +62,7 @@ class Vocabulary:
         self,
         proto: bytes,
         source: str,
-        added_tokens: Sequence[AddedToken] = (),
+        added_tokens: Sequence[str | dict[str, Any] | AddedToken] = (),
         prepend_scheme: str = "always",
     ):
         self.processor = load_processor(proto, source)
@@ -69,34 +72,37 @@ class Vocabulary:
         self._without_prefix = None  # Created on first use, as the next one.
         self._verbatim = None
         pieces = self.processor.vocab_size()
-        self._undefined = undefined_ids(added_tokens, pieces)
-        self._added = {token.id: token for token in added_tokens}
+        self.added_tokens = as_added_tokens(added_tokens, first_id=pieces)
+        self._undefined = undefined_ids(self.added_tokens, pieces)
+        self._added = {token.id: token for token in self.added_tokens}
         self.size = max([pieces, *(i + 1 for i in self._added)])
-        self._ids = {token.content: token.id for token in added_tokens}
+        self._ids = {token.content: token.id for token in self.added_tokens}
+        tokens = {**self._control_tokens(), **self._added}.values()
         self._splitters = {
-            parse_special: self._make_splitters(parse_special)
-            for parse_special in (False, True)
+            False: self._make_splitters([t for t in tokens if not t.special]),
+            True: self._make_splitters(tokens),
         }
         # The text of the added tokens, and of ids without one. As in transformers, the
         # unknown token is a control token; SentencePiece decodes it as " ⁇ ".
         self._texts = dict.fromkeys([self.processor.unk_id(), *self._undefined], "")
-        for token in added_tokens:
+        for token in self.added_tokens:
             text = self._searched_text(token).replace(SPACE, " ")
             self._texts[token.id] = "" if token.special else text
 
-    def _make_splitters(self, parse_special):
-        """Returns the splitters of raw and normalized text; `None` without tokens."""
-        controls = [
-            AddedToken(self.processor.id_to_piece(i), i)
+    def _control_tokens(self):
+        """Returns the control tokens of the SentencePiece model by id."""
+        return {
+            i: AddedToken(self.processor.id_to_piece(i), i)
             for i in range(self.processor.vocab_size())
             if self.processor.is_control(i) or self.processor.is_unknown(i)
-        ]
-        tokens = {token.id: token for token in controls} | self._added
+        }
+
+    def _make_splitters(self, tokens):
+        """Returns the splitters of raw and normalized text; `None` without tokens."""
         found = {False: {}, True: {}}
-        for token in tokens.values():
-            if parse_special or not token.special:
-                in_normalized = self._is_searched_in_normalized(token)
-                found[in_normalized][self._searched_text(token)] = token
+        for token in tokens:
+            in_normalized = self._is_searched_in_normalized(token)
+            found[in_normalized][self._searched_text(token)] = token
         return [TokenSplitter(tokens) if tokens else None for tokens in found.values()]
 
     def _is_searched_in_normalized(self, token):
