@@ -8,7 +8,6 @@ range of the file, so it is memory-mapped and written like those of the other fo
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import numpy as np
 
 from keras_openllama.backend import keras_private
 from keras_openllama.checkpoints import array_io, weight_names
+from keras_openllama.checkpoints.hdf5_file import RecordingFile
 from keras_openllama.checkpoints.matching import match_tensors
 from keras_openllama.checkpoints.outputs import OutputFile, small_file
 from keras_openllama.checkpoints.shards import check_file_names, read_weight_map
@@ -305,7 +305,7 @@ class _HDF5Layout:
 
     def __init__(self, names: NameRecorder, dtype: str):
         self._dtype = dtype
-        self._metadata = _RecordingFile()
+        self._metadata = RecordingFile()
         with h5py.File(self._metadata, "w") as file:
             for group, attributes in names.groups.items():
                 file.create_group(group).attrs.update(attributes)
@@ -336,46 +336,3 @@ class _HDF5Layout:
         for (offset, shape), value in zip(self._datasets, values, strict=True):
             file.seek(offset)
             array_io.write_array(file, value, shape, self._dtype)
-
-
-class _RecordingFile(io.RawIOBase):
-    """A sparse in-memory file that records each write."""
-
-    def __init__(self):
-        self.writes = []  # Offset and bytes of each.
-        self.size = 0
-        self._position = 0
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves the position, as `io.RawIOBase.seek`."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
-        self._position = start[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
-        """Returns the position."""
-        return self._position
-
-    def write(self, data: bytes) -> int:
-        """Records a write at the position."""
-        self.writes.append((self._position, bytes(data)))
-        self._position += len(data)
-        self.size = max(self.size, self._position)
-        return len(data)
-
-    def readinto(self, buffer: bytearray) -> int:
-        """Reads back what was written, as HDF5 does. Gaps are zeros."""
-        begin, count = self._position, len(buffer)
-        view = memoryview(buffer)
-        view[:] = bytes(count)
-        for start, data in self.writes:
-            first, last = max(start, begin), min(start + len(data), begin + count)
-            if first < last:
-                view[first - begin : last - begin] = data[first - start : last - start]
-        self._position += count
-        return count
-
-    def truncate(self, size: int | None = None) -> int:
-        """Sets the size of the file."""
-        self.size = self._position if size is None else size
-        return self.size
