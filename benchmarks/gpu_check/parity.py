@@ -114,7 +114,7 @@ def gradients(lm, x, y):
         values = program(
             [v.value for v in variables],
             [v.value for v in lm.non_trainable_variables],
-            step.as_batch({"token_ids": x, "padding_mask": np.ones_like(x)}, y),
+            step.prepare_batch({"token_ids": x, "padding_mask": np.ones_like(x)}, y),
         )
         return {v.path: np.asarray(g) for v, g in zip(variables, values, strict=True)}
     found = lm({"token_ids": x, "padding_mask": np.ones_like(x)})
