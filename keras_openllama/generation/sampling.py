@@ -131,16 +131,51 @@ def exclude_undefined_tokens(model: CausalLM, logits: Tensor) -> Tensor:
         >>> exclude_undefined_tokens(lm, logits) is logits
         True
     """
-    tokenizer = getattr(model.preprocessor, "tokenizer", None)
-    if tokenizer is None:
-        return logits
-    num_rows = logits.shape[-1]
-    undefined = tokenizer.vocabulary.ids_without_token(num_rows)
+    undefined = undefined_tokens(model)
     if not undefined:
         return logits
-    has_token = np.ones(num_rows, "bool")
+    has_token = np.ones(logits.shape[-1], "bool")
     has_token[undefined] = False
     return ops.where(has_token, logits, -math.inf)
+
+
+def undefined_tokens(model: CausalLM) -> list[int]:
+    """Returns the ids below the vocabulary size of a model that have no token.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+
+    Returns:
+        Their numbers; empty if the model has no tokenizer.
+
+    Example:
+        >>> undefined_tokens(lm)
+        []
+    """
+    tokenizer = getattr(model.preprocessor, "tokenizer", None)
+    if tokenizer is None:
+        return []
+    return tokenizer.vocabulary.ids_without_token(model.backbone.vocabulary_size)
+
+
+def is_greedy(sampler: Sampler) -> bool:
+    """Returns whether a sampler chooses the most likely token, without randomness.
+
+    Args:
+        sampler: a KerasHub sampler that is not a search, see `check_sampler`.
+
+    Returns:
+        True for greedy sampling, and for a temperature of 0.
+
+    Example:
+        >>> is_greedy(GreedySampler()), is_greedy(TopKSampler(k=5, temperature=0.0))
+        (True, True)
+        >>> is_greedy(RandomSampler())
+        False
+    """
+    return type(sampler) is GreedySampler or (
+        type(sampler) in _GREEDY_AT_ZERO and sampler.temperature < _ZERO_TEMPERATURE
+    )
 
 
 def next_tokens(sampler: Sampler, logits: Tensor) -> Tensor:
@@ -158,9 +193,7 @@ def next_tokens(sampler: Sampler, logits: Tensor) -> Tensor:
         >>> next_tokens(RandomSampler(temperature=0.0), logits)
         Array([1], dtype=int32)
     """
-    if type(sampler) is GreedySampler or (
-        type(sampler) in _GREEDY_AT_ZERO and sampler.temperature < _ZERO_TEMPERATURE
-    ):
+    if is_greedy(sampler):
         return ops.argmax(logits, axis=-1)
     probabilities = sampler.compute_probabilities(logits)
     vocabulary_size = logits.shape[-1]

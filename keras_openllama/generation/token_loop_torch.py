@@ -1,14 +1,19 @@
-"""`token_loop.TokenLoop` on PyTorch: without padding, and with traced decoding steps.
+"""`token_loop.TokenLoop` on PyTorch.
 
 In eager mode, Keras spends several times as long in Python as a small model computes.
-So the decoding step of the network is traced once to a graph of PyTorch operations,
-which is then run for each token. A graph is valid for one batch size. It reads only the
-columns of the cache that are in use.
+On a CPU, the decoding step of the network is traced once to a graph of PyTorch
+operations, which is then run for each token, without padding. A graph is valid for one
+batch size. It reads only the columns of the cache that are in use.
+
+On a GPU, `torch_decoder.TorchDecoder` runs the step. It has static shapes: the batch
+and the columns of the cache are padded as with XLA.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +25,16 @@ from keras_openllama.generation.kv_cache import (
     PromptLayout,
     init_cache,
     pad_prompts,
+    padded_batch_size,
+    padded_cache_length,
     positions_and_bias,
     run_layers,
     used_columns,
 )
 from keras_openllama.generation.onednn_weights import pack_linear_weights
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
+from keras_openllama.generation.torch_decoder import TorchDecoder
+from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -33,10 +42,21 @@ if TYPE_CHECKING:
 # Heuristic: steps between two checks whether all sequences have ended. A check waits
 # for the device.
 STEPS_BETWEEN_DONE_CHECKS = 8
+# How steps run, by the type of the device: "traced", the default, "captured" in a CUDA
+# graph, or "compiled" and captured.
+DECODING = {"cuda": "captured"}
+# Options of `torch.compile` for the layers of "compiled".
+COMPILE_OPTIONS = {}
+# Share of a GPU's memory for the caches of decoders that are kept for later calls.
+KEPT_CACHES = 1 / 8
+# Of the lists of free decoders. Reentrant: garbage collection may end a generation.
+_LOCK = threading.RLock()
 
 
 class TorchTokenLoop(TokenLoop):
     """See `TokenLoop`. In the state, `num_prefilled` and `step` are Python integers.
+
+    On a GPU, `cache` of the state is a `DecoderLease`.
 
     Args:
         model: `OpenLlamaCausalLM`.
@@ -47,11 +67,14 @@ class TorchTokenLoop(TokenLoop):
         self._graphs = {}  # By batch size.
         self._packed = {}  # By id of the weight.
         self._weights = []
+        self._free_decoders = []  # The last ones are the most recent ones.
 
     def start(
         self, prompts: list[list[int]], limits: list[int]
     ) -> tuple[LoopState, PromptLayout]:
         """See `TokenLoop.start`."""
+        if self._decoding() != "traced":
+            return self._start_decoder(prompts, limits)
         columns = max(map(len, prompts)) + max(limits)
         tokens, prompt_layout = pad_prompts(prompts, limits, columns)
         start = int(prompt_layout.start)
@@ -87,6 +110,8 @@ class TorchTokenLoop(TokenLoop):
             The new state.
         """
         start = prompt_layout.start
+        if isinstance(state.cache, DecoderLease):
+            return self._advance_decoder(state, start, stop_ids, until)
         if state.num_prefilled < start:
             self._prefill_prefixes(state, prompt_layout)
             state = state._replace(num_prefilled=start)
@@ -97,6 +122,55 @@ class TorchTokenLoop(TokenLoop):
             logits = self._step(state, prompt_layout)
             state = self.sample_next(state, logits, prompt_layout, stop_ids)
         return state
+
+    def _decoding(self):
+        return DECODING.get(self.model.weights[0].value.device.type, "traced")
+
+    @torch.no_grad()
+    def _start_decoder(self, prompts, limits):
+        columns = padded_cache_length(max(map(len, prompts)) + max(limits))
+        batch = padded_batch_size(len(prompts))
+        filler = batch - len(prompts)
+        tokens, prompt_layout = pad_prompts(
+            prompts + [[PAD_TOKEN_ID]] * filler, limits + [0] * filler, columns
+        )
+        decoder = self._take_decoder(batch, columns)
+        lease = DecoderLease(decoder, self._free_decoders)
+        decoder.load(tokens, prompt_layout)
+        state = LoopState(
+            tokens=decoder.tokens,
+            num_prefilled=0,
+            step=0,
+            done=decoder.done,
+            cache=lease,
+        )
+        return state, prompt_layout._replace(start=int(prompt_layout.start))
+
+    def _take_decoder(self, batch, columns):
+        """Returns an unused decoder; a generation that is in progress has its own."""
+        with _LOCK:
+            for decoder in self._free_decoders:
+                if (decoder.batch, decoder.columns) == (batch, columns):
+                    self._free_decoders.remove(decoder)
+                    return decoder
+        options = COMPILE_OPTIONS if self._decoding() == "compiled" else None
+        try:
+            return TorchDecoder(self.model, batch, columns, options)
+        except torch.OutOfMemoryError:
+            self._free_decoders.clear()
+            return TorchDecoder(self.model, batch, columns, options)
+
+    def _advance_decoder(self, state, start, stop_ids, until):
+        decoder, step = state.cache.decoder, state.step
+        decoder.prepare(stop_ids)
+        if state.num_prefilled < start:
+            decoder.prefill(start)
+        while step < until:
+            if step % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(state.done.all()):
+                break
+            decoder.step(used=start + step + 1)
+            step += 1
+        return state._replace(num_prefilled=start, step=step)
 
     def _prefill_prefixes(self, state, prompt_layout):
         """Feeds all prefixes at once; causal attention never reads the padding."""
@@ -143,6 +217,35 @@ class TorchTokenLoop(TokenLoop):
             self.model.backbone, tokens, positions, final_lengths, bias, cache, None
         )
         return self.model.lm_head(hidden)[:, 0]
+
+
+class DecoderLease:
+    """The use of a decoder by one generation, which ends with this object.
+
+    Args:
+        decoder: `TorchDecoder`.
+        free: list that the decoder is added to at the end. The caches of its decoders
+            have at most `KEPT_CACHES` of the memory; the oldest ones are removed.
+    """
+
+    def __init__(self, decoder: TorchDecoder, free: list[TorchDecoder]):
+        self.decoder = decoder
+        weakref.finalize(self, _keep_decoder, decoder, free).atexit = False
+
+
+def kept_cache_bytes(device: torch.device) -> float:
+    """Returns how many bytes of caches are kept on a device, see `KEPT_CACHES`."""
+    if device.type != "cuda":
+        return float("inf")
+    return KEPT_CACHES * torch.cuda.get_device_properties(device).total_memory
+
+
+def _keep_decoder(decoder, free):
+    limit = kept_cache_bytes(decoder.device)
+    with _LOCK:
+        free.append(decoder)
+        while sum(kept.nbytes for kept in free) > limit:
+            del free[0]
 
 
 def trace_graph(

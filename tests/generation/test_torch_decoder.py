@@ -1,0 +1,178 @@
+"""Decoding with static buffers on PyTorch, here without CUDA graphs.
+
+On a GPU, `benchmarks/gpu_check` runs the same steps captured.
+"""
+
+import gc
+
+import keras
+import pytest
+
+if keras.config.backend() != "torch":
+    pytest.skip("Needs PyTorch.", allow_module_level=True)
+
+import keras_hub
+import tiny_models
+import torch
+
+from keras_openllama.generation import token_loop_torch
+from keras_openllama.generation.torch_decoder import TorchDecoder
+from keras_openllama.generation.torch_network import weights_key
+
+STOP_IDS = [5, 7, 9, 11, 13]
+
+
+@pytest.fixture(autouse=True)
+def decode_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(token_loop_torch, "DECODING", {"cpu": "captured"})
+
+
+def generate(lm, lengths=(3, 12, 7), new=30, stop_token_ids=STOP_IDS):
+    ids = tiny_models.batch(tiny_models.SHAPES[0], len(lengths), max(lengths))
+    mask = tiny_models.right_padding(lengths, max(lengths))
+    return lm.generate(
+        {"token_ids": ids, "padding_mask": mask},
+        max_new_tokens=new,
+        stop_token_ids=stop_token_ids,
+    )["token_ids"].tolist()
+
+
+def with_traced_steps(monkeypatch, run):
+    """The result of the steps that CPUs run."""
+    with monkeypatch.context() as context:
+        context.setattr(token_loop_torch, "DECODING", {})
+        return run()
+
+
+def free_decoders(lm):
+    return lm.make_generate_function()._free_decoders
+
+
+@pytest.mark.parametrize("shape", tiny_models.SHAPES, ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (9,), (3, 12, 7)], ids=str)
+def test_torch_decoder_equals_traced_steps(shape, lengths, monkeypatch):
+    lm = tiny_models.random_lm(shape)
+    expected = with_traced_steps(monkeypatch, lambda: generate(lm, lengths))
+    assert generate(lm, lengths) == expected
+    assert len(free_decoders(lm)) == 1
+    assert generate(lm, lengths) == expected  # With the same buffers.
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
+def test_torch_decoder_computes_in_the_dtype_of_the_model(dtype, monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[2], dtype=dtype)
+    expected = with_traced_steps(monkeypatch, lambda: generate(lm, new=8))
+    assert generate(lm, new=8) == expected
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_torch_decoder_scales_positions(rope_type, monkeypatch):
+    scaling = {"rope_type": rope_type, "factor": 2.0}
+    lm = tiny_models.random_lm(
+        tiny_models.SHAPES[0], rope_scaling=scaling, max_sequence_length=16
+    )
+    expected = with_traced_steps(monkeypatch, lambda: generate(lm, new=20))
+    assert generate(lm, new=20) == expected
+
+
+def test_torch_decoder_reads_more_columns_as_they_fill(monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    used = []
+    compute = TorchDecoder._compute
+    monkeypatch.setattr(
+        TorchDecoder,
+        "_compute",
+        lambda self, columns, greedy: (
+            used.append(columns) or compute(self, columns, greedy)
+        ),
+    )
+    long = {"lengths": (250, 200), "new": 20, "stop_token_ids": None}
+    expected = with_traced_steps(monkeypatch, lambda: generate(lm, **long))
+    assert generate(lm, **long) == expected
+    assert sorted(set(used)) == [256, 512]
+    assert used == sorted(used)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_torch_decoder_computes_quantized_layers_with_keras(mode, monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    lm.quantize(mode)
+    expected = with_traced_steps(monkeypatch, lambda: generate(lm))
+    assert generate(lm) == expected
+
+
+def test_torch_decoder_adopts_changed_weights_and_adapters(monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[2])
+    before = generate(lm)
+    kernel = lm.backbone.transformer_layers[0].feedforward.up._kernel
+    kernel.assign(-kernel.value)
+    changed = generate(lm)
+    assert changed != before
+    assert changed == with_traced_steps(monkeypatch, lambda: generate(lm))
+    lm.backbone.enable_lora(rank=2)
+    for weight in lm.trainable_weights:
+        weight.assign(0.3 * torch.randn(weight.shape))
+    adapted = generate(lm)
+    assert adapted != changed
+    assert adapted == with_traced_steps(monkeypatch, lambda: generate(lm))
+
+
+def test_weights_key_changes_with_variables_but_not_with_values():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    before = weights_key(lm)
+    weight = lm.weights[0]
+    weight.assign(2 * weight.value)
+    assert weights_key(lm) == before
+    lm.backbone.enable_lora(rank=2)
+    assert weights_key(lm) != before
+
+
+@pytest.mark.parametrize(
+    "make_sampler",
+    [
+        lambda: keras_hub.samplers.TopKSampler(k=5, seed=3),
+        lambda: keras_hub.samplers.TopPSampler(p=0.9, seed=3),
+        lambda: keras_hub.samplers.RandomSampler(temperature=0.0),
+    ],
+    ids=["top_k", "top_p", "temperature_0"],
+)
+def test_torch_decoder_samples_with_the_seed_of_the_sampler(make_sampler, monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    # Without padding of the batch, whose random numbers are drawn as well.
+    inputs = {"lengths": (3, 12, 7, 4), "stop_token_ids": None}
+
+    def run():
+        lm.compile(sampler=make_sampler())
+        return generate(lm, **inputs)
+
+    assert run() == with_traced_steps(monkeypatch, run)
+
+
+def test_generations_in_progress_have_their_own_decoders():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    loop = lm.make_generate_function()
+    prompts = [[3, 4, 8], [9, 10, 14]]
+    expected = [next(loop.generate([ids], [12], []))[0] for ids in prompts]
+    both = [loop.generate([ids], [12], [], stride=2) for ids in prompts]
+    found = [[], []]
+    for _ in range(6):
+        for tokens, generation in zip(found, both, strict=True):
+            [new] = next(generation)
+            tokens += new
+    assert found == expected
+    del both, generation
+    gc.collect()
+    assert len(loop._free_decoders) == 2
+
+
+def test_decoders_with_large_caches_are_not_kept(monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    generate(lm, lengths=(5,), new=3)
+    (small,) = free_decoders(lm)
+    monkeypatch.setattr(
+        token_loop_torch, "kept_cache_bytes", lambda device: 2 * small.nbytes
+    )
+    generate(lm, lengths=(5,) * 8, new=3)
+    assert free_decoders(lm) == []
+    generate(lm, lengths=(5,), new=3)
+    assert len(free_decoders(lm)) == 1
