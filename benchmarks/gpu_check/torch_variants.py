@@ -5,7 +5,8 @@
 Variants: `traced` launches each kernel, `captured` replays a CUDA graph of eager
 kernels, `compiled` one of compiled layers, `fused` is `compiled` with the query, key
 and value (gate and up) kernels joined, and `tuned` is `compiled` with coordinate
-descent, which replaces matrix-vector products by Triton kernels.
+descent, which replaces matrix-vector products by Triton kernels. `triton` is `captured`
+with the kernels of `triton_layer.py`, and `joined` that with joined kernels.
 
 Lines are printed as results arrive. A section that would start after --seconds is
 skipped, and the process ends at 1.2 times that. Without a GPU, sizes are tiny.
@@ -77,20 +78,45 @@ def generate(lm, inputs, new):
 
 def use(lm, variant):
     """Selects a variant, with new decoders."""
-    token_loop_torch.DECODING[DEVICE] = {"tuned": "compiled", "fused": "compiled"}.get(
-        variant, variant
-    )
+    modes = {
+        "tuned": "compiled",
+        "fused": "compiled",
+        "triton": "captured",
+        "joined": "captured",
+    }
+    token_loop_torch.DECODING[DEVICE] = modes.get(variant, variant)
     options = {"coordinate_descent_tuning": True} if variant == "tuned" else {}
     token_loop_torch.COMPILE_OPTIONS = options
     torch._dynamo.reset()
-    torch_network._layer_tensors = fused_tensors if variant == "fused" else TENSORS
-    torch_network.project_heads = fused_heads if variant == "fused" else HEADS
-    torch_network.finish_layer = fused_finish if variant == "fused" else FINISH
+    joined = variant in ("fused", "joined")
+    torch_network._layer_tensors = fused_tensors if joined else TENSORS
+    torch_network.project_heads = fused_heads if joined else HEADS
+    torch_network.finish_layer = fused_finish if joined else FINISH
+    torch_network.TorchNetwork.decode = DECODE
+    if variant in ("triton", "joined"):
+        torch_network.TorchNetwork.decode = triton_decode(joined)
     lm.compile(sampler="greedy")
 
 
 TENSORS = torch_network._layer_tensors
+DECODE = torch_network.TorchNetwork.decode
 HEADS, FINISH = torch_network.project_heads, torch_network.finish_layer
+
+
+def triton_decode(joined):
+    import triton_layer
+
+    def decode(self, tokens, cos, sin, bias, column, cache, run_layer=None):
+        x = self.embed(tokens)
+        for layer, (keys, values) in zip(self.layers, cache, strict=True):
+            x = triton_layer.decode_layer(
+                *(x, layer, cos, sin, bias, column, keys, values),
+                *(self.head_dim, self.epsilon, joined),
+            )
+        x = torch_network.rms_norm(x[0] + x[1], self.final_norm, self.epsilon)
+        return torch_network.project(x, self.lm_head)[:, 0]
+
+    return decode
 
 
 def fused_tensors(layer):
@@ -201,11 +227,11 @@ def check_float32():
     ids = prompts(sizes, 3, PROMPT)
     ids["padding_mask"] = (np.arange(PROMPT)[None] < [[PROMPT], [9], [40]]).astype(int)
     found = {}
-    for variant in ("traced", "captured"):
+    for variant in ("traced", "captured", "triton", "joined"):
         use(lm, variant)
         _, found[variant] = timed(lambda: generate(lm, ids, 60))
-    equal = np.array_equal(found["traced"], found["captured"])
-    say(f"float32, ragged prompts: captured equals traced: {equal}")
+        equal = np.array_equal(found["traced"], found[variant])
+        say(f"float32, ragged prompts: {variant} equals traced: {equal}")
 
 
 def all_3b(sections):
@@ -246,6 +272,10 @@ def all_3b(sections):
     batches = (1, 8, 64) if HAS_GPU else (1, 3)
     sections("captured", variant("captured", batches))
     sections("prefill", lambda: measure_prefill(lm, sizes))
+    sections("triton", variant("triton", batches))
+    sections("joined", variant("joined", batches))
+    sections("profile joined 1", profile_decoding("joined", 1))
+    sections("profile joined 64", profile_decoding("joined", batches[-1]))
     sections("compiled", variant("compiled", batches))
     sections("profile compiled 1", profile_decoding("compiled", 1))
     sections("profile compiled 64", profile_decoding("compiled", batches[-1]))
@@ -258,7 +288,7 @@ def all_3b(sections):
 
 def all_7b(sections):
     lm, sizes = make("open_llama_7b_v2")
-    for name in ("captured", "compiled"):
+    for name in ("captured", "joined", "compiled"):
 
         def run(name=name):
             use(lm, name)
@@ -286,8 +316,8 @@ def main():
             traceback.print_exc(file=sys.stdout)
 
     say(f"torch {torch.__version__}, {DEVICE}")
-    sections("3B", lambda: all_3b(sections))
     sections("float32", check_float32)
+    sections("3B", lambda: all_3b(sections))
     sections("7B", lambda: all_7b(sections))
     say("end")
 
