@@ -1,4 +1,4 @@
-"""Fused attention kernels of accelerators, for training on JAX."""
+"""Fused attention kernels of accelerators (JAX)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from keras_openllama.distribution import BATCH_AXES, LANES
-from keras_openllama.layers.attention import causal_attention
+from keras_openllama.layers.attention import causal_attention, causal_mask
 
 # Heuristic: rows and columns of the score block that the Splash kernel holds in the
 # memory of a TPU core. Larger blocks are faster, but do not fit into 16 MiB (v4). A
@@ -44,10 +44,8 @@ def select_attention(
         return lambda query, key, value, mask, documents: splash_attention(
             query, key, value, documents, mesh
         )
-    if device.platform == "gpu" and "cuda" in device.client.platform_version:
-        return lambda query, key, value, mask, documents: cudnn_attention(
-            query, key, value, mask
-        )
+    if _has_cudnn(device):
+        return cudnn_attention
     return lambda query, key, value, mask, documents: causal_attention(
         query, key, value, mask
     )
@@ -131,32 +129,128 @@ def _splash_kernel(heads, length, interpret):
     )
 
 
+def select_prefill_attention(
+    device: jax.Device,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None:
+    """Selects the attention of a prompt's first chunk to itself.
+
+    Args:
+        device: One of the devices that the program is compiled for.
+
+    Returns:
+        `cudnn_prefill_attention`, or `None` if attention over the KV cache is as fast.
+
+    Example:
+        >>> select_prefill_attention(jax.devices("cpu")[0]) is None
+        True
+    """
+    return cudnn_prefill_attention if _has_cudnn(device) else None
+
+
+def _has_cudnn(device):
+    return device.platform == "gpu" and "cuda" in device.client.platform_version
+
+
 def cudnn_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    documents: jax.Array,
 ) -> jax.Array:
     """`causal_attention` by cuDNN's fused kernel, where there is one.
 
     There is none for float32 and for odd lengths; XLA computes attention then. Heads
-    are padded to a multiple of 8, which the kernel requires.
+    are padded to a multiple of 8, which the kernel requires. The kernel without a mask
+    is much faster, so the program contains both and selects one by the batch. The
+    output at padding differs from `causal_attention`; nothing uses it.
 
     Args:
         query: See `causal_attention`.
         key: See `causal_attention`.
         value: See `causal_attention`.
         mask: See `causal_attention`.
+        documents: Int array `(batch, length)`, see `select_attention`.
 
     Returns:
         Array `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
     """
-    length, head_dim = query.shape[2:]
-    if query.dtype.itemsize > 2 or length % 2:
+    if not _cudnn_supports(query):
         return causal_attention(query, key, value, mask)
-    padding = (0, 0), (0, 0), (0, 0), (0, -head_dim % 8)
-    context = jax.nn.dot_product_attention(
-        *(jnp.swapaxes(jnp.pad(x, padding), 1, 2) for x in (query, key, value)),
+    scale = query.shape[-1] ** -0.5
+    # Outside of the branches, which keep the layout of their arguments in memory.
+    heads = _to_cudnn(query, key, value)
+    context = jax.lax.cond(
+        is_causality_sufficient(documents),
+        lambda *heads: _cudnn_kernel(*heads, scale),
+        lambda *heads: _cudnn_kernel(*heads, scale, mask),
+        *heads,
+    )
+    return _from_cudnn(context, query)
+
+
+def cudnn_prefill_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> jax.Array:
+    """Causal attention without padding by cuDNN's fused kernel, where there is one.
+
+    Args:
+        query: See `causal_attention`.
+        key: See `causal_attention`.
+        value: See `causal_attention`.
+
+    Returns:
+        Array `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
+    """
+    if not _cudnn_supports(query):
+        mask = causal_mask(jnp.arange(query.shape[2])[None])
+        return causal_attention(query, key, value, mask)
+    heads = _to_cudnn(query, key, value)
+    return _from_cudnn(_cudnn_kernel(*heads, query.shape[-1] ** -0.5), query)
+
+
+def is_causality_sufficient(documents: jax.Array) -> jax.Array:
+    """Returns whether causal attention needs no further mask.
+
+    That is so if each sequence has one document, and padding only after it: no real
+    token attends to later positions anyway.
+
+    Args:
+        documents: Int array `(batch, length)`, see `select_attention`.
+
+    Returns:
+        Bool scalar.
+
+    Example:
+        >>> [
+        ...     is_causality_sufficient(jnp.array([documents])).item()
+        ...     for documents in ([1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 1, 2])
+        ... ]
+        [True, True, False, False]
+    """
+    previous, following = documents[:, :-1], documents[:, 1:]
+    return jnp.all((following == previous) | (following == 0))
+
+
+def _cudnn_supports(query):
+    return query.dtype.itemsize <= 2 and query.shape[2] % 2 == 0
+
+
+def _cudnn_kernel(query, key, value, scale, mask=None):
+    return jax.nn.dot_product_attention(
+        *(query, key, value),
         mask=mask,
-        is_causal=True,  # Redundant, but lets the kernel skip masked blocks.
-        scale=head_dim**-0.5,
+        is_causal=True,  # Redundant with a mask, but skips the masked blocks.
+        scale=scale,
         implementation="cudnn",
     )
-    return jnp.swapaxes(context, 1, 2)[..., :head_dim]
+
+
+def _to_cudnn(*heads):
+    """`(batch, heads, length, head_dim)` to the kernel's order, with padded heads."""
+    padding = (0, 0), (0, 0), (0, 0), (0, -heads[0].shape[-1] % 8)
+    return [jnp.swapaxes(jnp.pad(x, padding), 1, 2) for x in heads]
+
+
+def _from_cudnn(context, query):
+    return jnp.swapaxes(context, 1, 2)[..., : query.shape[-1]]

@@ -18,7 +18,10 @@ import jax.numpy as jnp
 from keras_openllama.layers import attention_kernels
 from keras_openllama.layers.attention_kernels import (
     cudnn_attention,
+    cudnn_prefill_attention,
+    is_causality_sufficient,
     select_attention,
+    select_prefill_attention,
     splash_attention,
 )
 
@@ -36,6 +39,7 @@ def device(platform, version=""):
 
 
 CPU, TPU = device("cpu"), device("tpu")
+GPU = device("gpu", "PJRT C API cuda 12080")
 
 
 @pytest.fixture(autouse=True)
@@ -86,25 +90,69 @@ def test_splash_attention_equals_causal_attention_within_documents(shape):
         assert jnp.linalg.norm(x - y) < 1e-5 * jnp.linalg.norm(y)
 
 
-def test_cudnn_attention_passes_supported_arguments_to_jax(monkeypatch):
-    # JAX's XLA implementation replaces the kernel, which needs a GPU.
-    original = jax.nn.dot_product_attention
+# Rows of documents, and whether causality alone hides what a token may not see.
+DOCUMENTS = {
+    "full": ([[1] * 24, [1] * 24], True),
+    "padding on the right": ([[1] * 24, [1] * 15 + [0] * 9], True),
+    "only padding": ([[1] * 24, [0] * 24], True),
+    "padding on the left": ([[1] * 24, [0] * 9 + [1] * 15], False),
+    "padding in the middle": ([[1] * 24, [1] * 9 + [0] * 5 + [1] * 10], False),
+    "packed documents": ([[1] * 10 + [2] * 14, [1] * 24], False),
+    "packed documents, padding": ([[1] * 10 + [2] * 8 + [0] * 6, [1] * 24], False),
+}
 
-    def in_xla(query, key, value, *, implementation, **options):
+
+@pytest.fixture
+def kernels_in_xla(monkeypatch):
+    """JAX's XLA implementation replaces the kernel of cuDNN, which needs a GPU.
+
+    Returns:
+        A list of the masks that it was called with.
+    """
+    original, masks = jax.nn.dot_product_attention, []
+
+    def in_xla(query, key, value, *, implementation, mask, **options):
         assert implementation == "cudnn"
         assert query.dtype == "bfloat16"
         assert options["is_causal"]  # Otherwise the kernel would compute masked blocks.
         assert query.shape[-1] % 8 == 0 and query.shape[1] % 2 == 0
-        return original(query, key, value, implementation="xla", **options)
+        masks.append(mask)
+        return original(query, key, value, mask=mask, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
-    tensors, documents = heads((4, 2, 100, 24), "bfloat16")
-    on_gpu = select_attention(device("gpu", "PJRT C API cuda 12080"))
-    found = value_and_gradients(on_gpu, tensors, documents)
+    return masks
+
+
+@pytest.mark.parametrize(("documents", "sufficient"), DOCUMENTS.values(), ids=DOCUMENTS)
+def test_is_causality_sufficient_for_one_document_with_padding_after_it(
+    documents, sufficient
+):
+    assert is_causality_sufficient(jnp.array(documents)).item() == sufficient
+
+
+@pytest.mark.parametrize("documents", [d for d, _ in DOCUMENTS.values()], ids=DOCUMENTS)
+def test_cudnn_attention_equals_causal_attention_on_real_tokens(
+    documents, kernels_in_xla
+):
+    tensors, _ = heads((4, 2, 100, 24), "bfloat16")
+    documents = jnp.array(documents)
+    found = value_and_gradients(select_attention(GPU), tensors, documents)
+    assert {mask is None for mask in kernels_in_xla} == {True, False}
     expected = value_and_gradients(select_attention(CPU), tensors, documents)
     for x, y in zip(found, expected, strict=True):
         x, y = x.astype("float32"), y.astype("float32")
         assert jnp.linalg.norm(x - y) < 0.02 * jnp.linalg.norm(y)
+
+
+@pytest.mark.parametrize("length", [24, 23])
+def test_cudnn_prefill_attention_equals_causal_attention(length, kernels_in_xla):
+    (*tensors, _), _ = heads((4, 2, 100, length), "bfloat16")
+    assert select_prefill_attention(GPU) is cudnn_prefill_attention
+    found = cudnn_prefill_attention(*tensors).astype("float32")
+    assert kernels_in_xla == ([None] if length == 24 else [])
+    mask = causal_mask(jnp.arange(length)[None])
+    expected = causal_attention(*tensors, mask).astype("float32")
+    assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +172,7 @@ def test_cudnn_attention_falls_back_to_xla(dtype, length, attend):
         rocm = select_attention(device("gpu", "rocm 60300"))
         found = rocm(query, key, value, mask, documents)
     else:
-        found = attend(query, key, value, mask)
+        found = attend(query, key, value, mask, documents)
     np.testing.assert_array_equal(found, expected)
 
 
