@@ -15,7 +15,7 @@ donated buffers, and PyTorch writes in place; see `layers/cached_attention.py`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
@@ -152,6 +152,7 @@ def forward_with_cache(
     prompt_layout: PromptLayout,
     cache: Any,
     column: Tensor,
+    prefill_attention: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     """Writes tokens to the cache and computes their hidden states.
 
@@ -162,6 +163,9 @@ def forward_with_cache(
         prompt_layout: where the prompts are.
         cache: the KV cache, see the module docstring.
         column: int scalar, the column of the first of these tokens.
+        prefill_attention: callable of `attention_kernels.select_prefill_attention`, for
+            the first chunk only. It needs no mask: no token sees the gaps, which are
+            later columns of the chunk. `None` attends to the cache.
 
     Returns:
         Hidden states after the final norm, `(batch, length, hidden_dim)`, and the
@@ -171,8 +175,13 @@ def forward_with_cache(
     positions, bias = positions_and_bias(
         prompt_layout, column, tokens.shape, used[0][0].shape
     )
+    options = {}
+    if prefill_attention is not None:
+        bias, options = None, {"prefill_attention": prefill_attention}
     hidden, used = run_layers(
-        backbone, tokens, positions, prompt_layout.final_lengths, bias, used, column
+        *(backbone, tokens, positions, prompt_layout.final_lengths),
+        *(bias, used, column),
+        **options,
     )
     return hidden, cache if keras.config.backend() == "torch" else used
 
@@ -244,6 +253,7 @@ def run_layers(
     bias: Tensor | None,
     cache: Any,
     column: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Any]:
     """Runs all layers on tokens, with the KV cache.
 
@@ -256,6 +266,7 @@ def run_layers(
         bias: see `positions_and_bias`; `None` is causal attention over `tokens`.
         cache: the KV cache, or the used part of it.
         column: int scalar, the column of the first token; unused on PyTorch.
+        **options: further arguments of `DecoderLayer`.
 
     Returns:
         Hidden states after the final norm, `(batch, length, hidden_dim)`, and the
@@ -265,6 +276,8 @@ def run_layers(
     x = backbone.token_embedding(tokens)
     new_cache = []
     for layer, key_value in zip(backbone.transformer_layers, cache, strict=True):
-        x, key_value = layer(x, cos, sin, bias, cache=key_value, column=column)
+        x, key_value = layer(
+            x, cos, sin, bias, cache=key_value, column=column, **options
+        )
         new_cache.append(tuple(key_value))
     return backbone.final_norm(x), tuple(new_cache)

@@ -82,7 +82,23 @@ def device_platform(backbone: Backbone) -> str:
         >>> device_platform(lm.backbone)
         'cpu'
     """
-    return next(iter(_key_kernel(backbone).devices())).platform
+    return model_device(backbone).platform
+
+
+def model_device(backbone: Backbone) -> jax.Device:
+    """Returns one of the devices that hold the weights (JAX).
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Returns:
+        A device.
+
+    Example:
+        >>> model_device(lm.backbone).platform
+        'cpu'
+    """
+    return next(iter(_key_kernel(backbone).devices()))
 
 
 def state_shardings(

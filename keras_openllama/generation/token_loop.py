@@ -12,7 +12,7 @@ chunks as needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
@@ -33,15 +33,22 @@ from keras_openllama.generation.sampling import exclude_undefined_tokens, next_t
 from keras_openllama.generation.sharding import (
     constrain_sharding,
     device_platform,
+    model_device,
     state_shardings,
     to_device,
 )
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 from keras_openllama.utils.types import Tensor
 
-if TYPE_CHECKING:
-    from keras_openllama.backend.keras_hub import CausalLM
+if keras.config.backend() == "jax":
+    from keras_openllama.layers import attention_kernels
 
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import Backbone, CausalLM
+
+# Heuristics: most columns, and tokens of the whole batch, of the first chunk on a GPU.
+# The matrix products of a chunk then take far longer than reading the weights.
+FIRST_CHUNK, FIRST_CHUNK_TOKENS = 2048, 16384
 # Heuristic: stop ids are padded to a multiple of 4, so that few shapes are compiled.
 STOP_IDS_MULTIPLE = 4
 
@@ -76,6 +83,29 @@ def prefill_chunks(platform: str, batch: int, columns: int) -> list[int]:
         sizes = {max(256, min(1024, 8192 // batch)), 256, max(32, 256 // batch)}
     fitting = [size for size in sizes if size < columns]
     return sorted(fitting, reverse=True) or [columns]
+
+
+def first_chunks(batch: int, columns: int) -> list[int]:
+    """Returns the sizes of a first chunk that attends to itself by a fused kernel.
+
+    The program contains each size; the smallest one that holds the prefixes runs. So
+    the weights are read once for most prompts.
+
+    Args:
+        batch: batch size of the program, a power of two.
+        columns: columns of the cache, a power of two.
+
+    Returns:
+        Chunk sizes up to `columns`, ascending.
+
+    Example:
+        >>> first_chunks(batch=1, columns=2048), first_chunks(batch=64, columns=512)
+        ([256, 1024, 2048], [256])
+    """
+    largest = max(256, min(FIRST_CHUNK, FIRST_CHUNK_TOKENS // batch))
+    if columns <= largest:
+        return sorted({min(size, columns) for size in (256, 1024, columns)})
+    return sorted({256, largest})  # Longer prompts need further chunks.
 
 
 def is_any_of(tokens: Tensor, stop_ids: Tensor) -> Tensor:
@@ -225,7 +255,13 @@ class TokenLoop:
         # On TensorFlow, chunk sizes were measured on CPUs only.
         on_jax = keras.config.backend() == "jax"
         platform = device_platform(self.model.backbone) if on_jax else "cpu"
+        attention = prefill_attention(self.model.backbone)
         chunks = prefill_chunks(platform, *state.tokens.shape)
+        if attention is not None:
+            sizes = first_chunks(*state.tokens.shape)
+            state = self._prefill_first(state, prompt_layout, sizes, attention)
+            fits = sizes[-1] == state.tokens.shape[1]
+            chunks = [] if fits else sorted({256, sizes[-1]}, reverse=True)
         for chunk in chunks:
             state = self._prefill(
                 state, prompt_layout, chunk, is_last=chunk == chunks[-1]
@@ -273,6 +309,29 @@ class TokenLoop:
 
         return while_loop(self.model, is_running, feed_chunk, state)
 
+    def _prefill_first(self, state, prompt_layout, sizes, attention):
+        """Feeds the first chunk, which attends to itself; it may exceed the prefixes.
+
+        A loop, which runs once or not at all, updates the cache in place.
+        """
+        start = prompt_layout.start
+        for smaller, size in zip([0, *sizes], sizes, strict=False):
+
+            def is_next(state, smaller=smaller, size=size):
+                fits = start <= size if size < sizes[-1] else True
+                is_first = ops.equal(state.num_prefilled, 0)
+                return ops.logical_and(is_first, ops.logical_and(start > smaller, fits))
+
+            def feed_chunk(state, size=size):
+                _, cache = forward_with_cache(
+                    *(self.model.backbone, state.tokens[:, :size], prompt_layout),
+                    *(state.cache, np.int32(0), attention),
+                )
+                return state._replace(cache=cache, num_prefilled=np.int32(size))
+
+            state = while_loop(self.model, is_next, feed_chunk, state)
+        return state
+
     def sample_next(
         self,
         state: LoopState,
@@ -303,6 +362,21 @@ class TokenLoop:
             step=step,
             done=ops.logical_or(state.done, done),
         )
+
+
+def prefill_attention(backbone: Backbone) -> Callable[..., Tensor] | None:
+    """Selects the attention of the first chunk of prompts to itself.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Returns:
+        See `attention_kernels.select_prefill_attention`; `None` on a mesh, too, over
+        which XLA cannot partition the kernels, and on other backends than JAX.
+    """
+    if keras.config.backend() != "jax" or state_shardings(backbone)[0] is not None:
+        return None
+    return attention_kernels.select_prefill_attention(model_device(backbone))
 
 
 def cut_at_stop_id(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -215,12 +216,14 @@ class CausalSelfAttention(keras.layers.Layer):
             `RotaryEmbedding`.
         sin: float32 tensor of the shape of `cos`.
         mask: bool tensor, broadcastable to `(batch, 1, length, length)`. With a cache:
-            the `bias` of `attend_cached`, or on PyTorch `None` if the cache is empty
-            and attention is causal.
+            the `bias` of `attend_cached`, or `None` if the cache is empty and attention
+            is causal.
         cache: `None`, or a pair of tensors, keys and values,
             `(num_key_value_heads * batch, columns, head_dim)`; see `update_cache`.
         column: int scalar, index of the cache column where the keys and values of `x`
             are written.
+        prefill_attention: callable `(query, key, value)`, the causal attention for
+            `mask=None`; by default that of PyTorch.
 
     Returns:
         The output `(batch, length, hidden_dim)`. With a cache, a pair: the output and
@@ -290,6 +293,7 @@ class CausalSelfAttention(keras.layers.Layer):
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
         column: Tensor | None = None,
+        prefill_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns the output, and with a cache the updated cache."""
         query, key, value = self.project_heads(x, cos, sin)
@@ -300,7 +304,7 @@ class CausalSelfAttention(keras.layers.Layer):
             for tensor, update in zip(cache, (key, value), strict=True)
         )
         if mask is None:
-            context = fused_causal_attention(query, key, value)
+            context = (prefill_attention or fused_causal_attention)(query, key, value)
         elif x.shape[1] > 1 and cache[0].shape[1] % CACHE_BLOCK == 0:
             context = attend_blockwise(query, *cache, mask, column + x.shape[1])
         else:
@@ -350,6 +354,7 @@ class CausalSelfAttention(keras.layers.Layer):
         mask: keras.KerasTensor | None,
         cache: tuple[keras.KerasTensor, keras.KerasTensor] | None = None,
         column: keras.KerasTensor | None = None,
+        prefill_attention: Callable[..., Any] | None = None,
     ) -> Any:
         """Returns the shapes and dtypes that `call` returns."""
         output = keras.KerasTensor(x.shape, self.compute_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,11 +81,24 @@ def attend_blockwise(
 
     Source: the online softmax of FlashAttention (arXiv:2205.14135).
     """
+    arguments = query, key, value, bias, end
+    if keras.config.backend() != "jax":
+        return _attend_blocks(*arguments, block=CACHE_BLOCK)
+    batch, heads, length, _ = query.shape
+    block = block_columns(batch * heads * length, key.shape[1])
+    return jax.lax.platform_dependent(
+        *arguments,
+        # On a CPU, the scores of a block fit in its cache.
+        cpu=functools.partial(_attend_blocks, block=CACHE_BLOCK),
+        default=functools.partial(_attend_blocks, block=block),
+    )
+
+
+def _attend_blocks(query, key, value, bias, end, block):
     shape = query.shape
     length, head_dim = shape[2:]
     query = fold_query_groups(query, key)
     heads_and_batch, queries, _ = query.shape
-    block = block_columns(heads_and_batch * queries, key.shape[1])
 
     def add_block(i, largest, total, context):
         start = i * block
@@ -120,7 +134,7 @@ def attend_blockwise(
 
 
 def block_columns(queries: int, columns: int) -> int:
-    """Returns how many columns of the cache `attend_blockwise` processes at once.
+    """Returns how many columns of the cache an accelerator processes at once.
 
     Args:
         queries: Number of queries, over all sequences and heads.
@@ -129,8 +143,6 @@ def block_columns(queries: int, columns: int) -> int:
     Returns:
         A divisor of `columns`.
     """
-    if keras.config.backend() != "jax" or jax.default_backend() == "cpu":
-        return CACHE_BLOCK  # On a CPU, the scores of a block fit in its cache.
     for block in ACCELERATOR_BLOCKS:
         if columns % block == 0 and queries * block <= MAX_BLOCK_SCORES:
             return block

@@ -30,7 +30,7 @@ class DecoderLayer(keras.layers.Layer):
 
     Call arguments:
         x: float tensor `(batch, length, hidden_dim)`.
-        cos, sin, mask, cache, column: see `CausalSelfAttention`.
+        cos, sin, mask, cache, column, prefill_attention: see `CausalSelfAttention`.
         attention_fn: callable with the arguments of `causal_attention`, which is the
             default. Without a cache only.
         rematerialize: string, a policy of `config.REMATERIALIZATION`. Without a cache
@@ -114,6 +114,7 @@ class DecoderLayer(keras.layers.Layer):
         sin: Tensor,
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
+        column: Tensor | None = None,
         **options: Any,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """Returns the hidden states, and with a cache the updated cache."""
@@ -121,7 +122,10 @@ class DecoderLayer(keras.layers.Layer):
         if cache is None:
             return self._without_cache(x, cos, sin, mask, **options)
         attention, cache = self.self_attention(
-            self.self_attention_norm(x), cos, sin, mask, cache=cache, **options
+            *(self.self_attention_norm(x), cos, sin, mask),
+            cache=cache,
+            column=column,
+            **options,
         )
         x = x + attention
         return x + self.feedforward(self.feedforward_norm(x)), cache

@@ -725,6 +725,8 @@ class OpenLlamaCausalLM(
             (1, 3, 3072)
         """
         hidden = self.backbone.hidden_states(
-            token_ids, padding_mask, layer_intercept_fn=layer_intercept_fn
+            *(token_ids, padding_mask),
+            layer_intercept_fn=layer_intercept_fn,
+            execution=scoring.layer_execution(self.backbone),
         )
         return ops.cast(self.lm_head(hidden), "float32")

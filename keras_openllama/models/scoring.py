@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_openllama.generation.sharding import model_device, state_shardings
+from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.text.inputs import Texts, normalize_sequences
 from keras_openllama.text.token_arrays import as_padding_mask, as_token_ids
 from keras_openllama.utils.types import Tensor
 
+if keras.config.backend() == "jax":
+    from keras_openllama.layers.attention_kernels import select_attention
+
 if TYPE_CHECKING:
-    from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.backend.keras_hub import Backbone, CausalLM
 
 SCORING_MODES = ("logits", "loss")
 
@@ -111,3 +117,26 @@ def _shifted(preprocessor, texts):
         n = len(sequence) - 1
         ids[i, :n], targets[i, :n], mask[i, :n] = sequence[:-1], sequence[1:], True
     return ids, mask, targets
+
+
+def layer_execution(backbone: Backbone) -> LayerExecution | None:
+    """Returns how a backbone computes the layers of given sequences.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Returns:
+        Execution by the fused attention kernels of a GPU on JAX; `None`, the default
+        execution, on other devices, and on a mesh, over which XLA cannot partition the
+        kernels.
+
+    Example:
+        >>> layer_execution(lm.backbone) is None  # On a CPU.
+        True
+    """
+    if keras.config.backend() != "jax" or state_shardings(backbone)[0] is not None:
+        return None
+    device = model_device(backbone)
+    if device.platform != "gpu":
+        return None
+    return LayerExecution(attention_fn=select_attention(device))

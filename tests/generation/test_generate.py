@@ -20,7 +20,11 @@ from keras_openllama.generation.kv_cache import (
     padded_batch_size,
     padded_cache_length,
 )
-from keras_openllama.generation.token_loop import TokenLoop, prefill_chunks
+from keras_openllama.generation.token_loop import (
+    TokenLoop,
+    first_chunks,
+    prefill_chunks,
+)
 
 STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which may run a few extra steps.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]
@@ -493,6 +497,52 @@ def test_prefill_does_not_depend_on_the_chunk_size(length, monkeypatch):
         )
         found[platform] = np.array(state.cache)[..., : length + 2, :]
     np.testing.assert_allclose(found["gpu"], found["cpu"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sizes"),
+    [
+        (1, 256, [256]),
+        (1, 512, [256, 512]),
+        (1, 2048, [256, 1024, 2048]),
+        (1, 8192, [256, 2048]),
+        (16, 1024, [256, 1024]),
+        (16, 2048, [256, 1024]),
+        (64, 256, [256]),
+        (256, 2048, [256]),
+    ],
+)
+def test_first_chunks_hold_most_prompts_whole(rows, columns, sizes):
+    assert first_chunks(rows, columns) == sizes
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX devices")
+@pytest.mark.parametrize("lengths", [[1], [70, 40], [256, 257], [500, 9], [1290, 700]])
+def test_token_loop_prefills_the_first_chunk_with_a_fused_kernel(lengths, monkeypatch):
+    from keras_openllama.layers.attention_kernels import cudnn_prefill_attention
+
+    lm = make_lm(context=2048)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 500, length).tolist() for length in lengths]
+    columns = padded_cache_length(max(lengths) + 3)
+    limits, stop_ids = [3] * len(prompts), np.full(4, -1, "int32")
+    expected = list(TokenLoop(lm).generate(prompts, limits, stop_ids, stride=1))
+    # In float32, XLA computes it. The longest prompts need a second chunk.
+    monkeypatch.setattr(token_loop, "FIRST_CHUNK", 1024)
+    monkeypatch.setattr(
+        token_loop, "prefill_attention", lambda backbone: cudnn_prefill_attention
+    )
+    used = []
+    forward = token_loop.forward_with_cache
+
+    def recorded(backbone, tokens, *arguments):
+        if arguments[3:] == (cudnn_prefill_attention,):
+            used.append(tokens.shape[1])
+        return forward(backbone, tokens, *arguments)
+
+    monkeypatch.setattr(token_loop, "forward_with_cache", recorded)
+    assert list(TokenLoop(lm).generate(prompts, limits, stop_ids, stride=1)) == expected
+    assert set(used) == set(first_chunks(padded_batch_size(len(prompts)), columns))
 
 
 def test_generate_stops_when_all_sequences_have_ended(lm, monkeypatch):

@@ -89,7 +89,7 @@ def test_causal_self_attention_with_a_cache_equals_without(heads, head_dim):
 def test_attend_blockwise_equals_attend_cached(
     heads, head_dim, start, block, monkeypatch
 ):
-    monkeypatch.setattr(cached_attention, "block_columns", lambda *_: block)
+    monkeypatch.setattr(cached_attention, "CACHE_BLOCK", block)
     batch, length, columns = 2, 5, 4 * CACHE_BLOCK
     query = random(batch, heads[0], length, head_dim)
     key, value = (random(batch * heads[1], columns, head_dim, seed=s) for s in (1, 2))
@@ -110,12 +110,24 @@ def test_attend_blockwise_equals_attend_cached(
     )
 
 
-@pytest.mark.skipif(keras.config.backend() != "jax", reason="Tests JAX's devices.")
-def test_block_columns_are_larger_on_accelerators_within_memory(monkeypatch):
-    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+def test_block_columns_are_larger_on_accelerators_within_memory():
     assert cached_attention.block_columns(32 * 1024, 2048) == 1024
     assert cached_attention.block_columns(64 * 32 * 256, 2048) == 512
     assert cached_attention.block_columns(64 * 32 * 1024, 2048) == CACHE_BLOCK
     assert cached_attention.block_columns(32, 3 * CACHE_BLOCK) == CACHE_BLOCK
-    monkeypatch.setattr("jax.default_backend", lambda: "cpu")
-    assert cached_attention.block_columns(32 * 1024, 2048) == CACHE_BLOCK
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Tests JAX's devices.")
+def test_attend_blockwise_selects_blocks_by_the_device_of_the_program():
+    import jax
+
+    shapes = (1, 2, 4, 8), (2, 2048, 8), (2, 2048, 8), (2, 4, 2048)
+    tensors = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    end = jax.ShapeDtypeStruct((), "int32")
+    program = jax.jit(attend_blockwise).trace(*tensors, end)
+    for platform, block in {"cpu": CACHE_BLOCK, "cuda": 1024, "tpu": 1024}.items():
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        found = {
+            size for size in (CACHE_BLOCK, 512, 1024) if f"tensor<2x{size}x" in text
+        }
+        assert found == {block}

@@ -1,5 +1,7 @@
 """The task: training, scoring, adapters, quantization, saving."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -116,6 +118,30 @@ def test_score_of_text_returns_the_loss_of_each_next_token():
     expected = [-log_probabilities[i, ids[i + 1]] for i in range(len(ids) - 1)]
     losses = ops.convert_to_numpy(lm.score("The body of", scoring_mode="loss"))[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Kernels are JAX's.")
+def test_score_uses_the_attention_kernel_of_the_device(monkeypatch):
+    import jax
+
+    from keras_openllama.models import scoring
+
+    ids = np.arange(3, 27).reshape(2, 12)
+    mask = np.arange(12) >= np.array([[0], [4]])  # Padding on the left.
+    expected = ops.convert_to_numpy(make_lm("bfloat16").score(ids, mask))
+    original, used = jax.nn.dot_product_attention, []
+
+    def in_xla(*heads, implementation, **options):  # The kernel needs a GPU.
+        used.append(implementation)
+        return original(*heads, implementation="xla", **options)
+
+    client = types.SimpleNamespace(platform_version="PJRT C API cuda 13000")
+    gpu = types.SimpleNamespace(platform="gpu", client=client)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    monkeypatch.setattr(scoring, "model_device", lambda backbone: gpu)
+    found = ops.convert_to_numpy(make_lm("bfloat16").score(ids, mask))
+    assert set(used) == {"cudnn"}
+    np.testing.assert_allclose(found[mask], expected[mask], atol=0.02)
 
 
 def test_score_layer_intercept_fn_reads_and_changes_layers():
