@@ -1,5 +1,6 @@
 """The attention kernels of a device, compared with the plain formula in float32."""
 
+import concurrent.futures
 import dataclasses
 
 import numpy as np
@@ -68,47 +69,60 @@ def compare(case, found, expected):
 
 def check_jax():
     """Checks the kernels on JAX."""
-    for case in CASES:
-        tensors, documents = inputs(case), documents_of(case)
-        kernel, text = on_jax(case, tensors, documents, "bfloat16")
-        plain, _ = on_jax(case, tensors, documents, "float32")
-        compare(case, kernel, plain)
-        if not results.has_gpu():
-            results.skip(f"{case.name}: kernel", "cuDNN needs a GPU")
-            continue
-        missing = 2 - min(2, text.count("__cudnn$fmha"))
-        results.check(f"{case.name}: missing cuDNN kernels", missing, 0)
+    # Compiling takes most of the time, and threads of XLA compile in parallel.
+    with concurrent.futures.ThreadPoolExecutor(len(CASES)) as pool:
+        jobs = {case: pool.submit(on_jax, case) for case in CASES}
+        for case, job in jobs.items():
+            kernel, plain, text = job.result()
+            compare(case, kernel, plain)
+            if not results.has_gpu():
+                results.skip(f"{case.name}: kernel", "cuDNN needs a GPU")
+                continue
+            missing = 2 - min(2, text.count("__cudnn$fmha"))
+            results.check(f"{case.name}: missing cuDNN kernels", missing, 0)
 
 
-def on_jax(case, tensors, documents, dtype):
-    """Returns values and gradients in float32, and the compiled program as text.
+def on_jax(case):
+    """Returns the results of the device's kernel and of the plain formula.
 
-    bfloat16 uses the kernel of the device; float32 uses the plain formula, on inputs
-    that were rounded to bfloat16.
+    Returns:
+        For both, the values and gradients in float32; and the compiled program of the
+        kernel as text. The kernel computes in bfloat16; the formula in float32 on the
+        CPU, on inputs that were rounded to bfloat16.
     """
     import jax
+
+    kernel, text = values_and_gradients(case, "bfloat16", jax.devices()[0])
+    plain, _ = values_and_gradients(case, "float32", jax.devices("cpu")[0])
+    return kernel, plain, text
+
+
+def values_and_gradients(case, dtype, device):
+    """Returns values and gradients in float32, and the compiled program as text."""
+    import jax
     import jax.numpy as jnp
+    import ml_dtypes
 
     from keras_openllama.layers.attention import causal_mask, dot_product_attention
     from keras_openllama.layers.attention_kernels import select_attention
 
-    *heads, weights = (jnp.asarray(x, "bfloat16").astype(dtype) for x in tensors)
-    documents = jnp.asarray(documents)
-    real = (documents > 0)[:, None, :, None]
-    mask = causal_mask(jnp.arange(LENGTH)[None], documents)
-    kernel = select_attention(jax.devices()[0])
+    rounded = (x.astype(ml_dtypes.bfloat16).astype(dtype) for x in inputs(case))
+    *heads, weights, documents = jax.device_put([*rounded, documents_of(case)], device)
+    kernel = select_attention(device)
 
-    def loss(*heads):
+    def loss(heads, weights, documents):
+        real = (documents > 0)[:, None, :, None]
+        mask = causal_mask(jnp.arange(LENGTH)[None], documents)
         if dtype == "float32":
             context = dot_product_attention(*heads, mask)
         else:
             context = kernel(*heads, mask, documents)
         return jnp.sum(context * weights * real, dtype="float32"), context * real
 
-    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-    compiled = program.lower(*heads).compile()
-    (_, context), gradients = compiled(*heads)
-    arrays = [np.asarray(x.astype("float32")) for x in (context, *gradients)]
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = program.lower(heads, weights, documents).compile()
+    (_, context), gradients = compiled(heads, weights, documents)
+    arrays = [np.asarray(x).astype("float32") for x in (context, *gradients)]
     return arrays, compiled.as_text()
 
 
@@ -152,7 +166,7 @@ def device():
 
 
 def on_torch(attend, tensors, real, is_bfloat16=False):
-    """As `on_jax`, without the program."""
+    """As `values_and_gradients`, without the program."""
     import torch
 
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32

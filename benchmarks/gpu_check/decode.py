@@ -136,6 +136,13 @@ def report_prompt(sizes, generate):
     results.measure(f"prompt of {length:,} tokens, one new", duration, "s")
 
 
+def cache_bytes(sizes):
+    """Bytes of a sequence's KV cache that an average step has to read."""
+    tokens = PROMPT + (SHORT + NEW) / 2
+    heads = sizes["num_key_value_heads"] * sizes["head_dim"]
+    return tokens * sizes["num_layers"] * 2 * heads * 2
+
+
 def report(sizes, batch, duration):
     """Reports tokens/s; `duration` is in seconds, for `NEW - SHORT` steps."""
     rate = batch * (NEW - SHORT) / duration
@@ -144,4 +151,6 @@ def report(sizes, batch, duration):
     if read:
         limit = batch * read / (2 * models.multiplied(sizes))
         note += f", {rate / limit:.0%} of {limit:.0f}, all weights read once per step"
+        both = 2 * models.multiplied(sizes) + batch * cache_bytes(sizes)
+        note += f"; with the KV cache, {rate * both / (batch * read):.0%}"
     results.measure(f"batch {batch}: decoding", rate, "tokens/s", note)

@@ -57,6 +57,17 @@ def _decode(size):
     ]
 
 
+def _parity(name, backend, *shapes):
+    """Parity of tiny models of these shapes with transformers."""
+    text = "logits, 200 greedy tokens and gradients equal those of transformers"
+    arguments = {"shapes": shapes}
+    return Part(
+        *(name, text, "check", backend, "parity", "run"),
+        arguments=arguments,
+        seconds=200,
+    )
+
+
 _ALL = [
     *_by_backend(
         "device",
@@ -66,14 +77,10 @@ _ALL = [
         {"torch": "on_torch", "jax": "on_jax"},
         seconds=60,
     ),
-    *_by_backend(
-        "parity",
-        "logits, 200 greedy tokens and gradients equal those of transformers",
-        "check",
-        "parity",
-        {"jax": "run", "torch": "run"},
-        seconds=200,
-    ),
+    # Two processes, which compile in parallel.
+    _parity("parity-jax", "jax", "head_dim_100"),
+    _parity("parity-jax-grouped", "jax", "grouped_heads"),
+    _parity("parity-torch", "torch", "head_dim_100", "grouped_heads"),
     *_by_backend(
         "attention",
         "the attention kernels of the device equal the plain formula",

@@ -62,7 +62,7 @@ def examples():
 
 def course():
     """Epochs, steps between checkpoints, and steps after which the run is killed."""
-    return (200, 20, 30) if results.has_gpu() else (20, 5, 12)
+    return (120, 20, 30) if results.has_gpu() else (20, 5, 12)
 
 
 def start(data, output):
