@@ -1,12 +1,13 @@
 """Compares ways to decode on PyTorch, and profiles them.
 
-    python benchmarks/gpu_check/torch_variants.py --seconds 75
+    python benchmarks/gpu_check/torch_variants.py --seconds 100
 
 Variants: `traced` launches each kernel, `captured` replays a CUDA graph of eager
 kernels, `compiled` one of compiled layers, `fused` is `compiled` with the query, key
 and value (gate and up) kernels joined, and `tuned` is `compiled` with coordinate
 descent, which replaces matrix-vector products by Triton kernels. `triton` is `captured`
-with the kernels of `triton_layer.py`, and `joined` that with joined kernels.
+with the kernels of `triton_layer.py`, and `joined` that with joined kernels,
+and `gemv` that with a Triton kernel for products with one vector.
 
 Lines are printed as results arrive. A section that would start after --seconds is
 skipped, and the process ends at 1.2 times that. Without a GPU, sizes are tiny.
@@ -83,18 +84,19 @@ def use(lm, variant):
         "fused": "compiled",
         "triton": "captured",
         "joined": "captured",
+        "gemv": "captured",
     }
     token_loop_torch.DECODING[DEVICE] = modes.get(variant, variant)
     options = {"coordinate_descent_tuning": True} if variant == "tuned" else {}
     token_loop_torch.COMPILE_OPTIONS = options
     torch._dynamo.reset()
-    joined = variant in ("fused", "joined")
+    joined = variant in ("fused", "joined", "gemv")
     torch_network._layer_tensors = fused_tensors if joined else TENSORS
     torch_network.project_heads = fused_heads if joined else HEADS
     torch_network.finish_layer = fused_finish if joined else FINISH
     torch_network.TorchNetwork.decode = DECODE
-    if variant in ("triton", "joined"):
-        torch_network.TorchNetwork.decode = triton_decode(joined)
+    if variant in ("triton", "joined", "gemv"):
+        torch_network.TorchNetwork.decode = triton_decode(joined, variant == "gemv")
     lm.compile(sampler="greedy")
 
 
@@ -103,20 +105,53 @@ DECODE = torch_network.TorchNetwork.decode
 HEADS, FINISH = torch_network.project_heads, torch_network.finish_layer
 
 
-def triton_decode(joined):
+def triton_decode(joined, gemv):
     import triton_layer
+
+    project = triton_layer.gemv if gemv else torch_network.project
 
     def decode(self, tokens, cos, sin, bias, column, cache, run_layer=None):
         x = self.embed(tokens)
         for layer, (keys, values) in zip(self.layers, cache, strict=True):
             x = triton_layer.decode_layer(
                 *(x, layer, cos, sin, bias, column, keys, values),
-                *(self.head_dim, self.epsilon, joined),
+                *(self.head_dim, self.epsilon, joined, project),
             )
         x = torch_network.rms_norm(x[0] + x[1], self.final_norm, self.epsilon)
-        return torch_network.project(x, self.lm_head)[:, 0]
+        return project(x, self.lm_head)[:, 0]
 
     return decode
+
+
+def sweep_gemv(lm):
+    """Measures products of all layers with one vector, by cuBLAS and by Triton."""
+    import triton_layer
+
+    use(lm, "joined")
+    network = torch_network.TorchNetwork(lm)
+    tiles = ([1, 1024, 4], [2, 1024, 4], [4, 512, 4], [8, 256, 4], [4, 1024, 8])
+    for name in ("query", "output", "gate", "down"):
+        linears = [getattr(layer, name) for layer in network.layers]
+        shape = linears[0].kernel.shape
+        x = torch.randn(1, 1, shape[1], device=DEVICE, dtype=torch.bfloat16)
+        for tile in (None, *tiles):
+            triton_layer.GEMV[:] = tile or triton_layer.GEMV
+            project = triton_layer.gemv if tile else torch_network.project
+
+            def run(linears=linears, project=project, x=x):
+                for linear in linears:
+                    project(x, linear)
+
+            run()
+            wait()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            times = [timed(graph.replay)[0] for _ in range(6)]
+            each = min(times) / len(linears)
+            rate = linears[0].kernel.nbytes / each / 1e9
+            say(f"{name} {tuple(shape)} {tile}: {1e6 * each:.1f} us, {rate:.0f} GB/s")
+    triton_layer.GEMV[:] = [4, 512, 4]
 
 
 def fused_tensors(layer):
@@ -227,7 +262,7 @@ def check_float32():
     ids = prompts(sizes, 3, PROMPT)
     ids["padding_mask"] = (np.arange(PROMPT)[None] < [[PROMPT], [9], [40]]).astype(int)
     found = {}
-    for variant in ("traced", "captured", "triton", "joined"):
+    for variant in ("traced", "captured", "triton", "joined", "gemv"):
         use(lm, variant)
         _, found[variant] = timed(lambda: generate(lm, ids, 60))
         equal = np.array_equal(found["traced"], found[variant])
@@ -270,25 +305,31 @@ def all_3b(sections):
         compare("captured, traced", tokens["captured", 1][:, : PROMPT + SHORT], found)
 
     batches = (1, 8, 64) if HAS_GPU else (1, 3)
+    last = batches[-1]
     sections("captured", variant("captured", batches))
     sections("prefill", lambda: measure_prefill(lm, sizes))
-    sections("triton", variant("triton", batches))
-    sections("joined", variant("joined", batches))
-    sections("profile joined 1", profile_decoding("joined", 1))
-    sections("profile joined 64", profile_decoding("joined", batches[-1]))
-    sections("compiled", variant("compiled", batches))
-    sections("profile compiled 1", profile_decoding("compiled", 1))
-    sections("profile compiled 64", profile_decoding("compiled", batches[-1]))
+    for name in ("triton", "joined"):
+        sections(name, variant(name, batches))
+    sections("gemv", variant("gemv", (1,)))
+    sections("profile gemv 1", profile_decoding("gemv", 1))
+    sections("profile joined 64", profile_decoding("joined", last))
     sections("traced", traced)
-    sections("fused", variant("fused", (1, batches[-1])))
+    sections("7B", lambda: all_7b(sections))
+    if HAS_GPU:
+        with torch.no_grad():
+            sections("sweep of gemv", lambda: sweep_gemv(lm))
+    sections("compiled", variant("compiled", (1, last)))
+    sections("profile compiled 1", profile_decoding("compiled", 1))
+    sections("profile compiled 64", profile_decoding("compiled", last))
+    sections("profile captured", profile_decoding("captured", 1))
+    sections("fused", variant("fused", (1,)))
     sections("tuned", variant("tuned", (1,)))
     sections("profile tuned", profile_decoding("tuned", 1))
-    sections("profile captured", profile_decoding("captured", 1))
 
 
 def all_7b(sections):
     lm, sizes = make("open_llama_7b_v2")
-    for name in ("captured", "joined", "compiled"):
+    for name in ("captured", "gemv"):
 
         def run(name=name):
             use(lm, name)
@@ -299,7 +340,7 @@ def all_7b(sections):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=75)
+    parser.add_argument("--seconds", type=float, default=100)
     options = parser.parse_args()
     timer = threading.Timer(1.2 * options.seconds, lambda: (say("time"), os._exit(3)))
     timer.daemon = True
@@ -318,7 +359,6 @@ def main():
     say(f"torch {torch.__version__}, {DEVICE}")
     sections("float32", check_float32)
     sections("3B", lambda: all_3b(sections))
-    sections("7B", lambda: all_7b(sections))
     say("end")
 
 

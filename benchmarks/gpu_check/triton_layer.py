@@ -70,10 +70,10 @@ def rotate_and_store_kernel(
         tl.store(keys + place + i, (first * c - second * s).to(dtype), inside)
         tl.store(keys + place + HALF + i, (second * c + first * s).to(dtype), inside)
         source = v + b * kv_row + h * 2 * HALF
-        first = tl.load(source + i, inside, other=0.0)
-        second = tl.load(source + HALF + i, inside, other=0.0)
-        tl.store(values + place + i, first, inside)
-        tl.store(values + place + HALF + i, second, inside)
+        first_value = tl.load(source + i, inside, other=0.0)
+        second_value = tl.load(source + HALF + i, inside, other=0.0)
+        tl.store(values + place + i, first_value, inside)
+        tl.store(values + place + HALF + i, second_value, inside)
 
 
 @triton.jit
@@ -170,6 +170,43 @@ def silu_kernel(gate, up, out, row, width, BLOCK: tl.constexpr):
     tl.store(out + b * width + i, result.to(out.dtype.element_ty), inside)
 
 
+@triton.jit
+def gemv_kernel(x, w, y, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """y = w @ x for one vector; `ROWS` divides the number of rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK)
+    at = w + row.to(tl.int64)[:, None] * K
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, K, BLOCK):
+        inside = start + k < K
+        vector = tl.load(x + start + k, inside, other=0.0).to(tl.float32)
+        matrix = tl.load(
+            at + (start + k)[None],
+            inside[None],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        total += matrix.to(tl.float32) * vector[None]
+    tl.store(y + row, tl.sum(total, axis=1).to(y.dtype.element_ty))
+
+
+# Rows and columns of a tile, and warps, of `gemv`.
+GEMV = [4, 512, 4]
+
+
+def gemv(x, linear):
+    """`torch_network.project` of one vector."""
+    rows, width = linear.kernel.shape
+    tile, block, warps = GEMV
+    if x.shape[0] * x.shape[1] > 1 or rows % tile:
+        return torch_network.project(x, linear)
+    y = torch.empty((1, 1, rows), dtype=x.dtype, device=x.device)
+    gemv_kernel[(rows // tile,)](
+        *(x, linear.kernel, y), K=width, ROWS=tile, BLOCK=block, num_warps=warps
+    )
+    return y
+
+
 def add_norm(x, added, scale, epsilon):
     total, normed = torch.empty_like(x), torch.empty_like(x)
     width = x.shape[-1]
@@ -220,10 +257,20 @@ def attend(query, keys, values, bias, column):
 
 
 def decode_layer(
-    x, layer, cos, sin, bias, column, keys, values, head_dim, epsilon, fused=False
+    x,
+    layer,
+    cos,
+    sin,
+    bias,
+    column,
+    keys,
+    values,
+    head_dim,
+    epsilon,
+    fused=False,
+    project=torch_network.project,
 ):
     """See `torch_network.decode_layer`; `x` may be a pair that is still to be added."""
-    project = torch_network.project
     x, added = x if isinstance(x, tuple) else (x, torch.zeros_like(x))
     x, normed = add_norm(x, added, layer.attention_norm, epsilon)
     batch = x.shape[0]
