@@ -181,9 +181,10 @@ def decode(group, folder):
 
     def add(name, batch, length, attend=None, options=None, buckets=None, first=None):
         prompts = np.random.default_rng(0).integers(3, 500, (batch, length)).tolist()
-        state, layout = loop.start(prompts, [LAST if first is None else 1] * batch)
+        limits = [LAST if first is None else 1] * batch
+        state, layout = loop.start(prompts, limits)
         stop_ids = loop._padded_stop_ids([])
-        states[name] = lambda: loop.start(prompts, [LAST] * batch)[0]
+        states[name] = lambda: loop.start(prompts, limits)[0]
         body = program_body(loop, layout, stop_ids, attend, buckets, first)
         programs.add(name, lambda: lower(lm, body, state), options)
 
