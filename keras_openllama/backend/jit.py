@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 from keras import ops, tree
 
+from keras_openllama.utils.files import cache_directory
 from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "jax":
@@ -104,10 +103,7 @@ def use_compilation_cache() -> None:
         or not jax.config.jax_enable_compilation_cache
     ):
         return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update(
-        "jax_compilation_cache_dir", str(Path(home) / "keras_openllama" / "jax")
-    )
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory("jax")))
     jax.config.update("jax_compilation_cache_max_size", COMPILATION_CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     # JAX reads the directory only at its first compilation, unless it is reset.

@@ -159,6 +159,13 @@ def parse_arguments(
         help="do not plan alternatives, each of which takes a minute to compile",
     )
     plan.add_argument(
+        "--no-plan-cache",
+        action="store_true",
+        default=False,
+        help="compile again what an earlier plan compiled, and do not save it in "
+        "~/.cache/keras_openllama/plans (or that of $XDG_CACHE_HOME)",
+    )
+    plan.add_argument(
         "--json", default=None, metavar="FILE", help="also write the plan to FILE"
     )
     add_run_options(
@@ -265,6 +272,7 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
     import json
 
     from keras_openllama.planning import plan as planning
+    from keras_openllama.planning.compilation_cache import CompilationCache
 
     try:
         found = planning.plan_pretraining(
@@ -272,10 +280,13 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
             options.topology,
             options.mesh,
             alternatives=not options.no_alternatives,
+            cache=None if options.no_plan_cache else CompilationCache(),
+            report=lambda plan: print(planning.plan_table(plan), flush=True),
         )
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
-    print(planning.plan_table(found))
+    if found["alternatives"]:
+        print(f"\n{planning.comparison_table(found)}")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return 0 if found["fits"] else 2

@@ -16,8 +16,10 @@ from keras_openllama.backend.keras_private import set_variable_layout, variable_
 from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+from keras_openllama.planning.compilation_cache import CompilationCache, program_key
 from keras_openllama.planning.cost_model import CHIPS, TpuChip
-from keras_openllama.runs.jax_train_program import StepState, compile_step
+from keras_openllama.runs import tpu_compiler_options
+from keras_openllama.runs.jax_train_program import StepState, lower_step
 from keras_openllama.runs.optimizer import make_optimizer
 from keras_openllama.runs.recipe import Recipe
 from keras_openllama.training.train_step_jax import (
@@ -103,13 +105,15 @@ class CompiledStep:
         hlo: text of the compiled program.
         peak_memory: peak memory of a chip in bytes.
         parameters: number of parameters of the model.
-        compile_seconds: compile time.
+        compile_seconds: compile time; of the first time if it was cached.
+        cached: whether the compiled program was read from a cache.
     """
 
     hlo: str
     peak_memory: int
     parameters: int
     compile_seconds: float
+    cached: bool = False
 
 
 def compile_step_ahead_of_time(
@@ -117,6 +121,7 @@ def compile_step_ahead_of_time(
     recipe: Recipe,
     mesh: dict[str, int],
     devices: Sequence[Any],
+    cache: CompilationCache | None = None,
 ) -> CompiledStep:
     """Compiles the training step of a run for devices that need not be present.
 
@@ -127,6 +132,7 @@ def compile_step_ahead_of_time(
         recipe: the recipe.
         mesh: sizes of the axes `"data"`, `"fsdp"` and `"model"`.
         devices: JAX devices, see `topology_devices`.
+        cache: finished compilations; `None` compiles always.
 
     Returns:
         The compiled step.
@@ -137,6 +143,27 @@ def compile_step_ahead_of_time(
     start = time.monotonic()
     distribution = OpenLlamaParallel(make_mesh(**mesh, devices=devices))
     lm = _abstract_lm(config, recipe, distribution)
+    lowered = _lowered_step(lm, recipe, distribution)
+    ordered = list(distribution.device_mesh.backend_mesh.devices.flat)
+    key = program_key(lowered, ordered, tpu_compiler_options.ALL_OPTIONS)
+    entry = cache.load(key) if cache else None
+    cached = entry is not None
+    if entry is None:
+        entry = _compiled_entry(lowered, ordered[0], start)
+        if cache:
+            cache.save(key, entry)
+    if "error" in entry:
+        raise OutOfDeviceMemoryError(
+            f"The step does not fit into a chip's memory: {entry['error']} "
+            f"Received: rematerialize={recipe.rematerialize}, "
+            f"micro_batches={recipe.micro_batches}, mesh={mesh}.",
+            entry["excess_bytes"],
+        )
+    parameters = sum(int(np.prod(v.shape)) for v in lm.variables)
+    return CompiledStep(parameters=parameters, cached=cached, **entry)
+
+
+def _lowered_step(lm, recipe, distribution):
     shape = recipe.batch_size, recipe.sequence_length
     sharding = distribution.batch_sharding(2)
 
@@ -151,35 +178,35 @@ def compile_step_ahead_of_time(
     replicated = jax.sharding.NamedSharding(
         distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec()
     )
-    # Programs for absent devices cannot be read from the compilation cache.
-    cached = jax.config.jax_enable_compilation_cache
+    return lower_step(
+        lm,
+        _abstract_state(lm, distribution, replicated),
+        batch,
+        options_for_devices(options, distribution),
+        recipe.spike_threshold,
+        replicated,
+    )
+
+
+def _compiled_entry(lowered, device, start):
+    """Compiles a program; what `CompiledStep` needs of it, or why it does not fit."""
+    # Programs for absent devices cannot be read from JAX's compilation cache.
+    enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        program = compile_step(
-            lm,
-            _abstract_state(lm, distribution, replicated),
-            batch,
-            options_for_devices(options, distribution),
-            recipe.spike_threshold,
-            replicated,
-        )
+        program = tpu_compiler_options.compile_lowered(lowered, device)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfDeviceMemoryError(
-            f"The step does not fit into a chip's memory: {_compiler_message(error)} "
-            f"Received: rematerialize={recipe.rematerialize}, "
-            f"micro_batches={recipe.micro_batches}, mesh={mesh}.",
-            _excess_bytes(error),
-        ) from error
+        message, excess = _compiler_message(error), _excess_bytes(error)
+        return {"error": message, "excess_bytes": excess}
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
-    return CompiledStep(
-        program.as_text(),
-        program.memory_analysis().peak_memory_in_bytes,
-        sum(int(np.prod(v.shape)) for v in lm.variables),
-        time.monotonic() - start,
-    )
+        jax.config.update("jax_enable_compilation_cache", enabled)
+    return {
+        "hlo": program.as_text(),
+        "peak_memory": program.memory_analysis().peak_memory_in_bytes,
+        "compile_seconds": time.monotonic() - start,
+    }
 
 
 def _compiler_message(error):

@@ -52,6 +52,7 @@ class TpuChip:
         clock: clock frequency in Hz, from the peak and the FLOPs per cycle of the
             matrix units.
         memory: HBM in bytes.
+        usable_memory: what the compiler lets a program use of it, in bytes.
         link: bandwidth of one link in bytes/s, in each direction.
     """
 
@@ -59,6 +60,7 @@ class TpuChip:
     peak_flops: float
     clock: float
     memory: int
+    usable_memory: int
     link: float
 
 
@@ -67,14 +69,18 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # Two cores with four matrix units of 128 x 128; 2400 Gbit/s over six links.
-        TpuChip("v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, 50e9),
+        TpuChip("v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, int(30.75 * _GIB), 50e9),
         # One core with four such units; 1600 Gbit/s over four links.
-        TpuChip("v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, 50e9),
+        TpuChip(
+            "v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, int(15.75 * _GIB), 50e9
+        ),
         # Two cores with four such units; 4800 Gbit/s over six links.
-        TpuChip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 100e9),
+        TpuChip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 95 * _GIB, 100e9),
         # One core with two units of 256 x 256; 3584 Gbit/s over four links. Heuristic:
         # the published peak implies two products per unit and cycle.
-        TpuChip("v6e", peak_flops("TPU v6e"), 1.75e9, 32 * _GIB, 112e9),
+        TpuChip(
+            "v6e", peak_flops("TPU v6e"), 1.75e9, 32 * _GIB, int(31.25 * _GIB), 112e9
+        ),
     )
 }
 

@@ -5,22 +5,23 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras_openllama import presets
 from keras_openllama.distribution import check_mesh
+from keras_openllama.planning.alternative_plans import plan_alternatives, summary
 from keras_openllama.planning.alternatives import (
     ExecutionChoice,
-    neighboring_choices,
     suggest_choice_that_fits,
 )
 from keras_openllama.planning.aot_compile import (
     OutOfDeviceMemoryError,
-    compile_step_ahead_of_time,
     topology_devices,
 )
-from keras_openllama.planning.cost_model import CostAssumptions, estimate_cost
+from keras_openllama.planning.compilation_cache import CompilationCache
+from keras_openllama.planning.cost_model import CostAssumptions
+from keras_openllama.planning.step_estimate import StepEstimator
 from keras_openllama.runs import throughput
 from keras_openllama.runs.recipe import ResolvedRecipe
 from keras_openllama.utils.types import PathLike
@@ -35,19 +36,26 @@ def plan_pretraining(
     directory: PathLike | None = None,
     assumptions: CostAssumptions = DEFAULT_ASSUMPTIONS,
     alternatives: bool = True,
+    cache: CompilationCache | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Estimates time and memory of a run, and of alternatives to its settings.
+
+    The recipe's own choice is compiled at full depth. Alternatives that can win are
+    extrapolated from compilations of fewer layers; if one of them is the fastest that
+    fits, it is compiled at full depth, too.
 
     Args:
         resolved: preset and recipe.
         topology: see `aot_compile.topology_devices`.
         mesh: sizes of the axes `"data"`, `"fsdp"` and `"model"`. Defaults to the mesh
             of the recipe.
-        directory: where the HLO text of each compiled step is written. Defaults to a
-            new temporary directory, which is not deleted.
+        directory: where the HLO text of each step compiled at full depth is written.
+            Defaults to a new temporary directory, which is not deleted.
         assumptions: the cost of what the compiler does not estimate.
-        alternatives: whether to plan alternatives, each of which takes a minute to
-            compile.
+        alternatives: whether to plan alternatives.
+        cache: finished compilations; `None` compiles always.
+        report: called with the plan before the alternatives are compiled.
 
     Returns:
         A dict that JSON can represent: `preset`, `topology`, `chips`, `mesh`,
@@ -56,9 +64,11 @@ def plan_pretraining(
         part of it), `kernel_seconds`, `collective_seconds`,
         `exposed_collective_seconds`; `uncosted_bytes`, the bytes written by
         instructions that are not counted, by kind; `tokens_per_second_per_chip`,
-        `mfu`, `days`, `chip_hours`; `compile_seconds`, `assumptions`, `hlo`; `best`,
-        whether no alternative that fits is faster; and `alternatives`, a list of such
-        dicts, in which those that do not fit have a `reason`.
+        `mfu`, `days`, `chip_hours`; `compile_seconds`, `cached`, `assumptions`, `hlo`;
+        `extrapolated_from`, the numbers of layers that were compiled, empty at full
+        depth; `best`, whether no alternative that fits is faster; and `alternatives`,
+        a list of such dicts. Those that do not fit or cannot be faster have a `reason`
+        instead of figures, and their `fits` is `None` if it is not known.
 
     Raises:
         OutOfDeviceMemoryError: if the step does not fit into the memory of a chip. The
@@ -76,46 +86,52 @@ def plan_pretraining(
     mesh = mesh or recipe.mesh_for(len(devices))
     check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
     directory = directory or tempfile.mkdtemp(prefix="plan-")
+    estimator = StepEstimator(preset.config, recipe, chip, devices, assumptions, cache)
 
-    def plan_choice(choice):
-        print(f"Compiling for {topology}: {choice} …", file=sys.stderr, flush=True)
-        applied = choice.apply_to(recipe)
-        step = compile_step_ahead_of_time(preset.config, applied, choice.mesh, devices)
-        path = os.path.join(directory, _file_name(preset.name, topology, choice))
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(step.hlo)
-        cost = estimate_cost(step.hlo, chip, assumptions)
+    def plan_choice(choice, extrapolate=False):
+        if extrapolate:
+            estimate, path = estimator.extrapolated(choice), None
+        else:
+            estimate = estimator.compiled(choice)
+            path = os.path.join(directory, _file_name(preset.name, topology, choice))
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(estimate.hlo)
         return {
             "preset": preset.name,
             "topology": topology,
             "hlo": path,
             "assumptions": assumptions.describe(),
-            **_figures(preset.config, applied, choice, chip, step, cost),
+            **_figures(preset.config, recipe, choice, chip, estimate),
         }
 
     choice = ExecutionChoice(mesh, recipe.rematerialize, recipe.micro_batches)
+    print(f"Compiling for {topology}: {choice} …", file=sys.stderr, flush=True)
     try:
         plan = plan_choice(choice)
     except OutOfDeviceMemoryError as error:
         if not alternatives:
             raise
         suggestion = suggest_choice_that_fits(
-            choice, preset.config, recipe, plan_choice, error
+            choice, preset.config, recipe, _plan_twice(plan_choice), error
         )
         raise OutOfDeviceMemoryError(
             f"{error} {suggestion}", error.excess_bytes
         ) from error
-    neighbors = (
-        neighboring_choices(choice, preset.config, recipe) if alternatives else []
-    )
-    plan["alternatives"] = [
-        _plan_or_reason(plan_choice, neighbor) for neighbor in neighbors
-    ]
-    plans = [plan, *plan["alternatives"]]
-    fitting = [each for each in plans if each["fits"]]
-    best = min(fitting, key=lambda each: each["step_seconds"], default=None)
-    for each in plans:
-        each["best"] = each is best
+    plan |= {"best": True, "alternatives": []}
+    if report:
+        report(plan)
+    if alternatives:
+        plan_alternatives(plan, preset, recipe, plan_choice)
+    return plan
+
+
+def _plan_twice(plan_choice):
+    """Plans at reduced depth first, which raises sooner if a choice does not fit."""
+
+    def plan(choice):
+        plan_choice(choice, extrapolate=True)
+        return plan_choice(choice)
+
     return plan
 
 
@@ -125,20 +141,12 @@ def _file_name(preset, topology, choice):
     return f"{preset}-{topology.replace(':', '-')}-{mesh}-{kind}.hlo"
 
 
-def _plan_or_reason(plan_choice, choice):
-    """The plan of a choice, or the reason why it does not fit."""
-    try:
-        return plan_choice(choice)
-    except OutOfDeviceMemoryError as error:
-        return {**dataclasses.asdict(choice), "fits": False, "reason": str(error)}
-
-
-def _figures(config, recipe, choice, chip, step, cost):
+def _figures(config, recipe, choice, chip, estimate):
     """The figures of a plan, see `plan_pretraining`."""
-    chips = math.prod(choice.mesh.values())
+    chips, cost = math.prod(choice.mesh.values()), estimate.cost
     rate = recipe.tokens_per_step / cost.step_seconds / chips
     flops = throughput.flops_per_token(
-        step.parameters,
+        estimate.parameters,
         config["num_layers"],
         config["num_query_heads"],
         config["head_dim"],
@@ -149,9 +157,9 @@ def _figures(config, recipe, choice, chip, step, cost):
         **dataclasses.asdict(choice),
         "chips": chips,
         "tokens_per_step": recipe.tokens_per_step,
-        "peak_memory_bytes": step.peak_memory,
+        "peak_memory_bytes": estimate.peak_memory,
         "memory_bytes": chip.memory,
-        "fits": step.peak_memory <= chip.memory,
+        "fits": estimate.peak_memory <= chip.memory,
         "step_seconds": cost.step_seconds,
         "compute_seconds": cost.compute_seconds,
         "matmul_seconds": cost.matmul_seconds,
@@ -163,7 +171,9 @@ def _figures(config, recipe, choice, chip, step, cost):
         "mfu": rate * flops / chip.peak_flops,
         "days": hours / 24,
         "chip_hours": hours * chips,
-        "compile_seconds": step.compile_seconds,
+        "compile_seconds": estimate.compile_seconds,
+        "cached": estimate.cached,
+        "extrapolated_from": list(estimate.depths),
     }
 
 
@@ -174,7 +184,8 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         plan: see `plan_pretraining`.
 
     Returns:
-        The figures of the plan, its alternatives and its assumptions.
+        The figures of the plan and its assumptions, see `comparison_table` for its
+        alternatives.
     """
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     step = plan["step_seconds"]
@@ -205,12 +216,10 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         "tokens/s/chip": f"{plan['tokens_per_second_per_chip']:,.0f}",
         "MFU (6N + 12 x layers x width x length)": f"{plan['mfu']:.1%}",
         "full run": (f"{plan['days']:.1f} days, {plan['chip_hours']:,.0f} chip-hours"),
-        "compiled": f"in {plan['compile_seconds']:.0f} s, to {plan['hlo']}",
+        "compiled": _compiled(plan),
     }
     width = max(map(len, rows))
     lines = [f"{name:{width}}  {value}" for name, value in rows.items()]
-    if plan["alternatives"]:
-        lines += _comparison([plan, *plan["alternatives"]])
     assumptions = [f"  {name}: {text}" for name, text in plan["assumptions"].items()]
     return "\n".join([*lines, "Estimated, not measured. Assumptions:", *assumptions])
 
@@ -222,20 +231,37 @@ def _largest_sizes(sizes):
     return ", ".join(f"{kind} {sizes[kind] / 2**30:.1f} GiB" for kind in shown)
 
 
-def _comparison(plans):
-    """Lines that compare plans, with the best one marked."""
-    lines = ["", "mesh, rematerialize, micro-batches: GiB, s/step, tokens/s/chip"]
+def _compiled(plan):
+    """How the figures of a plan came about."""
+    depths = " and ".join(map(str, plan["extrapolated_from"]))
+    text = f"with {depths} layers and extrapolated, " if depths else ""
+    text += f"in {plan['compile_seconds']:.0f} s"
+    text += " (before; now read from the cache)" if plan["cached"] else ""
+    return f"{text}, to {plan['hlo']}" if plan["hlo"] else text
+
+
+def comparison_table(plan: Mapping[str, Any]) -> str:
+    """Formats a plan and its alternatives as a table.
+
+    Args:
+        plan: see `plan_pretraining`.
+
+    Returns:
+        A line for each, with the best one marked. Empty if there are no alternatives.
+    """
+    if not plan["alternatives"]:
+        return ""
+    plans = [plan, *plan["alternatives"]]
+    lines = ["mesh, rematerialize, micro-batches: GiB, s/step, tokens/s/chip"]
     for each in plans:
         names = [field.name for field in dataclasses.fields(ExecutionChoice)]
         choice = ExecutionChoice(**{name: each[name] for name in names})
-        mark = "*" if each["best"] else " "
-        if "reason" in each:
-            numbers = "does not fit"
-        else:
-            numbers = (
-                f"{each['peak_memory_bytes'] / 2**30:5.1f}  "
-                f"{each['step_seconds']:8.3f}  "
-                f"{each['tokens_per_second_per_chip']:6,.0f}"
-            )
-        lines.append(f"{mark} {choice!s:44}  {numbers}")
-    return [*lines, "* the fastest that fits", ""]
+        mark = "*" if each.get("best") else " "
+        lines.append(f"{mark} {choice!s:44}  {summary(each)}")
+    lines.append("* the fastest that fits")
+    if any(each.get("extrapolated_from") for each in plans):
+        lines.append(
+            "~ extrapolated from compilations of fewer layers; the others are compiled "
+            "at full depth"
+        )
+    return "\n".join(lines)

@@ -175,6 +175,32 @@ def compile_step(
     Returns:
         The compiled function of state and batch. It donates the buffers of the state.
     """
+    lowered = lower_step(lm, state, batch, options, spike_threshold, replicated)
+    device = next(iter(state.trainable[0].sharding.device_set))
+    return tpu_compiler_options.compile_lowered(lowered, device)
+
+
+def lower_step(
+    lm: OpenLlamaCausalLM,
+    state: StepState,
+    batch: Any,
+    options: TrainStepOptions,
+    spike_threshold: float = 0.0,
+    replicated: jax.sharding.Sharding | None = None,
+) -> jax.stages.Lowered:
+    """Traces the train step of a run, but does not compile it.
+
+    Args:
+        lm: See `compile_step`.
+        state: See `compile_step`.
+        batch: See `compile_step`.
+        options: See `compile_step`.
+        spike_threshold: See `compile_step`.
+        replicated: See `compile_step`.
+
+    Returns:
+        The program, to be compiled by `tpu_compiler_options.compile_lowered`.
+    """
 
     def step(state, batch):
         guard = state.guard
@@ -196,9 +222,7 @@ def compile_step(
 
     shardings = jax.tree.map(lambda a: a.sharding, state)
     program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, shardings))
-    lowered = program.lower(state, batch)
-    device = next(iter(state.trainable[0].sharding.device_set))
-    return tpu_compiler_options.compile_lowered(lowered, device)
+    return program.lower(state, batch)
 
 
 def compile_evaluation(

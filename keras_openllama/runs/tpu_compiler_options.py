@@ -27,6 +27,7 @@ REDUCTION_OPTIONS = {
     # Otherwise the fusions with reductions exceed the memory of a core (VMEM).
     "xla_tpu_async_collective_fusion_with_start_done_only": "true",
 }
+ALL_OPTIONS = {**ALL_GATHER_OPTIONS, **REDUCTION_OPTIONS}
 
 
 def compile_lowered(
@@ -50,7 +51,7 @@ def compile_lowered(
     if device.platform != "tpu":
         return lowered.compile()
     try:
-        return lowered.compile({**ALL_GATHER_OPTIONS, **REDUCTION_OPTIONS})
+        return lowered.compile(ALL_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         if "in memory space vmem" not in str(error):
             raise

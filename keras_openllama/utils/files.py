@@ -108,6 +108,22 @@ def _as_os_error(path):
         raise OSError(f"{path}: {error.message}") from error
 
 
+def cache_directory(name: str) -> Path:
+    """Returns the directory of a cache of this package, which may not exist.
+
+    It lies in `$XDG_CACHE_HOME`, by default `~/.cache`.
+
+    Args:
+        name: What is cached, such as `"jax"` for compiled programs.
+
+    Example:
+        >>> cache_directory("jax").parts[-2:]
+        ('keras_openllama', 'jax')
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "keras_openllama" / name
+
+
 def read_bytes(path: PathLike) -> bytes:
     """Returns the content of a file."""
     with open_binary(path) as file:

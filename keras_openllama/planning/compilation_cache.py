@@ -1,0 +1,129 @@
+"""Finished compilations on disk: what a plan needs of a program for absent TPUs.
+
+JAX's own cache cannot serve these programs, since it loads them onto devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from keras_openllama.utils.files import cache_directory, write_bytes
+from keras_openllama.utils.types import PathLike
+
+# Heuristic: a step of 7B has 0.5 MB. The least recently used ones are removed.
+MAX_BYTES = 256 << 20
+_SUFFIX = ".json.z"
+# Both change what the compiler does.
+_ENVIRONMENT = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+
+
+def program_key(
+    lowered: jax.stages.Lowered,
+    devices: Sequence[Any],
+    options: Mapping[str, str] | None = None,
+) -> str:
+    """Returns a hash of all that determines the result of a compilation.
+
+    Args:
+        lowered: the program.
+        devices: the devices to compile for, in the order of the mesh.
+        options: compiler options.
+
+    Returns:
+        SHA-256 in hexadecimal, of the program's text, the devices, the options, the
+        versions of JAX and of the TPU compiler, and the environment variables that
+        change the compiler's options.
+
+    Example:
+        >>> import jax
+        >>> lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), "int32"))
+        >>> len(program_key(lowered, jax.devices()))
+        64
+    """
+    parts = {
+        "program": lowered.as_text(),
+        "devices": [(d.device_kind, d.id, getattr(d, "coords", None)) for d in devices],
+        "options": dict(options or {}),
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class CompilationCache:
+    """Dicts by key, in one compressed file each.
+
+    It is a convenience: a file that cannot be read or written is as one that is
+    missing.
+
+    Args:
+        directory: defaults to `plans` in the package's cache directory,
+            `~/.cache/keras_openllama` or that of `$XDG_CACHE_HOME`.
+        max_bytes: size of all files, above which the least recently used are removed.
+
+    Example:
+        >>> cache = CompilationCache("cache")
+        >>> cache.save("a1", {"peak_memory": 123})
+        >>> cache.load("a1"), cache.load("b2")
+        ({'peak_memory': 123}, None)
+    """
+
+    def __init__(self, directory: PathLike | None = None, max_bytes: int = MAX_BYTES):
+        self.directory = Path(directory or cache_directory("plans"))
+        self.max_bytes = max_bytes
+
+    def load(self, key: str) -> dict[str, Any] | None:
+        """Returns an entry; `None` if it is missing or damaged."""
+        path = self._path(key)
+        try:
+            entry = json.loads(zlib.decompress(path.read_bytes()))
+            os.utime(path)  # It was used now.
+        except (OSError, ValueError, zlib.error):
+            return None
+        return entry if isinstance(entry, dict) else None
+
+    def save(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Writes an entry atomically; logs a warning if that fails."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._path(key), zlib.compress(json.dumps(entry).encode()))
+            self._remove_old_entries()
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "The compiled step was not saved for the next plan: %s", error
+            )
+
+    def _path(self, key):
+        return self.directory / f"{key}{_SUFFIX}"
+
+    def _remove_old_entries(self):
+        """Removes the least recently used entries beyond `max_bytes`."""
+        stats = []
+        for path in self.directory.glob(f"*{_SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):  # By another process.
+                stat = path.stat()
+                stats.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in stats)
+        for _, size, path in sorted(stats):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
