@@ -67,6 +67,18 @@ docs: $(VENV)/.all-installed  ## Build the notebooks of examples/, and the docum
 gpu-check: $(VENV)/.all-installed  ## Test and benchmark one GPU, on JAX and PyTorch
 	@$(BIN)/python benchmarks/gpu_check $(GPU_CHECK)
 
+# What an environment of JAX, PyTorch and transformers lacks, and its Python.
+GPU_WHEELS := keras|keras-hub|namex|optree|kagglehub|kagglesdk|tensorboardX
+GPU_PYTHON := 3.12
+.PHONY: gpu-wheels
+gpu-wheels: $(VENV)/.all-installed  ## Download into wheels/ what gpu-check needs on a machine without a network
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check \
+		--no-deps --only-binary=:all: --dest wheels \
+		--python-version $(GPU_PYTHON) --implementation cp \
+		$(addprefix --platform ,manylinux_2_28_x86_64 manylinux2014_x86_64) \
+		$$(grep -E "^($(GPU_WHEELS))==" constraints.txt)
+	@ls wheels
+
 .PHONY: install
 install: $(VENV)/.all-installed  ## Install every extra except plan (the TPU compiler) into .venv
 
