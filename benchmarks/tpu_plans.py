@@ -1,11 +1,15 @@
-"""Plans of pretraining for slices of TPU v4: a table and a plot. Nothing was run.
+"""Plans of pretraining for slices of TPUs: tables and plots. Nothing was run.
 
     python benchmarks/tpu_plans.py
         compiles the plans that are missing from docs/tpu_plans.json, a minute each, and
-        writes the table and the plot next to it
+        writes the tables and the plots next to it
+    python benchmarks/tpu_plans.py --price v4=3.22 v5e=1.20
+        adds the price of each run, at these dollars per chip-hour, to what it prints
 
-Mesh, micro-batch and rematerialization are those of the recipe; `keras-openllama
-pretrain --plan` compares them with alternatives. Needs the extra `plan`.
+On v4, mesh, micro-batch and rematerialization are those of the recipe, and the step is
+compiled at full depth. For other chips, `choice_search` ranks the choices, and the
+first that fits is compiled with three layers. `keras-openllama pretrain --plan`
+compares a choice with alternatives. Needs the extra `plan`.
 """
 
 import argparse
@@ -21,26 +25,39 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from matplotlib.figure import Figure
 
+from keras_openllama import presets
 from keras_openllama.planning import plan as planning
-from keras_openllama.planning.aot_compile import OutOfDeviceMemoryError
+from keras_openllama.planning.aot_compile import (
+    OutOfDeviceMemoryError,
+    topology_devices,
+)
+from keras_openllama.planning.choice_search import ranked_choices
+from keras_openllama.planning.compilation_cache import CompilationCache
+from keras_openllama.planning.step_estimate import StepEstimator
 from keras_openllama.runs import recipe
 from keras_openllama.utils import plots
 
-# A v4-8 has 8 cores on 4 chips. One preset of each size: v1 and v2 have the same sizes.
+# Names count cores on v4 and v5p (a v4-8 has 4 chips), and chips on v5e and v6e.
+_SHAPES_2D = {16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SHAPES_3D = {16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 SLICES = {
-    "v4-8": "v4:2x2x1",
-    "v4-16": "v4:2x2x2",
-    "v4-32": "v4:2x2x4",
-    "v4-64": "v4:2x4x4",
-    "v4-128": "v4:4x4x4",
-    "v4-256": "v4:4x4x8",
-    "v4-512": "v4:4x8x8",
+    **{"v4-8": "v4:2x2x1", "v4-16": "v4:2x2x2"},
+    **{f"v4-{2 * n}": f"v4:{shape}" for n, shape in _SHAPES_3D.items()},
+    **{f"v5e-{n}": f"v5e:{shape}" for n, shape in _SHAPES_2D.items()},
+    **{f"v5p-{2 * n}": f"v5p:{shape}" for n, shape in _SHAPES_3D.items()},
+    **{f"v6e-{n}": f"v6e:{shape}" for n, shape in _SHAPES_2D.items()},
 }
+CHIP_TYPES = ("v4", "v5e", "v5p", "v6e")
 NOTE = (
     "Written by `benchmarks/tpu_plans.py`. These are plans: nothing was run on a TPU. "
-    "[TPUs](tpu.md) explains the columns and the assumptions."
+    "[TPUs](tpu.md) explains the columns and the assumptions. Plans for v4 are "
+    "compiled at full depth. Those for other chips are extrapolated from a compilation "
+    "with three layers; of the plans for v4, this estimates the time within 1 %. "
+    "Chip-hours are those of the whole recipe."
 )
+# One preset of each size: v1 and v2 have the same sizes.
 PRESETS = ("3b_v3", "7b_v2", "13b")
+ATTEMPTS = 2  # Heuristic: choices to compile for a plan, if the first does not fit.
 SAVED = (
     *("preset", "topology", "chips", "mesh", "rematerialize", "micro_batches"),
     *("peak_memory_bytes", "step_seconds", "matmul_seconds", "compute_seconds"),
@@ -56,6 +73,17 @@ def main():
     parser.add_argument("--presets", nargs="+", default=PRESETS)
     parser.add_argument("--slices", nargs="+", default=SLICES, choices=SLICES)
     parser.add_argument("--output", default="docs/tpu_plans.json", metavar="FILE")
+    parser.add_argument(
+        "--price",
+        nargs="+",
+        default=[],
+        type=chip_price,
+        metavar="CHIP=DOLLARS",
+        help="dollars per chip-hour, such as v4=3.22; no price is built in",
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="write only what was planned before"
+    )
     options = parser.parse_args()
     path = Path(options.output)
     path.parent.mkdir(exist_ok=True)
@@ -64,17 +92,38 @@ def main():
         recipes = {preset: recipe.preset_recipe(preset) for preset in options.presets}
     except ValueError as error:
         parser.error(f"{error} (--presets, or the contents of {path})")
-    for preset in options.presets:
-        for name in options.slices:
+    for name in [] if options.no_compile else options.slices:
+        for preset in options.presets:
             key = f"{preset} {name}"
             # A recipe has no plan for a number of chips that the model does not fit on.
-            if key not in plans and chips_of(name) in recipes[preset].planned:
-                plans[key] = planned(preset, SLICES[name])
-                path.write_text(json.dumps(plans, indent=1) + "\n")
-    page = f"# Plans for TPU v4\n\n{NOTE}\n\n{table(plans)}\n"
-    path.with_suffix(".md").write_text(page)
+            v4 = name.startswith("v4")
+            if key in plans or (v4 and chips_of(name) not in recipes[preset].planned):
+                continue
+            find = planned if v4 else searched
+            plans[key] = find(preset, SLICES[name])
+            path.write_text(json.dumps(plans, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(plans))
     draw(plans, path.with_suffix(".png"))
-    print(table(plans))
+    print(page(plans, dict(options.price)))
+
+
+def chip_price(text):
+    """Parses `CHIP=DOLLARS`."""
+    chip, _, dollars = text.partition("=")
+    if chip not in CHIP_TYPES:
+        raise argparse.ArgumentTypeError(
+            f"must name one of {', '.join(CHIP_TYPES)}, such as v4=3.22. "
+            f"Received: {text!r}"
+        )
+    try:
+        price = float(dollars)
+    except ValueError:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"must be a positive number of dollars, such as v4=3.22. Received: {text!r}"
+        )
+    return chip, price
 
 
 def chips_of(name):
@@ -84,27 +133,82 @@ def chips_of(name):
 
 
 def planned(preset, topology):
-    """The saved figures of a plan, or the reason why it does not fit."""
+    """The saved figures of the recipe's plan, or the reason why it does not fit."""
     try:
         found = planning.plan_pretraining(
-            recipe.resolve_recipe(preset), topology, alternatives=False
+            recipe.resolve_recipe(preset),
+            topology,
+            alternatives=False,
+            cache=CompilationCache(),
         )
     except OutOfDeviceMemoryError as error:
         return {"reason": str(error)}
     return {name: found[name] for name in SAVED}
 
 
-def table(plans):
-    """The plans as a table in Markdown."""
-    lines = [
-        "| plan | chips | data x fsdp | micro-batch per device | peak GiB | s/step | "
-        "fusions with matrix products | other computation | attention kernels | "
-        "waiting for collectives | tokens/s/chip | MFU | days |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+def searched(name, topology):
+    """The saved figures of the best ranked choice, or why there is none."""
+    preset, settings = presets.find(name), recipe.preset_recipe(name)
+    chip, devices = topology_devices(topology)
+    estimator = StepEstimator(
+        preset.config, settings, chip, devices, cache=CompilationCache()
+    )
+    choices = ranked_choices(preset, settings, chip, len(devices))
+    for choice in choices[:ATTEMPTS]:
+        print(f"{name} on {topology}: {choice} …", file=sys.stderr, flush=True)
+        try:
+            estimate = estimator.from_one_depth(choice)
+        except OutOfDeviceMemoryError as error:
+            print(f"  {error}", file=sys.stderr, flush=True)
+            continue
+        found = planning.plan_figures(preset.config, settings, choice, chip, estimate)
+        found |= {"preset": preset.name, "topology": topology}
+        return {key: found[key] for key in (*SAVED, "extrapolated_from")}
+    return {"topology": topology, "reason": "does not fit"}
+
+
+def page(plans, prices=None):
+    """The plans as a page in Markdown, with a table for each type of chip."""
+    parts = ["# Plans for TPUs", NOTE]
+    for chip in CHIP_TYPES:
+        found = {key: plans[key] for key in plan_order(plans, chip)}
+        if found:
+            parts += [f"## TPU {chip}", table(found, (prices or {}).get(chip))]
+    return "\n\n".join(parts) + "\n"
+
+
+def plan_order(plans, chip):
+    """The keys of a chip type's plans, by preset and number of chips."""
+    slices, sizes = list(SLICES), list(PRESETS)
+    keys = [key for key in plans if key.split()[1].startswith(f"{chip}-")]
+
+    def position(key):
+        preset, name = key.split()
+        return sizes.index(preset) if preset in sizes else -1, slices.index(name)
+
+    return sorted(keys, key=position)
+
+
+def chip_hours(plan):
+    """Chip-hours of the whole run."""
+    return plan["days"] * 24 * plan["chips"]
+
+
+def table(plans, price=None):
+    """Plans as a table in Markdown, with the price of a run if a chip-hour has one."""
+    names = [
+        *("plan", "chips", "data x fsdp", "micro-batch per device", "rematerialize"),
+        *("peak GiB", "s/step", "fusions with matrix products", "other computation"),
+        *("attention kernels", "waiting for collectives", "tokens/s/chip", "MFU"),
+        *("days", "chip-hours"),
     ]
+    if price:
+        names.append(f"dollars at {price:g} per chip-hour")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for key, plan in plans.items():
         if "reason" in plan:
-            lines.append(f"| {key} | {plan['reason']} |")
+            reason = f"| {key} | {chips_of(key.split()[1])} | {plan['reason']} "
+            lines.append(reason + "| " * (len(names) - 3) + "|")
             continue
         step, mesh = plan["step_seconds"], plan["mesh"]
         batch = recipe.preset_recipe(plan["preset"]).batch_size
@@ -114,44 +218,51 @@ def table(plans):
             *(plan["matmul_seconds"], other),
             *(plan["kernel_seconds"], plan["exposed_collective_seconds"]),
         )
-        cells = (
+        cells = [
             *(key, plan["chips"], f"{mesh['data']} x {mesh['fsdp']}", rows),
+            plan["rematerialize"],
             *(f"{plan['peak_memory_bytes'] / 2**30:.1f}", f"{step:.2f}"),
             *(f"{part / step:.0%}" for part in parts),
             f"{plan['tokens_per_second_per_chip']:,.0f}",
-            *(f"{plan['mfu']:.0%}", f"{plan['days']:,.0f}"),
-        )
+            *(f"{plan['mfu']:.0%}", f"{plan['days']:,.1f}"),
+            f"{chip_hours(plan):,.0f}",
+        ]
+        if price:
+            cells.append(f"{chip_hours(plan) * price:,.0f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def draw(plans, path):
-    """Draws MFU and the days of a run against the number of chips."""
+    """Draws MFU and chip-hours against the number of chips, a column for each size."""
+    sizes = {preset: preset.partition("_")[0].upper() for preset in PRESETS}
     with plots.style():
-        figure = Figure(figsize=(9, 4))
-        mfu, days = figure.subplots(1, 2)
-        for preset in dict.fromkeys(key.split()[0] for key in plans):
-            found = [
-                plan
-                for key, plan in plans.items()
-                if key.split()[0] == preset and "reason" not in plan
-            ]
-            chips = [plan["chips"] for plan in found]
-            mfu.plot(chips, [100 * plan["mfu"] for plan in found], "o-", label=preset)
-            days.plot(chips, [plan["days"] for plan in found], "o-")
-        mfu.set(title="Planned MFU", ylabel="MFU (%)", ylim=(0, 80))
-        days.set(
-            title="Planned time of the whole run",
-            ylabel="days (log scale)",
-            yscale="log",
-        )
-        ticks = [10, 30, 100, 300]
-        days.set_yticks(ticks, labels=map(str, ticks))
-        for axes in (mfu, days):
-            axes.set(xscale="log", xlabel="TPU v4 chips")
-            axes.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
-            axes.minorticks_off()
-        figure.legend(loc="outside lower center", ncols=3)
+        figure = Figure(figsize=(10, 6.2))
+        grid = figure.subplots(2, 3, sharex=True, sharey="row")
+        for column, (preset, size) in enumerate(sizes.items()):
+            mfu, hours = grid[:, column]
+            for chip in CHIP_TYPES:
+                found = [
+                    plans[key]
+                    for key in plan_order(plans, chip)
+                    if key.split()[0] == preset and "reason" not in plans[key]
+                ]
+                chips = [plan["chips"] for plan in found]
+                label = f"TPU {chip}" if column == 0 else None
+                mfu.plot(
+                    chips, [100 * plan["mfu"] for plan in found], "o-", label=label
+                )
+                hours.plot(chips, [chip_hours(plan) / 1000 for plan in found], "o-")
+            mfu.set(title=size, ylim=(0, 80))
+            hours.set(yscale="log", xscale="log", xlabel="chips")
+            hours.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
+            ticks = [5, 10, 20, 50, 100, 200]
+            hours.set_yticks(ticks, labels=map(str, ticks))
+            for axes in (mfu, hours):
+                axes.minorticks_off()
+        grid[0, 0].set_ylabel("planned MFU (%)")
+        grid[1, 0].set_ylabel("thousand chip-hours of the run")
+        figure.legend(loc="outside lower center", ncols=len(CHIP_TYPES))
         plots.save(figure, path)
 
 

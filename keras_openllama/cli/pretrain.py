@@ -166,6 +166,13 @@ def parse_arguments(
         "~/.cache/keras_openllama/plans (or that of $XDG_CACHE_HOME)",
     )
     plan.add_argument(
+        "--price",
+        type=types.positive_number,
+        default=None,
+        metavar="DOLLARS",
+        help="price of a chip-hour; prints the price of the whole run",
+    )
+    plan.add_argument(
         "--json", default=None, metavar="FILE", help="also write the plan to FILE"
     )
     add_run_options(
@@ -281,10 +288,14 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
             options.mesh,
             alternatives=not options.no_alternatives,
             cache=None if options.no_plan_cache else CompilationCache(),
-            report=lambda plan: print(planning.plan_table(plan), flush=True),
+            report=lambda plan: print(
+                planning.plan_table(plan, options.price), flush=True
+            ),
         )
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
+    if options.price is not None:
+        found["price"] = options.price * found["chip_hours"]
     if found["alternatives"]:
         print(f"\n{planning.comparison_table(found)}")
     if options.json:

@@ -101,7 +101,8 @@ def saved_activation_bytes(
     """
     config = validate_architecture(config)
     hidden, heads = config["hidden_dim"], config["num_query_heads"]
-    key_heads, head_dim = config["num_key_value_heads"], config["head_dim"]
+    key_heads = config["num_key_value_heads"]
+    head_dim = 128 * math.ceil(config["head_dim"] / 128)  # TPUs pad the last axis.
     wide = 2 * config["intermediate_dim"]
     numbers = {
         "full": hidden,

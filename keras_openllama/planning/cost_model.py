@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 from keras_openllama.planning.hlo import (
     HloInstruction,
@@ -178,7 +179,10 @@ class StepCost:
 
 
 def estimate_cost(
-    hlo: str, chip: TpuChip, assumptions: CostAssumptions = CostAssumptions()
+    hlo: str,
+    chip: TpuChip,
+    assumptions: CostAssumptions = CostAssumptions(),
+    trip_counts: Mapping[int, int] | None = None,
 ) -> StepCost:
     """Estimates the cost of a program.
 
@@ -186,6 +190,7 @@ def estimate_cost(
         hlo: `as_text()` of a program that was compiled for TPUs.
         chip: the chip.
         assumptions: the cost of what the compiler does not estimate.
+        trip_counts: other numbers of iterations for loops, by the compiled one.
 
     Returns:
         The cost.
@@ -207,15 +212,16 @@ def estimate_cost(
         {'fusion z': 32}
     """
     program = HloProgram(hlo)
-    estimator = _CostEstimator(program, chip, assumptions)
+    estimator = _CostEstimator(program, chip, assumptions, trip_counts or {})
     return estimator.computation_cost(program.entry)
 
 
 class _CostEstimator:
     """Adds up the cost of a computation in scheduled order."""
 
-    def __init__(self, program, chip, assumptions):
+    def __init__(self, program, chip, assumptions, trip_counts):
         self.program, self.chip, self.assumptions = program, chip, assumptions
+        self.trip_counts = trip_counts
 
     def computation_cost(self, computation):
         cost = StepCost()
@@ -244,7 +250,8 @@ class _CostEstimator:
         if instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.\-]+)")
             iteration = self.computation_cost(self.program.computations[body])
-            cost.add(iteration, self.program.trip_count(instruction))
+            compiled = self.program.trip_count(instruction)
+            cost.add(iteration, self.trip_counts.get(compiled, compiled))
         elif instruction.opcode == "conditional":
             names = re.findall(r"%([\w.\-]+)", _branches(instruction))
             branches = [

@@ -20,10 +20,10 @@ from keras_openllama.planning.aot_compile import (
     topology_devices,
 )
 from keras_openllama.planning.compilation_cache import CompilationCache
-from keras_openllama.planning.cost_model import CostAssumptions
-from keras_openllama.planning.step_estimate import StepEstimator
+from keras_openllama.planning.cost_model import CostAssumptions, TpuChip
+from keras_openllama.planning.step_estimate import StepEstimate, StepEstimator
 from keras_openllama.runs import throughput
-from keras_openllama.runs.recipe import ResolvedRecipe
+from keras_openllama.runs.recipe import Recipe, ResolvedRecipe
 from keras_openllama.utils.types import PathLike
 
 DEFAULT_ASSUMPTIONS = CostAssumptions()
@@ -101,7 +101,7 @@ def plan_pretraining(
             "topology": topology,
             "hlo": path,
             "assumptions": assumptions.describe(),
-            **_figures(preset.config, recipe, choice, chip, estimate),
+            **plan_figures(preset.config, recipe, choice, chip, estimate),
         }
 
     choice = ExecutionChoice(mesh, recipe.rematerialize, recipe.micro_batches)
@@ -141,8 +141,25 @@ def _file_name(preset, topology, choice):
     return f"{preset}-{topology.replace(':', '-')}-{mesh}-{kind}.hlo"
 
 
-def _figures(config, recipe, choice, chip, estimate):
-    """The figures of a plan, see `plan_pretraining`."""
+def plan_figures(
+    config: dict[str, Any],
+    recipe: Recipe,
+    choice: ExecutionChoice,
+    chip: TpuChip,
+    estimate: StepEstimate,
+) -> dict[str, Any]:
+    """Returns the figures of a plan.
+
+    Args:
+        config: arguments of `OpenLlamaBackbone`.
+        recipe: the recipe.
+        choice: mesh, rematerialization and micro-batches.
+        chip: the chip type.
+        estimate: time and memory of the step.
+
+    Returns:
+        The choice and its figures, see `plan_pretraining`.
+    """
     chips, cost = math.prod(choice.mesh.values()), estimate.cost
     rate = recipe.tokens_per_step / cost.step_seconds / chips
     flops = throughput.flops_per_token(
@@ -177,11 +194,12 @@ def _figures(config, recipe, choice, chip, estimate):
     }
 
 
-def plan_table(plan: Mapping[str, Any]) -> str:
+def plan_table(plan: Mapping[str, Any], price: float | None = None) -> str:
     """Formats a plan as a table.
 
     Args:
         plan: see `plan_pretraining`.
+        price: dollars per chip-hour, to include the price of the run.
 
     Returns:
         The figures of the plan and its assumptions, see `comparison_table` for its
@@ -218,6 +236,9 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         "full run": (f"{plan['days']:.1f} days, {plan['chip_hours']:,.0f} chip-hours"),
         "compiled": _compiled(plan),
     }
+    if price is not None:
+        dollars = price * plan["chip_hours"]
+        rows["price of the run"] = f"{dollars:,.0f} dollars at {price:g} per chip-hour"
     width = max(map(len, rows))
     lines = [f"{name:{width}}  {value}" for name, value in rows.items()]
     assumptions = [f"  {name}: {text}" for name, text in plan["assumptions"].items()]

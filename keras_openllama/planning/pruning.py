@@ -10,11 +10,9 @@ from keras_openllama.planning.alternatives import (
     ExecutionChoice,
     saved_activation_bytes,
 )
+from keras_openllama.planning.memory_model import STATE_BYTES
 from keras_openllama.presets import Preset
 from keras_openllama.runs.recipe import Recipe
-
-# float32 weights and two moments.
-_STATE_BYTES = 12
 
 
 def least_memory(
@@ -33,7 +31,7 @@ def least_memory(
         activations of a micro-batch.
     """
     shards = choice.mesh["fsdp"] * choice.mesh["model"]
-    states = _STATE_BYTES * parameters // shards
+    states = STATE_BYTES * parameters // shards
     activations = saved_activation_bytes(choice, config, recipe)
     return states + activations // choice.mesh["model"]
 

@@ -84,6 +84,9 @@ def test_estimate_cost_multiplies_a_loop_body_by_its_trip_count():
     found = cost(loop, computations=computations)
     assert found.compute_seconds == pytest.approx(7e-3)
     assert found.exposed_seconds == pytest.approx(7 * SECONDS)
+    text = program(loop, computations=computations)
+    deeper = estimate_cost(text, V4, ASSUMPTIONS, trip_counts={7: 32})
+    assert deeper.compute_seconds == pytest.approx(32e-3)
     known = 'backend_config={"known_trip_count":{"n":"5"}}'
     found = cost(f"{loop}, {known}", computations=computations)
     assert found.compute_seconds == pytest.approx(5e-3)

@@ -178,12 +178,14 @@ def test_plan_compiles_a_step_and_estimates_its_cost(
 ):
     path = tmp_path / "plan.json"
     precision = ["--precision", "mixed_bfloat16", "--no-alternatives"]
-    topology = ["--topology", "v4:2x2x1", "--json", str(path)]
+    topology = ["--topology", "v4:2x2x1", "--json", str(path), "--price", "2.5"]
     done = run(*arguments, *precision, *topology, script=script)
     assert done.returncode == 0, done.stderr
     assert "tokens/s/chip" in done.stdout and "Estimated, not measured" in done.stdout
     plan = json.loads(path.read_text())
     assert plan["chips"] == chips and plan["fits"] and plan["best"]
+    assert plan["price"] == pytest.approx(2.5 * plan["chip_hours"])
+    assert "dollars at 2.5 per chip-hour" in done.stdout
     assert plan["alternatives"] == [] and plan["extrapolated_from"] == []
     parts = ("compute", "kernel", "exposed_collective")
     total = sum(plan[f"{part}_seconds"] for part in parts)
