@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from keras_openllama.planning.hlo import (
     HloInstruction,
@@ -55,6 +55,7 @@ class TpuChip:
         memory: HBM in bytes.
         usable_memory: what the compiler lets a program use of it, in bytes.
         link: bandwidth of one link in bytes/s, in each direction.
+        wrap: a slice has wrap-around links if its axes are multiples of this.
     """
 
     name: str
@@ -63,6 +64,22 @@ class TpuChip:
     memory: int
     usable_memory: int
     link: float
+    wrap: int
+
+    def links(self, axes: Sequence[int]) -> int:
+        """Returns the number of links of a chip along axes of a slice.
+
+        Args:
+            axes: sizes of the axes.
+
+        Returns:
+            Two links along each axis; one without wrap-around links.
+
+        Example:
+            >>> CHIPS["v4"].links((4, 4, 4)), CHIPS["v4"].links((2, 2, 4))
+            (6, 3)
+        """
+        return len(axes) * (1 if any(size % self.wrap for size in axes) else 2)
 
 
 _GIB = 1 << 30
@@ -70,17 +87,25 @@ CHIPS = {
     chip.name: chip
     for chip in (
         # Two cores with four matrix units of 128 x 128; 2400 Gbit/s over six links.
-        TpuChip("v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, int(30.75 * _GIB), 50e9),
+        TpuChip(
+            "v4", peak_flops("TPU v4"), 1.05e9, 32 * _GIB, int(30.75 * _GIB), 50e9, 4
+        ),
         # One core with four such units; 1600 Gbit/s over four links.
         TpuChip(
-            "v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, int(15.75 * _GIB), 50e9
+            "v5e", peak_flops("TPU v5e"), 1.5e9, 16 * _GIB, int(15.75 * _GIB), 50e9, 16
         ),
         # Two cores with four such units; 4800 Gbit/s over six links.
-        TpuChip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 95 * _GIB, 100e9),
+        TpuChip("v5p", peak_flops("TPU v5p"), 1.75e9, 95 * _GIB, 95 * _GIB, 100e9, 4),
         # One core with two units of 256 x 256; 3584 Gbit/s over four links. Heuristic:
         # the published peak implies two products per unit and cycle.
         TpuChip(
-            "v6e", peak_flops("TPU v6e"), 1.75e9, 32 * _GIB, int(31.25 * _GIB), 112e9
+            "v6e",
+            peak_flops("TPU v6e"),
+            1.75e9,
+            32 * _GIB,
+            int(31.25 * _GIB),
+            112e9,
+            16,
         ),
     )
 }
@@ -94,7 +119,8 @@ class CostAssumptions:
         kernel_efficiency: fraction of the peak that attention kernels reach on the
             FLOPs that a causal mask leaves. Heuristic.
         rings: number of links of a chip that a collective uses. A ring along one axis
-            of the torus uses two.
+            of the torus uses two. Where the compiler splits a collective into parts
+            that take the axes in different order, it uses the links of all axes.
         hop_seconds: latency of each step of a ring, in seconds. Heuristic.
     """
 
@@ -107,7 +133,8 @@ class CostAssumptions:
         return {
             "compute": "the compiler's estimated cycles divided by the clock frequency",
             "kernels": f"{self.kernel_efficiency:.0%} of peak on causal FLOPs",
-            "links": f"a collective uses {self.rings} links of a chip, each way",
+            "links": f"a collective uses {self.rings} links of a chip, each way, or "
+            "those of all axes of the slice where the compiler splits it over them",
             "latency": f"{self.hop_seconds * 1e6:g} us for each step of a ring; an "
             "all-reduce over all chips of a slice uses the rings of its axes in turn",
             "permutations": "a collective-permute takes one step over one link, and an "
@@ -306,7 +333,7 @@ class _CostEstimator:
     def _collective_seconds(self, collective, instruction, by_name):
         """Time of a collective on the links: bytes over bandwidth, and latency."""
         size = _group_size(collective)
-        bandwidth = self.chip.link * self.assumptions.rings
+        bandwidth = self.chip.link * self._links(instruction)
         hops = _hops(instruction, size) * self.assumptions.hop_seconds
         opcode = collective.opcode.removesuffix("-start")
         # The size after a gather, or before a reduction.
@@ -330,6 +357,13 @@ class _CostEstimator:
                 self.assumptions.hop_seconds,
             )
         return moved / bandwidth + hops
+
+    def _links(self, collective):
+        """Number of links of a chip that a collective uses at once."""
+        axes = collective.attribute(r"dim_sizes:([\d,]+)")
+        if axes is None:
+            return self.assumptions.rings
+        return self.chip.links([int(size) for size in axes.split(",")])
 
 
 def _add_uncosted(instruction, cost):

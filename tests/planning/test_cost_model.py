@@ -177,6 +177,21 @@ def test_estimate_cost_of_an_all_reduce_on_a_torus_uses_rings_of_all_axes():
     assert found.exposed_seconds == pytest.approx(34e-3, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "links"),
+    [("4,8,8", 6), ("2,2,4", 3), ("2,2", 2)],  # Small slices do not wrap around.
+)
+def test_estimate_cost_of_a_split_all_reduce_uses_the_links_of_all_axes(sizes, links):
+    axes = sizes.count(",") + 1
+    strategy = (
+        f"StrategyND{{colors:{axes} phases:{axes} cores:{{1}} num_dims:{axes} "
+        f"active_dims:111 dim_sizes:{sizes} dim_used:{{0}}}}"
+    )
+    reduced = f"%c = {GATHERED} all-reduce(%y), replica_groups={{{{0,1,2,3}}}}"
+    found = cost(f'{reduced}, backend_config={{"strategy":"{strategy}"}}')
+    assert found.exposed_seconds == pytest.approx(2 * SECONDS * 2 / links)
+
+
 def test_estimate_cost_of_an_all_to_all_assumes_a_quarter_of_the_ring():
     groups = "replica_groups=[1,16]<=[16]"
     found = cost(f"%c = {GATHERED} all-to-all(%x), {groups}")
