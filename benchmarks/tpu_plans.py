@@ -5,6 +5,9 @@
         writes the tables and the plots next to it
     python benchmarks/tpu_plans.py --price v4=3.22 v5e=1.20
         adds the price of each run, at these dollars per chip-hour, to what it prints
+    python benchmarks/tpu_plans.py --calibration [NAME …]
+        first compiles the steps of the published runs again, some minutes each, and
+        saves their estimates in keras_openllama/planning/calibration_points.json
 
 On v4, mesh, micro-batch and rematerialization are those of the recipe, and the step is
 compiled at full depth. For other chips, `choice_search` ranks the choices, and the
@@ -23,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from calibration.table import price_again, section
 from matplotlib.figure import Figure
 
 from keras_openllama import presets
+from keras_openllama.planning import calibration
 from keras_openllama.planning import plan as planning
 from keras_openllama.planning.aot_compile import (
     OutOfDeviceMemoryError,
@@ -84,7 +89,10 @@ def main():
     parser.add_argument(
         "--no-compile", action="store_true", help="write only what was planned before"
     )
+    parser.add_argument("--calibration", nargs="*", metavar="NAME")
     options = parser.parse_args()
+    if options.calibration is not None:
+        price_again(options.calibration)
     path = Path(options.output)
     path.parent.mkdir(exist_ok=True)
     try:
@@ -174,6 +182,7 @@ def page(plans, prices=None):
         found = {key: plans[key] for key in plan_order(plans, chip)}
         if found:
             parts += [f"## TPU {chip}", table(found, (prices or {}).get(chip))]
+    parts += ["## Calibration", section()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -198,9 +207,10 @@ def table(plans, price=None):
     """Plans as a table in Markdown, with the price of a run if a chip-hour has one."""
     names = [
         *("plan", "chips", "data x fsdp", "micro-batch per device", "rematerialize"),
-        *("peak GiB", "s/step", "fusions with matrix products", "other computation"),
-        *("attention kernels", "waiting for collectives", "tokens/s/chip", "MFU"),
-        *("days", "chip-hours"),
+        *("peak GiB", "expected tokens/s/chip", "expected MFU", "expected days"),
+        *("expected chip-hours", "estimated s/step", "fusions with matrix products"),
+        *("other computation", "attention kernels", "waiting for collectives"),
+        *("estimated tokens/s/chip", "estimated MFU"),
     ]
     if price:
         names.append(f"dollars at {price:g} per chip-hour")
@@ -221,16 +231,41 @@ def table(plans, price=None):
         cells = [
             *(key, plan["chips"], f"{mesh['data']} x {mesh['fsdp']}", rows),
             plan["rematerialize"],
-            *(f"{plan['peak_memory_bytes'] / 2**30:.1f}", f"{step:.2f}"),
+            f"{plan['peak_memory_bytes'] / 2**30:.1f}",
+            *expected_cells(plan),
+            f"{step:.2f}",
             *(f"{part / step:.0%}" for part in parts),
-            f"{plan['tokens_per_second_per_chip']:,.0f}",
-            *(f"{plan['mfu']:.0%}", f"{plan['days']:,.1f}"),
-            f"{chip_hours(plan):,.0f}",
+            *(f"{plan['tokens_per_second_per_chip']:,.0f}", f"{plan['mfu']:.0%}"),
         ]
         if price:
-            cells.append(f"{chip_hours(plan) * price:,.0f}")
+            cells.append(in_range(expected(plan), "chip_hours", ",.0f", price))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def expected(plan):
+    """The expected figures of a plan."""
+    return calibration.expected_figures({**plan, "chip_hours": chip_hours(plan)})
+
+
+def expected_cells(plan):
+    """The expected figures of a plan with their ranges."""
+    forms = {
+        "tokens_per_second_per_chip": ",.0f",
+        "mfu": ".0%",
+        "days": ",.1f",
+        "chip_hours": ",.0f",
+    }
+    return [in_range(expected(plan), name, form) for name, form in forms.items()]
+
+
+def in_range(figures, name, form, scale=1):
+    """An expected figure with its range."""
+    value, low, high = (
+        f"{scale * figures[f'expected_{name}{end}']:{form}}"
+        for end in ("", "_low", "_high")
+    )
+    return f"{value} ({low} to {high})"
 
 
 def draw(plans, path):
@@ -249,10 +284,19 @@ def draw(plans, path):
                 ]
                 chips = [plan["chips"] for plan in found]
                 label = f"TPU {chip}" if column == 0 else None
-                mfu.plot(
-                    chips, [100 * plan["mfu"] for plan in found], "o-", label=label
-                )
-                hours.plot(chips, [chip_hours(plan) / 1000 for plan in found], "o-")
+                figures = [expected(plan) for plan in found]
+                for axes, name, scale in (
+                    (mfu, "mfu", 100),
+                    (hours, "chip_hours", 1 / 1000),
+                ):
+                    low, middle, high = (
+                        [scale * each[f"expected_{name}{end}"] for each in figures]
+                        for end in ("_low", "", "_high")
+                    )
+                    (line,) = axes.plot(chips, middle, "o-", label=label)
+                    axes.fill_between(
+                        chips, low, high, color=line.get_color(), alpha=0.15
+                    )
             mfu.set(title=size, ylim=(0, 80))
             hours.set(yscale="log", xscale="log", xlabel="chips")
             hours.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
@@ -260,9 +304,10 @@ def draw(plans, path):
             hours.set_yticks(ticks, labels=map(str, ticks))
             for axes in (mfu, hours):
                 axes.minorticks_off()
-        grid[0, 0].set_ylabel("planned MFU (%)")
+        grid[0, 0].set_ylabel("expected MFU (%)")
         grid[1, 0].set_ylabel("thousand chip-hours of the run")
-        figure.legend(loc="outside lower center", ncols=len(CHIP_TYPES))
+        lines, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(CHIP_TYPES))
         plots.save(figure, path)
 
 

@@ -19,6 +19,11 @@ from keras_openllama.planning.aot_compile import (
     OutOfDeviceMemoryError,
     topology_devices,
 )
+from keras_openllama.planning.calibration import (
+    calibration_factor,
+    calibration_points,
+    expected_figures,
+)
 from keras_openllama.planning.compilation_cache import CompilationCache
 from keras_openllama.planning.cost_model import CostAssumptions, TpuChip
 from keras_openllama.planning.step_estimate import StepEstimate, StepEstimator
@@ -64,11 +69,14 @@ def plan_pretraining(
         part of it), `kernel_seconds`, `collective_seconds`,
         `exposed_collective_seconds`; `uncosted_bytes`, the bytes written by
         instructions that are not counted, by kind; `tokens_per_second_per_chip`,
-        `mfu`, `days`, `chip_hours`; `compile_seconds`, `cached`, `assumptions`, `hlo`;
-        `extrapolated_from`, the numbers of layers that were compiled, empty at full
-        depth; `best`, whether no alternative that fits is faster; and `alternatives`,
-        a list of such dicts. Those that do not fit or cannot be faster have a `reason`
-        instead of figures, and their `fits` is `None` if it is not known.
+        `mfu`, `days`, `chip_hours`, as the cost model estimates them, and
+        `expected_` with each of the four names, and with `_low` and `_high`, what to
+        expect of a run (see `calibration`); `compile_seconds`, `cached`, `assumptions`,
+        `hlo`; `extrapolated_from`, the numbers of layers that were compiled, empty at
+        full depth; `best`, whether no alternative that fits is faster; and
+        `alternatives`, a list of such dicts. Those that do not fit or cannot be faster
+        have a `reason` instead of figures, and their `fits` is `None` if it is not
+        known.
 
     Raises:
         OutOfDeviceMemoryError: if the step does not fit into the memory of a chip. The
@@ -96,12 +104,14 @@ def plan_pretraining(
             path = os.path.join(directory, _file_name(preset.name, topology, choice))
             with open(path, "w", encoding="utf-8") as file:
                 file.write(estimate.hlo)
+        figures = plan_figures(preset.config, recipe, choice, chip, estimate)
         return {
             "preset": preset.name,
             "topology": topology,
             "hlo": path,
             "assumptions": assumptions.describe(),
-            **plan_figures(preset.config, recipe, choice, chip, estimate),
+            **figures,
+            **expected_figures({**figures, "topology": topology}),
         }
 
     choice = ExecutionChoice(mesh, recipe.rematerialize, recipe.micro_batches)
@@ -202,8 +212,8 @@ def plan_table(plan: Mapping[str, Any], price: float | None = None) -> str:
         price: dollars per chip-hour, to include the price of the run.
 
     Returns:
-        The figures of the plan and its assumptions, see `comparison_table` for its
-        alternatives.
+        The figures of the plan and its assumptions, what is expected of a run first,
+        with its range. See `comparison_table` for its alternatives.
     """
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     step = plan["step_seconds"]
@@ -217,6 +227,16 @@ def plan_table(plan: Mapping[str, Any], price: float | None = None) -> str:
     rows = {
         "preset": plan["preset"],
         "slice": f"{plan['topology']}: {plan['chips']} chips, {mesh}",
+        "expected tokens/s/chip": _expected(plan, "tokens_per_second_per_chip", ",.0f"),
+        "expected MFU (6N + 12 x layers x width x length)": _expected(
+            plan, "mfu", ".1%"
+        ),
+        "expected days": _expected(plan, "days", ",.1f"),
+        "expected chip-hours": _expected(plan, "chip_hours", ",.0f"),
+        "estimated by the compiler's cycles": (
+            f"{plan['tokens_per_second_per_chip']:,.0f} tokens/s/chip, MFU "
+            f"{plan['mfu']:.1%}, {plan['days']:,.1f} days"
+        ),
         "rematerialize, micro_batches": (
             f"{plan['rematerialize']}, {plan['micro_batches']}"
         ),
@@ -224,25 +244,42 @@ def plan_table(plan: Mapping[str, Any], price: float | None = None) -> str:
             f"{plan['peak_memory_bytes'] / 2**30:.1f} of "
             f"{plan['memory_bytes'] / 2**30:.0f} GiB"
         ),
-        "step": f"{step:.3f} s, {plan['tokens_per_step']:,} tokens",
+        "estimated step": f"{step:.3f} s, {plan['tokens_per_step']:,} tokens",
         "  fusions with matrix products": share("matmul"),
         "  attention kernels": share("kernel"),
         "  other computation": f"{other:.3f} s ({other / step:.0%})",
         "  waiting for collectives": share("exposed_collective"),
         "overlapped collectives": f"{hidden:.3f} s",
         "written without a known cost": _largest_sizes(plan["uncosted_bytes"]),
-        "tokens/s/chip": f"{plan['tokens_per_second_per_chip']:,.0f}",
-        "MFU (6N + 12 x layers x width x length)": f"{plan['mfu']:.1%}",
-        "full run": (f"{plan['days']:.1f} days, {plan['chip_hours']:,.0f} chip-hours"),
         "compiled": _compiled(plan),
     }
     if price is not None:
-        dollars = price * plan["chip_hours"]
-        rows["price of the run"] = f"{dollars:,.0f} dollars at {price:g} per chip-hour"
+        dollars = _expected(plan, "chip_hours", ",.0f", price)
+        rows["expected price"] = f"{dollars} dollars at {price:g} per chip-hour"
     width = max(map(len, rows))
     lines = [f"{name:{width}}  {value}" for name, value in rows.items()]
     assumptions = [f"  {name}: {text}" for name, text in plan["assumptions"].items()]
-    return "\n".join([*lines, "Estimated, not measured. Assumptions:", *assumptions])
+    chip, note = plan["topology"].split(":")[0], "Estimated, not measured. Assumptions:"
+    return "\n".join([*lines, _expectation(chip), note, *assumptions])
+
+
+def _expected(plan, name, form, scale=1):
+    """An expected figure and its range."""
+    value, low, high = (
+        f"{scale * plan[f'expected_{name}{end}']:{form}}"
+        for end in ("", "_low", "_high")
+    )
+    return f"{value} ({low} to {high})"
+
+
+def _expectation(chip):
+    """Where the expected figures come from."""
+    factor, points = calibration_factor(chip), len(calibration_points())
+    return (
+        f"Expected: estimated speed x {factor.expected:.2f}, by the measured over the "
+        f"estimated speed of {points} published runs; the ranges are those of the "
+        f"lowest ratio, {factor.low:.2f}, and the highest, {factor.high:.2f}."
+    )
 
 
 def _largest_sizes(sizes):

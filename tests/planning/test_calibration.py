@@ -1,153 +1,120 @@
-"""The cost model is close to the published speed of EasyLM's 7B step."""
+"""Plans are compared with published runs, and say what to expect of a new one."""
 
 import importlib.util
+import json
 import math
+import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from checkout import ROOT
 
-from keras_openllama.planning.aot_compile import topology_devices
-from keras_openllama.planning.cost_model import estimate_cost
+from keras_openllama.planning import calibration
+from keras_openllama.planning.cost_model import CHIPS
 
-optax = pytest.importorskip("optax")
+pytestmark = pytest.mark.backend_free
 
-pytestmark = [
-    pytest.mark.backend_free,
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="The extra `plan` is not installed.",
-    ),
-]
-
-LAYERS, WIDTH, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 32, 4096, 11008, 32, 128, 32000
-BATCH_SIZE, LENGTH = 2048, 2048
-TOPOLOGY, AXES, MESH = "v4:4x8x8", ("data", "fsdp"), (4, 64)
-# From the compiler's cycles, if the layers are not scanned.
-TOKENS_PER_SECOND_PER_CHIP = 2316
-MEASURED = 2200  # "over 2200" in README.md of `openlm-research/open_llama`.
-
-# Shapes and sharding of the weights.
-INPUTS, OUTPUTS, REPLICATED = ("fsdp", None), (None, "fsdp"), (None,)
-OUTER = {
-    "embedding": ((VOCABULARY, WIDTH), OUTPUTS),
-    "norm": ((WIDTH,), REPLICATED),
-    "head": ((WIDTH, VOCABULARY), INPUTS),
-}
-LAYER = {
-    "attention_norm": ((WIDTH,), REPLICATED),
-    "query": ((WIDTH, WIDTH), INPUTS),
-    "key": ((WIDTH, WIDTH), INPUTS),
-    "value": ((WIDTH, WIDTH), INPUTS),
-    "output": ((WIDTH, WIDTH), OUTPUTS),
-    "feed_forward_norm": ((WIDTH,), REPLICATED),
-    "gate": ((WIDTH, HIDDEN), INPUTS),
-    "up": ((WIDTH, HIDDEN), INPUTS),
-    "down": ((HIDDEN, WIDTH), OUTPUTS),
-}
-
-
-def shard_batch(x):
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
-
-
-def norm(x, scale):
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def apply_rope(x):
-    """Rotates interleaved pairs as complex numbers."""
-    frequencies = 10000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    angles = np.outer(np.arange(LENGTH), frequencies)[:, None]
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    rotated = jax.lax.complex(pairs[..., 0], pairs[..., 1])
-    rotated = rotated * np.exp(1j * angles).astype("complex64")
-    return jnp.stack([rotated.real, rotated.imag], -1).reshape(x.shape)
-
-
-def attention(x, weights):
-    query, key, value = (
-        shard_batch(x @ weights[name]).reshape(*x.shape[:2], HEADS, HEAD_DIM)
-        for name in ("query", "key", "value")
-    )
-    query = apply_rope(query) / math.sqrt(HEAD_DIM)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, apply_rope(key))
-    mask = jnp.tri(LENGTH, dtype=bool)
-    scores = scores + jnp.where(mask, 0.0, jnp.finfo("float32").min)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
-    return mixed.reshape(x.shape) @ weights["output"]
-
-
-def layer(x, weights):
-    x = x + attention(norm(x, weights["attention_norm"]), weights)
-    normed = norm(x, weights["feed_forward_norm"])
-    gated = jax.nn.silu(normed @ weights["gate"]) * (normed @ weights["up"])
-    return shard_batch(x + gated @ weights["down"]), None
-
-
-def loss(params, ids, targets):
-    """Cross-entropy.
-
-    EasyLM does not scan its layers. Scanned layers take 1 % more time and 3 GiB more
-    memory, but compile in one minute instead of almost three.
-    """
-    x = shard_batch(params["embedding"][ids])
-    x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
-    logits = norm(x, params["norm"]) @ params["head"]
-    log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probabilities, targets[..., None], -1).mean()
-
-
-OPTIMIZER = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(3e-4, b1=0.9, b2=0.95, weight_decay=0.1),
+POINTS = calibration.calibration_points()
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or not importlib.util.find_spec("optax"),
+    reason="The extras `plan` and `train` are not installed.",
 )
 
 
-def step(params, moments, ids, targets):
-    value, gradients = jax.value_and_grad(loss)(params, ids, targets)
-    updates, moments = OPTIMIZER.update(gradients, moments, params)
-    return optax.apply_updates(params, updates), moments, value
+def point(measured, seconds, topology="v4:2x2x1"):
+    """A point whose step has 1,000 tokens."""
+    values = dict.fromkeys(calibration.CalibrationPoint.__dataclass_fields__)
+    values |= {"sequences_per_chip": 2, "sequence_length": 500, "measured": measured}
+    values["topology"] = topology
+    return calibration.CalibrationPoint(**values | {"seconds": seconds})
 
 
-def arguments(mesh):
-    """Shapes of the arguments of `step`."""
+def test_calibration_point_compares_measured_and_priced_speed():
+    found = point(400, {"matmul_seconds": 1.5, "kernel_seconds": 0.5})
+    assert found.priced == 500
+    assert found.ratio == pytest.approx(0.8)
 
-    def struct(shape, axes, dtype="float32"):
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    params = {name: struct(*weight) for name, weight in OUTER.items()}
-    params["layers"] = {
-        name: struct((LAYERS, *shape), (None, *axes))
-        for name, (shape, axes) in LAYER.items()
-    }
-    moments = optax.tree.map_params(
-        OPTIMIZER,
-        lambda _, param: param,
-        jax.eval_shape(OPTIMIZER.init, params),
-        params,
-        transform_non_params=lambda count: struct((), (), count.dtype),
+def test_calibration_factor_is_the_mean_of_a_chip_and_the_range_of_all():
+    ratios = {"v4:2x2x1": (1.0, 2.0), "v5e:2x2": (0.5,)}
+    points = tuple(
+        point(ratio * 1000, {"step": 1.0}, topology)
+        for topology, chip_ratios in ratios.items()
+        for ratio in chip_ratios
     )
-    ids = struct((BATCH_SIZE, LENGTH), (AXES,), "int32")
-    return params, moments, ids, ids
+    factor = calibration.calibration_factor("v4", points)
+    assert (factor.low, factor.high) == (0.5, 2.0)
+    assert factor.expected == pytest.approx(math.sqrt(2))
+    # A single run is no evidence for its chip.
+    for chip in ("v5e", "v6e", None):
+        factor = calibration.calibration_factor(chip, points)
+        assert (factor.low, factor.high) == (0.5, 2.0)
+        assert factor.expected == pytest.approx(1.0)
 
 
-def test_estimate_cost_of_the_published_step_is_close_to_its_measured_speed():
-    chip, devices = topology_devices(TOPOLOGY)
-    mesh = Mesh(np.array(devices).reshape(MESH), AXES)
-    shapes = arguments(mesh)
-    shardings = jax.tree.map(lambda struct: struct.sharding, shapes[:2])
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
-        program = jitted.lower(*shapes).compile()
-    cost = estimate_cost(program.as_text(), chip)
-    tokens = BATCH_SIZE * LENGTH / len(devices)
-    computed = tokens / cost.compute_seconds
-    assert computed == pytest.approx(TOKENS_PER_SECOND_PER_CHIP, rel=0.1)
-    # Without overlap of collectives, which the measured run may have had.
-    assert tokens / cost.step_seconds == pytest.approx(MEASURED, rel=0.1)
+def test_expected_range_and_expected_figures_scale_the_estimate():
+    factor = calibration.calibration_factor("v4")
+    speed = calibration.expected_range(2000, "v4")
+    assert speed.low == pytest.approx(2000 * factor.low)
+    assert speed.expected == pytest.approx(2000 * factor.expected)
+    assert speed.high == pytest.approx(2000 * factor.high)
+    plan = {"tokens_per_second_per_chip": 2000, "mfu": 0.5, "days": 9, "chips": 4}
+    figures = calibration.expected_figures({**plan, "topology": "v4:2x2x1"})
+    assert figures["expected_tokens_per_second_per_chip_low"] == speed.low
+    assert figures["expected_mfu"] == pytest.approx(0.5 * factor.expected)
+    assert figures["expected_days"] == pytest.approx(9 / factor.expected)
+    # The fastest run is the shortest.
+    assert figures["expected_days_low"] == pytest.approx(9 / factor.high)
+    assert figures["expected_days_high"] == pytest.approx(9 / factor.low)
+    assert len(figures) == 9
+
+
+def test_calibration_points_are_complete():
+    assert len({each.name for each in POINTS}) == len(POINTS) >= 2
+    for each in POINTS:
+        chip, _, shape = each.topology.partition(":")
+        chips = math.prod(map(int, shape.split("x")))
+        assert chip in CHIPS and math.prod(each.mesh.values()) == chips
+        assert set(each.seconds) == {
+            *("matmul_seconds", "other_seconds", "kernel_seconds", "exposed_seconds")
+        }
+        assert each.source.startswith("https://") and each.differences
+        assert 0.5 < each.ratio < 1.5
+
+
+def test_docs_show_the_calibration_points_and_the_factor():
+    page = (ROOT / "docs" / "tpu_plans.md").read_text(encoding="utf-8")
+    for each in POINTS:
+        assert (
+            f"| {each.measured:,.0f} | {each.priced:,.0f} | {each.ratio:.2f} |" in page
+        )
+    for chip in (*CHIPS, None):
+        factor = calibration.calibration_factor(chip)
+        for ratio in (factor.low, factor.expected, factor.high):
+            assert f"{ratio:.2f}" in page
+
+
+def test_docs_show_the_expected_figures_of_each_plan():
+    page = (ROOT / "docs" / "tpu_plans.md").read_text(encoding="utf-8")
+    plans = json.loads((ROOT / "docs" / "tpu_plans.json").read_text(encoding="utf-8"))
+    for plan in plans.values():
+        if "reason" in plan:
+            continue
+        chip = plan["topology"].partition(":")[0]
+        speed = calibration.expected_range(plan["tokens_per_second_per_chip"], chip)
+        text = f"| {speed.expected:,.0f} ({speed.low:,.0f} to {speed.high:,.0f}) |"
+        assert text in page
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Minutes on two cores.
+@pytest.mark.parametrize("name", ["MaxText 16B, v5e-256"])
+def test_calibration_point_has_the_speed_that_the_cost_model_estimates(
+    name, monkeypatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+    from calibration.price import price
+
+    (saved,) = (each for each in POINTS if each.name == name)
+    seconds = price(saved)
+    assert sum(seconds.values()) == pytest.approx(sum(saved.seconds.values()), rel=0.02)

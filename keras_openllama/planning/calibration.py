@@ -1,0 +1,208 @@
+"""Compares plans with measured runs, and derives what to expect of a plan.
+
+`calibration_points.json` lists published runs with their measured speed, and the time
+that the cost model estimates for the same step, from which the "priced" speed follows.
+The ratio of the two says how far a plan is from a run: it includes what the cost model
+does not count, such as the host, the input pipeline and contention for memory. No point
+is dropped.
+
+The expected speed of a plan is its priced speed times the geometric mean of the ratios
+of runs on the same type of chip, for which the compiler's estimates have their own
+error; of all runs if fewer than two are on it. The range is always from the lowest
+ratio of all to the highest one. If the next run is as likely to have any rank among `n`
+points, its ratio is in this range with probability `(n - 1) / (n + 1)`.
+
+`benchmarks/tpu_plans.py --calibration` prices the points again.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+POINTS_FILE = Path(__file__).with_name("calibration_points.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationPoint:
+    """A published run, and the cost model's estimate for its step.
+
+    Attributes:
+        name: model and slice.
+        source: URL of the measured speed.
+        configuration: URL of the settings.
+        measured_as: the speed as it was published.
+        step: which step was compiled: one of `benchmarks/calibration/price.py`, or
+            `"keras_openllama"`, this package's own.
+        sizes: sizes of the network.
+        topology: see `aot_compile.topology_devices`.
+        mesh: sizes of the mesh axes.
+        sequences_per_chip: sequences that a chip processes in a step.
+        sequence_length: tokens of a sequence.
+        rematerialize: rematerialization policy.
+        attention_block: block size of the attention kernel.
+        kernel_work: work of the published attention kernels over that of the compiled
+            ones.
+        differences: how the compiled step differs from the published one.
+        measured: measured tokens/s/chip.
+        seconds: estimated seconds of a step, by part.
+        priced_with: date of the estimate, and versions of the compiler.
+    """
+
+    name: str
+    source: str
+    configuration: str
+    measured_as: str
+    step: str
+    sizes: dict[str, int]
+    topology: str
+    mesh: dict[str, int]
+    sequences_per_chip: int
+    sequence_length: int
+    rematerialize: str
+    attention_block: int
+    kernel_work: float
+    differences: str
+    measured: float
+    seconds: dict[str, float]
+    priced_with: str
+
+    @property
+    def chip(self) -> str:
+        """Name of the chip type."""
+        return self.topology.partition(":")[0]
+
+    @property
+    def priced(self) -> float:
+        """Estimated tokens/s/chip."""
+        tokens = self.sequences_per_chip * self.sequence_length
+        return tokens / sum(self.seconds.values())
+
+    @property
+    def ratio(self) -> float:
+        """Measured speed over priced speed."""
+        return self.measured / self.priced
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedRange:
+    """An expected value with a range.
+
+    Attributes:
+        low: lower end of the range.
+        expected: the expected value.
+        high: upper end of the range.
+    """
+
+    low: float
+    expected: float
+    high: float
+
+
+@functools.cache
+def calibration_points() -> tuple[CalibrationPoint, ...]:
+    """Returns the published runs, in the order of the file.
+
+    Example:
+        >>> calibration_points()[0].name
+        'EasyLM 7B, v4-512'
+    """
+    points = json.loads(POINTS_FILE.read_text(encoding="utf-8"))
+    return tuple(CalibrationPoint(**point) for point in points)
+
+
+def calibration_factor(
+    chip: str | None = None, points: tuple[CalibrationPoint, ...] | None = None
+) -> ExpectedRange:
+    """Returns measured speed over priced speed.
+
+    Args:
+        chip: name of the chip type. Defaults to the mean over all of them.
+        points: published runs. Defaults to `calibration_points()`.
+
+    Returns:
+        The geometric mean of the ratios, see the module; the lowest and the highest
+        ratio of all runs.
+
+    Example:
+        >>> factor = calibration_factor("v4")
+        >>> factor.low < factor.expected < factor.high
+        True
+    """
+    points = points or calibration_points()
+    own = [point.ratio for point in points if point.chip == chip]
+    ratios = [point.ratio for point in points]
+    averaged = own if len(own) >= 2 else ratios
+    mean = math.exp(math.fsum(map(math.log, averaged)) / len(averaged))
+    return ExpectedRange(min(ratios), mean, max(ratios))
+
+
+def range_probability(num_points: int) -> float:
+    """Returns the probability that the next run is in the range of `num_points` runs.
+
+    Example:
+        >>> range_probability(7)
+        0.75
+    """
+    return (num_points - 1) / (num_points + 1)
+
+
+def expected_range(priced: float, chip: str | None = None) -> ExpectedRange:
+    """Returns the speed to expect of a plan.
+
+    Args:
+        priced: tokens/s (per chip or not) or MFU that the cost model estimates.
+        chip: see `calibration_factor`.
+
+    Returns:
+        The expected speed and its range, see the module.
+
+    Example:
+        >>> expected = expected_range(4277.0, "v4")
+        >>> expected.low < expected.expected < expected.high
+        True
+    """
+    factor = calibration_factor(chip)
+    return ExpectedRange(
+        priced * factor.low, priced * factor.expected, priced * factor.high
+    )
+
+
+def expected_figures(plan: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the expected speed and time of a plan, each with a range.
+
+    Args:
+        plan: `topology`, and figures that the cost model estimates. Used are
+            `tokens_per_second_per_chip`, `mfu`, `days` and `chip_hours`; those that are
+            missing are skipped.
+
+    Returns:
+        `expected_` and the name of each figure; the same with `_low` and `_high` for
+        the ends of the range.
+
+    Example:
+        >>> figures = expected_figures({"topology": "v4:2x2x1", "mfu": 0.6, "days": 10})
+        >>> list(figures)[:3]
+        ['expected_mfu', 'expected_mfu_low', 'expected_mfu_high']
+        >>> figures["expected_days_low"] < figures["expected_days_high"]
+        True
+    """
+    factor = calibration_factor(plan["topology"].partition(":")[0])
+    # A higher speed means less time.
+    inverse = ExpectedRange(1 / factor.high, 1 / factor.expected, 1 / factor.low)
+    scales = {
+        "tokens_per_second_per_chip": factor,
+        "mfu": factor,
+        "days": inverse,
+        "chip_hours": inverse,
+    }
+    figures = {}
+    for name, scale in scales.items():
+        if name in plan:
+            figures[f"expected_{name}"] = plan[name] * scale.expected
+            figures[f"expected_{name}_low"] = plan[name] * scale.low
+            figures[f"expected_{name}_high"] = plan[name] * scale.high
+    return figures
