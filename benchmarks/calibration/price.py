@@ -15,7 +15,6 @@ from keras_openllama.planning.aot_compile import (
     topology_devices,
 )
 from keras_openllama.planning.cost_model import estimate_cost
-from keras_openllama.planning.hlo import HloProgram
 from keras_openllama.runs.recipe import preset_recipe
 from keras_openllama.runs.tpu_compiler_options import compile_lowered
 from keras_openllama.training import chunked_loss
@@ -44,26 +43,14 @@ def price(point):
     Returns:
         `matmul_seconds`, `other_seconds`, `kernel_seconds` and `exposed_seconds`.
     """
-    if point.step in PUBLISHED_STEPS:
-        cost = estimate_cost(*compile_published(point))
-    else:
-        with iterations_of_layers(point.sizes["num_layers"]):
-            cost = estimate_cost(*compile_own(point))
+    published = point.step in PUBLISHED_STEPS
+    hlo, chip = (compile_published if published else compile_own)(point)
+    trip_counts = {} if published else {LAYERS: point.sizes["num_layers"]}
+    cost = estimate_cost(hlo, chip, trip_counts=trip_counts)
     seconds = {part: getattr(cost, part) for part in PARTS}
     # A kernel without a causal mask computes both halves of the scores.
     seconds["kernel_seconds"] *= point.kernel_work
     return seconds
-
-
-def iterations_of_layers(num_layers):
-    """Patches loops over the compiled layers so that they have all iterations."""
-    known = HloProgram.trip_count
-
-    def trip_count(program, loop):
-        count = known(program, loop)
-        return num_layers if count == LAYERS else count
-
-    return mock.patch.object(HloProgram, "trip_count", trip_count)
 
 
 def compile_own(point):

@@ -69,7 +69,7 @@ def test_expected_range_and_expected_figures_scale_the_estimate():
 
 
 def test_calibration_points_are_complete():
-    assert len({each.name for each in POINTS}) == len(POINTS) >= 2
+    assert len({each.name for each in POINTS}) == len(POINTS) >= 5
     for each in POINTS:
         chip, _, shape = each.topology.partition(":")
         chips = math.prod(map(int, shape.split("x")))
@@ -77,7 +77,7 @@ def test_calibration_points_are_complete():
         assert set(each.seconds) == {
             *("matmul_seconds", "other_seconds", "kernel_seconds", "exposed_seconds")
         }
-        assert each.source.startswith("https://") and each.differences
+        assert each.source.startswith("https://") and len(each.differences.split()) > 2
         assert 0.5 < each.ratio < 1.5
 
 
@@ -108,7 +108,7 @@ def test_docs_show_the_expected_figures_of_each_plan():
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # Minutes on two cores.
-@pytest.mark.parametrize("name", ["MaxText 16B, v5e-256"])
+@pytest.mark.parametrize("name", ["MaxText 32B, v5e-256"])
 def test_calibration_point_has_the_speed_that_the_cost_model_estimates(
     name, monkeypatch
 ):
