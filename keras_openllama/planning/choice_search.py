@@ -32,8 +32,8 @@ def ranked_choices(
 
     Returns:
         Choices of mesh (data and fsdp), rematerialization and micro-batches. Of equally
-        fast ones, those with the recipe's mesh come first, then those with the least
-        memory.
+        fast ones, those with the recipe's mesh come first, then those whose collectives
+        span the fewest chips.
 
     Example:
         >>> from keras_openllama import presets
@@ -58,7 +58,8 @@ def ranked_choices(
         if memory <= _MEMORY_SHARE * chip.usable_memory:
             seconds = _seconds(choice, preset, recipe, chip, chips)
             other_mesh = choice.mesh != recipe.mesh_for(chips)
-            ranked.append((seconds, other_mesh, memory, str(choice), choice))
+            key = seconds, other_mesh, choice.mesh["fsdp"], memory
+            ranked.append((*key, str(choice), choice))
     return [choice for *_, choice in sorted(ranked)]
 
 
