@@ -310,7 +310,7 @@ def comparison_table(plan: Mapping[str, Any]) -> str:
     if not plan["alternatives"]:
         return ""
     plans = [plan, *plan["alternatives"]]
-    lines = ["mesh, rematerialize, micro-batches: GiB, s/step, tokens/s/chip"]
+    lines = ["mesh, rematerialize, micro-batches: GiB, estimated s/step, tokens/s/chip"]
     for each in plans:
         names = [field.name for field in dataclasses.fields(ExecutionChoice)]
         choice = ExecutionChoice(**{name: each[name] for name in names})
