@@ -69,7 +69,7 @@ def test_expected_range_and_expected_figures_scale_the_estimate():
 
 
 def test_calibration_points_are_complete():
-    assert len({each.name for each in POINTS}) == len(POINTS) >= 5
+    assert len({each.name for each in POINTS}) == len(POINTS) >= 8
     for each in POINTS:
         chip, _, shape = each.topology.partition(":")
         chips = math.prod(map(int, shape.split("x")))
