@@ -20,6 +20,7 @@ from keras_openllama.backend.keras_private import (
     untrack_variables,
 )
 from keras_openllama.layers.adapter_merging import add_product, is_saving_merged
+from keras_openllama.layers.sharded_projection import mesh_of_gradients, project_sharded
 from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "jax":
@@ -80,9 +81,12 @@ class Projection(keras.layers.EinsumDense):
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Returns the projection, adapters included."""
-        return self._add_adapters(
-            inputs, matmul_transposed(inputs, kernel_variable(self))
-        )
+        kernel, mesh = kernel_variable(self), mesh_of_gradients()
+        if mesh is None:
+            outputs = matmul_transposed(inputs, kernel)
+        else:
+            outputs = project_sharded(inputs, kernel, mesh)
+        return self._add_adapters(inputs, outputs)
 
     def quantized_call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Returns the projection by the quantized kernel, adapters included."""

@@ -84,6 +84,21 @@ def topology_devices(topology: str) -> tuple[TpuChip, list[Any]]:
     return CHIPS[kind], list(description.devices)
 
 
+def slice_shape(devices: Sequence[Any]) -> tuple[int, ...]:
+    """Returns the number of chips along each axis of a slice.
+
+    Args:
+        devices: all JAX devices of the slice.
+
+    Example:
+        >>> _, devices = topology_devices("v4:2x2x4")  # doctest: +SKIP
+        >>> slice_shape(devices)  # doctest: +SKIP
+        (2, 2, 4)
+    """
+    axes = zip(*(device.coords for device in devices), strict=True)
+    return tuple(max(axis) + 1 for axis in axes)
+
+
 class OutOfDeviceMemoryError(ValueError):
     """A step does not fit into the memory of a chip.
 
@@ -145,7 +160,7 @@ def compile_step_ahead_of_time(
     lm = _abstract_lm(config, recipe, distribution)
     lowered = _lowered_step(lm, recipe, distribution)
     ordered = list(distribution.device_mesh.backend_mesh.devices.flat)
-    key = program_key(lowered, ordered, tpu_compiler_options.ALL_OPTIONS)
+    key = program_key(lowered, ordered, tpu_compiler_options.options_for(lowered))
     entry = cache.load(key) if cache else None
     cached = entry is not None
     if entry is None:

@@ -27,7 +27,25 @@ REDUCTION_OPTIONS = {
     # Otherwise the fusions with reductions exceed the memory of a core (VMEM).
     "xla_tpu_async_collective_fusion_with_start_done_only": "true",
 }
-ALL_OPTIONS = {**ALL_GATHER_OPTIONS, **REDUCTION_OPTIONS}
+# Overlap the all-to-alls that reduce gradients on a mesh whose `data` is 1. There, the
+# options above would exceed the memory of a core.
+ALL_TO_ALL_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}
+
+
+def options_for(lowered: jax.stages.Lowered) -> dict[str, str]:
+    """Returns the options that a program is compiled with at first.
+
+    Args:
+        lowered: The result of `jax.jit(…).lower(…)`.
+
+    Example:
+        >>> lowered = jax.jit(abs).lower(1.0)
+        >>> options_for(lowered)["xla_enable_async_all_reduce"]
+        'true'
+    """
+    if "all_to_all" in lowered.as_text():
+        return {**ALL_GATHER_OPTIONS, **ALL_TO_ALL_OPTIONS}
+    return {**ALL_GATHER_OPTIONS, **REDUCTION_OPTIONS}
 
 
 def compile_lowered(
@@ -51,7 +69,7 @@ def compile_lowered(
     if device.platform != "tpu":
         return lowered.compile()
     try:
-        return lowered.compile(ALL_OPTIONS)
+        return lowered.compile(options_for(lowered))
     except jax.errors.JaxRuntimeError as error:
         if "in memory space vmem" not in str(error):
             raise

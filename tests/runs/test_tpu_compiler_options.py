@@ -15,8 +15,11 @@ TPU, CPU = types.SimpleNamespace(platform="tpu"), types.SimpleNamespace(platform
 class Lowered:
     """Stands for the result of `jax.jit(…).lower(…)`; may fail to compile."""
 
-    def __init__(self, problem=None):
-        self.problem, self.options = problem, []
+    def __init__(self, problem=None, text="stablehlo.reduce_scatter"):
+        self.problem, self.text, self.options = problem, text, []
+
+    def as_text(self):
+        return self.text
 
     def compile(self, options=None):
         self.options.append(options)
@@ -42,6 +45,18 @@ def test_compile_lowered_warns_if_reductions_do_not_fit(caplog):
     assert tpu_compiler_options.compile_lowered(lowered, TPU) == "program"
     assert lowered.options[1:] == [tpu_compiler_options.ALL_GATHER_OPTIONS]
     assert "do not overlap with computation" in caplog.text
+
+
+def test_compile_lowered_overlaps_all_to_alls_instead_of_reductions(caplog):
+    lowered = Lowered(text="stablehlo.all_to_all")
+    assert tpu_compiler_options.compile_lowered(lowered, TPU) == "program"
+    assert lowered.options == [
+        {
+            **tpu_compiler_options.ALL_GATHER_OPTIONS,
+            **tpu_compiler_options.ALL_TO_ALL_OPTIONS,
+        }
+    ]
+    assert not caplog.records
 
 
 def test_compile_lowered_raises_other_errors():
