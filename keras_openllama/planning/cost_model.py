@@ -138,7 +138,9 @@ class CostAssumptions:
             "latency": f"{self.hop_seconds * 1e6:g} us for each step of a ring; an "
             "all-reduce over all chips of a slice uses the rings of its axes in turn",
             "permutations": "a collective-permute takes one step over one link, and an "
-            "all-to-all moves each byte over a quarter of a ring",
+            "all-to-all moves each byte over a quarter of a ring; over all chips of a "
+            "slice, half of the bytes cross the middle of its longest axis, without "
+            "links around it",
             "overlap": "only where the schedule places other work between a "
             "collective's start and done ops",
             "branches": "the slowest branch of a conditional",
@@ -210,6 +212,7 @@ def estimate_cost(
     chip: TpuChip,
     assumptions: CostAssumptions = CostAssumptions(),
     trip_counts: Mapping[int, int] | None = None,
+    slice_shape: tuple[int, ...] | None = None,
 ) -> StepCost:
     """Estimates the cost of a program.
 
@@ -218,6 +221,8 @@ def estimate_cost(
         chip: the chip.
         assumptions: the cost of what the compiler does not estimate.
         trip_counts: other numbers of iterations for loops, by the compiled one.
+        slice_shape: number of chips along each axis of the slice. `None` takes
+            all-to-alls to be on a ring.
 
     Returns:
         The cost.
@@ -239,26 +244,27 @@ def estimate_cost(
         {'fusion z': 32}
     """
     program = HloProgram(hlo)
-    estimator = _CostEstimator(program, chip, assumptions, trip_counts or {})
+    estimator = _CostEstimator(
+        program, chip, assumptions, trip_counts or {}, slice_shape
+    )
     return estimator.computation_cost(program.entry)
 
 
 class _CostEstimator:
     """Adds up the cost of a computation in scheduled order."""
 
-    def __init__(self, program, chip, assumptions, trip_counts):
+    def __init__(self, program, chip, assumptions, trip_counts, slice_shape):
         self.program, self.chip, self.assumptions = program, chip, assumptions
-        self.trip_counts = trip_counts
+        self.trip_counts, self.slice_shape = trip_counts, slice_shape
 
     def computation_cost(self, computation):
         cost = StepCost()
-        by_name = {i.name: i for i in computation}
         links_free = 0.0  # When all collectives so far end, in seconds of the step.
         in_flight = {}
         for instruction in computation:
             kind, collective = self._collective(instruction)
             if kind in ("synchronous", "start"):
-                seconds = self._collective_seconds(collective, instruction, by_name)
+                seconds = self._collective_seconds(collective, instruction)
                 opcode = collective.opcode.removesuffix("-start")
                 cost.collective_seconds[opcode] += seconds
                 links_free = max(links_free, cost.step_seconds) + seconds
@@ -330,40 +336,51 @@ class _CostEstimator:
             return "done", None
         return "synchronous", found[0]
 
-    def _collective_seconds(self, collective, instruction, by_name):
+    def _collective_seconds(self, collective, instruction):
         """Time of a collective on the links: bytes over bandwidth, and latency."""
         size = _group_size(collective)
-        bandwidth = self.chip.link * self._links(instruction)
+        bandwidth = self.chip.link * self._links(instruction, size)
         hops = _hops(instruction, size) * self.assumptions.hop_seconds
         opcode = collective.opcode.removesuffix("-start")
-        # The size after a gather, or before a reduction.
-        operands = [by_name[name] for name in collective.operands if name in by_name]
-        tensors = [shape for i in (collective, *operands) for shape in i.shapes]
-        largest = max(shape_bytes(shape) for shape in tensors)
-        if opcode == "reduce-scatter":
-            largest = collective.bytes * size
-        moved = largest * (size - 1) / size
+        whole = _whole_bytes(collective, size)
+        moved = whole * (size - 1) / size
         sliced = instruction.opcode == "fusion" and instruction.bytes < collective.bytes
         if opcode == "all-reduce" and not sliced:
             moved, hops = 2 * moved, 2 * hops
         if opcode == "all-to-all":
-            moved = (
-                largest * size / 4
-            )  # The average distance on a ring is a quarter of it.
+            moved = whole * size / 4  # The average distance is a quarter of the ring.
+            if self.slice_shape and size == math.prod(self.slice_shape):
+                moved, bandwidth = whole * max(self.slice_shape) / 4, self.chip.link
         if opcode == "collective-permute":
             moved, bandwidth, hops = (
-                largest,
+                whole,
                 self.chip.link,
                 self.assumptions.hop_seconds,
             )
         return moved / bandwidth + hops
 
-    def _links(self, collective):
+    def _links(self, collective, size):
         """Number of links of a chip that a collective uses at once."""
         axes = collective.attribute(r"dim_sizes:([\d,]+)")
-        if axes is None:
-            return self.assumptions.rings
+        if axes is None:  # Two chips have one link to each other, not a ring.
+            return max(1, min(self.assumptions.rings, size - 1))
         return self.chip.links([int(size) for size in axes.split(",")])
+
+
+def _whole_bytes(collective, size):
+    """Bytes of the tensors of a collective, after a gather or before a reduction.
+
+    The compiler combines the reductions of several tensors: their sizes add up.
+    """
+    opcode = collective.opcode
+    if opcode.startswith("reduce-scatter"):
+        return collective.bytes * size
+    if opcode in ("all-gather-start", "all-to-all-start", "collective-permute-start"):
+        # Operands and results, and maybe scalars. All but gathers keep the size.
+        share = size / (size + 1) if opcode == "all-gather-start" else 1 / 2
+        tensors = [shape for shape in collective.shapes if shape[1]]
+        return share * sum(map(shape_bytes, tensors))
+    return collective.bytes
 
 
 def _add_uncosted(instruction, cost):

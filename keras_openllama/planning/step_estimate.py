@@ -11,6 +11,7 @@ from keras_openllama.planning.aot_compile import (
     CompiledStep,
     OutOfDeviceMemoryError,
     compile_step_ahead_of_time,
+    slice_shape,
 )
 from keras_openllama.planning.compilation_cache import CompilationCache
 from keras_openllama.planning.cost_model import (
@@ -102,7 +103,7 @@ class StepEstimator:
         """
         step = self._compile(choice, num_layers or self.config["num_layers"])
         return StepEstimate(
-            cost=estimate_cost(step.hlo, self.chip, self.assumptions),
+            cost=self._cost(step),
             peak_memory=step.peak_memory,
             parameters=step.parameters,
             compile_seconds=step.compile_seconds,
@@ -171,7 +172,7 @@ class StepEstimator:
         peak = step.peak_memory + layer_memory(choice, config, self.recipe, parameters)
         self._check_memory(peak, (depth,), choice)
         return StepEstimate(
-            cost=estimate_cost(step.hlo, self.chip, self.assumptions, {depth: layers}),
+            cost=self._cost(step, {depth: layers}),
             peak_memory=peak,
             parameters=step.parameters + parameters,
             compile_seconds=step.compile_seconds,
@@ -189,6 +190,10 @@ class StepEstimator:
                 f"{usable / 2**30:.1f} GiB. Received: {choice}.",
                 peak - usable,
             )
+
+    def _cost(self, step, trip_counts=None):
+        shape = slice_shape(self.devices)
+        return estimate_cost(step.hlo, self.chip, self.assumptions, trip_counts, shape)
 
     def _compile(self, choice: ExecutionChoice, num_layers: int) -> CompiledStep:
         return compile_step_ahead_of_time(

@@ -52,8 +52,9 @@ def program(*lines, computations=()):
     return "\n".join([*before, *(f"  {line}" for line in lines), "}"])
 
 
-def cost(*lines, computations=(), assumptions=ASSUMPTIONS):
-    return estimate_cost(program(*lines, computations=computations), V4, assumptions)
+def cost(*lines, computations=(), assumptions=ASSUMPTIONS, slice_shape=None):
+    hlo = program(*lines, computations=computations)
+    return estimate_cost(hlo, V4, assumptions, slice_shape=slice_shape)
 
 
 def test_estimate_cost_separates_fusions_with_matrix_products():
@@ -131,6 +132,17 @@ def test_estimate_cost_uses_the_most_expensive_branch():
             "device_ids=([4,64]T(1,0)) {'b'}, dimensions={0}",
             SECONDS,
         ),
+        # The compiler combined two of them.
+        (
+            f"%c = ({GATHERED}, {GATHERED}) all-reduce(%y, %z), "
+            "replica_groups={{0,1,2,3}}",
+            4 * SECONDS,
+        ),
+        # Two chips have one link to each other.
+        (
+            f"%c = {GATHERED} all-gather(%part), replica_groups={{{{0,1}}}}",
+            100e6 / 2 / 50e9,
+        ),
         # One link, one direction.
         (
             f"%c = {GATHERED} collective-permute(%y), source_target_pairs={{{{0,1}}}}",
@@ -197,6 +209,28 @@ def test_estimate_cost_of_an_all_to_all_assumes_a_quarter_of_the_ring():
     found = cost(f"%c = {GATHERED} all-to-all(%x), {groups}")
     # 100 MB from each of 16 chips, each byte over 4 of 32 links.
     assert found.exposed_seconds == pytest.approx(16 * 100e6 * 4 / 32 / 50e9)
+
+
+def test_estimate_cost_of_an_all_to_all_over_a_slice_is_limited_by_its_longest_axis():
+    line = f"%c = {GATHERED} all-to-all(%x), replica_groups=[1,16]<=[16]"
+    found = cost(line, slice_shape=(2, 2, 4))
+    # 8 chips on each side send half of their 100 MB to the other side, over 4 links.
+    assert found.exposed_seconds == pytest.approx(8 * 50e6 / 4 / 50e9)
+    part = f"%c = {GATHERED} all-to-all(%x), replica_groups=[2,8]<=[16]"
+    assert cost(part, slice_shape=(2, 2, 4)).exposed_seconds == pytest.approx(
+        cost(part).exposed_seconds
+    )
+
+
+def test_estimate_cost_overlaps_an_asynchronous_all_to_all_with_compute():
+    start = (
+        f"%all-to-all-start = ({GATHERED}, {GATHERED}, u32[], u32[]) "
+        "all-to-all-start(%x), replica_groups=[1,8]<=[8]"
+    )
+    done = f"%all-to-all-done = {GATHERED} all-to-all-done(%all-to-all-start)"
+    found = cost(start, fusion("f", MILLISECOND), done, slice_shape=(2, 2, 2))
+    assert found.collective_seconds == {"all-to-all": pytest.approx(1e-3)}
+    assert found.exposed_seconds == pytest.approx(0)
 
 
 def test_estimate_cost_of_a_reduce_scatter_uses_the_size_of_its_input():
