@@ -1,5 +1,6 @@
 """Ahead-of-time compilation of a training step for TPUs that need not be present."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -193,14 +194,26 @@ def _lowered_step(lm, recipe, distribution):
     replicated = jax.sharding.NamedSharding(
         distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec()
     )
-    return lower_step(
-        lm,
-        _abstract_state(lm, distribution, replicated),
-        batch,
-        options_for_devices(options, distribution),
-        recipe.spike_threshold,
-        replicated,
-    )
+    # Kernels would contain the paths and lines of this code, and so would their hash.
+    with _no_locations():
+        return lower_step(
+            lm,
+            _abstract_state(lm, distribution, replicated),
+            batch,
+            options_for_devices(options, distribution),
+            recipe.spike_threshold,
+            replicated,
+        )
+
+
+@contextlib.contextmanager
+def _no_locations():
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _compiled_entry(lowered, device, start):
