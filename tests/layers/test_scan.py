@@ -11,6 +11,7 @@ if keras.config.backend() != "jax":
 import jax
 import jax.numpy as jnp
 
+from keras_openllama.layers.scan import functional_call, scan_layers
 from keras_openllama.training.train_step_jax import TrainStepOptions, compute_gradients
 
 THREE_LAYERS = SHAPES[3]  # Grouped heads of 100, too.
@@ -48,3 +49,22 @@ def test_scan_layers_equals_applying_layers_one_by_one(rematerialize):
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     for variable, x, y in zip(lm.trainable_variables, grads, expected, strict=True):
         assert jnp.linalg.norm(x - y) < 1e-5 * jnp.linalg.norm(y), variable.path
+
+
+def test_scan_layers_stacks_matrices_in_the_dtype_of_the_states():
+    layers = [keras.layers.Dense(4, dtype="mixed_bfloat16") for _ in range(3)]
+    for layer in layers:
+        layer.build((None, 4))
+    x = jnp.ones((2, 4), "bfloat16")
+    apply_layer = functional_call(layers[0], layers[0])
+    program = str(jax.make_jaxpr(lambda x: scan_layers(layers, apply_layer, x))(x))
+    # Kernels, not biases: norms, which are vectors, are used in float32.
+    assert "bf16[3,4,4]" in program and "f32[3,4]" in program
+    assert "f32[3,4,4]" not in program.replace("bf16[3,4,4]", "")
+    expected = x
+    for layer in layers:
+        expected = layer(expected)
+    np.testing.assert_array_equal(
+        scan_layers(layers, apply_layer, x).astype("float32"),
+        expected.astype("float32"),
+    )
