@@ -29,7 +29,12 @@ REDUCTION_OPTIONS = {
 }
 # Overlap the all-to-alls that reduce gradients on a mesh whose `data` is 1. There, the
 # options above would exceed the memory of a core.
-ALL_TO_ALL_OPTIONS = {"xla_tpu_enable_async_all_to_all": "true"}
+ALL_TO_ALL_OPTIONS = {
+    "xla_tpu_enable_async_all_to_all": "true",
+    # The memory up to which the scheduler overlaps, 95 % by default. 7B on 8 chips of
+    # v4 needs more, and would overlap almost nothing.
+    "xla_tpu_scheduler_percent_shared_memory_limit": "100",
+}
 
 
 def options_for(lowered: jax.stages.Lowered) -> dict[str, str]:
