@@ -17,7 +17,7 @@ from keras_openllama.planning.aot_compile import (
 from keras_openllama.planning.cost_model import estimate_cost
 from keras_openllama.runs.recipe import preset_recipe
 from keras_openllama.runs.tpu_compiler_options import compile_lowered
-from keras_openllama.training import chunked_loss
+from keras_openllama.training import chunked_loss, train_step_jax
 
 PUBLISHED_STEPS = {
     "easylm": easylm,
@@ -46,7 +46,13 @@ def price(point):
     published = point.step in PUBLISHED_STEPS
     hlo, chip = (compile_published if published else compile_own)(point)
     trip_counts = {} if published else {LAYERS: point.sizes["num_layers"]}
-    cost = estimate_cost(hlo, chip, trip_counts=trip_counts)
+    _, _, shape = point.topology.partition(":")
+    cost = estimate_cost(
+        hlo,
+        chip,
+        trip_counts=trip_counts,
+        slice_shape=tuple(map(int, shape.split("x"))),
+    )
     seconds = {part: getattr(cost, part) for part in PARTS}
     # A kernel without a causal mask computes both halves of the scores.
     seconds["kernel_seconds"] *= point.kernel_work
@@ -66,6 +72,8 @@ def compile_own(point):
     with (
         mock.patch.object(chunked_loss, "LOGITS_PER_CHUNK", LOGITS_PER_CHUNK),
         mock.patch.object(attention_kernels, "SPLASH_BLOCK", point.attention_block),
+        # MaxText leaves the reduction of gradients to the compiler.
+        mock.patch.object(train_step_jax, "_prefers_all_to_all", lambda mesh: False),
     ):
         step = compile_step_ahead_of_time(config, recipe, point.mesh, devices)
     return step.hlo, chip
