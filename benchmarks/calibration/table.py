@@ -1,5 +1,6 @@
 """The calibration of plans as a table, and its points priced again."""
 
+import collections
 import datetime
 import importlib.metadata
 import json
@@ -11,25 +12,32 @@ NOTE = """\
 The cost model's estimate for published runs against their measured speed. Each step was
 compiled like a plan, with the same compiler options and assumptions. The expected speed
 of a plan is its estimated speed times the geometric mean of the ratios on its type of
-chip, or of all ratios if fewer than two runs are on it: {factors}. Its range is that of
-the lowest ratio of all, {low:.2f}, and the highest, {high:.2f}. No run that was
-compiled is left out. If a new run is as likely to have any rank among these {points},
-it is in the range with probability {probability:.0%}.
+chip, or of all ratios if fewer than two runs are on it. Another run is in the range
+with a probability of {probability:.0%}, if logarithms of ratios are normally distributed
+around the mean of their type of chip. No run that was compiled is left out.
+
+| | {names} | all |
+|---|{lines}---|
+| runs | {counts} |
+| factor | {factors} |
+| range | {ranges} |
 """
 
 
 def section():
     """The calibration in Markdown."""
-    points, factor = calibration.calibration_points(), calibration.calibration_factor()
-    means = {chip: calibration.calibration_factor(chip).expected for chip in CHIPS}
+    points = calibration.calibration_points()
+    found = [calibration.calibration_factor(chip) for chip in (*CHIPS, None)]
+    counts = collections.Counter(point.chip for point in points)
     lines = [
         NOTE.format(
-            factors=", ".join(f"{mean:.2f} on {chip}" for chip, mean in means.items())
-            + f", {factor.expected:.2f} over all",
-            low=factor.low,
-            high=factor.high,
-            points=len(points),
-            probability=calibration.range_probability(len(points)),
+            probability=calibration.PROBABILITY,
+            names=" | ".join(CHIPS),
+            lines="---|" * len(CHIPS),
+            counts=" | ".join(str(counts[chip]) for chip in CHIPS)
+            + f" | {len(points)}",
+            factors=" | ".join(f"{each.expected:.2f}" for each in found),
+            ranges=" | ".join(f"{each.low:.2f} to {each.high:.2f}" for each in found),
         ),
         "| run | published | measured tokens/s/chip | estimated | measured / estimated "
         "| matrix products | other computation | attention kernels "

@@ -8,21 +8,26 @@ is dropped.
 
 The expected speed of a plan is its priced speed times the geometric mean of the ratios
 of runs on the same type of chip, for which the compiler's estimates have their own
-error; of all runs if fewer than two are on it. The range is always from the lowest
-ratio of all to the highest one. If the next run is as likely to have any rank among `n`
-points, its ratio is in this range with probability `(n - 1) / (n + 1)`.
+error; of all runs if fewer than two are on it. The range is the prediction interval of
+Student's t distribution for the logarithm of another ratio, with the standard deviation
+of the runs around the mean of their chip type (around the mean of all).
 
 `benchmarks/tpu_plans.py --calibration` prices the points again.
 """
 
+import collections
 import dataclasses
 import functools
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import scipy.special
+
+PROBABILITY = 0.8  # That another run is in its range.
 POINTS_FILE = Path(__file__).with_name("calibration_points.json")
 
 
@@ -124,8 +129,7 @@ def calibration_factor(
         points: published runs. Defaults to `calibration_points()`.
 
     Returns:
-        The geometric mean of the ratios, see the module; the lowest and the highest
-        ratio of all runs.
+        The geometric mean of the ratios, and the range of another one, see the module.
 
     Example:
         >>> factor = calibration_factor("v4")
@@ -133,21 +137,19 @@ def calibration_factor(
         True
     """
     points = points or calibration_points()
-    own = [point.ratio for point in points if point.chip == chip]
-    ratios = [point.ratio for point in points]
-    averaged = own if len(own) >= 2 else ratios
-    mean = math.exp(math.fsum(map(math.log, averaged)) / len(averaged))
-    return ExpectedRange(min(ratios), mean, max(ratios))
-
-
-def range_probability(num_points: int) -> float:
-    """Returns the probability that the next run is in the range of `num_points` runs.
-
-    Example:
-        >>> range_probability(7)
-        0.75
-    """
-    return (num_points - 1) / (num_points + 1)
+    by_chip = collections.defaultdict(list)
+    for point in points:
+        by_chip[point.chip].append(math.log(point.ratio))
+    groups, logs = list(by_chip.values()), by_chip.get(chip, ())
+    if len(logs) < 2:  # One run is no evidence for its chip.
+        logs = [log for group in groups for log in group]
+        groups = [logs]
+    degrees = sum(len(group) - 1 for group in groups)
+    squares = sum((log - mean(group)) ** 2 for group in groups for log in group)
+    quantile = scipy.special.stdtrit(degrees, (1 + PROBABILITY) / 2)
+    deviation = math.sqrt(squares / degrees * (1 + 1 / len(logs)))
+    center, width = mean(logs), float(quantile) * deviation
+    return ExpectedRange(*map(math.exp, (center - width, center, center + width)))
 
 
 def expected_range(priced: float, chip: str | None = None) -> ExpectedRange:

@@ -20,6 +20,7 @@ from keras_openllama.planning.aot_compile import (
     topology_devices,
 )
 from keras_openllama.planning.calibration import (
+    PROBABILITY,
     calibration_factor,
     calibration_points,
     expected_figures,
@@ -277,8 +278,8 @@ def _expectation(chip):
     factor, points = calibration_factor(chip), len(calibration_points())
     return (
         f"Expected: estimated speed x {factor.expected:.2f}, by the measured over the "
-        f"estimated speed of {points} published runs; the ranges are those of the "
-        f"lowest ratio, {factor.low:.2f}, and the highest, {factor.high:.2f}."
+        f"estimated speed of {points} published runs; another one is in the range, "
+        f"{factor.low:.2f} to {factor.high:.2f}, with probability {PROBABILITY:.0%}."
     )
 
 

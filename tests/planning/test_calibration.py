@@ -5,7 +5,9 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
+import scipy.stats
 from checkout import ROOT
 
 from keras_openllama.planning import calibration
@@ -34,21 +36,28 @@ def test_calibration_point_compares_measured_and_priced_speed():
     assert found.ratio == pytest.approx(0.8)
 
 
-def test_calibration_factor_is_the_mean_of_a_chip_and_the_range_of_all():
-    ratios = {"v4:2x2x1": (1.0, 2.0), "v5e:2x2": (0.5,)}
+def test_calibration_factor_is_a_mean_with_its_prediction_interval():
+    ratios = {"v4:2x2x1": (1.0, 2.0), "v5e:2x2": (3.0, 6.0), "v5p:2x2x1": (0.5,)}
     points = tuple(
         point(ratio * 1000, {"step": 1.0}, topology)
         for topology, chip_ratios in ratios.items()
         for ratio in chip_ratios
     )
+    # The deviation within chips, whose means take one degree of freedom each.
+    pooled = math.log(2) * math.sqrt((1 / 4 + 1 / 4 + 1 / 4 + 1 / 4) / 2)
     factor = calibration.calibration_factor("v4", points)
-    assert (factor.low, factor.high) == (0.5, 2.0)
+    width = scipy.stats.t.ppf(0.9, 2) * pooled * math.sqrt(1 + 1 / 2)
     assert factor.expected == pytest.approx(math.sqrt(2))
-    # A single run is no evidence for its chip.
-    for chip in ("v5e", "v6e", None):
+    assert factor.low == pytest.approx(math.sqrt(2) * math.exp(-width))
+    assert factor.high == pytest.approx(math.sqrt(2) * math.exp(width))
+    # A single run is no evidence for its chip: the mean and the deviation of all.
+    logs = np.log([1, 2, 3, 6, 0.5])
+    width = scipy.stats.t.ppf(0.9, 4) * logs.std(ddof=1) * math.sqrt(1 + 1 / 5)
+    for chip in ("v5p", "v6e", None):
         factor = calibration.calibration_factor(chip, points)
-        assert (factor.low, factor.high) == (0.5, 2.0)
-        assert factor.expected == pytest.approx(1.0)
+        assert factor.expected == pytest.approx(math.exp(logs.mean()))
+        assert factor.low == pytest.approx(math.exp(logs.mean() - width))
+        assert factor.high == pytest.approx(math.exp(logs.mean() + width))
 
 
 def test_expected_range_and_expected_figures_scale_the_estimate():
