@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from keras_openllama.planning.alternatives import ExecutionChoice, neighboring_choices
+from keras_openllama.planning.alternatives import neighboring_choices, reason_to_skip
 from keras_openllama.planning.aot_compile import OutOfDeviceMemoryError
-from keras_openllama.planning.pruning import reason_to_skip
+from keras_openllama.planning.execution_choice import ExecutionChoice
 from keras_openllama.presets import Preset
 from keras_openllama.runs.recipe import Recipe
 

@@ -1,41 +1,26 @@
 """Alternative meshes, rematerialization policies and micro-batches for a recipe."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from keras_openllama.config import REMATERIALIZATION, validate_architecture
+from keras_openllama.config import REMATERIALIZATION
 from keras_openllama.distribution import check_mesh
 from keras_openllama.planning.aot_compile import OutOfDeviceMemoryError
+from keras_openllama.planning.execution_choice import ExecutionChoice
+from keras_openllama.planning.step_formulas import (
+    STATE_BYTES,
+    layer_memory,
+    recomputed_share,
+    saved_activation_bytes,
+)
+from keras_openllama.presets import Preset
 from keras_openllama.runs.recipe import Recipe
 
 MAX_ATTEMPTS = 3  # Heuristic: choices to compile in search of one that fits.
-
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionChoice:
-    """How to execute a recipe on a number of chips.
-
-    Attributes:
-        mesh: sizes of the axes `"data"`, `"fsdp"` and `"model"`.
-        rematerialize: a policy of `config.REMATERIALIZATION`.
-        micro_batches: number of micro-batches of a step.
-    """
-
-    mesh: dict[str, int]
-    rematerialize: str
-    micro_batches: int
-
-    def apply_to(self, recipe: Recipe) -> Recipe:
-        """Returns the recipe with this rematerialization and these micro-batches."""
-        return recipe.replace(
-            rematerialize=self.rematerialize, micro_batches=self.micro_batches
-        )
-
-    def __str__(self) -> str:
-        mesh = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items() if n > 1)
-        return f"{mesh or 'one chip'}, {self.rematerialize}, {self.micro_batches}"
 
 
 def neighboring_choices(
@@ -86,36 +71,50 @@ def _divides(choice, mesh, config, recipe):
     return True
 
 
-def saved_activation_bytes(
-    choice: ExecutionChoice, config: dict[str, Any], recipe: Recipe
-) -> int:
-    """Estimates the activations that a chip saves for the backward pass.
+def reason_to_skip(
+    choice: ExecutionChoice, plan: Mapping[str, Any], preset: Preset, recipe: Recipe
+) -> str | None:
+    """Returns why a choice cannot be faster than a plan, or cannot fit.
 
     Args:
-        choice: mesh, rematerialization policy and micro-batches.
-        config: arguments of `OpenLlamaBackbone`.
+        choice: the choice, not yet compiled.
+        plan: the plan of a choice that fits, see `plan.plan_pretraining`.
+        preset: the preset.
         recipe: the recipe.
 
     Returns:
-        Bytes, according to the rematerialization policy only.
+        The reason, or `None` if the choice has to be compiled.
+
+    Example:
+        >>> from keras_openllama import presets
+        >>> from keras_openllama.runs.recipe import preset_recipe
+        >>> mesh = {"data": 4, "fsdp": 64, "model": 1}
+        >>> plan = {
+        ...     **{"mesh": mesh, "rematerialize": "products", "micro_batches": 2},
+        ...     "memory_bytes": 32 << 30,
+        ... }
+        >>> choice = ExecutionChoice(mesh, "products", 1)
+        >>> reason_to_skip(choice, plan, presets.find("7b"), preset_recipe("7b"))
+        'it needs at least 46.7 of 32.0 GiB'
     """
-    config = validate_architecture(config)
-    hidden, heads = config["hidden_dim"], config["num_query_heads"]
-    key_heads = config["num_key_value_heads"]
-    head_dim = 128 * math.ceil(config["head_dim"] / 128)  # TPUs pad the last axis.
-    wide = 2 * config["intermediate_dim"]
-    numbers = {
-        "full": hidden,
-        "projections": 2 * hidden + 2 * (heads + key_heads) * head_dim,
-    }
-    numbers["products"] = numbers["projections"] + wide
-    # Outputs of both norms, the activated gate, and its product with `up`.
-    numbers["none"] = numbers["products"] + 2 * hidden + wide
-    chips = choice.mesh["data"] * choice.mesh["fsdp"]
-    sequences = recipe.batch_size // chips // choice.micro_batches
-    tokens = sequences * recipe.sequence_length
-    size = 2 if recipe.precision == "mixed_bfloat16" else 4
-    return tokens * numbers[choice.rematerialize] * size * config["num_layers"]
+    config, memory = preset.config, plan["memory_bytes"]
+    # Of the peak memory, what is certain: states and saved activations.
+    needed = layer_memory(choice, config, recipe, preset.parameters, STATE_BYTES)
+    if needed > memory:
+        return f"it needs at least {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB"
+    own = ExecutionChoice(plan["mesh"], plan["rematerialize"], plan["micro_batches"])
+    if choice.mesh != own.mesh or choice.micro_batches < own.micro_batches:
+        return None
+    if choice.micro_batches > own.micro_batches:
+        # The same FLOPs, and more gathers of weights and sums of gradients.
+        return "smaller micro-batches are slower, and not needed to fit"
+    ratio = (1 + recomputed_share(choice, config)) / (1 + recomputed_share(own, config))
+    # All else equal, and no collective waited for.
+    least = plan["compute_seconds"] + plan["kernel_seconds"]
+    least += (ratio - 1) * plan["matmul_seconds"]
+    if least > plan["step_seconds"]:
+        return f"it takes at least {least:.3f} s, if all collectives are hidden"
+    return None
 
 
 def suggest_choice_that_fits(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from keras_openllama.config import REMATERIALIZATION
-from keras_openllama.planning.alternatives import ExecutionChoice
 from keras_openllama.planning.cost_model import TpuChip
-from keras_openllama.planning.memory_model import estimate_memory
-from keras_openllama.planning.pruning import recomputed_share
+from keras_openllama.planning.execution_choice import ExecutionChoice
+from keras_openllama.planning.step_formulas import estimate_memory, recomputed_share
 from keras_openllama.presets import Preset
 from keras_openllama.runs.recipe import Recipe
 

@@ -11,10 +11,7 @@ from typing import Any
 from keras_openllama import presets
 from keras_openllama.distribution import check_mesh
 from keras_openllama.planning.alternative_plans import plan_alternatives, summary
-from keras_openllama.planning.alternatives import (
-    ExecutionChoice,
-    suggest_choice_that_fits,
-)
+from keras_openllama.planning.alternatives import suggest_choice_that_fits
 from keras_openllama.planning.aot_compile import (
     OutOfDeviceMemoryError,
     topology_devices,
@@ -27,6 +24,7 @@ from keras_openllama.planning.calibration import (
 )
 from keras_openllama.planning.compilation_cache import CompilationCache
 from keras_openllama.planning.cost_model import CostAssumptions, TpuChip
+from keras_openllama.planning.execution_choice import ExecutionChoice
 from keras_openllama.planning.step_estimate import StepEstimate, StepEstimator
 from keras_openllama.runs import throughput
 from keras_openllama.runs.recipe import Recipe, ResolvedRecipe

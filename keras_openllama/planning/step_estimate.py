@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from keras_openllama.planning.alternatives import ExecutionChoice
 from keras_openllama.planning.aot_compile import (
     CompiledStep,
     OutOfDeviceMemoryError,
@@ -20,8 +19,9 @@ from keras_openllama.planning.cost_model import (
     TpuChip,
     estimate_cost,
 )
-from keras_openllama.planning.memory_model import layer_memory, parameters_per_layer
+from keras_openllama.planning.execution_choice import ExecutionChoice
 from keras_openllama.planning.reduced_depth import DEPTHS, extrapolate
+from keras_openllama.planning.step_formulas import layer_memory, parameters_per_layer
 from keras_openllama.runs.recipe import Recipe
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from keras_openllama import presets
 from keras_openllama.planning.alternative_plans import plan_alternatives, summary
-from keras_openllama.planning.alternatives import ExecutionChoice
 from keras_openllama.planning.aot_compile import OutOfDeviceMemoryError
+from keras_openllama.planning.execution_choice import ExecutionChoice
 from keras_openllama.runs.recipe import preset_recipe
 
 pytestmark = pytest.mark.backend_free

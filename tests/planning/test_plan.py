@@ -1,6 +1,5 @@
 """A run is planned with the TPU compiler on a machine without a TPU."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -11,12 +10,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-from keras_openllama.planning import alternatives
-from keras_openllama.planning.aot_compile import (
-    OutOfDeviceMemoryError,
-    topology_devices,
-)
-from keras_openllama.runs import recipe as recipes
+from keras_openllama.planning.aot_compile import topology_devices
 
 pytestmark = pytest.mark.backend_free
 
@@ -59,103 +53,6 @@ def test_topology_devices_rejects_an_invalid_string(topology):
 def test_topology_devices_rejects_an_unsupported_shape():
     with pytest.raises(ValueError, match="does not support topology='v4:3x1x1'"):
         topology_devices("v4:3x1x1")
-
-
-SEVEN_B = {
-    "vocabulary_size": 32000,
-    "num_layers": 32,
-    "num_query_heads": 32,
-    "hidden_dim": 4096,
-    "intermediate_dim": 11008,
-    "head_dim": 128,
-}
-RECIPE = recipes.preset_recipe("7b_v2")
-CHOICE = alternatives.ExecutionChoice(
-    {"data": 4, "fsdp": 64, "model": 1}, "products", 2
-)
-
-
-def changed(**changes):
-    return dataclasses.replace(CHOICE, **changes)
-
-
-def test_neighboring_choices_differ_in_one_value():
-    found = alternatives.neighboring_choices(CHOICE, SEVEN_B, RECIPE)
-    assert found == [
-        changed(micro_batches=4),
-        changed(micro_batches=1),
-        changed(rematerialize="projections"),
-        changed(mesh={"data": 2, "fsdp": 128, "model": 1}),
-        changed(mesh={"data": 8, "fsdp": 32, "model": 1}),
-    ]
-
-
-def test_neighboring_choices_divide_the_batch():
-    # One sequence per chip and micro-batch, and `data` is 1: neither can be halved.
-    choice = changed(mesh={"data": 1, "fsdp": 256, "model": 1}, micro_batches=8)
-    found = alternatives.neighboring_choices(choice, SEVEN_B, RECIPE)
-    assert {c.micro_batches for c in found} == {4, 8}
-    assert {c.mesh["data"] for c in found} == {1, 2}
-
-
-def test_saved_activation_bytes_depend_on_the_policy():
-    def gigabytes(**changes):
-        return (
-            alternatives.saved_activation_bytes(changed(**changes), SEVEN_B, RECIPE)
-            / 1e9
-        )
-
-    tokens = 4 * 2048  # Per chip and micro-batch.
-    states = tokens * 4096 * 2 * 32 / 1e9  # One hidden state per layer, in bfloat16.
-    assert gigabytes(rematerialize="full") == pytest.approx(states)
-    assert gigabytes(rematerialize="projections") == pytest.approx(6 * states)
-    wide = 2 * 11008 / 4096
-    assert gigabytes() == pytest.approx((6 + wide) * states)
-    assert gigabytes(micro_batches=4) == pytest.approx(gigabytes() / 2)
-    assert gigabytes(rematerialize="none") > gigabytes()
-
-
-def test_suggest_choice_that_fits_returns_the_nearest():
-    tried = []
-
-    def plan_choice(choice):
-        tried.append(choice)
-        if choice.micro_batches < 8:
-            raise OutOfDeviceMemoryError("too much", 1)
-        return {"tokens_per_second_per_chip": 3456.7, "peak_memory_bytes": 3 << 33}
-
-    error = OutOfDeviceMemoryError("too much", 5 * 10**9)
-    text = alternatives.suggest_choice_that_fits(
-        CHOICE, SEVEN_B, RECIPE, plan_choice, error
-    )
-    assert tried == [changed(micro_batches=4), changed(micro_batches=8)]
-    assert "--set rematerialize=products --set micro_batches=8" in text
-    assert "3,457 tokens/s/chip and 24.0 GiB" in text
-
-
-def test_suggest_choice_that_fits_tries_the_least_memory_last():
-    tried = []
-
-    def plan_choice(choice):
-        tried.append(choice)
-        raise OutOfDeviceMemoryError("too much", 0)
-
-    text = alternatives.suggest_choice_that_fits(
-        *(CHOICE, SEVEN_B, RECIPE, plan_choice),
-        OutOfDeviceMemoryError("too much, by an unknown amount", 0),
-    )
-    assert tried == [
-        changed(micro_batches=4),
-        changed(micro_batches=8),
-        changed(rematerialize="full", micro_batches=8),
-    ]
-    assert text.startswith("No other choice")
-
-
-def test_suggest_choice_that_fits_recommends_more_chips_if_none_fits():
-    error = OutOfDeviceMemoryError("too much", 10**12)
-    text = alternatives.suggest_choice_that_fits(CHOICE, SEVEN_B, RECIPE, None, error)
-    assert text == "No other choice was found that fits. Use more chips."
 
 
 @needs_compiler

@@ -35,8 +35,8 @@ def test_extrapolate_adds_up_the_parts_of_a_cost():
 @pytest.mark.timeout(1800)  # Three compilations.
 def test_step_estimator_extrapolates_to_full_depth():
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from keras_openllama.planning.alternatives import ExecutionChoice
     from keras_openllama.planning.aot_compile import topology_devices
+    from keras_openllama.planning.execution_choice import ExecutionChoice
     from keras_openllama.planning.step_estimate import StepEstimator
     from keras_openllama.runs.recipe import preset_recipe
 
