@@ -38,6 +38,12 @@ _LIBTPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# Fields of an entry of the cache: of a compiled step, or of one that does not fit.
+# Entries with other fields, of another version of this package, are compiled again.
+_ENTRY_FIELDS = (
+    {"hlo", "peak_memory", "compile_seconds"},
+    {"error", "excess_bytes"},
+)
 
 
 def topology_devices(topology: str) -> tuple[TpuChip, list[Any]]:
@@ -163,8 +169,8 @@ def compile_step_ahead_of_time(
     ordered = list(distribution.device_mesh.backend_mesh.devices.flat)
     key = program_key(lowered, ordered, tpu_compiler_options.options_for(lowered))
     entry = cache.load(key) if cache else None
-    cached = entry is not None
-    if entry is None:
+    cached = entry is not None and set(entry) in _ENTRY_FIELDS
+    if not cached:
         entry = _compiled_entry(lowered, ordered[0], start)
         if cache:
             cache.save(key, entry)

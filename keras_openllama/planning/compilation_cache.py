@@ -89,27 +89,34 @@ class CompilationCache:
     def __init__(self, directory: PathLike | None = None, max_bytes: int = MAX_BYTES):
         self.directory = Path(directory or cache_directory("plans"))
         self.max_bytes = max_bytes
+        self._has_warned = False
 
     def load(self, key: str) -> dict[str, Any] | None:
         """Returns an entry; `None` if it is missing or damaged."""
         path = self._path(key)
         try:
             entry = json.loads(zlib.decompress(path.read_bytes()))
-            os.utime(path)  # It was used now.
         except (OSError, ValueError, zlib.error):
             return None
+        with contextlib.suppress(OSError):  # A cache may be read-only.
+            os.utime(path)  # It was used now.
         return entry if isinstance(entry, dict) else None
 
     def save(self, key: str, entry: Mapping[str, Any]) -> None:
-        """Writes an entry atomically; logs a warning if that fails."""
+        """Writes an entry atomically; logs a warning, once, if that fails."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_bytes(self._path(key), zlib.compress(json.dumps(entry).encode()))
             self._remove_old_entries()
         except OSError as error:
-            logging.getLogger(__name__).warning(
-                "The compiled step was not saved for the next plan: %s", error
-            )
+            if not self._has_warned:
+                logging.getLogger(__name__).warning(
+                    "Compiled steps are not saved for the next plan: %s. Set "
+                    "XDG_CACHE_HOME to a directory that can be written, or pass "
+                    "--no-plan-cache.",
+                    error,
+                )
+            self._has_warned = True
 
     def _path(self, key):
         return self.directory / f"{key}{_SUFFIX}"
@@ -118,12 +125,13 @@ class CompilationCache:
         """Removes the least recently used entries beyond `max_bytes`."""
         stats = []
         for path in self.directory.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError):  # By another process.
+            with contextlib.suppress(FileNotFoundError):  # Removed by another process.
                 stat = path.stat()
                 stats.append((stat.st_mtime_ns, stat.st_size, path))
         total = sum(size for _, size, _ in stats)
         for _, size, path in sorted(stats):
             if total <= self.max_bytes:
                 break
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # As above, or another user's.
+                path.unlink()
             total -= size

@@ -1,6 +1,7 @@
 """Compiled steps are read from the disk by the hash of their program."""
 
 import os
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,12 @@ def test_compile_step_ahead_of_time_reads_a_finished_compilation(tmp_path):
     assert again.hlo == first.hlo and "ENTRY" in again.hlo
     assert again.peak_memory == first.peak_memory > 0
     assert again.compile_seconds == first.compile_seconds
-    # A damaged file is compiled and written again.
-    path.write_bytes(path.read_bytes()[:-100])
-    repaired = compile_tiny_step(cache)
-    assert not repaired.cached and repaired.peak_memory == first.peak_memory
+    # A damaged file, and one of another version, is compiled and written again.
+    content = path.read_bytes()
+    for other in (content[:-100], zlib.compress(b'{"program": "text"}')):
+        path.write_bytes(other)
+        repaired = compile_tiny_step(cache)
+        assert not repaired.cached and repaired.peak_memory == first.peak_memory
     assert compile_tiny_step(cache).cached
 
 
@@ -76,15 +79,28 @@ def test_compilation_cache_ignores_a_damaged_entry(content, tmp_path):
 
 def test_compilation_cache_removes_the_least_recently_used_entry(tmp_path):
     cache = CompilationCache(tmp_path)
-    for age, key in enumerate("cba"):
-        cache.save(key, {"noise": os.urandom(500).hex()})
+    entry = {"hlo": "HloModule"}  # The same for all, so that all files have one size.
+    for second, key in enumerate("abc"):
+        cache.save(key, entry)
         (path,) = tmp_path.glob(f"{key}.*")
-        os.utime(path, (1000 - age, 1000 - age))
-    assert cache.load("a")  # It was the oldest.
-    cache.max_bytes = 7 * path.stat().st_size // 2  # Three entries.
-    cache.save("d", {"noise": os.urandom(500).hex()})
+        os.utime(path, (second, second))
+    assert cache.load("a") == entry  # It was the oldest.
+    cache.max_bytes = 3 * path.stat().st_size
+    cache.save("d", entry)
     assert cache.load("b") is None
     assert all(cache.load(key) for key in "acd")
+
+
+def test_compilation_cache_reads_entries_that_it_may_not_write(monkeypatch, tmp_path):
+    cache = CompilationCache(tmp_path)
+    cache.save("key", {"hlo": "text"})
+
+    def fail(*args):
+        raise PermissionError
+
+    # Root may write everywhere, so the mode of a file would not tell.
+    monkeypatch.setattr(os, "utime", fail)
+    assert cache.load("key") == {"hlo": "text"}
 
 
 def test_compilation_cache_lies_in_the_cache_directory(monkeypatch, tmp_path):
@@ -92,8 +108,11 @@ def test_compilation_cache_lies_in_the_cache_directory(monkeypatch, tmp_path):
     assert CompilationCache().directory == tmp_path / "keras_openllama" / "plans"
 
 
-def test_compilation_cache_warns_if_an_entry_cannot_be_written(tmp_path, caplog):
+def test_compilation_cache_warns_once_if_entries_cannot_be_written(tmp_path, caplog):
     path = tmp_path / "file"
     path.touch()
-    CompilationCache(path).save("key", {})
-    assert "was not saved for the next plan" in caplog.text
+    cache = CompilationCache(path)
+    for key in ("a", "b"):
+        cache.save(key, {})
+    assert caplog.text.count("are not saved for the next plan") == 1
+    assert "XDG_CACHE_HOME" in caplog.text and "--no-plan-cache" in caplog.text
