@@ -156,24 +156,29 @@ def parse_arguments(
         "--no-alternatives",
         action="store_true",
         default=False,
-        help="do not plan alternatives, each of which takes a minute to compile",
+        help="plan the recipe's choice only; each alternative takes up to a minute to "
+        "compile",
     )
     plan.add_argument(
         "--no-plan-cache",
         action="store_true",
         default=False,
-        help="compile again what an earlier plan compiled, and do not save it in "
-        "~/.cache/keras_openllama/plans (or that of $XDG_CACHE_HOME)",
+        help="neither read nor save compiled steps in ~/.cache/keras_openllama/plans "
+        "(or that of $XDG_CACHE_HOME); they make planning again a matter of seconds",
     )
     plan.add_argument(
         "--price",
         type=types.positive_number,
         default=None,
         metavar="DOLLARS",
-        help="price of a chip-hour; prints the price of the whole run",
+        help="price of a chip-hour, such as 3.22; adds the expected price of the whole "
+        "run to the plan",
     )
     plan.add_argument(
-        "--json", default=None, metavar="FILE", help="also write the plan to FILE"
+        "--json",
+        default=None,
+        metavar="FILE",
+        help="also write the plan to FILE; docs/tpu.md lists the fields",
     )
     add_run_options(
         parser,
@@ -295,7 +300,9 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
     if options.price is not None:
-        found["price"] = options.price * found["chip_hours"]
+        for end in ("", "_low", "_high"):
+            hours = found[f"expected_chip_hours{end}"]
+            found[f"expected_price{end}"] = options.price * hours
     if found["alternatives"]:
         print(f"\n{planning.comparison_table(found)}")
     if options.json:

@@ -71,11 +71,11 @@ def plan_pretraining(
         `mfu`, `days`, `chip_hours`, as the cost model estimates them, and
         `expected_` with each of the four names, and with `_low` and `_high`, what to
         expect of a run (see `calibration`); `compile_seconds`, `cached`, `assumptions`,
-        `hlo`; `extrapolated_from`, the numbers of layers that were compiled, empty at
-        full depth; `best`, whether no alternative that fits is faster; and
-        `alternatives`, a list of such dicts. Those that do not fit or cannot be faster
-        have a `reason` instead of figures, and their `fits` is `None` if it is not
-        known.
+        `hlo`, the path of the program's text; `extrapolated_from`, the numbers of
+        layers that were compiled, empty at full depth; `best`, whether no alternative
+        that fits is faster; and `alternatives`, a list of such dicts. Those that do not
+        fit or cannot be faster have a `reason` instead of figures, and their `fits` is
+        `None` if it is not known.
 
     Raises:
         OutOfDeviceMemoryError: if the step does not fit into the memory of a chip. The

@@ -81,7 +81,10 @@ def test_plan_compiles_a_step_and_estimates_its_cost(
     assert "tokens/s/chip" in done.stdout and "Estimated, not measured" in done.stdout
     plan = json.loads(path.read_text())
     assert plan["chips"] == chips and plan["fits"] and plan["best"]
-    assert plan["price"] == pytest.approx(2.5 * plan["chip_hours"])
+    for end in ("", "_low", "_high"):
+        price = 2.5 * plan[f"expected_chip_hours{end}"]
+        assert plan[f"expected_price{end}"] == pytest.approx(price)
+    assert f"{plan['expected_price']:,.0f} (" in done.stdout
     assert "dollars at 2.5 per chip-hour" in done.stdout
     assert plan["alternatives"] == [] and plan["extrapolated_from"] == []
     parts = ("compute", "kernel", "exposed_collective")
