@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_openllama.planning.aot_compile import (
-    CompiledStep,
     OutOfDeviceMemoryError,
     compile_step_ahead_of_time,
     slice_shape,
@@ -101,15 +100,7 @@ class StepEstimator:
         Raises:
             OutOfDeviceMemoryError: if the step does not fit into the memory of a chip.
         """
-        step = self._compile(choice, num_layers or self.config["num_layers"])
-        return StepEstimate(
-            cost=self._cost(step),
-            peak_memory=step.peak_memory,
-            parameters=step.parameters,
-            compile_seconds=step.compile_seconds,
-            cached=step.cached,
-            hlo=step.hlo,
-        )
+        return self._compiled(choice, num_layers or self.config["num_layers"])
 
     def extrapolated(self, choice: ExecutionChoice) -> StepEstimate:
         """Extrapolates the step from `reduced_depth.DEPTHS`; compiles a shallow model.
@@ -165,18 +156,16 @@ class StepEstimator:
         depth = 3 if choice.micro_batches != 3 else 5
         if layers <= depth:
             return self.compiled(choice)
-        step = self._compile(choice, depth)
+        step = self._compiled(choice, depth, {depth: layers})
         more = layers - depth
         config = {**self.config, "num_layers": more}
         parameters = more * parameters_per_layer(self.config)
         peak = step.peak_memory + layer_memory(choice, config, self.recipe, parameters)
         self._check_memory(peak, (depth,), choice)
-        return StepEstimate(
-            cost=self._cost(step, {depth: layers}),
+        return dataclasses.replace(
+            step,
             peak_memory=peak,
             parameters=step.parameters + parameters,
-            compile_seconds=step.compile_seconds,
-            cached=step.cached,
             hlo=None,
             depths=(depth,),
         )
@@ -191,18 +180,18 @@ class StepEstimator:
                 peak - usable,
             )
 
-    def _cost(self, step, trip_counts=None):
-        shape = slice_shape(self.devices)
-        return estimate_cost(step.hlo, self.chip, self.assumptions, trip_counts, shape)
-
-    def _compile(self, choice: ExecutionChoice, num_layers: int) -> CompiledStep:
-        return compile_step_ahead_of_time(
+    def _compiled(self, choice, num_layers, trip_counts=None):
+        """The estimate of a step with some layers, see `estimate_cost`."""
+        step = compile_step_ahead_of_time(
             {**self.config, "num_layers": num_layers},
             choice.apply_to(self.recipe),
             choice.mesh,
             self.devices,
             self.cache,
         )
+        shape = slice_shape(self.devices)
+        cost = estimate_cost(step.hlo, self.chip, self.assumptions, trip_counts, shape)
+        return StepEstimate(cost=cost, **dataclasses.asdict(step))
 
 
 def _join(numbers):
