@@ -119,6 +119,29 @@ def calibration_points() -> tuple[CalibrationPoint, ...]:
     return tuple(CalibrationPoint(**point) for point in points)
 
 
+def points_for_chip(
+    chip: str | None = None, points: tuple[CalibrationPoint, ...] | None = None
+) -> tuple[CalibrationPoint, ...]:
+    """Returns the published runs whose mean ratio is that of a chip type.
+
+    Args:
+        chip: name of the chip type.
+        points: published runs. Defaults to `calibration_points()`.
+
+    Returns:
+        The runs on the chip type; all of them if fewer than two are on it.
+
+    Example:
+        >>> {point.chip for point in points_for_chip("v4")}
+        {'v4'}
+        >>> points_for_chip("v3") == calibration_points()
+        True
+    """
+    points = points or calibration_points()
+    on_chip = tuple(point for point in points if point.chip == chip)
+    return on_chip if len(on_chip) > 1 else points  # One run is no evidence.
+
+
 def calibration_factor(
     chip: str | None = None, points: tuple[CalibrationPoint, ...] | None = None
 ) -> ExpectedRange:
@@ -137,13 +160,15 @@ def calibration_factor(
         True
     """
     points = points or calibration_points()
-    by_chip = collections.defaultdict(list)
-    for point in points:
-        by_chip[point.chip].append(math.log(point.ratio))
-    groups, logs = list(by_chip.values()), by_chip.get(chip, ())
-    if len(logs) < 2:  # One run is no evidence for its chip.
-        logs = [log for group in groups for log in group]
+    evidence = points_for_chip(chip, points)
+    logs = [math.log(point.ratio) for point in evidence]
+    if len(evidence) == len(points):
         groups = [logs]
+    else:
+        by_chip = collections.defaultdict(list)
+        for point in points:
+            by_chip[point.chip].append(math.log(point.ratio))
+        groups = list(by_chip.values())
     degrees = sum(len(group) - 1 for group in groups)
     squares = sum((log - mean(group)) ** 2 for group in groups for log in group)
     quantile = scipy.special.stdtrit(degrees, (1 + PROBABILITY) / 2)

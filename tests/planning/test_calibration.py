@@ -60,6 +60,15 @@ def test_calibration_factor_is_a_mean_with_its_prediction_interval():
         assert factor.high == pytest.approx(math.exp(logs.mean() + width))
 
 
+def test_points_for_chip_are_those_of_the_factor():
+    on_v4 = calibration.points_for_chip("v4")
+    ratios = [each.ratio for each in on_v4]
+    assert {each.chip for each in on_v4} == {"v4"} and len(on_v4) >= 2
+    factor = calibration.calibration_factor("v4")
+    assert factor.expected == pytest.approx(scipy.stats.gmean(ratios))
+    assert calibration.points_for_chip("v5p", POINTS[:3]) == POINTS[:3]
+
+
 def test_expected_range_and_expected_figures_scale_the_estimate():
     factor = calibration.calibration_factor("v4")
     speed = calibration.expected_range(2000, "v4")
