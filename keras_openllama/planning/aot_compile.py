@@ -81,7 +81,8 @@ def topology_devices(topology: str) -> tuple[TpuChip, list[Any]]:
         )
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"The compiler does not support topology={topology!r}: {error}"
+            f"The compiler does not support topology={topology!r}: {error}. Use the "
+            "shape of a slice that exists, such as v4:2x2x4."
         ) from error
     except RuntimeError as error:
         raise RuntimeError(

@@ -19,8 +19,8 @@ from keras_openllama.planning.aot_compile import (
 from keras_openllama.planning.calibration import (
     PROBABILITY,
     calibration_factor,
-    calibration_points,
     expected_figures,
+    points_for_chip,
 )
 from keras_openllama.planning.compilation_cache import CompilationCache
 from keras_openllama.planning.cost_model import CostAssumptions, TpuChip
@@ -91,6 +91,12 @@ def plan_pretraining(
     resolved = resolved.for_devices(len(devices), mesh)
     recipe, preset = resolved.recipe, presets.find(resolved.preset)
     mesh = mesh or recipe.mesh_for(len(devices))
+    if math.prod(mesh.values()) != len(devices):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+        raise ValueError(
+            f"The product of the sizes of `mesh` must be the {len(devices)} chips of "
+            f"{topology}. Received: {sizes}"
+        )
     check_mesh(mesh, preset.config, recipe.batch_size, recipe.micro_batches)
     directory = directory or tempfile.mkdtemp(prefix="plan-")
     estimator = StepEstimator(preset.config, recipe, chip, devices, assumptions, cache)
@@ -273,11 +279,13 @@ def _expected(plan, name, form, scale=1):
 
 def _expectation(chip):
     """Where the expected figures come from."""
-    factor, points = calibration_factor(chip), len(calibration_points())
+    factor, runs = calibration_factor(chip), points_for_chip(chip)
+    where = f" on {chip}" if all(run.chip == chip for run in runs) else ""
     return (
-        f"Expected: estimated speed x {factor.expected:.2f}, by the measured over the "
-        f"estimated speed of {points} published runs; another one is in the range, "
-        f"{factor.low:.2f} to {factor.high:.2f}, with probability {PROBABILITY:.0%}."
+        f"Expected: estimated speed x {factor.expected:.2f}, the geometric mean of "
+        f"measured over estimated speed of {len(runs)} published runs{where}; another "
+        f"run is in the range, x {factor.low:.2f} to x {factor.high:.2f}, with "
+        f"probability {PROBABILITY:.0%}."
     )
 
 

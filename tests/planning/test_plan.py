@@ -11,6 +11,8 @@ import pytest
 from checkout import ROOT
 
 from keras_openllama.planning.aot_compile import topology_devices
+from keras_openllama.planning.plan import plan_pretraining
+from keras_openllama.runs.recipe import resolve_recipe
 
 pytestmark = pytest.mark.backend_free
 
@@ -53,6 +55,13 @@ def test_topology_devices_rejects_an_invalid_string(topology):
 def test_topology_devices_rejects_an_unsupported_shape():
     with pytest.raises(ValueError, match="does not support topology='v4:3x1x1'"):
         topology_devices("v4:3x1x1")
+
+
+@needs_compiler
+def test_plan_pretraining_rejects_a_mesh_of_another_number_of_chips():
+    mesh = {"data": 3, "fsdp": 1, "model": 1}
+    with pytest.raises(ValueError, match=r"8 chips of v4:2x2x2\. Received: data=3"):
+        plan_pretraining(resolve_recipe("nano"), "v4:2x2x2", mesh)
 
 
 @needs_compiler
