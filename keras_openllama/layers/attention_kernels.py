@@ -16,6 +16,9 @@ from keras_openllama.layers.attention import causal_attention, causal_mask
 # memory of a TPU core. Larger blocks are faster, but do not fit into 16 MiB (v4). A
 # multiple of `LANES`.
 SPLASH_BLOCK = 512
+# What cuDNN's fused kernel supports: GPUs from Ampere on (not V100 and T4), and heads
+# up to this size (up to 256 from Hopper on, which no OpenLLaMA model needs).
+MIN_COMPUTE_CAPABILITY, MAX_HEAD_DIM = 8.0, 128
 
 
 def select_attention(
@@ -148,7 +151,9 @@ def select_prefill_attention(
 
 
 def _has_cudnn(device):
-    return device.platform == "gpu" and "cuda" in device.client.platform_version
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False  # For example ROCm.
+    return float(device.compute_capability) >= MIN_COMPUTE_CAPABILITY
 
 
 def cudnn_attention(
@@ -160,10 +165,11 @@ def cudnn_attention(
 ) -> jax.Array:
     """`causal_attention` by cuDNN's fused kernel, where there is one.
 
-    There is none for float32 and for odd lengths; XLA computes attention then. Heads
-    are padded to a multiple of 8, which the kernel requires. The kernel without a mask
-    is much faster, so the program contains both and selects one by the batch. The
-    output at padding differs from `causal_attention`; nothing uses it.
+    There is none for float32, odd lengths and heads of more than `MAX_HEAD_DIM`; XLA
+    computes attention then. Heads are padded to a multiple of 8, as required. The
+    kernel without a mask is much faster, so the program contains both and selects one
+    by the batch. The output at padding differs from `causal_attention`; nothing uses
+    it.
 
     Args:
         query: See `causal_attention`.
@@ -180,12 +186,16 @@ def cudnn_attention(
     scale = query.shape[-1] ** -0.5
     # Outside of the branches, which keep the layout of their arguments in memory.
     heads = _to_cudnn(query, key, value)
-    context = jax.lax.cond(
-        is_causality_sufficient(documents),
-        lambda *heads: _cudnn_kernel(*heads, scale),
-        lambda *heads: _cudnn_kernel(*heads, scale, mask),
-        *heads,
-    )
+    needs_no_mask = is_causality_sufficient(documents)
+    if isinstance(needs_no_mask, jax.core.Tracer):
+        context = jax.lax.cond(
+            needs_no_mask,
+            lambda *heads: _cudnn_kernel(*heads, scale),
+            lambda *heads: _cudnn_kernel(*heads, scale, mask),
+            *heads,
+        )
+    else:  # Operation by operation, `cond` would compile in each call.
+        context = _cudnn_kernel(*heads, scale, None if needs_no_mask else mask)
     return _from_cudnn(context, query)
 
 
@@ -233,7 +243,8 @@ def is_causality_sufficient(documents: jax.Array) -> jax.Array:
 
 
 def _cudnn_supports(query):
-    return query.dtype.itemsize <= 2 and query.shape[2] % 2 == 0
+    _, _, length, head_dim = query.shape
+    return query.dtype.itemsize <= 2 and length % 2 == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def _cudnn_kernel(query, key, value, scale, mask=None):

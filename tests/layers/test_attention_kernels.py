@@ -32,14 +32,19 @@ SHAPES = {
 }
 
 
-def device(platform, version=""):
+def device(platform, version="", compute_capability=""):
     """What `select_attention` reads of a device."""
-    client = types.SimpleNamespace(platform_version=version)
-    return types.SimpleNamespace(platform=platform, client=client)
+    return types.SimpleNamespace(
+        platform=platform,
+        client=types.SimpleNamespace(platform_version=version),
+        compute_capability=compute_capability,
+    )
 
 
 CPU, TPU = device("cpu"), device("tpu")
-GPU = device("gpu", "PJRT C API cuda 12080")
+GPU = device("gpu", "PJRT C API cuda 12080", "9.0")
+OLD_GPU = device("gpu", "PJRT C API cuda 12080", "7.5")
+ROCM = device("gpu", "rocm 60300", "gfx942")
 
 
 @pytest.fixture(autouse=True)
@@ -144,36 +149,61 @@ def test_cudnn_attention_equals_causal_attention_on_real_tokens(
         assert jnp.linalg.norm(x - y) < 0.02 * jnp.linalg.norm(y)
 
 
-@pytest.mark.parametrize("length", [24, 23])
-def test_cudnn_prefill_attention_equals_causal_attention(length, kernels_in_xla):
-    (*tensors, _), _ = heads((4, 2, 100, length), "bfloat16")
+@pytest.mark.parametrize("documents", ["padding on the right", "padding on the left"])
+def test_cudnn_attention_selects_the_kernel_before_it_runs_outside_of_jit(
+    documents, kernels_in_xla
+):
+    documents, sufficient = DOCUMENTS[documents]
+    (*tensors, _), _ = heads((4, 2, 100, 24), "bfloat16")
+    documents = jnp.array(documents)
+    mask = causal_mask(jnp.arange(24)[None], documents)
+    found = cudnn_attention(*tensors, mask, documents)
+    assert [used is None for used in kernels_in_xla] == [sufficient]
+    real = np.asarray(documents) > 0
+    found, expected = (
+        np.asarray(x.astype("float32")).swapaxes(1, 2)[real]
+        for x in (found, causal_attention(*tensors, mask))
+    )
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(24, 100), (23, 100), (24, 136)])
+def test_cudnn_prefill_attention_equals_causal_attention(
+    length, head_dim, kernels_in_xla
+):
+    (*tensors, _), _ = heads((4, 2, head_dim, length), "bfloat16")
     assert select_prefill_attention(GPU) is cudnn_prefill_attention
     found = cudnn_prefill_attention(*tensors).astype("float32")
-    assert kernels_in_xla == ([None] if length == 24 else [])
+    assert kernels_in_xla == ([None] if (length, head_dim) == (24, 100) else [])
     mask = causal_mask(jnp.arange(length)[None])
     expected = causal_attention(*tensors, mask).astype("float32")
     assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "attend"),
+    ("dtype", "length", "head_dim", "gpu"),
     [
-        ("float32", 24, cudnn_attention),
-        ("bfloat16", 23, cudnn_attention),
-        ("bfloat16", 24, None),
+        ("float32", 24, 16, GPU),
+        ("bfloat16", 23, 16, GPU),
+        ("bfloat16", 24, 136, GPU),
+        ("bfloat16", 24, 16, OLD_GPU),
+        ("bfloat16", 24, 16, ROCM),
     ],
-    ids=["float32", "an odd length", "ROCm"],
+    ids=["float32", "an odd length", "large heads", "an old GPU", "ROCm"],
 )
-def test_cudnn_attention_falls_back_to_xla(dtype, length, attend):
-    (query, key, value, _), documents = heads((2, 2, 16, length), dtype)
+def test_select_attention_falls_back_to_xla_without_a_kernel_of_cudnn(
+    dtype, length, head_dim, gpu
+):
+    (query, key, value, _), documents = heads((2, 2, head_dim, length), dtype)
     mask = causal_mask(jnp.arange(length)[None], documents)
     expected = causal_attention(query, key, value, mask)
-    if attend is None:
-        rocm = select_attention(device("gpu", "rocm 60300"))
-        found = rocm(query, key, value, mask, documents)
-    else:
-        found = attend(query, key, value, mask, documents)
+    found = select_attention(gpu)(query, key, value, mask, documents)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("gpu", [OLD_GPU, ROCM], ids=["an old GPU", "ROCm"])
+def test_select_prefill_attention_is_none_without_cudnn(gpu):
+    assert select_prefill_attention(gpu) is None
 
 
 def kernels_of(program):

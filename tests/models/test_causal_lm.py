@@ -136,7 +136,7 @@ def test_score_uses_the_attention_kernel_of_the_device(monkeypatch):
         return original(*heads, implementation="xla", **options)
 
     client = types.SimpleNamespace(platform_version="PJRT C API cuda 13000")
-    gpu = types.SimpleNamespace(platform="gpu", client=client)
+    gpu = types.SimpleNamespace(platform="gpu", client=client, compute_capability="9.0")
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
     monkeypatch.setattr(scoring, "model_device", lambda backbone: gpu)
     found = ops.convert_to_numpy(make_lm("bfloat16").score(ids, mask))
