@@ -69,6 +69,9 @@ class TorchTokenLoop(TokenLoop):
         self._weights = []
         self._free_decoders = []  # The last ones are the most recent ones.
 
+    # Without inference mode: its tensors could not be modified by later calls outside.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def start(
         self, prompts: list[list[int]], limits: list[int]
     ) -> tuple[LoopState, PromptLayout]:
@@ -90,6 +93,7 @@ class TorchTokenLoop(TokenLoop):
         )
         return state, prompt_layout._replace(start=start)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def advance(
         self,
@@ -126,7 +130,6 @@ class TorchTokenLoop(TokenLoop):
     def _decoding(self):
         return DECODING.get(self.model.weights[0].value.device.type, "traced")
 
-    @torch.no_grad()
     def _start_decoder(self, prompts, limits):
         columns = padded_cache_length(max(map(len, prompts)) + max(limits))
         batch = padded_batch_size(len(prompts))
@@ -148,8 +151,12 @@ class TorchTokenLoop(TokenLoop):
 
     def _take_decoder(self, batch, columns):
         """Returns an unused decoder; a generation that is in progress has its own."""
+        device = self.model.weights[0].value.device
         with _LOCK:
-            for decoder in self._free_decoders:
+            # The model may have been moved.
+            on_device = [free for free in self._free_decoders if free.device == device]
+            self._free_decoders[:] = on_device
+            for decoder in on_device:
                 if (decoder.batch, decoder.columns) == (batch, columns):
                     self._free_decoders.remove(decoder)
                     return decoder

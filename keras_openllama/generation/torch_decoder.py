@@ -55,12 +55,14 @@ class TorchDecoder:
         batch: int,
         columns: int,
         compile_options: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         self.model = model
         self.device = model.weights[0].value.device
         self.batch, self.columns = batch, columns
         self._compile_options = compile_options
         self._can_capture = self.device.type == "cuda"
+        # One for all captures: cuBLAS keeps a workspace for each stream.
+        self._stream = torch.cuda.Stream(self.device) if self._can_capture else None
         self.cache = init_cache(model.backbone, batch, columns)
 
         def counts(*shape, dtype=torch.int64):
@@ -95,6 +97,10 @@ class TorchDecoder:
             tokens: int `(batch, columns)`, see `kv_cache.pad_prompts`.
             prompt_layout: where the prompts are.
         """
+        for keys, values in self.cache:
+            # A weight of 0 would not hide infinity or NaN of an earlier generation.
+            keys.zero_()
+            values.zero_()
         prefix, start, limits, final = (torch.as_tensor(x) for x in prompt_layout)
         self.tokens.copy_(torch.as_tensor(tokens))
         self.done.copy_(limits == 0)
@@ -204,16 +210,15 @@ class TorchDecoder:
         The graph is `None` if an operation cannot be captured.
         """
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 self._warm_up(used, greedy)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may go on to use the GPU.
                 with torch.cuda.graph(
-                    graph, stream=stream, capture_error_mode="thread_local"
+                    graph, stream=self._stream, capture_error_mode="thread_local"
                 ):
                     logits = self._compute(used, greedy)
             except torch.OutOfMemoryError:

@@ -67,7 +67,7 @@ class TorchNetwork:
         run_layer: `decode_layer` of this network, a function that can be compiled.
     """
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: CausalLM) -> None:
         backbone = model.backbone
         self.model = model
         self.dtype = getattr(torch, backbone.compute_dtype)

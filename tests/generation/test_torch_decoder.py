@@ -176,3 +176,33 @@ def test_decoders_with_large_caches_are_not_kept(monkeypatch):
     assert free_decoders(lm) == []
     generate(lm, lengths=(5,), new=3)
     assert len(free_decoders(lm)) == 1
+
+
+def test_generate_in_inference_mode_and_outside():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    with torch.inference_mode():
+        found = generate(lm, new=8)
+        more = generate(lm, new=8, stop_token_ids=None)
+    # With the same buffers, which must not be tensors of inference mode.
+    assert generate(lm, new=8) == found
+    assert generate(lm, new=8, stop_token_ids=None) == more
+    assert len(free_decoders(lm)) == 1
+
+
+def test_torch_decoder_forgets_the_cache_of_earlier_generations():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    expected = generate(lm, new=8)
+    for keys, values in free_decoders(lm)[0].cache:
+        keys.fill_(float("nan"))  # As after an overflow in float16.
+        values.fill_(float("inf"))
+    assert generate(lm, new=8) == expected
+
+
+def test_decoders_of_another_device_are_dropped():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    expected = generate(lm, new=8)
+    (decoder,) = free_decoders(lm)
+    decoder.device = torch.device("meta")  # As if the model had been there then.
+    assert generate(lm, new=8) == expected
+    (new,) = free_decoders(lm)
+    assert new is not decoder
