@@ -134,7 +134,7 @@ class TorchDecoder:
                 undefined, dtype=torch.int64, device=self.device
             )
             self._run_layer = self._network.run_layer
-            if self._compile_options is not None and not self._network.is_quantized:
+            if self._compile_options is not None and not self._network.has_keras_layers:
                 self._run_layer = torch.compile(
                     self._run_layer, dynamic=False, options=self._compile_options
                 )
@@ -160,7 +160,7 @@ class TorchDecoder:
         """
         used = min(self.columns, padded_cache_length(max(used, MIN_CACHE_LENGTH)))
         greedy = is_greedy(self.model.sampler)
-        if not self._can_capture:
+        if not self._can_capture or self._network.has_keras_layers:
             logits = self._compute(used, greedy)
         else:
             key = used, greedy
@@ -209,11 +209,13 @@ class TorchDecoder:
 
         The graph is `None` if an operation cannot be captured.
         """
-        with torch.cuda.device(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
+        # A failed capture would leave its stream the current one.
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(current):
+            self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 self._warm_up(used, greedy)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may go on to use the GPU.

@@ -63,7 +63,9 @@ class TorchNetwork:
         model: `OpenLlamaCausalLM`.
 
     Attributes:
-        is_quantized: whether any projection is quantized, so that Keras computes it.
+        has_keras_layers: whether Keras computes any projection or the embedding,
+            because it is quantized, or the embedding has adapters. Keras copies
+            constants from the host, which a CUDA graph cannot contain.
         run_layer: `decode_layer` of this network, a function that can be compiled.
     """
 
@@ -77,7 +79,10 @@ class TorchNetwork:
         self.final_norm = _value(backbone.final_norm.scale)
         self.lm_head = _linear(model.lm_head)
         linears = [x for layer in self.layers for x in layer if isinstance(x, Linear)]
-        self.is_quantized = any(x.layer is not None for x in linears)
+        linears.append(self.lm_head)
+        self.has_keras_layers = _is_computed_by_keras(backbone.token_embedding) or any(
+            linear.layer is not None for linear in linears
+        )
         head_dim, epsilon = self.head_dim, self.epsilon
 
         def run_layer(*inputs):
@@ -88,7 +93,7 @@ class TorchNetwork:
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns the embeddings of `(batch, length)` tokens."""
         layer = self.model.backbone.token_embedding
-        if layer.quantization_mode is not None or layer.lora_enabled:
+        if _is_computed_by_keras(layer):
             return layer(tokens)
         table = _value(embeddings_variable(layer))
         return functional.embedding(tokens, table).to(self.dtype)
@@ -320,6 +325,10 @@ def _linear(layer):
     adapters = tuple(_value(x) for x in layer.adapters().values())
     scale = layer.lora_alpha / layer.lora_rank if adapters else 1.0
     return Linear(_value(kernel_variable(layer)), adapters, scale)
+
+
+def _is_computed_by_keras(embedding):
+    return embedding.quantization_mode is not None or embedding.lora_enabled
 
 
 def _value(variable):

@@ -206,3 +206,22 @@ def test_decoders_of_another_device_are_dropped():
     assert generate(lm, new=8) == expected
     (new,) = free_decoders(lm)
     assert new is not decoder
+
+
+@pytest.mark.parametrize("change", ["none", "int8", "adapters"])
+def test_torch_decoder_does_not_capture_layers_of_keras(change, monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    if change == "int8":
+        lm.quantize("int8")
+    elif change == "adapters":
+        lm.backbone.token_embedding.enable_lora(2)
+    expected = generate(lm, new=8)
+    captured = []
+    monkeypatch.setattr(
+        TorchDecoder,
+        "_capture",
+        lambda self, *key: captured.append(key) or (None, None),
+    )
+    free_decoders(lm)[0]._can_capture = True  # As on a GPU.
+    assert generate(lm, new=8) == expected
+    assert bool(captured) == (change == "none")
