@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -121,6 +122,16 @@ def test_docs_show_the_expected_figures_of_each_plan():
         speed = calibration.expected_range(plan["tokens_per_second_per_chip"], chip)
         text = f"| {speed.expected:,.0f} ({speed.low:,.0f} to {speed.high:,.0f}) |"
         assert text in page
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/pretraining.md", "docs/results.md", "docs/tpu.md"]
+)
+def test_docs_repeat_the_expected_figures_of_the_plans(name):
+    page = (ROOT / "docs" / "tpu_plans.md").read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
+    figures = re.findall(r"[\d.,]+%? \([\d.,]+%? to [\d.,]+%?\)", text)
+    assert figures and [each for each in figures if f"| {each} |" not in page] == []
 
 
 @needs_compiler

@@ -96,6 +96,9 @@ def test_plan_compiles_a_step_and_estimates_its_cost(
     assert f"{plan['expected_price']:,.0f} (" in done.stdout
     assert "dollars at 2.5 per chip-hour" in done.stdout
     assert plan["alternatives"] == [] and plan["extrapolated_from"] == []
+    described = (ROOT / "docs" / "tpu.md").read_text(encoding="utf-8")
+    names = {name.removesuffix("_low").removesuffix("_high") for name in plan}
+    assert {name for name in names if f"`{name}`" not in described} == set()
     parts = ("compute", "kernel", "exposed_collective")
     total = sum(plan[f"{part}_seconds"] for part in parts)
     assert plan["step_seconds"] == pytest.approx(total)
