@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from calibration.table import price_again, section
+from calibration.table import estimate_again, section
 from matplotlib.figure import Figure
 
 from keras_openllama import presets
@@ -89,10 +89,15 @@ def main():
     parser.add_argument(
         "--no-compile", action="store_true", help="write only what was planned before"
     )
-    parser.add_argument("--calibration", nargs="*", metavar="NAME")
+    parser.add_argument(
+        "--calibration",
+        nargs="*",
+        metavar="NAME",
+        help="estimate published runs again, those whose names contain NAME",
+    )
     options = parser.parse_args()
     if options.calibration is not None:
-        price_again(options.calibration)
+        estimate_again(options.calibration)
     path = Path(options.output)
     path.parent.mkdir(exist_ok=True)
     try:
@@ -238,7 +243,9 @@ def table(plans, price=None):
             *(f"{plan['tokens_per_second_per_chip']:,.0f}", f"{plan['mfu']:.0%}"),
         ]
         if price:
-            cells.append(in_range(expected(plan), "chip_hours", ",.0f", price))
+            cells.append(
+                calibration.with_range(expected(plan), "chip_hours", ",.0f", price)
+            )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -256,16 +263,8 @@ def expected_cells(plan):
         "days": ",.1f",
         "chip_hours": ",.0f",
     }
-    return [in_range(expected(plan), name, form) for name, form in forms.items()]
-
-
-def in_range(figures, name, form, scale=1):
-    """An expected figure with its range."""
-    value, low, high = (
-        f"{scale * figures[f'expected_{name}{end}']:{form}}"
-        for end in ("", "_low", "_high")
-    )
-    return f"{value} ({low} to {high})"
+    figures = expected(plan)
+    return [calibration.with_range(figures, *item) for item in forms.items()]
 
 
 def draw(plans, path):

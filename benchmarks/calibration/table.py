@@ -1,4 +1,4 @@
-"""The calibration of plans as a table, and its points priced again."""
+"""The calibration of plans as a table, and its points estimated again."""
 
 import collections
 import datetime
@@ -50,23 +50,27 @@ def section():
         cells = (
             f"[{point.name}]({point.configuration})",
             f"[{point.measured_as}]({point.source})",
-            *(f"{point.measured:,.0f}", f"{point.priced:,.0f}", f"{point.ratio:.2f}"),
+            *(
+                f"{point.measured:,.0f}",
+                f"{point.estimated:,.0f}",
+                f"{point.ratio:.2f}",
+            ),
             *(f"{point.seconds[f'{name}_seconds'] / step:.0%}" for name in names),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    versions = sorted({point.priced_with for point in points})
+    versions = sorted({point.estimated_with for point in points})
     lines += ["", f"Compiled {'; '.join(versions)}. How the compiled steps differ:", ""]
     lines += [f"- {point.name}: {point.differences}" for point in points]
     return "\n".join(lines)
 
 
-def price_again(names):
+def estimate_again(names):
     """Compiles points again and saves their seconds.
 
     Args:
         names: parts of the names of the points; all points if empty.
     """
-    from calibration.price import price  # It imports JAX.
+    from calibration.estimate import estimate_seconds  # It imports JAX.
 
     points = json.loads(calibration.POINTS_FILE.read_text())
     versions = ", ".join(
@@ -77,8 +81,8 @@ def price_again(names):
         if names and not any(name in point.name for name in names):
             continue
         print(f"Compiling the step of {point.name} …", flush=True)
-        saved["seconds"] = price(point)
-        saved["priced_with"] = f"on {datetime.date.today()} with {versions}"
+        saved["seconds"] = estimate_seconds(point)
+        saved["estimated_with"] = f"on {datetime.date.today()} with {versions}"
         text = json.dumps(points, indent=1) + "\n"
         calibration.POINTS_FILE.write_text(text)
     calibration.calibration_points.cache_clear()

@@ -1,18 +1,18 @@
 """Compares plans with measured runs, and derives what to expect of a plan.
 
 `calibration_points.json` lists published runs with their measured speed, and the time
-that the cost model estimates for the same step, from which the "priced" speed follows.
+that the cost model estimates for the same step, from which the estimated speed follows.
 The ratio of the two says how far a plan is from a run: it includes what the cost model
 does not count, such as the host, the input pipeline and contention for memory. No point
 is dropped.
 
-The expected speed of a plan is its priced speed times the geometric mean of the ratios
-of runs on the same type of chip, for which the compiler's estimates have their own
-error; of all runs if fewer than two are on it. The range is the prediction interval of
-Student's t distribution for the logarithm of another ratio, with the standard deviation
-of the runs around the mean of their chip type (around the mean of all).
+The expected speed of a plan is its estimated speed times the geometric mean of the
+ratios of runs on the same type of chip, for which the compiler's estimates have their
+own error; of all runs if fewer than two are on it. The range is the prediction interval
+of Student's t distribution for the logarithm of another ratio, with the standard
+deviation of the runs around the mean of their chip type (around the mean of all).
 
-`benchmarks/tpu_plans.py --calibration` prices the points again.
+`benchmarks/tpu_plans.py --calibration` estimates the points again.
 """
 
 import collections
@@ -40,7 +40,7 @@ class CalibrationPoint:
         source: URL of the measured speed.
         configuration: URL of the settings.
         measured_as: the speed as it was published.
-        step: which step was compiled: one of `benchmarks/calibration/price.py`, or
+        step: which step was compiled: one of `benchmarks/calibration/estimate.py`, or
             `"keras_openllama"`, this package's own.
         sizes: sizes of the network.
         topology: see `aot_compile.topology_devices`.
@@ -54,7 +54,7 @@ class CalibrationPoint:
         differences: how the compiled step differs from the published one.
         measured: measured tokens/s/chip.
         seconds: estimated seconds of a step, by part.
-        priced_with: date of the estimate, and versions of the compiler.
+        estimated_with: date of the estimate, and versions of the compiler.
     """
 
     name: str
@@ -73,7 +73,7 @@ class CalibrationPoint:
     differences: str
     measured: float
     seconds: dict[str, float]
-    priced_with: str
+    estimated_with: str
 
     @property
     def chip(self) -> str:
@@ -81,15 +81,15 @@ class CalibrationPoint:
         return self.topology.partition(":")[0]
 
     @property
-    def priced(self) -> float:
+    def estimated(self) -> float:
         """Estimated tokens/s/chip."""
         tokens = self.sequences_per_chip * self.sequence_length
         return tokens / sum(self.seconds.values())
 
     @property
     def ratio(self) -> float:
-        """Measured speed over priced speed."""
-        return self.measured / self.priced
+        """Measured speed over estimated speed."""
+        return self.measured / self.estimated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def points_for_chip(
 def calibration_factor(
     chip: str | None = None, points: tuple[CalibrationPoint, ...] | None = None
 ) -> ExpectedRange:
-    """Returns measured speed over priced speed.
+    """Returns measured speed over estimated speed.
 
     Args:
         chip: name of the chip type. Defaults to the mean over all of them.
@@ -177,11 +177,11 @@ def calibration_factor(
     return ExpectedRange(*map(math.exp, (center - width, center, center + width)))
 
 
-def expected_range(priced: float, chip: str | None = None) -> ExpectedRange:
+def expected_range(estimated: float, chip: str | None = None) -> ExpectedRange:
     """Returns the speed to expect of a plan.
 
     Args:
-        priced: tokens/s (per chip or not) or MFU that the cost model estimates.
+        estimated: tokens/s (per chip or not) or MFU that the cost model estimates.
         chip: see `calibration_factor`.
 
     Returns:
@@ -194,7 +194,7 @@ def expected_range(priced: float, chip: str | None = None) -> ExpectedRange:
     """
     factor = calibration_factor(chip)
     return ExpectedRange(
-        priced * factor.low, priced * factor.expected, priced * factor.high
+        estimated * factor.low, estimated * factor.expected, estimated * factor.high
     )
 
 
@@ -233,3 +233,26 @@ def expected_figures(plan: Mapping[str, Any]) -> dict[str, float]:
             figures[f"expected_{name}_low"] = plan[name] * scale.low
             figures[f"expected_{name}_high"] = plan[name] * scale.high
     return figures
+
+
+def with_range(
+    figures: Mapping[str, float], name: str, form: str, scale: float = 1
+) -> str:
+    """Formats an expected figure with its range.
+
+    Args:
+        figures: see `expected_figures`.
+        name: name of the figure, without `expected_`.
+        form: format of a number.
+        scale: factor of all three numbers, such as the price of a chip-hour.
+
+    Example:
+        >>> figures = {"expected_mfu": 0.6, "expected_mfu_low": 0.5}
+        >>> with_range({**figures, "expected_mfu_high": 0.7}, "mfu", ".0%")
+        '60% (50% to 70%)'
+    """
+    value, low, high = (
+        f"{scale * figures[f'expected_{name}{end}']:{form}}"
+        for end in ("", "_low", "_high")
+    )
+    return f"{value} ({low} to {high})"

@@ -21,6 +21,7 @@ from keras_openllama.planning.calibration import (
     calibration_factor,
     expected_figures,
     points_for_chip,
+    with_range,
 )
 from keras_openllama.planning.compilation_cache import CompilationCache
 from keras_openllama.planning.cost_model import CostAssumptions, TpuChip
@@ -232,12 +233,14 @@ def plan_table(plan: Mapping[str, Any], price: float | None = None) -> str:
     rows = {
         "preset": plan["preset"],
         "slice": f"{plan['topology']}: {plan['chips']} chips, {mesh}",
-        "expected tokens/s/chip": _expected(plan, "tokens_per_second_per_chip", ",.0f"),
-        "expected MFU (6N + 12 x layers x width x length)": _expected(
+        "expected tokens/s/chip": with_range(
+            plan, "tokens_per_second_per_chip", ",.0f"
+        ),
+        "expected MFU (6N + 12 x layers x width x length)": with_range(
             plan, "mfu", ".1%"
         ),
-        "expected days": _expected(plan, "days", ",.1f"),
-        "expected chip-hours": _expected(plan, "chip_hours", ",.0f"),
+        "expected days": with_range(plan, "days", ",.1f"),
+        "expected chip-hours": with_range(plan, "chip_hours", ",.0f"),
         "estimated by the compiler's cycles": (
             f"{plan['tokens_per_second_per_chip']:,.0f} tokens/s/chip, MFU "
             f"{plan['mfu']:.1%}, {plan['days']:,.1f} days"
@@ -259,22 +262,13 @@ def plan_table(plan: Mapping[str, Any], price: float | None = None) -> str:
         "compiled": _compiled(plan),
     }
     if price is not None:
-        dollars = _expected(plan, "chip_hours", ",.0f", price)
+        dollars = with_range(plan, "chip_hours", ",.0f", price)
         rows["expected price"] = f"{dollars} dollars at {price:g} per chip-hour"
     width = max(map(len, rows))
     lines = [f"{name:{width}}  {value}" for name, value in rows.items()]
     assumptions = [f"  {name}: {text}" for name, text in plan["assumptions"].items()]
     chip, note = plan["topology"].split(":")[0], "Estimated, not measured. Assumptions:"
     return "\n".join([*lines, _expectation(chip), note, *assumptions])
-
-
-def _expected(plan, name, form, scale=1):
-    """An expected figure and its range."""
-    value, low, high = (
-        f"{scale * plan[f'expected_{name}{end}']:{form}}"
-        for end in ("", "_low", "_high")
-    )
-    return f"{value} ({low} to {high})"
 
 
 def _expectation(chip):

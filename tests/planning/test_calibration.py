@@ -31,9 +31,9 @@ def point(measured, seconds, topology="v4:2x2x1"):
     return calibration.CalibrationPoint(**values | {"seconds": seconds})
 
 
-def test_calibration_point_compares_measured_and_priced_speed():
+def test_calibration_point_compares_measured_and_estimated_speed():
     found = point(400, {"matmul_seconds": 1.5, "kernel_seconds": 0.5})
-    assert found.priced == 500
+    assert found.estimated == 500
     assert found.ratio == pytest.approx(0.8)
 
 
@@ -104,7 +104,8 @@ def test_docs_show_the_calibration_points_and_the_factor():
     page = (ROOT / "docs" / "tpu_plans.md").read_text(encoding="utf-8")
     for each in POINTS:
         assert (
-            f"| {each.measured:,.0f} | {each.priced:,.0f} | {each.ratio:.2f} |" in page
+            f"| {each.measured:,.0f} | {each.estimated:,.0f} | {each.ratio:.2f} |"
+            in page
         )
     for chip in (*CHIPS, None):
         factor = calibration.calibration_factor(chip)
@@ -142,8 +143,8 @@ def test_calibration_point_has_the_speed_that_the_cost_model_estimates(
     name, monkeypatch
 ):
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    from calibration.price import price
+    from calibration.estimate import estimate_seconds
 
     (saved,) = (each for each in POINTS if each.name == name)
-    seconds = price(saved)
+    seconds = estimate_seconds(saved)
     assert sum(seconds.values()) == pytest.approx(sum(saved.seconds.values()), rel=0.02)

@@ -34,7 +34,7 @@ LOGITS_PER_CHUNK = 1 << 29
 PARTS = ("matmul_seconds", "other_seconds", "kernel_seconds", "exposed_seconds")
 
 
-def price(point):
+def estimate_seconds(point):
     """Estimates the seconds of a point's step, by part.
 
     Args:
