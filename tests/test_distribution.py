@@ -60,7 +60,7 @@ def compiled_lm():
     keras.utils.set_random_seed(0)
     backbone = OpenLlamaBackbone(
         vocabulary_size=192,
-        num_layers=1,
+        num_layers=2,
         num_query_heads=4,
         num_key_value_heads=2,
         hidden_dim=64,

@@ -19,6 +19,7 @@ class LayerExecution:
             arguments query, key, value, mask and documents. `None` stands for
             `attention.causal_attention`.
         scan: Whether the layers run in `scan.scan_layers` (JAX).
+        layers_per_step: Number of layers in a step of the scan.
         embedding_fn: Callable that maps token ids to embeddings, such as
             `sharded_embedding.embedding_lookup` on a mesh. `None` stands for the
             embedding layer.
@@ -33,4 +34,5 @@ class LayerExecution:
         None
     )
     scan: bool = False
+    layers_per_step: int = 1
     embedding_fn: Callable[[Tensor], Tensor] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,6 +17,7 @@ def scan_layers(
     layers: Sequence[keras.layers.Layer],
     apply_layer: Callable[[jax.Array, Sequence[jax.Array]], jax.Array],
     x: jax.Array,
+    layers_per_step: int = 1,
 ) -> jax.Array:
     """Applies layers in sequence by `jax.lax.scan`, which compiles only one of them.
 
@@ -27,6 +29,9 @@ def scan_layers(
         apply_layer: Callable `(x, values)` that computes the first layer with other
             values of its variables: `functional_call`, possibly wrapped.
         x: Input of the first layer.
+        layers_per_step: Number of layers in a step of the scan, whose collectives
+            overlap with each other's computation. If it does not divide the number of
+            layers, their greatest common divisor is used.
 
     Returns:
         Output of the last layer, of the shape and dtype of `x`.
@@ -39,9 +44,20 @@ def scan_layers(
         >>> scan_layers(layers, apply_layer, jnp.ones((2, 4))).shape
         (2, 4)
     """
-    groups = zip(*(layer.variables for layer in layers), strict=True)
-    stacked = [_stacked(group, x.dtype) for group in groups]
-    x, _ = jax.lax.scan(lambda x, values: (apply_layer(x, values), None), x, stacked)
+    count = math.gcd(len(layers), layers_per_step)
+    groups = list(zip(*(layer.variables for layer in layers), strict=True))
+    # One stack for each layer of a step: `unroll` of JAX would split and join stacks.
+    stacked = [
+        [_stacked(group[first::count], x.dtype) for group in groups]
+        for first in range(count)
+    ]
+
+    def step(x, values_of_layers):
+        for values in values_of_layers:
+            x = apply_layer(x, values)
+        return x, None
+
+    x, _ = jax.lax.scan(step, x, stacked)
     return x
 
 

@@ -299,7 +299,11 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
         intercept = layer_intercept_fn or (lambda x, index: x)
         embed = execution.embedding_fn or self.token_embedding
         x = intercept(embed(token_ids), -1)
-        run_layers = self._run_in_scan if execution.scan else self._run_in_sequence
+        run_layers = self._run_in_sequence
+        if execution.scan:
+            run_layers = functools.partial(
+                self._run_in_scan, layers_per_step=execution.layers_per_step
+            )
         x = run_layers(x, (cos, sin, mask), options, intercept)
         return self.final_norm(x)
 
@@ -313,7 +317,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
             x = intercept(apply_layer(x, *inputs), index)
         return x
 
-    def _run_in_scan(self, x, inputs, options, intercept):
+    def _run_in_scan(self, x, inputs, options, intercept, layers_per_step):
         first = self.transformer_layers[0]
         apply_layer = maybe_rematerialize(
             functional_call(
@@ -323,7 +327,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
             if_policy="full",
             in_scan=True,
         )
-        return scan_layers(self.transformer_layers, apply_layer, x)
+        return scan_layers(self.transformer_layers, apply_layer, x, layers_per_step)
 
     def register_head(self, layer: keras.layers.Layer) -> None:
         """Registers a layer on top of the backbone, so that LoRA freezes it too.

@@ -157,6 +157,9 @@ def loss_sums(
                 rematerialize=options.rematerialize,
                 attention_fn=options.attention_fn,
                 scan=options.scan,
+                # Steps of a scan do not overlap: the first gather and the last
+                # all-to-all of each are exposed.
+                layers_per_step=2 if options.all_to_all else 1,
                 embedding_fn=_embedding_fn(lm.backbone, options.mesh),
             ),
         )

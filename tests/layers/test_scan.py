@@ -68,3 +68,18 @@ def test_scan_layers_stacks_matrices_in_the_dtype_of_the_states():
         scan_layers(layers, apply_layer, x).astype("float32"),
         expected.astype("float32"),
     )
+
+
+@pytest.mark.parametrize(("num_layers", "expected_steps"), [(4, 2), (3, 3)])
+def test_scan_layers_applies_layers_per_step_in_order(num_layers, expected_steps):
+    layers = [keras.layers.Dense(4, "tanh") for _ in range(num_layers)]
+    expected = x = jnp.linspace(-1, 1, 8).reshape((2, 4))
+    for layer in layers:
+        layer.build((None, 4))
+        expected = layer(expected)
+
+    def scan(x):
+        return scan_layers(layers, functional_call(layers[0], layers[0]), x, 2)
+
+    assert f"length={expected_steps}" in str(jax.make_jaxpr(scan)(x))
+    np.testing.assert_allclose(scan(x), expected, rtol=1e-6)
