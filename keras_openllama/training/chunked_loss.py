@@ -170,6 +170,9 @@ def _sums_and_gradients(z_loss, num_chunks, mesh, hidden, kernel, targets, weigh
         )
         kernel_gradient = jax.lax.psum(kernel_gradient, "data")
     gradients = hidden_gradient.astype(hidden.dtype), kernel_gradient
+    if mesh is not None:
+        # Reduce now: the unreduced gradient would stay in memory for the layers'.
+        gradients = jax.lax.optimization_barrier(gradients)
     return _reduce_over_batch(mesh, sums), gradients
 
 
