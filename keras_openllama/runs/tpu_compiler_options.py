@@ -31,9 +31,11 @@ REDUCTION_OPTIONS = {
 # options above would exceed the memory of a core.
 ALL_TO_ALL_OPTIONS = {
     "xla_tpu_enable_async_all_to_all": "true",
-    # The memory up to which the scheduler overlaps, 95 % by default. 7B on 8 chips of
-    # v4 needs more, and would overlap almost nothing.
+    # The memory up to which the scheduler overlaps, and below which the compiler does
+    # not recompute results that it could save; less than 100 % by default. 7B on 8
+    # chips of v4 needs more: it would overlap almost nothing, or recompute products.
     "xla_tpu_scheduler_percent_shared_memory_limit": "100",
+    "xla_jf_rematerialization_percent_shared_memory_limit": "100",
 }
 
 
