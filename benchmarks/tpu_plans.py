@@ -57,7 +57,7 @@ NOTE = (
     "Written by `benchmarks/tpu_plans.py`. These are plans: nothing was run on a TPU. "
     "[TPUs](tpu.md) explains the columns and the assumptions. Plans for v4 are "
     "compiled at full depth. Those for other chips are extrapolated from a compilation "
-    "with three layers; of the plans for v4, this estimates the time within 1 %. "
+    "with three layers; of the plans for v4, this estimates the time within 2 %. "
     "Chip-hours are those of the whole recipe."
 )
 # One preset of each size: v1 and v2 have the same sizes.
