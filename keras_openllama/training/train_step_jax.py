@@ -87,17 +87,18 @@ def options_for_devices(
         mesh=mesh,
         attention_fn=select_attention(device, mesh),
         scan=device.platform == "tpu",
-        all_to_all=device.platform == "tpu" and _prefers_all_to_all(mesh),
+        all_to_all=_prefers_all_to_all(device, mesh),
     )
 
 
-def _prefers_all_to_all(mesh):
-    """Whether all-to-alls are the fastest reduction of gradients on a TPU slice.
+def _prefers_all_to_all(device, mesh):
+    """Whether all-to-alls are the fastest reduction of gradients.
 
     Heuristic, from the programs of the TPU compiler: it overlaps a reduce-scatter with
-    computation unless its groups contain all chips of the slice.
+    computation unless its groups contain all chips of the slice. It rejects an
+    asynchronous all-to-all on v5e and v6e, whose links have two axes.
     """
-    if mesh is None:
+    if device.platform != "tpu" or "lite" in device.device_kind or mesh is None:
         return False
     return mesh.shape["data"] == mesh.shape["model"] == 1 < mesh.shape["fsdp"]
 
