@@ -98,7 +98,7 @@ def _prefers_all_to_all(device, mesh):
     computation unless its groups contain all chips of the slice. It rejects an
     asynchronous all-to-all on v5e and v6e, whose links have two axes.
     """
-    if device.platform != "tpu" or "lite" in device.device_kind or mesh is None:
+    if mesh is None or device.device_kind not in ("TPU v4", "TPU v5", "TPU v5p"):
         return False
     return mesh.shape["data"] == mesh.shape["model"] == 1 < mesh.shape["fsdp"]
 

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
+from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.planning.aot_compile import topology_devices
 from keras_openllama.planning.plan import plan_pretraining
 from keras_openllama.runs.recipe import resolve_recipe
+from keras_openllama.training.train_step_jax import (
+    TrainStepOptions,
+    options_for_devices,
+)
 
 pytestmark = pytest.mark.backend_free
 
@@ -55,6 +60,20 @@ def test_topology_devices_rejects_an_invalid_string(topology):
 def test_topology_devices_rejects_an_unsupported_shape():
     with pytest.raises(ValueError, match="does not support topology='v4:3x1x1'"):
         topology_devices("v4:3x1x1")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [("v4:2x2x2", True), ("v5p:2x2x2", True), ("v5e:4x4", False), ("v6e:4x4", False)],
+)
+def test_options_for_devices_reduce_by_all_to_alls_where_they_overlap(
+    topology, expected
+):
+    _, devices = topology_devices(topology)
+    distribution = OpenLlamaParallel(make_mesh(fsdp=len(devices), devices=devices))
+    options = options_for_devices(TrainStepOptions(), distribution)
+    assert options.all_to_all == expected
 
 
 @needs_compiler
