@@ -85,18 +85,21 @@ def test_project_sharded_rejects_a_kernel_that_is_not_sharded():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "platform", "expected"),
+    ("sizes", "kind", "expected"),
     [
-        ((1, 8, 1), "tpu", True),
-        ((2, 4, 1), "tpu", False),
-        ((1, 4, 2), "tpu", False),
+        ((1, 8, 1), "TPU v4", True),
+        ((2, 4, 1), "TPU v4", False),
+        ((1, 4, 2), "TPU v4", False),
+        ((1, 8, 1), "TPU v6 lite", False),
         ((1, 8, 1), "cpu", False),
     ],
 )
 def test_options_for_devices_reduces_over_a_whole_slice_by_all_to_all(
-    sizes, platform, expected
+    sizes, kind, expected
 ):
-    device = types.SimpleNamespace(platform=platform)
+    device = types.SimpleNamespace(
+        platform=kind.partition(" ")[0].lower(), device_kind=kind
+    )
     mesh = types.SimpleNamespace(
         shape=dict(zip(("data", "fsdp", "model"), sizes, strict=True)),
         devices=np.full(sizes, device),
