@@ -15,6 +15,7 @@ import keras_hub
 import tiny_models
 import torch
 
+from keras_openllama.backend.keras_private import kernel_variable
 from keras_openllama.generation import token_loop_torch
 from keras_openllama.generation.torch_decoder import TorchDecoder
 from keras_openllama.generation.torch_network import weights_key
@@ -104,7 +105,7 @@ def test_torch_decoder_computes_quantized_layers_with_keras(mode, monkeypatch):
 def test_torch_decoder_adopts_changed_weights_and_adapters(monkeypatch):
     lm = tiny_models.random_lm(tiny_models.SHAPES[2])
     before = generate(lm)
-    kernel = lm.backbone.transformer_layers[0].feedforward.up._kernel
+    kernel = kernel_variable(lm.backbone.transformer_layers[0].feedforward.up)
     kernel.assign(-kernel.value)
     changed = generate(lm)
     assert changed != before
