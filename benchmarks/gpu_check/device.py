@@ -1,5 +1,6 @@
 """The device, and the limits of its speed."""
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -95,8 +96,12 @@ def on_jax():
 
 
 def report_versions(*names):
-    """Reports the versions of Python and of packages."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    """Reports the versions of Python and of the packages that are installed."""
+    versions = []
+    for name in names:
+        # PyTorch for CPUs has no Triton.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     results.info(
         "versions", ", ".join([f"Python {platform.python_version()}", *versions])
     )
