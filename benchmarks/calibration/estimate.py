@@ -73,7 +73,7 @@ def compile_own(point):
         mock.patch.object(chunked_loss, "LOGITS_PER_CHUNK", LOGITS_PER_CHUNK),
         mock.patch.object(attention_kernels, "SPLASH_BLOCK", point.attention_block),
         # MaxText leaves the reduction of gradients to the compiler.
-        mock.patch.object(train_step_jax, "_prefers_all_to_all", lambda mesh: False),
+        mock.patch.object(train_step_jax, "_prefers_all_to_all", lambda *_: False),
     ):
         step = compile_step_ahead_of_time(config, recipe, point.mesh, devices)
     return step.hlo, chip

@@ -138,7 +138,13 @@ def test_docs_repeat_the_expected_figures_of_the_plans(name):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # Minutes on two cores.
-@pytest.mark.parametrize("name", ["MaxText 32B, v5e-256"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("MaxText 32B, v5e-256", id="step of MaxText"),
+        pytest.param("MaxText Llama 3.1 8B, v6e-256", id="step of this package"),
+    ],
+)
 def test_calibration_point_has_the_speed_that_the_cost_model_estimates(
     name, monkeypatch
 ):
