@@ -106,7 +106,6 @@ def _backward(mesh, axis, residuals, gradient):
     inputs_gradient = jnp.einsum("bto,oi->bti", gradient, kernel)
     # With the sharded axis first, the shards to send are contiguous.
     operands = (gradient, inputs) if axis == 0 else (inputs, gradient)
-    batch = P(BATCH_AXES, None, None)
     batch, shard = P(BATCH_AXES, None, None), P("fsdp", None)
     reduced = jax.shard_map(
         functools.partial(_reduce_scatter, mesh.shape["fsdp"]),

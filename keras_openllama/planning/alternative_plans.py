@@ -31,8 +31,7 @@ def plan_alternatives(
         plan_choice: callable `(choice, extrapolate)` that returns a plan, or raises
             `OutOfDeviceMemoryError`.
     """
-    names = [field.name for field in dataclasses.fields(ExecutionChoice)]
-    own = ExecutionChoice(**{name: plan[name] for name in names})
+    own = ExecutionChoice.of_plan(plan)
     choices = neighboring_choices(own, preset.config, recipe)
     plans = {}
     for choice in choices:

@@ -102,7 +102,7 @@ def reason_to_skip(
     needed = layer_memory(choice, config, recipe, preset.parameters, STATE_BYTES)
     if needed > memory:
         return f"it needs at least {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB"
-    own = ExecutionChoice(plan["mesh"], plan["rematerialize"], plan["micro_batches"])
+    own = ExecutionChoice.of_plan(plan)
     if choice.mesh != own.mesh or choice.micro_batches < own.micro_batches:
         return None
     if choice.micro_batches > own.micro_batches:

@@ -1,6 +1,10 @@
 """How a recipe is executed: mesh, rematerialization and micro-batches."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from keras_openllama.runs.recipe import Recipe
 
@@ -18,6 +22,12 @@ class ExecutionChoice:
     mesh: dict[str, int]
     rematerialize: str
     micro_batches: int
+
+    @classmethod
+    def of_plan(cls, plan: Mapping[str, Any]) -> ExecutionChoice:
+        """Returns the choice of a plan, see `plan.plan_pretraining`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: plan[name] for name in names})
 
     def apply_to(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with this rematerialization and these micro-batches."""

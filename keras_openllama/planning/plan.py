@@ -313,10 +313,8 @@ def comparison_table(plan: Mapping[str, Any]) -> str:
     plans = [plan, *plan["alternatives"]]
     lines = ["mesh, rematerialize, micro-batches: GiB, estimated s/step, tokens/s/chip"]
     for each in plans:
-        names = [field.name for field in dataclasses.fields(ExecutionChoice)]
-        choice = ExecutionChoice(**{name: each[name] for name in names})
         mark = "*" if each.get("best") else " "
-        lines.append(f"{mark} {choice!s:44}  {summary(each)}")
+        lines.append(f"{mark} {ExecutionChoice.of_plan(each)!s:44}  {summary(each)}")
     lines.append("* the fastest that fits")
     if any(each.get("extrapolated_from") for each in plans):
         lines.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_openllama.planning.aot_compile import (
@@ -86,13 +86,17 @@ class StepEstimator:
         self.devices, self.assumptions, self.cache = devices, assumptions, cache
 
     def compiled(
-        self, choice: ExecutionChoice, num_layers: int | None = None
+        self,
+        choice: ExecutionChoice,
+        num_layers: int | None = None,
+        trip_counts: Mapping[int, int] | None = None,
     ) -> StepEstimate:
         """Compiles the step.
 
         Args:
             choice: mesh, rematerialization and micro-batches.
             num_layers: layers to compile; all by default.
+            trip_counts: see `estimate_cost`.
 
         Returns:
             The estimate.
@@ -100,7 +104,16 @@ class StepEstimator:
         Raises:
             OutOfDeviceMemoryError: if the step does not fit into the memory of a chip.
         """
-        return self._compiled(choice, num_layers or self.config["num_layers"])
+        step = compile_step_ahead_of_time(
+            {**self.config, "num_layers": num_layers or self.config["num_layers"]},
+            choice.apply_to(self.recipe),
+            choice.mesh,
+            self.devices,
+            self.cache,
+        )
+        shape = slice_shape(self.devices)
+        cost = estimate_cost(step.hlo, self.chip, self.assumptions, trip_counts, shape)
+        return StepEstimate(cost=cost, **dataclasses.asdict(step))
 
     def extrapolated(self, choice: ExecutionChoice) -> StepEstimate:
         """Extrapolates the step from `reduced_depth.DEPTHS`; compiles a shallow model.
@@ -139,8 +152,8 @@ class StepEstimator:
         """Estimates the step from one compilation, half the time of `extrapolated`.
 
         The loops over the layers are counted as often as there are layers. What each
-        layer adds outside of them, such as its part of the optimizer, is left out, and
-        its memory is estimated.
+        layer adds outside of them, such as its part of the optimizer, is not counted,
+        and its memory is estimated.
 
         Args:
             choice: mesh, rematerialization and micro-batches.
@@ -156,7 +169,7 @@ class StepEstimator:
         depth = 3 if choice.micro_batches != 3 else 5
         if layers <= depth:
             return self.compiled(choice)
-        step = self._compiled(choice, depth, {depth: layers})
+        step = self.compiled(choice, depth, {depth: layers})
         more = layers - depth
         config = {**self.config, "num_layers": more}
         parameters = more * parameters_per_layer(self.config)
@@ -179,19 +192,6 @@ class StepEstimator:
                 f"{usable / 2**30:.1f} GiB. Received: {choice}.",
                 peak - usable,
             )
-
-    def _compiled(self, choice, num_layers, trip_counts=None):
-        """The estimate of a step with some layers, see `estimate_cost`."""
-        step = compile_step_ahead_of_time(
-            {**self.config, "num_layers": num_layers},
-            choice.apply_to(self.recipe),
-            choice.mesh,
-            self.devices,
-            self.cache,
-        )
-        shape = slice_shape(self.devices)
-        cost = estimate_cost(step.hlo, self.chip, self.assumptions, trip_counts, shape)
-        return StepEstimate(cost=cost, **dataclasses.asdict(step))
 
 
 def _join(numbers):
