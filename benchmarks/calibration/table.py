@@ -14,7 +14,8 @@ compiled like a plan, with the same compiler options and assumptions. The expect
 of a plan is its estimated speed times the geometric mean of the ratios on its type of
 chip, or of all ratios if fewer than two runs are on it. Another run is in the range
 with a probability of {probability:.0%}, if logarithms of ratios are normally
-distributed around the mean of their type of chip. No run that was compiled is left out.
+distributed around the mean of their type of chip. The table has every run that was
+compiled.
 
 | | {names} | all |
 |---|{lines}---|
