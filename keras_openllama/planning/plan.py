@@ -93,7 +93,8 @@ def plan_pretraining(
     recipe, preset = resolved.recipe, presets.find(resolved.preset)
     mesh = mesh or recipe.mesh_for(len(devices))
     if math.prod(mesh.values()) != len(devices):
-        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+        # Not `data=1`, which the command line would take for its flag --data.
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.items())
         raise ValueError(
             f"The product of the sizes of `mesh` must be the {len(devices)} chips of "
             f"{topology}. Received: {sizes}"
