@@ -39,7 +39,7 @@ DIRECTORIES = {
         ("cli", "runs"),
         ("training", "layers", "models", "generation"),
         ("parity", "planning"),
-        ("convert", "checkpoints", "data", "loading", "text"),
+        ("convert", "checkpoints", "data", "loading", "quantization", "text"),
     ),
     "tensorflow": (("training", "layers", "models", "generation"),),
     "torch": (),

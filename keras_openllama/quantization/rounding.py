@@ -1,0 +1,153 @@
+"""Rounds a matrix of weights to 8 or 4 bits."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+
+import numpy as np
+
+from keras_openllama.quantization.quantized_matrix import (
+    NIBBLE_ZERO,
+    QuantizedMatrix,
+    check_format,
+    count_groups,
+    pack_nibbles,
+    stored_columns,
+)
+
+# Rows are rounded in blocks of about this many weights, which stay in a core's cache.
+_BLOCK = 1 << 16
+_FLOAT16_MAX = 65504.0
+
+
+def quantize_matrix(
+    weights: np.ndarray,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = True,
+) -> QuantizedMatrix:
+    """Rounds a matrix of weights to 8 or 4 bits.
+
+    Each group is rounded to the nearest values of its scale, which is rounded to
+    float16 before.
+
+    Args:
+        weights: Array `(outputs, inputs)` of a floating-point dtype.
+        bits: 8 or 4.
+        group_size: Number of inputs that share a scale. `None` stands for all inputs
+            of an output.
+        symmetric: Whether to have no zero points, as always with 8 bits.
+
+    Returns:
+        The quantized matrix.
+
+    Raises:
+        ValueError: If `weights` is not a matrix of finite numbers that float16 scales
+            can represent, or there is no such format (see `check_format`).
+
+    Example:
+        >>> weights = np.array([[0.5, -4, 3.25, 2]], "float32")
+        >>> quantize_matrix(weights, bits=4).dequantize().tolist()
+        [[0.5, -4.0, 3.0, 2.0]]
+    """
+    if weights.ndim != 2:
+        raise ValueError(
+            f"`weights` must be a matrix. Received: an array of shape {weights.shape}"
+        )
+    outputs, inputs = weights.shape
+    group_size = inputs if group_size is None else min(group_size, inputs)
+    check_format(bits, group_size, symmetric)
+    groups = count_groups(inputs, group_size)
+    values = np.empty(
+        (outputs, stored_columns(bits, inputs)), "int8" if bits == 8 else "uint8"
+    )
+    scales = np.empty((outputs, groups), "float16")
+    zeros = None if symmetric else np.empty((outputs, groups), "uint8")
+    matrix = QuantizedMatrix(bits, group_size, inputs, values, scales, zeros)
+    step = max(1, _BLOCK // inputs)
+
+    def quantize_rows(start):
+        rows = slice(start, start + step)
+        _quantize_block(weights[rows], matrix.rows(start, start + step))
+
+    with concurrent.futures.ThreadPoolExecutor(_count_cores()) as executor:
+        # NumPy releases the interpreter's lock. `list` raises what a thread raised.
+        list(executor.map(quantize_rows, range(0, outputs, step)))
+    return matrix
+
+
+def _count_cores():
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # Not on Linux.
+        return os.cpu_count() or 1
+
+
+def _quantize_block(weights, target):
+    """Writes the rounded weights into the arrays of `target`."""
+    grouped = _group(weights.astype("float32", copy=False), target.group_size)
+    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
+    _check_range(low, high, target.bits)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if target.bits == 8:
+            scales, integers = _round_int8(grouped, low, high)
+        elif target.zeros is None:
+            scales, integers = _round_int4(grouped, low, high)
+        else:
+            scales, integers, zeros = _round_int4_with_zeros(grouped, low, high)
+            target.zeros[...] = zeros
+    target.scales[...] = scales
+    integers = integers.reshape(len(weights), -1)[:, : target.inputs]
+    target.values[...] = integers if target.bits == 8 else pack_nibbles(integers)
+
+
+def _group(weights, group_size):
+    """Reshapes to `(outputs, groups, group size)`, with zeros in the last group."""
+    outputs, inputs = weights.shape
+    missing = -inputs % group_size
+    if missing:
+        weights = np.pad(weights, ((0, 0), (0, missing)))
+    return weights.reshape(outputs, -1, group_size)
+
+
+def _check_range(low, high, bits):
+    largest = np.maximum(-low, high).max(initial=0)
+    if not np.isfinite(largest):
+        raise ValueError("`weights` must be finite. Received: infinities or NaN")
+    if largest > _FLOAT16_MAX * (127 if bits == 8 else 7):
+        raise ValueError(
+            "`weights` must be so small that a float16 can represent their scales. "
+            f"Received: a weight of {largest:g}"
+        )
+
+
+def _inverse(scales):
+    """Returns `1 / scales` in float32, and 0 where a scale is 0."""
+    scales = scales.astype("float32")
+    return np.where(scales == 0, np.float32(0), np.float32(1) / scales)[..., None]
+
+
+def _round_int8(weights, low, high):
+    scales = (np.maximum(-low, high) / 127).astype("float16")
+    integers = np.rint(weights * _inverse(scales))
+    return scales, np.clip(integers, -127, 127, out=integers).astype("int8")
+
+
+def _round_int4(weights, low, high):
+    # The weight of the largest magnitude becomes -8: the scale may be negative.
+    extreme = np.where(-low >= high, low, high)
+    scales = (extreme / -8).astype("float16")
+    integers = np.rint(weights * _inverse(scales))
+    np.clip(integers, -8, 7, out=integers)
+    return scales, (integers + NIBBLE_ZERO).astype("uint8")
+
+
+def _round_int4_with_zeros(weights, low, high):
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scales = ((high - low) / 15).astype("float16")
+    inverse = _inverse(scales)
+    zeros = np.clip(np.rint(-low * inverse[..., 0]), 0, 15)
+    integers = np.rint(weights * inverse)
+    integers += zeros[..., None]
+    return scales, np.clip(integers, 0, 15, out=integers).astype("uint8"), zeros
