@@ -62,6 +62,9 @@ Exit codes:
 
 # Settings that have a flag; the others are set by --set.
 _FLAGS = ("steps", "batch_size", "save_every", "seed", "precision", "mixture")
+# Flags that only --plan uses.
+_PLAN_FLAGS = ("topology", "no_alternatives", "no_plan_cache", "price", "json")
+_TOPOLOGY = "v4:4x8x8"
 
 
 def parse_arguments(
@@ -144,10 +147,10 @@ def parse_arguments(
     )
     plan.add_argument(
         "--topology",
-        default="v4:4x8x8",
+        default=None,
         metavar="KIND:AxBxC",
         help="chips along each axis of a slice, not the name of a cloud: v4:2x2x1 to "
-        "v4:8x16x16, v5p:4x4x4, v5e:8x8, v6e:16x16 (default: %(default)s, sold "
+        f"v4:8x16x16, v5p:4x4x4, v5e:8x8, v6e:16x16 (default: {_TOPOLOGY}, sold "
         "as v4-512)",
     )
     add_renamed_argument(
@@ -185,6 +188,16 @@ def parse_arguments(
         "the recipe's mesh for this number of devices, else all devices along fsdp",
     )
     return parser, parser.parse_args(arguments)
+
+
+def require_plan_for_its_flags(
+    parser: CommandParser, options: argparse.Namespace
+) -> None:
+    """Rejects the flags of a plan without `--plan`, which would start a run."""
+    for name in [] if options.plan else _PLAN_FLAGS:
+        if getattr(options, name) not in (None, False):
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} belongs to a plan: add --plan, or remove {flag}.")
 
 
 def recipe_overrides(
@@ -246,6 +259,7 @@ def open_data(options: argparse.Namespace, resolved: Any) -> PreparedData:
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     parser, options = parse_arguments(arguments, prog)
+    require_plan_for_its_flags(parser, options)
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     if options.config:
@@ -289,7 +303,7 @@ def plan_run(parser: CommandParser, options: argparse.Namespace, resolved: Any) 
     try:
         found = planning.plan_pretraining(
             resolved,
-            options.topology,
+            options.topology or _TOPOLOGY,
             options.mesh,
             alternatives=not options.no_alternatives,
             cache=None if options.no_plan_cache else CompilationCache(),

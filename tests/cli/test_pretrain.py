@@ -537,6 +537,24 @@ def test_pretrain_rejects_invalid_arguments(arguments, message):
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--price", "3.22"],
+        ["--json", "plan.json"],
+        ["--topology", "v4:4x8x8"],
+        ["--no-alternatives"],
+        ["--no-plan-cache"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_pretrain_rejects_flags_of_a_plan_without_plan(flags, main, tmp_path, capfd):
+    assert main(*ALONE, *flags, "--output", tmp_path / "run") == 2
+    error = capfd.readouterr().err
+    assert f"{flags[0]} belongs to a plan: add --plan, or remove {flags[0]}." in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("mesh", ["data=7", "fsdp=3,model=2", f"data={10**20}"])
 def test_pretrain_rejects_a_mesh_of_more_devices(main, tmp_path, capfd, mesh):
     assert main(*ALONE, "--mesh", mesh, "--output", tmp_path / "run") == 2
