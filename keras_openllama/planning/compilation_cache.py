@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from keras_openllama.utils.files import cache_directory, write_bytes
+from keras_openllama.utils.files import cache_directory
+from keras_openllama.utils.staging import staged_files
 from keras_openllama.utils.types import PathLike
 
 # Heuristic: a step of 7B has 0.5 MB. The least recently used ones are removed.
@@ -103,10 +104,16 @@ class CompilationCache:
         return entry if isinstance(entry, dict) else None
 
     def save(self, key: str, entry: Mapping[str, Any]) -> None:
-        """Writes an entry atomically; logs a warning, once, if that fails."""
+        """Writes an entry atomically; logs a warning, once, if that fails.
+
+        It also removes what a killed process left behind.
+        """
+        path = self._path(key)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._path(key), zlib.compress(json.dumps(entry).encode()))
+            with staged_files(self.directory, path) as unfinished:
+                data = zlib.compress(json.dumps(entry).encode())
+                (unfinished / path.name).write_bytes(data)
             self._remove_old_entries()
         except OSError as error:
             if not self._has_warned:

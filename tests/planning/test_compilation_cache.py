@@ -1,6 +1,9 @@
 """Compiled steps are read from the disk by the hash of their program."""
 
 import os
+import signal
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -89,6 +92,29 @@ def test_compilation_cache_removes_the_least_recently_used_entry(tmp_path):
     cache.save("d", entry)
     assert cache.load("b") is None
     assert all(cache.load(key) for key in "acd")
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from keras_openllama.planning.compilation_cache import CompilationCache
+
+def kill(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync = kill
+CompilationCache(sys.argv[1]).save("killed", {"hlo": "text"})
+"""
+
+
+def test_compilation_cache_removes_what_a_killed_process_left(tmp_path):
+    cache = CompilationCache(tmp_path)
+    cache.save("before", {})
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path)])
+    assert done.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2 and cache.load("killed") is None
+    cache.save("after", {})
+    names = {path.name.partition(".")[0] for path in tmp_path.iterdir()}
+    assert names == {"before", "after"}
 
 
 def test_compilation_cache_reads_entries_that_it_may_not_write(monkeypatch, tmp_path):
