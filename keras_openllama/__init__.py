@@ -1,7 +1,7 @@
 """OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch.
 
 The public API is the four classes below and the modules `config`, `convert`,
-`distribution`, `evaluation`, `layers`, `optimizers` and `presets`.
+`distribution`, `evaluation`, `layers`, `optimizers`, `presets` and `quantization`.
 `data.token_stream.TokenStream` is public, too. Everything else is private and may
 change.
 """
@@ -24,7 +24,7 @@ _MODULES = {
 
 _NAMESPACES = (
     *("config", "convert", "distribution", "evaluation"),
-    *("layers", "optimizers", "presets"),
+    *("layers", "optimizers", "presets", "quantization"),
 )
 
 __all__ = ["__version__", *_MODULES, *_NAMESPACES]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "AnyFloatPolicy",
+    "AnyFloatQuantization",
     "CloningRefused",
     "H5IOStore",
     "adam_moments",
@@ -41,12 +43,15 @@ __all__ = [
     "initialize_with",
     "kernel_variable",
     "loss_tracker",
+    "mark_quantized",
     "open_hdf5_files_with",
     "optimized_variables",
     "preserve_tensorflow_availability",
     "quiet_lazy_tensorflow",
     "register_torch_parameters",
+    "remove_matrix_variable",
     "save_state",
+    "set_matrix_variable",
     "set_variable_layout",
     "stored_value",
     "torch_device",
@@ -91,6 +96,55 @@ def kernel_variable(layer: keras.layers.EinsumDense) -> keras.Variable:
 def embeddings_variable(layer: keras.layers.Embedding) -> keras.Variable:
     """Returns the table without LoRA adapters: `Embedding._embeddings`."""
     return layer._embeddings
+
+
+def set_matrix_variable(
+    layer: keras.layers.EinsumDense | keras.layers.Embedding, variable: keras.Variable
+) -> None:
+    """Sets what `kernel_variable` or `embeddings_variable` returns."""
+    if isinstance(layer, keras.layers.Embedding):
+        layer._embeddings = variable
+    else:
+        layer._kernel = variable
+
+
+def remove_matrix_variable(
+    layer: keras.layers.EinsumDense | keras.layers.Embedding,
+) -> None:
+    """Removes what `kernel_variable` or `embeddings_variable` returns from a layer.
+
+    `Layer.__delattr__` would collect garbage, which takes long for a whole model.
+    """
+    is_embedding = isinstance(layer, keras.layers.Embedding)
+    name = "_embeddings" if is_embedding else "_kernel"
+    layer._untrack_variable(getattr(layer, name))
+    super(keras.layers.Layer, layer).__delattr__(name)
+
+
+def mark_quantized(layer: keras.layers.Layer) -> None:
+    """Keeps Keras from quantizing a layer for its policy: `Layer._is_quantized`."""
+    layer._is_quantized = True
+
+
+class AnyFloatQuantization:
+    """Mixin of a layer that can be quantized to int8 and compute in float16.
+
+    Keras's own products cannot: `Layer._check_quantize_args`.
+    """
+
+    def _check_quantize_args(self, mode, compute_dtype):
+        super()._check_quantize_args(mode, _any_float(mode, compute_dtype))
+
+
+class AnyFloatPolicy:
+    """As `AnyFloatQuantization`: `QuantizedDTypePolicy._check_quantization_mode`."""
+
+    def _check_quantization_mode(self, mode, compute_dtype):
+        super()._check_quantization_mode(mode, _any_float(mode, compute_dtype))
+
+
+def _any_float(mode, compute_dtype):
+    return "float32" if mode == "int8" else compute_dtype
 
 
 def track_variables(

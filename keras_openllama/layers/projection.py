@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import warnings
 from typing import Any, TypeAlias
 
@@ -20,17 +18,13 @@ from keras_openllama.backend.keras_private import (
     untrack_variables,
 )
 from keras_openllama.layers.adapter_merging import add_product, is_saving_merged
+from keras_openllama.layers.matmul import matmul_transposed
+from keras_openllama.layers.quantizable import QuantizableLayer
 from keras_openllama.layers.sharded_projection import mesh_of_gradients, project_sharded
+from keras_openllama.quantization.keras_formats import dequantize_kernel, stored_arrays
+from keras_openllama.quantization.tensors import multiply_quantized
 from keras_openllama.utils.types import Shape, Tensor
 
-if keras.config.backend() == "jax":
-    import jax
-
-# Heuristic: with this many rows the product is compute-bound on a CPU in either order
-# of operands.
-MANY_ROWS = 128
-# Heuristic: outputs of a block on PyTorch, which fits in the cache of a core.
-OUTPUT_BLOCK = 64
 # What `Projection.remove_adapters` returns: adapters by name, rank and alpha.
 Adapters: TypeAlias = tuple[dict[str, keras.Variable], int | None, float | None]
 # Names of the adapters' variables, and of alpha beside them in files of weights.
@@ -39,16 +33,18 @@ ALPHA = "lora_alpha"
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class Projection(keras.layers.EinsumDense):
+class Projection(QuantizableLayer, keras.layers.EinsumDense):
     """A linear projection without bias, its kernel `(outputs, inputs)`.
 
     Checkpoints store kernels in this orientation, so loading does not transpose them.
     The inputs of an output are adjacent in memory, which lets CPUs multiply a few rows
-    at memory bandwidth (`benchmarks/README.md`).
+    at memory bandwidth (`benchmarks/README.md`). A quantized kernel is dequantized for
+    each product.
 
     Args:
         units: int, size of the output.
         initializer_std: float, standard deviation of the normal initializer.
+        quantization_role: str, see `WeightQuantizationConfig.format_for`.
         **kwargs: see `keras.layers.EinsumDense`.
 
     Call arguments:
@@ -65,7 +61,13 @@ class Projection(keras.layers.EinsumDense):
         (128, 64)
     """
 
-    def __init__(self, units: int, initializer_std: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        units: int,
+        initializer_std: float,
+        quantization_role: str = "projection",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             "bti,oi->bto",
             output_shape=(None, units),
@@ -73,6 +75,7 @@ class Projection(keras.layers.EinsumDense):
             kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_std),
             **kwargs,
         )
+        self.quantization_role = quantization_role
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Returns the shape of the output."""
@@ -90,9 +93,20 @@ class Projection(keras.layers.EinsumDense):
 
     def quantized_call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Returns the projection by the quantized kernel, adapters included."""
-        # Keras's implementation expects adapters of a kernel `(inputs, outputs)`.
-        with self._adapters_disabled():
-            outputs = super().quantized_call(inputs, training=training)
+        if self.is_weight_quantized:
+            values, scales, *zeros = map(
+                ops.convert_to_tensor, self.quantized_variables()
+            )
+            outputs = multiply_quantized(
+                inputs,
+                *(values, scales, zeros[0] if zeros else None),
+                dequantize=self.dequantize_tensors,
+                multiply=matmul_transposed,
+            )
+        else:
+            # Keras's implementation expects adapters of a kernel `(inputs, outputs)`.
+            with self._adapters_disabled():
+                outputs = super().quantized_call(inputs, training=training)
         return self._add_adapters(inputs, outputs)
 
     @contextlib.contextmanager
@@ -102,6 +116,12 @@ class Projection(keras.layers.EinsumDense):
             yield
         finally:
             self.lora_enabled = enabled
+
+    def _variable(self):
+        return kernel_variable(self)
+
+    def _dequantize_keras_format(self, arrays, shape):
+        return dequantize_kernel(arrays, shape)
 
     def _add_adapters(self, inputs, outputs):
         """Adds the product with the adapters to the product with the kernel."""
@@ -117,24 +137,31 @@ class Projection(keras.layers.EinsumDense):
     def save_own_variables(self, store: dict[str, Any]) -> None:
         """Saves the kernel and the adapters apart; merged inside `saving_merged`."""
         adapters = self.adapters()
-        if not adapters:
-            super().save_own_variables(store)
-        elif not is_saving_merged():
+        if is_saving_merged() and adapters:
+            self._save_merged(store)
+            return
+        if self.is_weight_quantized:
+            self.save_quantized(store, self.quantized_matrix())
+        else:
             with self._adapters_disabled():
                 super().save_own_variables(store)
-            for name, variable in adapters.items():
-                store[name] = variable
+        for name, variable in adapters.items():
+            store[name] = variable
+        if adapters:
             store[ALPHA] = np.asarray(self.lora_alpha, "float64")
-        elif self.quantization_mode is None:
-            store["0"] = self.merged_kernel().astype(kernel_variable(self).dtype)
-        else:
-            warnings.warn(
-                f"Saving a preset merges the adapters into the {self.quantization_mode}"
-                " kernels and rounds them. Use `save_adapters` to save the adapters "
-                "unchanged.",
-                stacklevel=2,
-            )
-            super().save_own_variables(store)
+
+    def _save_merged(self, store):
+        merged = self.merged_kernel()
+        if not self.is_weight_quantized:
+            store["0"] = merged.astype(kernel_variable(self).dtype)
+            return
+        warnings.warn(
+            f"Saving a preset merges the adapters into the {self.quantization_mode}"
+            " kernels and rounds them. Use `save_adapters` to save the adapters "
+            "unchanged.",
+            stacklevel=2,
+        )
+        self.save_quantized(store, self.round_matrix(merged))
 
     def load_own_variables(self, store: dict[str, Any]) -> None:
         """Loads the kernel and the adapters.
@@ -152,19 +179,18 @@ class Projection(keras.layers.EinsumDense):
         """
         stored = {name: store[name] for name in (*FACTORS, ALPHA) if name in store}
         base = {name: store[name] for name in store.keys() if name not in stored}
-        own = len(self.variables) - len(self.adapters())
-        if self.built and len(base) != own:
-            raise ValueError(
-                f"{self.path} has {own} variables without adapters, and the file has "
-                f"{len(base)} of it: the file is of a model of another quantization. "
-                f"This layer's is {self.quantization_mode!r}."
-            )
+        self.check_number_of_arrays(len(base))
         if stored:
             self._check_adapters(stored)
         kept = {name: ops.copy(v.value) for name, v in self.adapters().items()}
-        super().load_own_variables(base)  # Sets both factors to zero.
+        if self.is_weight_quantized and self.built:
+            self.load_quantized(stored_arrays(base))
+        else:
+            super().load_own_variables(base)
         if self.lora_enabled:
-            # If both factors were zero, neither would ever have a gradient.
+            self.lora_kernel_a.assign(ops.zeros(self.lora_kernel_a.shape))
+            # If both factors were zero, as Keras leaves them, neither would ever have a
+            # gradient.
             self.lora_kernel_b.assign(stored.get(FACTORS[1], kept[FACTORS[1]]))
             if stored:
                 self.lora_kernel_a.assign(stored[FACTORS[0]])
@@ -230,6 +256,18 @@ class Projection(keras.layers.EinsumDense):
         super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
 
     @property
+    def kernel(self) -> Tensor:
+        """The kernel; with adapters or quantized, its weights in the compute dtype."""
+        if not self.is_weight_quantized:
+            return super().kernel
+        kernel = self.dequantized_tensor()
+        if not self.lora_enabled:
+            return kernel
+        product = ops.matmul(self.lora_kernel_a, self.lora_kernel_b)
+        added = (self.lora_alpha / self.lora_rank) * product
+        return ops.cast(ops.cast(kernel, "float32") + added, self.compute_dtype)
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """The shape `(outputs, inputs)` of the kernel, which int4 packs into another.
 
@@ -239,9 +277,9 @@ class Projection(keras.layers.EinsumDense):
             >>> projection.matrix_shape
             (128, 64)
         """
-        packed = self.quantization_mode == "int4"
-        shape = self.original_kernel_shape if packed else kernel_variable(self).shape
-        return tuple(shape)
+        if self.is_weight_quantized:
+            return self.original_kernel_shape
+        return tuple(kernel_variable(self).shape)
 
     def adapters(self) -> dict[str, keras.Variable]:
         """Returns the adapters by name; empty if the layer has none."""
@@ -250,7 +288,11 @@ class Projection(keras.layers.EinsumDense):
     def merged_kernel(self) -> np.ndarray:
         """Returns the kernel with the adapters merged, float32 `(outputs, inputs)`."""
         outputs, inputs = (as_numpy(v.value) for v in self.adapters().values())
-        kernel = as_numpy(kernel_variable(self).value)
+        matrix = self.quantized_matrix()
+        if matrix is None:
+            kernel = as_numpy(kernel_variable(self).value)
+        else:
+            kernel = matrix.dequantize()
         return add_product(kernel, outputs, inputs, self.lora_alpha / self.lora_rank)
 
     def remove_adapters(self) -> Adapters:
@@ -266,14 +308,6 @@ class Projection(keras.layers.EinsumDense):
         track_variables(self, variables.values())
         self.lora_enabled = True
 
-    def quantize(
-        self, mode: str | None = None, type_check: bool = True, config: Any = None
-    ) -> None:
-        """Quantizes the kernel, as `keras.layers.EinsumDense.quantize`."""
-        mode = check_quantization_mode(mode, config)
-        # Keras's type check rejects subclasses, which may compute something else.
-        super().quantize(mode, type_check=False, config=config)
-
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         config = keras.layers.Layer.get_config(self)
@@ -282,40 +316,13 @@ class Projection(keras.layers.EinsumDense):
             **config,
             "units": units,
             "initializer_std": self.kernel_initializer.stddev,
+            "quantization_role": self.quantization_role,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Projection:
         """Creates the layer from `get_config`."""
         return cls(**config)
-
-
-def check_quantization_mode(mode: str | None, config: Any = None) -> str | None:
-    """Checks that projections support a quantization mode of Keras.
-
-    Args:
-        mode: The mode, or `None` if the configuration has it.
-        config: `None`, a `keras.quantizers.QuantizationConfig`, or a mode.
-
-    Returns:
-        The mode, or `None` if neither argument has one, which Keras rejects.
-
-    Raises:
-        ValueError: For `"gptq"` and `"awq"`.
-
-    Example:
-        >>> check_quantization_mode("int8")
-        'int8'
-    """
-    mode = mode or getattr(config, "mode", config)
-    if mode in ("gptq", "awq"):
-        raise ValueError(
-            f"`quantize` does not support {mode!r}, which Keras implements for kernels "
-            "`(inputs, outputs)` only. Use 'int8' or 'int4'; or call "
-            "`export_to_transformers` and quantize the exported model with a tool for "
-            f"transformers or llama.cpp. Received: mode={mode!r}"
-        )
-    return mode
 
 
 def is_float8(model: keras.layers.Layer) -> bool:
@@ -326,87 +333,3 @@ def is_float8(model: keras.layers.Layer) -> bool:
         False
     """
     return any(layer.quantization_mode == "float8" for layer in flatten_layers(model))
-
-
-def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
-    """Returns `inputs @ kernel.T`, in the order of operands that is fastest.
-
-    Args:
-        inputs: Float tensor `(..., inputs)`.
-        kernel: Tensor `(outputs, inputs)` of the same dtype.
-
-    Returns:
-        Tensor `(..., outputs)` of that dtype.
-
-    Example:
-        >>> matmul_transposed(ops.ones((1, 2, 3)), ops.ones((4, 3))).shape
-        (1, 2, 4)
-    """
-    kernel = ops.convert_to_tensor(kernel)
-    if keras.config.backend() == "jax":
-        return _multiply_on_platform()(inputs, kernel)
-    if keras.config.backend() == "torch" and _use_blocks(inputs, kernel):
-        return _multiply_by_blocks(inputs, kernel)
-    return _multiply(inputs, kernel)
-
-
-def _is_few(rows):
-    """Whether there are few rows. A number unknown at an export counts as many."""
-    return isinstance(rows, int) and rows < MANY_ROWS
-
-
-def _use_blocks(inputs, kernel):
-    return (
-        inputs.device.type == "cpu"
-        and inputs.dtype.itemsize == 4
-        and _is_few(math.prod(inputs.shape[:-1]))
-        and len(kernel) % OUTPUT_BLOCK == 0
-    )
-
-
-def _multiply_by_blocks(inputs, kernel):
-    """A batch of products with blocks; MKL's single product of a few rows is slower."""
-    x = inputs.reshape(-1, inputs.shape[-1])
-    blocks = kernel.view(-1, OUTPUT_BLOCK, kernel.shape[1]).transpose(1, 2)
-    outputs = (x @ blocks).transpose(0, 1)
-    return outputs.reshape(*inputs.shape[:-1], len(kernel))
-
-
-@functools.cache
-def _multiply_on_platform():
-    """The implementation is chosen at compilation, by the platform of the program."""
-    return jax.jit(
-        lambda *operands: jax.lax.platform_dependent(
-            *operands, cpu=_multiply_on_cpu, default=_multiply
-        )
-    )
-
-
-def _multiply(inputs, kernel):
-    return ops.matmul(inputs, ops.transpose(kernel))
-
-
-def _multiply_on_cpu(inputs, kernel):
-    """Makes the weights the left operand, which XLA on a CPU reads in place.
-
-    XLA packs the right operand first: it is read, written and read again. XLA's
-    matrix-vector kernel does not pack, but it is slow in bfloat16. There two or more
-    rows have a fast kernel, with float32 accumulation.
-    """
-    barrier = jax.lax.optimization_barrier
-    rows = math.prod(inputs.shape[:-1])
-    is_bfloat16 = inputs.dtype == "bfloat16"
-    if not is_bfloat16 and not _is_few(rows):
-        return _multiply(inputs, kernel)
-    x = inputs.reshape(rows, -1)
-    if is_bfloat16 and rows == 1:
-        x = jax.numpy.concatenate([x, x])
-    columns = jax.lax.dot_general(
-        kernel,
-        barrier(x),  # Otherwise XLA recomputes the inputs for each output.
-        (((1,), (1,)), ((), ())),
-        preferred_element_type="float32" if is_bfloat16 else None,
-    )
-    # Without the barrier, XLA swaps the operands to avoid the transposition.
-    outputs = barrier(columns).T[:rows].astype(inputs.dtype)
-    return outputs.reshape(*inputs.shape[:-1], len(kernel))

@@ -29,6 +29,7 @@ from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
 from keras_openllama.layers.adapter_merging import is_saving_merged, saving_merged
 from keras_openllama.layers.attention import causal_mask
+from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.layers.projection import is_float8
 from keras_openllama.layers.remat import check_policy, maybe_rematerialize
@@ -131,7 +132,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
         )
 
         # === Layers ===
-        self.token_embedding = keras.layers.Embedding(
+        self.token_embedding = Embedding(
             sizes["vocabulary_size"],
             sizes["hidden_dim"],
             embeddings_initializer=keras.initializers.RandomNormal(

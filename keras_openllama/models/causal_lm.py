@@ -89,6 +89,7 @@ class OpenLlamaCausalLM(
             backbone.initializer_std,
             dtype=backbone.dtype_policy,
             name="lm_head",
+            quantization_role="head",
         )
         backbone.register_head(self.lm_head)
 

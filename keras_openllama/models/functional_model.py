@@ -8,27 +8,28 @@ from typing import Any
 
 import keras
 
-from keras_openllama.backend.keras_private import CloningRefused
+from keras_openllama.backend.keras_private import AnyFloatQuantization, CloningRefused
 from keras_openllama.layers.lora import adapted_layers
-from keras_openllama.layers.projection import check_quantization_mode
+from keras_openllama.quantization.settings import resolve_config
 from keras_openllama.utils.types import PathLike
 
 if keras.config.backend() == "torch":
     import torch
 
 
-class FunctionalModel(CloningRefused):
+class FunctionalModel(AnyFloatQuantization, CloningRefused):
     """The methods of `keras.Model` that the backbone and the task change."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FunctionalModel:
-        """Checks the mode of `quantize` before Keras asks for its configuration."""
+        """Lets `quantize` resolve its arguments before Keras does."""
         model = super().__new__(cls, *args, **kwargs)
-        # Keras wraps the method of each layer, and resolves `config` in the wrapper.
+        # Keras wraps the method, and replaces `config=None` by its own default.
         wrapper = model.quantize
 
         @functools.wraps(wrapper)
         def quantize(mode=None, config=None, **options):
-            wrapper(check_quantization_mode(mode, config), config, **options)
+            resolved = resolve_config(mode, config)
+            wrapper(mode if resolved is None else None, resolved, **options)
 
         model.quantize = quantize
         return model
@@ -42,18 +43,24 @@ class FunctionalModel(CloningRefused):
     ) -> None:
         """Quantizes the weights; see `keras.Model.quantize`.
 
-        Norms stay float32. Call `compile` afterwards if the model has been trained.
+        Norms stay float32, and activations in the compute dtype. With `"int4"`, the
+        token embedding and the head get 8 bits. Call `compile` afterwards if the model
+        has been trained.
 
         Args:
             mode: `"int8"` or `"int4"`, to save memory; or `"float8"`, which trains all
                 weights with products in float8.
-            config: a `keras.quantizers.QuantizationConfig` instead of a mode.
+            config: a configuration instead of a mode:
+                `keras_openllama.quantization.WeightQuantizationConfig`, which chooses
+                groups, zero points, and the bits of embedding and head; or
+                `keras.quantizers.Int4QuantizationConfig(block_size=64)`.
             filters: names of the layers to quantize, see `keras.Model.quantize`.
             **kwargs: see `keras.Model.quantize`.
 
         Raises:
-            ValueError: for another mode, such as `"gptq"` and `"awq"`; or for
-                `"float8"` with adapters.
+            ValueError: for another mode, such as `"gptq"` and `"awq"`; for a
+                configuration that quantizes activations; or for `"float8"` with
+                adapters.
 
         Example:
             >>> from keras_openllama import OpenLlamaBackbone

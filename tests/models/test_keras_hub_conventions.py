@@ -23,6 +23,7 @@ from keras_openllama import (
     OpenLlamaTokenizer,
     layers,
 )
+from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -116,7 +117,7 @@ def test_backbone_has_the_dtypes_of_its_policy():
 
 @pytest.mark.parametrize("mode", ["int8", "float8"])
 def test_backbone_is_created_with_quantized_layers(mode):
-    types = {"int8": (Projection, keras.layers.Embedding), "float8": (Projection,)}
+    types = {"int8": (Projection, Embedding), "float8": (Projection,)}
     check_quantization(
         lambda dtype: OpenLlamaBackbone(**SIZES, dtype=dtype), {mode: types[mode]}, ONES
     )

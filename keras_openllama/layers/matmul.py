@@ -1,0 +1,104 @@
+"""The product with a transposed kernel, as projections compute it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import keras
+from keras import ops
+
+from keras_openllama.utils.types import Tensor
+
+if keras.config.backend() == "jax":
+    import jax
+
+# Heuristic: with this many rows the product is compute-bound on a CPU in either order
+# of operands.
+MANY_ROWS = 128
+# Heuristic: outputs of a block on PyTorch, which fits in the cache of a core.
+OUTPUT_BLOCK = 64
+
+
+def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
+    """Returns `inputs @ kernel.T`, in the order of operands that is fastest.
+
+    Args:
+        inputs: Float tensor `(..., inputs)`.
+        kernel: Tensor `(outputs, inputs)` of the same dtype.
+
+    Returns:
+        Tensor `(..., outputs)` of that dtype.
+
+    Example:
+        >>> matmul_transposed(ops.ones((1, 2, 3)), ops.ones((4, 3))).shape
+        (1, 2, 4)
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if keras.config.backend() == "jax":
+        return _multiply_on_platform()(inputs, kernel)
+    if keras.config.backend() == "torch" and _use_blocks(inputs, kernel):
+        return _multiply_by_blocks(inputs, kernel)
+    return _multiply(inputs, kernel)
+
+
+def _is_few(rows):
+    """Whether there are few rows. A number unknown at an export counts as many."""
+    return isinstance(rows, int) and rows < MANY_ROWS
+
+
+def _use_blocks(inputs, kernel):
+    return (
+        inputs.device.type == "cpu"
+        and inputs.dtype.itemsize == 4
+        and _is_few(math.prod(inputs.shape[:-1]))
+        and len(kernel) % OUTPUT_BLOCK == 0
+    )
+
+
+def _multiply_by_blocks(inputs, kernel):
+    """A batch of products with blocks; MKL's single product of a few rows is slower."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    blocks = kernel.view(-1, OUTPUT_BLOCK, kernel.shape[1]).transpose(1, 2)
+    outputs = (x @ blocks).transpose(0, 1)
+    return outputs.reshape(*inputs.shape[:-1], len(kernel))
+
+
+@functools.cache
+def _multiply_on_platform():
+    """The implementation is chosen at compilation, by the platform of the program."""
+    return jax.jit(
+        lambda *operands: jax.lax.platform_dependent(
+            *operands, cpu=_multiply_on_cpu, default=_multiply
+        )
+    )
+
+
+def _multiply(inputs, kernel):
+    return ops.matmul(inputs, ops.transpose(kernel))
+
+
+def _multiply_on_cpu(inputs, kernel):
+    """Makes the weights the left operand, which XLA on a CPU reads in place.
+
+    XLA packs the right operand first: it is read, written and read again. XLA's
+    matrix-vector kernel does not pack, but it is slow in bfloat16. There two or more
+    rows have a fast kernel, with float32 accumulation.
+    """
+    barrier = jax.lax.optimization_barrier
+    rows = math.prod(inputs.shape[:-1])
+    is_bfloat16 = inputs.dtype == "bfloat16"
+    if not is_bfloat16 and not _is_few(rows):
+        return _multiply(inputs, kernel)
+    x = inputs.reshape(rows, -1)
+    if is_bfloat16 and rows == 1:
+        x = jax.numpy.concatenate([x, x])
+    columns = jax.lax.dot_general(
+        kernel,
+        barrier(x),  # Otherwise XLA recomputes the inputs for each output.
+        (((1,), (1,)), ((), ())),
+        preferred_element_type="float32" if is_bfloat16 else None,
+    )
+    # Without the barrier, XLA swaps the operands to avoid the transposition.
+    outputs = barrier(columns).T[:rows].astype(inputs.dtype)
+    return outputs.reshape(*inputs.shape[:-1], len(kernel))
