@@ -11,8 +11,10 @@
 
 On v4, mesh, micro-batch and rematerialization are those of the recipe, and the step is
 compiled at full depth. For other chips, `choice_search` ranks the choices, and the
-first that fits is compiled with three layers. `keras-openllama pretrain --plan`
-compares a choice with alternatives. Needs the extra `plan`.
+first that fits is compiled with three layers. If half as many chips are faster, each,
+the same choice for twice as many is compiled, too: the ranking ignores that products of
+very many tokens are slower. `keras-openllama pretrain --plan` compares a choice with
+alternatives. Needs the extra `plan`.
 """
 
 import argparse
@@ -36,8 +38,9 @@ from keras_openllama.planning.aot_compile import (
     OutOfDeviceMemoryError,
     topology_devices,
 )
-from keras_openllama.planning.choice_search import ranked_choices
+from keras_openllama.planning.choice_search import on_twice_the_chips, ranked_choices
 from keras_openllama.planning.compilation_cache import CompilationCache
+from keras_openllama.planning.execution_choice import ExecutionChoice
 from keras_openllama.planning.step_estimate import StepEstimator
 from keras_openllama.runs import recipe
 from keras_openllama.utils import plots
@@ -112,8 +115,11 @@ def main():
             v4 = name.startswith("v4")
             if key in plans or (v4 and chips_of(name) not in recipes[preset].planned):
                 continue
-            find = planned if v4 else searched
-            plans[key] = find(preset, SLICES[name])
+            if v4:
+                plans[key] = planned(preset, SLICES[name])
+            else:
+                half = plans.get(f"{preset} {half_of(name)}")
+                plans[key] = searched(preset, SLICES[name], half)
             path.write_text(json.dumps(plans, indent=1) + "\n")
     path.with_suffix(".md").write_text(page(plans))
     draw(plans, path.with_suffix(".png"))
@@ -145,6 +151,12 @@ def chips_of(name):
     return str(math.prod(map(int, shape.split("x"))))
 
 
+def half_of(name):
+    """The name of the slice of the same chips with half as many."""
+    chip, _, size = name.partition("-")
+    return f"{chip}-{int(size) // 2}"
+
+
 def planned(preset, topology):
     """The saved figures of the recipe's plan, or the reason why it does not fit."""
     try:
@@ -159,25 +171,46 @@ def planned(preset, topology):
     return {name: found[name] for name in SAVED}
 
 
-def searched(name, topology):
-    """The saved figures of the best ranked choice, or why there is none."""
+def searched(name, topology, half=None):
+    """The saved figures of the best choice, or why there is none.
+
+    Args:
+        name: the preset.
+        topology: chip type and shape of the slice.
+        half: the plan for half as many chips, if there is one.
+    """
     preset, settings = presets.find(name), recipe.preset_recipe(name)
     chip, devices = topology_devices(topology)
     estimator = StepEstimator(
         preset.config, settings, chip, devices, cache=CompilationCache()
     )
-    choices = ranked_choices(preset, settings, chip, len(devices))
-    for choice in choices[:ATTEMPTS]:
+
+    def figures(choice):
         print(f"{name} on {topology}: {choice} …", file=sys.stderr, flush=True)
         try:
             estimate = estimator.from_one_depth(choice)
         except OutOfDeviceMemoryError as error:
             print(f"  {error}", file=sys.stderr, flush=True)
-            continue
+            return None
         found = planning.plan_figures(preset.config, settings, choice, chip, estimate)
         found |= {"preset": preset.name, "topology": topology}
         return {key: found[key] for key in (*SAVED, "extrapolated_from")}
-    return {"topology": topology, "reason": "does not fit"}
+
+    choices = ranked_choices(preset, settings, chip, len(devices))
+    best = next(filter(None, map(figures, choices[:ATTEMPTS])), None)
+    if half and "reason" not in half and (best is None or slower(best, half)):
+        twice = on_twice_the_chips(ExecutionChoice.of_plan(half))
+        if twice not in (None, best and ExecutionChoice.of_plan(best)):
+            other = figures(twice)
+            if other and (best is None or slower(best, other)):
+                best = other
+    return best or {"topology": topology, "reason": "does not fit"}
+
+
+def slower(plan, other):
+    """Whether a plan is slower than another one, per chip, by more than 0.5 %."""
+    rate = "tokens_per_second_per_chip"
+    return plan[rate] < 0.995 * other[rate]
 
 
 def page(plans, prices=None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from keras_openllama.config import REMATERIALIZATION
 from keras_openllama.planning.cost_model import TpuChip
 from keras_openllama.planning.execution_choice import ExecutionChoice
@@ -60,6 +62,29 @@ def ranked_choices(
             key = seconds, other_mesh, choice.mesh["fsdp"], memory
             ranked.append((*key, str(choice), choice))
     return [choice for *_, choice in sorted(ranked)]
+
+
+def on_twice_the_chips(choice: ExecutionChoice) -> ExecutionChoice | None:
+    """Returns a choice for twice as many chips, each with the same work and memory.
+
+    Args:
+        choice: the choice.
+
+    Returns:
+        The choice with twice the `data` and half the micro-batches, or `None` if their
+        number is odd.
+
+    Example:
+        >>> choice = ExecutionChoice({"data": 1, "fsdp": 32, "model": 1}, "full", 8)
+        >>> str(on_twice_the_chips(choice))
+        'data 2 x fsdp 32, full, 4'
+    """
+    if choice.micro_batches % 2:
+        return None
+    mesh = {**choice.mesh, "data": 2 * choice.mesh["data"]}
+    return dataclasses.replace(
+        choice, mesh=mesh, micro_batches=choice.micro_batches // 2
+    )
 
 
 def _seconds(choice, preset, recipe, chip, chips):

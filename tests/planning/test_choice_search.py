@@ -5,8 +5,10 @@ import math
 import pytest
 
 from keras_openllama import presets
-from keras_openllama.planning.choice_search import ranked_choices
+from keras_openllama.planning.choice_search import on_twice_the_chips, ranked_choices
 from keras_openllama.planning.cost_model import CHIPS
+from keras_openllama.planning.execution_choice import ExecutionChoice
+from keras_openllama.planning.step_formulas import estimate_memory
 from keras_openllama.runs.recipe import preset_recipe
 
 pytestmark = pytest.mark.backend_free
@@ -44,3 +46,17 @@ def test_ranked_choices_cover_the_slice():
     choices = ranked("3b", "v6e", 64)
     assert all(math.prod(choice.mesh.values()) == 64 for choice in choices)
     assert len({str(choice) for choice in choices}) == len(choices) > 10
+
+
+def test_on_twice_the_chips_keeps_the_work_and_the_memory_of_a_chip():
+    choice = ExecutionChoice({"data": 2, "fsdp": 32, "model": 1}, "full", 8)
+    preset, recipe = presets.find("13b"), preset_recipe("13b")
+    twice = on_twice_the_chips(choice)
+    assert twice.mesh == {"data": 4, "fsdp": 32, "model": 1}
+    assert twice.micro_batches == 4 and twice.rematerialize == "full"
+    memory = [
+        estimate_memory(each, preset.config, recipe, preset.parameters)
+        for each in (choice, twice)
+    ]
+    assert memory[0] == memory[1]
+    assert on_twice_the_chips(ExecutionChoice(choice.mesh, "full", 1)) is None
