@@ -329,7 +329,7 @@ def draw(plans, path):
                     axes.fill_between(
                         chips, low, high, color=line.get_color(), alpha=0.15
                     )
-            mfu.set(title=size, ylim=(0, 80))
+            mfu.set(title=size, ylim=(0, 90))
             hours.set(yscale="log", xscale="log", xlabel="chips")
             hours.set_xticks([4, 16, 64, 256], labels=["4", "16", "64", "256"])
             ticks = [5, 10, 20, 50, 100, 200]
