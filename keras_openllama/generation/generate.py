@@ -17,6 +17,10 @@ from keras_openllama.generation.stop_strings import (
     normalize_stop_strings,
 )
 from keras_openllama.generation.token_loop import TokenLoop
+from keras_openllama.generation.token_loop_onnx import (
+    OnnxTokenLoop,
+    uses_onnx_runtime,
+)
 from keras_openllama.text.inputs import (
     Batches,
     ChatPrompts,
@@ -194,11 +198,13 @@ def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:
         model: `OpenLlamaCausalLM`, compiled with a sampler.
 
     Returns:
-        A `TokenLoop` (`TorchTokenLoop` on PyTorch), or a `SearchLoop` for beam and
-        contrastive search.
+        A `SearchLoop` for beam and contrastive search; an `OnnxTokenLoop` for a
+        quantized model on a CPU; otherwise a `TokenLoop` (`TorchTokenLoop` on PyTorch).
 
     Example:
         >>> type(make_token_loop(lm)).__name__
         'TokenLoop'
     """
-    return (SearchLoop if is_search_sampler(model.sampler) else TokenLoop)(model)
+    if is_search_sampler(model.sampler):
+        return SearchLoop(model)
+    return (OnnxTokenLoop if uses_onnx_runtime(model) else TokenLoop)(model)

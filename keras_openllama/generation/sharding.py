@@ -101,6 +101,25 @@ def model_device(backbone: Backbone) -> jax.Device:
     return next(iter(_key_kernel(backbone).devices()))
 
 
+def runs_on_one_cpu(backbone: Backbone) -> bool:
+    """Returns whether the weights are on a CPU, and not distributed.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Example:
+        >>> runs_on_one_cpu(lm.backbone)
+        True
+    """
+    backend, kernel = keras.config.backend(), _key_kernel(backbone)
+    if backend == "jax":
+        is_distributed = state_shardings(backbone)[0] is not None
+        return device_platform(backbone) == "cpu" and not is_distributed
+    if backend == "torch":
+        return kernel.device.type == "cpu"
+    return ":CPU:" in kernel.device
+
+
 def state_shardings(
     backbone: Backbone,
 ) -> tuple[Sharding | None, Sharding | None]:

@@ -34,6 +34,7 @@ from keras_openllama.generation.kv_cache import (
 from keras_openllama.generation.onednn_weights import pack_linear_weights
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.torch_decoder import TorchDecoder
+from keras_openllama.generation.weights_state import WeightsState
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class TorchTokenLoop(TokenLoop):
         self.model = model
         self._graphs = {}  # By batch size.
         self._packed = {}  # By id of the weight.
-        self._weights = []
+        self._weights = WeightsState(model)
         self._free_decoders = []  # The last ones are the most recent ones.
 
     # Without inference mode: its tensors could not be modified by later calls outside.
@@ -213,11 +214,9 @@ class TorchTokenLoop(TokenLoop):
 
     def _drop_stale_graphs(self):
         """Drops the graphs if LoRA, quantization or training changed the weights."""
-        weights = [(id(w), w.value._version) for w in self.model.weights]
-        if weights != self._weights:
+        if self._weights.update():
             self._graphs.clear()
             self._packed.clear()
-            self._weights = weights
 
     def _logits(self, tokens, positions, final_lengths, bias, cache):
         hidden, _ = run_layers(
