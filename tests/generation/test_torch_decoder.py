@@ -16,6 +16,7 @@ import tiny_models
 import torch
 
 from keras_openllama.backend.keras_private import kernel_variable
+from keras_openllama.generation import generate as generation
 from keras_openllama.generation import token_loop_torch
 from keras_openllama.generation.torch_decoder import TorchDecoder
 from keras_openllama.generation.torch_network import weights_key
@@ -26,6 +27,7 @@ STOP_IDS = [5, 7, 9, 11, 13]
 @pytest.fixture(autouse=True)
 def decode_as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(token_loop_torch, "DECODING", {"cpu": "captured"})
+    monkeypatch.setattr(generation, "uses_onnx_runtime", lambda model: False)
 
 
 def generate(lm, lengths=(3, 12, 7), new=30, stop_token_ids=STOP_IDS):
@@ -157,11 +159,11 @@ def test_generations_in_progress_have_their_own_decoders():
     both = [loop.generate([ids], [12], [], stride=2) for ids in prompts]
     found = [[], []]
     for _ in range(6):
-        for tokens, generation in zip(found, both, strict=True):
-            [new] = next(generation)
+        for tokens, steps in zip(found, both, strict=True):
+            [new] = next(steps)
             tokens += new
     assert found == expected
-    del both, generation
+    del both, steps
     gc.collect()
     assert len(loop._free_decoders) == 2
 
