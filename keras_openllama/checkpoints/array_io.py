@@ -45,7 +45,11 @@ def contiguous(array: NDArray) -> NDArray:
 
 
 def write_array(
-    file: BinaryIO, array: NDArray, shape: tuple[int, ...], dtype: str
+    file: BinaryIO,
+    array: NDArray,
+    shape: tuple[int, ...],
+    dtype: str,
+    remedy: str | None = None,
 ) -> None:
     """Writes the elements of an array in C order.
 
@@ -54,6 +58,7 @@ def write_array(
         array: Array of floats. A few MB of it are copied at a time.
         shape: The shape that the header of the file declares for it.
         dtype: Name of the dtype to write.
+        remedy: See `cast`.
 
     Raises:
         ValueError: If the array has another shape, or a value exceeds the range of the
@@ -75,7 +80,7 @@ def write_array(
         # been released, and would be read again and stay in memory. Transposed before
         # the cast, since a strided cast is slow.
         rows = rows.copy() if rows.flags.c_contiguous else contiguous(rows)
-        file.write(_as_bytes(cast(rows, numpy_dtype(dtype))))
+        file.write(_as_bytes(cast(rows, numpy_dtype(dtype), remedy)))
 
 
 def row_blocks(array: NDArray) -> list[slice]:
@@ -96,12 +101,14 @@ def row_blocks(array: NDArray) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(array), rows)]
 
 
-def cast(array: NDArray, dtype: DTypeLike) -> NDArray:
+def cast(array: NDArray, dtype: DTypeLike, remedy: str | None = None) -> NDArray:
     """Casts an array, and raises an error if a value overflows.
 
     Args:
         array: Array of floats.
         dtype: A floating-point dtype.
+        remedy: What to do if a value overflows, for the error message. `None` names
+            the other dtypes.
 
     Returns:
         Array of the same shape; the array itself if it has the dtype already.
@@ -125,8 +132,8 @@ def cast(array: NDArray, dtype: DTypeLike) -> NDArray:
         largest = float(ml_dtypes.finfo(dtype).max)
         others = [f"dtype='{other}'" for other in FLOATS if other != name]
         raise ValueError(
-            f"it has values beyond {name}'s range of ±{largest:.6g}; use "
-            f"{' or '.join(others)}"
+            f"it has values beyond {name}'s range of ±{largest:.6g}; "
+            f"{remedy or 'use ' + ' or '.join(others)}"
         )
     return result
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from keras_openllama.checkpoints import weight_names
-from keras_openllama.checkpoints.array_io import contiguous
 from keras_openllama.checkpoints.files import msgpack, msgpack_writer
 from keras_openllama.checkpoints.formats import EASYLM_CONTENTS
 from keras_openllama.checkpoints.matching import match_tensors
 from keras_openllama.checkpoints.outputs import OutputFile
+from keras_openllama.checkpoints.rotary_order import (
+    half_split_to_interleaved,
+    interleaved_to_half_split,
+)
 from keras_openllama.checkpoints.tensors import RearrangedTensor
 
 if TYPE_CHECKING:
@@ -120,53 +121,6 @@ def _from_easylm(row, stored, head_dim):
 
 def _to_easylm(row, array, head_dim):
     """Returns a weight in EasyLM's layout; a matrix as a transposed view."""
-    if row.easylm_layout == weight_names.ROTARY:
+    if row.is_rotary:
         array = half_split_to_interleaved(array, head_dim)
     return array if row.easylm_layout == weight_names.SAME else array.T
-
-
-def interleaved_to_half_split(kernel: NDArray, head_dim: int) -> NDArray:
-    """Reorders the rows of each head from interleaved to half-split rotary pairs.
-
-    Interleaved rows are `[x0, y0, x1, y1, …]`, where `(xi, yi)` is a rotary pair.
-    Half-split rows are `[x0, x1, …, y0, y1, …]`.
-
-    Args:
-        kernel: Kernel of queries or keys in EasyLM's order, of shape
-            `(num_heads * head_dim, inputs)`.
-        head_dim: Size of a head. Must be even.
-
-    Returns:
-        Array of the same shape in the order of the Keras variables.
-
-    Example:
-        >>> import numpy as np
-        >>> interleaved_to_half_split(np.arange(6)[:, None], head_dim=6)[:, 0].tolist()
-        [0, 2, 4, 1, 3, 5]
-    """
-    outputs, inputs = kernel.shape
-    pairs = contiguous(kernel).reshape(-1, head_dim // 2, 2, inputs)
-    return pairs.swapaxes(1, 2).reshape(outputs, inputs)
-
-
-def half_split_to_interleaved(kernel: NDArray, head_dim: int) -> NDArray:
-    """Reorders the rows of each head from half-split to interleaved rotary pairs.
-
-    This is the inverse of `interleaved_to_half_split`.
-
-    Args:
-        kernel: Kernel of queries or keys in the order of the Keras variables, of shape
-            `(num_heads * head_dim, inputs)`.
-        head_dim: Size of a head. Must be even.
-
-    Returns:
-        Array of the same shape in EasyLM's order.
-
-    Example:
-        >>> import numpy as np
-        >>> half_split_to_interleaved(np.arange(6)[:, None], head_dim=6)[:, 0].tolist()
-        [0, 3, 1, 4, 2, 5]
-    """
-    outputs, inputs = kernel.shape
-    halves = contiguous(kernel).reshape(-1, 2, head_dim // 2, inputs)
-    return halves.swapaxes(1, 2).reshape(outputs, inputs)

@@ -16,6 +16,7 @@ def match_tensors(
     tensors: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[str, tuple[int, ...]]],
     where: Any,
+    config: str = "config.json (or the preset, and any argument that overrides it)",
 ) -> dict[str, StoredTensor]:
     """Matches the tensors of a checkpoint with the weights of a model.
 
@@ -24,6 +25,7 @@ def match_tensors(
         expected: For each variable path, the name and the shape that the tensor has in
             the checkpoint.
         where: Names the checkpoint in the error message.
+        config: Names what the expected shapes follow from, for the error message.
 
     Returns:
         The tensors by variable path, in the order of `expected`.
@@ -60,8 +62,7 @@ def match_tensors(
         remedy = ", and that the file is complete" if may_be_truncated else ""
         raise ValueError(
             f"The weights in {where} do not match this model. {'; '.join(found)}. "
-            "Check that config.json (or the preset, and any argument that overrides "
-            f"it) belongs to the weights{remedy}."
+            f"Check that {config} belongs to the weights{remedy}."
         )
     return matched
 

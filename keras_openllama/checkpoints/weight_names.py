@@ -23,6 +23,7 @@ class WeightSpec:
         path: Path of the Keras variable.
         transformers: Its name in a transformers checkpoint.
         easylm: Its name in an EasyLM checkpoint, the nested keys joined by `/`.
+        gguf: Its name in a GGUF file.
         axes: Its shape in Keras and transformers, as keys of `axis_sizes`.
         easylm_layout: `SAME`, `TRANSPOSED` or `ROTARY`.
     """
@@ -30,8 +31,14 @@ class WeightSpec:
     path: str
     transformers: str
     easylm: str
+    gguf: str
     axes: tuple[str, ...]
     easylm_layout: str = SAME
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether rotary embedding rotates its outputs, see `rotary_order`."""
+        return self.easylm_layout == ROTARY
 
     def in_layer(self, index: int | str) -> "WeightSpec":
         """Returns the weight of one decoder layer, with the index in its names."""
@@ -40,6 +47,7 @@ class WeightSpec:
             path=self.path.format(i=index),
             transformers=self.transformers.format(i=index),
             easylm=self.easylm.format(i=index),
+            gguf=self.gguf.format(i=index),
         )
 
     def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -52,11 +60,12 @@ class WeightSpec:
         return tuple(sizes[axis] for axis in self.axes)
 
 
-def _in_each_layer(path, transformers, easylm, *more):
+def _in_each_layer(path, transformers, easylm, gguf, *more):
     return WeightSpec(
         "transformer_layer_{i}/" + path,
         "model.layers.{i}." + transformers,
         "transformer/h/{i}/" + easylm,
+        "blk.{i}." + gguf,
         *more,
     )
 
@@ -65,6 +74,7 @@ EMBEDDING = WeightSpec(
     "token_embedding/embeddings",
     "model.embed_tokens.weight",
     "transformer/wte/embedding",
+    "token_embd.weight",
     ("vocabulary", "hidden"),
 )
 LAYER = (
@@ -72,12 +82,14 @@ LAYER = (
         "self_attention_norm/scale",
         "input_layernorm.weight",
         "attention_norm/kernel",
+        "attn_norm.weight",
         ("hidden",),
     ),
     _in_each_layer(
         "self_attention/query/kernel",
         "self_attn.q_proj.weight",
         "attention/wq/kernel",
+        "attn_q.weight",
         ("query", "hidden"),
         ROTARY,
     ),
@@ -85,6 +97,7 @@ LAYER = (
         "self_attention/key/kernel",
         "self_attn.k_proj.weight",
         "attention/wk/kernel",
+        "attn_k.weight",
         ("key_value", "hidden"),
         ROTARY,
     ),
@@ -92,6 +105,7 @@ LAYER = (
         "self_attention/value/kernel",
         "self_attn.v_proj.weight",
         "attention/wv/kernel",
+        "attn_v.weight",
         ("key_value", "hidden"),
         TRANSPOSED,
     ),
@@ -99,6 +113,7 @@ LAYER = (
         "self_attention/output/kernel",
         "self_attn.o_proj.weight",
         "attention/wo/kernel",
+        "attn_output.weight",
         ("hidden", "query"),
         TRANSPOSED,
     ),
@@ -106,12 +121,14 @@ LAYER = (
         "feedforward_norm/scale",
         "post_attention_layernorm.weight",
         "ffn_norm/kernel",
+        "ffn_norm.weight",
         ("hidden",),
     ),
     _in_each_layer(
         "feedforward/gate/kernel",
         "mlp.gate_proj.weight",
         "feed_forward/w1/kernel",
+        "ffn_gate.weight",
         ("intermediate", "hidden"),
         TRANSPOSED,
     ),
@@ -119,6 +136,7 @@ LAYER = (
         "feedforward/up/kernel",
         "mlp.up_proj.weight",
         "feed_forward/w3/kernel",
+        "ffn_up.weight",
         ("intermediate", "hidden"),
         TRANSPOSED,
     ),
@@ -126,6 +144,7 @@ LAYER = (
         "feedforward/down/kernel",
         "mlp.down_proj.weight",
         "feed_forward/w2/kernel",
+        "ffn_down.weight",
         ("hidden", "intermediate"),
         TRANSPOSED,
     ),
@@ -137,10 +156,19 @@ PROJECTION_MODULES = {
     if row.path.endswith("/kernel")
 }
 FINAL_NORM = WeightSpec(
-    "final_norm/scale", "model.norm.weight", "transformer/ln_f/kernel", ("hidden",)
+    "final_norm/scale",
+    "model.norm.weight",
+    "transformer/ln_f/kernel",
+    "output_norm.weight",
+    ("hidden",),
 )
 HEAD = WeightSpec(
-    "lm_head/kernel", "lm_head.weight", "lm_head/kernel", EMBEDDING.axes, TRANSPOSED
+    "lm_head/kernel",
+    "lm_head.weight",
+    "lm_head/kernel",
+    "output.weight",
+    EMBEDDING.axes,
+    TRANSPOSED,
 )
 
 

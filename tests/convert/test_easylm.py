@@ -10,7 +10,7 @@ from easylm_files import write_stream
 from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
-from keras_openllama.checkpoints.easylm import (
+from keras_openllama.checkpoints.rotary_order import (
     half_split_to_interleaved,
     interleaved_to_half_split,
 )
