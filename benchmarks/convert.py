@@ -28,8 +28,8 @@ import numpy as np
 import random_llama  # benchmarks/random_llama.py
 
 from keras_openllama import presets
-from keras_openllama.checkpoints.formats import FORMATS
 
+FORMATS = ("transformers", "easylm", "keras")  # Those that contain one dtype.
 GOAL_TIME, GOAL_MEMORY = 2.5, 2.5e9
 DTYPE = "float16"
 

@@ -184,5 +184,6 @@ def unknown_preset_error(name: str, argument: str = "preset") -> ValueError:
         )
     return ValueError(
         f"`{argument}` must be one of {', '.join(registry())}, the path of a "
-        f"directory, or 'hf://user/repo'.{hint} Received: {argument}={name!r}"
+        f"directory or GGUF file, or 'hf://user/repo'.{hint} Received: "
+        f"{argument}={name!r}"
     )

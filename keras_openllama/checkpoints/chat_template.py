@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from keras_openllama.text.jinja_template import ChatTemplateError, JinjaTemplate
@@ -41,14 +42,31 @@ def read_chat_template(repository: Repository) -> str | None:
         template = template or other
     if path := repository.optional(TEMPLATE_FILE):
         template = decode_text(path.read_bytes(), path)
+    return usable_template(template, config, repository)
+
+
+def usable_template(
+    template: str | None, tokens: Mapping[str, Any], where: Any
+) -> str | None:
+    """Returns a template that does not depend on other files.
+
+    Args:
+        template: A template in Jinja, if there is one.
+        tokens: The texts of `bos_token` and `eos_token`.
+        where: Names the model in a warning.
+
+    Returns:
+        The template, in which start and end tokens other than `<s>` and `</s>` are set
+        at the beginning. `None`, with a warning, if it is not valid.
+    """
     if not template:
         return None
     try:
         JinjaTemplate(template)
     except ChatTemplateError as error:
-        warnings.warn(f"{repository}: {error}. It is ignored.", stacklevel=2)
+        warnings.warn(f"{where}: {error}. It is ignored.", stacklevel=2)
         return None
-    return _token_settings(config, template) + template
+    return _token_settings(tokens, template) + template
 
 
 def default_template(templates: Any) -> str | None:
@@ -73,6 +91,24 @@ def default_template(templates: Any) -> str | None:
     if isinstance(templates, dict):
         templates = templates.get("default")
     return templates if isinstance(templates, str) else None
+
+
+def exported_template(preprocessing: Mapping[str, Any]) -> str | None:
+    """Returns the chat template of a preprocessor in Jinja.
+
+    Args:
+        preprocessing: Settings of the preprocessor, see `PREPROCESSOR_SETTINGS`.
+
+    Returns:
+        The template, or `None` if there is none.
+    """
+    template = preprocessing.get("chat_template")
+    if template is None:
+        return None
+    add_tokens = (
+        preprocessing.get(name, True) for name in ("add_start_token", "add_end_token")
+    )
+    return as_jinja(template, *add_tokens)
 
 
 def as_jinja(

@@ -9,11 +9,13 @@ they compare both tokenizers on texts that consist of the model's own pieces and
 added tokens, and raise an error if these differ.
 """
 
+from __future__ import annotations
+
 import json
 import random
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.text.added_tokens import (
     AddedToken,
@@ -21,6 +23,9 @@ from keras_openllama.text.added_tokens import (
     undefined_token,
 )
 from keras_openllama.text.vocabulary import PREPEND_SCHEMES, Vocabulary
+
+if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # Piece types of SentencePiece.
 _BPE = 2  # SentencePiece's enum value of the model type.
@@ -67,7 +72,9 @@ def build_tokenizer_json(
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
-    reason = _unsupported_feature(model)
+    reason = unsupported_feature(model)
+    if reason is None and _has_other_pieces(model):
+        reason = "it has user-defined or unused pieces"
     if reason:
         raise _conversion_error(reason)
     tokenizer = _tokenizer(model, prepend_scheme)
@@ -225,10 +232,16 @@ def _conversion_error(reason):
     )
 
 
-def _unsupported_feature(model):
-    """Returns why the library cannot represent a model, or `None` if it can."""
+def unsupported_feature(model: ModelProto) -> str | None:
+    """Returns why only SentencePiece itself can apply a model, or `None`.
+
+    Args:
+        model: A parsed SentencePiece model.
+
+    Returns:
+        A clause such as `"it is not a BPE model"`.
+    """
     normalizer, trainer = model.normalizer_spec, model.trainer_spec
-    kinds = {piece.type for piece in model.pieces}
     bytes_found = sum(piece.type == _BYTE for piece in model.pieces)
     unsupported = {
         "it is not a BPE model": trainer.model_type != _BPE,
@@ -237,12 +250,16 @@ def _unsupported_feature(model):
         ),
         "it does not escape spaces": not normalizer.escape_whitespaces,
         "it writes spaces after words": trainer.treat_whitespace_as_suffix,
-        "it has user-defined or unused pieces": not kinds
-        <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE},
-        # SentencePiece decodes an unknown character as " ⁇ ", the library as nothing.
+        # SentencePiece decodes an unknown character as " ⁇ ", other libraries as
+        # nothing.
         "it does not fall back to bytes for unknown characters": bytes_found != 256,
     }
     return next((reason for reason, applies in unsupported.items() if applies), None)
+
+
+def _has_other_pieces(model):
+    kinds = {piece.type for piece in model.pieces}
+    return not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}
 
 
 def _tokenizer(model, prepend_scheme):

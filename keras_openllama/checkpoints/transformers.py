@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_openllama import __version__
 from keras_openllama.checkpoints import tokenizer_json, weight_names
-from keras_openllama.checkpoints.chat_template import TEMPLATE_FILE, as_jinja
+from keras_openllama.checkpoints.chat_template import TEMPLATE_FILE, exported_template
 from keras_openllama.checkpoints.end_tokens import GENERATION_CONFIG, id_or_list
 from keras_openllama.checkpoints.files import safetensors
 from keras_openllama.checkpoints.matching import (
@@ -394,17 +394,6 @@ class _Tokenizer:
         }
 
 
-def _chat_template(preprocessing):
-    """The chat template in Jinja, or `None`."""
-    template = preprocessing.get("chat_template")
-    if template is None:
-        return None
-    add_tokens = (
-        preprocessing.get(name, True) for name in ("add_start_token", "add_end_token")
-    )
-    return as_jinja(template, *add_tokens)
-
-
 def _tokenizer_files(tokenizer, contents):
     tokens = {**tokenizer.tokens, "pad_token": tokenizer.tokens["unk_token"]}
     # Only an added token: it would not be found within a text any more if it were one
@@ -428,7 +417,7 @@ def _tokenizer_files(tokenizer, contents):
             for i, token in sorted(added.items())
         },
     }
-    chat_template = _chat_template(contents.preprocessing)
+    chat_template = exported_template(contents.preprocessing)
     if chat_template is not None:
         # Versions of transformers before 4.52 read it here only.
         config["chat_template"] = chat_template

@@ -19,6 +19,7 @@ from keras_openllama.checkpoints.formats import (
     DTYPES,
     EASYLM_CONTENTS,
     FORMATS,
+    GGUF_QUANTIZATIONS,
     MAX_SHARD_SIZE,
 )
 from keras_openllama.checkpoints.model_files import foreign_content
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_K_QUANTS = (
+    " K-quants such as q4_k_m are read, but not written: write f16, and quantize the "
+    "file with `llama-quantize` of llama.cpp."
+)
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,10 +48,12 @@ class ExportConfig:
     The constructor validates them, except for the target: see `check_target`.
 
     Attributes:
-        target: Path of the directory to write; for EasyLM, of the file.
+        target: Path of the directory to write; for EasyLM and GGUF, of the file.
         to: The format, one of `formats.FORMATS`.
         dtype: The dtype of the weights, one of `formats.DTYPES`. `None` is the dtype of
-            the model's tensors.
+            the model's tensors. GGUF has types instead, see `quantization`.
+        quantization: The type of the weights in GGUF, one of
+            `formats.GGUF_QUANTIZATIONS`. `None` is `"f16"`.
         max_shard_size: Largest size of a file of weights in the transformers format,
             in bytes or as a string such as `"5GB"`. `None` is 5 GB.
         content: The kind of EasyLM checkpoint, one of `formats.EASYLM_CONTENTS`. `None`
@@ -66,6 +73,7 @@ class ExportConfig:
     target: Path
     to: str
     dtype: str | None = None
+    quantization: str | None = None
     max_shard_size: str | int | None = None
     content: str | None = None
     tokenizer: bool = True
@@ -75,22 +83,30 @@ class ExportConfig:
         for name, value, known in (
             ("to", self.to, FORMATS),
             ("dtype", self.dtype, (*DTYPES, None)),
+            ("quantization", self.quantization, (*GGUF_QUANTIZATIONS, None)),
             ("content", self.content, (*EASYLM_CONTENTS, None)),
         ):
             if value not in known:
                 names = ", ".join(k for k in known if k)
                 raise ValueError(
-                    f"`{name}` must be one of {names}. Received: {name}={value!r}"
+                    f"`{name}` must be one of {names}. Received: {name}={value!r}."
+                    + (_K_QUANTS if name == "quantization" else "")
                 )
         for name, value, to in (
             ("max_shard_size", self.max_shard_size, "transformers"),
             ("content", self.content, "easylm"),
+            ("quantization", self.quantization, "gguf"),
         ):
             if value is not None and self.to != to:
                 raise ValueError(
                     f"`{name}` applies to the format {to} only. Received: "
                     f"{name}={value!r}, to={self.to!r}"
                 )
+        if self.to == "gguf" and self.dtype is not None:
+            raise ValueError(
+                "The type of weights in GGUF is `quantization`, such as 'f16', and not "
+                f"`dtype`. Received: dtype={self.dtype!r}, to='gguf'"
+            )
         _ = self.max_shard_bytes  # Raises an error if the size is invalid.
         object.__setattr__(self, "target", Path(self.target))
 
@@ -101,7 +117,7 @@ class ExportConfig:
     @property
     def single_file(self) -> bool:
         """Whether the target is a file rather than a directory."""
-        return self.to == "easylm"
+        return self.to in ("easylm", "gguf")
 
     @property
     def max_shard_bytes(self) -> int:
@@ -143,14 +159,20 @@ def write_model(
 
 
 def _plan(contents, config, build_empty_task):
+    if not config.tokenizer:
+        contents = dataclasses.replace(contents, tokenizer=None)
+    if config.to == "gguf":
+        from keras_openllama.checkpoints import gguf_model  # It takes half a second.
+
+        return gguf_model.output_files(
+            contents, config.quantization or "f16", config.target.stem
+        )
     dtype = config.dtype or contents.dtype()
     if dtype not in DTYPES:
         raise ValueError(
             f"The tensors have the dtype {dtype}, which cannot be exported: set "
             f"`dtype` to one of {', '.join(DTYPES)}."
         )
-    if not config.tokenizer:
-        contents = dataclasses.replace(contents, tokenizer=None)
     if config.to == "transformers":
         return transformers.output_files(contents, dtype, config.max_shard_bytes)
     if config.to == "easylm":

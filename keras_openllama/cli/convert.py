@@ -13,6 +13,7 @@ from keras_openllama.checkpoints.formats import (
     DTYPES,
     EASYLM_CONTENTS,
     FORMATS,
+    GGUF_QUANTIZATIONS,
     MAX_SHARD_SIZE,
 )
 from keras_openllama.cli.command import CommandParser, command
@@ -28,20 +29,25 @@ tensors at a time, whatever the size of the model. DEST is created atomically: i
 appears when it is complete.
 
 SOURCE is a preset's name, hf://user/repo, a directory in the format of transformers or
-KerasHub, a run that trains all weights or one of its checkpoints, or a file of EasyLM,
-whose architecture and tokenizer come from --preset. Formats:
+KerasHub, a run that trains all weights or one of its checkpoints, a GGUF file (also
+hf://user/repo/file.gguf), or a file of EasyLM, whose architecture and tokenizer come
+from --preset. Formats:
   transformers   a directory: safetensors, configuration, tokenizer, model card
   easylm         a file: a stream of parameters as EasyLM loads it
   keras          a directory, as `save_to_preset` writes it
+  gguf           a file of llama.cpp, in the type of --quantization
 """
 
 EXAMPLES = """\
 examples:
-  Convert a model that you fine-tuned in Keras for transformers, vLLM or llama.cpp:
+  Convert a model that you fine-tuned in Keras for transformers or vLLM:
     %(prog)s my_finetuned_model my_model_hf --to transformers
 
   List the files and sizes without writing them:
     %(prog)s my_finetuned_model my_model_hf --to transformers --dry-run
+
+  Convert a model for llama.cpp, with weights of 8 bits:
+    %(prog)s open_llama_3b_v2 3b_v2.gguf --to gguf --quantization q8_0
 
   Convert a published model for EasyLM, which loads it as params::3b_v2.msgpack:
     %(prog)s open_llama_3b_v2 3b_v2.msgpack --to easylm --dtype bfloat16
@@ -68,7 +74,12 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype of the written weights (default: that of SOURCE)",
+        help="dtype of the written weights (default: that of SOURCE); not for gguf",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=GGUF_QUANTIZATIONS,
+        help="for gguf: type of the written weights (default: f16)",
     )
     parser.add_argument(
         "--preset",
@@ -138,6 +149,7 @@ def main(arguments: list[str], prog: str) -> int | None:
             preset=options.preset,
             revision=options.revision,
             dtype=options.dtype,
+            quantization=options.quantization,
             max_shard_size=options.max_shard_size,
             content=options.content,
             tokenizer=not options.no_tokenizer,

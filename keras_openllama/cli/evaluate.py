@@ -100,7 +100,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--preset",
         help="a preset such as 7b_v2 or nano, a directory, a run that trains all "
-        "weights or one of its checkpoints, or hf://user/repo",
+        "weights or one of its checkpoints, a GGUF file, hf://user/repo or "
+        "hf://user/repo/file.gguf",
     )
     group.add_argument(
         "--revision",

@@ -24,6 +24,7 @@ from keras_openllama.cli.training_options import (
     print_on_process_0,
     run_training,
 )
+from keras_openllama.utils.file_types import GGUF_SUFFIX
 
 if TYPE_CHECKING:
     from keras_openllama.runs.finetune_config import FinetuneConfig
@@ -47,6 +48,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     config = make_config(options)
     if options.output is None:
         name = Path(config.preset).name.removeprefix("open_llama_")
+        name = name.removesuffix(GGUF_SUFFIX)
         options.output = f"runs/{name}-finetuned"
     return run_training(prog, options, lambda: finetune(config, options))
 

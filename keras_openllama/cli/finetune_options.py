@@ -83,8 +83,8 @@ def parse_arguments(
     parser = CommandParser(prog, description=DESCRIPTION)
     parser.add_argument(
         "--preset",
-        help="the model to fine-tune: a preset such as 7b_v2 or nano, a directory, or "
-        "hf://user/repo",
+        help="the model to fine-tune: a preset such as 7b_v2 or nano, a directory, a "
+        "GGUF file, hf://user/repo or hf://user/repo/file.gguf",
     )
     parser.add_argument(
         "--output",

@@ -72,7 +72,8 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--preset",
         default=DEFAULT_PRESET,
         help="a name that `presets` lists, a directory, a run that trains all weights, "
-        "or hf://user/repo (default: %(default)s)",
+        "a GGUF file, hf://user/repo or hf://user/repo/file.gguf (default: "
+        "%(default)s)",
     )
     model.add_argument(
         "--revision",

@@ -24,7 +24,8 @@ examples:
   %(prog)s ls tasks
 
 arguments of the model (--model_args):
-  preset=…      a preset, a directory, a training run, or hf://user/repo
+  preset=…      a preset, a directory, a training run, a GGUF file, hf://user/repo, or
+                hf://user/repo/file.gguf
   dtype=…       float32 (default) or bfloat16
   revision=…    branch, tag or commit on the Hugging Face Hub
   adapters=…    LoRA adapters to load

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_openllama import presets
+from keras_openllama.utils.file_types import GGUF_SUFFIX, is_gguf_file
 from keras_openllama.utils.files import is_remote
 
 
@@ -67,22 +68,25 @@ def require_directory(flag: str, path: str) -> None:
 
 
 def require_preset(flag: str, name: str) -> None:
-    """Raises an error if a model is neither a preset, a directory, nor on the Hub.
+    """Raises an error if a model is no preset, directory or file, nor on the Hub.
 
     Args:
         flag: The flag, for the error message.
-        name: The name, the path, or `hf://user/repo`.
+        name: The name, the path of a directory or GGUF file, or `hf://user/repo`.
 
     Raises:
-        ValueError: If there is no such preset and no such directory.
+        ValueError: If there is no such preset, directory or GGUF file.
 
     Example:
         >>> require_preset("--preset", "nano")
     """
-    if not (
-        presets.find(name) or name.startswith("hf://") or (name and os.path.isdir(name))
-    ):
-        raise presets.unknown_preset_error(name)
+    if presets.find(name) or name.startswith("hf://"):
+        return
+    if name and (os.path.isdir(name) or is_gguf_file(name)):
+        return
+    if name.endswith(GGUF_SUFFIX):
+        require_file(flag, name)
+    raise presets.unknown_preset_error(name)
 
 
 def require_output_directory(flag: str, path: str) -> None:

@@ -16,6 +16,7 @@ from keras_openllama.convert.empty_task import build_empty_task
 from keras_openllama.convert.source_contents import contents_of_source
 from keras_openllama.loading import load
 from keras_openllama.loading.sources import EasyLMSource
+from keras_openllama.utils.file_types import is_gguf_file
 from keras_openllama.utils.types import PathLike
 
 __all__ = ["convert", "easylm"]
@@ -34,16 +35,17 @@ def convert(
     """Converts a model to another format, with only a few tensors in memory at a time.
 
     Args:
-        source: A preset of `OpenLlamaCausalLM.from_preset`, or the path of an EasyLM
-            file. A repository on the Hub is downloaded first.
-        target: Path of the directory to write; for EasyLM, of the file.
-        to: The target format: `"transformers"`, `"easylm"` or `"keras"`.
+        source: A preset of `OpenLlamaCausalLM.from_preset`, such as the path of a GGUF
+            file, or the path of an EasyLM file. A repository on the Hub is downloaded
+            first.
+        target: Path of the directory to write; for EasyLM and GGUF, of the file.
+        to: The target format: `"transformers"`, `"easylm"`, `"keras"` or `"gguf"`.
         preset: Source of architecture and tokenizer for an EasyLM file: a name, a
             directory or `"hf://user/repo"`.
         revision: Branch, tag or commit of a repository on the Hub.
         dry_run: Whether to only return the list of files, and write nothing.
-        **options: `dtype`, `max_shard_size`, `content`, `tokenizer` and `force`, see
-            `checkpoints.writer.ExportConfig`.
+        **options: `dtype`, `quantization`, `max_shard_size`, `content`, `tokenizer` and
+            `force`, see `checkpoints.writer.ExportConfig`.
 
     Returns:
         The files that were (or would be) written.
@@ -65,11 +67,12 @@ def convert(
     config = ExportConfig(target, to, **options)
     config.check_target()
     known = presets.find(str(source))  # A preset takes precedence over a file.
-    easylm_file = Path(source) if not known and Path(source).is_file() else None
+    is_easylm = not known and Path(source).is_file() and not is_gguf_file(source)
+    easylm_file = Path(source) if is_easylm else None
     if easylm_file is None and preset is not None:
         raise ValueError(
-            "`preset` applies only to EasyLM files, and there is no file "
-            f"{str(source)!r}. Received: preset={preset!r}"
+            f"`preset` applies only to EasyLM files, and {str(source)!r} is none. "
+            f"Received: preset={preset!r}"
         )
     if easylm_file is not None and preset is None:
         raise ValueError(
@@ -85,7 +88,7 @@ def convert(
     )
     contents = contents_of_source(
         EasyLMSource(easylm_file, model) if easylm_file else model,
-        tokenizer=config.tokenizer and not config.single_file,
+        tokenizer=config.tokenizer and config.to != "easylm",
         origin=load.describe_origin(source, revision, easylm_file is not None),
         paths=[
             path

@@ -71,7 +71,9 @@ _REFUSED = {
     "load_in_8bit": _Refusal((False,), _FLOAT),
     "load_in_4bit": _Refusal((False,), _FLOAT),
     "quantization_config": _Refusal((), _FLOAT),
-    "gguf_file": _Refusal((), "Load the model in the format of transformers instead."),
+    "gguf_file": _Refusal(
+        (), "Pass the file as the preset: its path, or hf://user/repo/file.gguf."
+    ),
     "think_end_token": _Refusal((), _REASONING),
     "enable_thinking": _Refusal((False,), _REASONING),
     "chat_template_args": _Refusal(

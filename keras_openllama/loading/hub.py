@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 from keras_openllama.checkpoints.repository import LocalRepository, Repository
+from keras_openllama.utils.file_types import GGUF_SUFFIX
 from keras_openllama.utils.types import PathLike
 
 HUB_PREFIX = "hf://"
@@ -47,6 +48,27 @@ def open_repository(path: PathLike, revision: str | None = None) -> Repository:
             f"{str(path)!r} is not one. Received: revision={revision!r}"
         )
     return LocalRepository(path)
+
+
+def split_file_handle(name: str) -> tuple[str | None, str]:
+    """Splits the handle of a GGUF file on the Hub into repository and file.
+
+    Args:
+        name: What a user passes as a preset.
+
+    Returns:
+        The handle of the repository, and the path of the file inside it. `(None, name)`
+        if `name` is not such a handle.
+
+    Example:
+        >>> split_file_handle("hf://user/repo/model-Q8_0.gguf")
+        ('hf://user/repo', 'model-Q8_0.gguf')
+    """
+    parts = name.removeprefix(HUB_PREFIX).split("/", 2)
+    is_file = name.startswith(HUB_PREFIX) and name.endswith(GGUF_SUFFIX)
+    if not is_file or len(parts) < 3:
+        return None, name
+    return HUB_PREFIX + "/".join(parts[:2]), parts[2]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_openllama import presets
+from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.training_run import TrainingRun, is_run
 from keras_openllama.loading import hub, sources
 from keras_openllama.loading.keras_hub_source import KerasHubSource, is_tokenizer
+from keras_openllama.utils.file_types import GGUF_SUFFIX, is_gguf_file
 from keras_openllama.utils.files import read_json_object
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ def load_backbone(
     Args:
         cls: The class of the backbone.
         preset: Name of a preset; path of a directory in KerasHub's or transformers'
-            format, of a training run or of one of its checkpoints; or
-            `"hf://user/repo"`.
+            format, of a training run or of one of its checkpoints; path of a GGUF file;
+            `"hf://user/repo"`, or `"hf://user/repo/file.gguf"`.
         load_weights: Whether to load the weights. Otherwise they are initialized at
             random.
         dtype: Dtype or dtype policy. `None` is Keras's global policy.
@@ -218,7 +220,7 @@ def describe_origin(
         ('open_llama_3b_v2', 'the directory out')
     """
     name = str(source)
-    if is_file:
+    if is_file or (not presets.find(name) and is_gguf_file(name)):
         return f"the file {Path(name).name}"
     # open_llama_3b_v3 has the weights of open_llama_3b_v2, which is listed first.
     by_handle = [
@@ -269,6 +271,8 @@ def find_source(
     known = presets.find(name)
     handle = known.weights["transformers"] if known else name
     on_hub = handle.startswith(hub.HUB_PREFIX)
+    if not known and (found := _find_gguf(name, revision)):
+        return found
     if known:
         _warn_once(known.name)
         path = handle if on_hub else presets.folder() / handle
@@ -281,6 +285,13 @@ def find_source(
             return KerasHubSource(repository, build_empty_task)
         if not on_hub and is_run(name):
             return sources.TrainingRunSource(TrainingRun.open(name))
+        files = [file for file in repository.glob("*") if file.endswith(GGUF_SUFFIX)]
+        if files:
+            raise FileNotFoundError(
+                f"{_CONFIG} is missing from {repository}, which has GGUF files: "
+                f"{format_names(files)}. Name one of them, such as "
+                f"'{name.rstrip('/')}/{files[0]}'."
+            )
         if repository.optional("adapter_config.json"):
             raise FileNotFoundError(
                 f"{repository} has LoRA adapters and no model: load their base model, "
@@ -291,6 +302,20 @@ def find_source(
             "KerasHub's or transformers' format nor a training run."
         )
     return _source_of(repository, build_empty_task)
+
+
+def _find_gguf(name, revision):
+    """Returns the source of a GGUF file, local or on the Hub, or `None`."""
+    repository, file = hub.split_file_handle(name)
+    if repository is None:
+        if not is_gguf_file(name):
+            if name.endswith(GGUF_SUFFIX) and not Path(name).is_dir():
+                raise FileNotFoundError(f"There is no GGUF file {name}.")
+            return None
+        repository, file = Path(name).parent, Path(name).name
+    from keras_openllama.loading.gguf_source import GgufSource
+
+    return GgufSource(hub.open_repository(repository, revision), file)
 
 
 def _source_of(repository, build_empty_task):

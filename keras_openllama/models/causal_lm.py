@@ -153,8 +153,8 @@ class OpenLlamaCausalLM(
         Args:
             preset: a name in `OpenLlamaCausalLM.presets`; a directory in KerasHub or
                 transformers format (safetensors or `.bin`, one file or several); the
-                directory of a training run or of one of its checkpoints; or
-                `"hf://user/repo"`.
+                directory of a training run or of one of its checkpoints; a GGUF file;
+                `"hf://user/repo"`, or `"hf://user/repo/file.gguf"`.
             dtype: dtype or dtype policy; `None` is Keras's global policy, which is
                 float32 unless set.
             load_weights: whether to load the weights instead of initializing them.
@@ -510,6 +510,42 @@ class OpenLlamaCausalLM(
             max_shard_size=max_shard_size,
             tokenizer=tokenizer,
             force=force,
+        )
+        writer.write_model(contents.contents_of_model(self), config)
+
+    def export_to_gguf(
+        self,
+        path: PathLike,
+        quantization: str = "f16",
+        tokenizer: bool = True,
+        force: bool = False,
+    ) -> None:
+        """Writes a GGUF file, which llama.cpp and `from_preset` load.
+
+        Weights are written tensor by tensor, with LoRA adapters merged. The file
+        appears at `path` only when it is complete.
+
+        Args:
+            path: path of the new file.
+            quantization: the type of the matrices: `"f32"`, `"f16"`, `"bf16"`,
+                `"q8_0"`, `"q5_1"`, `"q5_0"`, `"q4_1"` or `"q4_0"`. Norms are float32.
+                In the types of 4 and 5 bits, token embedding and head have 8 bits.
+            tokenizer: whether to write the tokenizer, if the model has one.
+            force: whether to replace an existing file.
+
+        Raises:
+            ValueError: for an unknown type; if a value exceeds the range of the type;
+                if llama.cpp cannot apply the tokenizer.
+            OSError: if the file exists already, or cannot be written.
+
+        Example:
+            >>> lm.export_to_gguf("nano.gguf", quantization="q8_0")
+            >>> lm = OpenLlamaCausalLM.from_preset("nano.gguf")
+        """
+        from keras_openllama.checkpoints import contents, writer
+
+        config = writer.ExportConfig(
+            path, "gguf", quantization=quantization, tokenizer=tokenizer, force=force
         )
         writer.write_model(contents.contents_of_model(self), config)
 

@@ -125,7 +125,8 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
 
         Args:
             preset: a name in `OpenLlamaCausalLM.presets`; a directory in KerasHub or
-                transformers format or of a training run; or `"hf://user/repo"`.
+                transformers format or of a training run; a GGUF file;
+                `"hf://user/repo"`, or `"hf://user/repo/file.gguf"`.
             revision: branch, tag or commit of a repository on the Hugging Face Hub.
             **kwargs: arguments of the constructor, such as `add_bos`.
 

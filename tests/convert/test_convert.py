@@ -19,13 +19,14 @@ from tokenizer_models import trained_model
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.checkpoints import weight_names
-from keras_openllama.checkpoints.formats import DTYPES, FORMATS
+from keras_openllama.checkpoints.formats import DTYPES
 from keras_openllama.checkpoints.writer import parse_size
 from keras_openllama.convert import convert
 
 pytestmark = pytest.mark.backend_free
 
 SHAPE = TinyShape("grouped", 6, 2, 20, hidden_dim=60, num_layers=3, context=64)
+FORMATS = ("transformers", "easylm", "keras")  # GGUF mixes dtypes: see test_gguf.py.
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -312,7 +313,7 @@ def test_convert_rejects_invalid_arguments(models, tmp_path):
     assert_rejected(
         ValueError, "Received: dtype='float8'", source, target, dtype="float8"
     )
-    assert_rejected(ValueError, "Received: to='gguf'", source, target, "gguf")
+    assert_rejected(ValueError, "Received: to='ggml'", source, target, "ggml")
     assert_rejected(
         ValueError, "Received: max_shard_size=", source, target, max_shard_size="x"
     )

@@ -76,7 +76,7 @@ def test_with_hub_prefix_recognizes_repositories(directory):
         ("delta=some/delta", "`delta`.*Add the delta"),
         ("backend=seq2seq", "`backend`.*causal"),
         ("subfolder=ckpt", "`subfolder`.*Download the folder"),
-        ("gguf_file=x.gguf", "`gguf_file`.*format of transformers"),
+        ("gguf_file=x.gguf", "`gguf_file`.*as the preset"),
         ("think_end_token=</t>", "`think_end_token`.*Remove it"),
         ("softmax_dtype=float16", "`softmax_dtype`.*float32"),
         ("mixed_precision_dtype=bf16", "dtype=mixed_bfloat16"),
