@@ -46,7 +46,7 @@ PASSAGE = (
 )
 NEW_TOKENS = 32
 # The largest relative difference of logits, and the largest mean KL divergence.
-LIMITS = {"f32": (1e-4, 1e-8), "f16": (5e-3, 1e-5), "bf16": (4e-2, 1e-3)}
+LIMITS = {"f32": (1e-5, 1e-10), "f16": (5e-3, 1e-5), "bf16": (4e-2, 1e-3)}
 QUANTIZED_LIMITS = (0.1, 5e-3)
 # Changes of the preset's architecture for random models.
 RANDOM = {

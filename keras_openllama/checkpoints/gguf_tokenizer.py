@@ -70,7 +70,9 @@ class GgufTokenizer:
 
         model = sentencepiece_model_pb2.ModelProto()
         for token, score, kind in self._pieces:
-            model.pieces.add(piece=token, score=score, type=kind)
+            piece = model.pieces.add(piece=token, score=score)
+            if kind != _NORMAL:  # The default, which SentencePiece does not store.
+                piece.type = kind
         trainer = model.trainer_spec
         trainer.model_type = _BPE
         trainer.vocab_size = len(self._pieces)

@@ -127,8 +127,11 @@ def _llama_cpp(hidden_dim, merges_spaces):
 ## llama.cpp
 
 ```
-python convert_hf_to_gguf.py PATH --outfile model.gguf --outtype f16
+keras-openllama convert PATH model.gguf --to gguf --quantization q8_0
 ```
+
+llama.cpp's own converter takes this directory, too:
+`python convert_hf_to_gguf.py PATH --outfile model.gguf --outtype f16`.
 """
     if hidden_dim % 256:
         text += f"""

@@ -10,7 +10,9 @@ import pytest
 from checkout import ROOT
 from hub_server import HubServer
 from huggingface_hub import constants
+from tiny_models import TinyShape, random_lm
 
+from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.checkpoints.repository import LocalRepository
 from keras_openllama.loading.hub import HubRepository, open_repository
 
@@ -158,6 +160,21 @@ def test_file_uses_the_cache_if_the_hub_is_down_or_busy(hub, status):
         pytest.raises(OSError, match=str(status)),
     ):
         open_small().file("tokenizer.model")
+
+
+def test_from_preset_loads_a_gguf_file_of_a_repository(hub, tmp_path):
+    lm = random_lm(TinyShape("tiny", 2, 2, 4, hidden_dim=8, num_layers=1))
+    lm.export_to_gguf(tmp_path / "x.gguf", "f32")
+    data = (tmp_path / "x.gguf").read_bytes()
+    hub.publish("someone/files", {"a/x-F32.gguf": data, "y.gguf": b""})
+    handle = "hf://someone/files/a/x-F32.gguf"
+    loaded = OpenLlamaCausalLM.from_preset(handle, preprocessor=None)
+    assert loaded.loaded_from == handle
+    assert loaded.count_params() == lm.count_params()
+    with pytest.raises(
+        FileNotFoundError, match=r"GGUF files: y\.gguf\. Name .*y\.gguf"
+    ):
+        OpenLlamaCausalLM.from_preset("hf://someone/files")
 
 
 def test_file_offline_raises_an_error_with_url_and_command(hub, monkeypatch):
