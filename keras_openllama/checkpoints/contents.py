@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
+from keras_openllama.backend.keras_private import flatten_layers
 from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tensors import ReadableTensor, dense_bytes
 from keras_openllama.config import END_TOKEN_ID, START_TOKEN_ID
 from keras_openllama.layers.lora import adapted_layers
+from keras_openllama.layers.quantizable import is_quantized
 from keras_openllama.text.sentencepiece_model import check_vocabulary
 
 if TYPE_CHECKING:
     import keras
 
+    from keras_openllama.quantization.quantized_matrix import QuantizedMatrix
     from keras_openllama.utils.types import PathLike
 
 # The settings of the preprocessor that are exported with a model.
@@ -88,16 +91,19 @@ class LiveTensor:
     """A weight of a model in memory, as a `tensors.ReadableTensor`.
 
     Args:
-        variable: The weight.
-        layer: Its layer, if LoRA adapters of the layer are to be merged into it.
+        variable: The weight, or its quantized values.
+        layer: Its layer, if it is quantized, or LoRA adapters of the layer are to be
+            merged into it.
     """
 
     def __init__(
         self, variable: keras.Variable, layer: keras.layers.Layer | None = None
     ):
+        is_matrix = is_quantized(layer)
+        shape = layer.matrix_shape if is_matrix else variable.shape
         self.name = variable.path
-        self.dtype = variable.dtype
-        self.nbytes = dense_bytes(variable.shape, self.dtype)
+        self.dtype = layer.variable_dtype if is_matrix else variable.dtype
+        self.nbytes = dense_bytes(shape, self.dtype)
         self._variable = variable
         self._layer = layer
 
@@ -105,7 +111,13 @@ class LiveTensor:
         """Returns the weight, gathered from all devices; on a CPU without a copy."""
         if self._layer is None:
             return as_numpy(self._variable.value)
-        return self._layer.merged_kernel()  # In float32; the writer casts it.
+        if self._layer.lora_enabled:
+            return self._layer.merged_kernel()  # In float32; the writer casts it.
+        return self.quantized_matrix().dequantize()
+
+    def quantized_matrix(self) -> QuantizedMatrix | None:
+        """Returns the weight as it is quantized; `None` if it is not."""
+        return self._layer.quantized_matrix() if self._layer is not None else None
 
     def prefetch(self) -> None:
         """Does nothing: the weight is in memory."""
@@ -117,7 +129,8 @@ class LiveTensor:
 def contents_of_model(lm: keras.Model) -> ModelContents:
     """Returns the contents of a model in memory.
 
-    LoRA adapters are merged into a weight when it is read.
+    LoRA adapters are merged into a weight when it is read, and quantized weights are
+    dequantized.
 
     Args:
         lm: `OpenLlamaCausalLM`.
@@ -126,26 +139,27 @@ def contents_of_model(lm: keras.Model) -> ModelContents:
         Its contents.
 
     Raises:
-        ValueError: If the model is quantized, or its tokenizer does not match it.
+        ValueError: If the model was modified, or its tokenizer does not match it.
 
     Example:
         >>> contents_of_model(lm).dtype()
         'float32'
     """
     arguments = lm.backbone.architecture()
-    adapted = {layer.path: layer for layer in adapted_layers(lm)}
+    changed = {layer.path: layer for layer in adapted_layers(lm)}
+    changed |= {la.path: la for la in flatten_layers(lm) if is_quantized(la)}
     own = {}
     for weight in lm.weights:
         layer, _, name = weight.path.rpartition("/")
-        if layer not in adapted or not name.startswith("lora_"):
-            own[weight.path] = LiveTensor(weight, adapted.get(layer))
+        if layer not in changed or name in ("kernel", "embeddings"):
+            own[weight.path] = LiveTensor(weight, changed.get(layer))
     rows = weight_names.weight_specs(arguments["num_layers"])
     unnamed = set(own) ^ {row.path for row in rows}
     if unnamed:
         raise ValueError(
-            "Only floating-point models can be exported, and this one was quantized or "
-            f"modified: {format_names(sorted(unnamed))}. Load it again and do not call "
-            "`quantize`."
+            "The weights of this model are not those of its architecture: "
+            f"{format_names(sorted(unnamed))}. Models that are modified or quantized "
+            "to float8 cannot be exported. Load it again."
         )
     contents = ModelContents(
         arguments,

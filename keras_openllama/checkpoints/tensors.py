@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from keras_openllama.utils.text_files import check_not_lfs_pointer
 from keras_openllama.utils.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_openllama.quantization.policies import MatrixFormat
+    from keras_openllama.quantization.quantized_matrix import QuantizedMatrix
 
 _PAGE = mmap.PAGESIZE
 _READ_AHEAD_BYTES = 8 << 20
@@ -59,6 +63,19 @@ class StoredTensor(ReadableTensor, Protocol):
     shape: tuple[int, ...]
     offset: int
     file: Any
+
+
+class QuantizedTensor(StoredTensor, Protocol):
+    """A matrix that is quantized in its file, and may stay as it is.
+
+    Attributes:
+        format: How it is quantized; `None` if a layer cannot have it so.
+    """
+
+    format: MatrixFormat | None
+
+    def quantized_matrix(self) -> QuantizedMatrix:
+        """Returns the matrix in this format. `array` returns its weights."""
 
 
 class MappedFile:

@@ -127,3 +127,17 @@ def mesh(text: str) -> dict[str, int]:
         return parse_mesh(text)
     except ValueError:
         _fail("of the form data=4,fsdp=64,model=1", text)
+
+
+def add_quantization(group: argparse._ArgumentGroup) -> None:
+    """Adds `--quantization` of a command that loads a model.
+
+    Args:
+        group: The group of the flags of the model.
+    """
+    group.add_argument(
+        "--quantization",
+        choices=("int8", "int4"),
+        help="quantize the weights while they are loaded, to 8 or 4 bits (default: as "
+        "in the files); see also --dtype, in which the model computes",
+    )

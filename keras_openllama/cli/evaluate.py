@@ -116,6 +116,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: %(default)s)",
     )
+    types.add_quantization(group)
     add_backend(group)
     group.add_argument(
         "--batch-size",
@@ -338,9 +339,9 @@ class Evaluation:
         # The harness warns about each default value of a task's configuration.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.options = options
-        name = evaluation_name(options.preset) + (
-            "-adapters" if options.adapters else ""
-        )
+        name = evaluation_name(options.preset)
+        name += "-adapters" if options.adapters else ""
+        name += f"-{options.quantization}" if options.quantization else ""
         self.directory = Path(options.output or f"evaluations/{name}")
         self.directory.mkdir(parents=True, exist_ok=True)
         include = options.include_path
@@ -354,6 +355,7 @@ class Evaluation:
             options.revision,
             options.mesh,
             options.adapters,
+            quantization=options.quantization,
         )
         self.texts = texts.read_texts(options.perplexity, lm)
         # Also without tasks: it rejects the output directory of another model.
@@ -446,6 +448,7 @@ class Evaluation:
             "weights": lm.loaded_from,
             "parameters": lm.count_params(),
             "dtype": options.dtype,
+            "quantization": options.quantization,
             "backend": os.environ["KERAS_BACKEND"],
             "batch_size": options.batch_size,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

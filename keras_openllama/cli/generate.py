@@ -91,6 +91,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the weights (default: float32); bfloat16 halves the memory",
     )
+    types.add_quantization(model)
     text = parser.add_argument_group("the text")
     text.add_argument(
         "--max-new-tokens",
@@ -176,7 +177,10 @@ def _print_generated(prompt, sampler, options):
         from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
     lm = OpenLlamaCausalLM.from_preset(
-        options.preset, dtype=options.dtype, revision=options.revision
+        options.preset,
+        dtype=options.dtype,
+        revision=options.revision,
+        quantization=options.quantization or "auto",
     )
     if options.adapters:
         lm.load_adapters(options.adapters)

@@ -46,8 +46,8 @@ _MESH = (
     "tensor parallelism."
 )
 _FLOAT = (
-    "Load the floating-point model with dtype=bfloat16; or quantize it in Python with "
-    '`lm.quantize("int8")` and pass `lm`.'
+    "Load the floating-point model with dtype=bfloat16, or quantize it with "
+    "quantization=int8 or quantization=int4."
 )
 _REASONING = "These models do not separate their reasoning. Remove it."
 _REFUSED = {

@@ -24,6 +24,7 @@ from keras_openllama.evaluation.response_cache import (
     weights_fingerprint,
 )
 from keras_openllama.evaluation.samplers import use_sampler
+from keras_openllama.layers.quantizable import weight_policy
 from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import check_integer
 
@@ -120,7 +121,7 @@ def evaluate_human_eval(
     path = directory / SAMPLES
     settings = {
         "weights": weights_fingerprint(lm),
-        "dtype": lm.backbone.dtype_policy.name,
+        "dtype": weight_policy(lm.backbone).name,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
         **declared_end_tokens(lm),

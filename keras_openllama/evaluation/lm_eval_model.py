@@ -33,6 +33,7 @@ from keras_openllama.evaluation.response_cache import (
 from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.evaluation.token_scoring import DEFAULT_BATCH_SIZE, TokenScorer
 from keras_openllama.evaluation.unique_requests import UniqueRequests
+from keras_openllama.layers.quantizable import weight_policy
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.utils.types import PathLike
 from keras_openllama.utils.validation import check_integer, one_of, raise_invalid
@@ -79,6 +80,8 @@ class OpenLlamaLM(TemplateLM):
             `keras_openllama.distribution.make_mesh`.
         fsdp: number of shards of the weights, with `preset` only.
         model: number of tensor-parallel shards, with `preset` only.
+        quantization: `"int8"` or `"int4"`, with `preset` only. Defaults to the weights
+            as they are in the files.
         response_cache: path of an SQLite file in which to cache responses. After an
             interruption, an evaluation resumes from it bit-exactly.
         max_batch_size: ignored; the harness's command line passes it.
@@ -117,6 +120,7 @@ class OpenLlamaLM(TemplateLM):
         data: int | None = None,
         fsdp: int | None = None,
         model: int | None = None,
+        quantization: str | None = None,
         response_cache: PathLike | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -152,7 +156,10 @@ class OpenLlamaLM(TemplateLM):
             "revision": revision,
             "adapters": adapters,
             "tokenizer": tokenizer,
+            "quantization": quantization,
         }
+        if quantization is not None:
+            one_of("int8", "int4")("quantization", quantization)
         if lm is None:
             mesh = {axis: size for axis, size in axes.items() if size is not None}
             lm = load_model(preset, mesh=mesh, **options)
@@ -184,7 +191,7 @@ class OpenLlamaLM(TemplateLM):
         return {
             **declared_end_tokens(lm),
             "weights": weights_fingerprint(lm),
-            "dtype": lm.backbone.dtype_policy.name,
+            "dtype": weight_policy(lm.backbone).name,
             "backend": keras.config.backend(),
             "rope_scaling": lm.backbone.rope_scaling,
             "tokenizer": tokenizer.fingerprint[:16],
@@ -195,7 +202,7 @@ class OpenLlamaLM(TemplateLM):
         lm = self.lm
         return {
             "model_num_parameters": lm.count_params(),
-            "model_dtype": lm.backbone.dtype_policy.name,
+            "model_dtype": weight_policy(lm.backbone).name,
             "model_weights": lm.loaded_from,
         }
 

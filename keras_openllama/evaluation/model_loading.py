@@ -26,6 +26,7 @@ def load_model(
     mesh: Mapping[str, int] | None = None,
     adapters: str | None = None,
     tokenizer: str | None = None,
+    quantization: str | None = None,
 ) -> OpenLlamaCausalLM:
     """Loads a model, sharded over a device mesh if one is given.
 
@@ -37,6 +38,7 @@ def load_model(
             empty, Keras's current distribution applies.
         adapters: LoRA adapters to load, see `OpenLlamaCausalLM.load_adapters`.
         tokenizer: preset of another tokenizer.
+        quantization: `"int8"` or `"int4"`; `None` for weights as in the files.
 
     Returns:
         The model.
@@ -58,7 +60,11 @@ def load_model(
         check_vocabulary(preprocessor.tokenizer.vocabulary_size(), size)
     with scope:
         lm = OpenLlamaCausalLM.from_preset(
-            preset, dtype=dtype, revision=revision, preprocessor=preprocessor
+            preset,
+            dtype=dtype,
+            revision=revision,
+            preprocessor=preprocessor,
+            quantization=quantization or "auto",
         )
     if adapters is not None:
         lm.load_adapters(adapters)

@@ -267,20 +267,6 @@ class Projection(QuantizableLayer, keras.layers.EinsumDense):
         added = (self.lora_alpha / self.lora_rank) * product
         return ops.cast(ops.cast(kernel, "float32") + added, self.compute_dtype)
 
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """The shape `(outputs, inputs)` of the kernel, which int4 packs into another.
-
-        Example:
-            >>> projection = Projection(128, initializer_std=0.02)
-            >>> projection.build((None, None, 64))
-            >>> projection.matrix_shape
-            (128, 64)
-        """
-        if self.is_weight_quantized:
-            return self.original_kernel_shape
-        return tuple(kernel_variable(self).shape)
-
     def adapters(self) -> dict[str, keras.Variable]:
         """Returns the adapters by name; empty if the layer has none."""
         return {name: getattr(self, name) for name in FACTORS if self.lora_enabled}

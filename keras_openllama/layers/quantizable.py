@@ -168,6 +168,18 @@ class QuantizableLayer(AnyFloatQuantization):
         """Whether the weights have 8 or 4 bits."""
         return self.quantization_mode in MODES
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of the matrix, whose values int4 packs into another.
+
+        Example:
+            >>> lm.lm_head.matrix_shape
+            (3072, 256)
+        """
+        if self.is_weight_quantized:
+            return self._matrix_shape
+        return tuple(self._variable().shape)
+
     def quantized_variables(self) -> list[keras.Variable]:
         """Returns the values, the scales and, with zero points, these.
 
@@ -319,3 +331,17 @@ def is_quantized(layer: keras.layers.Layer) -> bool:
         False
     """
     return isinstance(layer, QuantizableLayer) and layer.is_weight_quantized
+
+
+def weight_policy(backbone: keras.layers.Layer) -> keras.DTypePolicy:
+    """Returns the dtype policy of the projections of a backbone.
+
+    Args:
+        backbone: `OpenLlamaBackbone`.
+
+    Example:
+        >>> backbone = lm.backbone.from_config(lm.backbone.architecture())
+        >>> weight_policy(backbone).name
+        'float32'
+    """
+    return policy_of(backbone.transformer_layers[0].self_attention.query)

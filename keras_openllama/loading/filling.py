@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from keras_openllama.backend.keras_private import flatten_layers
 from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tensors import ReadAhead, in_file_order
+from keras_openllama.layers.quantizable import QuantizableLayer, is_quantized
 from keras_openllama.loading.casting import value_for
 from keras_openllama.loading.uninitialized import assign_value, finish_loading
+from keras_openllama.quantization.policies import matrix_format, policy_of
 from keras_openllama.utils.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -61,28 +64,52 @@ class CheckpointWeights:
             ValueError: If model and checkpoint have different weights, or a value
                 exceeds the range of the variable's dtype.
         """
-        own = {weight.path: weight for weight in model.weights}
+        quantized = {
+            layer.quantized_variables()[0].path: layer
+            for layer in flatten_layers(model)
+            if is_quantized(layer)
+        }
+        scales = {
+            id(v) for la in quantized.values() for v in la.quantized_variables()[1:]
+        }
+        own = {w.path: w for w in model.weights if id(w) not in scales}
         unnamed = set(own) ^ set(self._tensors)
         if unnamed:
             raise ValueError(
-                "Weights can be loaded only into a floating-point model without "
-                f"adapters. These do not match: {format_names(unnamed)}. Load the "
-                "model first, and call `enable_lora` or `quantize` afterwards."
+                "Weights can be loaded only into a model without adapters. These do "
+                f"not match: {format_names(unnamed)}. Load the model first, and call "
+                "`enable_lora` afterwards."
             )
         targets = {}
         for path, stored in self._tensors.items():
-            targets.setdefault(id(stored), []).append(own[path])
+            target = quantized.get(path, own[path])
+            targets.setdefault(id(stored), []).append(target)
         with progress_bar("Loading weights", self._bytes) as bar:
             for stored in self._ahead:
-                for variable in targets[id(stored)]:
-                    assign_value(variable, _value(variable, stored))
+                for target in targets[id(stored)]:
+                    _assign(target, stored)
                 stored.release()
                 bar.update(stored.nbytes)
         finish_loading(model, variables)
 
 
-def _value(variable, stored):
+def _assign(target, stored):
+    """Assigns a tensor to a variable, or quantizes it for a layer."""
     try:
-        return value_for(variable, stored.array())
+        if not isinstance(target, QuantizableLayer):
+            assign_value(target, value_for(target, stored.array()))
+            return
+        matrix = _quantized(target, stored)
     except ValueError as error:
         raise ValueError(f"{stored.name} in {stored.file.path}: {error}.") from error
+    arrays = (matrix.values, matrix.scales, matrix.zeros)
+    for variable, array in zip(target.quantized_variables(), arrays, strict=False):
+        assign_value(variable, value_for(variable, array))
+
+
+def _quantized(layer, stored):
+    """Returns a tensor as it is quantized in the file, or quantizes its weights."""
+    chosen = matrix_format(policy_of(layer))
+    if chosen == getattr(stored, "format", None):
+        return stored.quantized_matrix()
+    return layer.round_matrix(stored.array())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import keras
 
 from keras_openllama.backend.keras_hub import (
     PresetLoader,
@@ -16,17 +20,17 @@ from keras_openllama.checkpoints.contents import (
     PREPROCESSOR_SETTINGS,
     TOKENIZER_SETTINGS,
 )
-from keras_openllama.loading.sources import SourceDefaults
+from keras_openllama.loading.sources import SourceDefaults, StreamedSource
+from keras_openllama.loading.uninitialized import without_weights
+from keras_openllama.quantization.policies import with_source
 from keras_openllama.text.sentencepiece_model import read_model
 from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.text_files import check_not_lfs_pointer
 
 if TYPE_CHECKING:
-    import keras
-
     from keras_openllama.checkpoints.repository import Repository
     from keras_openllama.checkpoints.tensors import StoredTensor
-    from keras_openllama.loading.sources import Dtype
+    from keras_openllama.loading.weight_types import WeightTypes
 
 _CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer.json"
 
@@ -62,6 +66,10 @@ class KerasHubSource(SourceDefaults):
         build_empty_task: Callable[..., keras.Model] | None = None,
     ):
         self._repository = repository
+        self._build_empty_task = build_empty_task
+
+    def set_builder(self, build_empty_task: Callable[..., keras.Model]) -> None:
+        """Sets the function of the constructor's argument."""
         self._build_empty_task = build_empty_task
 
     def arguments(self) -> dict[str, Any]:
@@ -101,16 +109,23 @@ class KerasHubSource(SourceDefaults):
         )
 
     def backbone(
-        self, cls: type, load_weights: bool, dtype: Dtype, overrides: Mapping[str, Any]
+        self,
+        cls: type,
+        load_weights: bool,
+        types: WeightTypes,
+        overrides: Mapping[str, Any],
     ) -> Any:
         """Loads a backbone, see `ModelSource`."""
+        if self._is_streamed(types):
+            streamed = _StreamedKerasHubSource(self)
+            return streamed.backbone(cls, load_weights, types, overrides)
         with self._loader(load_weights, overrides) as loader:
             saved = loader.check_backbone_class()
             if not issubclass(saved, cls):
                 raise ValueError(
                     f"it contains a {saved.__name__}, not a {cls.__name__}"
                 )
-            dtype = resolve_dtype(loader, dtype)
+            dtype = resolve_dtype(loader, self._dtype(types))
             return loader.load_backbone(saved, load_weights, dtype=dtype)
 
     def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
@@ -127,12 +142,17 @@ class KerasHubSource(SourceDefaults):
         self,
         cls: type,
         load_weights: bool,
-        dtype: Dtype,
+        types: WeightTypes,
         preprocessor: Any,
         overrides: Mapping[str, Any],
         kwargs: dict[str, Any],
     ) -> Any:
         """Loads a task, see `ModelSource`."""
+        if self._is_streamed(types):
+            streamed = _StreamedKerasHubSource(self)
+            return streamed.task(
+                cls, load_weights, types, preprocessor, overrides, kwargs
+            )
         replaces = not isinstance(preprocessor, str)
         if replaces:  # KerasHub would load the saved tokenizer into a preprocessor.
             kwargs["preprocessor"] = None
@@ -151,7 +171,7 @@ class KerasHubSource(SourceDefaults):
                 cls,
                 load_weights,
                 load_task_weights=load_weights,
-                dtype=dtype,
+                dtype=self._dtype(types),
                 compile=False,
                 **kwargs,
             )
@@ -160,6 +180,39 @@ class KerasHubSource(SourceDefaults):
         if compile_task:
             task.compile()
         return task
+
+    def _saved_policy(self):
+        """Returns the saved policies by layer if any is quantized, else `None`."""
+        saved = read_json_object(self._repository.file(_CONFIG)).get("config", {})
+        if "quantiz" not in json.dumps(saved.get("dtype")).lower():
+            return None
+        return keras.dtype_policies.deserialize(saved["dtype"])
+
+    def _is_streamed(self, types):
+        """Whether floating-point weights are to be quantized when they are read.
+
+        Raises:
+            ValueError: If the saved weights have another quantization.
+        """
+        if types.quantization == "auto":
+            return False
+        if self._saved_policy() is not None:
+            raise ValueError(
+                f"{self._repository} has quantized weights, which are loaded as they "
+                "are. Pass quantization='auto', or load the original model. "
+                f"Received: quantization={types.quantization!r}"
+            )
+        return types.config is not None
+
+    def _dtype(self, types):
+        """Returns the user's dtype; in a map of quantized layers if these are saved."""
+        saved = None if types.dtype is None else self._saved_policy()
+        if saved is None:
+            return types.dtype
+        policy = types.float_policy()
+        return keras.dtype_policies.DTypePolicyMap(
+            policy, {path: with_source(saved[path], policy.name) for path in saved}
+        )
 
     @contextlib.contextmanager
     def _loader(self, load_weights=False, overrides=(), of_model=True):
@@ -195,3 +248,47 @@ class KerasHubSource(SourceDefaults):
             raise kind(
                 f"{directory}, in KerasHub's format, cannot be loaded: {error}"
             ) from error
+
+
+class _StreamedKerasHubSource(StreamedSource):
+    """A directory in KerasHub's format whose tensors are read one by one.
+
+    Args:
+        saved: The source of the directory.
+    """
+
+    def __init__(self, saved: KerasHubSource):
+        self._saved = saved
+
+    def arguments(self) -> dict[str, Any]:
+        return self._saved.arguments()
+
+    def tokenizer_proto(self) -> bytes:
+        return self._saved.tokenizer_proto()
+
+    def end_token_ids(self) -> list[int]:
+        return self._saved.end_token_ids()
+
+    def preprocessor(self, cls: type, kwargs: dict[str, Any]) -> Any:
+        return self._saved.preprocessor(cls, {})
+
+    def _load(self, build, types, load_weights, arguments, head):
+        def build_empty_task(arguments, dtype):
+            with without_weights():
+                model = build(dtype)
+            return model if head else _Task(model)
+
+        self._saved.set_builder(build_empty_task)
+        return super()._load(build, types, load_weights, arguments, head)
+
+    def read_tensors(
+        self, arguments: dict[str, Any], head: bool = True
+    ) -> dict[str, StoredTensor]:
+        return self._saved.read_tensors(arguments, head)
+
+
+@dataclasses.dataclass
+class _Task:
+    """Has the attribute that the names of a backbone's weights are taken from."""
+
+    backbone: keras.Model

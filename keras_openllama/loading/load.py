@@ -14,6 +14,7 @@ from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.training_run import TrainingRun, is_run
 from keras_openllama.loading import hub, sources
 from keras_openllama.loading.keras_hub_source import KerasHubSource, is_tokenizer
+from keras_openllama.loading.weight_types import WeightTypes
 from keras_openllama.utils.file_types import GGUF_SUFFIX, is_gguf_file
 from keras_openllama.utils.files import read_json_object
 
@@ -33,6 +34,7 @@ def load_backbone(
     load_weights: bool = True,
     dtype: str | keras.DTypePolicy | None = None,
     revision: str | None = None,
+    quantization: Any = "auto",
     **kwargs: Any,
 ) -> _Loaded:
     """Implements `from_preset` of the backbone.
@@ -46,6 +48,8 @@ def load_backbone(
             random.
         dtype: Dtype or dtype policy. `None` is Keras's global policy.
         revision: Branch, tag or commit of a repository on the Hub.
+        quantization: `"int8"`, `"int4"` or a `keras.quantizers.QuantizationConfig`;
+            `None` for floating-point weights; `"auto"` for weights as in the files.
         **kwargs: Arguments of the backbone, which override those of the preset.
 
     Returns:
@@ -57,7 +61,8 @@ def load_backbone(
         OSError: If a file is unavailable or cannot be read.
     """
     _check_names(cls, kwargs, arguments_of(cls))
-    return find_source(preset, revision).backbone(cls, load_weights, dtype, kwargs)
+    types = WeightTypes(dtype, quantization)
+    return find_source(preset, revision).backbone(cls, load_weights, types, kwargs)
 
 
 def load_tokenizer(
@@ -139,6 +144,7 @@ def load_task_from_source(
     load_weights: bool = True,
     dtype: str | keras.DTypePolicy | None = None,
     preprocessor: Any = "auto",
+    quantization: Any = "auto",
     **kwargs: Any,
 ) -> _Loaded:
     """Loads a task from a source.
@@ -152,6 +158,7 @@ def load_task_from_source(
         preprocessor: A preprocessor. `"auto"` loads it from the source, with the
             context length of the model as its `sequence_length`. `None` loads no
             tokenizer.
+        quantization: As for `load_backbone`.
         **kwargs: Arguments of the task, and arguments of the backbone that override
             those of the source.
 
@@ -170,7 +177,8 @@ def load_task_from_source(
     of_backbone = arguments_of(cls.backbone_cls)
     _check_names(cls, kwargs, {*of_backbone, *arguments_of(cls), *_KERAS_ARGUMENTS})
     overrides = {n: kwargs.pop(n) for n in list(kwargs) if n in of_backbone}
-    task = source.task(cls, load_weights, dtype, preprocessor, overrides, kwargs)
+    types = WeightTypes(dtype, quantization)
+    task = source.task(cls, load_weights, types, preprocessor, overrides, kwargs)
     if load_weights:
         task.loaded_from = source.origin or origin
     return task

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import keras
-
 from keras_openllama.checkpoints import easylm, transformers
 from keras_openllama.checkpoints.chat_template import read_chat_template
 from keras_openllama.checkpoints.end_tokens import read_end_token_ids
@@ -35,10 +33,9 @@ if TYPE_CHECKING:
     from keras_openllama.checkpoints.repository import Repository
     from keras_openllama.checkpoints.tensors import StoredTensor
     from keras_openllama.checkpoints.training_run import TrainingRun
+    from keras_openllama.loading.weight_types import WeightTypes
     from keras_openllama.presets import Preset
     from keras_openllama.utils.types import PathLike
-
-Dtype = str | keras.DTypePolicy | None
 
 _TOKENIZER = "tokenizer.model"
 
@@ -58,7 +55,11 @@ class ModelSource(Protocol):
     origin: str | None
 
     def backbone(
-        self, cls: type, load_weights: bool, dtype: Dtype, overrides: Mapping[str, Any]
+        self,
+        cls: type,
+        load_weights: bool,
+        types: WeightTypes,
+        overrides: Mapping[str, Any],
     ) -> Any:
         """Loads a backbone of class `cls`; `overrides` are arguments of the class."""
 
@@ -72,7 +73,7 @@ class ModelSource(Protocol):
         self,
         cls: type,
         load_weights: bool,
-        dtype: Dtype,
+        types: WeightTypes,
         preprocessor: Any,
         overrides: Mapping[str, Any],
         kwargs: dict[str, Any],
@@ -129,13 +130,19 @@ class StreamedSource(SourceDefaults):
     """A source whose tensors are read one by one into a model without weights."""
 
     def backbone(
-        self, cls: type, load_weights: bool, dtype: Dtype, overrides: Mapping[str, Any]
+        self,
+        cls: type,
+        load_weights: bool,
+        types: WeightTypes,
+        overrides: Mapping[str, Any],
     ) -> Any:
         """Loads a backbone, see `ModelSource`."""
         arguments = self._all_arguments(overrides)
-        policy = _policy(dtype)
+        types.float_policy()  # Raises an error before files are read.
         return self._load(
-            lambda: cls(**arguments, dtype=policy), load_weights, arguments, head=False
+            lambda policy: cls(**arguments, dtype=policy),
+            *(types, load_weights, arguments),
+            head=False,
         )
 
     def tokenizer(self, cls: type, kwargs: dict[str, Any]) -> Any:
@@ -153,14 +160,14 @@ class StreamedSource(SourceDefaults):
         self,
         cls: type,
         load_weights: bool,
-        dtype: Dtype,
+        types: WeightTypes,
         preprocessor: Any,
         overrides: Mapping[str, Any],
         kwargs: dict[str, Any],
     ) -> Any:
         """Loads a task, see `ModelSource`."""
         arguments = self._all_arguments(overrides)
-        policy = _policy(dtype)
+        types.float_policy()
         if isinstance(preprocessor, str) and preprocessor == "auto":
             # Loaded first, so that an error is raised before weights are read.
             preprocessor = self.preprocessor(
@@ -176,11 +183,11 @@ class StreamedSource(SourceDefaults):
         compile_task = kwargs.pop("compile", True)
         kwargs.setdefault("end_token_ids", self._end_token_ids(preprocessor))
 
-        def build():
+        def build(policy):
             backbone = cls.backbone_cls(**arguments, dtype=policy)
             return cls(backbone, preprocessor, compile=False, **kwargs)
 
-        task = self._load(build, load_weights, arguments, head=True)
+        task = self._load(build, types, load_weights, arguments, head=True)
         if compile_task:
             task.compile()
         return task
@@ -194,12 +201,13 @@ class StreamedSource(SourceDefaults):
     def _all_arguments(self, overrides):
         return validate_architecture({**self.arguments(), **overrides})
 
-    def _load(self, build, load_weights, arguments, head):
+    def _load(self, build, types, load_weights, arguments, head):
         if not load_weights:
-            return build()
-        with CheckpointWeights(self.read_tensors(arguments, head)) as weights:
+            return build(types.policy(arguments))
+        tensors = self.read_tensors(arguments, head)
+        with CheckpointWeights(tensors) as weights:
             with without_weights() as variables:
-                model = build()
+                model = build(types.policy(arguments, tensors))
             weights.assign_to(model, variables)
         return model
 
@@ -211,18 +219,6 @@ class StreamedSource(SourceDefaults):
                 f"{error} To load the model without a tokenizer, pass "
                 "preprocessor=None."
             ) from error
-
-
-def _policy(dtype):
-    policy = keras.config.dtype_policy() if dtype is None else dtype
-    policy = keras.dtype_policies.get(policy)
-    if policy.quantization_mode is not None:
-        raise ValueError(
-            "`dtype` must be a floating-point dtype or policy. To quantize a model, "
-            "load it and call its method `quantize` afterwards. Received: "
-            f"dtype={policy.name!r}"
-        )
-    return policy
 
 
 class TransformersSource(StreamedSource):

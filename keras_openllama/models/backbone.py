@@ -35,6 +35,7 @@ from keras_openllama.layers.projection import is_float8
 from keras_openllama.layers.remat import check_policy, maybe_rematerialize
 from keras_openllama.loading.load import load_backbone
 from keras_openllama.models.functional_model import FunctionalModel
+from keras_openllama.quantization.policies import policy_of
 from keras_openllama.utils.types import PathLike, Tensor
 from keras_openllama.utils.validation import check_integer, check_positive
 
@@ -196,6 +197,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
         dtype: str | keras.DTypePolicy | None = None,
         load_weights: bool = True,
         revision: str | None = None,
+        quantization: Any = "auto",
         **kwargs: Any,
     ) -> OpenLlamaBackbone:
         """Loads the backbone of a preset, without tokenizer and head.
@@ -203,6 +205,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
         Args:
             preset: see `OpenLlamaCausalLM.from_preset`.
             dtype: dtype or dtype policy; `None` is Keras's global policy.
+            quantization: see `OpenLlamaCausalLM.from_preset`.
             load_weights: whether to load the weights instead of initializing them.
             revision: branch, tag or commit of a repository on the Hugging Face Hub.
             **kwargs: arguments of `OpenLlamaBackbone` that override the preset's.
@@ -225,6 +228,7 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
             dtype=dtype,
             load_weights=load_weights,
             revision=revision,
+            quantization=quantization,
             **kwargs,
         )
 
@@ -639,20 +643,22 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
     def _policy_with_quantized(self):
         """Returns the dtype policy, as a map by layer if any layer is quantized."""
         quantized = {
-            layer.path: layer.dtype_policy
+            layer.path: policy_of(layer)
             for layer in [*flatten_layers(self), *self._heads]
             if layer.quantization_mode is not None
         }
-        is_map = isinstance(self.dtype_policy, keras.dtype_policies.DTypePolicyMap)
-        if is_map or not quantized:
-            if is_saving_merged():
-                # The dtype of the weights: KerasHub cannot load presets of mixed
-                # policies. It then uses `keras.config.dtype_policy()`.
-                return keras.DTypePolicy(self.variable_dtype)
-            return self.dtype_policy
-        return keras.dtype_policies.DTypePolicyMap(
-            default_policy=self.dtype_policy, policy_map=quantized
-        )
+        policy = self.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            if not is_saving_merged():
+                return policy
+            policy = policy.default_policy
+        if quantized:
+            return keras.dtype_policies.DTypePolicyMap(policy, quantized)
+        if is_saving_merged():
+            # The dtype of the weights: KerasHub cannot load presets of mixed policies.
+            # It then uses `keras.config.dtype_policy()`.
+            return keras.DTypePolicy(self.variable_dtype)
+        return policy
 
 
 def _mask_and_positions(token_ids, padding_mask, mask):

@@ -143,12 +143,13 @@ class OpenLlamaCausalLM(
         load_weights: bool = True,
         revision: str | None = None,
         preprocessor: OpenLlamaCausalLMPreprocessor | str | None = "auto",
+        quantization: str | keras.quantizers.QuantizationConfig | None = "auto",
         **kwargs: Any,
     ) -> OpenLlamaCausalLM:
         """Loads a model.
 
-        Weights are read tensor by tensor into the requested dtype. Loading needs memory
-        for the model and one more tensor.
+        Weights are read tensor by tensor into the requested dtype, and quantized one by
+        one. Loading needs memory for the model and one more tensor.
 
         Args:
             preset: a name in `OpenLlamaCausalLM.presets`; a directory in KerasHub or
@@ -161,6 +162,8 @@ class OpenLlamaCausalLM(
             revision: branch, tag or commit of a repository on the Hugging Face Hub.
             preprocessor: `"auto"` loads it with its tokenizer; `None` loads neither; or
                 an `OpenLlamaCausalLMPreprocessor` to use.
+            quantization: `"int8"`, `"int4"` or a configuration, as for `quantize`;
+                `None` for floating-point weights; `"auto"` for weights as in the files.
             **kwargs: arguments of `OpenLlamaBackbone` that override the preset's, such
                 as `rope_scaling`; `name` and `trainable` of the model; `compile=False`
                 to leave it uncompiled.
@@ -169,7 +172,8 @@ class OpenLlamaCausalLM(
             An `OpenLlamaCausalLM`.
 
         Raises:
-            ValueError: for an unknown preset, or files of another model.
+            ValueError: for an unknown preset, files of another model, or another
+                quantization.
             OSError: if a file is unavailable or cannot be read.
 
         Example:
@@ -177,7 +181,7 @@ class OpenLlamaCausalLM(
             >>> lm.count_params()
             4524288
             >>> lm = OpenLlamaCausalLM.from_preset(
-            ...     "open_llama_7b_v2", dtype="bfloat16"
+            ...     "open_llama_7b_v2", dtype="bfloat16", quantization="int4"
             ... )  # doctest: +SKIP
         """
         return load_task(
@@ -187,6 +191,7 @@ class OpenLlamaCausalLM(
             load_weights=load_weights,
             revision=revision,
             preprocessor=preprocessor,
+            quantization=quantization,
             **kwargs,
         )
 

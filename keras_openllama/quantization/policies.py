@@ -136,3 +136,18 @@ def matrix_format(policy: keras.DTypePolicy) -> MatrixFormat | None:
         return policy.format
     by_mode = {"int8": MatrixFormat(8, None), "int4": KERAS_INT4_REPLACEMENT}
     return by_mode.get(policy.quantization_mode)
+
+
+def with_source(policy: keras.DTypePolicy, source_name: str) -> keras.DTypePolicy:
+    """Returns a quantized policy with another dtype of computations.
+
+    Args:
+        policy: A quantized dtype policy, also one of Keras's own.
+        source_name: Name of the floating-point policy.
+
+    Example:
+        >>> policy = keras.dtype_policies.get("int8_from_float32")
+        >>> with_source(policy, "bfloat16").name
+        'int8_from_bfloat16'
+    """
+    return type(policy).from_config({**policy.get_config(), "source_name": source_name})

@@ -91,6 +91,10 @@ class WeightQuantizationConfig(keras.quantizers.QuantizationConfig):
         # Zero points and the group size are for the other number of bits.
         return MatrixFormat(bits, DEFAULT_GROUP_SIZES[bits])
 
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{n}={v!r}" for n, v in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
         names = ("bits", "group_size", "symmetric", "embedding_bits", "head_bits")

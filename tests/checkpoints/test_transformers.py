@@ -219,7 +219,7 @@ def test_from_preset_rejects_another_number_of_layers(theirs, tmp_path):
 @pytest.mark.backend_free
 def test_from_preset_rejects_a_quantized_dtype(theirs, tmp_path):
     write(theirs, tmp_path)
-    with pytest.raises(ValueError, match=r"`quantize`.*int8_from_float32"):
+    with pytest.raises(ValueError, match=r"quantization='int8'.*int8_from_float32"):
         load(tmp_path, dtype="int8_from_float32")
 
 

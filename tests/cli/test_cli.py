@@ -301,11 +301,12 @@ def test_generate_prints_each_piece_before_generating_the_next(fake_model, capsy
 @pytest.mark.backend_free
 def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
     model = ["--preset", str(tmp_path), "--dtype", "bfloat16", "--revision", "abc"]
+    model += ["--quantization", "int4"]
     text = ["--max-new-tokens", "7", "--stop", "x", "--stop", "y"]
     main(["generate", "zero", *model, *text])
     directory, loading = fake_model.preset
     assert directory == str(tmp_path)
-    assert loading == {"dtype": "bfloat16", "revision": "abc"}
+    assert loading == {"dtype": "bfloat16", "revision": "abc", "quantization": "int4"}
     prompt, writing = fake_model.arguments
     assert prompt == "zero"
     assert writing == {"max_new_tokens": 7, "stop": ["x", "y"]}

@@ -112,9 +112,10 @@ def test_evaluate_reports_unavailable_tasks_and_measures_the_others(
     assert "model (2)" in table
     assert (tmp_path / "c" / "table.svg").exists()
 
-    code, _, error = run(*model, "--perplexity", text, "--dtype", "bfloat16")
-    assert code == 2
-    assert "responses of another model" in error
+    for other in (("--dtype", "bfloat16"), ("--quantization", "int4")):
+        code, _, error = run(*model, "--perplexity", text, *other)
+        assert code == 2
+        assert "responses of another model" in error
 
 
 @pytest.mark.parametrize(
