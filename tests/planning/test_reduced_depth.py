@@ -33,7 +33,9 @@ def test_extrapolate_adds_up_the_parts_of_a_cost():
 )
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # Three compilations.
-def test_step_estimator_extrapolates_to_full_depth():
+# With `data` of 1, a step of the scan has two layers.
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (1, 8)])
+def test_step_estimator_extrapolates_to_full_depth(data, fsdp):
     os.environ["JAX_PLATFORMS"] = "cpu"
     from keras_openllama.planning.aot_compile import topology_devices
     from keras_openllama.planning.execution_choice import ExecutionChoice
@@ -47,9 +49,9 @@ def test_step_estimator_extrapolates_to_full_depth():
     }
     recipe = preset_recipe("7b").replace(batch_size=64)
     estimator = StepEstimator(config, recipe, chip, devices)
-    choice = ExecutionChoice({"data": 2, "fsdp": 4, "model": 1}, "products", 2)
+    choice = ExecutionChoice({"data": data, "fsdp": fsdp, "model": 1}, "products", 2)
     full, extrapolated = estimator.compiled(choice), estimator.extrapolated(choice)
-    assert extrapolated.depths == (2, 4) and full.depths == ()
+    assert extrapolated.depths == (4, 8) and full.depths == ()
     assert extrapolated.parameters == full.parameters
     assert extrapolated.cost.step_seconds == pytest.approx(
         full.cost.step_seconds, rel=0.03
