@@ -6,6 +6,7 @@ https://github.com/ggml-org/llama.cpp.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from keras_openllama.checkpoints.rotary_order import (
 )
 from keras_openllama.checkpoints.tensors import RearrangedTensor
 from keras_openllama.config import context_length
+from keras_openllama.quantization.quantized_matrix import QuantizedMatrix
 
 if TYPE_CHECKING:
     from keras_openllama.checkpoints.contents import ModelContents
@@ -253,7 +255,15 @@ def output_files(
 
     header = gguf_header(_ARCHITECTURE, add_metadata, specs)
     size = gguf_size(header, specs)
-    return [OutputFile("", size, write, tuple(row.path for row in rows))]
+    paths = tuple(row.path for row in rows)
+    return [OutputFile("", size, write, paths, read=_value_as_it_is)]
+
+
+def _value_as_it_is(tensor):
+    """Returns the quantized matrix of a tensor that has one, or its array."""
+    quantized = getattr(tensor, "quantized_matrix", None)
+    matrix = quantized() if quantized else None
+    return tensor.array() if matrix is None else matrix
 
 
 def _stored_type(row, sizes, type_name):
@@ -287,8 +297,17 @@ def _warn_of_larger_types(specs, type_name):
         )
 
 
-def _to_gguf(row, array, head_dim):
-    return half_split_to_interleaved(array, head_dim) if row.is_rotary else array
+def _to_gguf(row, value, head_dim):
+    if not row.is_rotary:
+        return value
+    if not isinstance(value, QuantizedMatrix):
+        return half_split_to_interleaved(value, head_dim)
+    arrays = {
+        name: half_split_to_interleaved(array, head_dim)
+        for name in ("values", "scales", "zeros")
+        if (array := getattr(value, name)) is not None
+    }
+    return dataclasses.replace(value, **arrays)
 
 
 def _add_description(writer, contents, name, type_name):

@@ -6,6 +6,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from keras_openllama.checkpoints.tensors import ReadableTensor
+
+
+def _array(tensor: ReadableTensor) -> np.ndarray:
+    return tensor.array()
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputFile:
@@ -15,15 +21,17 @@ class OutputFile:
         name: Its path in the target directory.
         size: Its size in bytes.
         write: Function `(file, values)` that writes the contents to an open binary
-            file. `values` iterates over NumPy arrays, one for each of `tensors`.
+            file. `values` iterates over what `read` returns, for each of `tensors`.
         tensors: The variable paths of the weights that the file holds, in the order
             in which they are written.
+        read: Function that returns the value of a tensor, as a NumPy array by default.
     """
 
     name: str
     size: int
-    write: Callable[[BinaryIO, Iterator[np.ndarray]], Any]
+    write: Callable[[BinaryIO, Iterator[Any]], Any]
     tensors: tuple[str, ...] = ()
+    read: Callable[[ReadableTensor], Any] = _array
 
 
 def small_file(name: str, data: bytes | str) -> OutputFile:

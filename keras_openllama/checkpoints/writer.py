@@ -8,11 +8,9 @@ import errno
 import itertools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from keras_openllama.checkpoints import easylm, keras_hub, transformers
 from keras_openllama.checkpoints.formats import (
@@ -23,7 +21,7 @@ from keras_openllama.checkpoints.formats import (
     MAX_SHARD_SIZE,
 )
 from keras_openllama.checkpoints.model_files import foreign_content
-from keras_openllama.checkpoints.tensors import ReadAhead
+from keras_openllama.checkpoints.tensors import ReadableTensor, ReadAhead
 from keras_openllama.utils.background_writer import open_in_background
 from keras_openllama.utils.progress import progress_bar
 from keras_openllama.utils.staging import check_target, staged
@@ -265,7 +263,8 @@ def _write_file(path, output, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open_in_background(path) as file:
-            output.write(file, itertools.islice(values, len(output.tensors)))
+            count = len(output.tensors)
+            output.write(file, itertools.islice(values.read_by(output.read), count))
     except ValueError as error:
         if values.current is None:
             raise
@@ -274,7 +273,7 @@ def _write_file(path, output, values):
 
 
 class _TensorValues:
-    """Iterates over the values of tensors, and keeps track of the current tensor."""
+    """Reads the values of tensors, and keeps track of the current tensor."""
 
     def __init__(self, tensors, bar):
         self._tensors = iter(tensors)
@@ -286,13 +285,12 @@ class _TensorValues:
         """Name of the current tensor, if any."""
         return self._current and self._current.name
 
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> np.ndarray:
-        self.release_current()
-        self._current = next(self._tensors)
-        return self._current.array()
+    def read_by(self, read: Callable[[ReadableTensor], Any]) -> Iterator[Any]:
+        """Yields the values of the next tensors, read by a function."""
+        while True:
+            self.release_current()
+            self._current = next(self._tensors)
+            yield read(self._current)
 
     def release_current(self) -> None:
         """Releases the memory of the current tensor."""

@@ -391,3 +391,25 @@ def test_from_preset_names_the_files_of_a_directory_with_gguf_only(written, tmp_
         OpenLlamaCausalLM.from_preset(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match=r"no GGUF file missing\.gguf"):
         OpenLlamaCausalLM.from_preset("missing.gguf")
+
+
+# ----- Types that stay as they are
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("quantization", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("shape", [ODD, EVEN], ids=str)
+def test_convert_copies_quantized_weights_bit_by_bit(shape, quantization, tmp_path):
+    # Rounding again would change the scales of Q4_0, and of rows in float16.
+    first = export(model(shape), tmp_path / "first.gguf", quantization)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Blocks of .* do not divide")
+        convert(
+            *(first, tmp_path / "second.gguf", "gguf"),
+            quantization=quantization,
+            tokenizer=False,
+        )
+    expected, found = read_file(first)[1], read_file(tmp_path / "second.gguf")[1]
+    for name, (data, kind) in expected.items():
+        assert found[name][1] == kind
+        assert found[name][0].tobytes() == data.tobytes(), name

@@ -16,21 +16,30 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from keras_openllama.checkpoints import array_io
+from keras_openllama.checkpoints.gguf_blocks import (
+    MATRIX_FORMATS,
+    blocks_from_matrix,
+    matrix_from_blocks,
+)
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
     MappedTensor,
     contiguous_strides,
     is_shape,
 )
+from keras_openllama.quantization.quantized_matrix import QuantizedMatrix
 from keras_openllama.utils.file_types import GGUF_MAGIC
 from keras_openllama.utils.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_openllama.quantization.policies import MatrixFormat
 
 # Types that are plain arrays, by their dtypes. Tensors of the others are blocks.
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -104,6 +113,17 @@ class BlockTensor:
             arrange: Function that takes a matrix and returns it with reordered rows.
         """
         return dataclasses.replace(self, arrange=arrange)
+
+    @property
+    def format(self) -> MatrixFormat | None:
+        """How a layer can have the tensor as it is; `None` if it cannot."""
+        return MATRIX_FORMATS.get(self.type) if len(self.shape) == 2 else None
+
+    def quantized_matrix(self) -> QuantizedMatrix | None:
+        """Returns the tensor without rounding it; `None` if `format` is."""
+        if self.format is None:
+            return None
+        return matrix_from_blocks(self.blocks(), self.type)
 
     def prefetch(self) -> None:
         """Reads the tensor into memory."""
@@ -331,7 +351,10 @@ def _padding(position):
 
 
 def write_gguf(
-    file: BinaryIO, header: bytes, specs: TensorSpecs, values: Iterable[NDArray]
+    file: BinaryIO,
+    header: bytes,
+    specs: TensorSpecs,
+    values: Iterable[NDArray | QuantizedMatrix],
 ) -> None:
     """Writes a GGUF file, one tensor at a time.
 
@@ -339,7 +362,8 @@ def write_gguf(
         file: Binary file that is open for writing.
         header: The header, from `gguf_header`.
         specs: Shape and type of each tensor, by name.
-        values: The tensors in the order of `specs`, as floats.
+        values: The tensors in the order of `specs`, as floats or quantized. A quantized
+            matrix is written as it is if it has the type.
 
     Raises:
         ValueError: If a type cannot represent a value.
@@ -347,17 +371,27 @@ def write_gguf(
     """
     file.write(header)
     for (shape, type_name), value in zip(specs.values(), values, strict=True):
-        if type_name in FLOAT_TYPES:
-            dtype = FLOAT_TYPES[type_name]
-            array_io.write_array(file, value, shape, dtype, _RANGE_REMEDY)
-        else:
-            _write_blocks(file, value, shape, type_name)
+        _write_tensor(file, value, shape, type_name)
         file.write(_padding(tensor_bytes(shape, type_name)))
 
 
-def _write_blocks(file, array, shape, type_name):
-    if array.shape != tuple(shape):
-        raise ValueError(f"it has shape {array.shape}, expected {tuple(shape)}")
+def _write_tensor(file, value, shape, type_name):
+    if value.shape != tuple(shape):
+        raise ValueError(f"it has shape {value.shape}, expected {tuple(shape)}")
+    if isinstance(value, QuantizedMatrix):
+        blocks = blocks_from_matrix(value, type_name)
+        if blocks is not None:
+            file.write(blocks.reshape(-1))
+            return
+        value = value.dequantize()
+    if type_name in FLOAT_TYPES:
+        dtype = FLOAT_TYPES[type_name]
+        array_io.write_array(file, value, shape, dtype, _RANGE_REMEDY)
+    else:
+        _quantize_and_write(file, value, type_name)
+
+
+def _quantize_and_write(file, array, type_name):
     for block in array_io.row_blocks(array):
         rows = array_io.contiguous(array[block]).astype(np.float32)
         if not np.isfinite(rows).all():
