@@ -105,7 +105,7 @@ def compare(name, quantization, path, threads):
     """
     from llama_cpp import GGML_TYPE_F32, Llama
 
-    ours = OpenLlamaCausalLM.from_preset(path, dtype="float32")
+    ours = OpenLlamaCausalLM.from_preset(path, dtype="float32", quantization=None)
     theirs = Llama(
         str(path),
         n_ctx=256,

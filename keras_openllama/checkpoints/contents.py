@@ -116,8 +116,10 @@ class LiveTensor:
         return self.quantized_matrix().dequantize()
 
     def quantized_matrix(self) -> QuantizedMatrix | None:
-        """Returns the weight as it is quantized; `None` if it is not."""
-        return self._layer.quantized_matrix() if self._layer is not None else None
+        """Returns the weight as it is quantized; `None` if it is not, or is merged."""
+        if self._layer is None or self._layer.lora_enabled:
+            return None
+        return self._layer.quantized_matrix()
 
     def prefetch(self) -> None:
         """Does nothing: the weight is in memory."""

@@ -25,6 +25,7 @@ from keras_openllama.checkpoints.contents import contents_of_model
 from keras_openllama.checkpoints.formats import GGUF_QUANTIZATIONS
 from keras_openllama.checkpoints.gguf_model import backbone_arguments, output_files
 from keras_openllama.convert import convert
+from keras_openllama.quantization import WeightQuantizationConfig
 
 # Grouped heads of 100, whose rows of 400 do not divide into blocks of 32; and heads
 # whose rows do.
@@ -413,3 +414,74 @@ def test_convert_copies_quantized_weights_bit_by_bit(shape, quantization, tmp_pa
     for name, (data, kind) in expected.items():
         assert found[name][1] == kind
         assert found[name][0].tobytes() == data.tobytes(), name
+
+
+def quantized_layers(lm):
+    """The projections of the first decoder layer, the embedding and the head."""
+    layer = lm.backbone.transformer_layers[0]
+    return {
+        "blk.0.attn_q.weight": layer.self_attention.query,
+        "blk.0.attn_k.weight": layer.self_attention.key,
+        "blk.0.ffn_down.weight": layer.feedforward.down,
+        "token_embd.weight": lm.backbone.token_embedding,
+        "output.weight": lm.lm_head,
+    }
+
+
+HEADS = {"blk.0.attn_q.weight": 4, "blk.0.attn_k.weight": 2}
+
+
+def dequantized(tensors, name):
+    array = gguf.dequantize(*tensors[name])
+    return half_split(array, HEADS[name]) if name in HEADS else array
+
+
+@pytest.mark.parametrize("quantization, bits", [("q8_0", 8), ("q4_0", 4)])
+def test_from_preset_keeps_quantized_weights_as_they_are(quantization, bits, tmp_path):
+    path = export(model(), tmp_path / "x.gguf", quantization)
+    loaded = OpenLlamaCausalLM.from_preset(path, preprocessor=None)
+    _, tensors = read_file(path)
+    for name, layer in quantized_layers(loaded).items():
+        matrix = layer.quantized_matrix()
+        assert matrix.bits == (bits if name.startswith("blk") else 8)
+        assert matrix.group_size == 32
+        assert np.array_equal(matrix.dequantize(), dequantized(tensors, name)), name
+    export(loaded, tmp_path / "y.gguf", quantization)
+    found = read_file(tmp_path / "y.gguf")[1]
+    for name, (data, _) in tensors.items():
+        assert found[name][0].tobytes() == data.tobytes(), name
+
+
+@pytest.mark.backend_free
+def test_from_preset_without_quantization_dequantizes(tmp_path):
+    path = export(model(), tmp_path / "x.gguf", "q4_0")
+    loaded = OpenLlamaCausalLM.from_preset(path, preprocessor=None, quantization=None)
+    _, tensors = read_file(path)
+    kernel = loaded.backbone.transformer_layers[0].self_attention.query.kernel
+    expected = dequantized(tensors, "blk.0.attn_q.weight")
+    assert np.array_equal(keras.ops.convert_to_numpy(kernel), expected)
+
+
+@pytest.mark.parametrize("mode, quantization", [("int8", "q8_0"), ("int4", "q4_0")])
+def test_export_to_gguf_does_not_round_a_quantized_model(mode, quantization, tmp_path):
+    lm = model()
+    config = WeightQuantizationConfig(bits=int(mode[3:]), group_size=32)
+    lm.quantize(config=config)
+    _, tensors = read_file(export(lm, tmp_path / "x.gguf", quantization))
+    for name, layer in quantized_layers(lm).items():
+        expected = layer.quantized_matrix()
+        if expected.group_size == 32:  # Not the embedding and head of int4.
+            assert np.array_equal(expected.dequantize(), dequantized(tensors, name))
+
+
+def test_export_to_gguf_merges_adapters_into_quantized_weights(tmp_path):
+    lm = model()
+    lm.quantize(config=WeightQuantizationConfig(bits=8, group_size=32))
+    lm.backbone.enable_lora(2)
+    query = lm.backbone.transformer_layers[0].self_attention.query
+    for adapter in (query.lora_kernel_a, query.lora_kernel_b):
+        adapter.assign(np.ones(adapter.shape))
+    _, tensors = read_file(export(lm, tmp_path / "x.gguf", "f32"))
+    found = dequantized(tensors, "blk.0.attn_q.weight")
+    assert np.allclose(found, query.merged_kernel())
+    assert not np.allclose(found, query.quantized_matrix().dequantize())
