@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_openllama.checkpoints.weight_sizes import weight_bytes
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.presets import registry
 
 _COUNT_UNITS = ("", "K", "M", "B")
+_TYPES = ("bfloat16", "int8", "int4")
+_HEADER = (
+    *("NAME", "PARAMETERS", *map(str.upper, _TYPES)),
+    *("TOKENIZER", "WEIGHTS", "IN THE CACHE"),
+)
 BYTE_UNITS = (" B", " kB", " MB", " GB")
 # Weights in one of these formats: a single file, or an index and its shards.
 _WEIGHTS = (
@@ -22,9 +28,10 @@ _WEIGHTS = (
 )
 
 DESCRIPTION = """\
-List the presets, with the size of their weights in float16 and whether they are in the
-local cache of the Hugging Face Hub. The environment variables HF_HOME and HF_HUB_CACHE
-set the directory of the cache.
+List the presets, with the size of their weights in bfloat16, and as --quantization int8
+and int4 of other commands store them, and whether they are in the local cache of the
+Hugging Face Hub. The environment variables HF_HOME and HF_HUB_CACHE set the directory
+of the cache.
 
     %(prog)s           # a table
     %(prog)s --json    # the same for programs, with sizes in bytes
@@ -56,12 +63,14 @@ def preset_rows() -> list[dict[str, Any]]:
     rows = []
     for preset in sorted(registry().values(), key=lambda preset: preset.parameters):
         handle = preset.weights["transformers"]
+        sizes = weight_bytes(preset.config)
         state, size = cache_state(handle)
         rows.append(
             {
                 "name": preset.name,
                 "parameters": preset.parameters,
-                "float16_bytes": 2 * preset.parameters,
+                "float16_bytes": sizes["bfloat16"],
+                **{f"{name}_bytes": size for name, size in sizes.items()},
                 "tokenizer": preset.tokenizer_version,
                 "weights": handle if handle.startswith("hf://") else "in the package",
                 "cached": state,
@@ -74,7 +83,7 @@ def preset_rows() -> list[dict[str, Any]]:
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats the rows of `preset_rows` as a table of several lines."""
-    table = [("NAME", "PARAMETERS", "FLOAT16", "TOKENIZER", "WEIGHTS", "IN THE CACHE")]
+    table = [_HEADER]
     for row in rows:
         cached = row["cached"]
         if row["cached_bytes"]:
@@ -83,7 +92,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             (
                 row["name"],
                 with_unit(row["parameters"], _COUNT_UNITS),
-                with_unit(row["float16_bytes"], BYTE_UNITS),
+                *(with_unit(row[f"{name}_bytes"], BYTE_UNITS) for name in _TYPES),
                 row["tokenizer"],
                 row["weights"],
                 cached,

@@ -19,6 +19,10 @@ from keras_openllama.quantization.quantized_matrix import (
 # Rows are rounded in blocks of about this many weights, which stay in a core's cache.
 _BLOCK = 1 << 16
 _FLOAT16_MAX = 65504.0
+# Integers that the weight of the largest magnitude of a group may become, before they
+# are clipped to those from -8 to 7.
+# Heuristic: more candidates hardly lower the perplexity (`benchmarks/quantization.py`).
+_EXTREMES = (-8, -7.4, -8.6, 7.2)
 
 
 def quantize_matrix(
@@ -30,7 +34,8 @@ def quantize_matrix(
     """Rounds a matrix of weights to 8 or 4 bits.
 
     Each group is rounded to the nearest values of its scale, which is rounded to
-    float16 before.
+    float16 before. For symmetric groups of 4 bits, the scale is the best of a few by
+    the squared error.
 
     Args:
         weights: Array `(outputs, inputs)` of a floating-point dtype.
@@ -47,7 +52,7 @@ def quantize_matrix(
             can represent, or there is no such format (see `check_format`).
 
     Example:
-        >>> weights = np.array([[0.5, -4, 3.25, 2]], "float32")
+        >>> weights = np.array([[0.5, -4, 3, 2]], "float32")
         >>> quantize_matrix(weights, bits=4).dequantize().tolist()
         [[0.5, -4.0, 3.0, 2.0]]
     """
@@ -135,12 +140,35 @@ def _round_int8(weights, low, high):
 
 
 def _round_int4(weights, low, high):
-    # The weight of the largest magnitude becomes -8: the scale may be negative.
+    # The weight of the largest magnitude becomes about -8: scales may be negative.
     extreme = np.where(-low >= high, low, high)
-    scales = (extreme / -8).astype("float16")
+    scales = _search_scales(weights, extreme).astype("float16")
     integers = np.rint(weights * _inverse(scales))
     np.clip(integers, -8, 7, out=integers)
     return scales, (integers + NIBBLE_ZERO).astype("uint8")
+
+
+def _search_scales(weights, extreme):
+    """Returns the scales, float32 `(outputs, groups)`, with the least squared errors.
+
+    For each candidate the integers are rounded, and their best scale is the solution of
+    the least-squares problem, by which the squared error shrinks by `gain`.
+    """
+    best = np.zeros_like(extreme)
+    best_gain = np.full_like(extreme, -1)
+    for divisor in _EXTREMES:
+        integers = np.rint(weights * _inverse(extreme / np.float32(divisor)))
+        np.clip(integers, -8, 7, out=integers)
+        products = np.einsum("...i,...i", weights, integers)
+        squares = np.einsum("...i,...i", integers, integers)
+        scales = np.divide(
+            products, squares, out=np.zeros_like(best), where=squares > 0
+        )
+        gain = products * scales
+        better = gain > best_gain
+        np.copyto(best, scales, where=better)
+        np.copyto(best_gain, gain, where=better)
+    return best
 
 
 def _round_int4_with_zeros(weights, low, high):

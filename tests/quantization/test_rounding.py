@@ -41,6 +41,17 @@ def test_quantize_matrix_with_smaller_groups_has_smaller_errors(weights):
     assert errors[0] < 0.85 * errors[1]
 
 
+def test_quantize_matrix_to_4_bits_searches_the_scale_of_a_group(weights):
+    """Its squared error is less than with the largest weight at -8, as in Q4_0."""
+    groups = weights.reshape(-1, 16)
+    rows = np.arange(len(groups))
+    extreme = groups[rows, abs(groups).argmax(axis=1)]
+    scales = (extreme / -8).astype("float16").astype("float32")[:, None]
+    rounded = np.clip(np.rint(groups / scales), -8, 7) * scales
+    expected = np.sqrt(np.mean((rounded - groups) ** 2)) / weights.std()
+    assert error(weights, quantize_matrix(weights, 4, 16)) < 0.97 * expected
+
+
 def test_quantize_matrix_keeps_zeros_exactly(weights):
     weights[3] = 0
     weights[5, 7] = 0

@@ -1,0 +1,172 @@
+"""Measures what quantized weights cost in quality, beside the types of llama.cpp.
+
+    python examples/fetch_corpus.py
+    python benchmarks/quantization.py
+
+Rounds the matrices of a model by each scheme, and computes in float32 with the rounded
+weights. Prints for each scheme
+
+- the bits per weight of the projections, scales included;
+- the perplexity of the texts, and its ratio to that of the float32 weights, less one;
+- the mean KL divergence of the next-token distribution from that of float32.
+
+Q8_0 and Q4_0 are rounded by the `gguf` package, as llama.cpp does. Every scheme of
+4 bits has token embedding and head in 8 bits, except those with "all": llama.cpp's Q4_0
+of these models has 4 bits there, too, unless told otherwise.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import gguf
+import numpy as np
+from keras import ops
+
+from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.backend.keras_private import (
+    embeddings_variable,
+    flatten_layers,
+    kernel_variable,
+)
+from keras_openllama.layers.embedding import Embedding
+from keras_openllama.layers.quantizable import QuantizableLayer
+from keras_openllama.quantization import quantize_matrix
+
+TEXTS = Path("~/.cache/keras_openllama/corpus/heldout").expanduser()
+WINDOW = 256
+BATCH = 16
+
+
+def ours(bits, group_size, symmetric=True):
+    def quantize(weights):
+        matrix = quantize_matrix(weights, bits, group_size, symmetric)
+        return matrix.dequantize(), 8 * matrix.nbytes / weights.size
+
+    return quantize
+
+
+def of_gguf(name):
+    kind = gguf.GGMLQuantizationType[name]
+
+    def quantize(weights):
+        data = gguf.quantize(weights, kind)
+        return gguf.dequantize(data, kind), 8 * data.nbytes / weights.size
+
+    return quantize
+
+
+def keep(weights):
+    return weights, 32.0
+
+
+INT8 = ours(8, None)
+# Name -> how projections, and how embedding and head are rounded.
+SCHEMES = {
+    "float32": (keep, keep),
+    "int8, per output": (INT8, INT8),
+    "int8, groups of 128": (ours(8, 128), ours(8, 128)),
+    "int8, groups of 32": (ours(8, 32), ours(8, 32)),
+    "Q8_0": (of_gguf("Q8_0"), of_gguf("Q8_0")),
+    "int4, groups of 32": (ours(4, 32), INT8),
+    "int4, groups of 32, zero points": (ours(4, 32, False), INT8),
+    "int4, groups of 64": (ours(4, 64), INT8),
+    "int4, groups of 64, zero points": (ours(4, 64, False), INT8),
+    "int4, groups of 128": (ours(4, 128), INT8),
+    "Q4_0, 8 bits in embedding and head": (of_gguf("Q4_0"), INT8),
+    "int4, groups of 32, all": (ours(4, 32), ours(4, 32)),
+    "Q4_0, all": (of_gguf("Q4_0"), of_gguf("Q4_0")),
+}
+
+
+def main():
+    options = parse_options()
+    lm = OpenLlamaCausalLM.from_preset(options.preset, dtype="float32")
+    windows = tokenize(lm, options.texts, options.windows)
+    layers = [la for la in flatten_layers(lm) if isinstance(la, QuantizableLayer)]
+    original = [ops.convert_to_numpy(variable(la).value).copy() for la in layers]
+    reference = None
+    print(f"{windows.size} tokens in windows of {WINDOW}, {options.preset}")
+    print("| weights | bits | perplexity | ratio - 1 | KL divergence, nats |")
+    print("|---|---|---|---|---|")
+    for name, scheme in SCHEMES.items():
+        bits = round_weights(layers, original, scheme)
+        found = list(log_probabilities(lm, windows))
+        reference = reference or found
+        loss, divergence = compare(found, reference, windows)
+        if name == "float32":
+            float_loss = loss
+        ratio = np.exp(loss - float_loss) - 1
+        print(
+            f"| {name} | {bits:.2f} | {np.exp(loss):.3f} | {100 * ratio:+.3f} % "
+            f"| {divergence:.5f} |",
+            flush=True,
+        )
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="open_llama_nano", help="(%(default)s)")
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="directory of .txt")
+    parser.add_argument(
+        "--windows", type=int, default=192, help="windows of tokens (%(default)s)"
+    )
+    return parser.parse_args()
+
+
+def variable(layer):
+    embedding = isinstance(layer, Embedding)
+    return embeddings_variable(layer) if embedding else kernel_variable(layer)
+
+
+def tokenize(lm, directory, count):
+    """Windows that start with `<s>`, evenly from each text."""
+    tokenizer = lm.preprocessor.tokenizer
+    files = sorted(directory.glob("*.txt"))
+    if not files:
+        raise SystemExit(f"There is no .txt in {directory}: see --help.")
+    windows = []
+    for file in files:
+        ids = list(map(int, tokenizer(file.read_text("utf-8"))))
+        parts = [ids[i : i + WINDOW - 1] for i in range(0, len(ids), WINDOW - 1)]
+        whole = [part for part in parts if len(part) == WINDOW - 1]
+        windows += whole[: count // len(files)]
+    return np.array([[tokenizer.start_token_id, *part] for part in windows], "int32")
+
+
+def round_weights(layers, original, scheme):
+    """Assigns rounded weights. Returns the bits per weight of the projections."""
+    sizes = []
+    for layer, weights in zip(layers, original, strict=True):
+        is_projection = layer.quantization_role == "projection"
+        rounded, bits = scheme[0 if is_projection else 1](weights)
+        variable(layer).assign(rounded)
+        if is_projection:
+            sizes.append((bits, weights.size))
+    bits, counts = np.array(sizes).T
+    return (bits * counts).sum() / counts.sum()
+
+
+def log_probabilities(lm, windows):
+    for start in range(0, len(windows), BATCH):
+        logits = ops.convert_to_numpy(lm.score(windows[start : start + BATCH]))
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        yield shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def compare(found, reference, windows):
+    """Mean loss of the tokens, and mean KL divergence from the reference."""
+    losses, divergences = [], []
+    for batch, (log_p, log_q) in enumerate(zip(reference, found, strict=True)):
+        ids = windows[batch * BATCH : (batch + 1) * BATCH, 1:]
+        losses.append(-np.take_along_axis(log_q[:, :-1], ids[..., None], -1))
+        divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1)[:, :-1])
+    return (float(np.concatenate(x).mean()) for x in (losses, divergences))
+
+
+if __name__ == "__main__":
+    main()
