@@ -30,6 +30,7 @@ from keras_openllama.loading.load import (
 )
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
+from keras_openllama.quantization import WeightQuantizationConfig
 from keras_openllama.runs import run_directory
 from keras_openllama.runs.finetune_config import FinetuneConfig
 from keras_openllama.runs.instruction_data import InstructionData
@@ -243,6 +244,8 @@ def _build(config, source, preprocessor, train, distribution):
     # Keras draws the seeds of initializers from `random`. (`set_random_seed` would
     # import TensorFlow.)
     random.seed(config.seed)
+    # The head stays as it is, which computes the loss more accurately.
+    int8 = WeightQuantizationConfig(8, head_bits=None)
     with distribution_scope(distribution):
         with _reading_preset(config.preset):
             lm = load_task_from_source(
@@ -251,9 +254,8 @@ def _build(config, source, preprocessor, train, distribution):
                 describe_origin(config.preset),
                 dtype=config.dtype,
                 preprocessor=preprocessor,
+                quantization=int8 if config.int8 else "auto",
             )
-        if config.int8:
-            lm.backbone.quantize("int8")
         if config.lora_rank:
             targets = config.lora_targets and list(config.lora_targets)
             lm.backbone.enable_lora(config.lora_rank, targets, config.lora_alpha)
