@@ -171,12 +171,10 @@ def same_greedy_tokens(ours, theirs, prompt):
         expected.append(token)
         if len(expected) == NEW_TOKENS:
             break
-    tokens = list(prompt)
-    for count, token in enumerate(expected):
-        if int(logits(ours, tokens)[-1].argmax()) != token:
-            return count
-        tokens.append(token)
-    return NEW_TOKENS
+    # Ours are the same up to the first position where the most likely token differs.
+    found = logits(ours, [*prompt, *expected])[len(prompt) - 1 : -1].argmax(axis=-1)
+    different = np.flatnonzero(found != expected)
+    return int(different[0]) if len(different) else NEW_TOKENS
 
 
 if __name__ == "__main__":

@@ -520,13 +520,13 @@ def test_convert_leaves_no_target_behind_if_it_is_interrupted(
         "from keras_openllama.__main__ import main\n"
         "from keras_openllama.checkpoints import writer\n"
         "calls = iter(range(25))\n"
-        "real = writer._TensorValues.__next__\n"
+        "real = writer._TensorValues.release_current\n"
         "def stop(self):\n"
         "    if next(calls, None) is None:\n"
         "        print('stopped', flush=True)\n"
         "        time.sleep(600)\n"
         "    return real(self)\n"
-        "writer._TensorValues.__next__ = stop\n"
+        "writer._TensorValues.release_current = stop\n"
         "sys.exit(main(['convert', *sys.argv[1:3], '--to', sys.argv[3]]))\n"
     )
     source = models["transformers", "float32"]
