@@ -91,7 +91,8 @@ def _count_cores():
 
 def _quantize_block(weights, target):
     """Writes the rounded weights into the arrays of `target`."""
-    grouped = _group(weights.astype("float32", copy=False), target.group_size)
+    # Sums depend on the order in memory, and some sources are transposed.
+    grouped = _group(np.ascontiguousarray(weights, "float32"), target.group_size)
     low, high = grouped.min(axis=-1), grouped.max(axis=-1)
     _check_range(low, high, target.bits)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -81,6 +81,14 @@ def test_quantize_matrix_does_not_depend_on_the_blocks(weights, monkeypatch):
     assert (whole.scales == in_blocks.scales).all()
 
 
+def test_quantize_matrix_does_not_depend_on_the_order_in_memory():
+    weights = np.random.default_rng(1).normal(0, 0.1, (512, 96)).astype("float32")
+    expected = quantize_matrix(weights, 4, 48)
+    found = quantize_matrix(np.asfortranarray(weights), 4, 48)
+    assert (found.values == expected.values).all()
+    assert (found.scales == expected.scales).all()
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16", ml_dtypes.bfloat16])
 def test_quantize_matrix_accepts_other_dtypes(weights, dtype):
     rounded = weights.astype(dtype)
