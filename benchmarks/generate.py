@@ -1,20 +1,26 @@
-"""Speed of generation, compared with KerasHub, transformers and memory bandwidth.
+"""Speed of generation, compared with KerasHub, transformers, llama.cpp and the memory.
 
     python benchmarks/generate.py
     python benchmarks/generate.py --prompt 1800 --context 2048 --batch 1
     python benchmarks/generate.py --contender torch/bfloat16 transformers/bfloat16
+    python benchmarks/generate.py --contender jax/int4 llama.cpp/q4_0
+
+llama.cpp needs `pip install llama-cpp-python`, which compiles it for this processor in
+about ten minutes. It reads the same weights from GGUF files that this package writes.
 
 One random model is written in transformers' format, and every contender loads it in
 its own process: this package on the backends of Keras, KerasHub's `LlamaCausalLM` on
-the same backends, and transformers on PyTorch. They generate greedily from the same
-prompts. Rounds alternate between the contenders; the figures are medians of the rounds.
+the same backends, transformers on PyTorch, and llama.cpp. They generate greedily from
+the same prompts. Rounds alternate between the contenders; the figures are medians of
+the rounds.
 
     tokens/s   batch size times new tokens, divided by the time of the call
     prefill    milliseconds to the first token: a call for one token
     decode     batch size times tokens per second after the first token
     limit      decoding reads all weights once per step; the limit is the best rate at
                which this backend multiplies matrices of this dtype and size by a
-               vector, measured between the rounds
+               vector (for quantized weights: of bfloat16 or float32), measured between
+               the rounds
     of limit   decode divided by the limit
     first      seconds of the first call in a new process, including compilation; in
                parentheses in the next process, with JAX's compilation cache
@@ -48,7 +54,17 @@ CONTENDERS = (
     "keras_hub:tensorflow/float32",
     "transformers/float32",
     "transformers/bfloat16",
+    "jax/int8",
+    "jax/int4",
+    "torch/int8",
+    "torch/int4",
+    "llama.cpp/f16",
+    "llama.cpp/q8_0",
+    "llama.cpp/q4_0",
 )
+QUANTIZED = ("int8", "int4")
+# The types of llama.cpp that ours are compared with.
+LLAMA_CPP_TYPES = {"bfloat16": "f16", "int8": "q8_0", "int4": "q4_0"}
 LIMIT_BYTES = 400e6  # Matrices for the limit: larger than any CPU cache.
 
 
@@ -68,7 +84,10 @@ def load_ours(checkpoint, dtype):
     """Returns a function of token ids and the number of new tokens; this package."""
     from keras_openllama import OpenLlamaCausalLM
 
-    lm = OpenLlamaCausalLM.from_preset(checkpoint, dtype=dtype, preprocessor=None)
+    options = {"dtype": dtype}
+    if dtype in QUANTIZED:
+        options = {"dtype": "bfloat16", "quantization": dtype}
+    lm = OpenLlamaCausalLM.from_preset(checkpoint, preprocessor=None, **options)
 
     def generate(ids, new):
         mask = np.ones_like(ids)
@@ -125,6 +144,57 @@ def load_transformers(checkpoint, dtype):
         )
         return outputs[:, ids.shape[1] :].numpy()
 
+    return generate
+
+
+def load_llama_cpp(checkpoint, dtype):
+    """The same for llama.cpp, by its C interface, which decodes several sequences."""
+    import llama_cpp
+
+    from keras_openllama import convert
+
+    path = Path(checkpoint).parent / f"{dtype}.gguf"
+    if not path.exists():
+        convert.convert(checkpoint, path, to="gguf", quantization=dtype)
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+    model = llama_cpp.llama_model_load_from_file(
+        str(path).encode(), llama_cpp.llama_model_default_params()
+    )
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    threads = len(os.sched_getaffinity(0))
+
+    def feed(context, tokens, position):
+        """Feeds tokens `(sequences, length)`; returns the next token of each."""
+        batch = llama_cpp.llama_batch_init(tokens.size, 0, 1)
+        batch.n_tokens = tokens.size
+        length = tokens.shape[1]
+        for i, token in enumerate(tokens.reshape(-1).tolist()):
+            batch.token[i], batch.pos[i] = token, position + i % length
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, i // length
+            batch.logits[i] = i % length == length - 1
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        ends = range(length - 1, tokens.size, length)
+        rows = [llama_cpp.llama_get_logits_ith(context, i) for i in ends]
+        llama_cpp.llama_batch_free(batch)
+        logits = [np.ctypeslib.as_array(row, (vocabulary,)) for row in rows]
+        return np.array([row.argmax() for row in logits], "int32")
+
+    def generate(ids, new):
+        options = llama_cpp.llama_context_default_params()
+        options.n_seq_max = len(ids)
+        options.n_ctx = len(ids) * (ids.shape[1] + new)
+        options.n_batch = max(ids.size, 512)
+        options.n_threads = options.n_threads_batch = threads
+        context = llama_cpp.llama_init_from_model(model, options)
+        found = [feed(context, ids, 0)]
+        while len(found) < new:
+            position = ids.shape[1] + len(found) - 1
+            found.append(feed(context, found[-1][:, None], position))
+        llama_cpp.llama_free(context)
+        return np.stack(found, axis=1)
+
+    generate.model = model  # Which is used as long as the function is.
     return generate
 
 
@@ -188,9 +258,19 @@ def torch_products(dtype, k, n, count):
         yield lambda ws=matrices: [product(x, w, None, "none", [], "") for w in ws]
 
 
+def bytes_per_weight(dtype):
+    """Bytes of a weight in a contender's products; scales are included."""
+    return {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32}[
+        dtype
+    ]
+
+
 def bandwidth(backend, dtype, width, ff):
     """The best rate of matrix-vector products in any memory layout, in bytes/s."""
-    size = {"float32": 4, "bfloat16": 2}[dtype]
+    if dtype in QUANTIZED:  # The rate of the memory.
+        dtypes = ("float32", "bfloat16")
+        return max(bandwidth(backend, dtype, width, ff) for dtype in dtypes)
+    size = bytes_per_weight(dtype)
     count = int(LIMIT_BYTES / (width * ff * size))
     products = {"jax": jax_products, "torch": torch_products}
     products = products.get(backend, tensorflow_products)
@@ -215,6 +295,8 @@ def work(contender, checkpoint, sizes):
     backend, _, dtype = variant.partition("/")
     if backend == "transformers":
         generate = load_transformers(checkpoint, dtype)
+    elif backend == "llama.cpp":
+        generate = load_llama_cpp(checkpoint, dtype)
     else:
         load = load_keras_hub if kind else load_ours
         generate = load(checkpoint, dtype)
@@ -243,7 +325,9 @@ class Contender:
         backend = variant.partition("/")[0]
         environment = {
             **os.environ,
-            "KERAS_BACKEND": "torch" if backend == "transformers" else backend,
+            "KERAS_BACKEND": backend
+            if backend in ("jax", "torch", "tensorflow")
+            else "torch",
             "HF_HUB_OFFLINE": "1",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -301,7 +385,7 @@ def measure(options, directory):
         except RuntimeError as error:
             if is_ours(name):
                 raise
-            # KerasHub or transformers may not be installed.
+            # The others may not be installed.
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             continue
         contenders.append(contender)
@@ -323,7 +407,7 @@ def measure(options, directory):
                     limits[c.name].append(c.ask("limit"))
         for c in contenders:
             prefill, total = map(statistics.median, times[c.name])
-            size = 4 if c.name.endswith("float32") else 2
+            dtype = c.name.rpartition("/")[2]
             decode = batch * (options.new - 1) / max(total - prefill, 1e-9)
             result = {
                 "contender": c.name,
@@ -340,7 +424,9 @@ def measure(options, directory):
             if limits[c.name]:
                 rate = statistics.median(limits[c.name])
                 result["limit_gigabytes_per_second"] = rate / 1e9
-                result["limit_tokens_per_second"] = batch * rate / (weights * size)
+                result["limit_tokens_per_second"] = (
+                    batch * rate / (weights * bytes_per_weight(dtype))
+                )
             results.append(result)
     for contender in contenders:
         contender.close()
@@ -384,8 +470,11 @@ def ratios(rows):
     for name, r in ours.items():
         dtype = name.partition("/")[2]
         for peer in rows:
-            same_backend = peer["contender"] == f"keras_hub:{name}"
-            if not same_backend and peer["contender"] != f"transformers/{dtype}":
+            if peer["contender"] not in (
+                f"keras_hub:{name}",
+                f"transformers/{dtype}",
+                f"llama.cpp/{LLAMA_CPP_TYPES.get(dtype)}",
+            ):
                 continue
             speedup = r["tokens_per_second"] / peer["tokens_per_second"]
             prefill = peer["prefill_seconds"] / r["prefill_seconds"]

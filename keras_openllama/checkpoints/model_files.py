@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
-_CONFIGS = ("config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "adapter_config.json", "genai_config.json")
 _ASSETS = "assets"
 # Names of the files that exports and `save_adapters` write.
 _NAMES = (
     *_CONFIGS,
     "adapter_model.safetensors",
     "generation_config.json",
+    "model.onnx",
+    "model.onnx.data",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.model",
@@ -62,6 +64,5 @@ def _is_config(path):
         config = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and bool(
-        {"model_type", "registered_name", "peft_type"} & {*config}
-    )
+    keys = {"model_type", "registered_name", "peft_type", "search"}
+    return isinstance(config, dict) and bool(keys & {*config})

@@ -73,6 +73,9 @@ class JoinedMatrix:
         group_size: size of the groups.
         shape: `(outputs, inputs)` of the joined matrix.
         has_zeros: whether there are zero points.
+
+    Raises:
+        ValueError: if ONNX Runtime does not support the groups.
     """
 
     def __init__(
@@ -82,6 +85,12 @@ class JoinedMatrix:
         self._matrices, self._rows = matrices, rows
         self.bits = first.bits
         self.group_size = runtime_group_size(first)
+        if self.group_size is None:
+            raise ValueError(
+                f"ONNX Runtime needs groups of a multiple of {MIN_GROUP} inputs. "
+                "Quantize the model with another group size. Received: "
+                f"group_size={first.group_size}"
+            )
         self._outputs = sum(len(matrix.values) for matrix in matrices)
         self.shape = (self._outputs if rows is None else len(rows), first.inputs)
         self.has_zeros = first.zeros is not None

@@ -554,6 +554,35 @@ class OpenLlamaCausalLM(
         )
         writer.write_model(contents.contents_of_model(self), config)
 
+    def export_to_onnx(self, path: PathLike, *, force: bool = False) -> None:
+        """Writes the model as an ONNX graph, with its tokenizer.
+
+        The graph computes a step with a KV cache. ONNX Runtime GenAI runs the directory
+        without this package, and ONNX Runtime runs the graph; its inputs and outputs
+        are described in `keras_openllama.generation.onnx_graph`. A quantized model
+        stays quantized; other weights are written in float32. Adapters stay apart.
+
+        Args:
+            path: path of the new directory.
+            force: whether to replace an existing directory that contains a model.
+
+        Raises:
+            ValueError: for dynamic RoPE scaling, or quantized groups whose size is not
+                a multiple of 16.
+            OSError: if the path exists already, or cannot be written.
+
+        Example:
+            >>> import os
+            >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+            >>> lm.quantize("int4")
+            >>> lm.export_to_onnx("nano_onnx")
+            >>> sorted(os.listdir("nano_onnx"))[1:4]
+            ['generation_config.json', 'model.onnx', 'model.onnx.data']
+        """
+        from keras_openllama.generation.onnx_export import export_to_onnx
+
+        export_to_onnx(self, path, force)
+
     # ----- Weights
 
     def save_to_preset(
