@@ -1,20 +1,58 @@
-"""Weights in oneDNN's memory layout, for decoding in bfloat16 on CPUs with PyTorch.
+"""Products in bfloat16 for decoding on CPUs with PyTorch: with oneDNN, and without.
 
-In bfloat16, oneDNN multiplies pairs of rows at once. With weights in the usual layout
-it rearranges them in every product. Weights that are packed once make decoding 1.5 to
-1.8 times as fast for small batches (`benchmarks/README.md`), but need memory for a
-second copy of the weights.
+For a single row, PyTorch's own product reads the weights at the rate of the memory, and
+oneDNN's at less than half of it (`benchmarks/README.md`).
+
+oneDNN multiplies pairs of rows at once. With weights in the usual layout it rearranges
+them in every product. Weights that are packed once make decoding of several sequences
+1.7 to 2.5 times as fast, but need memory for a second copy of the weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 
 import torch
 
 from keras_openllama.utils.host_memory import free_memory
+
+
+class _Switch:
+    """Whether oneDNN is enabled, and how many need it to be disabled."""
+
+    lock = threading.Lock()
+    users = 0
+    before = True
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """Disables oneDNN, for the whole process.
+
+    Products of other threads are slower in the meantime, and as exact.
+
+    Example:
+        >>> with without_onednn():
+        ...     torch.backends.mkldnn.enabled
+        False
+    """
+    onednn = torch.backends.mkldnn
+    with _Switch.lock:
+        if not _Switch.users:
+            _Switch.before = onednn.enabled
+        _Switch.users += 1
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        with _Switch.lock:
+            _Switch.users -= 1
+            if not _Switch.users:
+                onednn.enabled = _Switch.before
 
 
 def pack_linear_weights(

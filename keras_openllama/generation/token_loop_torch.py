@@ -11,6 +11,7 @@ and the columns of the cache are padded as with XLA.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
@@ -31,7 +32,10 @@ from keras_openllama.generation.kv_cache import (
     run_layers,
     used_columns,
 )
-from keras_openllama.generation.onednn_weights import pack_linear_weights
+from keras_openllama.generation.onednn_weights import (
+    pack_linear_weights,
+    without_onednn,
+)
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.torch_decoder import TorchDecoder
 from keras_openllama.generation.weights_state import WeightsState
@@ -202,13 +206,15 @@ class TorchTokenLoop(TokenLoop):
             prompt_layout, column, tokens.shape, cache[0][0].shape
         )
         inputs = (tokens, positions, prompt_layout.final_lengths, bias, cache)
-        return self._graph(inputs)(*inputs)
+        with without_onednn() if len(tokens) == 1 else contextlib.nullcontext():
+            return self._graph(inputs)(*inputs)
 
     def _graph(self, inputs):
         batch = len(inputs[0])
         if batch not in self._graphs:
             graph = trace_graph(self._logits, inputs)
-            pack_linear_weights(graph, self._packed)
+            if batch > 1:
+                pack_linear_weights(graph, self._packed)
             self._graphs[batch] = graph
         return self._graphs[batch]
 

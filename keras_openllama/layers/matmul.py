@@ -12,12 +12,16 @@ from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "jax":
     import jax
+elif keras.config.backend() == "torch":
+    import torch
 
 # Heuristic: with this many rows the product is compute-bound on a CPU in either order
 # of operands.
 MANY_ROWS = 128
 # Heuristic: outputs of a block on PyTorch, which fits in the cache of a core.
 OUTPUT_BLOCK = 64
+# Heuristic: from so many rows on, a product of 16 bits is limited by the computation.
+SOME_ROWS = 16
 
 
 def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
@@ -37,8 +41,8 @@ def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
     kernel = ops.convert_to_tensor(kernel)
     if keras.config.backend() == "jax":
         return _multiply_on_platform()(inputs, kernel)
-    if keras.config.backend() == "torch" and _use_blocks(inputs, kernel):
-        return _multiply_by_blocks(inputs, kernel)
+    if keras.config.backend() == "torch" and inputs.device.type == "cpu":
+        return _multiply_with_torch(inputs, kernel)
     return _multiply(inputs, kernel)
 
 
@@ -47,13 +51,38 @@ def _is_few(rows):
     return isinstance(rows, int) and rows < MANY_ROWS
 
 
-def _use_blocks(inputs, kernel):
-    return (
-        inputs.device.type == "cpu"
-        and inputs.dtype.itemsize == 4
-        and _is_few(math.prod(inputs.shape[:-1]))
-        and len(kernel) % OUTPUT_BLOCK == 0
-    )
+def _multiply_with_torch(inputs, kernel):
+    rows = math.prod(inputs.shape[:-1])
+    if inputs.dtype.itemsize == 4:
+        use_blocks = _is_few(rows) and len(kernel) % OUTPUT_BLOCK == 0
+        return (_multiply_by_blocks if use_blocks else _multiply)(inputs, kernel)
+    if inputs.dtype.itemsize != 2 or not isinstance(rows, int) or rows < SOME_ROWS:
+        return _multiply(inputs, kernel)
+    if not has_onednn_products(inputs.dtype):
+        return _multiply(inputs.float(), kernel.float()).to(inputs.dtype)
+    if not _is_few(rows):
+        return _multiply(inputs, kernel)
+    # With the weights on the left, oneDNN does not rearrange them.
+    outputs = (kernel @ inputs.reshape(rows, -1).T).T
+    return outputs.reshape(*inputs.shape[:-1], len(kernel))
+
+
+def has_onednn_products(dtype: torch.dtype) -> bool:
+    """Returns whether this processor multiplies matrices of 16 bits fast (PyTorch).
+
+    Without support by oneDNN, PyTorch multiplies row by row: it reads the weights at
+    the rate of the memory for each. That needs AVX-512 for bfloat16, and its extension
+    for float16.
+
+    Args:
+        dtype: `torch.bfloat16` or `torch.float16`.
+    """
+    onednn = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if dtype == torch.bfloat16:
+        return onednn._is_mkldnn_bf16_supported()
+    return onednn._is_mkldnn_fp16_supported()
 
 
 def _multiply_by_blocks(inputs, kernel):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_openllama.layers import matmul
 from keras_openllama.layers.matmul import MANY_ROWS, OUTPUT_BLOCK, matmul_transposed
 
 
@@ -13,8 +14,8 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-# One row, a few and many; outputs with and without a remainder of a block.
-SHAPES = [(1, 1), (3, 1), (1, 5), (2, MANY_ROWS)]
+# One row, a few, some and many; outputs with and without a remainder of a block.
+SHAPES = [(1, 1), (3, 1), (1, 5), (2, 20), (2, MANY_ROWS)]
 
 
 @pytest.mark.parametrize("units", [2 * OUTPUT_BLOCK, 2 * OUTPUT_BLOCK + 10])
@@ -39,3 +40,20 @@ def test_matmul_transposed_rounds_bfloat16_once_at_the_end(shape):
         rtol=2**-8,
         atol=1e-4,
     )
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="Needs PyTorch.")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_matmul_transposed_with_and_without_onednn(
+    shape, dtype, has_onednn, monkeypatch
+):
+    monkeypatch.setattr(matmul, "has_onednn_products", lambda dtype: has_onednn)
+    x, kernel = (ops.cast(random(*size), dtype) for size in ((*shape, 256), (96, 256)))
+    y = matmul_transposed(x, kernel)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    x, kernel, y = (
+        ops.convert_to_numpy(ops.cast(a, "float32")) for a in (x, kernel, y)
+    )
+    np.testing.assert_allclose(y, x @ kernel.T, rtol=2**-8, atol=1e-2)
