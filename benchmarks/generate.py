@@ -155,7 +155,9 @@ def load_llama_cpp(checkpoint, dtype):
 
     path = Path(checkpoint).parent / f"{dtype}.gguf"
     if not path.exists():
-        convert.convert(checkpoint, path, to="gguf", quantization=dtype)
+        convert.convert(
+            checkpoint, path, to="gguf", quantization=dtype, tokenizer=False
+        )
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
     model = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()
