@@ -158,7 +158,8 @@ def load_llama_cpp(checkpoint, dtype):
         convert.convert(
             checkpoint, path, to="gguf", quantization=dtype, tokenizer=False
         )
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, None)
     model = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()
     )
@@ -196,7 +197,7 @@ def load_llama_cpp(checkpoint, dtype):
         llama_cpp.llama_free(context)
         return np.stack(found, axis=1)
 
-    generate.model = model  # Which is used as long as the function is.
+    generate.uses = model, quiet  # They live as long as the function.
     return generate
 
 
