@@ -28,7 +28,7 @@ from keras_openllama.generation.sampling import (
 from keras_openllama.generation.sharding import runs_on_one_cpu
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.weights_state import WeightsState
-from keras_openllama.layers.quantizable import QuantizableLayer
+from keras_openllama.layers.quantizable import is_quantized
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
 if TYPE_CHECKING:
@@ -123,14 +123,11 @@ def uses_onnx_runtime(model: CausalLM) -> bool:
         if ONNX Runtime cannot multiply by its matrices, or its RoPE scaling depends on
         the lengths of the sequences of a batch.
     """
-    layers = [
-        layer for layer in flatten_layers(model) if isinstance(layer, QuantizableLayer)
-    ]
-    matrices = [
-        matrix for layer in layers if (matrix := layer.quantized_matrix()) is not None
-    ]
-    if not matrices or not runs_on_one_cpu(model.backbone):
+    layers = [layer for layer in flatten_layers(model) if is_quantized(layer)]
+    # First: the matrices of another device would be copied to the host.
+    if not layers or not runs_on_one_cpu(model.backbone):
         return False
+    matrices = [layer.quantized_matrix() for layer in layers]
     reasons = []
     if any(runtime_group_size(matrix) is None for matrix in matrices):
         reasons.append("groups whose size is not a multiple of 16")
