@@ -76,7 +76,7 @@ def public_names(module):
 
 
 def class_page(name):
-    """Returns the page of one of the four classes."""
+    """Returns the page of a public class."""
     module = f"keras_openllama.{keras_openllama._MODULES[name]}"
     return (
         f"# {name} {{#keras_openllama.{name}}}\n\n"

@@ -1,6 +1,6 @@
 """OpenLLaMA in Keras 3, on JAX, TensorFlow and PyTorch.
 
-The public API is the four classes below and the modules `config`, `convert`,
+The public API is the classes below and the modules `config`, `convert`,
 `distribution`, `evaluation`, `layers`, `optimizers`, `presets` and `quantization`.
 `data.token_stream.TokenStream` is public, too. Everything else is private and may
 change.
@@ -20,6 +20,7 @@ _MODULES = {
     "OpenLlamaTokenizer": "models.tokenizer",
     "OpenLlamaCausalLMPreprocessor": "models.causal_lm_preprocessor",
     "OpenLlamaCausalLM": "models.causal_lm",
+    "SamplingConfig": "generation.sampling_config",
 }
 
 _NAMESPACES = (

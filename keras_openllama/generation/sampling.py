@@ -19,6 +19,7 @@ from keras_openllama.backend.keras_hub import (
     TopKSampler,
     TopPSampler,
 )
+from keras_openllama.generation.sampling_config import ZERO_TEMPERATURE
 from keras_openllama.utils.types import Tensor
 from keras_openllama.utils.validation import check_integer, raise_invalid
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 # Samplers whose choice at a temperature of 0 is the most likely token.
 _GREEDY_AT_ZERO = (GreedySampler, RandomSampler, TopKSampler, TopPSampler)
-# Logits divided by a temperature below this exceed the range of float32, or differ by
-# no more than rounding.
-_ZERO_TEMPERATURE = 1e-6
 
 
 def is_search_sampler(sampler: Sampler) -> bool:
@@ -174,7 +172,7 @@ def is_greedy(sampler: Sampler) -> bool:
         False
     """
     return type(sampler) is GreedySampler or (
-        type(sampler) in _GREEDY_AT_ZERO and sampler.temperature < _ZERO_TEMPERATURE
+        type(sampler) in _GREEDY_AT_ZERO and sampler.temperature < ZERO_TEMPERATURE
     )
 
 
