@@ -79,7 +79,7 @@ print(keras_openllama("pretrain --preset 7b_v2 --show"))
 `--plan` compiles the training step of the recipe for a slice of TPUs, without a TPU,
 and prints memory, time, tokens/s and MFU. Each compilation takes about a minute, and
 without `--no-alternatives` neighboring choices are planned, too. On 256 chips of TPU v4
-the 7B recipe is planned at 26.7 GiB, 4,277 tokens/s/chip and 68 % MFU, 11 days in all.
+the 7B recipe is planned at 26.2 GiB, 4,270 tokens/s/chip and 68 % MFU, 11 days in all.
 """
 
 plan = "pretrain --preset 7b_v2 --plan --topology v4:4x8x8 --no-alternatives"

@@ -18,7 +18,13 @@ CHOICE = ExecutionChoice({"data": 4, "fsdp": 64, "model": 1}, "products", 2)
 COMPILED = json.loads((ROOT / "docs/tpu_plans.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["3b_v3 v4-64", "7b_v2 v4-512", "13b v4-128"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("3b_v3 v4-16", "3b_v3 v4-64", "7b_v2 v4-16", "7b_v2 v4-32", "7b_v2 v4-512"),
+        *("13b v4-32", "13b v4-128"),
+    ],
+)
 def test_estimate_memory_is_close_to_a_compiled_plan(name):
     plan = COMPILED[name]
     preset, recipe = presets.find(plan["preset"]), preset_recipe(plan["preset"])
