@@ -109,7 +109,7 @@ class OnnxCache:
             for kind in ("key", "value")
         }
         self._tables = rotary_tables(decoder.model, max(columns, MIN_CACHE_LENGTH))
-        self._binding = self._bind(slice(None))
+        self._bindings = {}  # By the first row and the one after the last.
         self.lengths = np.zeros(batch, "int64")
 
     def prefill(self, prefixes: list[np.ndarray]) -> None:
@@ -119,11 +119,20 @@ class OnnxCache:
             prefixes: token ids of each sequence, int64 arrays, which may be empty.
         """
         for row, ids in enumerate(prefixes):
-            binding = self._bind(slice(row, row + 1))
             for start in range(0, len(ids), CHUNK):
-                chunk = ids[None, start : start + CHUNK]
-                self._run(binding, chunk, np.array([start + chunk.shape[1]]))
+                self.feed(row, ids[start : start + CHUNK], start)
             self.lengths[row] = len(ids)
+
+    def feed(self, row: int, tokens: np.ndarray, start: int) -> None:
+        """Writes tokens of one sequence to the cache.
+
+        Args:
+            row: number of the sequence.
+            tokens: int `(length,)`.
+            start: position of the first of them.
+        """
+        binding = self._binding_of(row, row + 1)
+        self._run(binding, tokens[None], np.array([start + len(tokens)]))
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Feeds one token of each sequence.
@@ -135,13 +144,40 @@ class OnnxCache:
             Logits float32 `(batch, vocabulary_size)`.
         """
         self.lengths += 1
-        return self._run(self._binding, tokens[:, None], self.lengths)[:, 0]
+        return self.step_rows(tokens, self.lengths)
 
-    def _bind(self, rows):
+    def step_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Feeds one token of each of the first sequences.
+
+        Args:
+            tokens: int `(rows,)`.
+            lengths: int64 `(rows,)`, lengths of these sequences with these tokens.
+
+        Returns:
+            Logits float32 `(rows, vocabulary_size)`.
+        """
+        binding = self._binding_of(0, len(tokens))
+        return self._run(binding, tokens[:, None], lengths)[:, 0]
+
+    def layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns the keys and values of each layer.
+
+        Returns:
+            Pairs of float32 `(batch, num_key_value_heads, columns, padded head)`.
+        """
+        arrays = list(self._arrays.values())
+        return list(zip(arrays[::2], arrays[1::2], strict=True))
+
+    def _binding_of(self, first, end):
+        if (first, end) not in self._bindings:
+            self._bindings[first, end] = self._bind(first, end)
+        return self._bindings[first, end]
+
+    def _bind(self, first, end):
         """Binds the cache of some sequences: the graph updates it in place."""
         binding = self._session.io_binding()
         for name, array in self._arrays.items():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array[rows])
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array[first:end])
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             binding.bind_ortvalue_output(f"present.{name}", value)
         for name, table in self._tables.items():
