@@ -102,9 +102,7 @@ class EngineRequest:
         stop_ids = list(self.stop_token_ids)
         if stop_ids:
             stop_ids = as_unique_ids(stop_ids, size, "stop_token_ids")
-        return dataclasses.replace(
-            self, prompt_ids=prompt_ids, stop_token_ids=stop_ids
-        )
+        return dataclasses.replace(self, prompt_ids=prompt_ids, stop_token_ids=stop_ids)
 
 
 @dataclasses.dataclass(frozen=True)

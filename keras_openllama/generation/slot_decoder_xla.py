@@ -119,7 +119,11 @@ class XlaSlotDecoder:
     def _take(self, slot):
         """Returns the cache of a slot to donate it to a program."""
         cache, self._caches[slot] = self._caches[slot], None
-        return init_cache(self.model.backbone, 1, self._columns) if cache is None else cache
+        return (
+            init_cache(self.model.backbone, 1, self._columns)
+            if cache is None
+            else cache
+        )
 
     def _prefill(self, cache, tokens, start, final_lengths):
         columns = start + ops.arange(tokens.shape[1], dtype="int32")

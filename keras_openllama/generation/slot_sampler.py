@@ -6,20 +6,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import keras
 import numpy as np
+from keras import ops, tree
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.jit import compile_function
 from keras_openllama.generation.sampling import undefined_tokens
-from keras_openllama.generation.sampling_config import SamplingConfig
-from keras_openllama.generation.token_choice import (
-    ChosenTokens,
+from keras_openllama.generation.sampling_arrays import (
     SamplingArrays,
-    choose_tokens,
     resolve_seed,
     sampling_arrays,
     uniform_numbers,
 )
+from keras_openllama.generation.sampling_config import SamplingConfig
+from keras_openllama.generation.token_choice import ChosenTokens, choose_tokens
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -131,12 +132,17 @@ class SlotSampler:
             if mask is not None:
                 arrays.bias[row, ~mask] = -np.inf
         numbers = [number for number in top_logprobs if number is not None]
-        found = self._run(
+        inputs = dict(
             logits=np.pad(logits, ((0, rows - len(logits)), (0, 0))),
             arrays=arrays,
             counts=np.stack([control.counts for control in padded]),
             uniforms=np.array([x.uniforms[x.step] for x in padded], "float32"),
             step=np.array([control.step for control in padded], "int32"),
+        )
+        if keras.config.backend() == "torch":
+            inputs = tree.map_structure(ops.convert_to_tensor, inputs)
+        found = self._run(
+            **inputs,
             num_top_logprobs=self._padded_number(numbers) if numbers else None,
         )
         found = ChosenTokens(*(as_numpy(x) if len(x) else () for x in found))
