@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check/torch_variants.py --seconds 100
 
-Variants: `traced` launches each kernel, `captured` replays a CUDA graph of eager
+Variants: `eager` launches each kernel, `captured` replays a CUDA graph of eager
 kernels, `compiled` one of compiled layers, `fused` is `compiled` with the query, key
 and value (gate and up) kernels joined, and `tuned` is `compiled` with coordinate
 descent, which replaces matrix-vector products by Triton kernels. `triton` is `captured`
@@ -271,11 +271,11 @@ def check_float32():
     ids = prompts(sizes, 3, PROMPT)
     ids["padding_mask"] = (np.arange(PROMPT)[None] < [[PROMPT], [9], [40]]).astype(int)
     found = {}
-    for variant in ("traced", "captured", "triton", "joined", "gemv"):
+    for variant in ("eager", "captured", "triton", "joined", "gemv"):
         use(lm, variant)
         _, found[variant] = timed(lambda: generate(lm, ids, 60))
-        equal = np.array_equal(found["traced"], found[variant])
-        say(f"float32, ragged prompts: {variant} equals traced: {equal}")
+        equal = np.array_equal(found["eager"], found[variant])
+        say(f"float32, ragged prompts: {variant} equals eager: {equal}")
 
 
 def all_3b(sections):
@@ -305,13 +305,13 @@ def all_3b(sections):
 
         return run
 
-    def traced():
-        use(lm, "traced")
+    def eager():
+        use(lm, "eager")
         inputs = prompts(sizes, 1, PROMPT)
         for _ in range(2):
             seconds, found = timed(lambda: generate(lm, inputs, SHORT))
-            say(f"traced    batch  1: {1e3 * seconds / SHORT:.2f} ms per step")
-        compare("captured, traced", tokens["captured", 1][:, : PROMPT + SHORT], found)
+            say(f"eager     batch  1: {1e3 * seconds / SHORT:.2f} ms per step")
+        compare("captured, eager", tokens["captured", 1][:, : PROMPT + SHORT], found)
 
     batches = (1, 8, 64) if HAS_GPU else (1, 3)
     last = batches[-1]
@@ -322,7 +322,7 @@ def all_3b(sections):
     sections("gemv", variant("gemv", (1,)))
     sections("profile gemv 1", profile_decoding("gemv", 1))
     sections("profile joined 64", profile_decoding("joined", last))
-    sections("traced", traced)
+    sections("eager", eager)
     sections("7B", lambda: all_7b(sections))
     if HAS_GPU:
         with torch.no_grad():

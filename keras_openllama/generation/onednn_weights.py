@@ -55,53 +55,53 @@ def without_onednn() -> Iterator[None]:
                 onednn.enabled = _Switch.before
 
 
-def pack_linear_weights(
-    graph: torch.fx.GraphModule, packed: dict[int, torch.Tensor]
-) -> None:
-    """Replaces the matrix products of a traced graph by products with packed weights.
+class PackedWeights:
+    """Packed copies of kernels, which are made again when values change.
 
-    Only weights that profit are packed. If there is not enough memory for the packed
-    copies, the graph is left unchanged, with a warning.
-
-    Args:
-        graph: graph whose constants are the weights; modified in place.
-        packed: packed weights by the `id` of the weight; missing ones are added.
+    Example:
+        >>> import torch
+        >>> packed = PackedWeights()
+        >>> packed.update([torch.ones(2, 3)])  # Not in bfloat16.
+        >>> len(packed)
+        0
     """
-    products = [
-        (node, weight) for node, weight in _linear_nodes(graph) if _is_packable(weight)
-    ]
-    missing = {id(w): w for _, w in products if id(w) not in packed}
-    needed = sum(weight.nbytes for weight in missing.values())
-    if needed > (free_memory() or 0):
-        _warn_of_memory(f"{needed / 1e9:.1f} GB")
-        return
-    for key, weight in missing.items():
-        packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight)
-    for i, (node, weight) in enumerate(products):
-        graph.register_buffer(f"packed_{i}", packed[id(weight)])
-        with graph.graph.inserting_before(node):
-            matrix = graph.graph.get_attr(f"packed_{i}")
-            product = graph.graph.call_function(
-                torch.ops.mkldnn._linear_pointwise.default,
-                (node.args[0], matrix, None, "none", [], ""),
-            )
-        node.replace_all_uses_with(product)
-        graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
+
+    def __init__(self) -> None:
+        self._packed = {}  # Version of the kernel and packed kernel, by its address.
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def get(self, kernel: torch.Tensor) -> torch.Tensor | None:
+        """Returns the packed copy of a kernel, or `None`."""
+        version, packed = self._packed.get(kernel.data_ptr(), (None, None))
+        return packed if version == kernel._version else None
+
+    def update(self, kernels: list[torch.Tensor]) -> None:
+        """Packs kernels that profit, and drops the copies of all others.
+
+        If there is not enough memory for the missing copies, it warns and packs none.
+
+        Args:
+            kernels: tensors `(outputs, inputs)`.
+        """
+        kernels = {x.data_ptr(): x for x in kernels if _is_packable(x)}
+        for key in [*self._packed]:
+            if key not in kernels or self.get(kernels[key]) is None:
+                del self._packed[key]
+        missing = {k: x for k, x in kernels.items() if k not in self._packed}
+        needed = sum(kernel.nbytes for kernel in missing.values())
+        if needed > (free_memory() or 0):
+            _warn_of_memory(f"{needed / 1e9:.1f} GB")
+            return
+        for key, kernel in missing.items():
+            packed = torch.ops.mkldnn._reorder_linear_weight(kernel)
+            self._packed[key] = kernel._version, packed
 
 
-def _linear_nodes(
-    graph: torch.fx.GraphModule,
-) -> Iterator[tuple[torch.fx.Node, torch.Tensor]]:
-    """Yields nodes that multiply by the transpose of a constant, with the constant."""
-    aten = torch.ops.aten
-    transposes = {aten.t.default, aten.permute.default, aten.transpose.int}
-    for node in list(graph.graph.nodes):
-        if node.target is aten.mm.default and node.args[1].target in transposes:
-            (source, *_) = node.args[1].args
-            if source.op == "get_attr":
-                yield node, getattr(graph, source.target)
+def multiply_packed(inputs: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Returns the product of `(..., inputs)` with a kernel that is packed."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, None, "none", [], "")
 
 
 def _is_packable(weight: torch.Tensor) -> bool:

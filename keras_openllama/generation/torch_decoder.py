@@ -1,12 +1,14 @@
-"""Decoding steps of `TorchTokenLoop` on a GPU: static buffers and CUDA graphs.
+"""Decoding steps of `TorchTokenLoop`, which work on buffers that stay where they are.
 
-Launching the kernels of a step one by one takes several times as long as the GPU needs
-to run them. So the step works on buffers that stay where they are, counts its columns
-on the device, and is captured once in a CUDA graph, which is replayed for each token.
+On a GPU, launching the kernels of a step one by one takes several times as long as the
+GPU needs to run them. So the step counts its columns on the device, and is captured
+once in a CUDA graph, which is replayed for each token.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,13 @@ from keras_openllama.generation.kv_cache import (
     init_cache,
     padded_cache_length,
 )
+from keras_openllama.generation.onednn_weights import PackedWeights, without_onednn
 from keras_openllama.generation.sampling import is_greedy, next_tokens, undefined_tokens
-from keras_openllama.generation.torch_network import TorchNetwork, weights_key
+from keras_openllama.generation.torch_cpu_layer import decode_layer_on_cpu
+from keras_openllama.generation.torch_network import (
+    TorchNetwork,
+    weights_key,
+)
 from keras_openllama.layers.cached_attention import MASKED_SCORE
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
@@ -35,14 +42,17 @@ RECOMPILE_LIMIT = 256
 class TorchDecoder:
     """The buffers of one batch, and the decoding step that works on them.
 
-    A step reads only as many columns of the cache as are in use, rounded up to a power
-    of two. Each of these numbers has its own graph.
+    A step reads only as many columns of the cache as are in use. With static shapes,
+    this number is rounded up to a power of two. Each such number has its own graph.
 
     Args:
         model: `OpenLlamaCausalLM`.
         batch: number of sequences.
-        columns: number of columns, a value of `padded_cache_length`.
+        columns: number of columns; with static shapes, a value of
+            `padded_cache_length`.
         compile_options: `None`, or options of `torch.compile` for the layer.
+        packed: packed weights for products on a CPU.
+        is_static: whether the shapes of a step are static, as CUDA graphs need them.
 
     Attributes:
         tokens: int64 `(batch, columns)`, the prompts and the new tokens.
@@ -55,11 +65,15 @@ class TorchDecoder:
         batch: int,
         columns: int,
         compile_options: dict[str, Any] | None = None,
+        packed: PackedWeights | None = None,
+        is_static: bool = True,
     ) -> None:
         self.model = model
         self.device = model.weights[0].value.device
         self.batch, self.columns = batch, columns
         self._compile_options = compile_options
+        self._packed = packed
+        self.is_static = is_static
         self._can_capture = self.device.type == "cuda"
         # One for all captures: cuBLAS keeps a workspace for each stream.
         self._stream = torch.cuda.Stream(self.device) if self._can_capture else None
@@ -124,20 +138,33 @@ class TorchDecoder:
             self._stop_ids = torch.empty_like(stop_ids, dtype=torch.int64)
             self._graphs.clear()
         self._stop_ids.copy_(stop_ids)
-        weights = weights_key(self.model)
+        weights = weights_key(self.model, versions=self._packed is not None)
         undefined = undefined_tokens(self.model)
         if weights != self._weights or undefined != self._undefined:
             self._graphs.clear()
             self._weights, self._undefined = weights, undefined
-            self._network = TorchNetwork(self.model)
+            self._network = self._create_network()
             self._undefined_ids = torch.tensor(
                 undefined, dtype=torch.int64, device=self.device
             )
-            self._run_layer = self._network.run_layer
+            self._run_layer = self._select_layer()
             if self._compile_options is not None and not self._network.has_keras_layers:
                 self._run_layer = torch.compile(
                     self._run_layer, dynamic=False, options=self._compile_options
                 )
+
+    def _create_network(self):
+        network = TorchNetwork(self.model)
+        if self._packed is not None:
+            self._packed.update(network.kernels())
+            network.use_packed(self._packed)
+        return network
+
+    def _select_layer(self):
+        if self.is_static:
+            return self._network.run_layer
+        sizes = {"head_dim": self._network.head_dim, "epsilon": self._network.epsilon}
+        return functools.partial(decode_layer_on_cpu, **sizes)
 
     def prefill(self, length: int) -> None:
         """Writes the prefixes to the cache; attention never reads the padding.
@@ -158,22 +185,34 @@ class TorchDecoder:
         Args:
             used: number of columns of the cache that are in use, this step's included.
         """
-        used = min(self.columns, padded_cache_length(max(used, MIN_CACHE_LENGTH)))
         greedy = is_greedy(self.model.sampler)
-        if not self._can_capture or self._network.has_keras_layers:
-            logits = self._compute(used, greedy)
-        else:
-            key = used, greedy
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(used, greedy)
-            graph, logits = self._graphs[key]
-            if graph is None:  # The capture failed.
-                logits = self._compute(used, greedy)
-            else:
-                graph.replay()
+        run = self._run_static if self.is_static else self._run_eagerly
+        logits = run(used, greedy)
         if not greedy:
             # Samplers of Keras read their seed on the host: they are not captured.
             self._append(next_tokens(self.model.sampler, logits))
+
+    def _run_static(self, used, greedy):
+        """Runs `_compute` with a padded number of columns, captured if possible."""
+        used = min(self.columns, padded_cache_length(max(used, MIN_CACHE_LENGTH)))
+        if not self._can_capture or self._network.has_keras_layers:
+            return self._compute(used, greedy)
+        key = used, greedy
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(used, greedy)
+        graph, logits = self._graphs[key]
+        if graph is None:  # The capture failed.
+            return self._compute(used, greedy)
+        graph.replay()
+        return logits
+
+    def _run_eagerly(self, used, greedy):
+        """Runs `_compute` with less overhead per operation."""
+        onednn = without_onednn() if self.batch == 1 else contextlib.nullcontext()
+        with onednn, torch.inference_mode():
+            logits = self._compute(used, greedy)
+        # Without inference mode, samplers could not modify its tensors in place.
+        return logits if greedy else logits.clone()
 
     def _compute(self, used, greedy):
         """Computes logits; with greedy sampling, appends the tokens as well."""
@@ -181,6 +220,8 @@ class TorchDecoder:
         positions = self._prefix_lengths + column - start
         tables = self._rows if self._is_dynamic else torch.zeros_like(self._rows)
         cos, sin = (x[tables, positions][:, None, None] for x in (self._cos, self._sin))
+        if not self.is_static:
+            sin = torch.cat([-sin, sin], dim=-2)  # See `decode_layer_on_cpu`.
         keys = self._numbers[:used][None]
         filled = (keys < self._prefix_lengths[:, None]) | (keys >= start)
         visible = filled & (keys <= column)

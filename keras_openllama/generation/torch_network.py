@@ -1,6 +1,6 @@
-"""The network with a KV cache as plain PyTorch functions, for GPUs.
+"""The network with a KV cache as plain PyTorch functions.
 
-Calls of Keras layers take longer in Python than a GPU needs for the result. These
+Calls of Keras layers take longer in Python than the computation of one token. These
 functions compute the same from the tensors of the layers. They have few operations, and
 no shape in them depends on values, so that a decoding step can be captured in a CUDA
 graph and compiled.
@@ -16,7 +16,9 @@ import torch
 from torch.nn import functional
 
 from keras_openllama.backend.keras_private import embeddings_variable, kernel_variable
+from keras_openllama.generation.onednn_weights import PackedWeights, multiply_packed
 from keras_openllama.layers.attention import fused_causal_attention
+from keras_openllama.layers.matmul import multiply_with_torch
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -31,12 +33,14 @@ class Linear(NamedTuple):
             empty.
         scale: factor of the product of the adapters.
         layer: `Projection` if it is quantized, else `None`.
+        packed: the kernel in the layout of `onednn_weights`, or `None`.
     """
 
     kernel: torch.Tensor | None
     adapters: tuple[torch.Tensor, ...] = ()
     scale: float = 1.0
     layer: keras.layers.Layer | None = None
+    packed: torch.Tensor | None = None
 
 
 class LayerTensors(NamedTuple):
@@ -89,6 +93,26 @@ class TorchNetwork:
             return decode_layer(*inputs, head_dim, epsilon)
 
         self.run_layer = run_layer
+
+    def kernels(self) -> list[torch.Tensor]:
+        """Returns the kernels of all projections that are not quantized."""
+        linears = [x for layer in self.layers for x in layer if isinstance(x, Linear)]
+        return [x.kernel for x in (*linears, self.lm_head) if x.layer is None]
+
+    def use_packed(self, packed: PackedWeights) -> None:
+        """Computes products with packed kernels.
+
+        Args:
+            packed: see `onednn_weights.PackedWeights`.
+        """
+
+        def replace(x):
+            if not isinstance(x, Linear) or x.layer is not None:
+                return x
+            return x._replace(packed=packed.get(x.kernel))
+
+        self.layers = [LayerTensors(*map(replace, layer)) for layer in self.layers]
+        self.lm_head = replace(self.lm_head)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns the embeddings of `(batch, length)` tokens."""
@@ -157,7 +181,7 @@ class TorchNetwork:
         return project(x, self.lm_head)[:, 0]
 
 
-def weights_key(model: CausalLM) -> list[tuple[int, int]]:
+def weights_key(model: CausalLM, versions: bool = False) -> list[tuple[int, ...]]:
     """Returns what changes when a `TorchNetwork` becomes invalid.
 
     That is when LoRA or quantization replaces variables, not when training changes
@@ -165,11 +189,17 @@ def weights_key(model: CausalLM) -> list[tuple[int, int]]:
 
     Args:
         model: `OpenLlamaCausalLM`.
+        versions: whether to include the versions of values, which packed weights
+            depend on.
 
     Returns:
         The identity and the address of each weight.
     """
-    return [(id(weight), weight.value.data_ptr()) for weight in model.weights]
+    values = [(weight, weight.value) for weight in model.weights]
+    return [
+        (id(weight), x.data_ptr(), x._version if versions else 0)
+        for weight, x in values
+    ]
 
 
 def decode_layer(
@@ -244,7 +274,9 @@ def project_heads(
         project(x, linear).view(batch, length, -1, head_dim)
         for linear in (layer.query, layer.key, layer.value)
     )
-    return rotate(query, cos, sin), rotate(key, cos, sin), value
+    rotated = rotate(torch.cat([query, key], dim=2), cos, sin)
+    query, key = rotated.split([query.shape[2], key.shape[2]], dim=2)
+    return query, key, value
 
 
 def finish_layer(
@@ -268,7 +300,13 @@ def project(x: torch.Tensor, linear: Linear) -> torch.Tensor:
     """Returns the projection of `(batch, length, inputs)`, adapters included."""
     if linear.layer is not None:
         return linear.layer(x)
-    y = functional.linear(x, linear.kernel.to(x.dtype))
+    if linear.packed is not None:
+        y = multiply_packed(x, linear.packed)
+    else:
+        kernel = linear.kernel
+        if kernel.dtype != x.dtype:
+            kernel = kernel.to(x.dtype)
+        y = multiply_with_torch(x, kernel)
     if linear.adapters:
         outputs, inputs = (factor.to(x.dtype) for factor in linear.adapters)
         added = functional.linear(functional.linear(x, inputs), outputs)
@@ -286,9 +324,11 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor, epsilon: float) -> torch.Tens
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`rotary_embedding.rotate` for heads `(batch, length, heads, head_dim)`."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat(rotated, dim=-1).to(x.dtype)
+    # Few operations: each takes longer than its computation for one token.
+    halves = x.float().unflatten(-1, (2, -1))
+    signed_sin = torch.stack([-sin, sin], dim=-2)
+    rotated = torch.addcmul(halves * cos[..., None, :], halves.flip(-2), signed_sin)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def heads_and_batch(x: torch.Tensor) -> torch.Tensor:

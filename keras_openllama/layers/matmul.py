@@ -41,8 +41,8 @@ def matmul_transposed(inputs: Tensor, kernel: Tensor) -> Tensor:
     kernel = ops.convert_to_tensor(kernel)
     if keras.config.backend() == "jax":
         return _multiply_on_platform()(inputs, kernel)
-    if keras.config.backend() == "torch" and inputs.device.type == "cpu":
-        return _multiply_with_torch(inputs, kernel)
+    if keras.config.backend() == "torch":
+        return multiply_with_torch(inputs, kernel)
     return _multiply(inputs, kernel)
 
 
@@ -51,17 +51,28 @@ def _is_few(rows):
     return isinstance(rows, int) and rows < MANY_ROWS
 
 
-def _multiply_with_torch(inputs, kernel):
+def multiply_with_torch(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """`matmul_transposed` on PyTorch.
+
+    Args:
+        inputs: `(..., inputs)`.
+        kernel: `(outputs, inputs)` of the same dtype.
+    """
+    linear = torch.nn.functional.linear
     rows = math.prod(inputs.shape[:-1])
+    if inputs.device.type != "cpu" or not isinstance(rows, int):
+        return linear(inputs, kernel)
+    if rows == 1 and not torch.backends.mkldnn.enabled:
+        return torch.mv(kernel, inputs.view(-1)).view(*inputs.shape[:-1], -1)
     if inputs.dtype.itemsize == 4:
         use_blocks = _is_few(rows) and len(kernel) % OUTPUT_BLOCK == 0
-        return (_multiply_by_blocks if use_blocks else _multiply)(inputs, kernel)
-    if inputs.dtype.itemsize != 2 or not isinstance(rows, int) or rows < SOME_ROWS:
-        return _multiply(inputs, kernel)
+        return (_multiply_by_blocks if use_blocks else linear)(inputs, kernel)
+    if inputs.dtype.itemsize != 2 or rows < SOME_ROWS:
+        return linear(inputs, kernel)
     if not has_onednn_products(inputs.dtype):
-        return _multiply(inputs.float(), kernel.float()).to(inputs.dtype)
+        return linear(inputs.float(), kernel.float()).to(inputs.dtype)
     if not _is_few(rows):
-        return _multiply(inputs, kernel)
+        return linear(inputs, kernel)
     # With the weights on the left, oneDNN does not rearrange them.
     outputs = (kernel @ inputs.reshape(rows, -1).T).T
     return outputs.reshape(*inputs.shape[:-1], len(kernel))

@@ -427,19 +427,6 @@ def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
     assert len(traced) == len(set(traced)) == 12
 
 
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="needs PyTorch")
-def test_torch_loop_traces_one_graph_per_batch_size():
-    lm = make_lm(context=2048)
-    loop = lm.make_generate_function()
-    short_generations(lm, range(1, 9), (1, 2, 300), (1, 1748))
-    assert len(loop._graphs) == 8
-    for prompt in PROMPTS:  # Traced with one cache column, run with many.
-        ids = lm.preprocessor.prompt_ids([prompt])[0]
-        text = lm.generate(arrays(lm, [prompt]), max_new_tokens=9, stop_token_ids=None)
-        expected = greedy_without_cache(lm, prompt, 9)
-        assert text["token_ids"][0, : len(ids) + 9].tolist() == expected
-
-
 @pytest.mark.parametrize(
     "length",
     [
