@@ -263,9 +263,13 @@ def torch_products(dtype, k, n, count):
 
 def bytes_per_weight(dtype):
     """Bytes of a weight in a contender's products; scales are included."""
-    return {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32}[
-        dtype
-    ]
+    return {
+        "float32": 4,
+        "bfloat16": 2,
+        "float16": 2,
+        "int8": 1 + 2 / 32,
+        "int4": 0.5 + 2 / 32,
+    }[dtype]
 
 
 def bandwidth(backend, dtype, width, ff):

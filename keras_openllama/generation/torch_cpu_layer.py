@@ -6,6 +6,8 @@ hundreds of them. So this layer has as few as possible.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch.nn import functional
 
@@ -16,6 +18,8 @@ from keras_openllama.generation.torch_network import (
     rms_norm,
 )
 
+# See `attention_buffers`.
+Buffers: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 # Heuristic: elements of the keys of a block of heads, which fit in the processor's
 # cache in float32.
 ATTENTION_BLOCK = 1 << 21
@@ -32,6 +36,7 @@ def decode_layer_on_cpu(
     value_cache: torch.Tensor,
     head_dim: int,
     epsilon: float,
+    buffers: Buffers,
 ) -> torch.Tensor:
     """`torch_network.decode_layer` for CPUs.
 
@@ -47,6 +52,7 @@ def decode_layer_on_cpu(
         value_cache: see there.
         head_dim: see there.
         epsilon: see there.
+        buffers: see `attention_buffers`.
 
     Returns:
         Hidden states `(batch, 1, hidden_dim)`.
@@ -63,9 +69,8 @@ def decode_layer_on_cpu(
     for cache, update in ((key_cache, rotated[:, -heads:]), (value_cache, value)):
         by_head = cache.view(heads, batch, -1, head_dim)
         by_head.select(2, used - 1).copy_(update.transpose(0, 1))
-    context = attend_in_float32(
-        query, key_cache.narrow(1, 0, used), value_cache.narrow(1, 0, used), bias
-    )
+    key, value = (cache.narrow(1, 0, used) for cache in (key_cache, value_cache))
+    context = attend_in_float32(query, key, value, bias, buffers)
     context = context.to(x.dtype).view(batch, 1, -1, head_dim)
     return finish_layer(x, context, layer, epsilon)
 
@@ -83,8 +88,26 @@ def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.addcmul(x * cos, x.flip(-2), sin).view(shape)
 
 
+def attention_buffers(cache: torch.Tensor, batch: int) -> Buffers:
+    """Creates buffers for keys and values in float32.
+
+    New memory for each product would cost page faults.
+
+    Args:
+        cache: keys of a layer, `(num_key_value_heads * batch, columns, head_dim)`.
+        batch: number of sequences.
+    """
+    size = max(cache[:batch].numel(), min(cache.numel(), ATTENTION_BLOCK))
+    size = 0 if cache.dtype == torch.float32 else size
+    return tuple(torch.empty(size, device=cache.device) for _ in range(2))
+
+
 def attend_in_float32(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    buffers: Buffers,
 ) -> torch.Tensor:
     """Attention of one token per sequence.
 
@@ -96,6 +119,7 @@ def attend_in_float32(
         key: `(num_key_value_heads * batch, used, head_dim)`.
         value: like `key`.
         bias: float32 `(batch, used)`, see `TorchNetwork.decode`.
+        buffers: see `attention_buffers`; overwritten.
 
     Returns:
         float32 `(batch, num_query_heads, head_dim)`.
@@ -109,11 +133,10 @@ def attend_in_float32(
     contexts = []
     for start in range(0, kv_heads, block):
         keys, values = (
-            x[start * batch : (start + block) * batch]
-            .float()
+            _to_float32(x[start * batch : (start + block) * batch], buffer)
             .view(-1, batch, used, head_dim)
             .transpose(0, 1)
-            for x in (key, value)
+            for x, buffer in zip((key, value), buffers, strict=True)
         )
         queries = folded[:, start : start + block]
         contexts.append(
@@ -123,3 +146,9 @@ def attend_in_float32(
         )
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=1)
     return context.reshape(query.shape)
+
+
+def _to_float32(x, buffer):
+    if x.dtype == torch.float32:
+        return x
+    return buffer[: x.numel()].view(x.shape).copy_(x)

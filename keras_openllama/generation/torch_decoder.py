@@ -23,7 +23,10 @@ from keras_openllama.generation.kv_cache import (
 )
 from keras_openllama.generation.onednn_weights import PackedWeights, without_onednn
 from keras_openllama.generation.sampling import is_greedy, next_tokens, undefined_tokens
-from keras_openllama.generation.torch_cpu_layer import decode_layer_on_cpu
+from keras_openllama.generation.torch_cpu_layer import (
+    attention_buffers,
+    decode_layer_on_cpu,
+)
 from keras_openllama.generation.torch_network import (
     TorchNetwork,
     weights_key,
@@ -163,8 +166,12 @@ class TorchDecoder:
     def _select_layer(self):
         if self.is_static:
             return self._network.run_layer
-        sizes = {"head_dim": self._network.head_dim, "epsilon": self._network.epsilon}
-        return functools.partial(decode_layer_on_cpu, **sizes)
+        return functools.partial(
+            decode_layer_on_cpu,
+            head_dim=self._network.head_dim,
+            epsilon=self._network.epsilon,
+            buffers=attention_buffers(self.cache[0][0], self.batch),
+        )
 
     def prefill(self, length: int) -> None:
         """Writes the prefixes to the cache; attention never reads the padding.
