@@ -54,7 +54,10 @@ MODULES = {
 
 def ours(options):
     """This package."""
-    lm = train.our_lm(options, options.rank, rematerialize=options.rematerialize)
+    from keras_openllama.loading.weight_types import WeightTypes
+
+    types = WeightTypes(options.dtype, options.quantization)
+    lm = train.our_lm(options, options.rank, types, rematerialize=options.rematerialize)
     return train.fit_steps(lm, *train.batches(options)), trained(lm)
 
 
@@ -153,7 +156,7 @@ def compare_memory(options):
     """Prints the memory of training adapters, and of training all weights."""
     columns = ("imports", "model", "training", "estimate")
     print(f"{'':20}{'parameters':>13}" + "".join(f"{c:>10}" for c in columns))
-    for rank in (options.rank, 0):
+    for rank in (options.rank, 0)[: 1 if options.quantization else 2]:
         for name in options.contender:
             worker = workers.Worker(name, "--rank", str(rank), script=__file__)
             found = worker.measure()
@@ -168,15 +171,18 @@ def compare_memory(options):
 
 def estimated(options, rank, backend):
     """The estimate of the planner, in bytes."""
+    from keras_openllama.loading.weight_types import WeightTypes
     from keras_openllama.planning import finetune_memory
 
+    sizes = train.keras_sizes(options)
     return finetune_memory.estimate_memory(
-        train.keras_sizes(options),
-        "float32",
+        sizes,
+        options.dtype,
         lora_rank=rank or None,
         batch_size=options.batch,
         sequence_length=options.length,
         rematerialize=options.rematerialize,
+        formats=WeightTypes(None, options.quantization or "auto").formats(sizes),
         backend=backend,
     ).total
 
@@ -197,6 +203,14 @@ def main(arguments=None):
         "--rematerialize",
         default="none",
         help="for this package on JAX (default: none)",
+    )
+    parser.add_argument(
+        "--quantization", choices=("int8", "int4"), help="for this package"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="dtype policy of this package (default: float32)",
     )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

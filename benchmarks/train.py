@@ -75,12 +75,21 @@ def fit_steps(lm, x, y):
     return run
 
 
-def our_lm(options, rank=0, **compiled):
-    """A model of this package, with LoRA adapters unless `rank` is 0."""
+def our_lm(options, rank=0, types=None, **compiled):
+    """A model of this package, with LoRA adapters unless `rank` is 0.
+
+    Args:
+        options: the flags.
+        rank: int, rank of the adapters.
+        types: `WeightTypes` of the weights. `None` is float32. Quantized weights are 0.
+        **compiled: arguments of `compile`.
+    """
     from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
     from keras_openllama.optimizers import AdamW
 
-    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**keras_sizes(options)))
+    sizes = keras_sizes(options)
+    policy = types and types.policy(sizes)
+    lm = OpenLlamaCausalLM(OpenLlamaBackbone(**sizes, dtype=policy))
     if rank:
         lm.backbone.enable_lora(rank)
     lm.compile(optimizer=AdamW(1e-4), weighted_metrics=[], **compiled)

@@ -15,6 +15,8 @@ from keras_openllama.utils.validation import check_integer
 MESH_AXES = ("data", "fsdp", "model")
 # Projections of a decoder layer, the targets of LoRA.
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+# Quantization: number of inputs that share a scale, by number of bits. `None` is all.
+GROUP_SIZES = {8: None, 4: 32}
 # How documents are packed into sequences, see `data.token_stream`.
 PACKINGS = ("concatenate", "best_fit")
 # Heuristic: logits per chunk of the loss on JAX, on each device; 4 bytes each.

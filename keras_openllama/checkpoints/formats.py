@@ -9,6 +9,8 @@ EASYLM_CONTENTS = {
     "trainstate_params": ("params", "params"),
     "flax_params": (),
 }
+# The quantizations of Keras's format.
+KERAS_QUANTIZATIONS = ("int8", "int4")
 # The types of GGUF that can be written.
 GGUF_QUANTIZATIONS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 MAX_SHARD_SIZE = "5GB"  # The default of transformers 4.

@@ -28,6 +28,7 @@ from keras_openllama.checkpoints.files.gguf_file import (
 from keras_openllama.checkpoints.gguf_tokenizer import add_tokenizer
 from keras_openllama.checkpoints.matching import format_names, match_tensors
 from keras_openllama.checkpoints.outputs import OutputFile
+from keras_openllama.checkpoints.quantized_tensors import value_as_it_is
 from keras_openllama.checkpoints.rotary_order import (
     half_split_to_interleaved,
     interleaved_to_half_split,
@@ -256,14 +257,7 @@ def output_files(
     header = gguf_header(_ARCHITECTURE, add_metadata, specs)
     size = gguf_size(header, specs)
     paths = tuple(row.path for row in rows)
-    return [OutputFile("", size, write, paths, read=_value_as_it_is)]
-
-
-def _value_as_it_is(tensor):
-    """Returns the quantized matrix of a tensor that has one, or its array."""
-    quantized = getattr(tensor, "quantized_matrix", None)
-    matrix = quantized() if quantized else None
-    return tensor.array() if matrix is None else matrix
+    return [OutputFile("", size, write, paths, read=value_as_it_is)]
 
 
 def _stored_type(row, sizes, type_name):

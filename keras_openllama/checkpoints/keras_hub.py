@@ -8,9 +8,9 @@ range of the file, so it is memory-mapped and written like those of the other fo
 
 from __future__ import annotations
 
-import json
+import itertools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -22,6 +22,11 @@ from keras_openllama.checkpoints import array_io, weight_names
 from keras_openllama.checkpoints.hdf5_file import RecordingFile
 from keras_openllama.checkpoints.matching import match_tensors
 from keras_openllama.checkpoints.outputs import OutputFile, small_file
+from keras_openllama.checkpoints.quantized_tensors import (
+    MatrixTensor,
+    arrays_in_format,
+    value_as_it_is,
+)
 from keras_openllama.checkpoints.shards import check_file_names, read_weight_map
 from keras_openllama.checkpoints.tensors import (
     MappedFile,
@@ -29,6 +34,8 @@ from keras_openllama.checkpoints.tensors import (
     contiguous_strides,
     numpy_dtype,
 )
+from keras_openllama.layers.quantizable import is_quantized
+from keras_openllama.quantization.policies import matrix_format, policy_of
 
 if TYPE_CHECKING:
     import keras
@@ -36,6 +43,8 @@ if TYPE_CHECKING:
     from keras_openllama.checkpoints.contents import ModelContents
     from keras_openllama.checkpoints.repository import Repository
     from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.quantization.policies import MatrixFormat
+    from keras_openllama.quantization.quantized_matrix import QuantizedMatrix
     from keras_openllama.utils.types import PathLike
 
 REGISTERED_NAME = "keras_openllama>OpenLlamaBackbone"  # Of Keras's serialization.
@@ -59,7 +68,7 @@ def backbone_arguments(
         Keyword arguments of `OpenLlamaBackbone`.
 
     Raises:
-        ValueError: If the file belongs to another model or to a quantized one.
+        ValueError: If the file belongs to another model.
     """
     found = config.get("registered_name")
     if found != REGISTERED_NAME:
@@ -67,11 +76,6 @@ def backbone_arguments(
     settings = config.get("config")
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has no 'config' with the model's settings.")
-    if "quantiz" in json.dumps(settings.get("dtype")).lower():
-        raise ValueError(
-            f"{path} belongs to a quantized model, and only floating-point models can "
-            "be converted."
-        )
     of_keras = ("name", "trainable", "dtype")  # Of `keras.Model`, not of the backbone.
     return {name: value for name, value in settings.items() if name not in of_keras}
 
@@ -142,6 +146,7 @@ def read_tensors(
     arguments: dict[str, Any],
     build_empty_task: Callable[..., keras.Model],
     head: bool = True,
+    policy: str | keras.DTypePolicy = "float32",
 ) -> dict[str, StoredTensor]:
     """Opens a directory and lists its tensors, without reading their values.
 
@@ -151,6 +156,7 @@ def read_tensors(
         build_empty_task: Function `(arguments, dtype)` that returns an
             `OpenLlamaCausalLM` whose variables have no values.
         head: Whether to include the language-model head.
+        policy: Dtype policy of the saved model, if it is quantized.
 
     Returns:
         The tensors by variable path.
@@ -159,7 +165,7 @@ def read_tensors(
         OSError: If a file is missing or cannot be read.
         ValueError: If a file is damaged, or its tensors do not match the arguments.
     """
-    task = build_empty_task(arguments, "float32")
+    task = build_empty_task(arguments, policy)
     found, expected = {}, {}
     parts = [(_backbone_files(repository), _backbone_names(task))]
     if head:
@@ -171,9 +177,31 @@ def read_tensors(
             expected[variable.path] = (name, tuple(variable.shape))
     # The state of an optimizer is not loaded.
     found = {name: t for name, t in found.items() if not name.startswith("optimizer/")}
+    quantized = [la for la in keras_private.flatten_layers(task) if is_quantized(la)]
+    matrices = [_matrix(layer, found, expected, repository) for layer in quantized]
     matched = match_tensors(found, expected, repository)
+    matched.update(matrices)
     rows = weight_names.weight_specs(arguments["num_layers"], head)
     return {row.path: matched[row.path] for row in rows}
+
+
+def _matrix(layer, found, expected, repository):
+    """Takes the arrays of a quantized layer; returns its variable path and tensor."""
+    variables = layer.quantized_variables()
+    names = [expected.pop(variable.path)[0] for variable in variables]
+    parts = [found.pop(name, None) for name in names]
+    for variable, part in zip(variables, parts, strict=True):
+        stored = part and (tuple(part.shape), part.dtype)
+        if stored != (tuple(variable.shape), variable.dtype):
+            raise ValueError(
+                f"{repository} has {stored} for {variable.path}, expected "
+                f"{tuple(variable.shape)} and {variable.dtype}. If version 0.2 "
+                "quantized the model, load it with `from_preset`, save it with "
+                "`save_to_preset`, and use the new directory."
+            )
+    chosen = matrix_format(policy_of(layer))
+    dtype = layer.variable_dtype
+    return variables[0].path, MatrixTensor(parts, layer.matrix_shape, dtype, chosen)
 
 
 def task_file(repository: Repository) -> Path:
@@ -264,10 +292,22 @@ def output_files(
         contents.tokenizer_settings,
         contents.end_token_ids,
     )
+    layers = keras_private.flatten_layers(task)
+    formats = {
+        layer.path: matrix_format(policy_of(layer))
+        for layer in layers
+        if is_quantized(layer)
+    }
     weights = {_BACKBONE: _backbone_names(task), _TASK: _task_names(task)}
+    layouts = {name: _HDF5Layout(names, formats) for name, names in weights.items()}
     return [
         *(small_file(name, data) for name, data in _small_files(task).items()),
-        *(_weights(name, names, dtype) for name, names in weights.items()),
+        *(
+            OutputFile(
+                name, layout.size, layout.write_file, layout.tensors, value_as_it_is
+            )
+            for name, layout in layouts.items()
+        ),
     ]
 
 
@@ -281,16 +321,6 @@ def _small_files(task):
         return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(paths)}
 
 
-def _weights(name, names, dtype):
-    layout = _HDF5Layout(names, dtype)
-    return OutputFile(
-        name,
-        layout.size,
-        layout.write_file,
-        tuple(variable.path for variable in names.variables.values()),
-    )
-
-
 class _HDF5Layout:
     """The metadata of an HDF5 file, and the offsets of its datasets.
 
@@ -299,40 +329,55 @@ class _HDF5Layout:
     the disk is full.
 
     Args:
-        names: Names of the variables.
-        dtype: Name of the dtype of the weights.
+        names: Names of the variables. Those of a quantized layer follow each other.
+        formats: How each layer that is quantized is, by path.
+
+    Attributes:
+        size: Size of the file in bytes.
+        tensors: The variable paths of the weights, in the order of the file.
     """
 
-    def __init__(self, names: NameRecorder, dtype: str):
-        self._dtype = dtype
+    def __init__(self, names: NameRecorder, formats: Mapping[str, MatrixFormat]):
         self._metadata = RecordingFile()
         with h5py.File(self._metadata, "w") as file:
             for group, attributes in names.groups.items():
                 file.create_group(group).attrs.update(attributes)
-            datasets = [
-                self._dataset(file, name, variable)
-                for name, variable in names.variables.items()
-            ]
-            self._datasets = [(d.id.get_offset(), d.shape) for d in datasets]
+            # Each layer has one weight; a quantized one has its scales beside it.
+            self._weights = {}
+            for layer, items in itertools.groupby(names.variables.items(), _layer_of):
+                items = list(items)
+                ranges = [self._range(file, *item) for item in items]
+                self._weights[items[0][1].path] = formats.get(layer), ranges
         self.size = self._metadata.size
+        self.tensors = tuple(self._weights)
 
-    def _dataset(self, file, name, variable):
+    def _range(self, file, name, variable):
+        """Creates a dataset; returns its offset, shape and dtype."""
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         dataset = file.create_dataset(
-            name, variable.shape, numpy_dtype(self._dtype), dcpl=properties
+            name, variable.shape, numpy_dtype(variable.dtype), dcpl=properties
         )
-        if self._dtype == "bfloat16":  # HDF5 has no such type.
+        if variable.dtype == "bfloat16":  # HDF5 has no such type.
             dataset.attrs["dtype"] = "bfloat16"
-        return dataset
+        return dataset.id.get_offset(), dataset.shape, variable.dtype
 
-    def write_file(self, file: BinaryIO, values: Iterable[np.ndarray]) -> None:
-        """Writes the file; `values` are in the order of the names."""
+    def write_file(
+        self, file: BinaryIO, values: Iterable[np.ndarray | QuantizedMatrix]
+    ) -> None:
+        """Writes the file; `values` are in the order of `tensors`."""
         file.truncate(self.size)
         for start, data in self._metadata.writes:
             file.seek(start)
             file.write(data)
-        for (offset, shape), value in zip(self._datasets, values, strict=True):
-            file.seek(offset)
-            array_io.write_array(file, value, shape, self._dtype)
+        for (chosen, ranges), value in zip(self._weights.values(), values, strict=True):
+            arrays = arrays_in_format(value, chosen)
+            for (offset, shape, dtype), array in zip(ranges, arrays, strict=True):
+                file.seek(offset)
+                array_io.write_array(file, array, shape, dtype)
+
+
+def _layer_of(item):
+    """Returns the path of the layer of a variable, an item of `NameRecorder`."""
+    return item[1].path.rpartition("/")[0]

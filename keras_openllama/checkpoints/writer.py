@@ -18,6 +18,7 @@ from keras_openllama.checkpoints.formats import (
     EASYLM_CONTENTS,
     FORMATS,
     GGUF_QUANTIZATIONS,
+    KERAS_QUANTIZATIONS,
     MAX_SHARD_SIZE,
 )
 from keras_openllama.checkpoints.model_files import foreign_content
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_QUANTIZATIONS = {"gguf": GGUF_QUANTIZATIONS, "keras": KERAS_QUANTIZATIONS}
 _K_QUANTS = (
     " K-quants such as q4_k_m are read, but not written: write f16, and quantize the "
     "file with `llama-quantize` of llama.cpp."
@@ -50,8 +52,9 @@ class ExportConfig:
         to: The format, one of `formats.FORMATS`.
         dtype: The dtype of the weights, one of `formats.DTYPES`. `None` is the dtype of
             the model's tensors. GGUF has types instead, see `quantization`.
-        quantization: The type of the weights in GGUF, one of
-            `formats.GGUF_QUANTIZATIONS`. `None` is `"f16"`.
+        quantization: For GGUF, the type of the weights, one of
+            `formats.GGUF_QUANTIZATIONS`; `None` is `"f16"`. For Keras, one of
+            `formats.KERAS_QUANTIZATIONS`; `None` leaves weights as they are.
         max_shard_size: Largest size of a file of weights in the transformers format,
             in bytes or as a string such as `"5GB"`. `None` is 5 GB.
         content: The kind of EasyLM checkpoint, one of `formats.EASYLM_CONTENTS`. `None`
@@ -78,28 +81,33 @@ class ExportConfig:
     force: bool = False
 
     def __post_init__(self):
+        quantizations = _QUANTIZATIONS.get(self.to, (self.quantization,))
         for name, value, known in (
             ("to", self.to, FORMATS),
             ("dtype", self.dtype, (*DTYPES, None)),
-            ("quantization", self.quantization, (*GGUF_QUANTIZATIONS, None)),
+            ("quantization", self.quantization, (*quantizations, None)),
             ("content", self.content, (*EASYLM_CONTENTS, None)),
         ):
             if value not in known:
                 names = ", ".join(k for k in known if k)
                 raise ValueError(
                     f"`{name}` must be one of {names}. Received: {name}={value!r}."
-                    + (_K_QUANTS if name == "quantization" else "")
+                    + (_K_QUANTS if known[:-1] == GGUF_QUANTIZATIONS else "")
                 )
         for name, value, to in (
             ("max_shard_size", self.max_shard_size, "transformers"),
             ("content", self.content, "easylm"),
-            ("quantization", self.quantization, "gguf"),
         ):
             if value is not None and self.to != to:
                 raise ValueError(
                     f"`{name}` applies to the format {to} only. Received: "
                     f"{name}={value!r}, to={self.to!r}"
                 )
+        if self.quantization is not None and self.to not in _QUANTIZATIONS:
+            raise ValueError(
+                "`quantization` applies to the formats gguf and keras. Received: "
+                f"quantization={self.quantization!r}, to={self.to!r}"
+            )
         if self.to == "gguf" and self.dtype is not None:
             raise ValueError(
                 "The type of weights in GGUF is `quantization`, such as 'f16', and not "

@@ -14,6 +14,7 @@ from keras_openllama.checkpoints.formats import (
     EASYLM_CONTENTS,
     FORMATS,
     GGUF_QUANTIZATIONS,
+    KERAS_QUANTIZATIONS,
     MAX_SHARD_SIZE,
 )
 from keras_openllama.cli.command import CommandParser, command
@@ -78,8 +79,10 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     parser.add_argument(
         "--quantization",
-        choices=GGUF_QUANTIZATIONS,
-        help="for gguf: type of the written weights (default: f16)",
+        choices=(*GGUF_QUANTIZATIONS, *KERAS_QUANTIZATIONS),
+        help="type of the written weights. For gguf: "
+        f"{', '.join(GGUF_QUANTIZATIONS)} (default: f16); for keras: "
+        f"{' or '.join(KERAS_QUANTIZATIONS)} (default: as in SOURCE)",
     )
     parser.add_argument(
         "--preset",

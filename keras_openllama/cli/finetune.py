@@ -27,6 +27,7 @@ from keras_openllama.cli.training_options import (
 from keras_openllama.utils.file_types import GGUF_SUFFIX
 
 if TYPE_CHECKING:
+    from keras_openllama.quantization.policies import MatrixFormat
     from keras_openllama.runs.finetune_config import FinetuneConfig
 
 
@@ -60,11 +61,12 @@ def print_estimate(options: argparse.Namespace) -> None:
         ValueError: If the run does not fit into memory, or its model is unknown.
     """
     if options.preset:
-        from keras_openllama.runs.finetuning import find_model
+        from keras_openllama.runs.finetuning import find_model, quantized_formats
 
         config = make_config(options)
-        _, architecture = find_model(config.preset, config.sequence_length)
-        check_memory(config, architecture, options.mesh)
+        source, architecture = find_model(config.preset, config.sequence_length)
+        formats = quantized_formats(config, source, architecture)
+        check_memory(config, architecture, formats, options.mesh)
         return
     from keras_openllama.planning import finetune_memory
 
@@ -88,7 +90,7 @@ def finetune(config: FinetuneConfig, options: argparse.Namespace) -> str | None:
             run_options,
             options.sample_prompt,
             options.max_new_tokens,
-            lambda architecture: check_memory(config, architecture, options.mesh),
+            lambda *sizes: check_memory(config, *sizes, options.mesh),
             options.max_skipped,
         )
 
@@ -107,6 +109,7 @@ def finetune(config: FinetuneConfig, options: argparse.Namespace) -> str | None:
 def check_memory(
     config: FinetuneConfig,
     architecture: Mapping[str, Any],
+    formats: Mapping[str, MatrixFormat],
     mesh: Mapping[str, int] | None,
 ) -> None:
     """Prints the memory that the run needs; raises `ValueError` if it does not fit."""
@@ -127,7 +130,7 @@ def check_memory(
         sequence_length=config.sequence_length,
         micro_batches=config.micro_batches,
         rematerialize=config.rematerialize,
-        int8=config.int8,
+        formats=formats,
         devices=number_of_devices(mesh),
         backend=os.environ["KERAS_BACKEND"],
         device=device_kind(),

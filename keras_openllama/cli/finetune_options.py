@@ -73,7 +73,10 @@ CHAT_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
 
 # Flags that describe one run. The overview of all presets (--estimate without --preset)
 # has columns for adapters and dtypes of its own, on one device.
-_OF_ONE_RUN = ("lora_rank", "lora_targets", "int8", "dtype", "micro_batches", "mesh")
+_OF_ONE_RUN = (
+    *("lora_rank", "lora_targets", "quantization", "dtype"),
+    *("micro_batches", "mesh"),
+)
 
 
 def parse_arguments(
@@ -173,8 +176,13 @@ def parse_arguments(
         help="projections that get adapters, of "
         f"{', '.join(PROJECTIONS)} (default: query value)",
     )
-    weights.add_argument(
-        "--int8", action="store_true", help="quantize the frozen weights to int8"
+    types.add_quantization(weights)
+    weights.add_argument(  # The flag of version 0.2.
+        "--int8",
+        action="store_const",
+        const="int8",
+        dest="quantization",
+        help=argparse.SUPPRESS,
     )
     weights.add_argument(
         "--dtype",
@@ -380,18 +388,13 @@ def check_backend_flags(
 
 def check_combinations(parser: CommandParser, options: argparse.Namespace) -> None:
     """Rejects LoRA flags without --lora-rank, and unsupported combinations."""
-    for name in ("int8", "lora_alpha", "lora_targets"):
+    for name in ("quantization", "lora_alpha", "lora_targets"):
         if getattr(options, name) and not options.lora_rank:
             parser.error(f"{_flag(name)} needs adapters: add --lora-rank.")
     if options.dtype == "bfloat16" and not options.lora_rank:
         parser.error(
             "--dtype bfloat16 would round small updates to zero. Use --dtype "
             "mixed_bfloat16, or train adapters with --lora-rank."
-        )
-    if options.int8 and options.export == "model":
-        parser.error(
-            "--export model: adapters cannot be merged into int8 weights. Use --export "
-            "adapters, or remove --int8."
         )
     if options.export == "adapters" and not options.lora_rank:
         parser.error("--export adapters needs adapters: add --lora-rank.")
@@ -461,7 +464,7 @@ def make_config(options: argparse.Namespace) -> FinetuneConfig:
         lora_rank=options.lora_rank or None,
         lora_alpha=options.lora_alpha,
         lora_targets=options.lora_targets and tuple(options.lora_targets),
-        int8=options.int8,
+        quantization=options.quantization,
         dtype=options.dtype or default_dtype(options),
         epochs=options.epochs,
         batch_size=options.batch_size,

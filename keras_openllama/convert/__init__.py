@@ -16,6 +16,7 @@ from keras_openllama.convert.empty_task import build_empty_task
 from keras_openllama.convert.source_contents import contents_of_source
 from keras_openllama.loading import load
 from keras_openllama.loading.sources import EasyLMSource
+from keras_openllama.loading.weight_types import WeightTypes, stored_formats
 from keras_openllama.utils.file_types import is_gguf_file
 from keras_openllama.utils.types import PathLike
 
@@ -96,4 +97,10 @@ def convert(
             if path and not presets.find(str(path)) and Path(path).exists()
         ],
     )
-    return write_model(contents, config, dry_run, build_empty_task)
+
+    def build(arguments, dtype, *others):
+        types = WeightTypes(dtype, config.quantization or "auto")
+        policy = types.policy(arguments, stored_formats(contents.tensors))
+        return build_empty_task(arguments, policy, *others)
+
+    return write_model(contents, config, dry_run, build)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from keras_openllama.config import context_length
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.models.backbone import OpenLlamaBackbone
@@ -13,7 +15,7 @@ from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 
 def build_empty_task(
     arguments: dict[str, Any],
-    dtype: str,
+    dtype: str | keras.DTypePolicy,
     tokenizer: bytes | None = None,
     preprocessing: dict[str, Any] | None = None,
     tokenizer_settings: dict[str, Any] | None = None,
@@ -23,7 +25,7 @@ def build_empty_task(
 
     Args:
         arguments: Arguments of `OpenLlamaBackbone`, from `validate_architecture`.
-        dtype: Name of the dtype.
+        dtype: Name of the dtype, or dtype policy.
         tokenizer: The serialized SentencePiece model. `None` builds no preprocessor.
         preprocessing: Settings of the preprocessor.
         tokenizer_settings: Settings of the tokenizer.

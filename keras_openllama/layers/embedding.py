@@ -77,13 +77,14 @@ class Embedding(QuantizableLayer, keras.layers.Embedding):
         if not self.is_weight_quantized:
             super().save_own_variables(store)
             return
-        matrix = self.quantized_matrix()
+        merged = None
         if self.lora_enabled:
             factors = (self.lora_embeddings_a, self.lora_embeddings_b)
             scale = self.lora_alpha / self.lora_rank
             arrays = [as_numpy(factor.value) for factor in factors]
-            matrix = self.round_matrix(add_product(matrix.dequantize(), *arrays, scale))
-        self.save_quantized(store, matrix)
+            weights = self.quantized_matrix().dequantize()
+            merged = self.round_matrix(add_product(weights, *arrays, scale))
+        self.save_quantized(store, merged)
 
     def load_own_variables(self, store: dict[str, Any]) -> None:
         """Loads what `save_own_variables` saved.

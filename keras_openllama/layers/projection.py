@@ -141,7 +141,7 @@ class Projection(QuantizableLayer, keras.layers.EinsumDense):
             self._save_merged(store)
             return
         if self.is_weight_quantized:
-            self.save_quantized(store, self.quantized_matrix())
+            self.save_quantized(store)
         else:
             with self._adapters_disabled():
                 super().save_own_variables(store)

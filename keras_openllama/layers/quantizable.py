@@ -256,17 +256,21 @@ class QuantizableLayer(AnyFloatQuantization):
         tensors = map(ops.convert_to_tensor, self.quantized_variables())
         return self.dequantize_tensors(*tensors)
 
-    def save_quantized(self, store: dict[str, Any], matrix: QuantizedMatrix) -> None:
+    def save_quantized(
+        self, store: dict[str, Any], merged: QuantizedMatrix | None = None
+    ) -> None:
         """Saves quantized weights.
 
         Args:
-            store: Arrays by name; modified.
-            matrix: The weights, which may have merged adapters.
+            store: Variables or arrays by name; modified.
+            merged: The weights with merged adapters. `None` saves the variables.
         """
-        arrays = [matrix.values, matrix.scales, matrix.zeros]
-        for index, array in enumerate(arrays):
-            if array is not None:
-                store[str(index)] = array
+        values = self.quantized_variables()
+        if merged is not None:
+            values = [merged.values, merged.scales, merged.zeros]
+        for index, value in enumerate(values):
+            if value is not None:
+                store[str(index)] = value
 
     def check_number_of_arrays(self, number: int) -> None:
         """Checks that a file has as many arrays of this layer as its quantization.

@@ -9,10 +9,12 @@ from keras_openllama.checkpoints import gguf_model
 from keras_openllama.checkpoints.files.gguf_file import read_gguf
 from keras_openllama.checkpoints.gguf_tokenizer import GgufTokenizer
 from keras_openllama.loading.sources import StreamedSource
+from keras_openllama.loading.weight_types import stored_formats
 
 if TYPE_CHECKING:
     from keras_openllama.checkpoints.repository import Repository
     from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.quantization.policies import MatrixFormat
 
 
 class GgufSource(StreamedSource):
@@ -68,3 +70,7 @@ class GgufSource(StreamedSource):
     ) -> dict[str, StoredTensor]:
         """Lists the weights by variable path, without reading their values."""
         return gguf_model.read_tensors(self._file, arguments, head)
+
+    def formats(self, arguments: dict[str, Any]) -> dict[str, MatrixFormat]:
+        """Returns how layers are quantized in the file, by path."""
+        return stored_formats(self.read_tensors(arguments))

@@ -22,7 +22,7 @@ from keras_openllama.checkpoints.contents import (
 )
 from keras_openllama.loading.sources import SourceDefaults, StreamedSource
 from keras_openllama.loading.uninitialized import without_weights
-from keras_openllama.quantization.policies import with_source
+from keras_openllama.quantization.policies import matrix_format, with_source
 from keras_openllama.text.sentencepiece_model import read_model
 from keras_openllama.utils.files import read_json_object
 from keras_openllama.utils.text_files import check_not_lfs_pointer
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keras_openllama.checkpoints.repository import Repository
     from keras_openllama.checkpoints.tensors import StoredTensor
     from keras_openllama.loading.weight_types import WeightTypes
+    from keras_openllama.quantization.policies import MatrixFormat
 
 _CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer.json"
 
@@ -104,9 +105,16 @@ class KerasHubSource(SourceDefaults):
         self, arguments: dict[str, Any], head: bool = True
     ) -> dict[str, StoredTensor]:
         """Lists the weights by variable path, without reading their values."""
+        policy = self._saved_policy() or "float32"
         return keras_hub.read_tensors(
-            self._repository, arguments, self._build_empty_task, head
+            self._repository, arguments, self._build_empty_task, head, policy
         )
+
+    def formats(self, arguments: dict[str, Any]) -> dict[str, MatrixFormat]:
+        """Returns how layers are quantized in the files, by path."""
+        saved = self._saved_policy() or {}
+        found = {path: matrix_format(saved[path]) for path in saved}
+        return {path: chosen for path, chosen in found.items() if chosen is not None}
 
     def backbone(
         self,

@@ -22,6 +22,7 @@ from keras_openllama.config import (
 )
 from keras_openllama.loading.filling import CheckpointWeights
 from keras_openllama.loading.uninitialized import without_weights
+from keras_openllama.loading.weight_types import stored_formats
 from keras_openllama.text.sentencepiece_model import (
     check_vocabulary,
     keeps_spaces,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from keras_openllama.checkpoints.training_run import TrainingRun
     from keras_openllama.loading.weight_types import WeightTypes
     from keras_openllama.presets import Preset
+    from keras_openllama.quantization.policies import MatrixFormat
     from keras_openllama.utils.types import PathLike
 
 _TOKENIZER = "tokenizer.model"
@@ -103,6 +105,9 @@ class ModelSource(Protocol):
     ) -> dict[str, StoredTensor]:
         """Lists the weights by variable path, without reading their values."""
 
+    def formats(self, arguments: dict[str, Any]) -> dict[str, MatrixFormat]:
+        """Returns how layers are quantized in the files, by path."""
+
 
 class SourceDefaults:
     """Defaults of the methods that a conversion calls; see `ModelSource`."""
@@ -123,6 +128,10 @@ class SourceDefaults:
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """Returns no settings of the tokenizer."""
+        return {}
+
+    def formats(self, arguments: dict[str, Any]) -> dict[str, MatrixFormat]:
+        """Returns no formats: only some files have quantized weights."""
         return {}
 
 
@@ -207,7 +216,7 @@ class StreamedSource(SourceDefaults):
         tensors = self.read_tensors(arguments, head)
         with CheckpointWeights(tensors) as weights:
             with without_weights() as variables:
-                model = build(types.policy(arguments, tensors))
+                model = build(types.policy(arguments, stored_formats(tensors)))
             weights.assign_to(model, variables)
         return model
 

@@ -14,6 +14,7 @@ from keras_openllama.quantization.settings import resolve_config
 
 if TYPE_CHECKING:
     from keras_openllama.checkpoints.tensors import StoredTensor
+    from keras_openllama.quantization.policies import MatrixFormat
 
 _ROLES = {"token_embedding": "embedding", "lm_head": "head"}
 
@@ -80,18 +81,16 @@ class WeightTypes:
     def policy(
         self,
         arguments: Mapping[str, Any],
-        tensors: Mapping[str, StoredTensor] | None = None,
+        stored: Mapping[str, MatrixFormat] | None = None,
     ) -> keras.DTypePolicy:
         """Returns the dtype policy of a model, a map if layers are quantized.
 
         Args:
             arguments: Arguments of `OpenLlamaBackbone`.
-            tensors: The tensors of the files by variable path, if they are loaded.
-                Those with an attribute `format` that is not `None` are quantized in the
-                file, see `QuantizedTensor`.
+            stored: See `formats`.
         """
         policy = self.float_policy()
-        formats = self._formats(arguments, tensors or {})
+        formats = self.formats(arguments, stored)
         if not formats:
             return policy
         name = policy.name
@@ -105,9 +104,24 @@ class WeightTypes:
             },
         )
 
-    def _formats(self, arguments, tensors):
-        """Returns the `MatrixFormat` of each layer that is quantized."""
-        formats = {}
+    def formats(
+        self,
+        arguments: Mapping[str, Any],
+        stored: Mapping[str, MatrixFormat] | None = None,
+    ) -> dict[str, MatrixFormat]:
+        """Returns how each layer that is quantized is, by path.
+
+        Args:
+            arguments: Arguments of `OpenLlamaBackbone`.
+            stored: The formats of the layers that are quantized in the files, see
+                `stored_formats`.
+
+        Example:
+            >>> arguments = lm.backbone.architecture()
+            >>> WeightTypes(None, "int4").formats(arguments)["lm_head"]
+            MatrixFormat(bits=8, group_size=None, symmetric=True)
+        """
+        stored, formats = stored or {}, {}
         for row in weight_names.weight_specs(arguments["num_layers"]):
             layer = row.path.rpartition("/")[0]
             if len(row.axes) != 2:
@@ -117,7 +131,22 @@ class WeightTypes:
             elif self.quantization is None:
                 chosen = None
             else:
-                chosen = getattr(tensors.get(row.path), "format", None)
+                chosen = stored.get(layer)
             if chosen is not None:
                 formats[layer] = chosen
         return formats
+
+
+def stored_formats(tensors: Mapping[str, StoredTensor]) -> dict[str, MatrixFormat]:
+    """Returns how layers are quantized in files, by path.
+
+    Args:
+        tensors: The tensors of the files by variable path. Those with an attribute
+            `format` that is not `None` are quantized, see `QuantizedTensor`.
+    """
+    found = {path: getattr(tensor, "format", None) for path, tensor in tensors.items()}
+    return {
+        path.rpartition("/")[0]: chosen
+        for path, chosen in found.items()
+        if chosen is not None
+    }

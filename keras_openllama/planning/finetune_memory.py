@@ -7,12 +7,21 @@ to 16 % too high, and up to 25 % too high for small batches. There are no measur
 on accelerators.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from keras_openllama.checkpoints.weight_names import axis_sizes, weight_specs
+from keras_openllama.checkpoints.weight_sizes import quantized_bytes
 from keras_openllama.config import LOGITS_PER_CHUNK, validate_architecture
 from keras_openllama.utils.host_memory import free_memory
+
+if TYPE_CHECKING:
+    from keras_openllama.quantization.policies import MatrixFormat
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "mixed_bfloat16": 4}
@@ -62,7 +71,7 @@ def estimate_memory(
     sequence_length: int = 512,
     micro_batches: int = 1,
     rematerialize: str = "none",
-    int8: bool = False,
+    formats: Mapping[str, MatrixFormat] = MappingProxyType({}),
     devices: int = 1,
     backend: str = "jax",
     device: str = "cpu",
@@ -78,14 +87,15 @@ def estimate_memory(
         sequence_length: tokens of a sequence.
         micro_batches: number of micro-batches of a step.
         rematerialize: a policy of `config.REMATERIALIZATION`.
-        int8: whether the matrices of the backbone are quantized.
+        formats: how each layer that is quantized is, by path, see
+            `runs.finetuning.quantized_formats`.
         devices: number of devices over which weights and sequences are sharded.
         backend: `"jax"`, `"tensorflow"` or `"torch"`. Only JAX computes the logits in
             chunks.
         device: `"cpu"`, or any other string for an accelerator. A CPU also needs memory
             for the process. XLA on a CPU copies AdamW's moments before it updates them,
-            and multiplies bfloat16 and int8 matrices by way of float32 copies, of all
-            layers at once.
+            and multiplies bfloat16 matrices by way of float32 copies, of all layers at
+            once. Quantized matrices are dequantized one at a time.
 
     Returns:
         The estimate.
@@ -104,11 +114,11 @@ def estimate_memory(
     tokens = batch_size * sequence_length / micro_batches / devices
     adapted, on_cpu = targets if lora_rank else None, device == "cpu"
     if backend == "jax":
-        saved = sizes.saved_activations(rematerialize, adapted, int8, on_cpu)
+        saved = sizes.saved_activations(rematerialize, adapted, on_cpu)
     else:
         saved = sizes.saved_by_operations(adapted, sequence_length, backend)
     parts = {
-        "weights": sizes.weight_bytes(dtype, int8) / devices,
+        "weights": sizes.weight_bytes(dtype, formats) / devices,
         "adapters": 4 * adapters,
         "gradients": trained,
         "AdamW moments": 2 * trained,
@@ -119,7 +129,7 @@ def estimate_memory(
     if dtype == "mixed_bfloat16":  # Weights are cast when they are used.
         parts["bfloat16 copies of weights"] = 2 * sizes.parameters() / devices
     if on_cpu and backend == "jax":
-        if dtype == "bfloat16" or int8:
+        if dtype == "bfloat16" and not formats:
             parts["float32 copies of matrices"] = 4 * sizes.matrices() / devices
         if lora_rank is None:
             parts["copies of AdamW moments"] = 2 * trained
@@ -149,6 +159,7 @@ class _Sizes:
         self.query = heads * head_dim
         self.key = config["num_key_value_heads"] * head_dim
         self.vocabulary = config["vocabulary_size"]
+        self.axes = axis_sizes(config)
 
     def projections(self):
         """`(outputs, inputs)` of each projection of a layer."""
@@ -173,16 +184,26 @@ class _Sizes:
         norms = (2 * self.layers + 1) * self.hidden
         return self.matrices() + norms + 2 * self.vocabulary * self.hidden
 
-    def weight_bytes(self, dtype, int8):
-        """Bytes of the weights; `quantize` applies to projections and embeddings."""
-        quantized = self.matrices() + self.vocabulary * self.hidden if int8 else 0
-        return quantized + _BYTES[dtype] * (self.parameters() - quantized)
+    def weight_bytes(self, dtype, formats):
+        """Bytes of the weights: of quantized ones the values, scales and zeros."""
+        total = 0
+        for spec in weight_specs(self.layers):
+            shape = spec.shape(self.axes)
+            chosen = formats.get(spec.path.rpartition("/")[0])
+            if chosen is None:
+                total += _BYTES[dtype] * math.prod(shape)
+            else:
+                group_size = chosen.group_size_of(shape[1])
+                total += quantized_bytes(
+                    shape, chosen.bits, group_size, chosen.symmetric
+                )
+        return total
 
     def adapters(self, rank, targets):
         """Number of parameters of the adapters."""
         return self.layers * rank * sum(sum(self.projections()[t]) for t in targets)
 
-    def saved_activations(self, policy, adapted, int8, on_cpu):
+    def saved_activations(self, policy, adapted, on_cpu):
         """Numbers that a layer saves per token for the backward pass, on JAX.
 
         Measured with `jax.ad_checkpoint.print_saved_residuals` and XLA's buffers.
@@ -190,7 +211,6 @@ class _Sizes:
         Args:
             policy: rematerialization policy.
             adapted: names of the projections with adapters. `None` trains all weights.
-            int8: whether the matrices are quantized.
             on_cpu: whether the device is a CPU, where XLA rematerializes a part of the
                 activations too early.
         """
@@ -208,9 +228,7 @@ class _Sizes:
         saved = 6 * hidden + heads + 5 * intermediate
         saved += 4 * hidden if train_all else 0  # For the gradients of norm scales.
         saved += hidden if trained & {"gate", "up"} else 0
-        saved += intermediate if "down" in trained else 0
-        # The quantized inputs of each matrix, one byte per number.
-        return saved + (1.5 * hidden + intermediate / 4 if int8 else 0)
+        return saved + (intermediate if "down" in trained else 0)
 
     def saved_by_operations(self, adapted, length, backend):
         """The same on TensorFlow and PyTorch, where each operation saves its inputs.
@@ -274,17 +292,19 @@ def check_fits(estimate: MemoryEstimate, available: int | None):
         f"{available / GIB:.1f} GiB are available, of which {RESERVED_SHARE:.0%} are "
         "reserved. Try in this order: adapters (--lora-rank 16), fewer saved "
         "activations (on JAX: --micro-batches, --rematerialize full), shorter "
-        "sequences (--sequence-length), --dtype bfloat16 and --int8 with adapters, a "
-        "smaller preset."
+        "sequences (--sequence-length), --dtype bfloat16 and --quantization int4 with "
+        "adapters, a smaller preset."
     )
 
 
+# Columns of the table: dtype, rank of the adapters, and quantization.
 _SETUPS = {
-    "adapters, int8": dict(dtype="bfloat16", lora_rank=16, int8=True),
-    "adapters, bfloat16": dict(dtype="bfloat16", lora_rank=16),
-    "adapters, float32": dict(dtype="float32", lora_rank=16),
-    "full, mixed_bfloat16": dict(dtype="mixed_bfloat16"),
-    "full, float32": dict(dtype="float32"),
+    "adapters, int4": ("bfloat16", 16, "int4"),
+    "adapters, int8": ("bfloat16", 16, "int8"),
+    "adapters, bfloat16": ("bfloat16", 16, None),
+    "adapters, float32": ("float32", 16, None),
+    "full, mixed_bfloat16": ("mixed_bfloat16", None, None),
+    "full, float32": ("float32", None, None),
 }
 
 
@@ -313,6 +333,7 @@ def memory_table(
         True
     """
     from keras_openllama import presets
+    from keras_openllama.loading.weight_types import WeightTypes
 
     lines = [
         f"GiB to fine-tune, {batch_size} sequences of {sequence_length} tokens, "
@@ -320,18 +341,23 @@ def memory_table(
         f"{'a CPU' if device == 'cpu' else 'an accelerator'} with {backend}",
         f"{'':20}" + "".join(f"{name:>21}" for name in _SETUPS),
     ]
+    options = dict(
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        rematerialize=rematerialize,
+        device=device,
+        backend=backend,
+    )
     for name, preset in presets.registry().items():
         totals = (
             estimate_memory(
                 preset.config,
-                batch_size=batch_size,
-                sequence_length=sequence_length,
-                rematerialize=rematerialize,
-                device=device,
-                backend=backend,
-                **setup,
+                dtype,
+                rank,
+                formats=WeightTypes(dtype, quantization).formats(preset.config),
+                **options,
             ).total
-            for setup in _SETUPS.values()
+            for dtype, rank, quantization in _SETUPS.values()
         )
         lines.append(f"{name:20}" + "".join(f"{size / GIB:>21.1f}" for size in totals))
     return "\n".join(lines)

@@ -6,11 +6,10 @@ from typing import Any
 
 import keras
 
+from keras_openllama.config import GROUP_SIZES
 from keras_openllama.quantization.policies import MODES, MatrixFormat
 from keras_openllama.utils.validation import raise_invalid
 
-# Number of inputs that share a scale, by number of bits.
-DEFAULT_GROUP_SIZES = {8: None, 4: 32}
 # What a layer is for, see `WeightQuantizationConfig.format_for`.
 ROLES = ("projection", "embedding", "head")
 
@@ -60,7 +59,7 @@ class WeightQuantizationConfig(keras.quantizers.QuantizationConfig):
                 "group_size", group_size, "a positive integer, 'auto' or None"
             )
         if group_size == "auto":
-            group_size = DEFAULT_GROUP_SIZES[bits]
+            group_size = GROUP_SIZES[bits]
         self.bits = bits
         self.group_size = group_size
         self.symmetric = symmetric
@@ -89,7 +88,7 @@ class WeightQuantizationConfig(keras.quantizers.QuantizationConfig):
         if bits == self.bits:
             return MatrixFormat(bits, self.group_size, self.symmetric)
         # Zero points and the group size are for the other number of bits.
-        return MatrixFormat(bits, DEFAULT_GROUP_SIZES[bits])
+        return MatrixFormat(bits, GROUP_SIZES[bits])
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{n}={v!r}" for n, v in self.get_config().items())

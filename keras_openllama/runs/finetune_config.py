@@ -33,8 +33,9 @@ class FinetuneConfig:
         lora_alpha: LoRA alpha; updates are scaled by `lora_alpha / lora_rank`. Defaults
             to the rank, a scale of 1.
         lora_targets: Names of the layers with adapters.
-        int8: Whether to quantize the base weights to int8; requires `lora_rank`, and
-            no merged model is exported.
+        quantization: `"int8"` or `"int4"`, to which the base weights are quantized
+            while they are loaded; requires `lora_rank`. `None` leaves them as in the
+            files.
         dtype: Dtype policy of the model; the command line chooses by device.
         epochs: Passes over the examples.
         batch_size: Sequences per step, over all devices.
@@ -64,7 +65,7 @@ class FinetuneConfig:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] | None = None
-    int8: bool = False
+    quantization: str | None = None
     dtype: str = "float32"
     epochs: float = 3.0
     batch_size: int = 8

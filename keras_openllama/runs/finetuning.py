@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,9 +28,9 @@ from keras_openllama.loading.load import (
     find_source,
     load_task_from_source,
 )
+from keras_openllama.loading.weight_types import WeightTypes
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
-from keras_openllama.quantization import WeightQuantizationConfig
 from keras_openllama.runs import run_directory
 from keras_openllama.runs.finetune_config import FinetuneConfig
 from keras_openllama.runs.instruction_data import InstructionData
@@ -51,6 +51,7 @@ from keras_openllama.training.target_weights import no_targets_error
 
 if TYPE_CHECKING:
     from keras_openllama.loading.sources import ModelSource
+    from keras_openllama.quantization.policies import MatrixFormat
 
 ADAPTERS, MODEL = "adapters", "model"
 _NUM_SAMPLE_PROMPTS = 4  # Heuristic: held-out prompts that are sampled from.
@@ -62,7 +63,7 @@ def open_run(
     options: RunOptions,
     sample_prompts: list[str] | None = None,
     max_new_tokens: int = 48,
-    check_size: Callable[[Mapping[str, Any]], None] = lambda sizes: None,
+    check_size: Callable[..., None] = lambda sizes, formats: None,
     max_skipped: float = instructions.MAX_SKIPPED,
 ) -> Iterator[Trainer]:
     """Starts a fine-tuning run, or resumes the one in the directory.
@@ -73,8 +74,9 @@ def open_run(
         sample_prompts: Prompts to complete before and after training; by default, some
             of the held-out examples.
         max_new_tokens: Limit of generated tokens per sample.
-        check_size: Called with the arguments of the backbone before weights are loaded;
-            raises a `ValueError` if the model is too large.
+        check_size: Called before weights are loaded with the arguments of the backbone
+            and with what `quantized_formats` returns; raises a `ValueError` if the
+            model is too large.
         max_skipped: Largest fraction of the examples that may be skipped because there
             is nothing to learn from them.
 
@@ -96,7 +98,7 @@ def open_run(
         ```
     """
     source, architecture = find_model(config.preset, config.sequence_length)
-    check_size(architecture)
+    check_size(architecture, quantized_formats(config, source, architecture))
     # What the examples and prompts need is checked before the weights are loaded.
     preprocessor = _load_preprocessor(config, source, architecture)
     config = dataclasses.replace(config, chat_template=preprocessor.chat_template)
@@ -128,8 +130,8 @@ def export_model(
 ) -> None:
     """Exports the trained model into the run's directory.
 
-    What cannot be exported is logged: anything by several processes, and the merged
-    model of int8 weights. Without adapters, `ADAPTERS` is ignored.
+    Several processes export nothing, and log it. Without adapters, `ADAPTERS` is
+    ignored. The merged model of quantized weights has the dequantized ones.
 
     Args:
         trainer: The trainer of a complete run.
@@ -149,12 +151,6 @@ def export_model(
     write = {MODEL: lm.export_to_transformers}
     if config.lora_rank:
         write[ADAPTERS] = lm.save_adapters
-    if config.int8 and MODEL in names:
-        del write[MODEL]
-        trainer.options.log(
-            "The merged model is not exported, because adapters cannot be merged into "
-            "int8 weights. The adapters fit the model in any dtype."
-        )
     for name in filter(write.get, names):
         path = os.path.join(trainer.options.output, name)
         if replace or not os.path.isdir(path):
@@ -196,6 +192,34 @@ def find_model(
             f"sequence_length={sequence_length}"
         )
     return source, architecture
+
+
+def quantized_formats(
+    config: FinetuneConfig, source: ModelSource, architecture: dict[str, Any]
+) -> dict[str, MatrixFormat]:
+    """Returns how each layer that is quantized will be, by path.
+
+    Args:
+        config: The settings of the run.
+        source: The model.
+        architecture: The arguments of its backbone.
+
+    Raises:
+        ValueError: If weights are quantized that the run would have to train.
+    """
+    with _reading_preset(config.preset):
+        stored = source.formats(architecture)
+    types = WeightTypes(config.dtype, config.quantization or "auto")
+    formats = types.formats(architecture, stored)
+    if formats and not config.lora_rank:
+        raise ValueError(
+            "Quantized weights cannot be trained: train adapters with `lora_rank` "
+            "(--lora-rank). To train all weights, load floating-point ones; "
+            "`keras-openllama convert … --to transformers` makes them of a quantized "
+            f"model. Received: preset={config.preset!r}, "
+            f"quantization={config.quantization!r}, lora_rank={config.lora_rank}"
+        )
+    return formats
 
 
 @contextlib.contextmanager
@@ -244,8 +268,6 @@ def _build(config, source, preprocessor, train, distribution):
     # Keras draws the seeds of initializers from `random`. (`set_random_seed` would
     # import TensorFlow.)
     random.seed(config.seed)
-    # The head stays as it is, which computes the loss more accurately.
-    int8 = WeightQuantizationConfig(8, head_bits=None)
     with distribution_scope(distribution):
         with _reading_preset(config.preset):
             lm = load_task_from_source(
@@ -254,7 +276,7 @@ def _build(config, source, preprocessor, train, distribution):
                 describe_origin(config.preset),
                 dtype=config.dtype,
                 preprocessor=preprocessor,
-                quantization=int8 if config.int8 else "auto",
+                quantization=config.quantization or "auto",
             )
         if config.lora_rank:
             targets = config.lora_targets and list(config.lora_targets)

@@ -28,7 +28,7 @@ _FIXED = (
     *("batch_size", "sequence_length", "seed", "packing", "mask_documents"),
     "optimizer",
     # Of fine-tuning: its sequences, and the kinds and shapes of trainable variables.
-    *("pack", "chat_template", "lora_rank", "lora_targets", "int8"),
+    *("pack", "chat_template", "lora_rank", "lora_targets", "quantization"),
 )
 # These settings do not affect the numerical results of a run.
 _FREE = (
@@ -92,6 +92,9 @@ def read_run(directory: PathLike) -> dict[str, Any] | None:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}.") from error
+    if run.get("recipe", {}).pop("int8", {}).get("value"):
+        # With `--int8`, version 0.2 rounded weights in another way.
+        run["recipe"]["quantization"] = {"value": "int8 of version 0.2"}
     return run
 
 

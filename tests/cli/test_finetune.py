@@ -119,14 +119,38 @@ def test_finetune_trains_all_weights_on_packed_examples(arguments, data, tmp_pat
     assert last["loss"] < first["loss"]
 
 
-@pytest.mark.backend_free
-def test_finetune_on_an_int8_base_exports_only_adapters(
-    arguments, data, tmp_path, capsys
+def test_finetune_on_quantized_weights_exports_what_was_trained(
+    small, arguments, data, tmp_path
 ):
-    more = ("--lora-rank", 2, "--int8", "--epochs", 2)
+    more = ("--lora-rank", 2, "--quantization", "int4", "--epochs", 2)
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    assert (tmp_path / "adapters").is_dir() and not (tmp_path / "model").exists()
-    assert "The merged model is not exported" in capsys.readouterr().out
+    lm = OpenLlamaCausalLM.from_preset(str(small), quantization="int4")
+    plain = logits_of(lm)
+    lm = OpenLlamaCausalLM.from_preset(str(small), quantization="int4")
+    lm.load_adapters(tmp_path / "adapters")
+    trained = logits_of(lm)
+    merged = logits_of(OpenLlamaCausalLM.from_preset(str(tmp_path / "model")))
+    np.testing.assert_allclose(merged, trained, atol=1e-4)
+    assert np.abs(trained - plain).max() > 1e-3
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("source", ["keras", "gguf"])
+def test_finetune_trains_adapters_on_weights_that_files_have_quantized(
+    source, small, arguments, data, tmp_path, capsys
+):
+    lm = OpenLlamaCausalLM.from_preset(str(small), quantization="int8")
+    if source == "keras":
+        preset = tmp_path / "int8"
+        lm.save_to_preset(preset)
+    else:
+        preset = tmp_path / "int8.gguf"
+        lm.export_to_gguf(preset, quantization="q8_0")
+    more = ("--preset", preset, "--epochs", 1, "--export", "none")
+    flags = arguments(data, tmp_path / "run", *more)
+    assert "Quantized weights cannot be trained" in error_of(capsys, *flags)
+    assert not (tmp_path / "run").exists()
+    assert finetune().main([*flags, "--lora-rank", "2"]) == 0
 
 
 # ----- Resuming
@@ -213,6 +237,13 @@ def test_finetune_rejects_changed_settings_of_a_run(arguments, data, tmp_path, c
     assert finetune().main(arguments(data, tmp_path, *more)) == 0
     changed = arguments(data, tmp_path, "--lora-rank", 3, *more[2:])
     assert "lora_rank was 2 and is 3" in error_of(capsys, *changed)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["recipe"]["int8"] = {"value": True}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text(json.dumps(run))
+    flags = arguments(data, tmp_path / "old", *more, "--quantization", "int8")
+    message = "quantization was int8 of version 0.2 and is int8"
+    assert message in error_of(capsys, *flags)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("cold", "warm"))
     assert "data was {'examples'" in error_of(
@@ -243,11 +274,11 @@ def test_finetune_falls_back_from_a_damaged_checkpoint(
     ("more", "message"),
     [
         (("--data", "missing.jsonl"), "--data: the file missing.jsonl does not exist"),
-        (("--int8",), "--int8 needs adapters"),
+        (("--quantization", "int8"), "--quantization needs adapters"),
+        (("--int8",), "--quantization needs adapters"),
         (("--lora-targets", "key"), "--lora-targets needs adapters"),
         (("--export", "adapters"), "--export adapters needs adapters"),
         (("--dtype", "bfloat16"), "Use --dtype mixed_bfloat16"),
-        (("--lora-rank", 2, "--int8", "--export", "model"), "cannot be merged"),
         *(
             (("--backend", "torch", *more), f"{more[0]} needs the JAX backend")
             for more in [
@@ -397,7 +428,8 @@ def test_estimate_of_a_preset_is_that_of_its_run(capsys):
     expected = estimate_memory(config, "bfloat16", **options, micro_batches=2)
     flags = ("--lora-rank", 4, "--lora-targets", "key", "--dtype", "bfloat16")
     assert expected.table() in estimate(*flags, "--micro-batches", 2)
-    assert estimate(*flags) != estimate(*flags, "--int8") != estimate()
+    assert estimate(*flags) != estimate(*flags, "--quantization", "int8")
+    assert estimate(*flags, "--int8") == estimate(*flags, "--quantization", "int8")
 
 
 @pytest.mark.backend_free
@@ -412,7 +444,7 @@ def test_estimate_of_a_preset_that_does_not_fit_fails(capsys):
     [
         ("--lora-rank", "64"),
         ("--lora-targets", "key"),
-        ("--int8",),
+        ("--quantization", "int8"),
         ("--dtype", "float32"),
         ("--micro-batches", "2"),
         ("--mesh", "fsdp=4"),
@@ -468,8 +500,12 @@ def test_finetune_resumes_after_an_error_in_the_last_samples(
     assert "sample 1, after" in (tmp_path / "samples.txt").read_text()
 
 
-def test_finetune_resumes_bit_exactly_on_every_backend(arguments, data, tmp_path):
+@pytest.mark.parametrize("weights", [(), ("--quantization", "int4")], ids=len)
+def test_finetune_resumes_bit_exactly_on_every_backend(
+    weights, arguments, data, tmp_path
+):
     more = ("--lora-rank", 2, "--epochs", 0.7, "--export", "none", "--save-every", 1)
+    more = (*more, *weights)
     complete = tmp_path / "complete"
     assert finetune().main(arguments(data, complete, *more)) == 0
     resumed = copy_without_last_checkpoint(complete, tmp_path / "resumed")

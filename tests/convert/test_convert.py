@@ -323,16 +323,16 @@ def test_convert_rejects_invalid_arguments(models, tmp_path):
     for to in ("easylm", "keras"):
         match = "only. Received: max_shard_size='1GB'"
         assert_rejected(ValueError, match, source, target, to, max_shard_size="1GB")
+    for to, match in (
+        ("keras", "one of int8, int4. Received: quantization='q4_0'"),
+        ("gguf", "one of f32, .*Received: quantization='int4'"),
+        ("easylm", "formats gguf and keras. Received: quantization='int4'"),
+    ):
+        name = "q4_0" if to == "keras" else "int4"
+        assert_rejected(ValueError, match, source, target, to, quantization=name)
     assert_rejected(ValueError, "path of a directory", tmp_path / "nowhere", target)
     assert_rejected(ValueError, "Received: preset='3b'", source, target, preset="3b")
     assert_rejected(ValueError, "--preset", models["easylm", "float32"], target)
-
-
-def test_convert_rejects_a_quantized_model(models, tmp_path):
-    lm = random_lm(TinyShape("tiny", 2, 2, 16, num_layers=1), trained_model(True))
-    lm.quantize("int8")
-    lm.save_to_preset(tmp_path / "int8")
-    assert_rejected(ValueError, "quantized model", tmp_path / "int8", tmp_path / "out")
 
 
 def test_convert_without_tokenizer_requires_tokenizer_false(models, tmp_path):

@@ -4,13 +4,15 @@ import itertools
 
 import pytest
 
-from keras_openllama import presets
+from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM, presets
+from keras_openllama.loading.weight_types import WeightTypes
 from keras_openllama.planning.finetune_memory import (
     RESERVED_SHARE,
     check_fits,
     estimate_memory,
     memory_table,
 )
+from keras_openllama.quantization import WeightQuantizationConfig
 from keras_openllama.training import chunked_loss
 
 pytestmark = pytest.mark.backend_free
@@ -29,6 +31,10 @@ PARAMETERS = 2 * LAYER + 2 * 100 * 8 + 5 * 8
 SMALL = dict(batch_size=3, sequence_length=5)
 
 
+def formats_of(quantization, config=CONFIG):
+    return WeightTypes("float32", quantization).formats(config)
+
+
 def test_estimate_memory_counts_weights_gradients_and_moments():
     parts = estimate_memory(CONFIG, "float32").parts
     assert parts["weights"] == parts["gradients"] == 4 * PARAMETERS
@@ -43,12 +49,22 @@ def test_estimate_memory_counts_the_parameters_of_a_preset():
 
 def test_estimate_memory_counts_adapters_in_float32():
     options = dict(lora_rank=3, targets=("query", "key"))
-    for dtype, int8, weights in (
-        ("bfloat16", False, 2 * PARAMETERS),
-        # The head and the norms are not quantized.
-        ("bfloat16", True, 2 * LAYER + 800 + 2 * 840),
+    # An output has a float16 scale and, in int4, half a byte per input. Embedding and
+    # head have 8 bits, and the norms bfloat16.
+    rest = 2 * 100 * (8 + 2) + 2 * 5 * 8
+    scales = 2 * 2 * (8 + 8 + 4 + 4 + 12 + 12 + 8)
+    for quantization, weights in (
+        (None, 2 * PARAMETERS),
+        ("int8", 2 * LAYER + scales + rest),
+        ("int4", LAYER + scales + rest),
+        (WeightQuantizationConfig(4, 4, False, None, None), None),
     ):
-        parts = estimate_memory(CONFIG, dtype, int8=int8, **options).parts
+        formats = formats_of(quantization)
+        parts = estimate_memory(CONFIG, "bfloat16", formats=formats, **options).parts
+        if weights is None:
+            lm = OpenLlamaCausalLM(OpenLlamaBackbone(**CONFIG, dtype="bfloat16"))
+            lm.quantize(config=quantization)
+            weights = sum(weight.value.nbytes for weight in lm.weights)
         assert parts["weights"] == weights
         assert parts["adapters"] == parts["gradients"] == 4 * 3 * 2 * (16 + 12)
         assert parts["AdamW moments"] == 2 * parts["adapters"]
@@ -117,7 +133,8 @@ def test_estimate_memory_adds_parts_on_a_cpu():
     matrices = {"float32 copies of matrices": 4 * 2 * LAYER}
     assert added("float32") == moments | process
     assert added("float32", lora_rank=2) == process
-    assert added("float32", lora_rank=2, int8=True) == matrices | process
+    formats = formats_of("int8")
+    assert added("float32", lora_rank=2, formats=formats) == process
     assert added("bfloat16", lora_rank=2) == matrices | process
     assert added("float32", backend="torch") == {"process": 52 << 20}
 
@@ -131,13 +148,9 @@ def test_estimate_memory_decreases_with_each_memory_saving_option(name):
         dict(dtype="float32", micro_batches=4, rematerialize="full"),
         dict(dtype="float32", lora_rank=16, micro_batches=4, rematerialize="full"),
         dict(dtype="bfloat16", lora_rank=16, micro_batches=4, rematerialize="full"),
-        dict(
-            dtype="bfloat16",
-            lora_rank=16,
-            micro_batches=4,
-            rematerialize="full",
-            int8=True,
-        ),
+    ]
+    setups += [
+        {**setups[-1], "formats": formats_of(mode, config)} for mode in ("int8", "int4")
     ]
     options = dict(batch_size=64, device="accelerator")
     totals = [estimate_memory(config, **options, **setup).total for setup in setups]
@@ -194,7 +207,7 @@ def test_check_fits_reports_sizes_and_remedies():
         check_fits(found, 24 * 2**30)
     message = str(error.value)
     assert f"{found.total / 2**30:.1f} GiB" in message and "24.0 GiB" in message
-    assert message.index("--lora-rank") < message.index("--int8")
+    assert message.index("--lora-rank") < message.index("--quantization int4")
     check_fits(found, None)
     check_fits(found, found.total * 2)
 

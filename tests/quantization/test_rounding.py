@@ -82,9 +82,10 @@ def test_quantize_matrix_does_not_depend_on_the_blocks(weights, monkeypatch):
 
 
 def test_quantize_matrix_does_not_depend_on_the_order_in_memory():
-    weights = np.random.default_rng(1).normal(0, 0.1, (512, 96)).astype("float32")
-    expected = quantize_matrix(weights, 4, 48)
-    found = quantize_matrix(np.asfortranarray(weights), 4, 48)
+    # A sum in another order changes few of these scales, whose float16 differs.
+    weights = np.random.default_rng(1).normal(0, 0.1, (4096, 256)).astype("float32")
+    expected = quantize_matrix(weights, 4, 32)
+    found = quantize_matrix(np.asfortranarray(weights), 4, 32)
     assert (found.values == expected.values).all()
     assert (found.scales == expected.scales).all()
 
