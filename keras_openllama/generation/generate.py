@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -206,5 +207,13 @@ def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:
         'TokenLoop'
     """
     if is_search_sampler(model.sampler):
+        if uses_onnx_runtime(model):
+            warnings.warn(
+                "Beam and contrastive search run on the backend "
+                f"({keras.config.backend()}) and not with ONNX Runtime, so that they "
+                "are slow with quantized weights. Use another sampler, or a model "
+                "that is not quantized.",
+                stacklevel=2,
+            )
         return SearchLoop(model)
     return (OnnxTokenLoop if uses_onnx_runtime(model) else TokenLoop)(model)

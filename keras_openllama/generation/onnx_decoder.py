@@ -74,15 +74,6 @@ class OnnxDecoder:
                 ) from error
             self.session = open_session(f"{directory}/{GRAPH_FILE}")
 
-    def start(self, batch: int, columns: int) -> OnnxCache:
-        """Returns an empty cache.
-
-        Args:
-            batch: number of sequences.
-            columns: number of tokens that each may have.
-        """
-        return OnnxCache(self, batch, columns)
-
 
 class OnnxCache:
     """The KV cache of some sequences, each from its first column on.

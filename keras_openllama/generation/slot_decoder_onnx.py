@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_openllama.generation.onnx_decoder import CHUNK, OnnxDecoder
+from keras_openllama.generation.onnx_decoder import CHUNK, OnnxCache, OnnxDecoder
 from keras_openllama.generation.token_loop_onnx import OnnxTokenLoop
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class OnnxSlotDecoder:
         """See `SlotDecoder.reset`."""
         self.lengths = [0] * self.num_slots
         self._rows = list(range(self.num_slots))  # The row of each slot.
-        self._cache = self._decoder.start(self.num_slots, self.context)
+        self._cache = OnnxCache(self._decoder, self.num_slots, self.context)
 
     def open(self, slot: int, final_length: int) -> None:
         """See `SlotDecoder.open`; the tables do not depend on the final length."""

@@ -53,6 +53,8 @@ class OnnxTokenLoop(TokenLoop):
         self, prompts: list[list[int]], limits: list[int]
     ) -> tuple[LoopState, PromptLayout]:
         """See `TokenLoop.start`."""
+        from keras_openllama.generation.onnx_decoder import OnnxCache
+
         columns = max(map(len, prompts)) + max(limits)
         tokens, prompt_layout = pad_prompts(prompts, limits, columns)
         state = LoopState(
@@ -60,7 +62,7 @@ class OnnxTokenLoop(TokenLoop):
             num_prefilled=0,
             step=0,
             done=prompt_layout.limits == 0,
-            cache=self.decoder().start(len(prompts), columns),
+            cache=OnnxCache(self.decoder(), len(prompts), columns),
         )
         return state, prompt_layout
 

@@ -10,7 +10,7 @@ from keras.quantizers import Int4QuantizationConfig
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.generation import generate, onnx_file, onnx_graph
-from keras_openllama.generation.onnx_decoder import OnnxDecoder
+from keras_openllama.generation.onnx_decoder import OnnxCache, OnnxDecoder
 from keras_openllama.generation.token_loop_onnx import OnnxTokenLoop, uses_onnx_runtime
 
 LENGTHS = (3, 12, 1, 7)
@@ -36,7 +36,7 @@ def prompts(shape, lengths=LENGTHS):
 def decoded_and_expected(lm, shape, steps=4):
     """Logits after prompts of different lengths, and those of the layers of Keras."""
     rows, found = prompts(shape), []
-    cache = OnnxDecoder(lm).start(len(rows), columns=20)
+    cache = OnnxCache(OnnxDecoder(lm), len(rows), columns=20)
     cache.prefill([np.array(row[:-1], "int64") for row in rows])
     for step in range(steps):
         found.append(cache.step(np.array([row[-1] for row in rows])))
@@ -130,10 +130,12 @@ def test_generate_of_a_quantized_model_samples(sampler):
     assert (first != second).any()  # The random state advances.
 
 
-def test_generate_of_a_quantized_model_searches_with_beams():
+def test_generate_of_a_quantized_model_warns_that_beam_search_is_slow():
     lm = quantized(tiny_models.SHAPES[0])
     lm.compile(sampler="beam")
-    assert not isinstance(lm.make_generate_function(), OnnxTokenLoop)
+    with pytest.warns(UserWarning, match="search run on the backend"):
+        loop = lm.make_generate_function()
+    assert not isinstance(loop, OnnxTokenLoop)
 
 
 def test_generate_notices_new_values_of_adapters():
