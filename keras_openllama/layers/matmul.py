@@ -62,11 +62,12 @@ def multiply_with_torch(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Ten
     rows = math.prod(inputs.shape[:-1])
     if inputs.device.type != "cpu" or not isinstance(rows, int):
         return linear(inputs, kernel)
-    if rows == 1 and not torch.backends.mkldnn.enabled:
-        return torch.mv(kernel, inputs.view(-1)).view(*inputs.shape[:-1], -1)
     if inputs.dtype.itemsize == 4:
         use_blocks = _is_few(rows) and len(kernel) % OUTPUT_BLOCK == 0
         return (_multiply_by_blocks if use_blocks else linear)(inputs, kernel)
+    if rows == 1 and not torch.backends.mkldnn.enabled:
+        # 5 % faster than `linear` in 16 bits.
+        return torch.mv(kernel, inputs.reshape(-1)).view(*inputs.shape[:-1], -1)
     if inputs.dtype.itemsize != 2 or rows < SOME_ROWS:
         return linear(inputs, kernel)
     if not has_onednn_products(inputs.dtype):
