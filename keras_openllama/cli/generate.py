@@ -92,6 +92,12 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         help="dtype of the weights (default: float32); bfloat16 halves the memory",
     )
     types.add_quantization(model)
+    model.add_argument(
+        "--kv-cache-dtype",
+        choices=("int8",),
+        help="round the keys and values of the KV cache to 8 bits, for a quarter of "
+        "its memory in float32 (default: the dtype of the weights)",
+    )
     text = parser.add_argument_group("the text")
     text.add_argument(
         "--max-new-tokens",
@@ -184,7 +190,7 @@ def _print_generated(prompt, sampler, options):
     )
     if options.adapters:
         lm.load_adapters(options.adapters)
-    lm.compile(sampler=get_sampler(sampler))
+    lm.compile(sampler=get_sampler(sampler), kv_cache_dtype=options.kv_cache_dtype)
     limits = {"max_new_tokens": options.max_new_tokens}
     if options.max_new_tokens is None:
         limits = {

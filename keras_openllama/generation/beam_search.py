@@ -97,7 +97,9 @@ class SearchLoop:
         tokens = self._compiled_search(
             tokens=tokens,
             prompt_layout=prompt_layout,
-            cache=init_cache(self.model.backbone, 1, columns),
+            cache=init_cache(
+                self.model.backbone, 1, columns, self.model.kv_cache_dtype
+            ),
             prompt_columns=prompt_columns,
             stop_token_ids=tuple(stop_token_ids) or None,
         )
@@ -155,11 +157,11 @@ def beams_first(x: Tensor, beams: int) -> Tensor:
     """Splits the axis of heads and beams, with the beams first.
 
     Args:
-        x: `(heads * beams, columns, head_dim)`.
+        x: `(heads * beams, ...)`.
         beams: number of beams.
 
     Returns:
-        `(beams, heads, columns, head_dim)`.
+        `(beams, heads, ...)`.
 
     Example:
         >>> beams_first(ops.zeros((6, 32, 8)), beams=2).shape

@@ -7,9 +7,11 @@ where `start` is the length of the longest prefix. So each step updates a single
 whatever the lengths of the prompts. Rotary positions are those of the sequence itself,
 so the result for a prompt does not depend on the other prompts.
 
-The cache is a tuple with a pair of tensors (keys, values) for each layer. Each has
-shape `(num_key_value_heads * batch, columns, head_dim)`. In each step, XLA reuses the
-donated buffers, and PyTorch writes in place; see `layers/cached_attention.py`.
+The cache has a tuple of tensors for each layer: keys and values, of shape
+`(num_key_value_heads * batch, columns, head_dim)`; and if these are int8, the scales of
+both, `(num_key_value_heads * batch, columns)`. In each step, XLA reuses the donated
+buffers, and PyTorch writes in place; see `layers/cached_attention.py` and
+`layers/quantized_cache.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 # Heuristic: with fewer columns, the weights dominate memory and time.
 MIN_CACHE_LENGTH = 256
+# Values of `kv_cache_dtype`, see `OpenLlamaCausalLM.compile`.
+CACHE_DTYPES = (None, "int8")
 
 
 class PromptLayout(NamedTuple):
@@ -120,30 +124,57 @@ def pad_prompts(
     )
 
 
-def init_cache(backbone: Backbone, batch: int, columns: int) -> Any:
+def check_cache_dtype(dtype: str | None) -> None:
+    """Checks the argument `kv_cache_dtype`.
+
+    Args:
+        dtype: a value of `CACHE_DTYPES`.
+
+    Raises:
+        ValueError: for any other value.
+
+    Example:
+        >>> check_cache_dtype("int8")
+    """
+    if dtype not in CACHE_DTYPES:
+        raise ValueError(
+            "`kv_cache_dtype` must be None, for the compute dtype of the model, or "
+            f"'int8'. Received: kv_cache_dtype={dtype!r}"
+        )
+
+
+def init_cache(
+    backbone: Backbone, batch: int, columns: int, dtype: str | None = None
+) -> Any:
     """Creates an empty KV cache.
 
     Args:
         backbone: `OpenLlamaBackbone`.
         batch: number of sequences.
         columns: number of columns.
+        dtype: `None` for the compute dtype, or `"int8"`.
 
     Returns:
-        For each layer a pair of zeros `(num_key_value_heads * batch, columns,
-        head_dim)`, in the compute dtype.
+        For each layer a tuple of zeros, see the module's documentation.
 
     Example:
         >>> cache = init_cache(lm.backbone, batch=3, columns=256)
         >>> len(cache), cache[0][0].shape
         (4, (6, 256, 64))
+        >>> cache = init_cache(lm.backbone, batch=3, columns=256, dtype="int8")
+        >>> [(x.dtype.name, x.shape) for x in cache[0][1:3]]
+        [('int8', (6, 256, 64)), ('float32', (6, 256))]
     """
     shape = (backbone.num_key_value_heads * batch, columns, backbone.head_dim)
-    dtype = backbone.compute_dtype
+    tensors = [(shape, dtype or backbone.compute_dtype)] * 2
+    if dtype == "int8":
+        tensors += [(shape[:2], "float32")] * 2
+    make = ops.zeros
     if keras.config.backend() == "jax":
-        make = functools.partial(sharded_zeros, shape, dtype, backbone)
-    else:
-        make = functools.partial(ops.zeros, shape, dtype)
-    return tuple((make(), make()) for _ in backbone.transformer_layers)
+        make = functools.partial(sharded_zeros, backbone=backbone)
+    return tuple(
+        tuple(make(*tensor) for tensor in tensors) for _ in backbone.transformer_layers
+    )
 
 
 def forward_with_cache(
@@ -202,7 +233,7 @@ def used_columns(cache: Any, end: Tensor | int) -> Any:
         first columns.
     """
     if keras.config.backend() == "torch":
-        return tuple(tuple(x[:, : int(end)] for x in pair) for pair in cache)
+        return tuple(tuple(x[:, : int(end)] for x in layer) for layer in cache)
     return cache
 
 
@@ -275,9 +306,7 @@ def run_layers(
     cos, sin = backbone.rotary_embedding(positions, final_lengths)
     x = backbone.token_embedding(tokens)
     new_cache = []
-    for layer, key_value in zip(backbone.transformer_layers, cache, strict=True):
-        x, key_value = layer(
-            x, cos, sin, bias, cache=key_value, column=column, **options
-        )
-        new_cache.append(tuple(key_value))
+    for layer, tensors in zip(backbone.transformer_layers, cache, strict=True):
+        x, tensors = layer(x, cos, sin, bias, cache=tensors, column=column, **options)
+        new_cache.append(tuple(tensors))
     return backbone.final_norm(x), tuple(new_cache)

@@ -247,7 +247,10 @@ class TokenLoop:
         state, prompt_layout = tree.map_structure(
             lambda x: to_device(x, replicated), (state, prompt_layout)
         )
-        cache = init_cache(self.model.backbone, len(prompt_layout.limits), columns)
+        cache = init_cache(
+            *(self.model.backbone, len(prompt_layout.limits), columns),
+            self.model.kv_cache_dtype,
+        )
         return state._replace(cache=cache), prompt_layout
 
     def _advance(self, state, prompt_layout, stop_ids, until):

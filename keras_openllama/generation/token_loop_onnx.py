@@ -135,6 +135,8 @@ def uses_onnx_runtime(model: CausalLM) -> bool:
         reasons.append("groups whose size is not a multiple of 16")
     if model.backbone.rotary_embedding.is_dynamic:
         reasons.append("dynamic RoPE scaling")
+    if model.kv_cache_dtype is not None:
+        reasons.append(f"kv_cache_dtype={model.kv_cache_dtype!r}")
     if model.backbone.token_embedding.lora_enabled:
         reasons.append("an embedding with adapters")
     if reasons:

@@ -17,6 +17,11 @@ from keras_openllama.generation.torch_network import (
     project,
     rms_norm,
 )
+from keras_openllama.layers.quantized_cache import (
+    as_stored,
+    attend_quantized,
+    is_quantized_cache,
+)
 
 # See `attention_buffers`.
 Buffers: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -32,8 +37,7 @@ def decode_layer_on_cpu(
     sin: torch.Tensor,
     bias: torch.Tensor,
     column: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: tuple[torch.Tensor, ...],
     head_dim: int,
     epsilon: float,
     buffers: Buffers,
@@ -48,8 +52,7 @@ def decode_layer_on_cpu(
             the opposite sign.
         bias: see `TorchNetwork.decode`.
         column: not used; the last one of `bias` is written.
-        key_cache: see `torch_network.decode_layer`, as the next three.
-        value_cache: see there.
+        cache: see `torch_network.decode_layer`, as the next two.
         head_dim: see there.
         epsilon: see there.
         buffers: see `attention_buffers`.
@@ -66,11 +69,16 @@ def decode_layer_on_cpu(
     heads = key.shape[1]
     rotated = rotate_heads(torch.cat([query, key], dim=1), cos, sin)
     query = rotated[:, :-heads]
-    for cache, update in ((key_cache, rotated[:, -heads:]), (value_cache, value)):
-        by_head = cache.view(heads, batch, -1, head_dim)
+    updates = as_stored(cache, rotated[:, -heads:], value)
+    for tensor, update in zip(cache, updates, strict=True):
+        by_head = tensor.unflatten(0, (heads, batch))
         by_head.select(2, used - 1).copy_(update.transpose(0, 1))
-    key, value = (cache.narrow(1, 0, used) for cache in (key_cache, value_cache))
-    context = attend_in_float32(query, key, value, bias, buffers)
+    in_use = [tensor.narrow(1, 0, used) for tensor in cache]
+    if is_quantized_cache(cache):
+        bias = bias.repeat(heads, 1)[:, None]
+        context = attend_quantized(query[:, :, None], in_use, bias, None)
+    else:
+        context = attend_in_float32(query, *in_use, bias, buffers)
     context = context.to(x.dtype).view(batch, 1, -1, head_dim)
     return finish_layer(x, context, layer, epsilon)
 

@@ -80,7 +80,7 @@ class TorchDecoder:
         self._can_capture = self.device.type == "cuda"
         # One for all captures: cuBLAS keeps a workspace for each stream.
         self._stream = torch.cuda.Stream(self.device) if self._can_capture else None
-        self.cache = init_cache(model.backbone, batch, columns)
+        self.cache = init_cache(model.backbone, batch, columns, model.kv_cache_dtype)
 
         def counts(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -105,7 +105,7 @@ class TorchDecoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the cache."""
-        return sum(x.nbytes for pair in self.cache for x in pair)
+        return sum(x.nbytes for layer in self.cache for x in layer)
 
     def load(self, tokens: np.ndarray, prompt_layout: PromptLayout) -> None:
         """Copies prompts into the buffers.
@@ -114,10 +114,10 @@ class TorchDecoder:
             tokens: int `(batch, columns)`, see `kv_cache.pad_prompts`.
             prompt_layout: where the prompts are.
         """
-        for keys, values in self.cache:
-            # A weight of 0 would not hide infinity or NaN of an earlier generation.
-            keys.zero_()
-            values.zero_()
+        # A weight of 0 would not hide infinity or NaN of an earlier generation.
+        for layer in self.cache:
+            for tensor in layer:
+                tensor.zero_()
         prefix, start, limits, final = (torch.as_tensor(x) for x in prompt_layout)
         self.tokens.copy_(torch.as_tensor(tokens))
         self.done.copy_(limits == 0)

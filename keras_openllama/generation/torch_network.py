@@ -19,6 +19,11 @@ from keras_openllama.backend.keras_private import embeddings_variable, kernel_va
 from keras_openllama.generation.onednn_weights import PackedWeights, multiply_packed
 from keras_openllama.layers.attention import fused_causal_attention
 from keras_openllama.layers.matmul import multiply_with_torch
+from keras_openllama.layers.quantized_cache import (
+    as_stored,
+    attend_quantized,
+    is_quantized_cache,
+)
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -127,7 +132,7 @@ class TorchNetwork:
         tokens: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        cache: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+        cache: tuple[tuple[torch.Tensor, ...], ...],
     ) -> None:
         """Writes the keys and values of prefixes to the first columns of the cache.
 
@@ -138,10 +143,10 @@ class TorchNetwork:
             cache: see `kv_cache.py`; modified in place.
         """
         x = self.embed(tokens)
-        for number, (layer, pair) in enumerate(zip(self.layers, cache, strict=True)):
+        layers = zip(self.layers, cache, strict=True)
+        for number, (layer, tensors) in enumerate(layers):
             heads = project_heads(x, layer, cos, sin, self.head_dim, self.epsilon)
-            for whole, update in zip(pair, heads[1:], strict=True):
-                write_prefix(whole, update)
+            write_prefix(tensors, *heads[1:])
             # Nothing reads what the last layer makes of its keys and values.
             if number < len(self.layers) - 1:
                 query, key, value = (head.transpose(1, 2) for head in heads)
@@ -155,7 +160,7 @@ class TorchNetwork:
         sin: torch.Tensor,
         bias: torch.Tensor,
         column: torch.Tensor,
-        cache: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+        cache: tuple[tuple[torch.Tensor, ...], ...],
         run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Feeds one token per sequence.
@@ -175,8 +180,8 @@ class TorchNetwork:
         """
         run_layer = run_layer or self.run_layer
         x = self.embed(tokens)
-        for layer, (key, value) in zip(self.layers, cache, strict=True):
-            x = run_layer(x, layer, cos, sin, bias, column, key, value)
+        for layer, tensors in zip(self.layers, cache, strict=True):
+            x = run_layer(x, layer, cos, sin, bias, column, tensors)
         x = rms_norm(x, self.final_norm, self.epsilon)
         return project(x, self.lm_head)[:, 0]
 
@@ -209,8 +214,7 @@ def decode_layer(
     sin: torch.Tensor,
     bias: torch.Tensor,
     column: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    cache: tuple[torch.Tensor, ...],
     head_dim: int,
     epsilon: float,
 ) -> torch.Tensor:
@@ -223,9 +227,7 @@ def decode_layer(
         sin: see there.
         bias: see there.
         column: see there.
-        key_cache: `(num_key_value_heads * batch, columns, head_dim)`; one column is
-            written in place.
-        value_cache: like `key_cache`.
+        cache: the cache of the layer; one column is written in place.
         head_dim: size of a head.
         epsilon: epsilon of the norms.
 
@@ -233,21 +235,45 @@ def decode_layer(
         Hidden states `(batch, 1, hidden_dim)`.
     """
     query, key, value = project_heads(x, layer, cos, sin, head_dim, epsilon)
-    key_cache.index_copy_(1, column, heads_and_batch(key))
-    value_cache.index_copy_(1, column, heads_and_batch(value))
-    batch, _, heads = query.shape[:3]
-    kv_heads, used = key.shape[2], bias.shape[1]
+    updates = as_stored(cache, heads_and_batch(key), heads_and_batch(value))
+    for tensor, update in zip(cache, updates, strict=True):
+        tensor.index_copy_(1, column, update)
+    used = [tensor[:, : bias.shape[1]] for tensor in cache]
+    if is_quantized_cache(cache):
+        bias = bias.repeat(key.shape[2], 1)[:, None]
+        context = attend_quantized(query.transpose(1, 2), used, bias, None)
+        context = context.transpose(1, 2)
+    else:
+        context = attend(query, *used, bias)
+    return finish_layer(x, context, layer, epsilon)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one token per sequence over the used columns of the cache.
+
+    Args:
+        query: `(batch, 1, heads, head_dim)`.
+        key: `(num_key_value_heads * batch, used, head_dim)`.
+        value: like `key`.
+        bias: see `TorchNetwork.decode`.
+
+    Returns:
+        A tensor of the shape of `query`.
+    """
+    batch, _, heads, head_dim = query.shape
+    kv_heads, used = len(key) // batch, bias.shape[1]
     # The query heads that share a key/value head are columns of one matrix.
     query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     query = query.transpose(0, 1).reshape(kv_heads * batch, -1, head_dim)
-    scores = torch.bmm(key_cache[:, :used], query.transpose(1, 2))
+    scores = torch.bmm(key, query.transpose(1, 2))
     scores = scores.float().view(kv_heads, batch, used, -1) * head_dim**-0.5
     weights = torch.softmax(scores + bias[None, :, :, None], dim=2)
     weights = weights.to(value.dtype).view(kv_heads * batch, used, -1)
-    context = torch.bmm(weights.transpose(1, 2), value_cache[:, :used])
+    context = torch.bmm(weights.transpose(1, 2), value)
     context = context.view(kv_heads, batch, -1, head_dim).transpose(0, 1)
-    context = context.reshape(batch, 1, heads, head_dim)
-    return finish_layer(x, context, layer, epsilon)
+    return context.reshape(batch, 1, heads, head_dim)
 
 
 def project_heads(
@@ -337,11 +363,15 @@ def heads_and_batch(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(batch, heads, head_dim).transpose(0, 1).reshape(-1, 1, head_dim)
 
 
-def write_prefix(cache: torch.Tensor, update: torch.Tensor) -> None:
+def write_prefix(
+    cache: tuple[torch.Tensor, ...], key: torch.Tensor, value: torch.Tensor
+) -> None:
     """Writes `(batch, length, heads, head_dim)` to the first columns of a cache."""
-    batch, length, heads, head_dim = update.shape
-    by_head = cache.view(heads, batch, -1, head_dim)
-    by_head[:, :, :length] = update.permute(2, 0, 1, 3)
+    batch, length, heads, _ = key.shape
+    updates = as_stored(cache, key, value)
+    for tensor, update in zip(cache, updates, strict=True):
+        by_head = tensor.unflatten(0, (heads, batch))
+        by_head[:, :, :length] = update.movedim(2, 0)
 
 
 def _layer_tensors(layer):

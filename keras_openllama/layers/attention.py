@@ -15,9 +15,13 @@ from keras_openllama.layers.cached_attention import (
     attend_blockwise,
     attend_cached,
     heads_first,
-    update_cache,
 )
 from keras_openllama.layers.projection import Projection
+from keras_openllama.layers.quantized_cache import (
+    attend_quantized,
+    is_quantized_cache,
+    write_to_cache,
+)
 from keras_openllama.layers.remat import recompute_in_backward
 from keras_openllama.layers.rotary_embedding import rotate
 from keras_openllama.utils.types import Shape, Tensor
@@ -219,7 +223,8 @@ class CausalSelfAttention(keras.layers.Layer):
             the `bias` of `attend_cached`, or `None` if the cache is empty and attention
             is causal.
         cache: `None`, or a pair of tensors, keys and values,
-            `(num_key_value_heads * batch, columns, head_dim)`; see `update_cache`.
+            `(num_key_value_heads * batch, columns, head_dim)`, of 8 bits with their
+            scales; see `write_to_cache`.
         column: int scalar, index of the cache column where the keys and values of `x`
             are written.
         prefill_attention: callable `(query, key, value)`, the causal attention for
@@ -291,22 +296,22 @@ class CausalSelfAttention(keras.layers.Layer):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, ...] | None = None,
         column: Tensor | None = None,
         prefill_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the output, and with a cache the updated cache."""
         query, key, value = self.project_heads(x, cos, sin)
         if cache is None:
             return self.project_output(causal_attention(query, key, value, mask))
-        cache = tuple(
-            update_cache(tensor, heads_first(update), column)
-            for tensor, update in zip(cache, (key, value), strict=True)
-        )
+        end = None if column is None else column + x.shape[1]
+        cache = write_to_cache(cache, heads_first(key), heads_first(value), column)
         if mask is None:
             context = (prefill_attention or fused_causal_attention)(query, key, value)
+        elif is_quantized_cache(cache):
+            context = attend_quantized(query, cache, mask, end)
         elif x.shape[1] > 1 and cache[0].shape[1] % CACHE_BLOCK == 0:
-            context = attend_blockwise(query, *cache, mask, column + x.shape[1])
+            context = attend_blockwise(query, *cache, mask, end)
         else:
             context = attend_cached(query, *cache, mask)
         return self.project_output(context), cache
@@ -352,7 +357,7 @@ class CausalSelfAttention(keras.layers.Layer):
         cos: keras.KerasTensor,
         sin: keras.KerasTensor,
         mask: keras.KerasTensor | None,
-        cache: tuple[keras.KerasTensor, keras.KerasTensor] | None = None,
+        cache: tuple[keras.KerasTensor, ...] | None = None,
         column: keras.KerasTensor | None = None,
         prefill_attention: Callable[..., Any] | None = None,
     ) -> Any:

@@ -14,6 +14,8 @@ from keras_openllama.utils.types import Tensor
 if keras.config.backend() == "jax":
     import jax
 
+# Factors of keys and values, or none; see `attend_cached`.
+Scales = Sequence[Tensor]
 # Score of a masked key. It is finite, so that a query without any visible key (padding)
 # does not become NaN.
 MASKED_SCORE = -1e30
@@ -25,23 +27,27 @@ ACCELERATOR_BLOCKS = 1024, 512
 MAX_BLOCK_SCORES = 1 << 28
 
 
-def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+def attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scales: Scales = ()
+) -> Tensor:
     """Attention over a whole cache, in a layout for which no backend copies the cache.
 
     Heads and sequences share one axis, since XLA on a CPU otherwise copies the whole
-    cache in each step. Scores are computed as `key @ query.T`: `query @ key.T` reaches
-    only a tenth of the memory bandwidth. For grouped-query attention, the query heads
-    of a key/value head are folded into the length axis.
+    cache in each step. For grouped-query attention, the query heads of a key/value head
+    are folded into the length axis.
 
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
-        key: Float tensor `(num_key_value_heads * batch, columns, head_dim)`.
-        value: Float tensor of the shape of `key`.
+        key: Tensor `(num_key_value_heads * batch, columns, head_dim)`: float, or the
+            integers of `quantized_cache`.
+        value: Tensor of the shape and dtype of `key`.
         bias: float32 tensor `(num_key_value_heads * batch, length, columns)`: 0 where
             a query may attend to a key, `MASKED_SCORE` elsewhere.
+        scales: Factors of the keys and of the values, float32
+            `(num_key_value_heads * batch, columns)`, or empty.
 
     Returns:
-        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
+        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `query`.
 
     Example:
         >>> query = ops.ones((2, 4, 1, 8))
@@ -49,20 +55,51 @@ def attend_cached(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Te
         >>> attend_cached(query, cache, cache, ops.zeros((4, 1, 16))).shape
         (2, 4, 1, 8)
     """
-    shape = query.shape
-    query = fold_query_groups(query, key)
-    group = query.shape[1] // shape[2]
+    folded = fold_query_groups(query, key)
+    context = attend_folded(folded, key, value, bias, scales)
+    return unfold_query_groups(context, query.shape)
+
+
+def attend_folded(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scales: Scales = ()
+) -> Tensor:
+    """`attend_cached` for queries in the layout of `fold_query_groups`.
+
+    Scores are computed as `key @ query.T`: `query @ key.T` reaches only a tenth of the
+    memory bandwidth.
+
+    Args:
+        query: Float tensor `(num_key_value_heads * batch, group * length, head_dim)`.
+        key: See `attend_cached`.
+        value: See `attend_cached`.
+        bias: See `attend_cached`.
+        scales: See `attend_cached`.
+
+    Returns:
+        Tensor of the shape and dtype of `query`.
+    """
+    _, queries, head_dim = query.shape
+    key, value = (ops.cast(x, query.dtype) for x in (key, value))
     scores = ops.swapaxes(ops.matmul(key, ops.swapaxes(query, -1, -2)), -1, -2)
     # In float32: 3B has head_dim 100, and bfloat16 would round 1/sqrt(100).
-    scores = ops.cast(scores, "float32") * shape[3] ** -0.5
-    if shape[2] > 1 and group > 1:  # The bias of a single query broadcasts.
-        bias = ops.tile(bias, (1, group, 1))
-    weights = ops.cast(ops.softmax(scores + bias, axis=-1), value.dtype)
-    return unfold_query_groups(ops.matmul(weights, value), shape)
+    scores = ops.cast(scores, "float32") * head_dim**-0.5
+    if scales:
+        scores = scores * scales[0][:, None]
+    if 1 < bias.shape[1] < queries:  # The bias of a single query broadcasts.
+        bias = ops.tile(bias, (1, queries // bias.shape[1], 1))
+    weights = ops.softmax(scores + bias, axis=-1)
+    if scales:
+        weights = weights * scales[1][:, None]
+    return ops.matmul(ops.cast(weights, query.dtype), value)
 
 
 def attend_blockwise(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, end: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    end: Tensor,
+    scales: Scales = (),
 ) -> Tensor:
     """`attend_cached` for a chunk of a prompt, over the used columns of the cache only.
 
@@ -75,13 +112,14 @@ def attend_blockwise(
         value: See `attend_cached`.
         bias: See `attend_cached`.
         end: Int scalar, the number of used columns.
+        scales: See `attend_cached`.
 
     Returns:
-        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `value`.
+        Tensor `(batch, num_query_heads, length, head_dim)` with the dtype of `query`.
 
     Source: the online softmax of FlashAttention (arXiv:2205.14135).
     """
-    arguments = query, key, value, bias, end
+    arguments = query, key, value, bias, end, scales
     if keras.config.backend() != "jax":
         return _attend_blocks(*arguments, block=CACHE_BLOCK)
     batch, heads, length, _ = query.shape
@@ -94,7 +132,7 @@ def attend_blockwise(
     )
 
 
-def _attend_blocks(query, key, value, bias, end, block):
+def _attend_blocks(query, key, value, bias, end, scales, block):
     shape = query.shape
     length, head_dim = shape[2:]
     query = fold_query_groups(query, key)
@@ -103,20 +141,31 @@ def _attend_blocks(query, key, value, bias, end, block):
     def add_block(i, largest, total, context):
         start = i * block
         keys, values = (
-            ops.slice(x, (0, start, 0), (heads_and_batch, block, head_dim))
+            ops.cast(
+                ops.slice(x, (0, start, 0), (heads_and_batch, block, head_dim)),
+                query.dtype,
+            )
             for x in (key, value)
         )
+        factors = [
+            ops.slice(x, (0, start), (heads_and_batch, block))[:, None] for x in scales
+        ]
         scores = matmul_float32(query, ops.swapaxes(keys, -1, -2)) * head_dim**-0.5
+        if factors:
+            scores = scores * factors[0]
         block_bias = ops.slice(bias, (0, 0, start), (heads_and_batch, length, block))
         scores = scores + ops.tile(block_bias, (1, queries // length, 1))
         new_largest = ops.maximum(largest, ops.max(scores, axis=-1, keepdims=True))
         weights = ops.exp(scores - new_largest)
         rescale = ops.exp(largest - new_largest)
+        total = total * rescale + ops.sum(weights, axis=-1, keepdims=True)
+        if factors:
+            weights = weights * factors[1]
         added = matmul_float32(ops.cast(weights, values.dtype), values)
         return (
             i + 1,
             new_largest,
-            total * rescale + ops.sum(weights, axis=-1, keepdims=True),
+            total,
             context * rescale + added,
         )
 
@@ -130,7 +179,7 @@ def _attend_blocks(query, key, value, bias, end, block):
             ops.zeros((heads_and_batch, queries, head_dim), "float32"),
         ),
     )
-    return unfold_query_groups(ops.cast(context / total, value.dtype), shape)
+    return unfold_query_groups(ops.cast(context / total, query.dtype), shape)
 
 
 def attend_used(query: Tensor, key: Tensor, value: Tensor, end: Tensor) -> Tensor:
@@ -258,29 +307,29 @@ def heads_first(x: Tensor) -> Tensor:
     """Reshapes keys or values for a KV cache.
 
     Args:
-        x: Tensor `(batch, heads, length, head_dim)`.
+        x: Tensor `(batch, heads, length, ...)`.
 
     Returns:
-        Tensor `(heads * batch, length, head_dim)`. Heads come first, so that a cache
-        can be sharded by heads.
+        Tensor `(heads * batch, length, ...)`. Heads come first, so that a cache can be
+        sharded by heads.
 
     Example:
         >>> heads_first(ops.ones((2, 4, 3, 8))).shape
         (8, 3, 8)
     """
-    batch, heads, length, head_dim = x.shape
-    return ops.reshape(ops.swapaxes(x, 0, 1), (heads * batch, length, head_dim))
+    batch, heads, *shape = x.shape
+    return ops.reshape(ops.swapaxes(x, 0, 1), (heads * batch, *shape))
 
 
 def update_cache(cache: Tensor, update: Tensor, column: Any) -> Tensor:
-    """Returns the cache with keys or values written.
+    """Returns a tensor of the cache with columns written.
 
     XLA reuses the donated buffer; PyTorch writes in place.
 
     Args:
-        cache: Float tensor `(heads * batch, columns, head_dim)`. On PyTorch the view of
+        cache: Tensor `(heads * batch, columns, ...)`. On PyTorch the view of
             `kv_cache.used_columns`, which ends where `update` ends.
-        update: Float tensor `(heads * batch, length, head_dim)`.
+        update: Tensor `(heads * batch, length, ...)`.
         column: Int scalar, the column where `update` starts. Ignored on PyTorch.
 
     Returns:
@@ -294,4 +343,5 @@ def update_cache(cache: Tensor, update: Tensor, column: Any) -> Tensor:
         # `slice_update` copies the whole cache on PyTorch; XLA reuses its buffer.
         cache[:, -update.shape[1] :] = update
         return cache
-    return ops.slice_update(cache, (0, column, 0), update)
+    starts = (0, column, 0)[: len(cache.shape)]
+    return ops.slice_update(cache, starts, update)

@@ -113,10 +113,10 @@ class DecoderLayer(keras.layers.Layer):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, ...] | None = None,
         column: Tensor | None = None,
         **options: Any,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the hidden states, and with a cache the updated cache."""
         x = ops.cast(x, self.compute_dtype)
         if cache is None:
@@ -183,7 +183,7 @@ class DecoderLayer(keras.layers.Layer):
         cos: keras.KerasTensor,
         sin: keras.KerasTensor,
         mask: keras.KerasTensor | None,
-        cache: tuple[keras.KerasTensor, keras.KerasTensor] | None = None,
+        cache: tuple[keras.KerasTensor, ...] | None = None,
         **_: Any,
     ) -> Any:
         """Returns the shapes and dtypes that `call` returns."""

@@ -15,6 +15,7 @@ from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampl
 from keras_openllama.checkpoints import keras_adapters
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.generation import generate as generation
+from keras_openllama.generation.kv_cache import check_cache_dtype
 from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.generation.sampling import check_sampler
 from keras_openllama.layers.adapter_merging import saving_merged
@@ -71,6 +72,7 @@ class OpenLlamaCausalLM(
     loaded_from = None
     # Set by `compile`.
     sampler = None
+    kv_cache_dtype = None
     generate_function = None
     _compile_arguments = None
 
@@ -212,6 +214,7 @@ class OpenLlamaCausalLM(
         *,
         weighted_metrics: str | list | None = "auto",
         sampler: str | Sampler = "greedy",
+        kv_cache_dtype: str | None = None,
         micro_batches: int = 1,
         rematerialize: str = "none",
         z_loss: float = 0.0,
@@ -236,6 +239,10 @@ class OpenLlamaCausalLM(
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
             sampler: name or instance of a `keras_hub.samplers.Sampler`. A temperature
                 of 0 is greedy decoding.
+            kv_cache_dtype: dtype of the KV cache of `generate` and `stream`: `None` is
+                the compute dtype of the model; `"int8"` rounds keys and values to 8
+                bits, with a scale for each token and head, for a cache of about a
+                quarter of the size of float32.
             micro_batches: number of parts into which a batch is split for gradient
                 accumulation, to save memory. There is one update per batch. JAX only.
             rematerialize: which activations the backward pass recomputes instead of
@@ -248,9 +255,9 @@ class OpenLlamaCausalLM(
 
         Raises:
             ValueError: for a sampler that `generate` does not support, or whose
-                arguments are out of range; or for an option that needs JAX on another
-                backend, or in combination with a loss or metrics for which the train
-                step of Keras is used.
+                arguments are out of range; for an unknown `kv_cache_dtype`; or for an
+                option that needs JAX on another backend, or in combination with a loss
+                or metrics for which the train step of Keras is used.
 
         Example:
             >>> lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
@@ -262,6 +269,8 @@ class OpenLlamaCausalLM(
         )
         sampler = get_sampler(sampler)
         check_sampler(sampler, self.backbone.vocabulary_size)
+        check_cache_dtype(kv_cache_dtype)
+        self.kv_cache_dtype = kv_cache_dtype
         auto_learning_rate = optimizer == "auto"
         if auto_learning_rate:
             optimizer = default_optimizer(self)
@@ -290,6 +299,7 @@ class OpenLlamaCausalLM(
                 "loss": loss,
                 "weighted_metrics": weighted_metrics,
                 "sampler": sampler,
+                "kv_cache_dtype": kv_cache_dtype,
                 "micro_batches": micro_batches,
                 "rematerialize": rematerialize,
                 "z_loss": z_loss,

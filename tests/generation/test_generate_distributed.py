@@ -34,8 +34,9 @@ logging.getLogger("jax").addHandler(Compilations())
 jax.config.update("jax_log_compiles", True)
 
 
-def tokens():
+def tokens(kv_cache_dtype=None):
     lm = OpenLlamaCausalLM.from_preset(sys.argv[1], preprocessor=None)
+    lm.compile(kv_cache_dtype=kv_cache_dtype)
     compiled.clear()
     outputs = lm.generate(
         {"token_ids": ids, "padding_mask": mask}, max_new_tokens=20, stop_token_ids=None
@@ -51,6 +52,7 @@ def tokens():
 
 
 expected, _ = tokens()
+expected_of_int8, _ = tokens("int8")
 devices = keras.distribution.list_devices()
 assert len(devices) == 8
 column = ".*(query|key|value|gate|up|lm_head)/kernel"
@@ -73,6 +75,9 @@ for name in sys.argv[2:]:
         outputs, lm = tokens()
         kernel = lm.backbone.transformer_layers[0].self_attention.query.kernel.value
         assert not kernel.sharding.is_fully_replicated
+        if name == "both":
+            outputs_of_int8, _ = tokens("int8")
+            np.testing.assert_array_equal(outputs_of_int8, expected_of_int8)
     np.testing.assert_array_equal(outputs, expected, name)
     print(name, "agrees")
 """

@@ -75,6 +75,16 @@ def test_torch_decoder_computes_in_the_dtype_of_the_model(dtype, decoding, monke
         assert (best - chosen < 0.05 * logits.std()).all()
 
 
+@pytest.mark.parametrize("shape", tiny_models.SHAPES, ids=str)
+def test_torch_decoder_with_int8_cache_equals_eager_steps(shape, monkeypatch):
+    lm = tiny_models.random_lm(shape)
+    lm.compile(kv_cache_dtype="int8")
+    expected = with_eager_steps(monkeypatch, lambda: generate(lm))
+    assert generate(lm) == expected
+    [decoder] = free_decoders(lm)
+    assert {x.dtype for x in decoder.cache[0]} == {torch.int8, torch.float32}
+
+
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
 def test_torch_decoder_scales_positions(rope_type, monkeypatch):
     scaling = {"rope_type": rope_type, "factor": 2.0}
