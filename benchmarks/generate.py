@@ -4,6 +4,8 @@
     python benchmarks/generate.py --prompt 1800 --context 2048 --batch 1
     python benchmarks/generate.py --contender torch/bfloat16 transformers/bfloat16
     python benchmarks/generate.py --contender jax/int4 llama.cpp/q4_0
+    python benchmarks/generate.py --prompt 1800 --contender jax/float32 \
+        jax/float32+int8_cache
 
 llama.cpp needs `pip install llama-cpp-python`, which compiles it for this processor in
 about ten minutes. It reads the same weights from GGUF files that this package writes.
@@ -12,7 +14,7 @@ One random model is written in transformers' format, and every contender loads i
 its own process: this package on the backends of Keras, KerasHub's `LlamaCausalLM` on
 the same backends, transformers on PyTorch, and llama.cpp. They generate greedily from
 the same prompts. Rounds alternate between the contenders; the figures are medians of
-the rounds.
+the rounds. With `+int8_cache`, this package has a KV cache of 8 bits.
 
     tokens/s   batch size times new tokens, divided by the time of the call
     prefill    milliseconds to the first token: a call for one token
@@ -63,6 +65,7 @@ CONTENDERS = (
     "llama.cpp/q4_0",
 )
 QUANTIZED = ("int8", "int4")
+INT8_CACHE = "+int8_cache"  # Suffix of a contender.
 # The types of llama.cpp that ours are compared with.
 LLAMA_CPP_TYPES = {"bfloat16": "f16", "int8": "q8_0", "int4": "q4_0"}
 LIMIT_BYTES = 400e6  # Matrices for the limit: larger than any CPU cache.
@@ -84,10 +87,13 @@ def load_ours(checkpoint, dtype):
     """Returns a function of token ids and the number of new tokens; this package."""
     from keras_openllama import OpenLlamaCausalLM
 
+    int8_cache, dtype = dtype.endswith(INT8_CACHE), dtype.removesuffix(INT8_CACHE)
     options = {"dtype": dtype}
     if dtype in QUANTIZED:
         options = {"dtype": "bfloat16", "quantization": dtype}
     lm = OpenLlamaCausalLM.from_preset(checkpoint, preprocessor=None, **options)
+    if int8_cache:
+        lm.compile(kv_cache_dtype="int8")
 
     def generate(ids, new):
         mask = np.ones_like(ids)
@@ -261,6 +267,11 @@ def torch_products(dtype, k, n, count):
         yield lambda ws=matrices: [product(x, w, None, "none", [], "") for w in ws]
 
 
+def weights_dtype(contender):
+    """The dtype in the name of a contender."""
+    return contender.rpartition("/")[2].removesuffix(INT8_CACHE)
+
+
 def bytes_per_weight(dtype):
     """Bytes of a weight in a contender's products; scales are included."""
     return {
@@ -311,7 +322,7 @@ def work(contender, checkpoint, sizes):
     for line in sys.stdin:
         request = json.loads(line)
         if request == "limit":
-            answer = bandwidth(backend, dtype, *sizes)
+            answer = bandwidth(backend, weights_dtype(contender), *sizes)
         else:
             batch, prompt, new, vocabulary = request
             random = np.random.default_rng(1)
@@ -414,7 +425,7 @@ def measure(options, directory):
                     limits[c.name].append(c.ask("limit"))
         for c in contenders:
             prefill, total = map(statistics.median, times[c.name])
-            dtype = c.name.rpartition("/")[2]
+            dtype = weights_dtype(c.name)
             decode = batch * (options.new - 1) / max(total - prefill, 1e-9)
             result = {
                 "contender": c.name,
@@ -475,7 +486,7 @@ def ratios(rows):
     lines = []
     ours = {r["contender"]: r for r in rows if is_ours(r["contender"])}
     for name, r in ours.items():
-        dtype = name.partition("/")[2]
+        dtype = weights_dtype(name)
         for peer in rows:
             if peer["contender"] not in (
                 f"keras_hub:{name}",

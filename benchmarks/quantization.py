@@ -2,6 +2,7 @@
 
     python examples/fetch_corpus.py
     python benchmarks/quantization.py
+    python benchmarks/quantization.py --cache
 
 Rounds the matrices of a model by each scheme, and computes in float32 with the rounded
 weights. Prints for each scheme
@@ -13,9 +14,13 @@ weights. Prints for each scheme
 Q8_0 and Q4_0 are rounded by the `gguf` package, as llama.cpp does. Every scheme of
 4 bits has token embedding and head in 8 bits, except those with "all": llama.cpp's Q4_0
 of these models has 4 bits there, too, unless told otherwise.
+
+`--cache` measures a KV cache of 8 bits instead, beside one in float32: the bytes of
+each, and the same figures. The tokens are fed through the cache, as in generation.
 """
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
@@ -26,10 +31,17 @@ import numpy as np
 from keras import ops
 
 from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
     kernel_variable,
+)
+from keras_openllama.generation.kv_cache import (
+    PromptLayout,
+    forward_with_cache,
+    init_cache,
+    padded_cache_length,
 )
 from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.quantizable import QuantizableLayer
@@ -37,6 +49,7 @@ from keras_openllama.quantization import quantize_matrix
 
 TEXTS = Path("~/.cache/keras_openllama/corpus/heldout").expanduser()
 WINDOW = 256
+CHUNK = 64  # Tokens that are fed to the cache at once.
 BATCH = 16
 
 
@@ -85,6 +98,9 @@ def main():
     options = parse_options()
     lm = OpenLlamaCausalLM.from_preset(options.preset, dtype="float32")
     windows = tokenize(lm, options.texts, options.windows)
+    if options.cache:
+        measure_caches(lm, windows, options.preset)
+        return
     layers = [la for la in flatten_layers(lm) if isinstance(la, QuantizableLayer)]
     original = [ops.convert_to_numpy(variable(la).value).copy() for la in layers]
     reference = None
@@ -93,7 +109,7 @@ def main():
     print("|---|---|---|---|---|")
     for name, scheme in SCHEMES.items():
         bits = round_weights(layers, original, scheme)
-        found = list(log_probabilities(lm, windows))
+        found = list(log_probabilities(lm.score, windows))
         reference = reference or found
         loss, divergence = compare(found, reference, windows)
         if name == "float32":
@@ -115,6 +131,7 @@ def parse_options():
     parser.add_argument(
         "--windows", type=int, default=192, help="windows of tokens (%(default)s)"
     )
+    parser.add_argument("--cache", action="store_true", help="measure the KV cache")
     return parser.parse_args()
 
 
@@ -151,9 +168,60 @@ def round_weights(layers, original, scheme):
     return (bits * counts).sum() / counts.sum()
 
 
-def log_probabilities(lm, windows):
+def measure_caches(lm, windows, preset):
+    """Prints the table of `--cache`."""
+    reference = None
+    print(f"{windows.size} tokens in windows of {WINDOW}, {preset}")
+    print("| cache | bytes per token | perplexity | ratio - 1 | KL divergence, nats |")
+    print("|---|---|---|---|---|")
+    for dtype in (None, "int8"):
+        cache = init_cache(lm.backbone, 1, WINDOW, dtype)
+        size = sum(ops.convert_to_numpy(x).nbytes for layer in cache for x in layer)
+        score = functools.partial(score_through_cache, lm, cache_program(lm), dtype)
+        found = list(log_probabilities(score, windows))
+        reference = reference or found
+        loss, divergence = compare(found, reference, windows)
+        if dtype is None:
+            float_loss = loss
+        print(
+            f"| {dtype or 'float32'} | {size // WINDOW} | {np.exp(loss):.4f} "
+            f"| {100 * (np.exp(loss - float_loss) - 1):+.4f} % | {divergence:.6f} |",
+            flush=True,
+        )
+
+
+def cache_program(lm):
+    """Compiles a function that feeds tokens and returns their logits and the cache."""
+
+    def feed(tokens, prompt_layout, cache, column):
+        inputs = tokens, prompt_layout, cache, column
+        hidden, cache = forward_with_cache(lm.backbone, *inputs)
+        return lm.lm_head(hidden), cache
+
+    return compile_function(feed, lm)
+
+
+def score_through_cache(lm, program, dtype, windows):
+    """Logits as of `lm.score`, with all keys and values read from the cache."""
+    batch, length = windows.shape
+    lengths = np.full(batch, length, "int32")
+    prompt_layout = PromptLayout(lengths, np.int32(length), lengths, lengths)
+    cache = init_cache(lm.backbone, batch, padded_cache_length(length), dtype)
+    logits = []
+    for column in range(0, length, CHUNK):
+        chunk, cache = program(
+            tokens=windows[:, column : column + CHUNK],
+            prompt_layout=prompt_layout,
+            cache=cache,
+            column=np.int32(column),
+        )
+        logits.append(chunk)
+    return ops.concatenate(logits, axis=1)
+
+
+def log_probabilities(score, windows):
     for start in range(0, len(windows), BATCH):
-        logits = ops.convert_to_numpy(lm.score(windows[start : start + BATCH]))
+        logits = ops.convert_to_numpy(score(windows[start : start + BATCH]))
         shifted = logits - logits.max(axis=-1, keepdims=True)
         yield shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 

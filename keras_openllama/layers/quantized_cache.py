@@ -36,7 +36,7 @@ LARGEST = 127
 UNIT = 1 / 128
 # Heuristic: PyTorch converts the cache of so many heads at once. The memory of larger
 # tensors would be returned to the system, and zeroed, each time.
-HEADS_AT_ONCE = 16
+HEADS_AT_ONCE = 8
 # Added to scales, for vectors of zeros. Not representable beside usual elements.
 TINY = 1e-30
 
