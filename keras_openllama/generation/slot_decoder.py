@@ -105,7 +105,7 @@ def make_slot_decoder(model: CausalLM, num_slots: int, context: int) -> SlotDeco
         backend of Keras.
 
     Raises:
-        ValueError: if the model is sharded over a mesh.
+        ValueError: if the model is sharded over a mesh, or has a KV cache of 8 bits.
 
     Example:
         >>> decoder = make_slot_decoder(lm, num_slots=2, context=64)
@@ -115,6 +115,12 @@ def make_slot_decoder(model: CausalLM, num_slots: int, context: int) -> SlotDeco
         >>> lm.preprocessor.tokenizer.id_to_token(int(logits[0].argmax()))
         '▁sh'
     """
+    if model.kv_cache_dtype is not None:
+        raise ValueError(
+            "Continuous batching keeps the KV cache in the compute dtype of the model. "
+            "Compile the model without `kv_cache_dtype`, or call `generate`. Received: "
+            f"a model with kv_cache_dtype={model.kv_cache_dtype!r}"
+        )
     if uses_onnx_runtime(model):
         from keras_openllama.generation.slot_decoder_onnx import OnnxSlotDecoder
 

@@ -44,8 +44,9 @@ def fake_model(monkeypatch):
             cls.preset = preset, arguments
             return cls()
 
-        def compile(self, sampler):
+        def compile(self, sampler, kv_cache_dtype):
             type(self).sampler = sampler
+            type(self).kv_cache_dtype = kv_cache_dtype
 
         def before_each_piece(self):
             pass
@@ -301,12 +302,13 @@ def test_generate_prints_each_piece_before_generating_the_next(fake_model, capsy
 @pytest.mark.backend_free
 def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
     model = ["--preset", str(tmp_path), "--dtype", "bfloat16", "--revision", "abc"]
-    model += ["--quantization", "int4"]
+    model += ["--quantization", "int4", "--kv-cache-dtype", "int8"]
     text = ["--max-new-tokens", "7", "--stop", "x", "--stop", "y"]
     main(["generate", "zero", *model, *text])
     directory, loading = fake_model.preset
     assert directory == str(tmp_path)
     assert loading == {"dtype": "bfloat16", "revision": "abc", "quantization": "int4"}
+    assert fake_model.kv_cache_dtype == "int8"
     prompt, writing = fake_model.arguments
     assert prompt == "zero"
     assert writing == {"max_new_tokens": 7, "stop": ["x", "y"]}

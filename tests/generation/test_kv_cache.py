@@ -8,6 +8,7 @@ import tiny_models
 from keras import ops
 
 from keras_openllama.generation.kv_cache import init_cache
+from keras_openllama.generation.slot_decoder import make_slot_decoder
 from keras_openllama.layers import attention
 from keras_openllama.layers.quantized_cache import quantize_heads
 
@@ -109,6 +110,13 @@ def test_compile_names_an_unknown_kv_cache_dtype(dtype):
     lm = tiny_models.random_lm(tiny_models.SHAPES[0])
     with pytest.raises(ValueError, match=f"kv_cache_dtype={dtype!r}"):
         lm.compile(kv_cache_dtype=dtype)
+
+
+def test_engine_refuses_an_int8_cache():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    lm.compile(kv_cache_dtype="int8")
+    with pytest.raises(ValueError, match="Compile the model without `kv_cache_dtype`"):
+        make_slot_decoder(lm, num_slots=1, context=16)
 
 
 def test_get_compile_config_contains_kv_cache_dtype():

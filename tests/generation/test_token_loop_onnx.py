@@ -167,6 +167,13 @@ def test_generate_without_onnx_runtime_warns(options, config, reason):
     assert len(new[0]) == 3
 
 
+def test_generate_with_int8_cache_without_onnx_runtime_warns():
+    lm = quantized(tiny_models.SHAPES[0])
+    lm.compile(kv_cache_dtype="int8")
+    with pytest.warns(UserWarning, match="kv_cache_dtype='int8'"):
+        assert not isinstance(lm.make_generate_function(), OnnxTokenLoop)
+
+
 def test_uses_onnx_runtime_for_quantized_models_only():
     assert not uses_onnx_runtime(tiny_models.random_lm(tiny_models.SHAPES[0]))
 
