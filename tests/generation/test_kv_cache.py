@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_openllama.generation.kv_cache import init_cache
 from keras_openllama.generation.slot_decoder import make_slot_decoder
-from keras_openllama.layers import attention
+from keras_openllama.layers import quantized_cache
 from keras_openllama.layers.quantized_cache import quantize_heads
 
 NEW = 12
@@ -23,16 +23,20 @@ def round_trip(x):
 @pytest.fixture
 def rounded_float_cache(monkeypatch):
     """Float caches are written with values that were rounded to 8 bits."""
-    write = attention.write_to_cache
+    as_stored = quantized_cache.as_stored
 
-    def write_rounded(cache, key, value, column):
-        return write(cache, round_trip(key), round_trip(value), column)
+    def as_stored_rounded(cache, key, value):
+        if len(cache) == 2:
+            return round_trip(key), round_trip(value)
+        return as_stored(cache, key, value)
 
-    def write_rounded_to_floats(cache, *arguments):
-        chosen = write_rounded if len(cache) == 2 else write
-        return chosen(cache, *arguments)
+    modules = [quantized_cache]
+    if keras.config.backend() == "torch":
+        from keras_openllama.generation import torch_cpu_layer, torch_network
 
-    monkeypatch.setattr(attention, "write_to_cache", write_rounded_to_floats)
+        modules += [torch_cpu_layer, torch_network]
+    for module in modules:
+        monkeypatch.setattr(module, "as_stored", as_stored_rounded)
 
 
 def generate(lm, lengths=(3, 12, 1, 7), sampler="greedy", dtype=None):
@@ -99,7 +103,10 @@ def test_token_loop_keeps_the_cache_in_int8():
     state = loop.advance(
         state=state, prompt_layout=prompt_layout, stop_ids=stop_ids, until=np.int32(4)
     )
-    for key, value, *scales in state.cache:
+    cache = state.cache
+    if keras.config.backend() == "torch":
+        cache = cache.decoder.cache
+    for key, value, *scales in cache:
         for integers in map(ops.convert_to_numpy, (key, value)):
             assert integers.dtype == "int8" and np.abs(integers).max() == 127
         assert all(ops.convert_to_numpy(x).max() > 0 for x in scales)
