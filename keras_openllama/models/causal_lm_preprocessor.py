@@ -38,7 +38,7 @@ from keras_openllama.text.inputs import (
     normalize_texts,
 )
 from keras_openllama.text.jinja_template import JinjaTemplate
-from keras_openllama.text.messages import normalize_messages
+from keras_openllama.text.messages import escape_strings, normalize_messages
 from keras_openllama.text.token_arrays import pad_sequences
 from keras_openllama.utils.types import PathLike, Tensor
 from keras_openllama.utils.validation import check_integer
@@ -357,6 +357,7 @@ class OpenLlamaCausalLMPreprocessor(AtomicPreset, CausalLMPreprocessor):
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[Any] | None = None,
+        parse_special: bool = True,
     ) -> list[int]:
         """Tokenizes a chat up to the reply that is to be generated.
 
@@ -366,6 +367,10 @@ class OpenLlamaCausalLMPreprocessor(AtomicPreset, CausalLMPreprocessor):
                 template in Jinja writes all special tokens itself, `<s>` included.
             tools: descriptions of the tools that the chat may use, for templates in
                 Jinja.
+            parse_special: with a template in Jinja, whether control strings in messages
+                are encoded as tokens, as transformers does. False for messages of
+                people who must not begin or end messages of other roles. With a
+                template by role, they are always text.
 
         Returns:
             A list of token ids.
@@ -387,6 +392,9 @@ class OpenLlamaCausalLMPreprocessor(AtomicPreset, CausalLMPreprocessor):
         messages = normalize_messages(messages, "messages")
         template = self.compiled_chat_template()
         if isinstance(template, JinjaTemplate):
+            if not parse_special:
+                escape = self.tokenizer.vocabulary.escape_control_strings
+                messages = [escape_strings(message, escape) for message in messages]
             text = render_prompt(messages, template, tools)
             return parse_text(self.tokenizer, text)
         exchanges = chat_exchanges(messages, template)

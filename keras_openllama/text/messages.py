@@ -7,7 +7,7 @@ These are the forms of OpenAI and transformers (`role`, `content`), and of Share
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 # `{"role": …, "content": …}`, and what a chat template may read beside them.
@@ -93,6 +93,33 @@ def normalize_messages(messages: Sequence[Any], name: str) -> list[Message]:
         for message in normalized
         if message["content"] or message["role"] not in (SYSTEM, "developer")
     ]
+
+
+def escape_strings(message: Message, escape: Callable[[str], str]) -> Message:
+    """Applies a function to all strings of a message except its role.
+
+    Args:
+        message: Normalized message.
+        escape: The function.
+
+    Returns:
+        The new message.
+
+    Example:
+        >>> escape_strings({"role": "user", "content": "Hi"}, str.upper)
+        {'role': 'user', 'content': 'HI'}
+    """
+
+    def convert(value):
+        if isinstance(value, str):
+            return escape(value)
+        if isinstance(value, Mapping):
+            return {convert(key): convert(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(item) for item in value]
+        return value
+
+    return {key: v if key == "role" else convert(v) for key, v in message.items()}
 
 
 def _normalize(message, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from keras_openllama.text.stream_decoder import StreamDecoder
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
+# Put into a control string, it keeps `encode` from finding the token. A noncharacter,
+# which Unicode reserves for such marks inside of a program.
+_NOT_A_TOKEN = "\ufdd2"
 # What to do with the space that SentencePiece puts before a text, where a token was
 # split off: put it before each part, or before a text that begins with a part.
 PREPEND_SCHEMES = ("always", "first")
@@ -44,6 +48,8 @@ class Vocabulary:
         added_tokens: the tokens beside the model's pieces, by ascending id.
         keeps_spaces: whether runs of spaces are preserved.
         size: number of token ids: the highest one plus 1.
+        added_texts: texts of the added tokens and of ids without one, by id; empty for
+            special tokens.
 
     Raises:
         ValueError: if `proto` is not a complete SentencePiece model, or an added token
@@ -82,12 +88,15 @@ class Vocabulary:
             False: self._make_splitters([t for t in tokens if not t.special]),
             True: self._make_splitters(tokens),
         }
+        self._control_strings = [t for t in tokens if t.special]
         # The text of the added tokens, and of ids without one. As in transformers, the
         # unknown token is a control token; SentencePiece decodes it as " ⁇ ".
-        self._texts = dict.fromkeys([self.processor.unk_id(), *self._undefined], "")
+        self.added_texts = dict.fromkeys(
+            [self.processor.unk_id(), *self._undefined], ""
+        )
         for token in self.added_tokens:
             text = self._searched_text(token).replace(SPACE, " ")
-            self._texts[token.id] = "" if token.special else text
+            self.added_texts[token.id] = "" if token.special else text
 
     def _control_tokens(self):
         """Returns the control tokens of the SentencePiece model by id."""
@@ -158,6 +167,45 @@ class Vocabulary:
             return self.processor.encode(texts, num_threads=-1)
         return [self._encode_parts(text, parse_special, True) for text in texts]
 
+    def escape_control_strings(self, text: str) -> str:
+        """Marks control strings, so that `parse_special` encodes them as text.
+
+        Args:
+            text: a part of a text to encode, such as a message of a chat.
+
+        Returns:
+            The text with marks inside of control strings, which `encode` removes.
+
+        Raises:
+            ValueError: if a control string cannot be marked.
+
+        Example:
+            >>> vocabulary = lm.preprocessor.tokenizer.vocabulary
+            >>> text = vocabulary.escape_control_strings("</s>")
+            >>> ids, = vocabulary.encode([text], parse_special=True)
+            >>> vocabulary.decode([ids])  # The token has no text.
+            ['</s>']
+        """
+        text = text.replace(_NOT_A_TOKEN, "")
+        for token in self._control_strings:
+            found = self._searched_text(token)
+            is_normalized = self._is_searched_in_normalized(token)
+            searched = self.processor.normalize(text) if is_normalized else text
+            if found not in searched:
+                continue
+            if is_normalized or len(found) == 1:
+                raise ValueError(
+                    f"The text has the control string {token.content!r}. Remove it."
+                )
+            # Occurrences may overlap.
+            text = re.sub(
+                f"(?={re.escape(found)})(.)",
+                rf"\1{_NOT_A_TOKEN}",
+                text,
+                flags=re.DOTALL,
+            )
+        return text
+
     def encode_continuation(self, text: str, parse_special: bool = False) -> list[int]:
         """Encodes text that follows other tokens, without a space before it.
 
@@ -175,6 +223,8 @@ class Vocabulary:
         ids = []
         for part, token_id in raw.split(text) if raw else [(text, None)] * bool(text):
             if token_id is None:
+                if parse_special:
+                    part = part.replace(_NOT_A_TOKEN, "")
                 ids += self._encode_part(part, parse_special, has_prefix)
             else:
                 ids.append(token_id)
@@ -223,16 +273,16 @@ class Vocabulary:
         Returns:
             The texts. Special tokens and ids without a token have no text.
         """
-        if all(map(self._texts.keys().isdisjoint, sequences)):
+        if all(map(self.added_texts.keys().isdisjoint, sequences)):
             return self.processor.decode(sequences, num_threads=-1)
         return [self._decode_one(ids) for ids in sequences]
 
     def _decode_one(self, ids):
-        if not self._texts.keys().isdisjoint(ids):
+        if not self.added_texts.keys().isdisjoint(ids):
             decoder = self.stream_decoder()
             return "".join(map(decoder.push, ids)) + decoder.flush()
         return self.processor.decode(ids)
 
     def stream_decoder(self, prefix_ids: Sequence[int] = ()) -> StreamDecoder:
         """Returns a decoder of ids that arrive one at a time, see `StreamDecoder`."""
-        return StreamDecoder(self.processor, prefix_ids, self._texts)
+        return StreamDecoder(self.processor, prefix_ids, self.added_texts)
