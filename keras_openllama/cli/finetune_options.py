@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import string
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_openllama.cli import arguments as types
+from keras_openllama.cli.chat_templates import add_chat_template, read_chat_template
 from keras_openllama.cli.command import CommandParser, add_renamed_argument
 from keras_openllama.cli.paths import (
     require_file,
@@ -20,7 +19,6 @@ from keras_openllama.cli.paths import (
 from keras_openllama.cli.process import add_backend
 from keras_openllama.cli.training_options import add_run_options
 from keras_openllama.config import PROJECTIONS, REMATERIALIZATION, context_length
-from keras_openllama.utils.text_files import decode_text
 
 if TYPE_CHECKING:
     from keras_openllama.runs.finetune_config import FinetuneConfig
@@ -68,7 +66,6 @@ Exit codes:
 
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
 SEQUENCE_LENGTH = 512
-CHAT_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
 
 
 # Flags that describe one run. The overview of all presets (--estimate without --preset)
@@ -113,13 +110,7 @@ def parse_arguments(
         metavar="TEMPLATE",
         help='template of the response, such as " {answer}" (default: "{response}")',
     )
-    data.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="file of a chat template in Jinja, or JSON file of a template by role, "
-        f"such as {CHAT_TEMPLATE} (default: the chat template of the model, if it has "
-        "one)",
-    )
+    add_chat_template(data)
     data.add_argument(
         "--validation", metavar="FILE", help="file of examples for validation"
     )
@@ -398,48 +389,6 @@ def check_combinations(parser: CommandParser, options: argparse.Namespace) -> No
         )
     if options.export == "adapters" and not options.lora_rank:
         parser.error("--export adapters needs adapters: add --lora-rank.")
-
-
-def read_chat_template(path: str) -> dict[str, str] | str:
-    """Reads the file of `--chat-template`.
-
-    Args:
-        path: Path of a template in Jinja, of a JSON file of a template by role, or of
-            a `tokenizer_config.json` or `chat_template.json` of transformers.
-
-    Returns:
-        The template, see `OpenLlamaCausalLMPreprocessor`.
-
-    Raises:
-        ValueError: If the file cannot be read, or holds no chat template.
-    """
-    from keras_openllama.checkpoints.chat_template import default_template
-    from keras_openllama.text.chat_rendering import check_template
-
-    try:
-        text = decode_text(Path(path).read_bytes(), "the file")
-        template = _json_or_jinja(text)
-        if isinstance(template, dict) and "chat_template" in template:
-            template = default_template(template["chat_template"])
-        check_template(template or {})
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--chat-template: {path} is not valid JSON: {error}. It must map roles to "
-            f"texts with {{content}}, such as {CHAT_TEMPLATE}, or be a template in "
-            "Jinja"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--chat-template: {path}: {error}") from error
-    return template
-
-
-def _json_or_jinja(text):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        if "{%" in text or "{{" in text:
-            return text
-        raise
 
 
 def make_config(options: argparse.Namespace) -> FinetuneConfig:

@@ -101,16 +101,3 @@ def test_finetune_names_the_chats_that_a_template_refuses(finetune, tmp_path, ca
     assert "role 'system' is not in the chat template" in capsys.readouterr().err
     finetune(chats, code=2)
     assert "Chats need a chat template" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["chat_template", None])
-def test_finetune_takes_a_template_from_a_file_of_transformers(key, tmp_path):
-    from keras_openllama.cli.finetune_options import read_chat_template
-
-    path = tmp_path / "tokenizer_config.json"
-    named = [
-        {"name": "tool_use", "template": "x"},
-        {"name": "default", "template": "{{ 1 }}"},
-    ]
-    path.write_text(json.dumps({key: named}) if key else "{{ 1 }}")
-    assert read_chat_template(str(path)) == "{{ 1 }}"
