@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PIP_LOG := $(VENV)/pip.log
-EXTRAS := torch,train,eval,docs,test
+EXTRAS := torch,train,eval,serve,docs,test
 # The first interpreter that works and is new enough. Set PYTHON to choose another.
 PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \

@@ -23,6 +23,8 @@ from keras_openllama.cli.process import (
 # Name -> summary. The module `keras_openllama.cli.NAME` has the command's `main`.
 COMMANDS = {
     "generate": "generate text from a prompt",
+    "chat": "chat with a model in the terminal",
+    "serve": "serve a model over HTTP: the API of OpenAI, and a page",
     "convert": "convert a model to the format of transformers, EasyLM or Keras",
     "presets": "list the models, and which are in the local cache",
     "train-tokenizer": "train a SentencePiece tokenizer",

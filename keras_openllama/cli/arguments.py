@@ -64,6 +64,7 @@ def number(is_valid: Callable[[float], bool], requirement: str) -> Callable[[str
 
 positive_int = _integer(1, _INT32_MAX, "a positive integer")
 non_negative_int = _integer(0, _INT32_MAX, "a non-negative integer")
+port = _integer(0, 65535, "an integer from 0 to 65535")
 # Seeds of runs, which are hashed, and of samplers.
 run_seed = _integer(0, None, "a non-negative integer")
 sampler_seed = _integer(0, 2**32 - 1, "a non-negative integer")

@@ -106,6 +106,8 @@ class StopStringDecoder:
     Attributes:
         text: the decoded text, without characters that may begin a stop string.
         stopped: whether a stop string was found.
+        num_decoded: number of decoded characters, with those that are withheld or
+            belong to a stop string.
 
     Example:
         >>> tokenizer = lm.preprocessor.tokenizer
@@ -129,6 +131,7 @@ class StopStringDecoder:
         self._pending = ""
         self.text = ""
         self.stopped = False
+        self.num_decoded = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Decodes the next tokens.
@@ -149,6 +152,7 @@ class StopStringDecoder:
     def _release(self, new: str, num_withheld: int) -> str:
         if self.stopped:
             return ""
+        self.num_decoded += len(new)
         self._pending += new
         found = [(self._pending.find(s), s) for s in self._stops]
         found = [(start + len(s), start) for start, s in found if start >= 0]

@@ -34,7 +34,10 @@ MARKS = re.compile(r"compile only \(.+\)|run")
 # Options of other programs.
 OTHER_FLAGS = {
     "--apply_chat_template",
+    "--enable-lora",
     "--fewshot_as_multiturn",
+    "--lora-modules",
+    "--model",
     "--model_args",
     "--spot",
     "--system_instruction",
