@@ -1,13 +1,16 @@
 """`SlotDecoder` on JAX and TensorFlow.
 
-Each slot has buffers of its own, so that a step updates them in place and attention
-reads only the blocks of columns in use. All of it is one program for each number of
-rows, a power of two, whatever the lengths are. Idle slots fill it up: what a step
-writes to them is after their last token, where nothing reads it.
+A step runs a program for each layer, which has the matrix products of all rows, and one
+for the attention of each row. So each slot has buffers of its own size, which are
+updated in place and double when they are full, and any rows can be in a step. The
+programs depend on the number of rows and on the sizes of buffers, both rounded up to
+few different values, and are shared by all layers.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +19,26 @@ import numpy as np
 from keras import ops
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.backend.jit import compile_function
-from keras_openllama.generation.kv_cache import init_cache, run_layers
+from keras_openllama.backend.layer_programs import LayerPrograms
+from keras_openllama.generation.kv_cache import (
+    MIN_CACHE_LENGTH,
+    init_cache,
+    padded_cache_length,
+)
 from keras_openllama.layers.cached_attention import (
     CACHE_BLOCK,
     MASKED_SCORE,
-    attend_used,
+    attend_cached,
     update_cache,
 )
-from keras_openllama.utils.types import Tensor
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
 # Heuristic, see `token_loop.prefill_chunks`.
-CHUNKS = (32, 128, 256)
+CHUNKS = (32, 64, 128, 256)
+# Heuristic: rows that a program attends for; to start one takes 0.1 ms.
+GROUP = 8
 
 
 class XlaSlotDecoder:
@@ -49,11 +57,8 @@ class XlaSlotDecoder:
         self.num_slots, self.context = num_slots, context
         # The last chunk of a prompt may extend beyond its end.
         needed = context + CHUNKS[-1]
-        self._columns = -(-needed // CACHE_BLOCK) * CACHE_BLOCK
-        self._run_step = compile_function(self._step, model, donate=("caches",))
-        self._run_prefill = compile_function(self._prefill, model, donate=("cache",))
-        self._run_read = compile_function(_read, model, static=("columns",))
-        self._run_write = compile_function(_write, model, donate=("cache",))
+        self._most_columns = -(-needed // CACHE_BLOCK) * CACHE_BLOCK
+        self.programs = LayerPrograms()
         self.reset()
 
     def reset(self) -> None:
@@ -64,35 +69,78 @@ class XlaSlotDecoder:
 
     def open(self, slot: int, final_length: int) -> None:
         """See `SlotDecoder.open`."""
+        self.programs.refresh()
         self.lengths[slot] = 0
         self._final_lengths[slot] = final_length
+        if self._columns(slot) > MIN_CACHE_LENGTH:
+            self._caches[slot] = None  # The next sequence may be short.
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> None:
         """See `SlotDecoder.prefill`."""
         size = min(chunk for chunk in self.chunks if chunk >= len(tokens))
         padded = np.zeros((1, size), "int32")
         padded[0, : len(tokens)] = tokens
-        self._caches[slot] = self._run_prefill(
-            cache=self._take(slot),
+        self._reserve(slot, start + size)
+        backbone = self.model.backbone
+        x, cos, sin = self._run(
+            _embed,
+            [backbone.token_embedding, backbone.rotary_embedding],
             tokens=padded,
-            start=np.int32(start),
+            positions=np.arange(start, start + size, dtype="int32")[None],
             final_lengths=np.array([self._final_lengths[slot]], "int32"),
         )
+        cache = self._caches[slot]
+        for number, layer in enumerate(backbone.transformer_layers):
+            x, cache[number] = self._run(
+                *(_prefill_layer, [layer]),
+                donate=("x", "cache"),
+                x=x,
+                cos=cos,
+                sin=sin,
+                cache=cache[number],
+                start=np.int32(start),
+            )
         self.lengths[slot] = start + len(tokens)
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """See `SlotDecoder.step`."""
-        rows = self._rows(slots)
-        padded = np.zeros(len(rows), "int32")
-        padded[: len(tokens)] = tokens
-        logits, caches = self._run_step(
-            caches=tuple(self._take(slot) for slot in rows),
-            tokens=padded,
-            positions=np.array([self.lengths[slot] for slot in rows], "int32"),
-            final_lengths=np.array([self._final_lengths[s] for s in rows], "int32"),
-        )
-        for slot, cache in zip(rows, caches, strict=True):
-            self._caches[slot] = cache
+        for slot in slots:
+            self._reserve(slot, self.lengths[slot] + 1)
+        rows = 1 << (len(slots) - 1).bit_length()
+        slots = list(slots)
+        # The matrix products of some more rows take no more time than compiling them.
+        padded = slots + slots[-1:] * (rows - len(slots))
+        tokens = [*tokens, *[0] * (rows - len(tokens))]
+        positions = [np.int32(self.lengths[slot]) for slot in padded]
+        x, heads, cos, sin = self._begin(tokens, positions, padded)
+        layers = self.model.backbone.transformer_layers
+        groups = self._groups(slots)
+        for number, layer in enumerate(layers):
+            contexts = [None] * len(slots)
+            for group in groups:
+                caches = tuple(self._caches[slots[row]][number] for row in group)
+                found, caches = self._run(
+                    _attend_rows,
+                    donate=("caches",),
+                    heads=tuple(heads[row] for row in group),
+                    caches=caches,
+                    positions=tuple(positions[row] for row in group),
+                )
+                for row, context, cache in zip(group, found, caches, strict=True):
+                    contexts[row] = context
+                    self._caches[slots[row]][number] = cache
+            contexts = (*contexts, *contexts[-1:] * (rows - len(slots)))
+            if number + 1 < len(layers):
+                x, heads = self._run(
+                    *(_finish_and_begin, [layer, layers[number + 1]]),
+                    donate=("x",),
+                    x=x,
+                    contexts=contexts,
+                    cos=cos,
+                    sin=sin,
+                )
+        head = [self.model.backbone.final_norm, self.model.lm_head]
+        logits = self._run(_finish, [layer, *head], x=x, contexts=contexts)
         for slot in slots:
             self.lengths[slot] += 1
         return np.array(as_numpy(logits)[: len(slots)])
@@ -100,95 +148,146 @@ class XlaSlotDecoder:
     def read_prefix(self, slot: int, length: int) -> Any:
         """See `SlotDecoder.read_prefix`."""
         columns = -(-length // CACHE_BLOCK) * CACHE_BLOCK
-        return self._run_read(cache=self._caches[slot], columns=columns)
+        # A program is made for each number of columns, so there are few of them.
+        read = _reader(min(columns, self._columns(slot)))
+        return [self._run(read, pair=pair) for pair in self._caches[slot]]
 
     def write_prefix(self, slot: int, prefix: Any, length: int) -> None:
         """See `SlotDecoder.write_prefix`."""
-        self._caches[slot] = self._run_write(cache=self._take(slot), prefix=prefix)
+        self._reserve(slot, prefix[0][0].shape[1])
+        cache = self._caches[slot]
+        for number, pair in enumerate(prefix):
+            cache[number] = self._write(cache[number], pair)
         self.lengths[slot] = length
 
-    def _rows(self, slots):
-        """The slots of a program: those of a step, and idle ones up to a power of 2."""
-        number = min(self.num_slots, 1 << (len(slots) - 1).bit_length())
-        idle = sorted(set(range(self.num_slots)) - set(slots), key=self._idle_cost)
-        return [*slots, *idle[: number - len(slots)]]
+    def _groups(self, slots):
+        """Rows whose buffers have the same size, in groups of 1 or `GROUP`."""
+        by_columns = collections.defaultdict(list)
+        for row, slot in enumerate(slots):
+            by_columns[self._columns(slot)].append(row)
+        groups = []
+        for rows in by_columns.values():
+            whole = len(rows) // GROUP * GROUP
+            groups += [rows[i : i + GROUP] for i in range(0, whole, GROUP)]
+            groups += [[row] for row in rows[whole:]]
+        return groups
 
-    def _idle_cost(self, slot):
-        return self._caches[slot] is None, self.lengths[slot]
-
-    def _take(self, slot):
-        """Returns the cache of a slot to donate it to a program."""
-        cache, self._caches[slot] = self._caches[slot], None
-        return (
-            init_cache(self.model.backbone, 1, self._columns)
-            if cache is None
-            else cache
-        )
-
-    def _prefill(self, cache, tokens, start, final_lengths):
-        columns = start + ops.arange(tokens.shape[1], dtype="int32")
-        keys = ops.arange(self._columns, dtype="int32")
-        bias = ops.where(keys[None] <= columns[:, None], 0.0, MASKED_SCORE)[None]
-        bias = ops.tile(bias, (self.model.backbone.num_key_value_heads, 1, 1))
-        _, cache = run_layers(
-            *(self.model.backbone, tokens, columns[None], final_lengths),
-            *(bias, cache, start),
-        )
-        return cache
-
-    def _step(self, caches, tokens, positions, final_lengths):
+    def _begin(self, tokens, positions, slots):
         backbone = self.model.backbone
-        cos, sin = backbone.rotary_embedding(positions[:, None], final_lengths)
-        x = ops.cast(backbone.token_embedding(tokens[:, None]), backbone.compute_dtype)
-        updated = []
-        for layer, pairs in zip(
-            backbone.transformer_layers, zip(*caches, strict=True), strict=True
-        ):
-            attention = layer.self_attention
-            heads = attention.project_heads(layer.self_attention_norm(x), cos, sin)
-            context, pairs = _attend_rows(heads, pairs, positions)
-            x = x + attention.project_output(context)
-            x = x + layer.feedforward(layer.feedforward_norm(x))
-            updated.append(pairs)
-        logits = self.model.lm_head(backbone.final_norm(x))[:, 0]
-        return ops.cast(logits, "float32"), tuple(zip(*updated, strict=True))
-
-
-def _attend_rows(
-    heads: tuple[Tensor, Tensor, Tensor],
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    positions: Tensor,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Writes keys and values, and attends, row by row.
-
-    Args:
-        heads: queries, keys and values, `(rows, heads, 1, head_dim)`.
-        pairs: keys and values in the cache of each row.
-        positions: int `(rows,)`.
-
-    Returns:
-        The context `(rows, num_query_heads, 1, head_dim)`, and the updated caches.
-    """
-    contexts, updated = [], []
-    for row, pair in enumerate(pairs):
-        query, *key_value = (x[row : row + 1] for x in heads)
-        position = positions[row]
-        pair = tuple(
-            update_cache(cache, update[0], position)
-            for cache, update in zip(pair, key_value, strict=True)
+        return self._run(
+            _embed_and_begin,
+            [
+                backbone.token_embedding,
+                backbone.rotary_embedding,
+                backbone.transformer_layers[0],
+            ],
+            tokens=np.array(tokens, "int32")[:, None],
+            positions=np.array(positions, "int32")[:, None],
+            final_lengths=np.array([self._final_lengths[s] for s in slots], "int32"),
         )
-        contexts.append(attend_used(query, *pair, position + 1))
-        updated.append(pair)
-    return ops.concatenate(contexts, axis=0), updated
+
+    def _run(self, function, layers=(), donate=(), **inputs):
+        return self.programs.run(function, layers, donate, **inputs)
+
+    def _write(self, cache, pair):
+        return self._run(_write, donate=("cache",), cache=cache, pair=tuple(pair))
+
+    def _columns(self, slot):
+        cache = self._caches[slot]
+        return 0 if cache is None else cache[0][0].shape[1]
+
+    def _reserve(self, slot, columns):
+        """Enlarges the buffers of a slot to a number of columns."""
+        if columns <= self._columns(slot):
+            return
+        columns = min(padded_cache_length(columns), self._most_columns)
+        old = self._caches[slot]
+        new = list(init_cache(self.model.backbone, 1, columns))
+        if old is not None and self.lengths[slot]:
+            new = [self._write(*pairs) for pairs in zip(new, old, strict=True)]
+        self._caches[slot] = new
 
 
-def _read(cache, columns):
-    return tuple(tuple(x[:, :columns] for x in pair) for pair in cache)
+# The functions below are programs of `LayerPrograms`. In all of them, `x` is
+# `(rows, length, hidden_dim)`, and the heads of a row are a tuple of its queries, keys
+# and values `(1, heads, 1, head_dim)`.
 
 
-def _write(cache, prefix):
+def _embed(embedding, rotary_embedding, tokens, positions, final_lengths):
+    cos, sin = rotary_embedding(positions, final_lengths)
+    return embedding(tokens), cos, sin
+
+
+def _embed_and_begin(embedding, rotary, layer, tokens, positions, final_lengths):
+    x, cos, sin = _embed(embedding, rotary, tokens, positions, final_lengths)
+    x = ops.cast(x, layer.compute_dtype)
+    return x, _heads(layer, x, cos, sin), cos, sin
+
+
+def _heads(layer, x, cos, sin):
+    """The heads of each row of a step."""
+    normed = layer.self_attention_norm(x)
+    heads = layer.self_attention.project_heads(normed, cos, sin)
+    rows = range(x.shape[0])
+    return tuple(tuple(head[row : row + 1] for head in heads) for row in rows)
+
+
+def _attend_rows(heads, caches, positions):
+    rows = zip(heads, caches, positions, strict=True)
+    return tuple(zip(*(_attend(*row) for row in rows), strict=True))
+
+
+def _attend(heads, cache, position):
+    """Writes the keys and values of one row, and attends to all up to them."""
+    query, *updates = heads
+    cache = tuple(
+        update_cache(whole, update[0], position)
+        for whole, update in zip(cache, updates, strict=True)
+    )
+    columns = ops.arange(cache[0].shape[1], dtype="int32")
+    bias = ops.where(columns <= position, 0.0, MASKED_SCORE)
+    return attend_cached(query, *cache, bias[None, None]), cache
+
+
+def _finish_layer(layer, x, contexts):
+    context = ops.concatenate(contexts, axis=0)
+    x = x + layer.self_attention.project_output(context)
+    return x + layer.feedforward(layer.feedforward_norm(x))
+
+
+def _finish_and_begin(layer, next_layer, x, contexts, cos, sin):
+    x = _finish_layer(layer, x, contexts)
+    return x, _heads(next_layer, x, cos, sin)
+
+
+def _finish(layer, norm, head, x, contexts):
+    logits = head(norm(_finish_layer(layer, x, contexts)))
+    return ops.cast(logits[:, 0], "float32")
+
+
+def _prefill_layer(layer, x, cos, sin, cache, start):
+    columns = start + ops.arange(x.shape[1], dtype="int32")
+    keys = ops.arange(cache[0].shape[1], dtype="int32")
+    bias = ops.where(keys[None] <= columns[:, None], 0.0, MASKED_SCORE)[None]
+    bias = ops.tile(bias, (cache[0].shape[0], 1, 1))
+    x, cache = layer(x, cos, sin, bias, cache=tuple(cache), column=start)
+    return x, tuple(cache)
+
+
+@functools.cache
+def _reader(columns):
+    """A program that copies the first columns of keys and values."""
+
+    def read(pair):
+        # Without `copy`, JAX returns an array itself if all of it is read.
+        return tuple(ops.copy(x[:, :columns]) for x in pair)
+
+    return read
+
+
+def _write(cache, pair):
+    """Writes keys and values to the first columns."""
     start = np.int32(0) if keras.config.backend() == "jax" else 0
     return tuple(
-        tuple(update_cache(*arrays, start) for arrays in zip(*pairs, strict=True))
-        for pairs in zip(cache, prefix, strict=True)
+        update_cache(*arrays, start) for arrays in zip(cache, pair, strict=True)
     )

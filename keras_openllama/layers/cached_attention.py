@@ -182,68 +182,6 @@ def _attend_blocks(query, key, value, bias, end, scales, block):
     return unfold_query_groups(ops.cast(context / total, query.dtype), shape)
 
 
-def attend_used(query: Tensor, key: Tensor, value: Tensor, end: Tensor) -> Tensor:
-    """Attention of one token of one sequence over the used columns of its cache.
-
-    Like `attend_blockwise`, it processes one block of columns at a time.
-
-    Args:
-        query: Float tensor `(1, num_query_heads, 1, head_dim)`.
-        key: Float tensor `(num_key_value_heads, columns, head_dim)`. `CACHE_BLOCK` must
-            divide the number of columns.
-        value: Float tensor of the shape of `key`.
-        end: Int scalar, the number of used columns, at least 1.
-
-    Returns:
-        Tensor of the shape of `query` with the dtype of `value`.
-
-    Example:
-        >>> cache = ops.ones((2, 512, 8))  # Two key/value heads.
-        >>> attend_used(ops.ones((1, 4, 1, 8)), cache, cache, 300).shape
-        (1, 4, 1, 8)
-
-    Source: the online softmax of FlashAttention (arXiv:2205.14135).
-    """
-    heads, _, head_dim = key.shape
-    folded = fold_query_groups(query, key)
-    queries = ops.swapaxes(folded, 1, 2)
-    group = folded.shape[1]
-    columns = ops.arange(CACHE_BLOCK, dtype="int32")[None, :, None]
-
-    def add_block(i, largest, total, context):
-        start = i * CACHE_BLOCK
-        keys, values = (
-            ops.slice(x, (0, start, 0), (heads, CACHE_BLOCK, head_dim))
-            for x in (key, value)
-        )
-        # `keys @ query.T`, see `attend_cached`.
-        scores = matmul_float32(keys, queries) * head_dim**-0.5
-        scores = ops.where(start + columns < end, scores, MASKED_SCORE)
-        new_largest = ops.maximum(largest, ops.max(scores, axis=1, keepdims=True))
-        weights = ops.exp(scores - new_largest)
-        rescale = ops.exp(largest - new_largest)
-        cast = ops.cast(ops.swapaxes(weights, 1, 2), values.dtype)
-        return (
-            i + 1,
-            new_largest,
-            total * rescale + ops.sum(weights, axis=1, keepdims=True),
-            context * ops.swapaxes(rescale, 1, 2) + matmul_float32(cast, values),
-        )
-
-    _, _, total, context = ops.while_loop(
-        lambda i, *_: i * CACHE_BLOCK < end,
-        add_block,
-        (
-            ops.zeros((), "int32"),
-            ops.full((heads, 1, group), MASKED_SCORE, "float32"),
-            ops.zeros((heads, 1, group), "float32"),
-            ops.zeros((heads, group, head_dim), "float32"),
-        ),
-    )
-    context = ops.cast(context / ops.swapaxes(total, 1, 2), value.dtype)
-    return unfold_query_groups(context, query.shape)
-
-
 def block_columns(queries: int, columns: int) -> int:
     """Returns how many columns of the cache an accelerator processes at once.
 
