@@ -6,6 +6,7 @@ fraction of the time, and its parts can be combined at run time.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,24 @@ if keras.config.backend() == "jax":
     import jax
 elif keras.config.backend() == "tensorflow":
     import tensorflow as tf
+
+
+_OF_MODELS = weakref.WeakKeyDictionary()
+
+
+def layer_programs(model: keras.Model) -> LayerPrograms:
+    """Returns the programs of a model, the same object for the same model.
+
+    Args:
+        model: A Keras model.
+
+    Example:
+        >>> layer_programs(lm) is layer_programs(lm)
+        True
+    """
+    if model not in _OF_MODELS:
+        _OF_MODELS[model] = LayerPrograms()
+    return _OF_MODELS[model]
 
 
 class LayerPrograms:
@@ -107,7 +126,8 @@ def _with_values(function, layers, variables):
         with keras.StatelessScope(state_mapping=mapping):
             return function(*layers, **inputs)
 
-    program.__name__ = function.__name__  # For logs and profiles.
+    # For logs and profiles.
+    program.__name__ = getattr(function, "__name__", type(function).__name__)
     return program
 
 

@@ -31,6 +31,7 @@ from keras_openllama.generation.engine_request import (
     TokenEvent,
 )
 from keras_openllama.generation.engine_stats import EngineStats
+from keras_openllama.generation.prompt_cache import PromptCache, common_length
 from keras_openllama.generation.slot_decoder import make_slot_decoder
 from keras_openllama.generation.slot_sampler import SlotSampler
 from keras_openllama.utils.validation import check_integer
@@ -50,6 +51,8 @@ __all__ = [
 ]
 
 _LOGGER = logging.getLogger(__name__)
+# Heuristic: to copy fewer tokens is not worth it.
+LEAST_CACHED_TOKENS = 16
 
 
 class Engine:
@@ -64,6 +67,8 @@ class Engine:
         context: most tokens of a sequence, prompt and new ones; `None` for the context
             of the model.
         max_queue: most requests that wait for a slot.
+        prompt_cache_bytes: most bytes of keys and values of ended requests that are
+            saved for prompts that begin alike; 0 saves none. Or a `PromptCache`.
 
     Attributes:
         stats: an `EngineStats`.
@@ -89,6 +94,7 @@ class Engine:
         num_slots: int = 16,
         context: int | None = None,
         max_queue: int = 64,
+        prompt_cache_bytes: int | PromptCache = 2 << 30,
     ) -> None:
         num_slots = check_integer("num_slots", num_slots)
         longest = model.backbone.context_length
@@ -98,6 +104,13 @@ class Engine:
         self.stats = EngineStats()
         self.error: Exception | None = None
         self._model = model
+        cache = prompt_cache_bytes
+        if not isinstance(cache, PromptCache):
+            check_integer("prompt_cache_bytes", cache, least=0)
+            cache = PromptCache(cache) if cache else None
+        self._cache = cache
+        if cache is not None:
+            cache.use_with(model)
         self._decoder = make_slot_decoder(model, num_slots, context)
         self._sampler = SlotSampler(model, num_slots)
         self._slots: list[_Sequence | None] = [None] * num_slots
@@ -293,7 +306,9 @@ class Engine:
             self._finish(handle, "cancelled")
         for sequence in list(self._slots):
             if sequence and sequence.handle.is_cancelled:
-                self._end(sequence, "cancelled")
+                with self._failure_ends(sequence):
+                    self._save_prefix(sequence)
+                    self._end(sequence, "cancelled")
 
     def _admit(self):
         """Gives free slots to the requests that wait, in their order."""
@@ -328,8 +343,42 @@ class Engine:
         )
         final_length = len(request.prompt_ids) + request.max_new_tokens
         self._decoder.open(sequence.slot, final_length)
-        self.stats.prompt_tokens += len(request.prompt_ids)
+        sequence.rope_length = self._rope_length(final_length)
         sequence.unread = list(request.prompt_ids[:-1])
+        self._reuse_prefix(sequence)
+        self.stats.prompt_tokens += len(request.prompt_ids)
+        self.stats.cached_tokens += sequence.handle.cached_tokens
+
+    def _rope_length(self, final_length):
+        """What the rotary angles of a sequence depend on."""
+        rotary = self._model.backbone.rotary_embedding
+        return max(final_length, rotary.max_sequence_length) * rotary.is_dynamic
+
+    def _reuse_prefix(self, sequence):
+        """Copies the beginning of a prompt from the cache, or from another slot."""
+        tokens = np.array(sequence.unread, "int32")
+        if self._cache is None or len(tokens) < LEAST_CACHED_TOKENS:
+            return
+        prefix, length = self._cache.find(tokens, sequence.rope_length)
+        for other in self._slots:
+            if other and other.rope_length == sequence.rope_length:
+                found = common_length(np.array(other.read, "int32"), tokens)
+                if found > length:
+                    length = found
+                    prefix = self._decoder.read_prefix(other.slot, length)
+        if length >= LEAST_CACHED_TOKENS:
+            self._decoder.write_prefix(sequence.slot, prefix, length)
+            sequence.read = sequence.unread[:length]
+            sequence.unread = sequence.unread[length:]
+            sequence.handle.cached_tokens = length
+
+    def _save_prefix(self, sequence):
+        tokens = sequence.read
+        if self._cache is None or len(tokens) < LEAST_CACHED_TOKENS:
+            return
+        if not self._cache.contains(tokens, sequence.rope_length):
+            prefix = self._decoder.read_prefix(sequence.slot, len(tokens))
+            self._cache.add(tokens, prefix, sequence.rope_length)
 
     def _prefill(self, sequence, size):
         with self._failure_ends(sequence):
@@ -408,6 +457,7 @@ class Engine:
         if reason is None:
             handle.on_event(event)
         else:
+            self._save_prefix(sequence)
             self._free(sequence)
             self._send_last(handle, event)
 
@@ -453,6 +503,7 @@ class _Sequence:
         read: the tokens in the cache.
         unread: the tokens of the prompt that are still to be written to the cache.
         next_token: the token that the next step feeds.
+        rope_length: see `CachedPrefix`.
     """
 
     def __init__(self, handle: RequestHandle, slot: int) -> None:
@@ -460,4 +511,5 @@ class _Sequence:
         self.slot = slot
         self.read: list[int] = []
         self.unread: list[int] = []
+        self.rope_length = 0
         self.next_token: Any = handle.request.prompt_ids[-1]

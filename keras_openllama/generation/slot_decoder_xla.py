@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.backend.layer_programs import LayerPrograms
+from keras_openllama.backend.layer_programs import layer_programs
 from keras_openllama.generation.kv_cache import (
     MIN_CACHE_LENGTH,
     init_cache,
@@ -58,7 +58,7 @@ class XlaSlotDecoder:
         # The last chunk of a prompt may extend beyond its end.
         needed = context + CHUNKS[-1]
         self._most_columns = -(-needed // CACHE_BLOCK) * CACHE_BLOCK
-        self.programs = LayerPrograms()
+        self.programs = layer_programs(model)
         self.reset()
 
     def reset(self) -> None:
@@ -208,7 +208,7 @@ class XlaSlotDecoder:
         self._caches[slot] = new
 
 
-# The functions below are programs of `LayerPrograms`. In all of them, `x` is
+# The functions below are programs of `layer_programs`. In all of them, `x` is
 # `(rows, length, hidden_dim)`, and the heads of a row are a tuple of its queries, keys
 # and values `(1, heads, 1, head_dim)`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,6 @@ import numpy as np
 from keras import ops, tree
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.backend.jit import compile_function
 from keras_openllama.generation.sampling import undefined_tokens
 from keras_openllama.generation.sampling_arrays import (
     SamplingArrays,
@@ -56,7 +56,11 @@ class SlotSampler:
         self._undefined = undefined_tokens(model)
         self._num_slots = num_slots
         self._controls = [None] * num_slots
-        self._run = compile_function(choose_tokens, model, static=("num_top_logprobs",))
+        self._programs = None
+        if keras.config.backend() != "torch":
+            from keras_openllama.backend.layer_programs import layer_programs
+
+            self._programs = layer_programs(model)
 
     def open(
         self,
@@ -139,18 +143,23 @@ class SlotSampler:
             uniforms=np.array([x.uniforms[x.step] for x in padded], "float32"),
             step=np.array([control.step for control in padded], "int32"),
         )
-        if keras.config.backend() == "torch":
+        choose = _chooser(self._padded_number(numbers) if numbers else None)
+        if self._programs is None:
             inputs = tree.map_structure(ops.convert_to_tensor, inputs)
-        found = self._run(
-            **inputs,
-            num_top_logprobs=self._padded_number(numbers) if numbers else None,
-        )
+            found = choose(**inputs)
+        else:
+            found = self._programs.run(choose, **inputs)
         found = ChosenTokens(*(as_numpy(x) if len(x) else () for x in found))
         return [_chosen(found, *row) for row in enumerate(top_logprobs)]
 
     def _padded_number(self, numbers):
         multiples = -(-max(numbers) // TOP_LOGPROBS_MULTIPLE)
         return min(self._size, multiples * TOP_LOGPROBS_MULTIPLE)
+
+
+@functools.cache
+def _chooser(num_top_logprobs):
+    return functools.partial(choose_tokens, num_top_logprobs=num_top_logprobs)
 
 
 @dataclasses.dataclass
