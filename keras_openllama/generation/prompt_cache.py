@@ -54,11 +54,12 @@ class PromptCache:
 
     Example:
         >>> from keras_openllama.generation.prompt_cache import PromptCache
-        >>> cache = PromptCache(max_bytes=100_000_000)
-        >>> lm.generate("The sea", max_new_tokens=4, cache=cache)
-        'The sea shines, and'
-        >>> len(cache)
-        1
+        >>> import numpy as np
+        >>> cache = PromptCache(max_bytes=1000)
+        >>> cache.add([1, 5, 7], [(np.zeros((2, 3, 8)), np.zeros((2, 3, 8)))])
+        >>> _, length = cache.find([1, 5, 8, 9])
+        >>> length
+        2
     """
 
     def __init__(self, max_bytes: int) -> None:

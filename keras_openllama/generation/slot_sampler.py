@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_openllama.backend.arrays import as_numpy
+from keras_openllama.backend.layer_programs import layer_programs
 from keras_openllama.generation.sampling import undefined_tokens
 from keras_openllama.generation.sampling_arrays import (
     SamplingArrays,
@@ -56,11 +57,7 @@ class SlotSampler:
         self._undefined = undefined_tokens(model)
         self._num_slots = num_slots
         self._controls = [None] * num_slots
-        self._programs = None
-        if keras.config.backend() != "torch":
-            from keras_openllama.backend.layer_programs import layer_programs
-
-            self._programs = layer_programs(model)
+        self._programs = layer_programs(model)
 
     def open(
         self,
@@ -144,7 +141,7 @@ class SlotSampler:
             step=np.array([control.step for control in padded], "int32"),
         )
         choose = _chooser(self._padded_number(numbers) if numbers else None)
-        if self._programs is None:
+        if keras.config.backend() == "torch":
             inputs = tree.map_structure(ops.convert_to_tensor, inputs)
             found = choose(**inputs)
         else:
