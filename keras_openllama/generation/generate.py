@@ -10,7 +10,13 @@ import keras
 import numpy as np
 
 from keras_openllama.generation.beam_search import SearchLoop
+from keras_openllama.generation.generation_result import (
+    Generation,
+    GenerationRecorder,
+)
+from keras_openllama.generation.new_tokens import NewTokens
 from keras_openllama.generation.sampling import is_search_sampler
+from keras_openllama.generation.sampling_options import SamplingOptions
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
     StopStringDecoder,
@@ -38,10 +44,17 @@ if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
     from keras_openllama.generation.limits import GenerationLimits
 
+# The sampler of the model, once for each prompt.
+DEFAULT_OPTIONS = SamplingOptions()
+
 
 def generate(
-    model: CausalLM, inputs: Any, limits: GenerationLimits, strip_prompt: bool = False
-) -> str | list[str] | dict[str, np.ndarray]:
+    model: CausalLM,
+    inputs: Any,
+    limits: GenerationLimits,
+    strip_prompt: bool = False,
+    options: SamplingOptions = DEFAULT_OPTIONS,
+) -> Any:
     """Implements `OpenLlamaCausalLM.generate`.
 
     Args:
@@ -49,12 +62,13 @@ def generate(
         inputs: see `OpenLlamaCausalLM.generate`.
         limits: where generation ends.
         strip_prompt: see `OpenLlamaCausalLM.generate`.
+        options: how tokens are chosen.
 
     Returns:
-        Text or arrays, see `OpenLlamaCausalLM.generate`.
+        Text, arrays or `Generation`s, see `OpenLlamaCausalLM.generate`.
 
     Raises:
-        ValueError: for malformed inputs or limits.
+        ValueError: for malformed inputs, limits or options.
 
     Example:
         >>> from keras_openllama.generation.limits import GenerationLimits
@@ -64,13 +78,13 @@ def generate(
     size = model.backbone.vocabulary_size
     prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
     if isinstance(prompts, TokenArrays):
-        return _generate_arrays(model, prompts, limits, strip_prompt)
+        return _generate_arrays(model, prompts, limits, strip_prompt, options)
     if isinstance(prompts, Batches):
         results = []
         for batch in prompts.batches:
-            results += _generate_texts(model, batch, limits, strip_prompt)
+            results += _generate_texts(model, batch, limits, strip_prompt, options)
         return results
-    results = _generate_texts(model, prompts, limits, strip_prompt)
+    results = _generate_texts(model, prompts, limits, strip_prompt, options)
     return results if prompts.batched else results[0]
 
 
@@ -79,20 +93,33 @@ def _generate_texts(
     prompts: Texts | ChatPrompts,
     limits: GenerationLimits,
     strip_prompt: bool,
-) -> list[str]:
-    """Generates text for each prompt. Replies to chats never include the prompt."""
+    options: SamplingOptions,
+) -> list[Any]:
+    """Returns the result for each prompt. Replies to chats never include the prompt."""
     prompt_ids = _prompt_ids(model, prompts)
     is_chat = isinstance(prompts, ChatPrompts)
-    prefixes = [""] * len(prompt_ids) if is_chat else prompts.texts
+    prefixes = [""] * len(prompt_ids)
+    if not (is_chat or strip_prompt):
+        prefixes = _repeat(prompts.texts, options.num_samples)
     stop_strings = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
-    decoders, steps = _start_decoding(model, prompt_ids, limits, stop_strings, stride)
+    recorders, steps = _start_decoding(
+        model, prompt_ids, limits, stop_strings, stride, options
+    )
     for _ in steps:
         pass
-    return [
-        decoder.text if strip_prompt else prefix + decoder.text
-        for prefix, decoder in zip(prefixes, decoders, strict=True)
+    results = [
+        prefix + recorder.text if options.logprobs is None else recorder.result(prefix)
+        for prefix, recorder in zip(prefixes, recorders, strict=True)
     ]
+    n = options.num_samples
+    if n == 1:
+        return results
+    return [results[start : start + n] for start in range(0, len(results), n)]
+
+
+def _repeat(values, times):
+    return [value for value in values for _ in range(times)]
 
 
 def _prompt_ids(model: CausalLM, prompts: Texts | ChatPrompts) -> list[list[int]]:
@@ -103,7 +130,10 @@ def _prompt_ids(model: CausalLM, prompts: Texts | ChatPrompts) -> list[list[int]
 
 
 def stream(
-    model: CausalLM, inputs: str | dict[str, Any], limits: GenerationLimits
+    model: CausalLM,
+    inputs: str | dict[str, Any],
+    limits: GenerationLimits,
+    options: SamplingOptions = DEFAULT_OPTIONS,
 ) -> Iterator[str]:
     """Implements `OpenLlamaCausalLM.stream`; checks the arguments immediately.
 
@@ -111,6 +141,7 @@ def stream(
         model: `OpenLlamaCausalLM`.
         inputs: a text or a chat.
         limits: where generation ends.
+        options: how tokens are chosen.
 
     Returns:
         An iterator over pieces of the new text.
@@ -137,16 +168,16 @@ def stream(
         )
     prompt_ids = _prompt_ids(model, prompts)
     stop_strings = normalize_stop_strings(limits.stop)
-    (decoder,), steps = _start_decoding(
-        model, prompt_ids, limits, stop_strings, stride=1
+    (recorder,), steps = _start_decoding(
+        model, prompt_ids, limits, stop_strings, stride=1, options=options
     )
 
     def pieces():
         yielded = 0
         for _ in steps:
-            if len(decoder.text) > yielded:
-                yield decoder.text[yielded:]
-                yielded = len(decoder.text)
+            if len(recorder.text) > yielded:
+                yield recorder.text[yielded:]
+                yielded = len(recorder.text)
 
     return pieces()
 
@@ -157,16 +188,42 @@ def _start_decoding(
     limits: GenerationLimits,
     stop_strings: tuple[str, ...],
     stride: int | None,
-) -> tuple[list[StopStringDecoder], Iterator[None]]:
-    """Returns a decoder for each prompt, and an iterator that advances them."""
+    options: SamplingOptions,
+) -> tuple[list[GenerationRecorder], Iterator[None]]:
+    """Returns a recorder for each sequence, and an iterator that advances them."""
     default_length = model.preprocessor.sequence_length
     token_limits, stop_ids = limits.resolve(model, prompt_ids, default_length)
     tokenizer = model.preprocessor.tokenizer
-    decoders = [StopStringDecoder(tokenizer, ids, stop_strings) for ids in prompt_ids]
+    recorders = [
+        GenerationRecorder(StopStringDecoder(tokenizer, ids, stop_strings), stop_ids)
+        for ids in _repeat(prompt_ids, options.num_samples)
+    ]
+    new_tokens = _new_tokens(model, prompt_ids, token_limits, stop_ids, stride, options)
+    return recorders, decode_until_stopped(recorders, new_tokens)
+
+
+def _new_tokens(
+    model: CausalLM,
+    prompt_ids: list[list[int]],
+    token_limits: list[int],
+    stop_ids: list[int],
+    stride: int | None,
+    options: SamplingOptions,
+) -> Iterator[list[NewTokens]]:
+    """Yields new tokens of each sequence; compiles nothing before it is advanced."""
     loop = model.make_generate_function()
-    # Nothing is compiled before the iterator is advanced.
-    new_tokens = loop.generate(prompt_ids, token_limits, stop_ids, stride)
-    return decoders, decode_until_stopped(decoders, new_tokens)
+    sampling = options.resolve(model, len(prompt_ids))
+    arguments = (
+        _repeat(prompt_ids, options.num_samples),
+        _repeat(token_limits, options.num_samples),
+        stop_ids,
+        stride,
+    )
+    if sampling is not None:
+        return loop.generate_with_logprobs(*arguments, sampling)
+    return (
+        [NewTokens(ids) for ids in new_ids] for new_ids in loop.generate(*arguments)
+    )
 
 
 def _generate_arrays(
@@ -174,7 +231,8 @@ def _generate_arrays(
     prompts: TokenArrays,
     limits: GenerationLimits,
     strip_prompt: bool,
-) -> dict[str, np.ndarray]:
+    options: SamplingOptions,
+) -> dict[str, np.ndarray] | list[Any]:
     if limits.stop is not None:
         raise ValueError(
             "`stop` is supported for text only, but the inputs are token ids. Use "
@@ -182,14 +240,23 @@ def _generate_arrays(
         )
     prompt_ids, width = prompts.sequences, prompts.width
     token_limits, stop_ids = limits.resolve(model, prompt_ids, width)
-    loop = model.make_generate_function()
-    (outputs,) = loop.generate(prompt_ids, token_limits, stop_ids)
+    (outputs,) = _new_tokens(model, prompt_ids, token_limits, stop_ids, None, options)
+    if options.logprobs is not None:
+        return [_generation_of_ids(new, stop_ids) for new in outputs]
     longest = max(
         len(ids) + limit for ids, limit in zip(prompt_ids, token_limits, strict=True)
     )
+    sequences = [new.ids for new in outputs]
     if not strip_prompt:
-        outputs = [ids + new for ids, new in zip(prompt_ids, outputs, strict=True)]
-    return pad_sequences(outputs, max(width, longest))
+        prompt_ids = _repeat(prompt_ids, options.num_samples)
+        sequences = [a + b for a, b in zip(prompt_ids, sequences, strict=True)]
+    return pad_sequences(sequences, max(width, longest))
+
+
+def _generation_of_ids(new: NewTokens, stop_ids: list[int]) -> Generation:
+    recorder = GenerationRecorder(None, stop_ids)
+    recorder.push(new)
+    return recorder.result()
 
 
 def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:

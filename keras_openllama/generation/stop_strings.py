@@ -108,6 +108,8 @@ class StopStringDecoder:
         stopped: whether a stop string was found.
         num_decoded: number of decoded characters, with those that are withheld or
             belong to a stop string.
+        num_tokens: number of tokens up to the one with which it was found, or that were
+            pushed until now.
 
     Example:
         >>> tokenizer = lm.preprocessor.tokenizer
@@ -132,6 +134,7 @@ class StopStringDecoder:
         self.text = ""
         self.stopped = False
         self.num_decoded = 0
+        self.num_tokens = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Decodes the next tokens.
@@ -142,8 +145,13 @@ class StopStringDecoder:
         Returns:
             The text that was added to `text`.
         """
-        pieces = "".join(self._decoder.push(token_id) for token_id in token_ids)
-        return self._release(pieces, self._num_withheld)
+        added = ""
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            added += self._release(self._decoder.push(token_id), self._num_withheld)
+        return added
 
     def flush(self) -> str:
         """Ends the sequence and returns the text that was withheld until now."""

@@ -29,7 +29,17 @@ from keras_openllama.generation.kv_cache import (
     padded_batch_size,
     padded_cache_length,
 )
+from keras_openllama.generation.new_tokens import NewTokens, cut_at_stop_id
+from keras_openllama.generation.prefill_chunks import first_chunks, prefill_chunks
 from keras_openllama.generation.sampling import exclude_undefined_tokens, next_tokens
+from keras_openllama.generation.sampling_state import (
+    BatchSampling,
+    SamplingInputs,
+    SamplingState,
+    recorded_logprobs,
+    sample_tokens,
+    start_sampling,
+)
 from keras_openllama.generation.sharding import (
     constrain_sharding,
     device_platform,
@@ -46,66 +56,8 @@ if keras.config.backend() == "jax":
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import Backbone, CausalLM
 
-# Heuristics: most columns, and tokens of the whole batch, of the first chunk on a GPU.
-# The matrix products of a chunk then take far longer than reading the weights.
-FIRST_CHUNK, FIRST_CHUNK_TOKENS = 2048, 16384
 # Heuristic: stop ids are padded to a multiple of 4, so that few shapes are compiled.
 STOP_IDS_MULTIPLE = 4
-
-
-def prefill_chunks(platform: str, batch: int, columns: int) -> list[int]:
-    """Returns the sizes of the chunks in which prefixes are written to the cache.
-
-    On a CPU, chunks of 256 tokens are near the peak rate of matrix products, and a
-    chunk of 32 takes about as long as two decoding steps. An accelerator reads the
-    weights in the time in which it computes about 256 tokens of the whole batch, so
-    smaller chunks are not faster. Larger chunks are faster; memory for attention scores
-    limits them.
-
-    Args:
-        platform: platform of the devices, such as `"cpu"`.
-        batch: batch size of the program, a power of two.
-        columns: columns of the cache, a power of two.
-
-    Returns:
-        Chunk sizes below `columns`, descending; `[columns]` if none is. Each divides
-        `columns`.
-
-    Example:
-        >>> prefill_chunks("cpu", batch=1, columns=2048)
-        [256, 32]
-        >>> prefill_chunks("gpu", batch=4, columns=2048)
-        [1024, 256, 64]
-    """
-    if platform == "cpu":
-        sizes = {256, 32}
-    else:
-        sizes = {max(256, min(1024, 8192 // batch)), 256, max(32, 256 // batch)}
-    fitting = [size for size in sizes if size < columns]
-    return sorted(fitting, reverse=True) or [columns]
-
-
-def first_chunks(batch: int, columns: int) -> list[int]:
-    """Returns the sizes of a first chunk that attends to itself by a fused kernel.
-
-    The program contains each size; the smallest one that holds the prefixes runs. So
-    the weights are read once for most prompts.
-
-    Args:
-        batch: batch size of the program, a power of two.
-        columns: columns of the cache, a power of two.
-
-    Returns:
-        Chunk sizes up to `columns`, ascending.
-
-    Example:
-        >>> first_chunks(batch=1, columns=2048), first_chunks(batch=64, columns=512)
-        ([256, 1024, 2048], [256])
-    """
-    largest = max(256, min(FIRST_CHUNK, FIRST_CHUNK_TOKENS // batch))
-    if columns <= largest:
-        return sorted({min(size, columns) for size in (256, 1024, columns)})
-    return sorted({256, largest})  # Longer prompts need further chunks.
 
 
 def is_any_of(tokens: Tensor, stop_ids: Tensor) -> Tensor:
@@ -134,6 +86,8 @@ class LoopState(NamedTuple):
         step: int scalar, the number of generated tokens per sequence.
         done: bool `(batch,)`, which sequences have ended.
         cache: the KV cache, see `kv_cache.py`.
+        sampling: the state of sampling with a `SamplingConfig`; `()` with the sampler
+            of the model.
     """
 
     tokens: Tensor
@@ -141,15 +95,16 @@ class LoopState(NamedTuple):
     step: Tensor | int
     done: Tensor
     cache: Any = ()
+    sampling: SamplingState | tuple[()] = ()
 
 
 class TokenLoop:
     """Generates one token per step: greedy, random, top-k, top-p and similar sampling.
 
     `generate` runs the loop on prompts. In it, `start` puts the prompts on the device,
-    and `advance(state, prompt_layout, stop_ids, until)` returns the state after
-    prefill, if that is not done yet, and after generation up to the step `until`, or
-    until all sequences have ended.
+    and `advance(state, prompt_layout, stop_ids, until, sampling)` returns the state
+    after prefill, if that is not done yet, and after generation up to the step `until`,
+    or until all sequences have ended.
 
     Args:
         model: `OpenLlamaCausalLM`.
@@ -186,10 +141,48 @@ class TokenLoop:
             For each prompt, its new tokens since the previous yield, including the stop
             id.
         """
+        for new in self.generate_with_logprobs(prompts, limits, stop_token_ids, stride):
+            yield [tokens.ids for tokens in new]
+
+    def generate_with_logprobs(
+        self,
+        prompts: list[list[int]],
+        limits: list[int],
+        stop_token_ids: Sequence[int],
+        stride: int | None = None,
+        sampling: BatchSampling | None = None,
+    ) -> Iterator[list[NewTokens]]:
+        """Yields the new tokens of prompts with their log-probabilities.
+
+        Args:
+            prompts: see `generate`, as for the next arguments.
+            limits: see there.
+            stop_token_ids: see there.
+            stride: see there.
+            sampling: how to sample each sequence; `None` uses the sampler of the model,
+                without log-probabilities.
+
+        Yields:
+            For each prompt, its new tokens since the previous yield, including the stop
+            id.
+        """
         if max(limits) == 0:
-            yield [[] for _ in prompts]
+            yield [NewTokens([]) for _ in prompts]
             return
         state, prompt_layout = self.start(prompts, limits)
+        inputs, number = {}, None
+        if sampling is not None:
+            inputs["sampling"], sampling_state = self._on_device(
+                start_sampling(
+                    sampling,
+                    prompts,
+                    state.tokens.shape,
+                    self.model.backbone.vocabulary_size,
+                    stop_token_ids,
+                )
+            )
+            state = state._replace(sampling=sampling_state)
+            number = sampling.logprobs
         stop_ids = self._padded_stop_ids(stop_token_ids)
         first = max(map(len, prompts))
         seen = 0
@@ -201,23 +194,29 @@ class TokenLoop:
                 prompt_layout=prompt_layout,
                 stop_ids=stop_ids,
                 until=np.int32(until),
+                **inputs,
             )
             step = int(state.step)
             tokens = to_numpy(state.tokens)[: len(prompts)]
             new = tokens[:, first + seen : first + step].tolist()
+            with_logprobs = recorded_logprobs(state.sampling, number)
             for i, limit in enumerate(limits):
                 ids = cut_at_stop_id(new[i][: max(0, limit - seen)], stop_token_ids)
-                new[i] = ids if running[i] else []
+                new[i] = with_logprobs(i, seen, ids if running[i] else [])
                 stopped = bool(ids) and ids[-1] in stop_token_ids
                 running[i] = running[i] and not stopped and step < limit
             yield new
             seen = step
 
+    def _on_device(self, arrays):
+        replicated = state_shardings(self.model.backbone)[1]
+        return tree.map_structure(lambda x: to_device(x, replicated), arrays)
+
     def _padded_stop_ids(self, stop_token_ids):
         multiples = max(1, -(-len(stop_token_ids) // STOP_IDS_MULTIPLE))
         padded = np.full(multiples * STOP_IDS_MULTIPLE, -1, "int32")  # No token is -1.
         padded[: len(stop_token_ids)] = stop_token_ids
-        return to_device(padded, state_shardings(self.model.backbone)[1])
+        return self._on_device(padded)
 
     def start(
         self, prompts: list[list[int]], limits: list[int]
@@ -243,17 +242,14 @@ class TokenLoop:
             step=np.int32(0),
             done=prompt_layout.limits == 0,
         )
-        replicated = state_shardings(self.model.backbone)[1]
-        state, prompt_layout = tree.map_structure(
-            lambda x: to_device(x, replicated), (state, prompt_layout)
-        )
+        state, prompt_layout = self._on_device((state, prompt_layout))
         cache = init_cache(
             *(self.model.backbone, len(prompt_layout.limits), columns),
             self.model.kv_cache_dtype,
         )
         return state._replace(cache=cache), prompt_layout
 
-    def _advance(self, state, prompt_layout, stop_ids, until):
+    def _advance(self, state, prompt_layout, stop_ids, until, sampling=()):
         state = self._with_sharding(state)
         # On TensorFlow, chunk sizes were measured on CPUs only.
         on_jax = keras.config.backend() == "jax"
@@ -283,7 +279,7 @@ class TokenLoop:
             )
             logits = self.model.lm_head(hidden)[:, 0]
             return self.sample_next(
-                state._replace(cache=cache), logits, prompt_layout, stop_ids
+                state._replace(cache=cache), logits, prompt_layout, stop_ids, sampling
             )
 
         return self._with_sharding(while_loop(self.model, is_running, step, state))
@@ -341,6 +337,7 @@ class TokenLoop:
         logits: Tensor,
         prompt_layout: PromptLayout,
         stop_ids: Tensor,
+        sampling: SamplingInputs | tuple[()] = (),
     ) -> LoopState:
         """Samples the next token of each sequence and appends it.
 
@@ -349,13 +346,18 @@ class TokenLoop:
             logits: `(batch, vocabulary_size)`.
             prompt_layout: where the prompts are.
             stop_ids: int `(number,)`, padded with -1.
+            sampling: inputs of sampling; `()` uses the sampler of the model.
 
         Returns:
             The state after the step.
         """
         logits = ops.cast(logits, "float32")
         logits = exclude_undefined_tokens(self.model, logits)
-        token = next_tokens(self.model.sampler, logits)
+        if sampling:
+            token, sampled = sample_tokens(logits, sampling, state.sampling, state.step)
+            state = state._replace(sampling=sampled)
+        else:
+            token = next_tokens(self.model.sampler, logits)
         token = ops.where(state.done, PAD_TOKEN_ID, ops.cast(token, "int32"))
         step = state.step + 1
         done = ops.logical_or(is_any_of(token, stop_ids), step >= prompt_layout.limits)
@@ -380,21 +382,3 @@ def prefill_attention(backbone: Backbone) -> Callable[..., Tensor] | None:
     if keras.config.backend() != "jax" or state_shardings(backbone)[0] is not None:
         return None
     return attention_kernels.select_prefill_attention(model_device(backbone))
-
-
-def cut_at_stop_id(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
-    """Returns the tokens up to and including the first stop id.
-
-    Args:
-        ids: token ids.
-        stop_token_ids: ids that end a sequence.
-
-    Returns:
-        A part of `ids`, or all of them.
-
-    Example:
-        >>> cut_at_stop_id([5, 2, 7], [2])
-        [5, 2]
-    """
-    ends = [i + 1 for i, token_id in enumerate(ids) if token_id in stop_token_ids]
-    return ids[: min(ends, default=len(ids))]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.jit import compile_function
@@ -25,6 +26,7 @@ from keras_openllama.generation.sampling import (
     next_tokens,
     undefined_tokens,
 )
+from keras_openllama.generation.sampling_state import SamplingInputs, sample_tokens
 from keras_openllama.generation.sharding import runs_on_one_cpu
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.weights_state import WeightsState
@@ -47,7 +49,8 @@ class OnnxTokenLoop(TokenLoop):
         self.model = model
         self._decoder = None
         self._weights = WeightsState(model)
-        self._choose = compile_function(self._next_tokens, model)
+        self._choose = compile_function(self._choose_tokens, model)
+        self._sample = compile_function(self._sample_tokens, model, donate=("state",))
 
     def start(
         self, prompts: list[list[int]], limits: list[int]
@@ -81,6 +84,7 @@ class OnnxTokenLoop(TokenLoop):
         prompt_layout: PromptLayout,
         stop_ids: np.ndarray,
         until: int,
+        sampling: SamplingInputs | tuple[()] = (),
     ) -> LoopState:
         """See `TorchTokenLoop.advance`."""
         start, cache = int(prompt_layout.start), state.cache
@@ -90,18 +94,26 @@ class OnnxTokenLoop(TokenLoop):
             cache.prefill([row[:length].astype("int64") for row, length in rows])
             state = state._replace(num_prefilled=start)
         tokens, done, step = state.tokens, state.done, state.step
+        sampled = state.sampling
         while step < until and not done.all():
             logits = cache.step(tokens[:, start + step])
-            chosen = np.where(done, PAD_TOKEN_ID, self._sample(logits))
+            if sampling:
+                chosen, sampled = self._sample(
+                    logits=logits, inputs=sampling, state=sampled, step=np.int32(step)
+                )
+                chosen = as_numpy(chosen)
+            else:
+                chosen = self._next_tokens(logits)
+            chosen = np.where(done, PAD_TOKEN_ID, chosen)
             step += 1
             tokens[:, start + step] = chosen
             done = done | np.isin(chosen, stop_ids) | (step >= prompt_layout.limits)
-        return state._replace(step=step, done=done)
+        return state._replace(step=step, done=done, sampling=sampled)
 
     def _padded_stop_ids(self, stop_token_ids: Sequence[int]) -> np.ndarray:
         return np.array(stop_token_ids, "int32")
 
-    def _sample(self, logits):
+    def _next_tokens(self, logits):
         if is_greedy(self.model.sampler):
             undefined = undefined_tokens(self.model)
             if undefined:
@@ -109,9 +121,14 @@ class OnnxTokenLoop(TokenLoop):
             return logits.argmax(axis=-1)
         return as_numpy(self._choose(logits=logits))
 
-    def _next_tokens(self, logits):
+    def _choose_tokens(self, logits):
         logits = exclude_undefined_tokens(self.model, logits)
         return next_tokens(self.model.sampler, logits)
+
+    def _sample_tokens(self, logits, inputs, state, step):
+        logits = ops.convert_to_tensor(logits)
+        logits = exclude_undefined_tokens(self.model, logits)
+        return sample_tokens(logits, inputs, state, step)
 
 
 def uses_onnx_runtime(model: CausalLM) -> bool:

@@ -13,6 +13,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
+from keras import tree
 
 from keras_openllama.generation.kv_cache import (
     PromptLayout,
@@ -21,6 +22,7 @@ from keras_openllama.generation.kv_cache import (
     padded_cache_length,
 )
 from keras_openllama.generation.onednn_weights import PackedWeights
+from keras_openllama.generation.sampling_state import SamplingInputs, sample_tokens
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.torch_decoder import TorchDecoder
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
@@ -90,6 +92,7 @@ class TorchTokenLoop(TokenLoop):
         prompt_layout: PromptLayout,
         stop_ids: torch.Tensor,
         until: int,
+        sampling: SamplingInputs | tuple[()] = (),
     ) -> LoopState:
         """Generates tokens up to a step, or until all sequences have ended.
 
@@ -98,11 +101,18 @@ class TorchTokenLoop(TokenLoop):
             prompt_layout: second result of `start`.
             stop_ids: int `(number,)`, padded with -1.
             until: number of the step to stop at.
+            sampling: inputs of sampling; `()` uses the sampler of the model.
 
         Returns:
             The new state.
         """
-        decoder, step = state.cache.decoder, state.step
+        decoder, step, sampled = state.cache.decoder, state.step, state.sampling
+
+        def choose(logits):
+            nonlocal sampled
+            tokens, sampled = sample_tokens(logits, sampling, sampled, step)
+            return tokens
+
         start = prompt_layout.start
         decoder.prepare(stop_ids)
         if state.num_prefilled < start:
@@ -110,9 +120,13 @@ class TorchTokenLoop(TokenLoop):
         while step < until:
             if step % STEPS_BETWEEN_DONE_CHECKS == 0 and bool(state.done.all()):
                 break
-            decoder.step(used=start + step + 1)
+            decoder.step(used=start + step + 1, choose=choose if sampling else None)
             step += 1
-        return state._replace(num_prefilled=start, step=step)
+        return state._replace(num_prefilled=start, step=step, sampling=sampled)
+
+    def _on_device(self, arrays):
+        device = self.model.weights[0].value.device
+        return tree.map_structure(lambda x: torch.as_tensor(x, device=device), arrays)
 
     def _decoding(self):
         return DECODING.get(self.model.weights[0].value.device.type, "eager")

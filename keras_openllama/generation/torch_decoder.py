@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,18 +187,24 @@ class TorchDecoder:
             self.cache,
         )
 
-    def step(self, used: int) -> None:
+    def step(
+        self, used: int, choose: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
         """Generates one token per sequence.
 
         Args:
             used: number of columns of the cache that are in use, this step's included.
+            choose: function of float32 logits `(batch, vocabulary_size)` that returns
+                the tokens, int `(batch,)`; `None` for the sampler of the model.
         """
-        greedy = is_greedy(self.model.sampler)
+        greedy = choose is None and is_greedy(self.model.sampler)
         run = self._run_static if self.is_static else self._run_eagerly
         logits = run(used, greedy)
         if not greedy:
-            # Samplers of Keras read their seed on the host: they are not captured.
-            self._append(next_tokens(self.model.sampler, logits))
+            # Not captured: samplers of Keras read their seed on the host.
+            if choose is None:
+                choose = functools.partial(next_tokens, self.model.sampler)
+            self._append(choose(logits))
 
     def _run_static(self, used, greedy):
         """Runs `_compute` with a padded number of columns, captured if possible."""

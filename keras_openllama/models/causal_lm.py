@@ -18,6 +18,8 @@ from keras_openllama.generation import generate as generation
 from keras_openllama.generation.kv_cache import check_cache_dtype
 from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.generation.sampling import check_sampler
+from keras_openllama.generation.sampling_config import SamplingConfig
+from keras_openllama.generation.sampling_options import SamplingOptions
 from keras_openllama.layers.adapter_merging import saving_merged
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
@@ -396,13 +398,16 @@ class OpenLlamaCausalLM(
         stop_token_ids: int | Sequence[int] | str | None = "auto",
         stop: str | Sequence[str] | None = None,
         strip_prompt: bool = False,
-    ) -> str | list[str] | dict[str, Any]:
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        num_samples: int = 1,
+        logprobs: int | None = None,
+    ) -> Any:
         """Generates text after one or more prompts.
 
-        With greedy decoding, the result for a prompt does not depend on the other
-        prompts of its batch, up to rounding. Random samplers draw once for the batch.
-        Array sizes are rounded up internally, so that few lengths need a new
-        compilation.
+        With greedy decoding, and with a `SamplingConfig` that has a seed, the result
+        for a prompt does not depend on the other prompts of its batch, up to rounding.
+        Random samplers of KerasHub draw once for the batch. Array sizes are rounded up
+        internally, so that few lengths need a new compilation.
 
         Args:
             inputs: a string or UTF-8 bytes; a list or array of them; a
@@ -423,23 +428,38 @@ class OpenLlamaCausalLM(
                 from it.
             strip_prompt: whether to return the new text without the prompt. Replies to
                 chats never include the prompt.
+            sampling: how tokens are chosen: a `SamplingConfig`, or a list with one for
+                each prompt; `None` uses the sampler of `compile`. Its values do not
+                need a new compilation.
+            num_samples: number of texts for each prompt. With more than one, the result
+                for a prompt is a list of them; arrays have so many rows for each one.
+            logprobs: returns a `Generation` for each text, with the log-probabilities
+                of its tokens, and of this many of the most likely tokens (from 0) at
+                each position.
 
         Returns:
             A string for a string or a chat; a list of strings for several; for a dict
-            of arrays, a dict of NumPy arrays with the same keys.
+            of arrays, a dict of NumPy arrays with the same keys. With `logprobs`,
+            `Generation`s instead of strings or rows of arrays.
 
         Raises:
             ValueError: if a prompt is empty or longer than the limits; if token ids or
-                mask are malformed; if the limits exceed the model's context.
+                mask are malformed; if the limits exceed the model's context; if the
+                sampling options are invalid, or need another sampler.
 
         Example:
             >>> lm.generate(["Once upon", "The sea"], max_new_tokens=4)
             ['Once upon the sea, the', 'The sea shines, and']
             >>> lm.generate("The sea", max_new_tokens=8, stop=",", strip_prompt=True)
             ' shines'
+            >>> from keras_openllama import SamplingConfig
+            >>> config = SamplingConfig(temperature=0.8, top_p=0.95, seed=1)
+            >>> len(lm.generate("The", sampling=config, num_samples=3))
+            3
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
-        return generation.generate(self, inputs, limits, strip_prompt)
+        options = SamplingOptions(sampling, num_samples, logprobs)
+        return generation.generate(self, inputs, limits, strip_prompt, options)
 
     def stream(
         self,
@@ -448,6 +468,7 @@ class OpenLlamaCausalLM(
         max_new_tokens: int | None = None,
         stop_token_ids: int | Sequence[int] | str | None = "auto",
         stop: str | Sequence[str] | None = None,
+        sampling: SamplingConfig | None = None,
     ) -> Iterator[str]:
         """Generates text after a prompt and yields it piece by piece.
 
@@ -460,6 +481,7 @@ class OpenLlamaCausalLM(
             max_new_tokens: see `generate`.
             stop_token_ids: see `generate`.
             stop: see `generate`.
+            sampling: see `generate`.
 
         Returns:
             An iterator over the pieces, which are never empty.
@@ -477,7 +499,7 @@ class OpenLlamaCausalLM(
             ' and'
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
-        return generation.stream(self, inputs, limits)
+        return generation.stream(self, inputs, limits, SamplingOptions(sampling))
 
     # ----- Export
 

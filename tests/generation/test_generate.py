@@ -20,11 +20,8 @@ from keras_openllama.generation.kv_cache import (
     padded_batch_size,
     padded_cache_length,
 )
-from keras_openllama.generation.token_loop import (
-    TokenLoop,
-    first_chunks,
-    prefill_chunks,
-)
+from keras_openllama.generation.prefill_chunks import first_chunks, prefill_chunks
+from keras_openllama.generation.token_loop import TokenLoop
 
 STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which may run a few extra steps.
 PROMPTS = ["The", "If the class body defines a name, it", "a = b\n    c"]

@@ -15,6 +15,7 @@ import keras_hub
 import tiny_models
 import torch
 
+from keras_openllama import SamplingConfig
 from keras_openllama.backend.keras_private import kernel_variable
 from keras_openllama.generation import generate as generation
 from keras_openllama.generation import token_loop_torch
@@ -40,11 +41,37 @@ def generate(lm, lengths=(3, 12, 7), new=30, stop_token_ids=STOP_IDS):
     )["token_ids"].tolist()
 
 
+def sample(lm, lengths=(3, 12, 7)):
+    ids = tiny_models.batch(tiny_models.SHAPES[0], len(lengths), max(lengths))
+    mask = tiny_models.right_padding(lengths, max(lengths))
+    configs = [
+        SamplingConfig(1.2, top_k=40, frequency_penalty=0.3, seed=1),
+        SamplingConfig(temperature=0, repetition_penalty=1.4),
+        SamplingConfig(temperature=0),
+    ]
+    results = lm.generate(
+        {"token_ids": ids, "padding_mask": mask},
+        max_new_tokens=20,
+        stop_token_ids=STOP_IDS,
+        sampling=configs,
+        logprobs=2,
+    )
+    return [result.token_ids for result in results], results[0].logprobs
+
+
 def with_eager_steps(monkeypatch, run):
     """The result of the steps that CPUs run."""
     with monkeypatch.context() as context:
         context.setattr(token_loop_torch, "DECODING", {})
         return run()
+
+
+def test_torch_decoder_samples_as_eager_steps_do(monkeypatch):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    expected, expected_logprobs = with_eager_steps(monkeypatch, lambda: sample(lm))
+    found, logprobs = sample(lm)
+    assert found == expected
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
 
 
 def free_decoders(lm):

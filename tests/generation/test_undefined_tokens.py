@@ -6,7 +6,7 @@ import torch
 from tiny_models import TinyShape, in_transformers
 from tokenizer_models import trained_model
 
-from keras_openllama import OpenLlamaCausalLM
+from keras_openllama import OpenLlamaCausalLM, SamplingConfig
 
 PROMPTS = ["the sea", "a ship"]
 
@@ -63,3 +63,14 @@ def test_samplers_never_choose_undefined_tokens(models, sampler):
     for new_tokens in loop.generate(prompts, [12, 12], [2]):
         ids = {i for sequence in new_tokens for i in sequence}
         assert ids and not ids & set(tokenizer.vocabulary.ids_without_token(1024))
+
+
+def test_sampling_never_chooses_undefined_tokens(models):
+    _, lm = models
+    lm.compile(sampler="greedy")
+    undefined = lm.preprocessor.tokenizer.vocabulary.ids_without_token(1024)
+    results = lm.generate(
+        PROMPTS, max_new_tokens=12, sampling=SamplingConfig(3.0, seed=1), logprobs=0
+    )
+    for result in results:
+        assert result.token_ids and not set(result.token_ids) & set(undefined)
