@@ -21,6 +21,7 @@ _MODULES = {
     "OpenLlamaCausalLMPreprocessor": "models.causal_lm_preprocessor",
     "OpenLlamaCausalLM": "models.causal_lm",
     "SamplingConfig": "generation.sampling_config",
+    "Generation": "generation.generation_result",
 }
 
 _NAMESPACES = (

@@ -76,10 +76,28 @@ non_negative_number = number(
     lambda value: 0 <= value <= _FLOAT32_MAX,
     "a non-negative number in the range of float32",
 )
+finite_number = number(lambda value: abs(value) <= _FLOAT32_MAX, "a number")
 temperature = number(lambda value: 0 <= value <= _FLOAT32_MAX, "a number of at least 0")
 probability = number(lambda value: 0 < value <= 1, "a number in (0, 1]")
 share = number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 fraction = number(lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def logit_bias(text: str) -> tuple[int, float]:
+    """Parses a bias of a token's logit.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is not `ID=VALUE`.
+
+    Example:
+        >>> logit_bias("13=-2.5")
+        (13, -2.5)
+    """
+    token, _, value = text.partition("=")
+    try:
+        return non_negative_int(token), finite_number(value)
+    except argparse.ArgumentTypeError:
+        _fail("ID=VALUE, such as 13=-2.5", text)
 
 
 def not_empty(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
@@ -16,13 +16,17 @@ from keras_openllama.cli.process import (
     quiet_tensorflow,
 )
 
+if TYPE_CHECKING:
+    from keras_openllama.generation.sampling_config import SamplingConfig
+
 DEFAULT_PRESET = "open_llama_nano"
-# Sampler -> the options that apply to it.
+# Sampler -> the options that apply to it. Penalties and the like apply to all.
+_RANDOM = ("temperature", "min_p", "seed", "num_samples")
 SAMPLERS = {
     "greedy": (),
-    "random": ("temperature", "seed"),
-    "top_k": ("top_k", "temperature", "seed"),
-    "top_p": ("top_p", "top_k", "temperature", "seed"),
+    "random": _RANDOM,
+    "top_k": ("top_k", *_RANDOM),
+    "top_p": ("top_p", "top_k", *_RANDOM),
 }
 DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TOP_K = 40
@@ -42,6 +46,10 @@ examples:
 
   Random sampling; --seed makes it reproducible:
     %(prog)s "It was a dark night" --top-p 0.9 --temperature 0.8 --seed 1
+
+  Three texts, without many repetitions:
+    %(prog)s "It was a dark night" --min-p 0.05 --repetition-penalty 1.1 \\
+        --num-samples 3 --seed 1
 
   Ask a published model, stop at the first new line, and print only the answer:
     %(prog)s $'Q: What is the largest animal?\\nA:' \\
@@ -121,14 +129,14 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     )
     sampling = parser.add_argument_group(
         "sampling",
-        "Greedy decoding, unless one of these is given.",
+        "Greedy decoding, unless --sampler or an option that implies one is given.",
     )
     sampling.add_argument(
         "--sampler",
         choices=SAMPLERS,
         help="sample from all tokens (random), the K most likely (top_k), or the most "
-        "likely with a total probability of P (top_p). The options below imply a "
-        "sampler",
+        "likely with a total probability of P (top_p). --temperature, --top-k, "
+        "--top-p, --min-p, --seed and --num-samples imply a sampler",
     )
     sampling.add_argument(
         "--temperature",
@@ -157,6 +165,69 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         metavar="N",
         help="random seed, for reproducible text",
     )
+    sampling.add_argument(
+        "--min-p",
+        type=types.share,
+        metavar="P",
+        help="sample only tokens that are at least P times as probable as the most "
+        "likely one",
+    )
+    sampling.add_argument(
+        "--num-samples",
+        type=types.positive_int,
+        metavar="N",
+        help="number of texts, printed when all are complete (default: 1)",
+    )
+    controls = parser.add_argument_group(
+        "controls of single tokens", "They apply to greedy decoding, too."
+    )
+    controls.add_argument(
+        "--repetition-penalty",
+        type=types.positive_number,
+        default=1.0,
+        metavar="X",
+        help="above 1, tokens of the prompt and of the new text become less likely "
+        "(default: %(default)s)",
+    )
+    controls.add_argument(
+        "--presence-penalty",
+        type=types.finite_number,
+        default=0.0,
+        metavar="X",
+        help="subtract X from the logits of tokens of the new text (default: "
+        "%(default)s)",
+    )
+    controls.add_argument(
+        "--frequency-penalty",
+        type=types.finite_number,
+        default=0.0,
+        metavar="X",
+        help="subtract X from the logit of a token for each time that the new text "
+        "contains it (default: %(default)s)",
+    )
+    controls.add_argument(
+        "--logit-bias",
+        type=types.logit_bias,
+        action="append",
+        default=[],
+        metavar="ID=VALUE",
+        help="add a number to the logit of a token; may be given several times",
+    )
+    controls.add_argument(
+        "--ban",
+        type=types.non_negative_int,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="never generate this token; may be given several times",
+    )
+    controls.add_argument(
+        "--min-new-tokens",
+        type=types.non_negative_int,
+        default=0,
+        metavar="N",
+        help="generate no end token before N new tokens (default: %(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -164,7 +235,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
-    sampler = sampler_config(options)
+    sampling = sampling_config(options)
     prompt = options.prompt
     if prompt == "-":
         # The new line at the end of a file is not part of the prompt.
@@ -173,12 +244,11 @@ def main(arguments: list[str], prog: str) -> int | None:
         raise ValueError("PROMPT is empty: the model needs text to continue.")
     require_preset("--preset", options.preset)
     choose_backend(options.backend)
-    _print_generated(prompt, sampler, options)
+    _print_generated(prompt, sampling, options)
 
 
-def _print_generated(prompt, sampler, options):
+def _print_generated(prompt, sampling, options):
     with quiet_tensorflow():
-        from keras_openllama.backend.keras_hub import get_sampler
         from keras_openllama.generation.limits import ContextLengthError
         from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
@@ -190,19 +260,29 @@ def _print_generated(prompt, sampler, options):
     )
     if options.adapters:
         lm.load_adapters(options.adapters)
-    lm.compile(sampler=get_sampler(sampler), kv_cache_dtype=options.kv_cache_dtype)
+    lm.compile(kv_cache_dtype=options.kv_cache_dtype)
     limits = {"max_new_tokens": options.max_new_tokens}
     if options.max_new_tokens is None:
         limits = {
             "max_new_tokens": DEFAULT_MAX_NEW_TOKENS,
             "max_length": lm.backbone.context_length,
         }
+    arguments = {"stop": options.stop, "sampling": sampling, **limits}
+    shown = "" if options.strip_prompt else prompt
     try:
-        pieces = lm.stream(prompt, stop=options.stop, **limits)
+        if options.num_samples is not None and options.num_samples > 1:
+            texts = lm.generate(
+                prompt, strip_prompt=True, num_samples=options.num_samples, **arguments
+            )
+        else:
+            texts, pieces = None, lm.stream(prompt, **arguments)
     except ContextLengthError as error:
         raise ValueError(_too_long(error, options)) from error
-    if not options.strip_prompt:
-        print(prompt, end="", flush=True)
+    if texts is not None:
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number} of {len(texts)} ---\n{shown}{text}", flush=True)
+        return
+    print(shown, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
@@ -230,33 +310,30 @@ def _too_long(error, options):
     )
 
 
-def sampler_config(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the configuration of a KerasHub sampler from the sampling options.
+def sampling_config(options: argparse.Namespace) -> SamplingConfig:
+    """Returns how tokens are chosen, from the options.
 
     Args:
-        options: Namespace with `sampler`, `temperature`, `top_k`, `top_p` and `seed`,
-            each `None` if the flag is not given.
+        options: the result of `parse_arguments`.
 
     Returns:
-        The argument of `keras_hub.samplers.get`.
+        The configuration.
 
     Raises:
         ValueError: If an option does not apply to the sampler.
 
     Example:
         >>> options = parse_arguments(["The sea", "--top-k", "5"], prog="generate")
-        >>> sampler_config(options)
-        {'class_name': 'top_k', 'config': {'k': 5}}
+        >>> sampling_config(options).top_k
+        5
     """
+    from keras_openllama.generation.sampling_config import SamplingConfig
+
     name = options.sampler or _implied_sampler(options)
-    config = {}
-    if name == "top_k":
-        config["k"] = DEFAULT_TOP_K
-    if name == "top_p":
-        config["p"] = DEFAULT_TOP_P
-    for option in ("temperature", "top_k", "top_p", "seed"):
+    given = {}
+    for option in ("temperature", "top_k", "top_p", "min_p", "seed", "num_samples"):
         value = getattr(options, option)
-        if value is None:
+        if value is None or (option, value) == ("num_samples", 1):
             continue
         if option not in SAMPLERS[name]:
             flag = "--" + option.replace("_", "-")
@@ -264,8 +341,22 @@ def sampler_config(options: argparse.Namespace) -> dict[str, Any]:
                 f"{flag} {value} does not apply to the sampler {name!r}: remove it, or "
                 "choose another sampler with --sampler."
             )
-        config[option.removeprefix("top_")] = value
-    return {"class_name": name, "config": config}
+        given[option] = value
+    given.pop("num_samples", None)
+    defaults = {
+        "greedy": {"temperature": 0.0},
+        "top_k": {"top_k": DEFAULT_TOP_K},
+        "top_p": {"top_p": DEFAULT_TOP_P},
+    }
+    return SamplingConfig(
+        **{**defaults.get(name, {}), **given},
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=dict(options.logit_bias),
+        banned_tokens=options.ban,
+        min_new_tokens=options.min_new_tokens,
+    )
 
 
 def _implied_sampler(options):
@@ -273,6 +364,7 @@ def _implied_sampler(options):
         return "top_p"
     if options.top_k is not None:
         return "top_k"
-    if options.temperature is not None or options.seed is not None:
+    implies_random = (options.temperature, options.min_p, options.seed)
+    if any(value is not None for value in implies_random):
         return "random"
-    return "greedy"
+    return "greedy" if (options.num_samples or 1) == 1 else "random"

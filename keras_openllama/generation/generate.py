@@ -97,10 +97,8 @@ def _generate_texts(
 ) -> list[Any]:
     """Returns the result for each prompt. Replies to chats never include the prompt."""
     prompt_ids = _prompt_ids(model, prompts)
-    is_chat = isinstance(prompts, ChatPrompts)
-    prefixes = [""] * len(prompt_ids)
-    if not (is_chat or strip_prompt):
-        prefixes = _repeat(prompts.texts, options.num_samples)
+    is_stripped = strip_prompt or isinstance(prompts, ChatPrompts)
+    prefixes = [""] * len(prompt_ids) if is_stripped else prompts.texts
     stop_strings = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
     recorders, steps = _start_decoding(
@@ -110,7 +108,9 @@ def _generate_texts(
         pass
     results = [
         prefix + recorder.text if options.logprobs is None else recorder.result(prefix)
-        for prefix, recorder in zip(prefixes, recorders, strict=True)
+        for prefix, recorder in zip(
+            _repeat(prefixes, options.num_samples), recorders, strict=True
+        )
     ]
     n = options.num_samples
     if n == 1:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_openllama.generation.sampling_config import SamplingConfig
-from keras_openllama.text.token_arrays import as_unique_ids
 from keras_openllama.utils.types import Tensor
+from keras_openllama.utils.validation import check_integer
 
 
 class SamplingArrays(NamedTuple):
@@ -81,16 +81,16 @@ def sampling_arrays(
     is_stop[:, list(stop_token_ids)] = True
     for row, (config, prompt) in enumerate(zip(configs, prompts, strict=True)):
         in_prompt[row, prompt] = True
-        biased = as_unique_ids(list(config.logit_bias), vocabulary_size, "logit_bias")
-        bias[row, biased] = list(config.logit_bias.values())
-        banned = as_unique_ids(config.banned_tokens, vocabulary_size, "banned_tokens")
-        bias[row, banned] = -np.inf
+        check_vocabulary(config, vocabulary_size)
+        bias[row, list(config.logit_bias)] = list(config.logit_bias.values())
+        bias[row, list(config.banned_tokens)] = -np.inf
         never = np.isneginf(bias[row]) | (is_stop[row] & (config.min_new_tokens > 0))
         if never.all():
             raise ValueError(
                 "`banned_tokens` and `min_new_tokens` exclude every token of the "
                 f"vocabulary of {vocabulary_size}. Ban fewer. Received: "
-                f"{len(banned)} banned tokens, min_new_tokens={config.min_new_tokens}"
+                f"{len(config.banned_tokens)} banned tokens, "
+                f"min_new_tokens={config.min_new_tokens}"
             )
 
     def values(name, dtype="float32"):
@@ -111,6 +111,24 @@ def sampling_arrays(
         is_stop=is_stop,
         in_prompt=in_prompt,
     )
+
+
+def check_vocabulary(config: SamplingConfig, vocabulary_size: int) -> None:
+    """Checks the token ids of a configuration.
+
+    Args:
+        config: the configuration.
+        vocabulary_size: number of tokens.
+
+    Raises:
+        ValueError: for an id outside of the vocabulary.
+
+    Example:
+        >>> check_vocabulary(SamplingConfig(banned_tokens=[5]), vocabulary_size=6)
+    """
+    for name in ("logit_bias", "banned_tokens"):
+        for token in getattr(config, name):
+            check_integer(name, token, least=0, most=vocabulary_size - 1)
 
 
 def resolve_seed(seed: int | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from keras_openllama.utils.validation import check_integer, raise_invalid
 # Logits divided by a temperature below this exceed the range of float32, or differ by
 # no more than rounding.
 ZERO_TEMPERATURE = 1e-6
+_FLOAT32_MAX = 3.4e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class SamplingConfig:
 
 def _is_finite(value):
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and abs(value) < 3e38 and math.isfinite(value)
+    return is_number and abs(value) <= _FLOAT32_MAX
 
 
 def _as_biases(biases):

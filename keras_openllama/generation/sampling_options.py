@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from keras_openllama.generation.sampling import is_greedy, is_search_sampler
-from keras_openllama.generation.sampling_arrays import resolve_seed
+from keras_openllama.generation.sampling_arrays import check_vocabulary, resolve_seed
 from keras_openllama.generation.sampling_config import SamplingConfig
 from keras_openllama.generation.sampling_state import BatchSampling
 from keras_openllama.utils.validation import check_integer, raise_invalid
@@ -74,6 +74,8 @@ class SamplingOptions:
         is_search = is_search_sampler(model.sampler)
         has_greedy_sampler = not is_search and is_greedy(model.sampler)
         configs = self._configs(model, num_prompts, is_search, has_greedy_sampler)
+        for config in configs:
+            check_vocabulary(config, model.backbone.vocabulary_size)
         plain = all(config.is_plain_greedy for config in configs)
         if plain and has_greedy_sampler and self.logprobs is None:
             return None  # The shortest program.

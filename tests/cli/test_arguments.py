@@ -24,6 +24,8 @@ pytestmark = pytest.mark.backend_free
         ("fraction", "0", 0),
         ("not_empty", " ", " "),
         ("number_of_bytes", "1.5k", 1500),
+        ("finite_number", "-1e3", -1000),
+        ("logit_bias", "13=-2.5", (13, -2.5)),
         ("mesh", "data=2,model=4", {"data": 2, "model": 4}),
     ],
 )
@@ -45,6 +47,8 @@ def test_types_parse_valid_texts(kind, text, value):
         ("share", ("-0.1", "1.1", "nan")),
         ("fraction", ("1", "-0.1", "nan")),
         ("number_of_bytes", ("0", "-1", "x", "1T", "9" * 30)),
+        ("finite_number", ("nan", "-inf", "1e300", "x")),
+        ("logit_bias", ("13", "=1", "13=", "-1=2", "13=inf", "1.5=2", "1=2=3")),
         ("mesh", ("", "data", "data=0", "rows=2", "data=-1", "data=2;fsdp=2")),
     ],
 )

@@ -14,9 +14,10 @@ import keras
 import numpy as np
 import pytest
 
+from keras_openllama import SamplingConfig
 from keras_openllama.__main__ import COMMANDS, main
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
-from keras_openllama.cli.generate import sampler_config
+from keras_openllama.cli.generate import parse_arguments, sampling_config
 from keras_openllama.models import causal_lm
 
 PROMPT = "The old man looked at the sea, and"
@@ -44,8 +45,7 @@ def fake_model(monkeypatch):
             cls.preset = preset, arguments
             return cls()
 
-        def compile(self, sampler, kv_cache_dtype):
-            type(self).sampler = sampler
+        def compile(self, kv_cache_dtype):
             type(self).kv_cache_dtype = kv_cache_dtype
 
         def before_each_piece(self):
@@ -160,6 +160,10 @@ def test_version(capsys):
         *[("--top-p", value) for value in ("0", "1.5", "nan")],
         *[("--top-k", value) for value in ("0", str(10**15))],
         *[("--seed", value) for value in ("-1", "nan", str(2**32))],
+        *[("--min-p", value) for value in ("-0.1", "1.1")],
+        *[("--logit-bias", value) for value in ("5", "5=inf")],
+        ("--repetition-penalty", "0"),
+        ("--num-samples", "0"),
     ],
     ids=" ".join,
 )
@@ -311,7 +315,8 @@ def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
     assert fake_model.kv_cache_dtype == "int8"
     prompt, writing = fake_model.arguments
     assert prompt == "zero"
-    assert writing == {"max_new_tokens": 7, "stop": ["x", "y"]}
+    greedy = SamplingConfig(temperature=0)
+    assert writing == {"max_new_tokens": 7, "stop": ["x", "y"], "sampling": greedy}
 
 
 @pytest.mark.backend_free
@@ -338,38 +343,58 @@ def test_generate_prints_warnings_in_one_line(fake_model, capsys):
 # Sampling options
 
 
-def sampler_of(**given):
-    options = {"sampler": None, "temperature": None, "top_k": None, "top_p": None}
-    return sampler_config(SimpleNamespace(**(options | {"seed": None} | given)))
+def sampling_of(*flags):
+    return sampling_config(parse_arguments(["zero", *flags], prog="generate"))
 
 
 @pytest.mark.backend_free
 @pytest.mark.parametrize(
-    ("given", "name", "config"),
+    ("flags", "expected"),
     [
-        ({}, "greedy", {}),
-        ({"temperature": 0.5}, "random", {"temperature": 0.5}),
-        ({"seed": 3}, "random", {"seed": 3}),
-        ({"top_k": 7}, "top_k", {"k": 7}),
-        ({"top_p": 0.8}, "top_p", {"p": 0.8}),
-        ({"top_p": 0.8, "top_k": 7}, "top_p", {"p": 0.8, "k": 7}),
-        ({"sampler": "top_k"}, "top_k", {"k": 40}),
-        ({"sampler": "top_p", "seed": 1}, "top_p", {"p": 0.9, "seed": 1}),
+        ("", {"temperature": 0}),
+        ("--temperature 0.5", {"temperature": 0.5}),
+        ("--seed 3", {"seed": 3}),
+        ("--num-samples 2", {}),
+        ("--num-samples 1", {"temperature": 0}),
+        ("--min-p 0.1", {"min_p": 0.1}),
+        ("--top-k 7", {"top_k": 7}),
+        ("--top-p 0.8", {"top_p": 0.8}),
+        ("--top-p 0.8 --top-k 7", {"top_p": 0.8, "top_k": 7}),
+        ("--sampler top_k", {"top_k": 40}),
+        ("--sampler top_p --seed 1", {"top_p": 0.9, "seed": 1}),
+        ("--repetition-penalty 1.1", {"temperature": 0, "repetition_penalty": 1.1}),
+        (
+            "--sampler random --presence-penalty 1 --frequency-penalty -0.5 "
+            "--logit-bias 5=2 --logit-bias 7=-1.5 --ban 3 --ban 4 --min-new-tokens 9",
+            {
+                "presence_penalty": 1,
+                "frequency_penalty": -0.5,
+                "logit_bias": {5: 2, 7: -1.5},
+                "banned_tokens": (3, 4),
+                "min_new_tokens": 9,
+            },
+        ),
     ],
 )
-def test_sampler_config_infers_the_sampler_from_its_options(given, name, config):
-    from keras_openllama.backend.keras_hub import get_sampler
-
-    result = sampler_of(**given)
-    assert result == {"class_name": name, "config": config}
-    sampler = get_sampler(result)
-    assert all(getattr(sampler, key) == value for key, value in config.items())
+def test_sampling_config_infers_the_sampler_from_its_options(flags, expected):
+    assert sampling_of(*flags.split()) == SamplingConfig(**expected)
 
 
 @pytest.mark.backend_free
-def test_sampler_config_rejects_options_of_other_samplers():
-    with pytest.raises(ValueError, match=r"--top-k 7 .*'greedy'"):
-        sampler_of(sampler="greedy", top_k=7)
+@pytest.mark.parametrize("flag", ["--top-k 7", "--min-p 0.1", "--num-samples 2"])
+def test_sampling_config_rejects_options_of_other_samplers(flag):
+    with pytest.raises(ValueError, match=rf"{flag} .*'greedy'"):
+        sampling_of("--sampler", "greedy", *flag.split())
+
+
+def test_generate_prints_each_sample(capsys):
+    flags = ["--max-new-tokens", "4", "--seed", "1", "--strip-prompt"]
+    main(["generate", PROMPT, *flags])
+    single = capsys.readouterr().out
+    main(["generate", PROMPT, *flags, "--num-samples", "2"])
+    first, second = capsys.readouterr().out.split("--- 2 of 2 ---\n")
+    assert first == "--- 1 of 2 ---\n" + single
+    assert second.strip() and second != single
 
 
 # presets

@@ -92,8 +92,11 @@ def test_num_samples_draws_different_texts_of_one_seed(lm):
     samples = lm.generate(PROMPTS[0], sampling=config, num_samples=3, **LIMITS)
     assert len(set(samples)) == 3
     assert lm.generate(PROMPTS[0], sampling=config, **LIMITS) == samples[0]
-    first, second = lm.generate(PROMPTS[:2], sampling=config, num_samples=2, **LIMITS)
+    options = dict(sampling=config, num_samples=2, **LIMITS)
+    first, second = lm.generate(PROMPTS[:2], **options)
     assert first == samples[:2] and len(second) == 2
+    stripped = lm.generate(PROMPTS[0], strip_prompt=True, **options)
+    assert [PROMPTS[0] + text for text in stripped] == first
     without_seed = [
         lm.generate(PROMPTS[0], sampling=SamplingConfig(), **LIMITS) for _ in range(2)
     ]
@@ -213,7 +216,7 @@ def test_plain_greedy_decoding_is_left_to_the_greedy_sampler(lm):
         (
             "greedy",
             {"sampling": SamplingConfig(banned_tokens=[512])},
-            "`banned_tokens` must be from 0 to 511",
+            "`banned_tokens` must be an integer from 0 to 511",
         ),
     ],
 )
@@ -229,6 +232,8 @@ def test_sampling_options_that_do_not_apply(lm, sampler, options, message):
 def test_stream_checks_sampling_immediately(lm):
     with pytest.raises(ValueError, match="1 prompts"):
         lm.stream("it", sampling=CONFIGS)
+    with pytest.raises(ValueError, match="`banned_tokens`"):
+        lm.stream("it", sampling=SamplingConfig(banned_tokens=[512]))
 
 
 def test_a_quantized_model_samples_each_sequence_by_itself():
