@@ -28,7 +28,7 @@ class Generation:
     Example:
         >>> result = lm.generate("The sea", max_new_tokens=2, logprobs=1)
         >>> result.text, result.token_ids, result.finish_reason
-        ('The sea shines', [1287, 1054], 'length')
+        ('The sea shines', [455, 1419], 'length')
     """
 
     text: str | None
