@@ -90,7 +90,7 @@ def save(
     """Saves a model as a checkpoint of EasyLM, tensor by tensor and atomically.
 
     EasyLM loads the file as `params::PATH`, `trainstate_params::PATH` or
-    `flax_params::PATH`.
+    `flax_params::PATH`. Quantized weights are dequantized.
 
     Args:
         lm: The model.
@@ -102,8 +102,8 @@ def save(
         force: Whether to replace an existing file.
 
     Raises:
-        ValueError: If the dtype or the content is unknown, a value exceeds the range of
-            the dtype, or the model is quantized.
+        ValueError: If the dtype or the content is unknown, or a value exceeds the range
+            of the dtype.
         OSError: If the file exists already, or cannot be written.
 
     Example:

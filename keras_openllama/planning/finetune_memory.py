@@ -126,6 +126,8 @@ def estimate_memory(
         "current layer": 4 * tokens * sizes.current_layer(sequence_length, backend),
         "logits": _logits(sizes, tokens, backend),
     }
+    if formats and backend != "jax":  # XLA scales the values while it casts them.
+        parts["dequantized matrix"] = 2 * sizes.largest_quantized(dtype, formats)
     if dtype == "mixed_bfloat16":  # Weights are cast when they are used.
         parts["bfloat16 copies of weights"] = 2 * sizes.parameters() / devices
     if on_cpu and backend == "jax":
@@ -198,6 +200,15 @@ class _Sizes:
                     shape, chosen.bits, group_size, chosen.symmetric
                 )
         return total
+
+    def largest_quantized(self, dtype, formats):
+        """Bytes of the largest quantized matrix when it is dequantized."""
+        shapes = [
+            spec.shape(self.axes)
+            for spec in weight_specs(self.layers)
+            if spec.path.rpartition("/")[0] in formats
+        ]
+        return _BYTES[dtype] * max(math.prod(shape) for shape in shapes)
 
     def adapters(self, rank, targets):
         """Number of parameters of the adapters."""

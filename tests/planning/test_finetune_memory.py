@@ -174,6 +174,16 @@ def test_estimate_memory_decreases_with_each_memory_saving_option(name):
         (4745, 8, dict(backend="torch")),
         (1630, 4, dict(lora_rank=8, backend="tensorflow")),
         (2010, 4, dict(backend="tensorflow")),
+        (687, 2, dict(lora_rank=8, sequence_length=256, quantization="int4")),
+        (
+            *(666, 2),
+            dict(
+                lora_rank=8,
+                sequence_length=256,
+                quantization="int4",
+                backend="torch",
+            ),
+        ),
     ],
 )
 def test_estimate_memory_is_close_to_cpu_measurements(measured, batch_size, options):
@@ -185,7 +195,11 @@ def test_estimate_memory_is_close_to_cpu_measurements(measured, batch_size, opti
         hidden_dim=512,
         intermediate_dim=1376,
     )
-    found = estimate_memory(config, "float32", batch_size=batch_size, **options)
+    options = dict(options)
+    formats = formats_of(options.pop("quantization", None), config)
+    found = estimate_memory(
+        config, "float32", batch_size=batch_size, formats=formats, **options
+    )
     # The reserved share exceeds any underestimate.
     assert (1 - RESERVED_SHARE) * measured < found.total / 2**20 < 1.3 * measured
 
