@@ -22,6 +22,8 @@ _MODULES = {
     "OpenLlamaCausalLM": "models.causal_lm",
     "SamplingConfig": "generation.sampling_config",
     "Generation": "generation.generation_result",
+    "PromptLookup": "generation.drafting",
+    "DraftModel": "generation.drafting",
 }
 
 _NAMESPACES = (

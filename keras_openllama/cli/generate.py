@@ -28,6 +28,7 @@ SAMPLERS = {
     "top_k": ("top_k", *_RANDOM),
     "top_p": ("top_p", "top_k", *_RANDOM),
 }
+PROMPT_LOOKUP = "prompt_lookup"
 DEFAULT_MAX_NEW_TOKENS = 128
 DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.9
@@ -58,6 +59,9 @@ examples:
   Read the prompt from a file, run on PyTorch in bfloat16, half of the memory:
     %(prog)s - --preset open_llama_7b_v2 --backend torch \\
         --dtype bfloat16 < prompt.txt
+
+  Generate sooner what repeats parts of the prompt, such as an edited text:
+    %(prog)s - --preset open_llama_3b_v2 --draft prompt_lookup < edit.txt
 
   Load your own model from a directory, a training run, or the Hub:
     %(prog)s "Dear Sir," --preset ./my_finetuned_model
@@ -126,6 +130,19 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--no-prompt",
         action="store_true",
         help="print the generated text without the prompt",
+    )
+    speed = parser.add_argument_group("speculative decoding")
+    speed.add_argument(
+        "--draft",
+        metavar="DRAFT",
+        help="propose tokens that the model verifies several at once: prompt_lookup, "
+        "for text that repeats parts of the prompt or of itself, or the preset of a "
+        "smaller model with the same tokenizer. The text is the same (default: none)",
+    )
+    speed.add_argument(
+        "--draft-stats",
+        action="store_true",
+        help="print to standard error how many proposed tokens were accepted",
     )
     sampling = parser.add_argument_group(
         "sampling",
@@ -242,13 +259,18 @@ def main(arguments: list[str], prog: str) -> int | None:
         prompt = _read_stdin().removesuffix("\n")
     if not prompt:
         raise ValueError("PROMPT is empty: the model needs text to continue.")
+    if options.draft_stats and options.draft is None:
+        raise ValueError("--draft-stats needs --draft.")
     require_preset("--preset", options.preset)
+    if options.draft not in (None, PROMPT_LOOKUP):
+        require_preset("--draft", options.draft)
     choose_backend(options.backend)
     _print_generated(prompt, sampling, options)
 
 
 def _print_generated(prompt, sampling, options):
     with quiet_tensorflow():
+        from keras_openllama.generation.drafting import DraftModel, PromptLookup
         from keras_openllama.generation.limits import ContextLengthError
         from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
@@ -261,13 +283,19 @@ def _print_generated(prompt, sampling, options):
     if options.adapters:
         lm.load_adapters(options.adapters)
     lm.compile(kv_cache_dtype=options.kv_cache_dtype)
+    draft = None
+    if options.draft == PROMPT_LOOKUP:
+        draft = PromptLookup()
+    elif options.draft:
+        dtype = lm.backbone.compute_dtype
+        draft = DraftModel(OpenLlamaCausalLM.from_preset(options.draft, dtype=dtype))
     limits = {"max_new_tokens": options.max_new_tokens}
     if options.max_new_tokens is None:
         limits = {
             "max_new_tokens": DEFAULT_MAX_NEW_TOKENS,
             "max_length": lm.backbone.context_length,
         }
-    arguments = {"stop": options.stop, "sampling": sampling, **limits}
+    arguments = {"stop": options.stop, "sampling": sampling, "draft": draft, **limits}
     shown = "" if options.strip_prompt else prompt
     try:
         if options.num_samples is not None and options.num_samples > 1:
@@ -281,11 +309,19 @@ def _print_generated(prompt, sampling, options):
     if texts is not None:
         for number, text in enumerate(texts, start=1):
             print(f"--- {number} of {len(texts)} ---\n{shown}{text}", flush=True)
-        return
-    print(shown, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+    else:
+        print(shown, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+    if options.draft_stats:
+        stats = draft.stats
+        print(
+            f"draft: {stats.accepted} of {stats.proposed} proposed tokens accepted "
+            f"({stats.acceptance_rate:.0%}), {stats.tokens_per_step:.2f} tokens per "
+            "step of the model",
+            file=sys.stderr,
+        )
 
 
 def _read_stdin():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ from keras_openllama.generation.generation_result import (
 from keras_openllama.generation.new_tokens import NewTokens
 from keras_openllama.generation.sampling import is_search_sampler
 from keras_openllama.generation.sampling_options import SamplingOptions
+from keras_openllama.generation.speculation import (
+    generate_speculatively,
+    resolve_sampling,
+)
 from keras_openllama.generation.stop_strings import (
     TOKENS_BETWEEN_STOP_CHECKS,
     StopStringDecoder,
@@ -42,6 +47,7 @@ if keras.config.backend() == "torch":
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.generation.drafting import Draft
     from keras_openllama.generation.limits import GenerationLimits
 
 # The sampler of the model, once for each prompt.
@@ -54,6 +60,7 @@ def generate(
     limits: GenerationLimits,
     strip_prompt: bool = False,
     options: SamplingOptions = DEFAULT_OPTIONS,
+    draft: Draft | None = None,
 ) -> Any:
     """Implements `OpenLlamaCausalLM.generate`.
 
@@ -63,6 +70,7 @@ def generate(
         limits: where generation ends.
         strip_prompt: see `OpenLlamaCausalLM.generate`.
         options: how tokens are chosen.
+        draft: what proposes tokens; `None` for no speculation.
 
     Returns:
         Text, arrays or `Generation`s, see `OpenLlamaCausalLM.generate`.
@@ -78,13 +86,15 @@ def generate(
     size = model.backbone.vocabulary_size
     prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
     if isinstance(prompts, TokenArrays):
-        return _generate_arrays(model, prompts, limits, strip_prompt, options)
+        return _generate_arrays(model, prompts, limits, strip_prompt, options, draft)
     if isinstance(prompts, Batches):
         results = []
         for batch in prompts.batches:
-            results += _generate_texts(model, batch, limits, strip_prompt, options)
+            results += _generate_texts(
+                model, batch, limits, strip_prompt, options, draft
+            )
         return results
-    results = _generate_texts(model, prompts, limits, strip_prompt, options)
+    results = _generate_texts(model, prompts, limits, strip_prompt, options, draft)
     return results if prompts.batched else results[0]
 
 
@@ -94,6 +104,7 @@ def _generate_texts(
     limits: GenerationLimits,
     strip_prompt: bool,
     options: SamplingOptions,
+    draft: Draft | None,
 ) -> list[Any]:
     """Returns the result for each prompt. Replies to chats never include the prompt."""
     prompt_ids = _prompt_ids(model, prompts)
@@ -102,7 +113,7 @@ def _generate_texts(
     stop_strings = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
     recorders, steps = _start_decoding(
-        model, prompt_ids, limits, stop_strings, stride, options
+        model, prompt_ids, limits, stop_strings, stride, options, draft
     )
     for _ in steps:
         pass
@@ -134,6 +145,7 @@ def stream(
     inputs: str | dict[str, Any],
     limits: GenerationLimits,
     options: SamplingOptions = DEFAULT_OPTIONS,
+    draft: Draft | None = None,
 ) -> Iterator[str]:
     """Implements `OpenLlamaCausalLM.stream`; checks the arguments immediately.
 
@@ -142,6 +154,7 @@ def stream(
         inputs: a text or a chat.
         limits: where generation ends.
         options: how tokens are chosen.
+        draft: what proposes tokens; `None` for no speculation.
 
     Returns:
         An iterator over pieces of the new text.
@@ -169,7 +182,7 @@ def stream(
     prompt_ids = _prompt_ids(model, prompts)
     stop_strings = normalize_stop_strings(limits.stop)
     (recorder,), steps = _start_decoding(
-        model, prompt_ids, limits, stop_strings, stride=1, options=options
+        model, prompt_ids, limits, stop_strings, 1, options, draft
     )
 
     def pieces():
@@ -189,6 +202,7 @@ def _start_decoding(
     stop_strings: tuple[str, ...],
     stride: int | None,
     options: SamplingOptions,
+    draft: Draft | None,
 ) -> tuple[list[GenerationRecorder], Iterator[None]]:
     """Returns a recorder for each sequence, and an iterator that advances them."""
     default_length = model.preprocessor.sequence_length
@@ -198,8 +212,15 @@ def _start_decoding(
         GenerationRecorder(StopStringDecoder(tokenizer, ids, stop_strings), stop_ids)
         for ids in _repeat(prompt_ids, options.num_samples)
     ]
-    new_tokens = _new_tokens(model, prompt_ids, token_limits, stop_ids, stride, options)
-    return recorders, decode_until_stopped(recorders, new_tokens)
+    inputs = (model, prompt_ids, token_limits, stop_ids)
+    if draft is None:
+        new_tokens = _new_tokens(*inputs, stride, options)
+        return recorders, decode_until_stopped(recorders, new_tokens)
+    # One after the other: a stop string ends one of them only.
+    sequences = zip(recorders, _speculate(*inputs, options, draft), strict=True)
+    return recorders, itertools.chain.from_iterable(
+        decode_until_stopped([recorder], new) for recorder, new in sequences
+    )
 
 
 def _new_tokens(
@@ -226,12 +247,32 @@ def _new_tokens(
     )
 
 
+def _speculate(
+    model: CausalLM,
+    prompt_ids: list[list[int]],
+    token_limits: list[int],
+    stop_ids: list[int],
+    options: SamplingOptions,
+    draft: Draft,
+) -> list[Iterator[list[NewTokens]]]:
+    """`_new_tokens` with a draft, of each sequence by itself."""
+    return generate_speculatively(
+        model,
+        draft,
+        _repeat(prompt_ids, options.num_samples),
+        _repeat(token_limits, options.num_samples),
+        stop_ids,
+        resolve_sampling(model, options, len(prompt_ids)),
+    )
+
+
 def _generate_arrays(
     model: CausalLM,
     prompts: TokenArrays,
     limits: GenerationLimits,
     strip_prompt: bool,
     options: SamplingOptions,
+    draft: Draft | None,
 ) -> dict[str, np.ndarray] | list[Any]:
     if limits.stop is not None:
         raise ValueError(
@@ -240,7 +281,12 @@ def _generate_arrays(
         )
     prompt_ids, width = prompts.sequences, prompts.width
     token_limits, stop_ids = limits.resolve(model, prompt_ids, width)
-    (outputs,) = _new_tokens(model, prompt_ids, token_limits, stop_ids, None, options)
+    inputs = (model, prompt_ids, token_limits, stop_ids)
+    if draft is None:
+        (outputs,) = _new_tokens(*inputs, None, options)
+    else:
+        sequences = _speculate(*inputs, options, draft)
+        outputs = [NewTokens.joined(new for (new,) in run) for run in sequences]
     if options.logprobs is not None:
         return [_generation_of_ids(new, stop_ids) for new in outputs]
     longest = max(

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 MIN_CACHE_LENGTH = 256
 # Values of `kv_cache_dtype`, see `OpenLlamaCausalLM.compile`.
 CACHE_DTYPES = (None, "int8")
+# Heuristic: most tokens that `SlotDecoder.verify` takes. Reading the weights takes
+# longer than the products with so many.
+MAX_VERIFIED = 16
 
 
 class PromptLayout(NamedTuple):

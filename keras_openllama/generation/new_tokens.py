@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -19,6 +20,20 @@ class NewTokens(NamedTuple):
     ids: list[int]
     logprobs: Sequence[float] = ()
     top_logprobs: Sequence[dict[int, float]] = ()
+
+    @classmethod
+    def joined(cls, parts: Iterable[NewTokens]) -> NewTokens:
+        """Joins successive tokens of a sequence.
+
+        Args:
+            parts: the tokens.
+
+        Example:
+            >>> NewTokens.joined([NewTokens([5, 6]), NewTokens([7])]).ids
+            [5, 6, 7]
+        """
+        columns = zip(*parts, strict=True)
+        return cls(*(list(itertools.chain.from_iterable(c)) for c in columns))
 
 
 def cut_at_stop_id(ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -100,7 +100,7 @@ class OnnxCache:
             for kind in ("key", "value")
         }
         self._tables = rotary_tables(decoder.model, max(columns, MIN_CACHE_LENGTH))
-        self._bindings = {}  # By the first row and the one after the last.
+        self._bindings = {}  # By first row, the one after the last, number of logits.
         self.lengths = np.zeros(batch, "int64")
 
     def prefill(self, prefixes: list[np.ndarray]) -> None:
@@ -114,16 +114,23 @@ class OnnxCache:
                 self.feed(row, ids[start : start + CHUNK], start)
             self.lengths[row] = len(ids)
 
-    def feed(self, row: int, tokens: np.ndarray, start: int) -> None:
+    def feed(
+        self, row: int, tokens: np.ndarray, start: int, num_logits: int = 1
+    ) -> np.ndarray:
         """Writes tokens of one sequence to the cache.
 
         Args:
             row: number of the sequence.
             tokens: int `(length,)`.
             start: position of the first of them.
+            num_logits: of how many of the last of them logits are returned.
+
+        Returns:
+            Logits float32 `(num_logits, vocabulary_size)`.
         """
-        binding = self._binding_of(row, row + 1)
-        self._run(binding, tokens[None], np.array([start + len(tokens)]))
+        binding = self._binding_of(row, row + 1, num_logits)
+        lengths = np.array([start + len(tokens)])
+        return self._run(binding, tokens[None], lengths, num_logits)[0]
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Feeds one token of each sequence.
@@ -159,10 +166,12 @@ class OnnxCache:
         arrays = list(self._arrays.values())
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
-    def _binding_of(self, first, end):
-        if (first, end) not in self._bindings:
-            self._bindings[first, end] = self._bind(first, end)
-        return self._bindings[first, end]
+    def _binding_of(self, first, end, num_logits=1):
+        # A binding keeps its output, so it has one for each shape of the logits.
+        key = first, end, num_logits
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(first, end)
+        return self._bindings[key]
 
     def _bind(self, first, end):
         """Binds the cache of some sequences: the graph updates it in place."""
@@ -176,10 +185,11 @@ class OnnxCache:
         binding.bind_output("logits")
         return binding
 
-    def _run(self, binding, tokens, lengths):
+    def _run(self, binding, tokens, lengths, num_logits=1):
         mask = np.arange(lengths.max()) < lengths[:, None]
         tokens = np.ascontiguousarray(tokens, "int64")
         binding.bind_cpu_input("input_ids", tokens)
+        binding.bind_cpu_input("first_logit", np.array([-num_logits]))
         binding.bind_cpu_input("attention_mask", mask.astype("int64"))
         self._session.run_with_iobinding(binding)
         # A copy, since the next run uses the same memory.

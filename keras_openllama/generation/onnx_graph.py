@@ -13,7 +13,9 @@ Inputs and outputs have the names of ONNX Runtime GenAI:
     past_key_values.{layer}.key      float32 (batch, heads, columns, head size)
     past_key_values.{layer}.value    the same; `present.{layer}.…` may be its memory
     cos, sin                         float32 (positions, half a head), if not constant
-    logits                           float32 (batch, 1, vocabulary), of the last token
+    first_logit                      int64 (1,): minus the number of last tokens with
+                                     logits; only beside `cos`, otherwise it is 1
+    logits                           float32 (batch, number, vocabulary)
 
 ONNX Runtime needs halves of heads that are a multiple of 8. Others are padded by zeros,
 as the 50 of OpenLLaMA 3B to 56.
@@ -106,10 +108,21 @@ class _DecoderGraph:
         for i, layer in enumerate(backbone.transformer_layers):
             residual, update = self._layer(f"layer.{i}", i, layer, residual, update)
         normed, _ = self._norm("final_norm", backbone.final_norm, residual, update)
-        last = self.graph.add("Gather", [normed, "minus_one"], "last_hidden", axis=1)
+        last, number = self._last_positions(normed, positions)
         (logits,) = self._project("head", last, [model.lm_head])
         self.graph.add("Identity", [logits], "logits")
-        self.graph.output("logits", "float32", ["batch", 1, backbone.vocabulary_size])
+        shape = ["batch", number, backbone.vocabulary_size]
+        self.graph.output("logits", "float32", shape)
+
+    def _last_positions(self, x, positions):
+        """Adds the selection of the positions with logits; returns their number too."""
+        if positions is not None:
+            last = self.graph.add("Gather", [x, "minus_one"], "last_hidden", axis=1)
+            return last, 1
+        self.graph.input("first_logit", "int64", [1])
+        end = self.graph.constant("int32_max", [2**31 - 1])
+        inputs = [x, "first_logit", end, "axis_1"]
+        return self.graph.add("Slice", inputs, "last_hidden"), "num_logits"
 
     def _add_rotary_tables(self, positions):
         if positions is None:

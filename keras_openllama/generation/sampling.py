@@ -74,8 +74,8 @@ def check_sampler(sampler: Sampler, vocabulary_size: int) -> None:
         )
     if isinstance(sampler, SpeculativeSampler):
         raise ValueError(
-            "`SpeculativeSampler` needs a draft model, which `generate` has no "
-            "argument for. Use another sampler, such as 'greedy'. "
+            "`SpeculativeSampler` is not supported as a sampler. Pass the draft model "
+            "as `draft` to `generate`, and use another sampler, such as 'greedy'. "
             f"Received: sampler={sampler!r}"
         )
     if getattr(sampler, "return_all_beams", False):

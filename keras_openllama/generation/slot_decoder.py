@@ -67,6 +67,20 @@ class SlotDecoder(Protocol):
             array may be modified, and is valid until the next step.
         """
 
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
+        """Feeds several tokens to one sequence, and returns the logits after each.
+
+        Args:
+            slot: number of the slot.
+            tokens: token ids, at least one and at most
+                `kv_cache.MAX_VERIFIED`.
+            start: position of the first of them; later ones are forgotten.
+
+        Returns:
+            float32 `(len(tokens), vocabulary_size)`, as that of `step`. Afterwards the
+            length of the slot is `start + len(tokens)`.
+        """
+
     def read_prefix(self, slot: int, length: int) -> Any:
         """Copies the keys and values of the first tokens of a slot.
 

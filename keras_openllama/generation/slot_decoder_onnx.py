@@ -62,6 +62,12 @@ class OnnxSlotDecoder:
         logits = self._cache.step_rows(fed, lengths)
         return logits[[self._rows[slot] for slot in slots]]
 
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
+        """See `SlotDecoder.verify`."""
+        self.lengths[slot] = start + len(tokens)
+        row, tokens = self._rows[slot], np.asarray(tokens)
+        return self._cache.feed(row, tokens, start, num_logits=len(tokens))
+
     def read_prefix(self, slot: int, length: int) -> Any:
         """See `SlotDecoder.read_prefix`."""
         row = self._rows[slot]

@@ -69,6 +69,19 @@ class TorchSlotDecoder:
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> None:
         """See `SlotDecoder.prefill`."""
+        self._feed(slot, tokens, start)
+
+    @torch.no_grad()
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
+        """See `SlotDecoder.verify`."""
+        return as_numpy(self._logits(self._feed(slot, tokens, start))[0])
+
+    def _logits(self, x):
+        x = rms_norm(x, self._network.final_norm, self._network.epsilon)
+        return project(x, self._network.lm_head).float()
+
+    def _feed(self, slot, tokens, start):
+        """Feeds tokens to one slot and returns the output of the last layer."""
         end = start + len(tokens)
         positions = torch.arange(start, end, device=self.device)
         # Causal: a token sees the columns up to its own.
@@ -88,8 +101,8 @@ class TorchSlotDecoder:
             )
             return context.transpose(1, 2)
 
-        self._run([slot], [tokens], positions[None], attend)
         self.lengths[slot] = end
+        return self._run([slot], [tokens], positions[None], attend)
 
     @torch.no_grad()
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
@@ -116,8 +129,7 @@ class TorchSlotDecoder:
         is_single = len(slots) == 1 and self.device.type == "cpu"
         with without_onednn() if is_single else contextlib.nullcontext():
             x = self._run(slots, [[token] for token in tokens], positions, attend)
-            x = rms_norm(x, self._network.final_norm, self._network.epsilon)
-            logits = project(x, self._network.lm_head)[:, 0].float()
+            logits = self._logits(x)[:, 0]
         for slot in slots:
             self.lengths[slot] += 1
         return as_numpy(logits)

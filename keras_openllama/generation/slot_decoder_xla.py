@@ -21,6 +21,7 @@ from keras import ops
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.layer_programs import layer_programs
 from keras_openllama.generation.kv_cache import (
+    MAX_VERIFIED,
     MIN_CACHE_LENGTH,
     init_cache,
     padded_cache_length,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Heuristic, see `token_loop.prefill_chunks`.
 CHUNKS = (32, 64, 128, 256)
+# Numbers of tokens for which `verify` has programs.
+VERIFIED = (4, 8, MAX_VERIFIED)
 # Heuristic: rows that a program attends for; to start one takes 0.1 ms.
 GROUP = 8
 
@@ -77,7 +80,18 @@ class XlaSlotDecoder:
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> None:
         """See `SlotDecoder.prefill`."""
-        size = min(chunk for chunk in self.chunks if chunk >= len(tokens))
+        self._feed(slot, tokens, start, self.chunks)
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
+        """See `SlotDecoder.verify`."""
+        x = self._feed(slot, tokens, start, VERIFIED)
+        layers = [self.model.backbone.final_norm, self.model.lm_head]
+        logits = self._run(_project_logits, layers, x=x)
+        return np.array(as_numpy(logits)[: len(tokens)])
+
+    def _feed(self, slot, tokens, start, sizes):
+        """Feeds tokens, filled up to one of some numbers, to all layers."""
+        size = min(size for size in sizes if size >= len(tokens))
         padded = np.zeros((1, size), "int32")
         padded[0, : len(tokens)] = tokens
         self._reserve(slot, start + size)
@@ -101,6 +115,7 @@ class XlaSlotDecoder:
                 start=np.int32(start),
             )
         self.lengths[slot] = start + len(tokens)
+        return x
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
         """See `SlotDecoder.step`."""
@@ -263,6 +278,10 @@ def _finish_and_begin(layer, next_layer, x, contexts, cos, sin):
 def _finish(layer, norm, head, x, contexts):
     logits = head(norm(_finish_layer(layer, x, contexts)))
     return ops.cast(logits[:, 0], "float32")
+
+
+def _project_logits(norm, head, x):
+    return ops.cast(head(norm(x))[0], "float32")
 
 
 def _prefill_layer(layer, x, cos, sin, cache, start):

@@ -118,14 +118,58 @@ class SlotSampler:
             tokens = [ChosenToken(int(token)) for token in logits.argmax(axis=-1)]
         else:
             tokens = self._choose_by_controls(logits, controls, top_logprobs, allowed)
-        for control, chosen in zip(controls, tokens, strict=True):
-            control.counts[chosen.token_id] += 1
-            control.step += 1
+        for slot, chosen in zip(slots, tokens, strict=True):
+            self.accept(slot, [chosen.token_id])
         return tokens
+
+    def accept(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Appends tokens to the sequence in a slot.
+
+        Args:
+            slot: number of the slot.
+            token_ids: the tokens; `choose` has appended those that it returned.
+        """
+        control = self._controls[slot]
+        np.add.at(control.counts, list(token_ids), 1)
+        control.step += len(token_ids)
+
+    def choose_run(
+        self,
+        logits: np.ndarray,
+        slot: int,
+        proposed: Sequence[int],
+        top_logprobs: int | None = None,
+    ) -> list[ChosenToken]:
+        """Chooses the tokens after proposed ones, and appends none of them.
+
+        Args:
+            logits: float32 `(number, vocabulary_size)`, after each of the last
+                `number` of the last token of the sequence and the proposed ones; may be
+                modified.
+            slot: number of the slot.
+            proposed: token ids that may follow the sequence.
+            top_logprobs: see `choose`.
+
+        Returns:
+            A token for each row of `logits`, given that the proposed ones before it
+            are right.
+        """
+        if self._undefined:
+            logits[:, self._undefined] = -np.inf
+        control, number = self._controls[slot], len(logits)
+        if control.is_plain and top_logprobs is None:
+            return [ChosenToken(int(token)) for token in logits.argmax(axis=-1)]
+        first = len(proposed) + 1 - number
+        controls = [control.after(proposed[: first + row]) for row in range(number)]
+        return self._choose_by_controls(
+            logits, controls, [top_logprobs] * number, [None] * number
+        )
 
     def _choose_by_controls(self, logits, controls, top_logprobs, allowed):
         # Padded to a power of two, as the rows of a step.
-        rows = min(self._num_slots, 1 << (len(controls) - 1).bit_length())
+        rows = 1 << (len(controls) - 1).bit_length()
+        if len(controls) <= self._num_slots < rows:
+            rows = self._num_slots
         padded = [*controls, *controls[-1:] * (rows - len(controls))]
         columns = zip(*(control.arrays for control in padded), strict=True)
         arrays = SamplingArrays(*map(np.concatenate, columns))
@@ -168,6 +212,13 @@ class _Controls:
     counts: np.ndarray
     is_plain: bool
     step: int = 0
+
+    def after(self, token_ids: Sequence[int]) -> _Controls:
+        """The controls after further tokens."""
+        counts = self.counts.copy()
+        np.add.at(counts, list(token_ids), 1)
+        step = self.step + len(token_ids)
+        return dataclasses.replace(self, counts=counts, step=step)
 
 
 def _chosen(found, row, number):

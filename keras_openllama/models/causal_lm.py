@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,6 +16,7 @@ from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampl
 from keras_openllama.checkpoints import keras_adapters
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.generation import generate as generation
+from keras_openllama.generation.drafting import DraftModel, PromptLookup
 from keras_openllama.generation.kv_cache import check_cache_dtype
 from keras_openllama.generation.limits import GenerationLimits
 from keras_openllama.generation.sampling import check_sampler
@@ -32,10 +34,12 @@ from keras_openllama.text.token_arrays import as_unique_ids
 from keras_openllama.training.fit import FitMixin, default_optimizer
 from keras_openllama.training.train_plan import plan_training
 from keras_openllama.utils.types import PathLike, Tensor
+from keras_openllama.utils.validation import raise_invalid
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import Sampler
     from keras_openllama.generation.beam_search import SearchLoop
+    from keras_openllama.generation.drafting import Draft
     from keras_openllama.generation.token_loop import TokenLoop
 
 
@@ -77,6 +81,7 @@ class OpenLlamaCausalLM(
     kv_cache_dtype = None
     generate_function = None
     _compile_arguments = None
+    _loaded_draft = None
 
     def __init__(
         self,
@@ -401,6 +406,7 @@ class OpenLlamaCausalLM(
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         num_samples: int = 1,
         logprobs: int | None = None,
+        draft: Draft | OpenLlamaCausalLM | str | None = None,
     ) -> Any:
         """Generates text after one or more prompts.
 
@@ -436,6 +442,13 @@ class OpenLlamaCausalLM(
             logprobs: returns a `Generation` for each text, with the log-probabilities
                 of its tokens, and of this many of the most likely tokens (from 0) at
                 each position.
+            draft: proposes tokens, which the model verifies several at once. The result
+                is the same, up to rounding, and comes sooner if many proposals are
+                right. `"prompt_lookup"` or a `PromptLookup` repeats what followed the
+                last tokens before; a smaller model with the same tokenizer, its preset,
+                or a `DraftModel` generates proposals. A preset is loaded at the first
+                call. Several prompts are generated one after the other. Needs greedy
+                decoding or a `SamplingConfig`.
 
         Returns:
             A string for a string or a chat; a list of strings for several; for a dict
@@ -445,7 +458,8 @@ class OpenLlamaCausalLM(
         Raises:
             ValueError: if a prompt is empty or longer than the limits; if token ids or
                 mask are malformed; if the limits exceed the model's context; if the
-                sampling options are invalid, or need another sampler.
+                sampling options are invalid, or need another sampler; if the draft has
+                another tokenizer.
 
         Example:
             >>> lm.generate(["Once upon", "The sea"], max_new_tokens=4)
@@ -456,10 +470,13 @@ class OpenLlamaCausalLM(
             >>> config = SamplingConfig(temperature=0.8, top_p=0.95, seed=1)
             >>> len(lm.generate("The", sampling=config, num_samples=3))
             3
+            >>> lm.generate("The sea", max_new_tokens=4, draft="prompt_lookup")
+            'The sea shines, and'
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         options = SamplingOptions(sampling, num_samples, logprobs)
-        return generation.generate(self, inputs, limits, strip_prompt, options)
+        draft = self._resolve_draft(draft)
+        return generation.generate(self, inputs, limits, strip_prompt, options, draft)
 
     def stream(
         self,
@@ -469,6 +486,7 @@ class OpenLlamaCausalLM(
         stop_token_ids: int | Sequence[int] | str | None = "auto",
         stop: str | Sequence[str] | None = None,
         sampling: SamplingConfig | None = None,
+        draft: Draft | OpenLlamaCausalLM | str | None = None,
     ) -> Iterator[str]:
         """Generates text after a prompt and yields it piece by piece.
 
@@ -482,6 +500,7 @@ class OpenLlamaCausalLM(
             stop_token_ids: see `generate`.
             stop: see `generate`.
             sampling: see `generate`.
+            draft: see `generate`.
 
         Returns:
             An iterator over the pieces, which are never empty.
@@ -499,7 +518,30 @@ class OpenLlamaCausalLM(
             ' and'
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
-        return generation.stream(self, inputs, limits, SamplingOptions(sampling))
+        options, draft = SamplingOptions(sampling), self._resolve_draft(draft)
+        return generation.stream(self, inputs, limits, options, draft)
+
+    def _resolve_draft(self, draft):
+        """Converts the argument `draft` of `generate`."""
+        if draft is None or isinstance(draft, (PromptLookup, DraftModel)):
+            return draft
+        if draft == "prompt_lookup":
+            return PromptLookup()
+        if isinstance(draft, OpenLlamaCausalLM):
+            return DraftModel(draft)
+        if not isinstance(draft, (str, PurePath)):
+            raise_invalid(
+                "draft",
+                draft,
+                '"prompt_lookup", a `PromptLookup`, a model or its preset, a '
+                "`DraftModel`, or None",
+            )
+        # In a function, which Keras does not track: the draft is no part of the model.
+        loaded, lm = self._loaded_draft() if self._loaded_draft else (None, None)
+        if loaded != draft:
+            lm = OpenLlamaCausalLM.from_preset(draft, dtype=self.backbone.compute_dtype)
+            self._loaded_draft = lambda: (draft, lm)
+        return DraftModel(lm)
 
     # ----- Export
 
