@@ -558,7 +558,8 @@ class OpenLlamaCausalLM(
         `AutoModelForCausalLM.from_pretrained(path)`,
         `AutoTokenizer.from_pretrained(path)` and `OpenLlamaCausalLM.from_preset(path)`
         load it without further arguments. Weights are written tensor by tensor, with
-        LoRA adapters merged. The directory appears at `path` only when it is complete.
+        LoRA adapters merged and quantized weights dequantized. The directory appears at
+        `path` only when it is complete.
 
         Args:
             path: path of the new directory.
@@ -570,8 +571,8 @@ class OpenLlamaCausalLM(
 
         Raises:
             ValueError: for an unknown dtype or size; if a value exceeds the range of
-                the dtype; if the model is quantized; if its tokenizer cannot be
-                expressed in `tokenizer.json`.
+                the dtype; if the tokenizer of the model cannot be expressed in
+                `tokenizer.json`.
             OSError: if the path exists already, or cannot be written.
 
         Example:
