@@ -85,7 +85,7 @@ def work(checkpoint, dtype, options):
 
     with Engine(lm, num_slots=16, context=options["context"]) as engine:
         for clients in (1, 2, 4, 8, 16):  # Compiles all programs.
-            many_clients(engine, clients, length=8, new=3)
+            many_clients(engine, clients, length, new=3)
         Client(engine, 9).complete(Client(engine, 0).prompt(300), 2)
         results["generate"] = plain_generate(lm, length, new)
         for clients in options["clients"]:
