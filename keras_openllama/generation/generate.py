@@ -29,6 +29,7 @@ from keras_openllama.generation.stop_strings import (
     normalize_stop_strings,
 )
 from keras_openllama.generation.token_loop import TokenLoop
+from keras_openllama.generation.token_loop_engine import EngineTokenLoop
 from keras_openllama.generation.token_loop_onnx import (
     OnnxTokenLoop,
     uses_onnx_runtime,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
     from keras_openllama.generation.drafting import Draft
     from keras_openllama.generation.limits import GenerationLimits
+    from keras_openllama.generation.prompt_cache import PromptCache
 
 # The sampler of the model, once for each prompt.
 DEFAULT_OPTIONS = SamplingOptions()
@@ -61,6 +63,7 @@ def generate(
     strip_prompt: bool = False,
     options: SamplingOptions = DEFAULT_OPTIONS,
     draft: Draft | None = None,
+    cache: PromptCache | None = None,
 ) -> Any:
     """Implements `OpenLlamaCausalLM.generate`.
 
@@ -71,6 +74,7 @@ def generate(
         strip_prompt: see `OpenLlamaCausalLM.generate`.
         options: how tokens are chosen.
         draft: what proposes tokens; `None` for no speculation.
+        cache: see `OpenLlamaCausalLM.generate`.
 
     Returns:
         Text, arrays or `Generation`s, see `OpenLlamaCausalLM.generate`.
@@ -85,16 +89,21 @@ def generate(
     """
     size = model.backbone.vocabulary_size
     prompts = normalize_prompts(inputs, size, model.preprocessor is not None)
+    if cache is not None and draft is not None:
+        raise ValueError(
+            "`draft` and `cache` cannot be combined. Pass one of them. Received: "
+            f"draft={draft!r}, cache={cache!r}"
+        )
+    loop = None if cache is None else EngineTokenLoop(model, cache)
+    arguments = limits, strip_prompt, options, draft, loop
     if isinstance(prompts, TokenArrays):
-        return _generate_arrays(model, prompts, limits, strip_prompt, options, draft)
+        return _generate_arrays(model, prompts, *arguments)
     if isinstance(prompts, Batches):
         results = []
         for batch in prompts.batches:
-            results += _generate_texts(
-                model, batch, limits, strip_prompt, options, draft
-            )
+            results += _generate_texts(model, batch, *arguments)
         return results
-    results = _generate_texts(model, prompts, limits, strip_prompt, options, draft)
+    results = _generate_texts(model, prompts, *arguments)
     return results if prompts.batched else results[0]
 
 
@@ -105,6 +114,7 @@ def _generate_texts(
     strip_prompt: bool,
     options: SamplingOptions,
     draft: Draft | None,
+    loop: EngineTokenLoop | None,
 ) -> list[Any]:
     """Returns the result for each prompt. Replies to chats never include the prompt."""
     prompt_ids = _prompt_ids(model, prompts)
@@ -113,7 +123,7 @@ def _generate_texts(
     stop_strings = normalize_stop_strings(limits.stop)
     stride = TOKENS_BETWEEN_STOP_CHECKS if stop_strings else None
     recorders, steps = _start_decoding(
-        model, prompt_ids, limits, stop_strings, stride, options, draft
+        model, prompt_ids, limits, stop_strings, stride, options, draft, loop
     )
     for _ in steps:
         pass
@@ -142,26 +152,26 @@ def _prompt_ids(model: CausalLM, prompts: Texts | ChatPrompts) -> list[list[int]
 
 def stream(
     model: CausalLM,
-    inputs: str | dict[str, Any],
+    inputs: Any,
     limits: GenerationLimits,
     options: SamplingOptions = DEFAULT_OPTIONS,
     draft: Draft | None = None,
-) -> Iterator[str]:
+) -> Iterator[str] | Iterator[tuple[int, str]]:
     """Implements `OpenLlamaCausalLM.stream`; checks the arguments immediately.
 
     Args:
         model: `OpenLlamaCausalLM`.
-        inputs: a text or a chat.
+        inputs: a text or a chat, or a list of them.
         limits: where generation ends.
         options: how tokens are chosen.
         draft: what proposes tokens; `None` for no speculation.
 
     Returns:
-        An iterator over pieces of the new text.
+        An iterator over pieces of the new text, see `OpenLlamaCausalLM.stream`.
 
     Raises:
-        ValueError: without a preprocessor, for several prompts, an empty prompt, or
-            malformed limits.
+        ValueError: without a preprocessor, for token ids, an empty prompt, malformed
+            limits, or several prompts with another sampler than greedy.
 
     Example:
         >>> from keras_openllama.generation.limits import GenerationLimits
@@ -174,23 +184,31 @@ def stream(
             "Use `generate` with token ids."
         )
     prompts = normalize_prompts(inputs, model.backbone.vocabulary_size)
-    if not isinstance(prompts, (Texts, ChatPrompts)) or prompts.batched:
+    if not isinstance(prompts, (Texts, ChatPrompts)):
         raise ValueError(
-            "`stream` takes one text or one chat. Use `generate` for several prompts "
-            f"or for token ids. Received: inputs of type {type(inputs).__name__}"
+            "`stream` takes texts or chats. Use `generate` for token ids and for "
+            f"datasets. Received: inputs of type {type(inputs).__name__}"
+        )
+    if prompts.batched and draft is not None:
+        raise ValueError(
+            "`stream` with a `draft` takes one text or one chat. Received: inputs of "
+            f"type {type(inputs).__name__}"
         )
     prompt_ids = _prompt_ids(model, prompts)
     stop_strings = normalize_stop_strings(limits.stop)
-    (recorder,), steps = _start_decoding(
-        model, prompt_ids, limits, stop_strings, 1, options, draft
+    loop = EngineTokenLoop(model) if prompts.batched else None
+    recorders, steps = _start_decoding(
+        model, prompt_ids, limits, stop_strings, 1, options, draft, loop
     )
 
     def pieces():
-        yielded = 0
+        yielded = [0] * len(recorders)
         for _ in steps:
-            if len(recorder.text) > yielded:
-                yield recorder.text[yielded:]
-                yielded = len(recorder.text)
+            for index, recorder in enumerate(recorders):
+                if len(recorder.text) > yielded[index]:
+                    piece = recorder.text[yielded[index] :]
+                    yield (index, piece) if prompts.batched else piece
+                    yielded[index] = len(recorder.text)
 
     return pieces()
 
@@ -203,6 +221,7 @@ def _start_decoding(
     stride: int | None,
     options: SamplingOptions,
     draft: Draft | None,
+    loop: EngineTokenLoop | None,
 ) -> tuple[list[GenerationRecorder], Iterator[None]]:
     """Returns a recorder for each sequence, and an iterator that advances them."""
     default_length = model.preprocessor.sequence_length
@@ -214,7 +233,7 @@ def _start_decoding(
     ]
     inputs = (model, prompt_ids, token_limits, stop_ids)
     if draft is None:
-        new_tokens = _new_tokens(*inputs, stride, options)
+        new_tokens = _new_tokens(*inputs, stride, options, loop)
         return recorders, decode_until_stopped(recorders, new_tokens)
     # One after the other: a stop string ends one of them only.
     sequences = zip(recorders, _speculate(*inputs, options, draft), strict=True)
@@ -230,6 +249,7 @@ def _new_tokens(
     stop_ids: list[int],
     stride: int | None,
     options: SamplingOptions,
+    engine_loop: EngineTokenLoop | None,
 ) -> Iterator[list[NewTokens]]:
     """Yields new tokens of each sequence; compiles nothing before it is advanced."""
     loop = model.make_generate_function()
@@ -240,6 +260,8 @@ def _new_tokens(
         stop_ids,
         stride,
     )
+    if engine_loop is not None:
+        return engine_loop.generate(*arguments, sampling)
     if sampling is not None:
         return loop.generate_with_logprobs(*arguments, sampling)
     return (
@@ -273,6 +295,7 @@ def _generate_arrays(
     strip_prompt: bool,
     options: SamplingOptions,
     draft: Draft | None,
+    loop: EngineTokenLoop | None,
 ) -> dict[str, np.ndarray] | list[Any]:
     if limits.stop is not None:
         raise ValueError(
@@ -283,7 +306,7 @@ def _generate_arrays(
     token_limits, stop_ids = limits.resolve(model, prompt_ids, width)
     inputs = (model, prompt_ids, token_limits, stop_ids)
     if draft is None:
-        (outputs,) = _new_tokens(*inputs, None, options)
+        (outputs,) = _new_tokens(*inputs, None, options, loop)
     else:
         sequences = _speculate(*inputs, options, draft)
         outputs = [NewTokens.joined(new for (new,) in run) for run in sequences]

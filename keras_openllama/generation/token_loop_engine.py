@@ -1,4 +1,4 @@
-"""`token_loop.TokenLoop` with the slots of an `Engine`, for `stream` and prompt caches.
+"""`TokenLoop.generate` with the slots of an `Engine`: for streams and prompt caches.
 
 Sequences end one by one, and a prompt whose beginning is in a `PromptCache` is read
 from there on.
@@ -6,46 +6,46 @@ from there on.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from keras_openllama.generation.engine import Engine, EngineRequest
+from keras_openllama.generation.new_tokens import NewTokens
 from keras_openllama.generation.sampling import is_greedy, is_search_sampler
 from keras_openllama.generation.sampling_config import SamplingConfig
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
     from keras_openllama.generation.prompt_cache import PromptCache
+    from keras_openllama.generation.sampling_state import BatchSampling
 
 # Heuristic: most sequences that are decoded at once; the others wait.
 NUM_SLOTS = 16
 
 
 class EngineTokenLoop:
-    """Generates tokens as `TokenLoop.generate`, with greedy sampling.
+    """Generates tokens for several prompts, each as soon as there is one.
 
     Args:
         model: `OpenLlamaCausalLM`.
         cache: a `PromptCache`, or `None` for none.
 
     Raises:
-        ValueError: for another sampler, or a cache of another model.
+        ValueError: for a cache of another model.
 
     Example:
         >>> loop = EngineTokenLoop(lm)
-        >>> new = list(loop.generate([[1, 357, 1239]], [3], [2]))  # "The sea"
-        >>> lm.preprocessor.tokenizer.detokenize([ids[0][0] for ids in new])
-        'shines,'
+        >>> prompt = [1, 357, 1239]  # "The sea"
+        >>> for [new_tokens] in loop.generate([prompt], [3], [2], stride=1):
+        ...     print(lm.preprocessor.tokenizer.detokenize(new_tokens.ids))
+        sh
+        ines
+        ,
     """
 
     def __init__(self, model: CausalLM, cache: PromptCache | None = None) -> None:
-        if is_search_sampler(model.sampler) or not is_greedy(model.sampler):
-            raise ValueError(
-                "Streams of several prompts and prompt caches support greedy sampling. "
-                'Call `compile(sampler="greedy")`. Received: sampler='
-                f"{model.sampler!r}"
-            )
         self._model, self._cache = model, cache
         if cache is not None:
             cache.use_with(model)
@@ -56,43 +56,98 @@ class EngineTokenLoop:
         limits: list[int],
         stop_token_ids: Sequence[int],
         stride: int | None = None,
-    ) -> Iterator[list[list[int]]]:
-        """Yields the new tokens of prompts, each as soon as there is one.
+        sampling: BatchSampling | None = None,
+    ) -> Iterator[list[NewTokens]]:
+        """Generates; checks the arguments immediately.
 
         Args:
             prompts: token ids of each prompt, at least one per prompt.
             limits: maximum number of new tokens for each prompt.
             stop_token_ids: ids that end a sequence.
-            stride: without effect.
+            stride: `None` yields once, at the end; otherwise after each token.
+            sampling: how tokens are chosen; `None` for the sampler of the model, which
+                must be greedy.
 
-        Yields:
-            For each prompt, its new tokens since the previous yield, including the stop
-            id.
+        Returns:
+            An iterator over the new tokens of all prompts since the previous ones,
+            including the stop id.
+
+        Raises:
+            ValueError: if the sampler of the model is not greedy, and would be used.
         """
-        longest = [len(ids) + n for ids, n in zip(prompts, limits, strict=True)]
+        requests = self._requests(prompts, limits, stop_token_ids, sampling)
+        events = self._events(requests)
+        if stride is not None:
+            return (
+                [event if i == index else NewTokens([]) for i in range(len(prompts))]
+                for index, event in events
+            )
+        return _collect(events, len(prompts))
+
+    def _requests(self, prompts, limits, stop_token_ids, sampling):
+        if sampling is not None:
+            configs = [
+                dataclasses.replace(config, seed=seed)
+                for config, seed in zip(sampling.configs, sampling.seeds, strict=True)
+            ]
+            samples, logprobs = sampling.samples, sampling.logprobs
+        elif is_search_sampler(self._model.sampler) or not is_greedy(
+            self._model.sampler
+        ):
+            raise ValueError(
+                "A list of prompts for `stream`, and `cache`, need a `SamplingConfig` "
+                "as `sampling`, or greedy decoding. Received: a model compiled with "
+                f"{type(self._model.sampler).__name__}"
+            )
+        else:
+            configs = [SamplingConfig(temperature=0)] * len(prompts)
+            samples, logprobs = [0] * len(prompts), None
+        return [
+            EngineRequest(
+                *(ids, limit, config, stop_token_ids),
+                top_logprobs=logprobs,
+                sample=sample,
+            )
+            for ids, limit, config, sample in zip(
+                prompts, limits, configs, samples, strict=True
+            )
+        ]
+
+    def _events(self, requests):
+        """Yields pairs of the number of a request and its new tokens."""
         engine = Engine(
             self._model,
-            num_slots=min(len(prompts), NUM_SLOTS),
-            context=max(longest),
-            max_queue=len(prompts),
+            num_slots=min(len(requests), NUM_SLOTS),
+            context=max(len(r.prompt_ids) + r.max_new_tokens for r in requests),
+            max_queue=len(requests),
             prompt_cache_bytes=0 if self._cache is None else self._cache,
         )
         events: queue.SimpleQueue = queue.SimpleQueue()
-        greedy = SamplingConfig(temperature=0)
-        for index, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
-            request = EngineRequest(ids, limit, greedy, stop_token_ids)
+        for index, request in enumerate(requests):
             engine.submit(request, lambda e, index=index: events.put((index, e)))
-        with engine:
-            try:
-                running = len(prompts)
-                while running:
-                    index, event = events.get()
-                    if event.error is not None:
-                        raise event.error
-                    running -= event.finish_reason is not None
-                    new = [[] for _ in prompts]
-                    if event.token_id is not None:
-                        new[index].append(event.token_id)
-                    yield new
-            finally:
-                engine.shutdown(drain=False)
+        engine.start()
+        try:
+            running = len(requests)
+            while running:
+                index, event = events.get()
+                if event.error is not None:
+                    raise event.error
+                running -= event.finish_reason is not None
+                if event.token_id is not None:
+                    yield index, _new_tokens(event)
+        finally:
+            engine.shutdown(drain=False)
+
+
+def _new_tokens(event):
+    if event.logprob is None:
+        return NewTokens([event.token_id])
+    return NewTokens([event.token_id], [event.logprob], [dict(event.top_logprobs)])
+
+
+def _collect(events, number):
+    collected = [NewTokens([], [], []) for _ in range(number)]
+    for index, new in events:
+        for values, added in zip(collected[index], new, strict=True):
+            values.extend(added)
+    yield collected

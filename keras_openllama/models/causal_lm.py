@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import Sampler
     from keras_openllama.generation.beam_search import SearchLoop
     from keras_openllama.generation.drafting import Draft
+    from keras_openllama.generation.prompt_cache import PromptCache
     from keras_openllama.generation.token_loop import TokenLoop
 
 
@@ -407,6 +408,7 @@ class OpenLlamaCausalLM(
         num_samples: int = 1,
         logprobs: int | None = None,
         draft: Draft | OpenLlamaCausalLM | str | None = None,
+        cache: PromptCache | None = None,
     ) -> Any:
         """Generates text after one or more prompts.
 
@@ -449,6 +451,10 @@ class OpenLlamaCausalLM(
                 or a `DraftModel` generates proposals. A preset is loaded at the first
                 call. Several prompts are generated one after the other. Needs greedy
                 decoding or a `SamplingConfig`.
+            cache: a `keras_openllama.generation.prompt_cache.PromptCache`, in which
+                the keys and values of prompts are found and saved. A prompt that begins
+                as an earlier one is read from there on. Needs greedy decoding or a
+                `SamplingConfig`, and no `draft`.
 
         Returns:
             A string for a string or a chat; a list of strings for several; for a dict
@@ -476,25 +482,28 @@ class OpenLlamaCausalLM(
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
         options = SamplingOptions(sampling, num_samples, logprobs)
         draft = self._resolve_draft(draft)
-        return generation.generate(self, inputs, limits, strip_prompt, options, draft)
+        return generation.generate(
+            self, inputs, limits, strip_prompt, options, draft, cache
+        )
 
     def stream(
         self,
-        inputs: str | dict[str, Any],
+        inputs: Any,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         stop_token_ids: int | Sequence[int] | str | None = "auto",
         stop: str | Sequence[str] | None = None,
         sampling: SamplingConfig | None = None,
         draft: Draft | OpenLlamaCausalLM | str | None = None,
-    ) -> Iterator[str]:
-        """Generates text after a prompt and yields it piece by piece.
+    ) -> Iterator[str] | Iterator[tuple[int, str]]:
+        """Generates text after a prompt, or several, and yields it piece by piece.
 
         Joined, the pieces are what `generate(..., strip_prompt=True)` returns. A piece
         never ends within a character, and never contains a part of a stop string.
 
         Args:
-            inputs: a string, or a chat as for `generate`.
+            inputs: a string, or a chat as for `generate`; or a list of them, which are
+                generated at once.
             max_length: see `generate`.
             max_new_tokens: see `generate`.
             stop_token_ids: see `generate`.
@@ -503,11 +512,13 @@ class OpenLlamaCausalLM(
             draft: see `generate`.
 
         Returns:
-            An iterator over the pieces, which are never empty.
+            An iterator over the pieces, which are never empty; for a list, over pairs
+            of the number of a prompt and a piece, each as soon as it is complete.
 
         Raises:
-            ValueError: as `generate`, and for several prompts or without a
-                preprocessor; already at the call, before the first piece.
+            ValueError: as `generate`, without a preprocessor, and for a list with
+                `draft`, or if the model is compiled with a random sampler and
+                `sampling` is `None`; already at the call, before the first piece.
 
         Example:
             >>> for piece in lm.stream("The sea", max_new_tokens=4):
