@@ -34,6 +34,7 @@ def post(server, body, path="/v1/completions", **options):
     return httpx2.post(f"{server.url}{path}", json=body, timeout=60, **options)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_completions_are_what_generate_returns(client, nano):
     completion = client.completions.create(model="nano", prompt="The sea", **GREEDY)
     expected = nano.generate("The sea", max_new_tokens=8, strip_prompt=True)
@@ -43,6 +44,7 @@ def test_completions_are_what_generate_returns(client, nano):
     assert (usage.prompt_tokens, usage.completion_tokens) == (3, 8)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_chats_are_what_generate_returns(client, nano):
     reply = client.chat.completions.create(model="nano", messages=HI, **GREEDY)
     expected = nano.generate({"messages": HI}, max_new_tokens=8)
