@@ -43,7 +43,7 @@ def bodies(number):
     for i in range(number):
         yield {
             "prompt": PROMPTS[i % len(PROMPTS)],
-            "max_tokens": numbers.randint(1, 16),
+            "max_tokens": numbers.randint(1, 24),
             "temperature": numbers.choice([0, 1]),
             "seed": i % 5,
             "stream": True,
