@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.quantizers.utils import should_quantize_layer
 from keras.src.saving.saving_lib import H5IOStore
 from keras.src.saving.saving_lib import _save_state as _keras_save_state
 from keras.src.utils import module_utils
@@ -37,10 +38,12 @@ __all__ = [
     "compiled_metrics",
     "disable_autocast",
     "embeddings_variable",
+    "finish_quantization",
     "flatten_layers",
     "in_stateless_scope",
     "initialize_deferred",
     "initialize_with",
+    "is_selected",
     "kernel_variable",
     "loss_tracker",
     "mark_quantized",
@@ -124,6 +127,27 @@ def remove_matrix_variable(
 def mark_quantized(layer: keras.layers.Layer) -> None:
     """Keeps Keras from quantizing a layer for its policy: `Layer._is_quantized`."""
     layer._is_quantized = True
+
+
+def is_selected(layer: keras.layers.Layer, filters: Any) -> bool:
+    """Returns whether `quantize` applies to a layer: `should_quantize_layer`.
+
+    Args:
+        layer: A layer.
+        filters: What `keras.Model.quantize` takes.
+    """
+    return should_quantize_layer(layer, filters)
+
+
+def finish_quantization(model: keras.Model, mode: str) -> None:
+    """Resets what was compiled for a model before its layers were quantized.
+
+    `keras.Model.quantize` does so if it has quantized layers: `Model._post_quantize`.
+    """
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
+    model._post_quantize(mode)
 
 
 class AnyFloatQuantization:

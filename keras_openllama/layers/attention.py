@@ -328,11 +328,13 @@ class CausalSelfAttention(keras.layers.Layer):
 
     def project_output(self, context: Tensor) -> Tensor:
         """Joins the heads of `causal_attention` and applies the output projection."""
+        return self.output_projection(self.join_heads(context))
+
+    def join_heads(self, context: Tensor) -> Tensor:
+        """`(batch, heads, length, head_dim)` to `(batch, length, heads * head_dim)`."""
         batch, heads, length, head_dim = ops.shape(context)
         context = ops.transpose(context, (0, 2, 1, 3))
-        return self.output_projection(
-            ops.reshape(context, (batch, length, heads * head_dim))
-        )
+        return ops.reshape(context, (batch, length, heads * head_dim))
 
     def _split_heads(self, x):
         """`(batch, length, heads * head_dim)` to `(batch, heads, length, head_dim)`."""

@@ -58,7 +58,11 @@ class FeedForward(keras.layers.Layer):
 
     def project_down(self, gate: Tensor, up: Tensor) -> Tensor:
         """Returns `down(silu(gate) * up)`, `(batch, length, hidden_dim)`."""
-        return self.down(ops.silu(gate) * up)
+        return self.down(self.activate(gate, up))
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns `silu(gate) * up`, the input of `down`."""
+        return ops.silu(gate) * up
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Returns the shape of the output."""

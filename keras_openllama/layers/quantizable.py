@@ -57,7 +57,9 @@ class QuantizableLayer(AnyFloatQuantization):
         @functools.wraps(wrapper)
         def quantize(mode=None, config=None, **options):
             resolved = resolve_config(mode, config, whole_model=False)
-            wrapper(mode if resolved is None else None, resolved, **options)
+            # With its own configuration, Keras checks that the mode is the same.
+            keep_mode = resolved is None or resolved is config
+            wrapper(mode if keep_mode else None, resolved, **options)
 
         layer.quantize = quantize
         return layer
@@ -92,7 +94,11 @@ class QuantizableLayer(AnyFloatQuantization):
             super().quantized_build(input_shape, mode, config)
 
     def quantize(
-        self, mode: str | None = None, type_check: bool = True, config: Any = None
+        self,
+        mode: str | None = None,
+        type_check: bool = True,
+        config: Any = None,
+        matrix: QuantizedMatrix | None = None,
     ) -> None:
         """Quantizes the matrix.
 
@@ -102,6 +108,7 @@ class QuantizableLayer(AnyFloatQuantization):
                 something else.
             config: A `keras.quantizers.QuantizationConfig` instead of a mode; see
                 `WeightQuantizationConfig`.
+            matrix: The quantized weights in this format; `None` rounds the weights.
 
         Raises:
             ValueError: See `resolve_config`; or if the layer is quantized already.
@@ -112,7 +119,8 @@ class QuantizableLayer(AnyFloatQuantization):
         chosen = config.format_for(self.quantization_role)
         if chosen is None:
             return
-        matrix = self.round_matrix(as_numpy(self._variable().value), chosen)
+        if matrix is None:
+            matrix = self.round_matrix(as_numpy(self._variable().value), chosen)
         remove_matrix_variable(self)
         self._create_quantized(matrix.shape, chosen)
         self.dtype_policy = self._policy(chosen)

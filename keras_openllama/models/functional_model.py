@@ -8,9 +8,16 @@ from typing import Any
 
 import keras
 
-from keras_openllama.backend.keras_private import AnyFloatQuantization, CloningRefused
+from keras_openllama.backend.keras_private import (
+    AnyFloatQuantization,
+    CloningRefused,
+    finish_quantization,
+    is_selected,
+)
 from keras_openllama.layers.lora import adapted_layers
-from keras_openllama.quantization.settings import resolve_config
+from keras_openllama.layers.quantizable import is_quantized
+from keras_openllama.models import calibration
+from keras_openllama.quantization.settings import resolve_config, rounding_of_gptq
 from keras_openllama.utils.types import PathLike
 
 if keras.config.backend() == "torch":
@@ -29,7 +36,9 @@ class FunctionalModel(AnyFloatQuantization, CloningRefused):
         @functools.wraps(wrapper)
         def quantize(mode=None, config=None, **options):
             resolved = resolve_config(mode, config)
-            wrapper(mode if resolved is None else None, resolved, **options)
+            # With its own configuration, Keras checks that the mode is the same.
+            keep_mode = resolved is None or resolved is config
+            wrapper(mode if keep_mode else None, resolved, **options)
 
         model.quantize = quantize
         return model
@@ -52,15 +61,19 @@ class FunctionalModel(AnyFloatQuantization, CloningRefused):
                 weights with products in float8.
             config: a configuration instead of a mode:
                 `keras_openllama.quantization.WeightQuantizationConfig`, which chooses
-                groups, zero points, and the bits of embedding and head; or
-                `keras.quantizers.Int4QuantizationConfig(block_size=64)`.
+                groups, zero points, and the bits of embedding and head;
+                `keras.quantizers.Int4QuantizationConfig(block_size=64)`; or
+                `keras.quantizers.GPTQConfig`, which rounds the projections of the
+                layers by their inputs on calibration texts. The result of GPTQ is a
+                model in `"int4"` or `"int8"`, embedding and head in 8 bits.
             filters: names of the layers to quantize, see `keras.Model.quantize`.
             **kwargs: see `keras.Model.quantize`.
 
         Raises:
-            ValueError: for another mode, such as `"gptq"` and `"awq"`; for a
-                configuration that quantizes activations; or for `"float8"` with
-                adapters.
+            ValueError: for another mode, such as `"awq"`; for a configuration that
+                quantizes activations; for GPTQ of 2 or 3 bits, of sequences longer than
+                the context, or of projections that are quantized already; or for
+                `"float8"` with adapters.
 
         Example:
             >>> from keras_openllama import OpenLlamaBackbone
@@ -75,7 +88,33 @@ class FunctionalModel(AnyFloatQuantization, CloningRefused):
                 "trained together with all weights. Use 'int8' or 'int4'. "
                 f"Received: mode={mode!r}"
             )
-        super().quantize(mode, config=config, filters=filters, **kwargs)
+        if mode == "gptq":
+            self._quantize_by_gptq(config, filters)
+        else:
+            super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def _quantize_by_gptq(self, config, filters):
+        backbone = getattr(self, "backbone", self)
+        rounding = rounding_of_gptq(config)
+        sequences = calibration.read_sequences(backbone, config)
+        projections = calibration.projections_of(backbone)
+        selected = [p for p in projections if is_selected(p, filters)]
+        for projection in selected:
+            if is_quantized(projection):
+                raise ValueError(
+                    f"{projection.path} is quantized already. Load the model with "
+                    "quantization=None for GPTQ."
+                )
+        others = {id(projection) for projection in projections}
+        super().quantize(
+            rounding.mode,
+            config=rounding,
+            filters=lambda la: id(la) not in others and is_selected(la, filters),
+        )
+        calibration.quantize_projections(
+            backbone, selected, sequences, rounding, config
+        )
+        finish_quantization(self, rounding.mode)
 
     def export(
         self,

@@ -76,13 +76,14 @@ def quantize_matrix(
         rows = slice(start, start + step)
         _quantize_block(weights[rows], matrix.rows(start, start + step))
 
-    with concurrent.futures.ThreadPoolExecutor(_count_cores()) as executor:
+    with concurrent.futures.ThreadPoolExecutor(count_cores()) as executor:
         # NumPy releases the interpreter's lock. `list` raises what a thread raised.
         list(executor.map(quantize_rows, range(0, outputs, step)))
     return matrix
 
 
-def _count_cores():
+def count_cores() -> int:
+    """Returns the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # Not on Linux.
@@ -92,29 +93,107 @@ def _count_cores():
 def _quantize_block(weights, target):
     """Writes the rounded weights into the arrays of `target`."""
     # Sums depend on the order in memory, and some sources are transposed.
-    grouped = _group(np.ascontiguousarray(weights, "float32"), target.group_size)
-    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
-    _check_range(low, high, target.bits)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if target.bits == 8:
-            scales, integers = _round_int8(grouped, low, high)
-        elif target.zeros is None:
-            scales, integers = _round_int4(grouped, low, high)
-        else:
-            scales, integers, zeros = _round_int4_with_zeros(grouped, low, high)
-            target.zeros[...] = zeros
-    target.scales[...] = scales
+    grouped = group_inputs(np.ascontiguousarray(weights, "float32"), target.group_size)
+    symmetric = target.zeros is None
+    target.scales[...], zeros = choose_scales(grouped, target.bits, symmetric)
+    if not symmetric:
+        target.zeros[...] = zeros
+    integers = round_to_scales(
+        grouped, inverse_scales(target.scales)[..., None], zeros[..., None], target.bits
+    )
     integers = integers.reshape(len(weights), -1)[:, : target.inputs]
-    target.values[...] = integers if target.bits == 8 else pack_nibbles(integers)
+    if target.bits == 8:
+        target.values[...] = integers
+    else:
+        target.values[...] = pack_nibbles(integers.astype("uint8"))
 
 
-def _group(weights, group_size):
-    """Reshapes to `(outputs, groups, group size)`, with zeros in the last group."""
+def group_inputs(weights: np.ndarray, group_size: int) -> np.ndarray:
+    """Reshapes to `(outputs, groups, group size)`, with zeros in the last group.
+
+    Example:
+        >>> group_inputs(np.ones((2, 3)), group_size=2).shape
+        (2, 2, 2)
+    """
     outputs, inputs = weights.shape
     missing = -inputs % group_size
     if missing:
         weights = np.pad(weights, ((0, 0), (0, missing)))
     return weights.reshape(outputs, -1, group_size)
+
+
+def choose_scales(
+    weights: np.ndarray, bits: int, symmetric: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the scales of groups of weights.
+
+    Args:
+        weights: float32 array `(..., group size)`.
+        bits: 8 or 4.
+        symmetric: Whether to have no zero points.
+
+    Returns:
+        The scales, float16 `(...)`, and the integers that stand for zero, float32 of
+        that shape: 0 for 8 bits, 8 for symmetric groups of 4 bits.
+
+    Raises:
+        ValueError: If weights are not finite, or too large for float16 scales.
+
+    Example:
+        >>> scales, zeros = choose_scales(np.array([[-8, 2]], "float32"), 4, True)
+        >>> scales.tolist(), zeros.tolist()
+        ([1.0], [8.0])
+    """
+    low, high = weights.min(axis=-1), weights.max(axis=-1)
+    _check_range(low, high, bits)
+    if bits == 8:
+        return (np.maximum(-low, high) / 127).astype("float16"), np.zeros_like(low)
+    if symmetric:
+        # The weight of the largest magnitude becomes about -8: scales may be negative.
+        extreme = np.where(-low >= high, low, high)
+        scales = _search_scales(weights, extreme).astype("float16")
+        return scales, np.full_like(low, NIBBLE_ZERO)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scales = ((high - low) / 15).astype("float16")
+    return scales, np.clip(np.rint(-low * inverse_scales(scales)), 0, 15)
+
+
+def round_to_scales(
+    weights: np.ndarray, inverse: np.ndarray, zeros: np.ndarray, bits: int
+) -> np.ndarray:
+    """Rounds weights to the nearest values of given scales.
+
+    Args:
+        weights: float32 array.
+        inverse: `inverse_scales` of the scales, broadcastable to `weights`.
+        zeros: What `choose_scales` returns with the scales, likewise.
+        bits: 8 or 4.
+
+    Returns:
+        Integers as float32, from -127 to 127 for 8 bits, and from 0 to 15 for 4 bits.
+
+    Example:
+        >>> weights, ones = np.array([[-8, 2.4]], "float32"), np.ones(1, "float32")
+        >>> round_to_scales(weights, inverse=ones, zeros=8 * ones, bits=4).tolist()
+        [[0.0, 10.0]]
+    """
+    with np.errstate(invalid="ignore"):
+        integers = np.rint(weights * inverse)
+    integers += zeros
+    smallest, largest = (-127, 127) if bits == 8 else (0, 15)
+    return np.clip(integers, smallest, largest, out=integers)
+
+
+def inverse_scales(scales: np.ndarray) -> np.ndarray:
+    """Returns `1 / scales` in float32, and 0 where a scale is 0.
+
+    Example:
+        >>> inverse_scales(np.array([0, 0.5], "float16")).tolist()
+        [0.0, 2.0]
+    """
+    scales = scales.astype("float32")
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.where(scales == 0, np.float32(0), np.float32(1) / scales)
 
 
 def _check_range(low, high, bits):
@@ -128,27 +207,6 @@ def _check_range(low, high, bits):
         )
 
 
-def _inverse(scales):
-    """Returns `1 / scales` in float32, and 0 where a scale is 0."""
-    scales = scales.astype("float32")
-    return np.where(scales == 0, np.float32(0), np.float32(1) / scales)[..., None]
-
-
-def _round_int8(weights, low, high):
-    scales = (np.maximum(-low, high) / 127).astype("float16")
-    integers = np.rint(weights * _inverse(scales))
-    return scales, np.clip(integers, -127, 127, out=integers).astype("int8")
-
-
-def _round_int4(weights, low, high):
-    # The weight of the largest magnitude becomes about -8: scales may be negative.
-    extreme = np.where(-low >= high, low, high)
-    scales = _search_scales(weights, extreme).astype("float16")
-    integers = np.rint(weights * _inverse(scales))
-    np.clip(integers, -8, 7, out=integers)
-    return scales, (integers + NIBBLE_ZERO).astype("uint8")
-
-
 def _search_scales(weights, extreme):
     """Returns the scales, float32 `(outputs, groups)`, with the least squared errors.
 
@@ -158,7 +216,9 @@ def _search_scales(weights, extreme):
     best = np.zeros_like(extreme)
     best_gain = np.full_like(extreme, -1)
     for divisor in _EXTREMES:
-        integers = np.rint(weights * _inverse(extreme / np.float32(divisor)))
+        inverse = inverse_scales(extreme / np.float32(divisor))[..., None]
+        with np.errstate(invalid="ignore"):
+            integers = np.rint(weights * inverse)
         np.clip(integers, -8, 7, out=integers)
         products = np.einsum("...i,...i", weights, integers)
         squares = np.einsum("...i,...i", integers, integers)
@@ -170,13 +230,3 @@ def _search_scales(weights, extreme):
         np.copyto(best, scales, where=better)
         np.copyto(best_gain, gain, where=better)
     return best
-
-
-def _round_int4_with_zeros(weights, low, high):
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scales = ((high - low) / 15).astype("float16")
-    inverse = _inverse(scales)
-    zeros = np.clip(np.rint(-low * inverse[..., 0]), 0, 15)
-    integers = np.rint(weights * inverse)
-    integers += zeros[..., None]
-    return scales, np.clip(integers, 0, 15, out=integers).astype("uint8"), zeros

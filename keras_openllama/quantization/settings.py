@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras.quantizers import GPTQConfig
 
 from keras_openllama.config import GROUP_SIZES
 from keras_openllama.quantization.policies import MODES, MatrixFormat
@@ -122,8 +123,8 @@ def resolve_config(
         to check.
 
     Raises:
-        ValueError: For GPTQ and AWQ, for quantized activations and for other quantizers
-            of weights.
+        ValueError: For AWQ, for GPTQ without its configuration or of a single layer,
+            for quantized activations and for other quantizers of weights.
 
     Example:
         >>> resolve_config("int8").bits
@@ -135,11 +136,17 @@ def resolve_config(
     if isinstance(config, str):
         mode, config = config, None
     used = mode or getattr(config, "mode", None)
-    if used in ("gptq", "awq"):
+    if used == "awq":
         raise ValueError(
-            f"`quantize` does not support {used!r}. Use 'int8' or 'int4'; or call "
-            "`export_to_transformers` and quantize the exported model with a tool for "
-            f"transformers. Received: mode={used!r}"
+            "`quantize` does not support 'awq'. Use 'int4', or `keras.quantizers."
+            f"GPTQConfig`, which takes calibration texts, too. Received: mode={used!r}"
+        )
+    if used == "gptq" and not (whole_model and isinstance(config, GPTQConfig)):
+        raise ValueError(
+            "GPTQ quantizes a model that is loaded: lm.quantize(config="
+            "keras.quantizers.GPTQConfig(dataset=texts, "
+            f"tokenizer=lm.preprocessor.tokenizer)). Received: mode={used!r}, "
+            f"config={config}"
         )
     if used not in MODES or (mode and config and config.mode != mode):
         return config  # Another mode, or a contradiction that Keras reports.
@@ -154,6 +161,34 @@ def resolve_config(
         return WeightQuantizationConfig(bits, **others)
     block_size = None if config.block_size == -1 else config.block_size
     return WeightQuantizationConfig(bits, block_size, **others)
+
+
+def rounding_of_gptq(config: keras.quantizers.GPTQConfig) -> WeightQuantizationConfig:
+    """Returns the formats of the weights that GPTQ rounds.
+
+    Args:
+        config: Keras's configuration, whose group size -1 stands for all inputs of an
+            output.
+
+    Raises:
+        ValueError: If there is no such format, or for options that are not supported.
+
+    Example:
+        >>> config = keras.quantizers.GPTQConfig(["a text"], tokenizer=None)
+        >>> rounding_of_gptq(config).format_for("projection")
+        MatrixFormat(bits=4, group_size=128, symmetric=False)
+    """
+    if config.weight_bits not in (8, 4):
+        raise_invalid("weight_bits", config.weight_bits, "8 or 4")
+    if config.weight_bits == 8 and not config.symmetric:
+        raise_invalid("symmetric", config.symmetric, "True for 8 bits")
+    if not config.per_channel:
+        raise_invalid("per_channel", config.per_channel, "True")
+    if config.quantization_layer_structure is not None:
+        structure = config.quantization_layer_structure
+        raise_invalid("quantization_layer_structure", structure, "None")
+    group_size = None if config.group_size == -1 else config.group_size
+    return WeightQuantizationConfig(config.weight_bits, group_size, config.symmetric)
 
 
 def _check_weights_only(config):

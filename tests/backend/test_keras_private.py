@@ -60,6 +60,20 @@ def test_variables_of_a_built_layer_are_untracked_and_tracked():
         layer.another = variable()  # Locked again.
 
 
+@pytest.mark.backend_free
+def test_is_selected_and_finish_quantization_do_what_quantize_does():
+    layer = keras.layers.Dense(2, name="gate")
+    for filters in (None, "gate", ["up", "ga"], lambda layer: layer.units == 2):
+        assert keras_private.is_selected(layer, filters)
+    assert not keras_private.is_selected(layer, "up")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 3)), np.ones((2, 2)), verbose=0)
+    assert model.train_function is not None
+    keras_private.finish_quantization(model, "int8")
+    assert model.train_function is None
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="Only PyTorch has parameters.")
 def test_register_torch_parameters_makes_variables_parameters():
     with keras_private.collect_uninitialized_variables():
