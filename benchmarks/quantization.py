@@ -15,12 +15,16 @@ Q8_0 and Q4_0 are rounded by the `gguf` package, as llama.cpp does. Every scheme
 4 bits has token embedding and head in 8 bits, except those with "all": llama.cpp's Q4_0
 of these models has 4 bits there, too, unless told otherwise.
 
+GPTQ is calibrated on the texts that `open_llama_nano` was trained on, of which none is
+in the held-out texts: 128 sequences of 256 tokens, evenly spaced.
+
 `--cache` measures a KV cache of 8 bits instead, beside one in float32: the bytes of
 each, and the same figures. The tokens are fed through the cache, as in generation.
 """
 
 import argparse
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -29,6 +33,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import gguf
 import numpy as np
 from keras import ops
+from keras.quantizers import GPTQConfig
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.backend.jit import compile_function
@@ -47,7 +52,7 @@ from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.quantizable import QuantizableLayer
 from keras_openllama.quantization import quantize_matrix
 
-TEXTS = Path("~/.cache/keras_openllama/corpus/heldout").expanduser()
+CORPUS = Path("~/.cache/keras_openllama/corpus").expanduser()
 WINDOW = 256
 CHUNK = 64  # Tokens that are fed to the cache at once.
 BATCH = 16
@@ -88,9 +93,25 @@ SCHEMES = {
     "int4, groups of 64": (ours(4, 64), INT8),
     "int4, groups of 64, zero points": (ours(4, 64, False), INT8),
     "int4, groups of 128": (ours(4, 128), INT8),
+    "int4, groups of 128, zero points": (ours(4, 128, False), INT8),
     "Q4_0, 8 bits in embedding and head": (of_gguf("Q4_0"), INT8),
     "int4, groups of 32, all": (ours(4, 32), ours(4, 32)),
     "Q4_0, all": (of_gguf("Q4_0"), of_gguf("Q4_0")),
+}
+# Name -> options of GPTQ.
+CALIBRATED = {
+    f"{name}, GPTQ{', activation order' if order else ''}": {
+        "group_size": group_size,
+        "symmetric": "zero points" not in name,
+        "activation_order": order,
+    }
+    for name, group_size in (
+        ("int4, groups of 32", 32),
+        ("int4, groups of 32, zero points", 32),
+        ("int4, groups of 128", 128),
+        ("int4, groups of 128, zero points", 128),
+    )
+    for order in (False, True)
 }
 
 
@@ -103,17 +124,12 @@ def main():
         return
     layers = [la for la in flatten_layers(lm) if isinstance(la, QuantizableLayer)]
     original = [ops.convert_to_numpy(variable(la).value).copy() for la in layers]
-    reference = None
-    print(f"{windows.size} tokens in windows of {WINDOW}, {options.preset}")
-    print("| weights | bits | perplexity | ratio - 1 | KL divergence, nats |")
-    print("|---|---|---|---|---|")
-    for name, scheme in SCHEMES.items():
-        bits = round_weights(layers, original, scheme)
-        found = list(log_probabilities(lm.score, windows))
-        reference = reference or found
+    reference = list(log_probabilities(lm.score, windows))
+    float_loss, _ = compare(reference, reference, windows)
+
+    def report(name, model, bits):
+        found = log_probabilities(model.score, windows)
         loss, divergence = compare(found, reference, windows)
-        if name == "float32":
-            float_loss = loss
         ratio = np.exp(loss - float_loss) - 1
         print(
             f"| {name} | {bits:.2f} | {np.exp(loss):.3f} | {100 * ratio:+.3f} % "
@@ -121,13 +137,33 @@ def main():
             flush=True,
         )
 
+    print(f"{windows.size} tokens in windows of {WINDOW}, {options.preset}")
+    print("| weights | bits | perplexity | ratio - 1 | KL divergence, nats |")
+    print("|---|---|---|---|---|")
+    for name, scheme in SCHEMES.items():
+        if options.only in name:
+            report(name, lm, round_weights(layers, original, scheme))
+    texts = calibration_texts(options.calibration)
+    for name, arguments in CALIBRATED.items():
+        if options.only in name:
+            report(name, *calibrate(options.preset, texts, arguments))
+
 
 def parse_options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="open_llama_nano", help="(%(default)s)")
-    parser.add_argument("--texts", type=Path, default=TEXTS, help="directory of .txt")
+    parser.add_argument(
+        "--texts", type=Path, default=CORPUS / "heldout", help="directory of .txt"
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        default=CORPUS / "train",
+        help='directory of .jsonl with "text" in each line',
+    )
+    parser.add_argument("--only", default="", help="only schemes with this in the name")
     parser.add_argument(
         "--windows", type=int, default=192, help="windows of tokens (%(default)s)"
     )
@@ -217,6 +253,33 @@ def score_through_cache(lm, program, dtype, windows):
         )
         logits.append(chunk)
     return ops.concatenate(logits, axis=1)
+
+
+def calibration_texts(directory):
+    lines = [
+        line
+        for file in sorted(directory.glob("*.jsonl"))
+        for line in file.read_text("utf-8").splitlines()
+    ]
+    return [json.loads(line)["text"] for line in lines]
+
+
+def calibrate(preset, texts, arguments):
+    """Returns a model by GPTQ, and the bits per weight of its projections."""
+    lm = OpenLlamaCausalLM.from_preset(preset, dtype="float32")
+    tokenizer = lm.preprocessor.tokenizer
+    lm.quantize(
+        config=GPTQConfig(
+            texts, tokenizer, num_samples=128, sequence_length=WINDOW, **arguments
+        )
+    )
+    matrices = [
+        layer.quantized_matrix()
+        for layer in flatten_layers(lm.backbone)
+        if getattr(layer, "quantization_role", None) == "projection"
+    ]
+    size = sum(np.prod(matrix.shape) for matrix in matrices)
+    return lm, 8 * sum(matrix.nbytes for matrix in matrices) / size
 
 
 def log_probabilities(score, windows):
