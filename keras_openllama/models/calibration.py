@@ -91,29 +91,25 @@ def quantize_projections(
     selected = {id(projection) for projection in projections}
     sizes = {id(p): p.matrix_shape for p in projections_of(backbone)}
     total = sum(4 * np.prod(sizes[key]) for key in selected)
+    matrices = {}
     with _without_gradients(), progress_bar("Quantizing by GPTQ", int(total)) as bar:
 
         def quantize(group, inputs):
             group = [p for p in group if id(p) in selected]
-            if not group:
-                return {}
-            hessian = _hessian(inputs)
-            found = {p: _round(p, hessian, rounding, config) for p in group}
-            bar.update(sum(4 * np.prod(p.matrix_shape) for p in group))
-            return found
+            if group:
+                hessian = _hessian(inputs)
+                matrices.update(
+                    {p: _round(p, hessian, rounding, config) for p in group}
+                )
+                bar.update(sum(4 * np.prod(p.matrix_shape) for p in group))
 
         hidden, rotation, mask = _embed(backbone, sequences)
         for layer in backbone.transformer_layers:
-            matrices = {}
-            _run_layer(
-                layer,
-                hidden,
-                rotation,
-                mask,
-                lambda *arguments, found=matrices: found.update(quantize(*arguments)),
-            )
-            # The layer has run with float weights, which compiles nothing again.
-            for projection, matrix in matrices.items():
+            _run_layer(layer, hidden, rotation, mask, quantize)
+            # Until here the layer has float weights, so that JAX compiles each product
+            # once for all layers.
+            while matrices:
+                projection, matrix = matrices.popitem()
                 projection.quantize(config=rounding, matrix=matrix)
 
 
