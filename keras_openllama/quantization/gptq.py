@@ -68,6 +68,7 @@ def round_with_hessian(
         ValueError: If the Hessian is not finite, or singular with its damping.
 
     Example:
+        >>> from keras_openllama.quantization import quantize_matrix
         >>> random = np.random.default_rng(0)
         >>> x = random.normal(size=(64, 8)) @ random.normal(size=(8, 8))
         >>> weights = random.normal(size=(4, 8))
