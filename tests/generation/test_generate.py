@@ -191,9 +191,9 @@ def test_stream_yields_the_text_of_generate(lm, stop):
 def test_stream_raises_before_the_first_piece(lm):
     with pytest.raises(ValueError, match="empty prompt"):
         lm.stream("")
-    with pytest.raises(ValueError, match="one text or one chat"):
-        lm.stream(["a"])
-    with pytest.raises(ValueError, match="one text or one chat"):
+    with pytest.raises(ValueError, match="empty prompt"):
+        lm.stream(["a", ""])
+    with pytest.raises(ValueError, match="texts or chats"):
         lm.stream({"token_ids": [[1, 5]]})
     with pytest.raises(ValueError, match="needs a `preprocessor`"):
         OpenLlamaCausalLM(lm.backbone).stream("a")
