@@ -9,9 +9,11 @@ from keras_openllama.generation.engine import Engine
 
 pytestmark = pytest.mark.backend_free
 
-TEMPLATE = (
-    '{"system": "{content} ", "user": "Q: {content} ", "assistant": "A: {content}"}'
-)
+TEMPLATE = {
+    "system": "{content} ",
+    "user": "Q: {content} ",
+    "assistant": "A: {content}",
+}
 
 
 @pytest.fixture(scope="module")
