@@ -25,7 +25,7 @@ from keras_openllama.generation.torch_network import (
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
-# Heuristic, see `token_loop.prefill_chunks`.
+# Heuristic, see `prefill_chunks.prefill_chunks`.
 CHUNKS = {"cpu": (128, 256)}
 ACCELERATOR_CHUNKS = (512, 2048)
 

@@ -36,7 +36,7 @@ from keras_openllama.layers.cached_attention import (
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
-# Heuristic, see `token_loop.prefill_chunks`.
+# Heuristic, see `prefill_chunks.prefill_chunks`.
 CHUNKS = (32, 64, 128, 256)
 # Numbers of tokens for which `verify` has programs.
 VERIFIED = (4, 8, MAX_VERIFIED)

@@ -14,13 +14,12 @@ from keras_openllama import (
     OpenLlamaCausalLMPreprocessor,
     OpenLlamaTokenizer,
 )
-from keras_openllama.generation import sharding, token_loop
+from keras_openllama.generation import prefill_chunks, sharding, token_loop
 from keras_openllama.generation.kv_cache import (
     init_cache,
     padded_batch_size,
     padded_cache_length,
 )
-from keras_openllama.generation.prefill_chunks import first_chunks, prefill_chunks
 from keras_openllama.generation.token_loop import TokenLoop
 
 STEPS_BETWEEN_DONE_CHECKS = 8  # On PyTorch, which may run a few extra steps.
@@ -458,9 +457,9 @@ def test_generate_prefills_long_prompts_in_chunks(length):
     ],
 )
 def test_prefill_chunks_are_larger_on_accelerators(rows, columns, sizes):
-    assert prefill_chunks("gpu", rows, columns) == sizes
+    assert prefill_chunks.prefill_chunks("gpu", rows, columns) == sizes
     small = [32] if columns == 256 else [256, 32]
-    assert prefill_chunks("cpu", rows, columns) == small
+    assert prefill_chunks.prefill_chunks("cpu", rows, columns) == small
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX devices")
@@ -497,7 +496,7 @@ def test_prefill_does_not_depend_on_the_chunk_size(length, monkeypatch):
     ],
 )
 def test_first_chunks_hold_most_prompts_whole(rows, columns, sizes):
-    assert first_chunks(rows, columns) == sizes
+    assert prefill_chunks.first_chunks(rows, columns) == sizes
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX devices")
@@ -512,7 +511,7 @@ def test_token_loop_prefills_the_first_chunk_with_a_fused_kernel(lengths, monkey
     limits, stop_ids = [3] * len(prompts), np.full(4, -1, "int32")
     expected = list(TokenLoop(lm).generate(prompts, limits, stop_ids, stride=1))
     # In float32, XLA computes it. The longest prompts need a second chunk.
-    monkeypatch.setattr(token_loop, "FIRST_CHUNK", 1024)
+    monkeypatch.setattr(prefill_chunks, "FIRST_CHUNK", 1024)
     monkeypatch.setattr(
         token_loop, "prefill_attention", lambda backbone: cudnn_prefill_attention
     )
@@ -526,7 +525,9 @@ def test_token_loop_prefills_the_first_chunk_with_a_fused_kernel(lengths, monkey
 
     monkeypatch.setattr(token_loop, "forward_with_cache", recorded)
     assert list(TokenLoop(lm).generate(prompts, limits, stop_ids, stride=1)) == expected
-    assert set(used) == set(first_chunks(padded_batch_size(len(prompts)), columns))
+    assert set(used) == set(
+        prefill_chunks.first_chunks(padded_batch_size(len(prompts)), columns)
+    )
 
 
 def test_generate_stops_when_all_sequences_have_ended(lm, monkeypatch):
