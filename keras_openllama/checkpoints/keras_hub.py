@@ -177,7 +177,8 @@ def read_tensors(
             expected[variable.path] = (name, tuple(variable.shape))
     # The state of an optimizer is not loaded.
     found = {name: t for name, t in found.items() if not name.startswith("optimizer/")}
-    quantized = [la for la in keras_private.flatten_layers(task) if is_quantized(la)]
+    layers = keras_private.flatten_layers(task if head else task.backbone)
+    quantized = [layer for layer in layers if is_quantized(layer)]
     matrices = [_matrix(layer, found, expected, repository) for layer in quantized]
     matched = match_tensors(found, expected, repository)
     matched.update(matrices)
