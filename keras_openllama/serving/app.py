@@ -119,6 +119,9 @@ class _Server:
         self._metrics = ServerMetrics(_engine_gauges(model.engine))
 
     async def health(self, request: Request) -> Response:
+        if self._model.engine.error is not None:
+            message = "The engine stopped after an error. Start the server again."
+            raise ApiError(message, status=503)
         return JSONResponse({"status": "ok"})
 
     async def read_metrics(self, request: Request) -> Response:

@@ -320,6 +320,15 @@ def test_metrics_count_requests_and_tokens(server, client):
 
 
 @backend_free
+def test_health_is_503_when_the_engine_has_stopped(nano, monkeypatch):
+    with running_server(nano) as server:
+        monkeypatch.setattr(server.engine, "_advance", lambda: 1 / 0)
+        assert post(server, {"prompt": "The sea", **GREEDY}).status_code == 500
+        assert httpx2.get(f"{server.url}/health").status_code == 503
+        assert post(server, {"prompt": "The sea", **GREEDY}).status_code == 503
+
+
+@backend_free
 def test_the_page_allows_only_its_own_script(server):
     response = httpx2.get(server.url)
     policy = response.headers["content-security-policy"]
