@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING
 
 from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.model_options import add_model_options, load_model
 from keras_openllama.cli.paths import require_preset
-from keras_openllama.cli.process import (
-    add_backend,
-    choose_backend,
-    quiet_tensorflow,
-)
+from keras_openllama.cli.process import choose_backend, quiet_tensorflow
 
 if TYPE_CHECKING:
     from keras_openllama.generation.sampling_config import SamplingConfig
 
-DEFAULT_PRESET = "open_llama_nano"
 # Sampler -> the options that apply to it. Penalties and the like apply to all.
 _RANDOM = ("temperature", "min_p", "seed", "num_samples")
 SAMPLERS = {
@@ -80,30 +76,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "prompt", metavar="PROMPT", help="the prompt; - reads it from standard input"
     )
     model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--preset",
-        default=DEFAULT_PRESET,
-        help="a name that `presets` lists, a directory, a run that trains all weights, "
-        "a GGUF file, hf://user/repo or hf://user/repo/file.gguf (default: "
-        "%(default)s)",
-    )
-    model.add_argument(
-        "--revision",
-        help="branch, tag or commit on the Hugging Face Hub (default: the main branch)",
-    )
-    model.add_argument(
-        "--adapters",
-        metavar="DIR",
-        help="LoRA adapters to load into the model: a directory that `finetune` or "
-        "PEFT wrote, or hf://user/repo",
-    )
-    add_backend(model)
-    model.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype of the weights (default: float32); bfloat16 halves the memory",
-    )
-    types.add_quantization(model)
+    add_model_options(model)
     model.add_argument(
         "--kv-cache-dtype",
         choices=("int8",),
@@ -269,26 +242,9 @@ def main(arguments: list[str], prog: str) -> int | None:
 
 
 def _print_generated(prompt, sampling, options):
-    with quiet_tensorflow():
-        from keras_openllama.generation.drafting import DraftModel, PromptLookup
-        from keras_openllama.generation.limits import ContextLengthError
-        from keras_openllama.models.causal_lm import OpenLlamaCausalLM
-
-    lm = OpenLlamaCausalLM.from_preset(
-        options.preset,
-        dtype=options.dtype,
-        revision=options.revision,
-        quantization=options.quantization or "auto",
-    )
-    if options.adapters:
-        lm.load_adapters(options.adapters)
+    lm = load_model(options)
     lm.compile(kv_cache_dtype=options.kv_cache_dtype)
-    draft = None
-    if options.draft == PROMPT_LOOKUP:
-        draft = PromptLookup()
-    elif options.draft:
-        dtype = lm.backbone.compute_dtype
-        draft = DraftModel(OpenLlamaCausalLM.from_preset(options.draft, dtype=dtype))
+    draft = _make_draft(options.draft, lm)
     limits = {"max_new_tokens": options.max_new_tokens}
     if options.max_new_tokens is None:
         limits = {
@@ -297,31 +253,55 @@ def _print_generated(prompt, sampling, options):
         }
     arguments = {"stop": options.stop, "sampling": sampling, "draft": draft, **limits}
     shown = "" if options.strip_prompt else prompt
+    with quiet_tensorflow():
+        from keras_openllama.generation.limits import ContextLengthError
     try:
         if options.num_samples is not None and options.num_samples > 1:
             texts = lm.generate(
                 prompt, strip_prompt=True, num_samples=options.num_samples, **arguments
             )
+            _print_texts(shown, texts)
         else:
-            texts, pieces = None, lm.stream(prompt, **arguments)
+            _print_pieces(shown, lm.stream(prompt, **arguments))
     except ContextLengthError as error:
         raise ValueError(_too_long(error, options)) from error
-    if texts is not None:
-        for number, text in enumerate(texts, start=1):
-            print(f"--- {number} of {len(texts)} ---\n{shown}{text}", flush=True)
-    else:
-        print(shown, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
     if options.draft_stats:
-        stats = draft.stats
-        print(
-            f"draft: {stats.accepted} of {stats.proposed} proposed tokens accepted "
-            f"({stats.acceptance_rate:.0%}), {stats.tokens_per_step:.2f} tokens per "
-            "step of the model",
-            file=sys.stderr,
-        )
+        _print_stats(draft.stats)
+
+
+def _make_draft(name, lm):
+    """Returns the draft of `--draft`, or `None`."""
+    with quiet_tensorflow():
+        from keras_openllama.generation.drafting import DraftModel, PromptLookup
+        from keras_openllama.models.causal_lm import OpenLlamaCausalLM
+
+    if name is None:
+        return None
+    if name == PROMPT_LOOKUP:
+        return PromptLookup()
+    dtype = lm.backbone.compute_dtype
+    return DraftModel(OpenLlamaCausalLM.from_preset(name, dtype=dtype))
+
+
+def _print_texts(shown, texts):
+    for number, text in enumerate(texts, start=1):
+        print(f"--- {number} of {len(texts)} ---\n{shown}{text}", flush=True)
+
+
+def _print_pieces(shown, pieces):
+    print(shown, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _print_stats(stats):
+    print(
+        f"draft: {stats.accepted} of {stats.proposed} proposed tokens accepted "
+        f"({stats.acceptance_rate:.0%}), {stats.tokens_per_step:.2f} tokens per "
+        "step of the model",
+        file=sys.stderr,
+    )
 
 
 def _read_stdin():

@@ -315,8 +315,22 @@ def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
     assert fake_model.kv_cache_dtype == "int8"
     prompt, writing = fake_model.arguments
     assert prompt == "zero"
-    greedy = SamplingConfig(temperature=0)
-    assert writing == {"max_new_tokens": 7, "stop": ["x", "y"], "sampling": greedy}
+    assert writing == {
+        "max_new_tokens": 7,
+        "stop": ["x", "y"],
+        "sampling": SamplingConfig(temperature=0),
+        "draft": None,
+    }
+
+
+def test_generate_with_a_draft_prints_the_same_text_and_its_statistics(capsys):
+    command = ["generate", PROMPT, "--max-new-tokens", "8"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    assert main([*command, "--draft", "prompt_lookup", "--draft-stats"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    assert "proposed tokens accepted" in printed.err
 
 
 @pytest.mark.backend_free
