@@ -304,7 +304,7 @@ def test_convert_rejects_options_that_do_not_apply_to_gguf(written, tmp_path):
     target = tmp_path / "x.gguf"
     with pytest.raises(ValueError, match="`quantization`, such as 'f16', and not"):
         convert(written, target, "gguf", dtype="float16")
-    with pytest.raises(ValueError, match="to the format gguf only"):
+    with pytest.raises(ValueError, match="applies to the formats gguf and keras"):
         convert(written, target, "easylm", quantization="q8_0")
     with pytest.raises(ValueError, match=r"'q4_k_m'.*llama-quantize"):
         convert(written, target, "gguf", quantization="q4_k_m")
