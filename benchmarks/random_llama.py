@@ -11,6 +11,18 @@ from keras_openllama.config import validate_architecture
 SHARD_BYTES = 2 << 30
 
 
+def add_size_options(parser):
+    """Adds the sizes of a model to a parser; the default has 268 million parameters."""
+    add = parser.add_argument
+    add("--width", type=int, default=1024, help="hidden width (%(default)s)")
+    add("--layers", type=int, default=16, help="decoder layers (%(default)s)")
+    add("--heads", type=int, default=16, help="query heads (%(default)s)")
+    add("--key-value-heads", type=int, help="default: the number of query heads")
+    add("--intermediate", type=int, default=2752, help="width inside (%(default)s)")
+    add("--vocabulary", type=int, default=32000, help="tokens (%(default)s)")
+    add("--context", type=int, default=2048, help="longest sequence (%(default)s)")
+
+
 def transformers_config(sizes, **settings):
     """`LlamaConfig` of transformers for arguments of `OpenLlamaBackbone`.
 

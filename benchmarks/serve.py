@@ -170,13 +170,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--width", type=int, default=1024, help="hidden width (%(default)s)")
-    add("--layers", type=int, default=16, help="decoder layers (%(default)s)")
-    add("--heads", type=int, default=16, help="query heads (%(default)s)")
-    add("--key-value-heads", type=int, help="default: the number of query heads")
-    add("--intermediate", type=int, default=2752, help="width inside (%(default)s)")
-    add("--vocabulary", type=int, default=32000, help="tokens (%(default)s)")
-    add("--context", type=int, default=2048, help="longest sequence (%(default)s)")
+    random_llama.add_size_options(parser)
     add("--prompt", type=int, default=64, help="tokens of a prompt (%(default)s)")
     add("--new", type=int, default=64, help="tokens to generate (%(default)s)")
     add("--long", type=int, default=512, help="tokens of a long prompt (%(default)s)")

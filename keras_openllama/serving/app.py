@@ -23,7 +23,7 @@ from keras_openllama.serving.events import (
     time_limit_error,
     until_disconnect,
 )
-from keras_openllama.serving.generation import Generation
+from keras_openllama.serving.generation import RequestGeneration
 from keras_openllama.serving.json_body import parse_json_object
 from keras_openllama.serving.metrics import CONTENT_TYPE, ServerMetrics
 from keras_openllama.serving.page import page_response
@@ -195,7 +195,7 @@ class _Server:
 
     async def _events(
         self,
-        generation: Generation,
+        generation: RequestGeneration,
         num_texts: int,
         options: GenerationOptions,
         reply: Reply,

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """A request fails; the client is told why.
+    """An error that the server returns to the client.
 
     Args:
         message: What is wrong, and what to do.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RETRY_AFTER = "1"  # Seconds.
 
 
-class Generation:
+class RequestGeneration:
     """Texts that the engine generates together, for one HTTP request.
 
     Args:

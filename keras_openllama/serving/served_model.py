@@ -11,7 +11,7 @@ from keras_openllama.generation.engine import Engine, EngineRequest
 from keras_openllama.serving.choices import ChoiceDecoder
 from keras_openllama.serving.constraints import ConstraintFactory, grammar_of
 from keras_openllama.serving.errors import ApiError, from_value_error
-from keras_openllama.serving.generation import Generation
+from keras_openllama.serving.generation import RequestGeneration
 from keras_openllama.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -163,7 +163,7 @@ class ServedModel:
         options: GenerationOptions,
         metrics: ServerMetrics,
         grammar: str | None = None,
-    ) -> Generation:
+    ) -> RequestGeneration:
         """Submits requests to the engine.
 
         Args:
@@ -204,7 +204,7 @@ class ServedModel:
                         self.tokenizer, prompt, options.stop, stop_ids, has_logprobs
                     )
                 )
-        return Generation(self.engine, requests, decoders, metrics)
+        return RequestGeneration(self.engine, requests, decoders, metrics)
 
     def grammar(self, options: GenerationOptions) -> str | None:
         """Returns the grammar of a request's `response_format`; `None` without one.
