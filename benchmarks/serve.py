@@ -48,7 +48,7 @@ class Client:
     def send(self, prompt, new):
         """Sends a request without waiting; returns its handle."""
         from keras_openllama import SamplingConfig
-        from keras_openllama.generation.engine import EngineRequest
+        from keras_openllama.generation.continuous_batching.engine import EngineRequest
 
         request = EngineRequest(prompt, new, SamplingConfig(temperature=0))
         self.times = [time.monotonic()]
@@ -74,7 +74,7 @@ class Client:
 def work(checkpoint, dtype, options):
     """Measures one model; returns the figures."""
     from keras_openllama import OpenLlamaCausalLM
-    from keras_openllama.generation.engine import Engine
+    from keras_openllama.generation.continuous_batching.engine import Engine
 
     arguments = {"dtype": dtype}
     if dtype in generate_benchmark.QUANTIZED:

@@ -20,7 +20,7 @@ _MODULES = {
     "OpenLlamaTokenizer": "models.tokenizer",
     "OpenLlamaCausalLMPreprocessor": "models.causal_lm_preprocessor",
     "OpenLlamaCausalLM": "models.causal_lm",
-    "SamplingConfig": "generation.sampling_config",
+    "SamplingConfig": "generation.sampling.config",
     "Generation": "generation.generation_result",
     "PromptLookup": "generation.drafting",
     "DraftModel": "generation.drafting",

@@ -36,7 +36,8 @@ os.environ["GPU_CHECK_HAS_GPU"] = str(int(HAS_GPU))
 import models
 import numpy as np
 
-from keras_openllama.generation import token_loop_torch, torch_network
+from keras_openllama.generation.pytorch import network as torch_network
+from keras_openllama.generation.pytorch import token_loop as token_loop_torch
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 PROMPT, NEW, SHORT = 64, 128, 32

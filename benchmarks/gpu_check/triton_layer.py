@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from keras_openllama.generation import torch_network
+from keras_openllama.generation.pytorch import network as torch_network
 
 BLOCK = 32  # Columns of the cache that a program reads at once.
 

@@ -16,8 +16,8 @@ from keras_openllama.cli.paths import require_preset
 from keras_openllama.cli.process import choose_backend
 
 if TYPE_CHECKING:
-    from keras_openllama.generation.engine import Engine
-    from keras_openllama.generation.sampling_config import SamplingConfig
+    from keras_openllama.generation.continuous_batching.engine import Engine
+    from keras_openllama.generation.sampling.config import SamplingConfig
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -120,8 +120,8 @@ def main(arguments: list[str], prog: str) -> int | None:
             f"{options.preset} has no chat template: add --chat-template FILE, or use "
             "`generate` to continue a text."
         )
-    from keras_openllama.generation.engine import Engine
-    from keras_openllama.generation.sampling_config import SamplingConfig
+    from keras_openllama.generation.continuous_batching.engine import Engine
+    from keras_openllama.generation.sampling.config import SamplingConfig
 
     sampling = SamplingConfig(
         temperature=options.temperature,
@@ -215,7 +215,7 @@ class Chat:
                 f"The chat has {len(prompt_ids)} tokens, and the context of the model "
                 f"is {self._engine.context}. Begin a new one with /reset."
             )
-        from keras_openllama.generation.engine import EngineRequest
+        from keras_openllama.generation.continuous_batching.engine import EngineRequest
         from keras_openllama.serving.choices import ChoiceDecoder
 
         end_ids = self._lm.end_token_ids

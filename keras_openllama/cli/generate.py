@@ -14,7 +14,7 @@ from keras_openllama.cli.paths import require_preset
 from keras_openllama.cli.process import choose_backend, quiet_tensorflow
 
 if TYPE_CHECKING:
-    from keras_openllama.generation.sampling_config import SamplingConfig
+    from keras_openllama.generation.sampling.config import SamplingConfig
 
 # Sampler -> the options that apply to it. Penalties and the like apply to all.
 _RANDOM = ("temperature", "min_p", "seed", "num_samples")
@@ -343,7 +343,7 @@ def sampling_config(options: argparse.Namespace) -> SamplingConfig:
         >>> sampling_config(options).top_k
         5
     """
-    from keras_openllama.generation.sampling_config import SamplingConfig
+    from keras_openllama.generation.sampling.config import SamplingConfig
 
     name = options.sampler or _implied_sampler(options)
     given = {}

@@ -179,7 +179,7 @@ def _serve(options, keys, template, opened):
     lm = load_model(options)
     if template:
         lm.preprocessor.chat_template = template
-    from keras_openllama.generation.engine import Engine
+    from keras_openllama.generation.continuous_batching.engine import Engine
     from keras_openllama.serving.app import make_app
     from keras_openllama.serving.served_model import ServedModel
     from keras_openllama.serving.server import Server, address_of, warm_up

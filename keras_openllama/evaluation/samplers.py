@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from keras_openllama.backend.keras_hub import GreedySampler, get_sampler
-from keras_openllama.generation.sampling import check_sampler
+from keras_openllama.generation.sampling.samplers import check_sampler
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM

@@ -17,7 +17,7 @@ from keras_openllama.generation.kv_cache import (
     pad_prompts,
 )
 from keras_openllama.generation.new_tokens import cut_at_stop_id
-from keras_openllama.generation.sampling import exclude_undefined_tokens
+from keras_openllama.generation.sampling.samplers import exclude_undefined_tokens
 from keras_openllama.generation.sharding import state_shardings, to_device
 from keras_openllama.layers.cached_attention import heads_first
 from keras_openllama.utils.types import Tensor

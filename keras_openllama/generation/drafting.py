@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from keras_openllama.generation.kv_cache import MAX_VERIFIED
-from keras_openllama.generation.single_slot import (
+from keras_openllama.generation.continuous_batching.single_slot import (
     SequenceOptions,
     open_slot,
     write_prefix,
 )
+from keras_openllama.generation.kv_cache import MAX_VERIFIED
 from keras_openllama.utils.validation import check_integer, raise_invalid
 
 if TYPE_CHECKING:

@@ -11,13 +11,18 @@ import keras
 import numpy as np
 
 from keras_openllama.generation.beam_search import SearchLoop
+from keras_openllama.generation.continuous_batching.token_loop import EngineTokenLoop
 from keras_openllama.generation.generation_result import (
     Generation,
     GenerationRecorder,
 )
 from keras_openllama.generation.new_tokens import NewTokens
-from keras_openllama.generation.sampling import is_search_sampler
-from keras_openllama.generation.sampling_options import SamplingOptions
+from keras_openllama.generation.onnx_runtime.token_loop import (
+    OnnxTokenLoop,
+    uses_onnx_runtime,
+)
+from keras_openllama.generation.sampling.options import SamplingOptions
+from keras_openllama.generation.sampling.samplers import is_search_sampler
 from keras_openllama.generation.speculation import (
     generate_speculatively,
     resolve_sampling,
@@ -29,11 +34,6 @@ from keras_openllama.generation.stop_strings import (
     normalize_stop_strings,
 )
 from keras_openllama.generation.token_loop import TokenLoop
-from keras_openllama.generation.token_loop_engine import EngineTokenLoop
-from keras_openllama.generation.token_loop_onnx import (
-    OnnxTokenLoop,
-    uses_onnx_runtime,
-)
 from keras_openllama.text.inputs import (
     Batches,
     ChatPrompts,
@@ -44,7 +44,9 @@ from keras_openllama.text.inputs import (
 from keras_openllama.text.token_arrays import pad_sequences
 
 if keras.config.backend() == "torch":
-    from keras_openllama.generation.token_loop_torch import TorchTokenLoop as TokenLoop
+    from keras_openllama.generation.pytorch.token_loop import (
+        TorchTokenLoop as TokenLoop,
+    )
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM

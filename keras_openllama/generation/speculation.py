@@ -14,23 +14,23 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from keras_openllama.generation.continuous_batching.single_slot import (
+    SequenceOptions,
+    open_slot,
+    write_prefix,
+)
 from keras_openllama.generation.drafting import (
     Draft,
     common_prefix,
 )
 from keras_openllama.generation.new_tokens import NewTokens, cut_at_stop_id
-from keras_openllama.generation.sampling import is_greedy, is_search_sampler
-from keras_openllama.generation.sampling_config import SamplingConfig
-from keras_openllama.generation.sampling_state import BatchSampling
-from keras_openllama.generation.single_slot import (
-    SequenceOptions,
-    open_slot,
-    write_prefix,
-)
+from keras_openllama.generation.sampling.config import SamplingConfig
+from keras_openllama.generation.sampling.samplers import is_greedy, is_search_sampler
+from keras_openllama.generation.sampling.state import BatchSampling
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
-    from keras_openllama.generation.sampling_options import SamplingOptions
+    from keras_openllama.generation.sampling.options import SamplingOptions
 
 # Heuristics: tokens that are proposed first, and most steps without a proposal after
 # rejected ones. Verifying costs little more than a step on most backends.
@@ -56,7 +56,7 @@ def resolve_sampling(
             and as `SamplingOptions.resolve`.
 
     Example:
-        >>> from keras_openllama.generation.sampling_options import SamplingOptions
+        >>> from keras_openllama.generation.sampling.options import SamplingOptions
         >>> resolve_sampling(lm, SamplingOptions(), num_prompts=1).configs[0].is_greedy
         True
     """

@@ -31,8 +31,11 @@ from keras_openllama.generation.kv_cache import (
 )
 from keras_openllama.generation.new_tokens import NewTokens, cut_at_stop_id
 from keras_openllama.generation.prefill_chunks import first_chunks, prefill_chunks
-from keras_openllama.generation.sampling import exclude_undefined_tokens, next_tokens
-from keras_openllama.generation.sampling_state import (
+from keras_openllama.generation.sampling.samplers import (
+    exclude_undefined_tokens,
+    next_tokens,
+)
+from keras_openllama.generation.sampling.state import (
     BatchSampling,
     SamplingInputs,
     SamplingState,

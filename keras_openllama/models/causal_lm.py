@@ -19,9 +19,9 @@ from keras_openllama.generation import generate as generation
 from keras_openllama.generation.drafting import DraftModel, PromptLookup
 from keras_openllama.generation.kv_cache import check_cache_dtype
 from keras_openllama.generation.limits import GenerationLimits
-from keras_openllama.generation.sampling import check_sampler
-from keras_openllama.generation.sampling_config import SamplingConfig
-from keras_openllama.generation.sampling_options import SamplingOptions
+from keras_openllama.generation.sampling.config import SamplingConfig
+from keras_openllama.generation.sampling.options import SamplingOptions
+from keras_openllama.generation.sampling.samplers import check_sampler
 from keras_openllama.layers.adapter_merging import saving_merged
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
@@ -645,8 +645,9 @@ class OpenLlamaCausalLM(
 
         The graph computes a step with a KV cache. ONNX Runtime GenAI runs the directory
         without this package, and ONNX Runtime runs the graph; its inputs and outputs
-        are described in `keras_openllama.generation.onnx_graph`. A quantized model
-        stays quantized; other weights are written in float32. Adapters stay apart.
+        are described in `keras_openllama.generation.onnx_runtime.graph`. A quantized
+        model stays quantized; other weights are written in float32. Adapters stay
+        apart.
 
         Args:
             path: path of the new directory.
@@ -665,7 +666,7 @@ class OpenLlamaCausalLM(
             >>> sorted(os.listdir("nano_onnx"))[1:4]
             ['generation_config.json', 'model.onnx', 'model.onnx.data']
         """
-        from keras_openllama.generation.onnx_export import export_to_onnx
+        from keras_openllama.generation.onnx_runtime.export import export_to_onnx
 
         export_to_onnx(self, path, force)
 

@@ -53,7 +53,7 @@ def make_app(model: ServedModel, settings: ServerSettings | None = None) -> Star
         An application of ASGI.
 
     Example:
-        >>> from keras_openllama.generation.engine import Engine
+        >>> from keras_openllama.generation.continuous_batching.engine import Engine
         >>> app = make_app(ServedModel(lm, Engine(lm), "nano"))
         >>> [route.path for route in app.routes][-2:]
         ['/v1/completions', '/v1/chat/completions']

@@ -12,7 +12,7 @@ from keras_openllama.generation.stop_strings import (
 )
 
 if TYPE_CHECKING:
-    from keras_openllama.generation.engine import TokenEvent
+    from keras_openllama.generation.continuous_batching.engine import TokenEvent
 
 # JSON has no infinity; OpenAI's API sends this number.
 MIN_LOGPROB = -9999.0

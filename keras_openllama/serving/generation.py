@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from keras_openllama.generation.engine import (
+from keras_openllama.generation.continuous_batching.engine import (
     EngineRequest,
     EngineStoppedError,
     QueueFullError,
@@ -16,7 +16,7 @@ from keras_openllama.serving.choices import ChoiceDecoder, Piece
 from keras_openllama.serving.errors import ApiError, from_value_error
 
 if TYPE_CHECKING:
-    from keras_openllama.generation.engine import Engine
+    from keras_openllama.generation.continuous_batching.engine import Engine
     from keras_openllama.serving.metrics import ServerMetrics
 
 RETRY_AFTER = "1"  # Seconds.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from keras_openllama.generation.sampling_config import SamplingConfig
+from keras_openllama.generation.sampling.config import SamplingConfig
 from keras_openllama.serving.errors import ApiError, from_value_error
 from keras_openllama.serving.json_body import (
     Fields,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from keras_openllama.generation.engine import Engine, EngineRequest
+from keras_openllama.generation.continuous_batching.engine import Engine, EngineRequest
 from keras_openllama.serving.choices import ChoiceDecoder
 from keras_openllama.serving.constraints import ConstraintFactory, grammar_of
 from keras_openllama.serving.errors import ApiError, from_value_error
@@ -36,7 +36,7 @@ class ServedModel:
         ValueError: If the model has no preprocessor.
 
     Example:
-        >>> from keras_openllama.generation.engine import Engine
+        >>> from keras_openllama.generation.continuous_batching.engine import Engine
         >>> served = ServedModel(lm, Engine(lm), "nano")
         >>> served.completion_ids(CompletionRequest(("The sea",), GenerationOptions()))
         [[1, 357, 1239]]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from keras_openllama.generation.engine import EngineRequest
-from keras_openllama.generation.sampling_config import SamplingConfig
+from keras_openllama.generation.continuous_batching.engine import EngineRequest
+from keras_openllama.generation.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from keras_openllama.generation.engine import Engine
+    from keras_openllama.generation.continuous_batching.engine import Engine
 
 BACKLOG = 1024  # Connections that wait to be accepted.
 KEEP_ALIVE = 30  # Seconds that a connection may be idle.

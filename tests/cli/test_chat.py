@@ -5,7 +5,7 @@ import pytest
 
 from keras_openllama import OpenLlamaCausalLM, SamplingConfig
 from keras_openllama.cli.chat import Chat, main, run_chat
-from keras_openllama.generation.engine import Engine
+from keras_openllama.generation.continuous_batching.engine import Engine
 
 pytestmark = pytest.mark.backend_free
 

@@ -11,9 +11,9 @@ from tokenizer_models import trained_model
 
 from keras_openllama import SamplingConfig
 from keras_openllama.backend.arrays import to_numpy
-from keras_openllama.generation import sampling_state
-from keras_openllama.generation.sampling_arrays import uniform_numbers
-from keras_openllama.generation.sampling_options import SamplingOptions
+from keras_openllama.generation.sampling import state as sampling_state
+from keras_openllama.generation.sampling.arrays import uniform_numbers
+from keras_openllama.generation.sampling.options import SamplingOptions
 
 PROMPTS = ["the sea", "a ship of", "it"]
 # Without two sizes of the batch, fewer programs are compiled.

@@ -7,8 +7,10 @@ import pytest
 import tiny_models
 from keras import ops
 
+from keras_openllama.generation.continuous_batching.slot_decoder import (
+    make_slot_decoder,
+)
 from keras_openllama.generation.kv_cache import init_cache
-from keras_openllama.generation.slot_decoder import make_slot_decoder
 from keras_openllama.layers import quantized_cache
 from keras_openllama.layers.quantized_cache import quantize_heads
 
@@ -32,7 +34,8 @@ def rounded_float_cache(monkeypatch):
 
     modules = [quantized_cache]
     if keras.config.backend() == "torch":
-        from keras_openllama.generation import torch_cpu_layer, torch_network
+        from keras_openllama.generation.pytorch import cpu_layer as torch_cpu_layer
+        from keras_openllama.generation.pytorch import network as torch_network
 
         modules += [torch_cpu_layer, torch_network]
     for module in modules:

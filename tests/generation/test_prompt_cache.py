@@ -5,7 +5,7 @@ import pytest
 import tiny_models
 
 from keras_openllama import SamplingConfig
-from keras_openllama.generation.engine import Engine, EngineRequest
+from keras_openllama.generation.continuous_batching.engine import Engine, EngineRequest
 from keras_openllama.generation.prompt_cache import PromptCache
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

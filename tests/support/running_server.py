@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 
-from keras_openllama.generation.engine import Engine
+from keras_openllama.generation.continuous_batching.engine import Engine
 from keras_openllama.serving.app import make_app
 from keras_openllama.serving.served_model import ServedModel
 from keras_openllama.serving.server import Server, address_of, open_socket

@@ -1,0 +1,1 @@
+"""Requests that join and leave a running batch between steps."""

@@ -1,0 +1,1 @@
+"""The decoding step as an ONNX graph, and its export."""

@@ -1,0 +1,196 @@
+"""Decodes a quantized model on a CPU with ONNX Runtime.
+
+The graph of `onnx_graph.py` is written to a temporary directory, from which ONNX
+Runtime reads it: it rearranges the matrices one by one for the instructions of the
+processor. So it has a copy of the quantized weights, and no other.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime
+
+from keras_openllama.generation.kv_cache import MIN_CACHE_LENGTH
+from keras_openllama.generation.onnx_runtime.file import GRAPH_FILE
+from keras_openllama.generation.onnx_runtime.graph import (
+    decoder_graph,
+    padded_half_head,
+    rotary_tables,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from keras_openllama.backend.keras_hub import CausalLM
+
+# Heuristic: tokens of a prompt that are fed at once. Products with more rows are not
+# faster, and the scores of attention take memory.
+CHUNK = 512
+_ERRORS_ONLY = 3
+
+
+def open_session(path: str | Path) -> onnxruntime.InferenceSession:
+    """Opens a graph on the CPU, on all physical cores.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        The session.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
+
+
+class OnnxDecoder:
+    """A model in ONNX Runtime.
+
+    Args:
+        model: `OpenLlamaCausalLM`, quantized and on a CPU.
+
+    Raises:
+        OSError: if there is no space for the quantized weights in the directory for
+            temporary files.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        with tempfile.TemporaryDirectory(prefix="keras_openllama_") as directory:
+            try:
+                decoder_graph(model).save(directory, "")
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    "Generation with quantized weights writes them to a temporary "
+                    f"directory first, which failed: {error.strerror}. Set the "
+                    "environment variable TMPDIR to a directory with more space",
+                    directory,
+                ) from error
+            self.session = open_session(f"{directory}/{GRAPH_FILE}")
+
+
+class OnnxCache:
+    """The KV cache of some sequences, each from its first column on.
+
+    Args:
+        decoder: `OnnxDecoder`.
+        batch: number of sequences.
+        columns: number of tokens that each may have.
+
+    Attributes:
+        lengths: int64 `(batch,)`, tokens of each sequence in the cache.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, batch: int, columns: int) -> None:
+        self._session = decoder.session
+        backbone = decoder.model.backbone
+        shape = (
+            *(batch, backbone.num_key_value_heads, columns),
+            2 * padded_half_head(backbone.head_dim),
+        )
+        self._arrays = {
+            f"{index}.{kind}": np.zeros(shape, "float32")
+            for index in range(backbone.num_layers)
+            for kind in ("key", "value")
+        }
+        self._tables = rotary_tables(decoder.model, max(columns, MIN_CACHE_LENGTH))
+        self._bindings = {}  # By first row, the one after the last, number of logits.
+        self.lengths = np.zeros(batch, "int64")
+
+    def prefill(self, prefixes: list[np.ndarray]) -> None:
+        """Writes tokens to the cache, sequence by sequence.
+
+        Args:
+            prefixes: token ids of each sequence, int64 arrays, which may be empty.
+        """
+        for row, ids in enumerate(prefixes):
+            for start in range(0, len(ids), CHUNK):
+                self.feed(row, ids[start : start + CHUNK], start)
+            self.lengths[row] = len(ids)
+
+    def feed(
+        self, row: int, tokens: np.ndarray, start: int, num_logits: int = 1
+    ) -> np.ndarray:
+        """Writes tokens of one sequence to the cache.
+
+        Args:
+            row: number of the sequence.
+            tokens: int `(length,)`.
+            start: position of the first of them.
+            num_logits: of how many of the last of them logits are returned.
+
+        Returns:
+            Logits float32 `(num_logits, vocabulary_size)`.
+        """
+        binding = self._binding_of(row, row + 1, num_logits)
+        lengths = np.array([start + len(tokens)])
+        return self._run(binding, tokens[None], lengths, num_logits)[0]
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Feeds one token of each sequence.
+
+        Args:
+            tokens: int `(batch,)`.
+
+        Returns:
+            Logits float32 `(batch, vocabulary_size)`.
+        """
+        self.lengths += 1
+        return self.step_rows(tokens, self.lengths)
+
+    def step_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Feeds one token of each of the first sequences.
+
+        Args:
+            tokens: int `(rows,)`.
+            lengths: int64 `(rows,)`, lengths of these sequences with these tokens.
+
+        Returns:
+            Logits float32 `(rows, vocabulary_size)`.
+        """
+        binding = self._binding_of(0, len(tokens))
+        return self._run(binding, tokens[:, None], lengths)[:, 0]
+
+    def layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns the keys and values of each layer.
+
+        Returns:
+            Pairs of float32 `(batch, num_key_value_heads, columns, padded head)`.
+        """
+        arrays = list(self._arrays.values())
+        return list(zip(arrays[::2], arrays[1::2], strict=True))
+
+    def _binding_of(self, first, end, num_logits=1):
+        # A binding keeps its output, so it has one for each shape of the logits.
+        key = first, end, num_logits
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(first, end)
+        return self._bindings[key]
+
+    def _bind(self, first, end):
+        """Binds the cache of some sequences: the graph updates it in place."""
+        binding = self._session.io_binding()
+        for name, array in self._arrays.items():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array[first:end])
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        for name, table in self._tables.items():
+            binding.bind_cpu_input(name, table)
+        binding.bind_output("logits")
+        return binding
+
+    def _run(self, binding, tokens, lengths, num_logits=1):
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        tokens = np.ascontiguousarray(tokens, "int64")
+        binding.bind_cpu_input("input_ids", tokens)
+        binding.bind_cpu_input("first_logit", np.array([-num_logits]))
+        binding.bind_cpu_input("attention_mask", mask.astype("int64"))
+        self._session.run_with_iobinding(binding)
+        # A copy, since the next run uses the same memory.
+        return binding.get_outputs()[-1].numpy().copy()

@@ -1,0 +1,165 @@
+"""`token_loop.TokenLoop` for quantized models on a CPU, with ONNX Runtime.
+
+XLA and PyTorch multiply by quantized matrices at the rate of float ones or slower.
+ONNX Runtime has kernels for the processor at hand that are limited by the memory; see
+`benchmarks/README.md`. The sampler is that of the model, on the backend of Keras.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_openllama.backend.arrays import as_numpy
+from keras_openllama.backend.jit import compile_function
+from keras_openllama.backend.keras_private import flatten_layers
+from keras_openllama.generation.kv_cache import PromptLayout, pad_prompts
+from keras_openllama.generation.onnx_runtime.matrices import runtime_group_size
+from keras_openllama.generation.sampling.samplers import (
+    exclude_undefined_tokens,
+    is_greedy,
+    next_tokens,
+    undefined_tokens,
+)
+from keras_openllama.generation.sampling.state import SamplingInputs, sample_tokens
+from keras_openllama.generation.sharding import runs_on_one_cpu
+from keras_openllama.generation.token_loop import LoopState, TokenLoop
+from keras_openllama.generation.weights_state import WeightsState
+from keras_openllama.layers.quantizable import is_quantized
+from keras_openllama.text.token_arrays import PAD_TOKEN_ID
+
+if TYPE_CHECKING:
+    from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.generation.onnx_runtime.decoder import OnnxDecoder
+
+
+class OnnxTokenLoop(TokenLoop):
+    """See `TokenLoop`. The state has NumPy arrays, and as `cache` an `OnnxCache`.
+
+    Args:
+        model: `OpenLlamaCausalLM`, for which `uses_onnx_runtime` holds.
+    """
+
+    def __init__(self, model: CausalLM):
+        self.model = model
+        self._decoder = None
+        self._weights = WeightsState(model)
+        self._choose = compile_function(self._choose_tokens, model)
+        self._sample = compile_function(self._sample_tokens, model, donate=("state",))
+
+    def start(
+        self, prompts: list[list[int]], limits: list[int]
+    ) -> tuple[LoopState, PromptLayout]:
+        """See `TokenLoop.start`."""
+        from keras_openllama.generation.onnx_runtime.decoder import OnnxCache
+
+        columns = max(map(len, prompts)) + max(limits)
+        tokens, prompt_layout = pad_prompts(prompts, limits, columns)
+        state = LoopState(
+            tokens=tokens,
+            num_prefilled=0,
+            step=0,
+            done=prompt_layout.limits == 0,
+            cache=OnnxCache(self.decoder(), len(prompts), columns),
+        )
+        return state, prompt_layout
+
+    def decoder(self) -> OnnxDecoder:
+        """Returns the model in ONNX Runtime, made anew if the weights have changed."""
+        from keras_openllama.generation.onnx_runtime.decoder import OnnxDecoder
+
+        if self._weights.update() or self._decoder is None:
+            self._decoder = None  # Its memory is free before the next one is made.
+            self._decoder = OnnxDecoder(self.model)
+        return self._decoder
+
+    def advance(
+        self,
+        state: LoopState,
+        prompt_layout: PromptLayout,
+        stop_ids: np.ndarray,
+        until: int,
+        sampling: SamplingInputs | tuple[()] = (),
+    ) -> LoopState:
+        """See `TorchTokenLoop.advance`."""
+        start, cache = int(prompt_layout.start), state.cache
+        if state.num_prefilled < start:
+            lengths = prompt_layout.prefix_lengths
+            rows = zip(state.tokens, lengths, strict=True)
+            cache.prefill([row[:length].astype("int64") for row, length in rows])
+            state = state._replace(num_prefilled=start)
+        tokens, done, step = state.tokens, state.done, state.step
+        sampled = state.sampling
+        while step < until and not done.all():
+            logits = cache.step(tokens[:, start + step])
+            if sampling:
+                chosen, sampled = self._sample(
+                    logits=logits, inputs=sampling, state=sampled, step=np.int32(step)
+                )
+                chosen = as_numpy(chosen)
+            else:
+                chosen = self._next_tokens(logits)
+            chosen = np.where(done, PAD_TOKEN_ID, chosen)
+            step += 1
+            tokens[:, start + step] = chosen
+            done = done | np.isin(chosen, stop_ids) | (step >= prompt_layout.limits)
+        return state._replace(step=step, done=done, sampling=sampled)
+
+    def _padded_stop_ids(self, stop_token_ids: Sequence[int]) -> np.ndarray:
+        return np.array(stop_token_ids, "int32")
+
+    def _next_tokens(self, logits):
+        if is_greedy(self.model.sampler):
+            undefined = undefined_tokens(self.model)
+            if undefined:
+                logits[:, undefined] = -np.inf
+            return logits.argmax(axis=-1)
+        return as_numpy(self._choose(logits=logits))
+
+    def _choose_tokens(self, logits):
+        logits = exclude_undefined_tokens(self.model, logits)
+        return next_tokens(self.model.sampler, logits)
+
+    def _sample_tokens(self, logits, inputs, state, step):
+        logits = ops.convert_to_tensor(logits)
+        logits = exclude_undefined_tokens(self.model, logits)
+        return sample_tokens(logits, inputs, state, step)
+
+
+def uses_onnx_runtime(model: CausalLM) -> bool:
+    """Returns whether `OnnxTokenLoop` generates with a model.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+
+    Returns:
+        True for a model on a CPU with a quantized projection. False, with a warning,
+        if ONNX Runtime cannot multiply by its matrices, or its RoPE scaling depends on
+        the lengths of the sequences of a batch.
+    """
+    layers = [layer for layer in flatten_layers(model) if is_quantized(layer)]
+    # First: the matrices of another device would be copied to the host.
+    if not layers or not runs_on_one_cpu(model.backbone):
+        return False
+    matrices = [layer.quantized_matrix() for layer in layers]
+    reasons = []
+    if any(runtime_group_size(matrix) is None for matrix in matrices):
+        reasons.append("groups whose size is not a multiple of 16")
+    if model.backbone.rotary_embedding.is_dynamic:
+        reasons.append("dynamic RoPE scaling")
+    if model.kv_cache_dtype is not None:
+        reasons.append(f"kv_cache_dtype={model.kv_cache_dtype!r}")
+    if model.backbone.token_embedding.lora_enabled:
+        reasons.append("an embedding with adapters")
+    if reasons:
+        warnings.warn(
+            f"ONNX Runtime does not support {' and '.join(reasons)}. This quantized "
+            f"model generates on {keras.config.backend()}, which is slower.",
+            stacklevel=2,
+        )
+    return not reasons

@@ -1,0 +1,1 @@
+"""How the next token is chosen: settings, the choice itself, random numbers."""
