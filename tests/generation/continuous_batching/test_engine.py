@@ -271,7 +271,7 @@ def test_engine_goes_on_after_a_failed_step(lm, monkeypatch):
     (prompt,) = prompts_of(lm, [8])
     with Engine(lm, num_slots=2, context=64) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(engine._sampler, "choose", lambda *_: 1 / 0)
+            patch.setattr(engine._batch._sampler, "choose", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 list(engine.stream(EngineRequest(prompt, 6, GREEDY)))
         events = list(engine.stream(EngineRequest(prompt, 6, GREEDY)))
