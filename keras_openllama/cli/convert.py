@@ -17,6 +17,11 @@ from keras_openllama.checkpoints.formats import (
     KERAS_QUANTIZATIONS,
     MAX_SHARD_SIZE,
 )
+from keras_openllama.cli.calibration_options import (
+    add_calibration,
+    check_calibration,
+    convert_calibrated,
+)
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.presets import BYTE_UNITS, with_unit
 from keras_openllama.cli.process import (
@@ -26,8 +31,8 @@ from keras_openllama.cli.process import (
 
 DESCRIPTION = """\
 Convert the model SOURCE to another format and write it to DEST. Memory holds a few
-tensors at a time, whatever the size of the model. DEST is created atomically: it
-appears when it is complete.
+tensors at a time, whatever the size of the model, except with --calibration. DEST is
+created atomically: it appears when it is complete.
 
 SOURCE is a preset's name, hf://user/repo, a directory in the format of transformers or
 KerasHub, a run that trains all weights or one of its checkpoints, a GGUF file (also
@@ -49,6 +54,10 @@ examples:
 
   Convert a model for llama.cpp, with weights of 8 bits:
     %(prog)s open_llama_3b_v2 3b_v2.gguf --to gguf --quantization q8_0
+
+  Quantize a model to 4 bits by GPTQ, which loses less with texts like yours:
+    %(prog)s open_llama_3b_v2 3b_v2_int4 --to keras --quantization int4 \\
+        --calibration articles.jsonl
 
   Convert a published model for EasyLM, which loads it as params::3b_v2.msgpack:
     %(prog)s open_llama_3b_v2 3b_v2.msgpack --to easylm --dtype bfloat16
@@ -120,7 +129,10 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         help="print the files and their sizes without writing them (SOURCE is "
         "downloaded nevertheless)",
     )
-    return parser.parse_args(arguments)
+    add_calibration(parser)
+    options = parser.parse_args(arguments)
+    check_calibration(parser, options)
+    return options
 
 
 @contextlib.contextmanager
@@ -157,8 +169,11 @@ def main(arguments: list[str], prog: str) -> int | None:
             content=options.content,
             tokenizer=not options.no_tokenizer,
             force=options.force,
-            dry_run=options.dry_run,
+            # Before a calibration, which takes long, this checks all options.
+            dry_run=options.dry_run or options.calibration is not None,
         )
+        if options.calibration and not options.dry_run:
+            convert_calibrated(options)
     if options.dry_run:
         for file in files:
             print(f"{file.size:>16,}  {file.name or options.target}")
