@@ -140,11 +140,12 @@ def _compile(program, donate):
 def _signature(layer):
     """Equal for layers with the same computation, but for the variables' values."""
     parts = [layer, *flatten_layers(layer)]
-    if any(part.quantization_mode is not None for part in parts):
-        return id(layer)  # It has settings that are not among these.
     adapters = [
         (getattr(part, "lora_alpha", None), getattr(part, "lora_rank", None))
         for part in parts
     ]
     shapes = [(tuple(v.shape), str(v.dtype)) for v in layer.variables]
-    return tuple(map(type, parts)), tuple(adapters), tuple(shapes)
+    kinds = tuple(map(type, parts))
+    if any(part.quantization_mode is not None for part in parts):
+        kinds = id(layer)  # It has settings that are not among these.
+    return kinds, tuple(adapters), tuple(shapes)

@@ -14,8 +14,15 @@ if TYPE_CHECKING:
 DEFAULT_PRESET = "open_llama_nano"
 
 
-def add_model_options(group: argparse._ArgumentGroup) -> None:
+def add_model_options(
+    group: argparse._ArgumentGroup, named_adapters: bool = False
+) -> None:
     """Adds the flags of a model to a group, for `load_model`.
+
+    Args:
+        group: Group of a parser.
+        named_adapters: Whether `--adapters` may be given several times; it is a list
+            then, and the caller loads what it names.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -34,12 +41,23 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         "--revision",
         help="branch, tag or commit on the Hugging Face Hub (default: the main branch)",
     )
-    group.add_argument(
-        "--adapters",
-        metavar="DIR",
-        help="LoRA adapters to load into the model: a directory that `finetune` or "
-        "PEFT wrote, or hf://user/repo",
-    )
+    if named_adapters:
+        group.add_argument(
+            "--adapters",
+            metavar="[NAME=]DIR",
+            action="append",
+            help="LoRA adapters, in a directory that `finetune` or PEFT wrote, or in "
+            "hf://user/repo. Without NAME all requests use them. With it, those do "
+            "whose `model` is the name of the model, + and NAME; may be given several "
+            "times",
+        )
+    else:
+        group.add_argument(
+            "--adapters",
+            metavar="DIR",
+            help="LoRA adapters to load into the model: a directory that `finetune` or "
+            "PEFT wrote, or hf://user/repo",
+        )
     add_backend(group)
     group.add_argument(
         "--dtype",
@@ -53,7 +71,8 @@ def load_model(options: argparse.Namespace) -> OpenLlamaCausalLM:
     """Loads the model of the flags, after `process.choose_backend`.
 
     Args:
-        options: Parsed flags of `add_model_options`.
+        options: Parsed flags of `add_model_options`. Adapters are loaded if it has
+            one directory, not a list.
 
     Raises:
         ValueError: If the files are of another model.
@@ -68,6 +87,6 @@ def load_model(options: argparse.Namespace) -> OpenLlamaCausalLM:
         revision=options.revision,
         quantization=options.quantization or "auto",
     )
-    if options.adapters:
+    if isinstance(options.adapters, str):
         lm.load_adapters(options.adapters)
     return lm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from keras_openllama.cli import arguments as types
 from keras_openllama.cli.chat_templates import add_chat_template, read_chat_template
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.model_options import add_model_options, load_model
-from keras_openllama.cli.paths import require_preset
+from keras_openllama.cli.paths import require_directory, require_preset
 from keras_openllama.cli.process import PROGRAM, choose_backend
 
 API_KEY_VARIABLE = "KERAS_OPENLLAMA_API_KEY"
@@ -24,7 +25,7 @@ Serve a model over HTTP: a page for the browser, and the API of OpenAI.
     http://127.0.0.1:8000/                      a page to chat and to continue texts
     http://127.0.0.1:8000/v1/chat/completions   chats, if there is a chat template
     http://127.0.0.1:8000/v1/completions        texts
-    http://127.0.0.1:8000/v1/models             the name of the model
+    http://127.0.0.1:8000/v1/models             the names of the model, by its adapters
     http://127.0.0.1:8000/metrics               metrics for Prometheus
 
 Several requests are computed at once; others wait in a queue. Ctrl-C or SIGTERM ends
@@ -46,6 +47,11 @@ examples:
     KERAS_OPENLLAMA_API_KEY=secret %(prog)s --preset runs/my_chat_model \\
         --dtype bfloat16 --host 0.0.0.0
 
+  One model with several LoRA adapters. Requests choose "3b_v2", "3b_v2+law" or
+  "3b_v2+poems" as their model:
+    %(prog)s --preset 3b_v2 --adapters law=runs/law/adapters \
+        --adapters poems=runs/poems/adapters
+
   Chats with a model that has no chat template of its own:
     echo '{"user": "Q: {content}\\n", "assistant": "A: {content}\\n"}' > template.json
     %(prog)s --preset 3b_v2 --chat-template template.json
@@ -56,7 +62,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """Parses the arguments of the command."""
     parser = CommandParser(prog, description=DESCRIPTION, epilog=EXAMPLES)
     model = parser.add_argument_group("the model")
-    add_model_options(model)
+    add_model_options(model, named_adapters=True)
     add_chat_template(model)
     model.add_argument(
         "--name",
@@ -167,26 +173,42 @@ def main(arguments: list[str], prog: str) -> int | None:
     keys = api_keys(options.api_key, os.environ)
     template = options.chat_template and read_chat_template(options.chat_template)
     require_preset("--preset", options.preset)
+    adapters = adapters_by_name(options.adapters)
+    for path in adapters.values():
+        require_directory("--adapters", path)
     choose_backend(options.backend)
     # Before the model is loaded, which takes time.
     from keras_openllama.serving.server import open_socket
 
     with open_socket(options.host, options.port) as opened:
-        _serve(options, keys, template, opened)
+        _serve(options, keys, template, adapters, opened)
 
 
-def _serve(options, keys, template, opened):
+def _serve(options, keys, template, adapters, opened):
     lm = load_model(options)
     if template:
         lm.preprocessor.chat_template = template
     from keras_openllama.generation.continuous_batching.engine import Engine
+    from keras_openllama.generation.continuous_batching.named_adapters import (
+        NamedAdapters,
+    )
     from keras_openllama.serving.app import make_app
     from keras_openllama.serving.served_model import ServedModel
     from keras_openllama.serving.server import Server, address_of, warm_up
     from keras_openllama.serving.settings import ServerSettings
 
+    for_all = adapters.pop(None, None)
+    if for_all:
+        lm.load_adapters(for_all)
+    named = NamedAdapters(lm) if adapters else None
+    for name, path in adapters.items():
+        named.load(name, path)
     engine = Engine(
-        lm, num_slots=options.slots, context=options.context, max_queue=options.queue
+        lm,
+        num_slots=options.slots,
+        context=options.context,
+        max_queue=options.queue,
+        adapters=named,
     )
     model = ServedModel(lm, engine, options.name or model_name(options.preset))
     settings = ServerSettings(
@@ -205,7 +227,8 @@ def _serve(options, keys, template, opened):
     address = address_of(opened)
 
     def on_ready():
-        _note(f"{model.name} is served at {address} (the API: {address}/v1)")
+        names = ", ".join(model.names)
+        _note(f"{names} served at {address} (the API: {address}/v1)")
 
     Server(
         make_app(model, settings),
@@ -219,6 +242,43 @@ def _serve(options, keys, template, opened):
 
 def _note(text):
     print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def adapters_by_name(values: Sequence[str] | None) -> dict[str | None, str]:
+    """Returns the directories of `--adapters` by name.
+
+    Args:
+        values: Values of the flag. `NAME=DIR` has a name, `./NAME=DIR` is a directory.
+
+    Returns:
+        The directories; under `None` the one for all requests.
+
+    Raises:
+        ValueError: If a name occurs twice, or a directory without one is not the only
+            value.
+
+    Example:
+        >>> adapters_by_name(["law=runs/law", "poems=hf://user/poems"])
+        {'law': 'runs/law', 'poems': 'hf://user/poems'}
+        >>> adapters_by_name(["runs/law"])
+        {None: 'runs/law'}
+    """
+    adapters = {}
+    for value in values or ():
+        match = re.fullmatch(r"([\w.-]+)=(.+)", value)
+        name, path = match.groups() if match else (None, value)
+        if name in adapters:
+            raise ValueError(
+                "--adapters must have a different name for each directory, such as "
+                f"--adapters law=runs/law/adapters. Received: {value}"
+            )
+        adapters[name] = path
+    if None in adapters and len(adapters) > 1:
+        raise ValueError(
+            "--adapters without a name is for all requests, and cannot be combined "
+            f"with others. Received: {adapters[None]}"
+        )
+    return adapters
 
 
 def api_keys(flags: Sequence[str] | None, environment: Mapping[str, str]) -> tuple:

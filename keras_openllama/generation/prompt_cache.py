@@ -6,7 +6,7 @@ import collections
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,13 +25,14 @@ class CachedPrefix(NamedTuple):
     Attributes:
         tokens: int32 `(length,)`.
         arrays: keys and values of each layer, in the memory of the backend.
-        rope_length: what the rotary angles depend on; 0 without dynamic RoPE scaling.
+        variant: what else the keys and values depend on: the rotary angles with dynamic
+            RoPE scaling, and the adapters.
         nbytes: bytes of the arrays.
     """
 
     tokens: np.ndarray
     arrays: Any
-    rope_length: int
+    variant: Hashable
     nbytes: int
 
 
@@ -65,7 +66,7 @@ class PromptCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = check_integer("max_bytes", max_bytes)
         self.nbytes = self.hits = self.misses = 0
-        self._entries: collections.OrderedDict[bytes, CachedPrefix] = (
+        self._entries: collections.OrderedDict[Hashable, CachedPrefix] = (
             collections.OrderedDict()
         )
         self._lock = threading.Lock()
@@ -101,13 +102,13 @@ class PromptCache:
             self.clear()
 
     def find(
-        self, tokens: Sequence[int], rope_length: int = 0
+        self, tokens: Sequence[int], variant: Hashable = None
     ) -> tuple[Any, int] | tuple[None, int]:
         """Looks for the sequence with the longest common beginning.
 
         Args:
             tokens: token ids.
-            rope_length: see `CachedPrefix`.
+            variant: see `CachedPrefix`.
 
         Returns:
             Its arrays, and the number of tokens at the beginning that are equal;
@@ -117,7 +118,7 @@ class PromptCache:
         with self._lock:
             best, best_length = None, 0
             for key, entry in self._entries.items():
-                if entry.rope_length == rope_length:
+                if entry.variant == variant:
                     length = common_length(entry.tokens, array)
                     if length > best_length:
                         best, best_length = key, length
@@ -128,7 +129,7 @@ class PromptCache:
             self._entries.move_to_end(best)
             return self._entries[best].arrays, best_length
 
-    def add(self, tokens: Sequence[int], arrays: Any, rope_length: int = 0) -> None:
+    def add(self, tokens: Sequence[int], arrays: Any, variant: Hashable = None) -> None:
         """Saves a sequence; does nothing if it alone exceeds the budget.
 
         It replaces sequences that are its beginning.
@@ -136,33 +137,33 @@ class PromptCache:
         Args:
             tokens: token ids.
             arrays: keys and values of each layer, nested.
-            rope_length: see `CachedPrefix`.
+            variant: see `CachedPrefix`.
         """
         array = np.asarray(tokens, "int32")
-        entry = CachedPrefix(array, arrays, rope_length, bytes_of(arrays))
+        entry = CachedPrefix(array, arrays, variant, bytes_of(arrays))
         if entry.nbytes > self.max_bytes:
             return
         with self._lock:
             for key, old in list(self._entries.items()):
                 is_beginning = common_length(old.tokens, array) == len(old.tokens)
-                if old.rope_length == rope_length and is_beginning:
+                if old.variant == variant and is_beginning:
                     self._remove(key)
-            self._entries[array.tobytes() + str(rope_length).encode()] = entry
+            self._entries[variant, array.tobytes()] = entry
             self.nbytes += entry.nbytes
             while self.nbytes > self.max_bytes:
                 self._remove(next(iter(self._entries)))
 
-    def contains(self, tokens: Sequence[int], rope_length: int = 0) -> bool:
+    def contains(self, tokens: Sequence[int], variant: Hashable = None) -> bool:
         """Returns whether a sequence, or a longer one that begins so, is saved.
 
         Args:
             tokens: token ids.
-            rope_length: see `CachedPrefix`.
+            variant: see `CachedPrefix`.
         """
         array = np.asarray(tokens, "int32")
         with self._lock:
             return any(
-                entry.rope_length == rope_length
+                entry.variant == variant
                 and common_length(entry.tokens, array) == len(array)
                 for entry in self._entries.values()
             )

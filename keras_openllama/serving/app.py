@@ -128,11 +128,12 @@ class _Server:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model.description()]})
+        data = [self._model.description(name) for name in self._model.names]
+        return JSONResponse({"object": "list", "data": data})
 
     async def show_model(self, request: Request) -> Response:
-        self._model.check_name(request.path_params["name"])
-        return JSONResponse(self._model.description())
+        name = self._model.checked_name(request.path_params["name"])
+        return JSONResponse(self._model.description(name))
 
     async def complete(self, request: Request) -> Response:
         return await self._measured(request, self._complete)
@@ -143,7 +144,7 @@ class _Server:
     async def _complete(self, request, on_end):
         body = await read_json_body(request, self._settings.max_body_bytes)
         parsed = parse_completion(parse_json_object(body))
-        self._model.check_name(parsed.options.model)
+        name = self._model.checked_name(parsed.options.model)
         prompts = await asyncio.to_thread(self._model.completion_ids, parsed)
         echoes = None
         if parsed.echo:
@@ -151,18 +152,18 @@ class _Server:
             texts = [p if isinstance(p, str) else decode(p) for p in parsed.prompts]
             echoes = [t for t in texts for _ in range(parsed.options.num_choices)]
         has_logprobs = parsed.options.top_logprobs is not None
-        names = self._model.token_names if has_logprobs else ()
-        reply = CompletionReply(self._model.name, names, has_logprobs, echoes)
+        token_names = self._model.token_names if has_logprobs else ()
+        reply = CompletionReply(name, token_names, has_logprobs, echoes)
         return await self._respond(request, prompts, parsed.options, reply, on_end)
 
     async def _chat(self, request, on_end):
         body = await read_json_body(request, self._settings.max_body_bytes)
         parsed = parse_chat(parse_json_object(body))
-        self._model.check_name(parsed.options.model)
+        name = self._model.checked_name(parsed.options.model)
         prompt = await asyncio.to_thread(self._model.chat_ids, parsed)
         has_logprobs = parsed.options.top_logprobs is not None
-        names = self._model.token_names if has_logprobs else ()
-        reply = ChatReply(self._model.name, names, has_logprobs)
+        token_names = self._model.token_names if has_logprobs else ()
+        reply = ChatReply(name, token_names, has_logprobs)
         return await self._respond(request, [prompt], parsed.options, reply, on_end)
 
     async def _respond(

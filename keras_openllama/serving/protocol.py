@@ -51,7 +51,8 @@ class GenerationOptions:
     """What completions and chats have in common.
 
     Attributes:
-        model: Name of the model, or `None` for the model that is served.
+        model: Name of the model, with `+` and the name of adapters if they are chosen;
+            `None` for the model alone.
         sampling: How tokens are chosen.
         max_tokens: Maximum number of new tokens; `None` for what the context leaves.
         num_choices: Number of texts for each prompt.

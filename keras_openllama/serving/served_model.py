@@ -61,10 +61,20 @@ class ServedModel:
         """Whether the model can continue chats."""
         return self._preprocessor.chat_template is not None
 
-    def description(self) -> dict[str, Any]:
-        """Returns the entry of `/v1/models`, with two fields beside OpenAI's."""
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The names that requests choose by, with the adapters that each stands for."""
+        adapters = self.engine.adapter_names
+        return {self.name: None} | {f"{self.name}+{name}": name for name in adapters}
+
+    def description(self, name: str) -> dict[str, Any]:
+        """Returns an entry of `/v1/models`, with two fields beside OpenAI's.
+
+        Args:
+            name: One of `names`.
+        """
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "keras_openllama",
@@ -72,26 +82,23 @@ class ServedModel:
             "has_chat_template": self.has_chat_template,
         }
 
-    def check_name(self, name: str | None) -> None:
-        """Checks the field `model` of a request.
+    def checked_name(self, name: str | None) -> str:
+        """Returns the name in the field `model` of a request; by default `name`.
 
         Raises:
-            ApiError: If it names another model.
+            ApiError: If it is none of `names`.
         """
-        if name in (None, self.name):
-            return
-        hint = ""
-        if "+" in name:
-            hint = (
-                " Adapters cannot be chosen by request: start the server with "
-                "--adapters DIR."
+        if name is None:
+            return self.name
+        if name not in self.names:
+            raise ApiError(
+                f"The model {name[:200]!r} is not served here. Choose one of: "
+                f"{', '.join(self.names)}",
+                status=404,
+                param="model",
+                code="model_not_found",
             )
-        raise ApiError(
-            f"The model {name[:200]!r} is not served here; {self.name!r} is.{hint}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+        return name
 
     # ----- Prompts
 
@@ -179,6 +186,7 @@ class ServedModel:
             ApiError: If the queue of the engine is full, or a value is invalid.
         """
         self._check_ids(options.sampling)
+        adapter = self.names[self.checked_name(options.model)]
         stop_ids = tuple(self._lm.end_token_ids)
         requests, decoders = [], []
         for prompt in prompts:
@@ -196,6 +204,7 @@ class ServedModel:
                         top_logprobs=options.top_logprobs,
                         constraint=constraint,
                         sample=number,
+                        adapter=adapter,
                     )
                 )
                 has_logprobs = options.top_logprobs is not None

@@ -68,13 +68,15 @@ def warm_up(engine: Engine, num_slots: int) -> None:
 
     Args:
         engine: The engine, which is started.
-        num_slots: Its number of slots. There is a program for each power of two.
+        num_slots: Its number of slots. There is a program for each power of two, and
+            for adapters of other ranks or layers.
     """
     sizes = {min(2**i, num_slots) for i in range(num_slots.bit_length() + 1)}
-    request = EngineRequest([1] * 8, 2, SamplingConfig())
-    for size in sorted(sizes):
-        for events in [engine.stream(request) for _ in range(size)]:
-            collections.deque(events, maxlen=0)
+    for adapter in (None, *engine.adapter_names):
+        request = EngineRequest([1] * 8, 2, SamplingConfig(), adapter=adapter)
+        for size in sorted(sizes):
+            for events in [engine.stream(request) for _ in range(size)]:
+                collections.deque(events, maxlen=0)
 
 
 class Server(uvicorn.Server):

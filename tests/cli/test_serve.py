@@ -4,6 +4,7 @@ import pytest
 
 from keras_openllama.cli.serve import (
     API_KEY_VARIABLE,
+    adapters_by_name,
     allowed_hosts,
     api_keys,
     main,
@@ -43,6 +44,32 @@ def test_api_keys_are_taken_from_flags_and_the_environment():
 )
 def test_the_last_part_of_the_preset_is_the_name_of_the_model(preset, name):
     assert model_name(preset) == name
+
+
+def test_adapters_have_a_name_or_are_for_all_requests():
+    flags = ["--adapters", "a=x=y", "--adapters", "b.1=hf://user/b"]
+    expected = {"a": "x=y", "b.1": "hf://user/b"}
+    assert adapters_by_name(parse(*flags).adapters) == expected
+    assert adapters_by_name(["./a=x"]) == {None: "./a=x"}
+    assert adapters_by_name(None) == {}
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (["a=x", "a=y"], "different name .* Received: a=y"),
+        (["x", "a=y"], "for all requests"),
+        (["x", "y"], "different name"),
+    ],
+)
+def test_adapters_for_all_requests_are_the_only_ones(values, message):
+    with pytest.raises(ValueError, match=message):
+        adapters_by_name(values)
+
+
+def test_serve_refuses_adapters_that_do_not_exist(capsys):
+    assert main(["--adapters", "law=missing"], "serve") == 2
+    assert "--adapters: the directory missing does not exist" in capsys.readouterr().err
 
 
 def test_serve_refuses_a_port_that_is_in_use(capsys):

@@ -62,9 +62,9 @@ def test_prompt_cache_replaces_the_beginning_of_a_sequence():
 
 def test_prompt_cache_separates_lengths_of_dynamic_rope_scaling():
     cache = PromptCache(max_bytes=10**6)
-    cache.add([1, 2], arrays(2), rope_length=512)
-    assert cache.find([1, 2], rope_length=600) == (None, 0)
-    assert cache.find([1, 2], rope_length=512)[1] == 2
+    cache.add([1, 2], arrays(2), variant=512)
+    assert cache.find([1, 2], variant=600) == (None, 0)
+    assert cache.find([1, 2], variant=512)[1] == 2
 
 
 @pytest.fixture(scope="module", params=[FLOAT32, "int4"])

@@ -10,7 +10,6 @@ fed by a decoding step, as each new token is.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
 import queue
@@ -26,6 +25,7 @@ from keras_openllama.generation.continuous_batching.request import (
     TokenConstraint,
     TokenEvent,
 )
+from keras_openllama.generation.continuous_batching.request_queue import RequestQueue
 from keras_openllama.generation.continuous_batching.running_batch import RunningBatch
 from keras_openllama.generation.continuous_batching.stats import EngineStats
 from keras_openllama.generation.prompt_cache import PromptCache
@@ -33,6 +33,9 @@ from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.generation.continuous_batching.named_adapters import (
+        NamedAdapters,
+    )
 
 __all__ = [
     "Engine",
@@ -62,14 +65,19 @@ class Engine:
         max_queue: most requests that wait for a slot.
         prompt_cache_bytes: most bytes of keys and values of ended requests that are
             saved for prompts that begin alike; 0 saves none. Or a `PromptCache`.
+        adapters: sets of adapters of the model, which requests choose by name. Only
+            requests with the same adapters run together; the others wait for their
+            turn, see `RequestQueue`.
 
     Attributes:
         stats: an `EngineStats`.
         context: most tokens of a sequence.
+        adapter_names: names that requests choose adapters by.
         error: the exception after which the engine could not go on; `None` before.
 
     Raises:
-        ValueError: for numbers out of range, or a model on several devices.
+        ValueError: for numbers out of range, a model on several devices, or `adapters`
+            of a model that ONNX Runtime computes.
 
     Example:
         >>> from keras_openllama import SamplingConfig
@@ -88,6 +96,7 @@ class Engine:
         context: int | None = None,
         max_queue: int = 64,
         prompt_cache_bytes: int | PromptCache = 2 << 30,
+        adapters: NamedAdapters | None = None,
     ) -> None:
         num_slots = check_integer("num_slots", num_slots)
         longest = model.backbone.context_length
@@ -103,12 +112,20 @@ class Engine:
             cache = PromptCache(cache) if cache else None
         if cache is not None:
             cache.use_with(model)
-        self._batch = RunningBatch(model, num_slots, context, cache, self.stats)
-        self._queue: collections.deque[RequestHandle] = collections.deque()
+        self._batch = RunningBatch(
+            model, num_slots, context, cache, self.stats, adapters
+        )
+        self._adapters = adapters
+        self._queue = RequestQueue()
         self._numbers = itertools.count()
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """See the attribute."""
+        return self._adapters.names if self._adapters else ()
 
     # ----- From any thread
 
@@ -146,7 +163,7 @@ class Engine:
             EngineStoppedError: after `shutdown`, or an error.
         """
         request = request.validated(self._model, self.context)
-        handle = RequestHandle(next(self._numbers), request, on_event, self._wake)
+        self._check_adapter(request.adapter)
         with self._condition:
             self._check_open()
             # A free slot takes the next request before anything else happens.
@@ -157,7 +174,8 @@ class Engine:
                     f"accepted. Try again later. Received: max_queue={self._max_queue}"
                 )
             self.stats.submitted += 1
-            self._queue.append(handle)
+            handle = RequestHandle(next(self._numbers), request, on_event, self._wake)
+            self._queue.add(handle)
             self.stats.queued = len(self._queue)
             self._condition.notify_all()
         return handle
@@ -237,6 +255,14 @@ class Engine:
         if self._is_closed:
             raise EngineStoppedError("The engine was shut down. Make a new one.")
 
+    def _check_adapter(self, name):
+        if self._adapters:
+            self._adapters.check(name)
+        elif name is not None:
+            raise ValueError(
+                f"`adapter` needs an engine with `adapters`. Received: adapter={name!r}"
+            )
+
     def _wake(self):
         with self._condition:
             self._condition.notify_all()
@@ -256,11 +282,13 @@ class Engine:
             _LOGGER.exception("The engine cannot go on")
             with self._condition:
                 self.error = error
-                waiting = list(self._queue)
-                self._queue.clear()
+                waiting = self._queue.clear()
             self._batch.fail(error)
             for handle in waiting:
                 self._batch.finish(handle, "error", error)
+        finally:
+            if self._adapters:
+                self._adapters.use(None)
 
     def _wait_for_work(self):
         """Returns False when the engine is shut down and nothing is left to do."""
@@ -279,20 +307,21 @@ class Engine:
 
     def _end_cancelled(self):
         with self._condition:
-            waiting = [handle for handle in self._queue if handle.is_cancelled]
-            for handle in waiting:
-                self._queue.remove(handle)
+            waiting = self._queue.remove_cancelled()
             self.stats.queued = len(self._queue)
         for handle in waiting:
             self._batch.finish(handle, "cancelled")
         self._batch.end_cancelled()
 
     def _admit(self):
-        """Gives free slots to the requests that wait, in their order."""
+        """Gives free slots to requests that wait."""
         while True:
             with self._condition:
-                if not self._queue or not self._batch.num_free:
+                if not self._batch.num_free:
                     break
-                sequence = self._batch.place(self._queue.popleft())
+                handle = self._queue.take(is_idle=not self._batch.handles)
+                if handle is None:
+                    break
+                sequence = self._batch.place(handle)
                 self.stats.queued = len(self._queue)
             self._batch.open(sequence)

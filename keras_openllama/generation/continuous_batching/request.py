@@ -53,6 +53,8 @@ class EngineRequest:
         constraint: restricts the tokens; it is called from the thread of the engine.
         sample: number of the sequence among those of one prompt with the same seed,
             from 0.
+        adapter: name of the adapters of the model among the `NamedAdapters` of the
+            engine; `None` for the model as the engine was given it.
 
     Example:
         >>> from keras_openllama import SamplingConfig
@@ -67,6 +69,7 @@ class EngineRequest:
     top_logprobs: int | None = None
     constraint: TokenConstraint | None = None
     sample: int = 0
+    adapter: str | None = None
 
     def validated(self, model: CausalLM, context: int) -> EngineRequest:
         """Returns the request with lists of ints.

@@ -23,6 +23,9 @@ from keras_openllama.generation.prompt_cache import common_length
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.generation.continuous_batching.named_adapters import (
+        NamedAdapters,
+    )
     from keras_openllama.generation.continuous_batching.stats import EngineStats
     from keras_openllama.generation.prompt_cache import PromptCache
 
@@ -44,7 +47,7 @@ class SlotSequence:
         read: the tokens in the cache.
         unread: the tokens of the prompt that are still to be written to the cache.
         next_token: the token that the next step feeds.
-        rope_length: see `CachedPrefix`.
+        variant: see `CachedPrefix`.
     """
 
     def __init__(self, handle: RequestHandle, slot: int) -> None:
@@ -52,7 +55,7 @@ class SlotSequence:
         self.slot = slot
         self.read: list[int] = []
         self.unread: list[int] = []
-        self.rope_length = 0
+        self.variant: Any = None
         self.next_token: Any = handle.request.prompt_ids[-1]
 
 
@@ -68,9 +71,11 @@ class RunningBatch:
         context: most tokens of a sequence.
         cache: saved beginnings of sequences, or `None`.
         stats: counts what happens.
+        adapters: sets of adapters that requests choose from, or `None`.
 
     Raises:
-        ValueError: for a model that `make_slot_decoder` does not support.
+        ValueError: for a model that `make_slot_decoder` does not support, or
+            `adapters` of a model that ONNX Runtime computes.
     """
 
     def __init__(
@@ -80,11 +85,20 @@ class RunningBatch:
         context: int,
         cache: PromptCache | None,
         stats: EngineStats,
+        adapters: NamedAdapters | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._stats = stats
+        self._adapters = adapters
         self._decoder = make_slot_decoder(model, num_slots, context)
+        if adapters is not None and not self._decoder.follows_adapters:
+            raise ValueError(
+                "A quantized model runs with ONNX Runtime on a CPU, which compiles the "
+                "adapters into its graph, so that requests cannot choose them by name. "
+                "Load the model without quantization, or call `load_adapters` to use "
+                f"one set for all requests. Received: adapters={adapters.names}"
+            )
         self._sampler = SlotSampler(model, num_slots)
         self._slots: list[SlotSequence | None] = [None] * num_slots
 
@@ -102,7 +116,7 @@ class RunningBatch:
         """Gives a free slot to a request, which `open` then begins.
 
         Args:
-            handle: the handle of the request.
+            handle: the handle of a request, whose adapters are those of the others.
         """
         slot = self._slots.index(None)
         self._slots[slot] = sequence = SlotSequence(handle, slot)
@@ -120,6 +134,8 @@ class RunningBatch:
             if request.max_new_tokens == 0:
                 self._end(sequence, "length")
                 return
+            if self._adapters is not None:
+                self._adapters.use(request.adapter)
             self._sampler.open(
                 sequence.slot,
                 request.sampling,
@@ -130,7 +146,7 @@ class RunningBatch:
             )
             final_length = len(request.prompt_ids) + request.max_new_tokens
             self._decoder.open(sequence.slot, final_length)
-            sequence.rope_length = self._rope_length(final_length)
+            sequence.variant = self._rope_length(final_length), request.adapter
             sequence.unread = list(request.prompt_ids[:-1])
             self._reuse_prefix(sequence)
             self._stats.prompt_tokens += len(request.prompt_ids)
@@ -194,9 +210,9 @@ class RunningBatch:
         tokens = np.array(sequence.unread, "int32")
         if self._cache is None or len(tokens) < LEAST_CACHED_TOKENS:
             return
-        prefix, length = self._cache.find(tokens, sequence.rope_length)
+        prefix, length = self._cache.find(tokens, sequence.variant)
         for other in self._sequences():
-            if other.rope_length == sequence.rope_length:
+            if other.variant == sequence.variant:
                 found = common_length(np.array(other.read, "int32"), tokens)
                 if found > length:
                     length = found
@@ -211,9 +227,9 @@ class RunningBatch:
         tokens = sequence.read
         if self._cache is None or len(tokens) < LEAST_CACHED_TOKENS:
             return
-        if not self._cache.contains(tokens, sequence.rope_length):
+        if not self._cache.contains(tokens, sequence.variant):
             prefix = self._decoder.read_prefix(sequence.slot, len(tokens))
-            self._cache.add(tokens, prefix, sequence.rope_length)
+            self._cache.add(tokens, prefix, sequence.variant)
 
     def _prefill(self, sequence, size):
         with self._failure_ends(sequence):

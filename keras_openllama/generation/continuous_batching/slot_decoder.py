@@ -30,12 +30,14 @@ class SlotDecoder(Protocol):
         context: most tokens of a sequence.
         lengths: number of tokens in the cache of each slot.
         chunks: numbers of tokens that `prefill` computes at once, ascending.
+        follows_adapters: whether `open` adopts a change of the model's adapters.
     """
 
     num_slots: int
     context: int
     lengths: list[int]
     chunks: tuple[int, ...]
+    follows_adapters: bool
 
     def open(self, slot: int, final_length: int) -> None:
         """Begins a sequence.

@@ -54,6 +54,7 @@ class XlaSlotDecoder:
     """
 
     chunks = CHUNKS
+    follows_adapters = True
 
     def __init__(self, model: CausalLM, num_slots: int, context: int) -> None:
         self.model = model

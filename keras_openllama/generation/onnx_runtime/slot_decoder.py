@@ -33,6 +33,7 @@ class OnnxSlotDecoder:
     """
 
     chunks = (CHUNK // 4, CHUNK)
+    follows_adapters = False
 
     def __init__(self, model: CausalLM, num_slots: int, context: int) -> None:
         self.num_slots, self.context = num_slots, context

@@ -39,6 +39,8 @@ class TorchSlotDecoder:
         context: most tokens of a sequence.
     """
 
+    follows_adapters = True
+
     def __init__(self, model: CausalLM, num_slots: int, context: int) -> None:
         self.model = model
         self.num_slots, self.context = num_slots, context

@@ -1,0 +1,138 @@
+"""Requests with different adapters get what the model with these adapters generates."""
+
+import numpy as np
+import pytest
+import tiny_models
+
+from keras_openllama import SamplingConfig
+from keras_openllama.generation.continuous_batching.engine import (
+    Engine,
+    EngineRequest,
+)
+from keras_openllama.generation.continuous_batching.named_adapters import NamedAdapters
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+GREEDY = SamplingConfig(temperature=0)
+# Ranks, scales and layers differ.
+SETTINGS = {
+    "narrow": (2, ["query", "value"], 8),
+    "wide": (5, ["key", "output", "gate", "up", "down"], 7),
+}
+
+
+def make_lm(shape_name="grouped_heads"):
+    (shape,) = [s for s in tiny_models.SHAPES if s.name == shape_name]
+    return tiny_models.random_lm(shape)
+
+
+def add_random_adapters(lm, name):
+    lm.backbone.enable_lora(*SETTINGS[name])
+    random = np.random.default_rng(len(name))
+    for weight in lm.trainable_variables:
+        weight.assign(0.3 * random.standard_normal(weight.shape))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Adapters with random weights, in PEFT's format."""
+    paths = {}
+    for name in SETTINGS:
+        lm = make_lm()
+        add_random_adapters(lm, name)
+        paths[name] = tmp_path_factory.mktemp("adapters") / name
+        lm.save_adapters(paths[name])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return np.random.default_rng(0).integers(3, 199, (3, 20)).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(directories, prompts):
+    """What `generate` returns for each prompt, by the name of the adapters."""
+    found = {}
+    for name in (None, *SETTINGS):
+        lm = make_lm()
+        if name:
+            lm.load_adapters(directories[name])
+        ids = np.array(prompts)
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        outputs = lm.generate(
+            inputs, max_new_tokens=6, stop_token_ids=None, strip_prompt=True
+        )
+        found[name] = outputs["token_ids"][:, :6].tolist()
+    return found
+
+
+@pytest.fixture
+def adapters(directories):
+    made = NamedAdapters(make_lm())
+    for name, path in directories.items():
+        made.load(name, path)
+    return made
+
+
+def engine_with(adapters, **options):
+    return Engine(adapters._model, context=64, adapters=adapters, **options)
+
+
+def tokens(engine, prompt, name):
+    events = engine.stream(EngineRequest(prompt, 6, GREEDY, adapter=name))
+    return [event.token_id for event in events]
+
+
+def test_engine_gives_concurrent_requests_the_tokens_of_their_adapters(
+    adapters, prompts, expected
+):
+    names = ["wide", None, "narrow", "narrow", None, "wide", None, "wide", "narrow"]
+    with engine_with(adapters, num_slots=2) as engine:
+        requests = [
+            EngineRequest(prompts[i // 3], 6, GREEDY, adapter=name)
+            for i, name in enumerate(names)
+        ]
+        streams = [engine.stream(request) for request in requests]
+        found = [[event.token_id for event in events] for events in streams]
+    assert found == [expected[name][i // 3] for i, name in enumerate(names)]
+    firsts = {tuple(texts[0]) for texts in expected.values()}
+    assert len(firsts) == 3  # The adapters matter.
+    assert adapters.active is None
+
+
+def test_engine_reuses_prompts_of_the_same_adapters_only(adapters, prompts, expected):
+    prompt = prompts[0]
+    with engine_with(adapters, num_slots=1) as engine:
+        for name in (None, "wide", "narrow", "wide"):
+            assert tokens(engine, prompt, name) == expected[name][0]
+    assert engine.stats.cached_tokens == len(prompt) - 1  # Of the last request.
+
+
+def test_engine_refuses_unknown_adapters(adapters, prompts):
+    request = EngineRequest(prompts[0], 6, GREEDY, adapter="other")
+    with pytest.raises(ValueError, match=r"narrow, wide\. Received: adapter='other'"):
+        engine_with(adapters, num_slots=1).submit(request, print)
+    engine = Engine(adapters._model, num_slots=1, context=64)
+    with pytest.raises(ValueError, match="needs an engine with `adapters`"):
+        engine.submit(request, print)
+
+
+def test_engine_refuses_adapters_by_name_with_onnx_runtime(directories):
+    lm = make_lm()
+    lm.quantize("int8")
+    adapters = NamedAdapters(lm)
+    adapters.load("wide", directories["wide"])
+    with pytest.raises(ValueError, match="ONNX Runtime"):
+        engine_with(adapters, num_slots=1)
+
+
+def test_named_adapters_refuse_a_model_that_has_adapters():
+    lm = make_lm()
+    lm.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match="has none yet"):
+        NamedAdapters(lm)
+
+
+def test_named_adapters_refuse_a_name_that_is_in_use(adapters, directories):
+    with pytest.raises(ValueError, match="`name` must be unique"):
+        adapters.load("wide", directories["narrow"])
