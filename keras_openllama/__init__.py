@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+from keras_openllama.backend.lazy_imports import install_lazy_imports
+
 __version__ = "0.2.0"
 
 # Public name -> module. Imported lazily, so that `--help` and reading the version do
@@ -38,6 +40,7 @@ if "keras" not in sys.modules:
     # Keras defaults to TensorFlow. A user who set the variable, or imported Keras
     # first, has chosen a backend.
     os.environ.setdefault("KERAS_BACKEND", "jax")
+install_lazy_imports()
 
 
 def __getattr__(name: str) -> Any:

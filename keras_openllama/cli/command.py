@@ -23,7 +23,6 @@ from keras_openllama.cli.messages import (
     use_flag_names,
     with_flags,
 )
-from keras_openllama.cli.optional_imports import hide_from_keras
 from keras_openllama.cli.process import (
     PROGRAM,
     owns_process,
@@ -198,10 +197,8 @@ def command(
             print_unencodable_as_question_marks()
             forget_flag_names()
             arguments = sys.argv[1:] if arguments is None else list(arguments)
-            if owns_process(arguments):
-                hide_from_keras()
-                if large_pages:
-                    use_large_pages()
+            if large_pages and owns_process(arguments):
+                use_large_pages()
             try:
                 with tolerate_closed_stdout(), warnings.catch_warnings():
                     warnings.showwarning = show_warning

@@ -82,7 +82,7 @@ def _default_devices():
     """Returns the devices on which JAX creates an array, which `keras.device` sets."""
     import jax
 
-    return jax.numpy.zeros(()).devices()
+    return jax.device_put(np.zeros(())).devices()
 
 
 def _jax_cast(array, dtype):
@@ -93,7 +93,8 @@ def _jax_cast(array, dtype):
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if same or array.nbytes <= _SMALL:
             # Always copied: `jax.jit` would return an array on the pages of the file.
-            return jax.numpy.asarray(_numpy(array, dtype))
+            # `jax.numpy.asarray` would compile a program for each shape.
+            return jax.device_put(_numpy(array, dtype))
         return _jitted_cast()(array, dtype).block_until_ready()
 
 
