@@ -146,15 +146,13 @@ class _Server:
         parsed = parse_completion(parse_json_object(body))
         name = self._model.checked_name(parsed.options.model)
         prompts = await asyncio.to_thread(self._model.completion_ids, parsed)
-        echoes = None
-        if parsed.echo:
-            decode = self._model.tokenizer.detokenize
-            texts = [p if isinstance(p, str) else decode(p) for p in parsed.prompts]
-            echoes = [t for t in texts for _ in range(parsed.options.num_choices)]
+        echoes = self._model.prompt_texts(parsed) if parsed.echo else None
         has_logprobs = parsed.options.top_logprobs is not None
         token_names = self._model.token_names if has_logprobs else ()
-        reply = CompletionReply(name, token_names, has_logprobs, echoes)
-        return await self._respond(request, prompts, parsed.options, reply, on_end)
+        reply = CompletionReply(name, token_names, has_logprobs)
+        return await self._respond(
+            request, prompts, parsed.options, reply, on_end, echoes
+        )
 
     async def _chat(self, request, on_end):
         body = await read_json_body(request, self._settings.max_body_bytes)
@@ -173,10 +171,13 @@ class _Server:
         options: GenerationOptions,
         reply: Reply,
         on_end: Callable[[bool], None],
+        echoes: list[str] | None = None,
     ) -> Response:
         # Grammars of large schemas take a while.
         grammar = await asyncio.to_thread(self._model.grammar, options)
-        generation = self._model.generate(prompts, options, self._metrics, grammar)
+        generation = self._model.generate(
+            prompts, options, self._metrics, grammar, echoes
+        )
         num_texts = len(prompts) * options.num_choices
         if options.stream:
             events = self._events(generation, num_texts, options, reply)

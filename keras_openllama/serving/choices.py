@@ -24,14 +24,14 @@ class ScoredToken:
 
     Attributes:
         token_id: The token.
-        logprob: Its log-probability.
-        top: The most likely tokens and their log-probabilities.
-        offset: Where its text begins, in characters of the new text.
+        logprob: Its log-probability; `None` for the first token of a prompt.
+        top: The most likely tokens and their log-probabilities; `None` as `logprob`.
+        offset: Where its text begins, in characters of the text of the choice.
     """
 
     token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] | None
     offset: int
 
 
@@ -60,6 +60,9 @@ class ChoiceDecoder:
         stops: Stop strings.
         end_token_ids: Tokens that end the text and are not a part of it.
         has_logprobs: Whether pieces have tokens with log-probabilities.
+        echo: Text of the prompt if the text begins with it, otherwise `None`. With
+            log-probabilities, the pieces then have all tokens: those of the prompt and
+            the one that ends the text, too.
 
     Attributes:
         num_tokens: Number of generated tokens, without the one that ends the text.
@@ -70,7 +73,8 @@ class ChoiceDecoder:
         >>> tokenizer = lm.preprocessor.tokenizer
         >>> decoder = ChoiceDecoder(tokenizer, tokenizer("The"), stops=())
         >>> sea, = tokenizer("sea")
-        >>> decoder.push(Event(token_id=sea, logprob=None, finish_reason="length"))
+        >>> event = Event(token_id=sea, finish_reason="length", prompt=None)
+        >>> decoder.push(event)
         Piece(text=' sea', tokens=(), finish_reason='length')
     """
 
@@ -81,7 +85,13 @@ class ChoiceDecoder:
         stops: tuple[str, ...],
         end_token_ids: Collection[int] = (),
         has_logprobs: bool = False,
+        echo: str | None = None,
     ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
+        self._is_echoed = echo is not None
+        self._echo = echo or ""  # Until it is returned.
+        self._offset = len(self._echo)
         self._decoder = StopStringDecoder(tokenizer, prompt_ids, stops)
         self._end_token_ids = end_token_ids
         self._has_logprobs = has_logprobs
@@ -101,13 +111,18 @@ class ChoiceDecoder:
         """
         if self.finished:
             return None
-        text = ""
+        text, self._echo = self._echo, ""
+        if event.prompt is not None:
+            return Piece(text, self._scored_prompt(event.prompt))
         token_id = event.token_id
-        if token_id is not None and token_id not in self._end_token_ids:
+        is_end = token_id in self._end_token_ids
+        if token_id is not None and self._has_logprobs:
+            if self._is_echoed or not is_end:
+                offset = self._offset + self._decoder.num_decoded
+                self._withheld.append(_scored(event, offset))
+        if token_id is not None and not is_end:
             self.num_tokens += 1
-            if self._has_logprobs:
-                self._withheld.append(_scored(event, self._decoder.num_decoded))
-            text = self._decoder.push([token_id])
+            text += self._decoder.push([token_id])
         reason = event.finish_reason
         if self._decoder.stopped:
             reason = "stop"
@@ -117,15 +132,25 @@ class ChoiceDecoder:
         tokens = self._complete_tokens()
         return Piece(text, tokens, reason) if text or tokens or reason else None
 
+    def _scored_prompt(self, scored):
+        """The tokens of the prompt; nothing comes before the first one."""
+        decoder = self._tokenizer.stream_decoder(prefix_ids=())
+        offsets = [0]
+        for token_id in self._prompt_ids[:-1]:
+            offsets.append(offsets[-1] + len(decoder.push(token_id)))
+        first = ScoredToken(self._prompt_ids[0], None, None, 0)
+        rest = zip(scored, offsets[1:], strict=True)
+        return first, *(_scored(token, offset) for token, offset in rest)
+
     def _complete_tokens(self):
         """Removes and returns the tokens whose text has been released."""
-        length = len(self._decoder.text)
+        length = self._offset + len(self._decoder.text)
         starts = [token.offset for token in self._withheld]
         if self.finished:
             # A token that does not begin within the text belongs to the stop string.
             keep = [self._decoder.stopped and start >= length for start in starts]
         else:
-            ends = [*starts, self._decoder.num_decoded][1:]
+            ends = [*starts, self._offset + self._decoder.num_decoded][1:]
             keep = [end > length for end in ends]
         tokens = zip(self._withheld, keep, strict=True)
         complete, self._withheld = _split(tokens)

@@ -16,12 +16,11 @@ class CompletionReply:
         model: Name of the model.
         token_bytes: Bytes of each token.
         has_logprobs: Whether choices have log-probabilities.
-        echoes: Text to begin each choice with.
 
     Example:
-        >>> reply = CompletionReply("nano", token_bytes=[], echoes=["The "])
-        >>> reply.choice(0, [Piece("sea", finish_reason="length")])["text"]
-        'The sea'
+        >>> reply = CompletionReply("nano", token_bytes=[])
+        >>> reply.choice(0, [Piece(" sea", finish_reason="length")])["text"]
+        ' sea'
 
     Source: OpenAI's API reference, "Completions".
     """
@@ -31,16 +30,14 @@ class CompletionReply:
         model: str,
         token_bytes: Sequence[bytes],
         has_logprobs: bool = False,
-        echoes: Sequence[str] | None = None,
     ) -> None:
         self._token_bytes = token_bytes
         self._has_logprobs = has_logprobs
-        self._echoes = echoes
         self._head = {"id": make_id("cmpl"), "created": now(), "model": model}
 
     def opening(self, index: int) -> dict[str, Any]:
         """Returns the first choice of a stream for a text."""
-        return self._choice(index, self._echo(index), None)
+        return self._choice(index, "", None)
 
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
         """Returns the choice of a stream for a piece of a text."""
@@ -52,8 +49,7 @@ class CompletionReply:
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Returns the choice for a complete text."""
         piece = joined(pieces)
-        text = self._echo(index) + piece.text
-        choice = self._choice(index, text, piece.finish_reason)
+        choice = self._choice(index, piece.text, piece.finish_reason)
         if self._has_logprobs:
             choice["logprobs"] = self._logprobs(piece)
         return choice
@@ -63,9 +59,6 @@ class CompletionReply:
     ) -> dict[str, Any]:
         """Returns the object around choices, the same in a stream."""
         return {**self._head, "object": "text_completion", "choices": choices}
-
-    def _echo(self, index):
-        return self._echoes[index] if self._echoes else ""
 
     def _choice(self, index, text, finish_reason):
         return {
@@ -80,7 +73,8 @@ class CompletionReply:
             "tokens": [self._name(token.token_id) for token in piece.tokens],
             "token_logprobs": [token.logprob for token in piece.tokens],
             "top_logprobs": [
-                {self._name(token_id): logprob for token_id, logprob in token.top}
+                token.top
+                and {self._name(token_id): logprob for token_id, logprob in token.top}
                 for token in piece.tokens
             ],
             "text_offset": [token.offset for token in piece.tokens],

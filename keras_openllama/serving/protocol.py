@@ -124,13 +124,10 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     requirement = f"an integer from 0 to {MAX_TOP_LOGPROBS}"
     is_count = is_integer_in(0, MAX_TOP_LOGPROBS)
     top_logprobs = fields.take("logprobs", is_count, requirement)
-    if echo and top_logprobs is not None:
-        raise ApiError(
-            "`echo` cannot be combined with `logprobs`: log-probabilities are those of "
-            "new tokens.",
-            param="echo",
-        )
-    max_tokens = _max_tokens(fields, "max_tokens") or DEFAULT_COMPLETION_TOKENS
+    # Without new tokens, `echo` and `logprobs` score the prompt.
+    max_tokens = _max_tokens(fields, "max_tokens", least=0)
+    if max_tokens is None:
+        max_tokens = DEFAULT_COMPLETION_TOKENS
     options = _options(fields, max_tokens, top_logprobs)
     best_of = fields.take("best_of", is_integer, "an integer", options.num_choices)
     if best_of != options.num_choices:
@@ -199,8 +196,9 @@ def _options(fields, max_tokens, top_logprobs):
     return options
 
 
-def _max_tokens(fields, name):
-    return fields.take(name, lambda n: is_integer(n) and n >= 1, "a positive integer")
+def _max_tokens(fields, name, least=1):
+    requirement = "a positive integer" if least else "an integer from 0"
+    return fields.take(name, lambda n: is_integer(n) and n >= least, requirement)
 
 
 def _sampling(fields):

@@ -114,6 +114,11 @@ class ServedModel:
         self._check_lengths(ids, request.options.max_tokens, "prompt")
         return ids
 
+    def prompt_texts(self, request: CompletionRequest) -> list[str]:
+        """Returns the texts of the prompts of a completion, after `completion_ids`."""
+        decode = self.tokenizer.detokenize
+        return [p if isinstance(p, str) else decode(p) for p in request.prompts]
+
     def _prompt_ids(self, prompt, name):
         if isinstance(prompt, str):
             try:
@@ -153,7 +158,8 @@ class ServedModel:
 
     def _check_lengths(self, prompts, max_tokens, param):
         longest = max(map(len, prompts))
-        if longest + (max_tokens or 1) > self.context:
+        least = 1 if max_tokens is None else max_tokens
+        if longest + least > self.context:
             asked = f" and {max_tokens} new tokens" if max_tokens else ""
             raise ApiError(
                 f"The context of this model is {self.context} tokens. The request has "
@@ -170,6 +176,7 @@ class ServedModel:
         options: GenerationOptions,
         metrics: ServerMetrics,
         grammar: str | None = None,
+        echoes: Sequence[str] | None = None,
     ) -> RequestGeneration:
         """Submits requests to the engine.
 
@@ -178,6 +185,7 @@ class ServedModel:
             options: The options of the request.
             metrics: Where tokens and times are counted.
             grammar: Result of `grammar`.
+            echoes: The texts of the prompts, if each text begins with its own.
 
         Returns:
             The texts: those of the first prompt, then those of the next one.
@@ -186,34 +194,48 @@ class ServedModel:
             ApiError: If the queue of the engine is full, or a value is invalid.
         """
         self._check_ids(options.sampling)
-        adapter = self.names[self.checked_name(options.model)]
-        stop_ids = tuple(self._lm.end_token_ids)
         requests, decoders = [], []
-        for prompt in prompts:
+        for index, prompt in enumerate(prompts):
+            echo = None if echoes is None else echoes[index]
             for number in range(options.num_choices):
-                constraint = None
-                if grammar:
-                    banned = options.sampling.banned_tokens
-                    constraint = self._constraints.make(grammar, banned)
                 requests.append(
-                    EngineRequest(
-                        prompt_ids=prompt,
-                        max_new_tokens=options.max_tokens or self.context - len(prompt),
-                        sampling=options.sampling,
-                        stop_token_ids=stop_ids,
-                        top_logprobs=options.top_logprobs,
-                        constraint=constraint,
-                        sample=number,
-                        adapter=adapter,
+                    self._engine_request(
+                        prompt, options, number, grammar, is_scored=echo is not None
                     )
                 )
-                has_logprobs = options.top_logprobs is not None
                 decoders.append(
                     ChoiceDecoder(
-                        self.tokenizer, prompt, options.stop, stop_ids, has_logprobs
+                        self.tokenizer,
+                        prompt,
+                        options.stop,
+                        self._stop_ids,
+                        has_logprobs=options.top_logprobs is not None,
+                        echo=echo,
                     )
                 )
         return RequestGeneration(self.engine, requests, decoders, metrics)
+
+    def _engine_request(self, prompt, options, number, grammar, is_scored):
+        constraint = None
+        if grammar:
+            banned = options.sampling.banned_tokens
+            constraint = self._constraints.make(grammar, banned)
+        left = self.context - len(prompt)
+        return EngineRequest(
+            prompt_ids=prompt,
+            max_new_tokens=left if options.max_tokens is None else options.max_tokens,
+            sampling=options.sampling,
+            stop_token_ids=self._stop_ids,
+            top_logprobs=options.top_logprobs,
+            prompt_logprobs=options.top_logprobs if is_scored else None,
+            constraint=constraint,
+            sample=number,
+            adapter=self.names[self.checked_name(options.model)],
+        )
+
+    @property
+    def _stop_ids(self):
+        return tuple(self._lm.end_token_ids)
 
     def grammar(self, options: GenerationOptions) -> str | None:
         """Returns the grammar of a request's `response_format`; `None` without one.

@@ -124,6 +124,54 @@ def test_echo_begins_with_the_prompt(client):
     assert completion.choices[0].text == "The sea" + TEXT
 
 
+def scores_of(nano, text):
+    return (-to_numpy(nano.score(text, scoring_mode="loss"))[0]).tolist()
+
+
+@backend_free
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_scores_the_prompt_and_the_text(client, nano, stream):
+    made = client.completions.create(
+        model="nano", prompt="The sea", echo=True, logprobs=1, stream=stream, **GREEDY
+    )
+    choices = [c.choices[0] for c in made] if stream else made.choices
+    assert "".join(choice.text for choice in choices) == "The sea" + TEXT
+    parts = [choice.logprobs for choice in choices if choice.logprobs]
+    values = [value for part in parts for value in part.token_logprobs]
+    assert values[0] is None and parts[0].top_logprobs[0] is None
+    assert values[1:] == pytest.approx(scores_of(nano, "The sea" + TEXT), abs=1e-4)
+    offsets = [offset for part in parts for offset in part.text_offset]
+    assert offsets[:5] == [0, 0, 3, 7, 10]
+
+
+@backend_free
+def test_echo_without_new_tokens_scores_prompts(client, nano):
+    prompts = ["The sea shines, and the sea", "Call me Ishmael."]
+    completion = client.completions.create(
+        model="nano", prompt=prompts, echo=True, logprobs=2, max_tokens=0
+    )
+    assert completion.usage.completion_tokens == 0
+    for prompt, choice in zip(prompts, completion.choices, strict=True):
+        assert (choice.text, choice.finish_reason) == (prompt, "length")
+        values = choice.logprobs.token_logprobs
+        assert values[1:] == pytest.approx(scores_of(nano, prompt), abs=1e-4)
+
+
+@backend_free
+def test_lm_evaluation_harness_reads_scores_of_continuations(server, nano):
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    ids = nano.preprocessor.prompt_ids(["The sea" + TEXT, "The sea likes"])
+    body = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1}
+    response = post(server, body | {"temperature": 0, "seed": 1234}).json()
+    found = LocalCompletionsAPI.parse_logprobs(response, ctxlens=[3, 3])
+    scores = [scores_of(nano, text)[2:] for text in ("The sea" + TEXT, "The sea likes")]
+    assert [score for score, _ in found] == pytest.approx(
+        [sum(s) for s in scores], abs=1e-3
+    )
+    assert [is_greedy for _, is_greedy in found] == [True, False]
+
+
 @backend_free
 def test_stop_strings_end_the_text_and_free_the_slot(client, server):
     completion = client.completions.create(

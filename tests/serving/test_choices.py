@@ -21,6 +21,7 @@ def event(token_id, finish_reason=None, logprob=-0.5):
         logprob=logprob,
         top_logprobs=top,
         finish_reason=finish_reason,
+        prompt=None,
     )
 
 
@@ -76,6 +77,28 @@ def test_nothing_follows_a_stop_string(tokenizer):
     assert decoder.finished
     assert decoder.push(event(300)) is None
     assert decoder.push(event(None, "cancelled")) is None
+
+
+def test_choice_decoder_begins_with_the_tokens_of_an_echoed_prompt(tokenizer):
+    prompt, text = "the sea é", " and the shore"
+    prompt_ids = [1, *tokenizer(prompt)]
+    decoder = ChoiceDecoder(tokenizer, prompt_ids, (), (2,), True, echo=prompt)
+    scores = SimpleNamespace(
+        token_id=None, finish_reason=None, prompt=[*map(event, prompt_ids[1:])]
+    )
+    ids = tokenizer.tokenize_continuation(text)
+    pieces = [decoder.push(scores), *map(decoder.push, map(event, ids))]
+    pieces.append(decoder.push(event(2, "stop")))
+    assert "".join(piece.text for piece in pieces) == prompt + text
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert [token.token_id for token in tokens] == [*prompt_ids, *ids, 2]
+    assert [token.logprob for token in tokens[:2]] == [None, -0.5]
+    for token in tokens[1:-1]:
+        shown = tokenizer.id_to_token(token.token_id).replace("▁", " ")
+        assert (" " + prompt + text)[token.offset + (token.offset > 0) :].startswith(
+            shown
+        ) or shown.startswith("<0x")
+    assert decoder.num_tokens == len(ids)
 
 
 def test_log_probabilities_are_numbers_of_json(tokenizer):

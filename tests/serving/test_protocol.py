@@ -95,7 +95,7 @@ def test_parse_completion_has_the_default_of_openai_for_max_tokens():
         ("top_p", 0),
         ("top_k", 0),
         ("seed", 2**64),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", True),
         ("n", 0),
         ("n", 10**6),
@@ -120,8 +120,11 @@ def test_parse_completion_names_the_field_that_is_wrong(field, value):
     assert param_of(parse_completion, {"prompt": "a", field: value}) == field
 
 
-def test_parse_completion_refuses_echo_with_logprobs():
-    assert param_of(parse_completion, {"prompt": "a", "echo": True, "logprobs": 1})
+def test_parse_completion_may_score_the_prompt_alone():
+    body = {"prompt": "a", "echo": True, "logprobs": 1, "max_tokens": 0}
+    request = parse_completion(body)
+    assert request.echo
+    assert (request.options.max_tokens, request.options.top_logprobs) == (0, 1)
 
 
 def test_parse_chat_joins_the_parts_of_a_message():

@@ -17,6 +17,7 @@ from keras_openllama.utils.validation import check_integer
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
+    from keras_openllama.generation.continuous_batching.slot_sampler import ChosenToken
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
@@ -50,6 +51,8 @@ class EngineRequest:
         stop_token_ids: ids that end the sequence.
         top_logprobs: of how many of the most likely tokens log-probabilities are
             returned, besides that of the chosen token; `None` for none at all.
+        prompt_logprobs: the same for the tokens of the prompt, in an event before the
+            first token.
         constraint: restricts the tokens; it is called from the thread of the engine.
         sample: number of the sequence among those of one prompt with the same seed,
             from 0.
@@ -67,6 +70,7 @@ class EngineRequest:
     sampling: SamplingConfig
     stop_token_ids: Sequence[int] = ()
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     constraint: TokenConstraint | None = None
     sample: int = 0
     adapter: str | None = None
@@ -91,8 +95,9 @@ class EngineRequest:
             )
         check_integer("max_new_tokens", self.max_new_tokens, least=0)
         check_integer("sample", self.sample, least=0)
-        if self.top_logprobs is not None:
-            check_integer("top_logprobs", self.top_logprobs, least=0, most=size)
+        for name in ("top_logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=0, most=size)
         needed = len(prompt_ids) + self.max_new_tokens
         if needed > context:
             raise ContextLengthError(
@@ -110,15 +115,17 @@ class EngineRequest:
 
 @dataclasses.dataclass(frozen=True)
 class TokenEvent:
-    """A new token of a request, or its end, or both.
+    """A new token of a request, or its end, or both; or the scores of its prompt.
 
     Attributes:
         token_id: the token, which may be a stop id; `None` if the request ended without
-            a further one.
+            a further one, and for the scores of the prompt.
         logprob: the natural logarithm of its probability, if requested.
         top_logprobs: the most likely tokens and their log-probabilities, if requested.
         finish_reason: why the request ended; `None` before its last event.
         error: the exception, if the reason is `"error"`.
+        prompt: the tokens of the prompt from the second on, with log-probabilities;
+            `None` in all other events.
     """
 
     token_id: int | None
@@ -126,6 +133,7 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    prompt: tuple[ChosenToken, ...] | None = None
 
 
 class RequestHandle:

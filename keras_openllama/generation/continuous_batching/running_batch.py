@@ -18,7 +18,10 @@ from keras_openllama.generation.continuous_batching.request import (
 from keras_openllama.generation.continuous_batching.slot_decoder import (
     make_slot_decoder,
 )
-from keras_openllama.generation.continuous_batching.slot_sampler import SlotSampler
+from keras_openllama.generation.continuous_batching.slot_sampler import (
+    ChosenToken,
+    SlotSampler,
+)
 from keras_openllama.generation.prompt_cache import common_length
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 # Heuristic: to copy fewer tokens is not worth it.
 LEAST_CACHED_TOKENS = 16
+# Heuristic: tokens of a prompt whose logits are in memory at once.
+SCORED_CHUNK = 256
 
 
 class SlotSequence:
@@ -46,6 +51,7 @@ class SlotSequence:
         slot: as above.
         read: the tokens in the cache.
         unread: the tokens of the prompt that are still to be written to the cache.
+        scored: the tokens of the prompt with log-probabilities, if requested.
         next_token: the token that the next step feeds.
         variant: see `CachedPrefix`.
     """
@@ -55,6 +61,7 @@ class SlotSequence:
         self.slot = slot
         self.read: list[int] = []
         self.unread: list[int] = []
+        self.scored: list[ChosenToken] = []
         self.variant: Any = None
         self.next_token: Any = handle.request.prompt_ids[-1]
 
@@ -131,9 +138,6 @@ class RunningBatch:
         """
         with self._failure_ends(sequence):
             request = sequence.handle.request
-            if request.max_new_tokens == 0:
-                self._end(sequence, "length")
-                return
             if self._adapters is not None:
                 self._adapters.use(request.adapter)
             self._sampler.open(
@@ -147,10 +151,15 @@ class RunningBatch:
             final_length = len(request.prompt_ids) + request.max_new_tokens
             self._decoder.open(sequence.slot, final_length)
             sequence.variant = self._rope_length(final_length), request.adapter
-            sequence.unread = list(request.prompt_ids[:-1])
-            self._reuse_prefix(sequence)
+            if request.prompt_logprobs is not None:
+                sequence.unread = list(request.prompt_ids[:-1])
+            elif request.max_new_tokens:
+                sequence.unread = list(request.prompt_ids[:-1])
+                self._reuse_prefix(sequence)
             self._stats.prompt_tokens += len(request.prompt_ids)
             self._stats.cached_tokens += sequence.handle.cached_tokens
+            if not sequence.unread:
+                self._end_prompt(sequence)
 
     def advance(self) -> None:
         """Computes at most one chunk of a prompt, and one step of the others."""
@@ -233,11 +242,31 @@ class RunningBatch:
 
     def _prefill(self, sequence, size):
         with self._failure_ends(sequence):
+            number = sequence.handle.request.prompt_logprobs
+            if number is not None:
+                size = min(size, SCORED_CHUNK)
             chunk, rest = sequence.unread[:size], sequence.unread[size:]
             start = len(sequence.read)
-            self._decoder.prefill(sequence.slot, chunk, start)
+            if number is None:
+                self._decoder.prefill(sequence.slot, chunk, start)
+            else:
+                logits = self._decoder.verify(sequence.slot, chunk, start)
+                following = sequence.handle.request.prompt_ids[start + 1 :]
+                following = following[: len(chunk)]
+                sequence.scored += self._sampler.score(logits, following, number)
             sequence.read += chunk
             sequence.unread = rest
+            if not rest:
+                self._end_prompt(sequence)
+
+    def _end_prompt(self, sequence):
+        """Passes the scores of a prompt, which has been read, to its request."""
+        handle = sequence.handle
+        if handle.request.prompt_logprobs is not None:
+            handle.on_event(TokenEvent(None, prompt=tuple(sequence.scored)))
+        if handle.request.max_new_tokens == 0:
+            self._save_prefix(sequence)
+            self._end(sequence, "length")
 
     # ----- Decoding
 

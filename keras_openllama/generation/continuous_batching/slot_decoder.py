@@ -74,8 +74,8 @@ class SlotDecoder(Protocol):
 
         Args:
             slot: number of the slot.
-            tokens: token ids, at least one and at most
-                `kv_cache.MAX_VERIFIED`.
+            tokens: token ids, at least one and at most `chunks[-1]`. Programs for up
+                to `kv_cache.MAX_VERIFIED` are fast.
             start: position of the first of them; later ones are forgotten.
 
         Returns:

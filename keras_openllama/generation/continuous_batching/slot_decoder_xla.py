@@ -85,7 +85,8 @@ class XlaSlotDecoder:
 
     def verify(self, slot: int, tokens: Sequence[int], start: int) -> np.ndarray:
         """See `SlotDecoder.verify`."""
-        x = self._feed(slot, tokens, start, VERIFIED)
+        sizes = VERIFIED if len(tokens) <= MAX_VERIFIED else self.chunks
+        x = self._feed(slot, tokens, start, sizes)
         layers = [self.model.backbone.final_norm, self.model.lm_head]
         logits = self._run(_project_logits, layers, x=x)
         return np.array(as_numpy(logits)[: len(tokens)])

@@ -21,7 +21,11 @@ from keras_openllama.generation.sampling.arrays import (
 )
 from keras_openllama.generation.sampling.config import SamplingConfig
 from keras_openllama.generation.sampling.samplers import undefined_tokens
-from keras_openllama.generation.sampling.token_choice import ChosenTokens, choose_tokens
+from keras_openllama.generation.sampling.token_choice import (
+    ChosenTokens,
+    add_logprobs,
+    choose_tokens,
+)
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
@@ -165,6 +169,27 @@ class SlotSampler:
             logits, controls, [top_logprobs] * number, [None] * number
         )
 
+    def score(
+        self, logits: np.ndarray, token_ids: Sequence[int], top_logprobs: int
+    ) -> list[ChosenToken]:
+        """Returns given tokens with their log-probabilities.
+
+        Args:
+            logits: float32 `(number, vocabulary_size)`.
+            token_ids: `number` token ids, one for each row.
+            top_logprobs: see `choose`.
+
+        Returns:
+            The tokens.
+        """
+        filler = (1 << (len(token_ids) - 1).bit_length()) - len(token_ids)
+        found = self._run(
+            _scorer(self._padded_number([top_logprobs])),
+            logits=np.pad(logits, ((0, filler), (0, 0))),
+            tokens=np.array([*token_ids, *[0] * filler], "int32"),
+        )
+        return [_chosen(found, row, top_logprobs) for row in range(len(token_ids))]
+
     def _choose_by_controls(self, logits, controls, top_logprobs, allowed):
         # Padded to a power of two, as the rows of a step.
         rows = 1 << (len(controls) - 1).bit_length()
@@ -185,13 +210,15 @@ class SlotSampler:
             step=np.array([control.step for control in padded], "int32"),
         )
         choose = _chooser(self._padded_number(numbers) if numbers else None)
-        if keras.config.backend() == "torch":
-            inputs = tree.map_structure(ops.convert_to_tensor, inputs)
-            found = choose(**inputs)
-        else:
-            found = self._programs.run(choose, **inputs)
-        found = ChosenTokens(*(as_numpy(x) if len(x) else () for x in found))
+        found = self._run(choose, **inputs)
         return [_chosen(found, *row) for row in enumerate(top_logprobs)]
+
+    def _run(self, program, **inputs):
+        if keras.config.backend() == "torch":
+            found = program(**tree.map_structure(ops.convert_to_tensor, inputs))
+        else:
+            found = self._programs.run(program, **inputs)
+        return ChosenTokens(*(as_numpy(x) if len(x) else () for x in found))
 
     def _padded_number(self, numbers):
         multiples = -(-max(numbers) // TOP_LOGPROBS_MULTIPLE)
@@ -201,6 +228,11 @@ class SlotSampler:
 @functools.cache
 def _chooser(num_top_logprobs):
     return functools.partial(choose_tokens, num_top_logprobs=num_top_logprobs)
+
+
+@functools.cache
+def _scorer(num_top_logprobs):
+    return functools.partial(add_logprobs, num_top_logprobs=num_top_logprobs)
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
-from keras_openllama.generation.kv_cache import MIN_CACHE_LENGTH
+from keras_openllama.generation.kv_cache import MAX_VERIFIED, MIN_CACHE_LENGTH
 from keras_openllama.generation.onnx_runtime.file import GRAPH_FILE
 from keras_openllama.generation.onnx_runtime.graph import (
     decoder_graph,
@@ -168,6 +168,8 @@ class OnnxCache:
 
     def _binding_of(self, first, end, num_logits=1):
         # A binding keeps its output, so it has one for each shape of the logits.
+        if num_logits > MAX_VERIFIED:  # Too large to keep.
+            return self._bind(first, end)
         key = first, end, num_logits
         if key not in self._bindings:
             self._bindings[key] = self._bind(first, end)

@@ -97,6 +97,22 @@ def choose_tokens(
     )
     if num_top_logprobs is None:
         return ChosenTokens(tokens)
+    return add_logprobs(logits, tokens, num_top_logprobs)
+
+
+def add_logprobs(logits: Tensor, tokens: Tensor, num_top_logprobs: int) -> ChosenTokens:
+    """Returns tokens with their log-probabilities.
+
+    Args:
+        logits: see `choose_tokens`, as for `num_top_logprobs`.
+        tokens: int32 `(batch,)`.
+        num_top_logprobs: see there.
+
+    Example:
+        >>> logits = np.log(np.array([[0.25, 0.75]], "float32"))
+        >>> add_logprobs(logits, np.array([0]), 0).logprobs.round(3)
+        Array([-1.386], dtype=float32)
+    """
     normalizer = ops.logsumexp(logits, axis=-1, keepdims=True)
     logprobs = ops.take_along_axis(logits, tokens[:, None], axis=-1) - normalizer
     if num_top_logprobs == 0:

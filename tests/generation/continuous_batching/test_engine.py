@@ -316,6 +316,36 @@ def test_engine_returns_log_probabilities(lm):
     assert tokens(events) == alone(lm, prompt, 3)
 
 
+def test_engine_scores_a_prompt_as_the_tokens_that_it_generates(lm):
+    (prompt,) = prompts_of(lm, [5])
+    with Engine(lm, num_slots=2, context=400) as engine:
+        generated = list(
+            engine.stream(EngineRequest(prompt, 300, GREEDY, top_logprobs=2))
+        )
+        whole = [*prompt, *tokens(generated)]
+        request = EngineRequest(whole, 0, GREEDY, prompt_logprobs=2)
+        scores, end = engine.stream(request)
+        more = EngineRequest(whole, 2, GREEDY, prompt_logprobs=0)
+        again, *_ = engine.stream(more)
+    assert (end.token_id, end.finish_reason) == (None, "length")
+    assert [scored.token_id for scored in scores.prompt] == whole[1:]
+    scored = scores.prompt[len(prompt) - 1 :]
+    expected = [event.logprob for event in generated]
+    assert [s.logprob for s in scored] == pytest.approx(expected, abs=1e-4)
+    best = [event.top_logprobs[0][0] for event in generated]
+    assert [s.top_logprobs[0][0] for s in scored] == best
+    assert [s.logprob for s in again.prompt] == pytest.approx(
+        [s.logprob for s in scores.prompt], abs=1e-5
+    )
+
+
+def test_engine_scores_a_prompt_of_one_token(lm):
+    with Engine(lm, num_slots=1, context=64) as engine:
+        request = EngineRequest([5], 2, GREEDY, prompt_logprobs=1)
+        first, *events = engine.stream(request)
+    assert first.prompt == () and len(events) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
