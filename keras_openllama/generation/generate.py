@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -96,6 +96,7 @@ def generate(
             "`draft` and `cache` cannot be combined. Pass one of them. Received: "
             f"draft={draft!r}, cache={cache!r}"
         )
+    _check_cache_dtype(model, draft=draft, cache=cache)
     loop = None if cache is None else EngineTokenLoop(model, cache)
     arguments = limits, strip_prompt, options, draft, loop
     if isinstance(prompts, TokenArrays):
@@ -107,6 +108,18 @@ def generate(
         return results
     results = _generate_texts(model, prompts, *arguments)
     return results if prompts.batched else results[0]
+
+
+def _check_cache_dtype(model: CausalLM, **slot_arguments: Any) -> None:
+    """Checks arguments of which each needs a `SlotDecoder`."""
+    given = [name for name, value in slot_arguments.items() if value is not None]
+    if given and model.kv_cache_dtype is not None:
+        raise ValueError(
+            f"`{given[0]}` needs a KV cache in the compute dtype of the model. Call "
+            f"`compile` without `kv_cache_dtype`, or omit `{given[0]}`. Received: "
+            f"{given[0]}={slot_arguments[given[0]]!r} and a model that was compiled "
+            f"with kv_cache_dtype={model.kv_cache_dtype!r}"
+        )
 
 
 def _generate_texts(
@@ -196,6 +209,8 @@ def stream(
             "`stream` with a `draft` takes one text or one chat. Received: inputs of "
             f"type {type(inputs).__name__}"
         )
+    several = inputs if prompts.batched else None
+    _check_cache_dtype(model, draft=draft, inputs=several)
     prompt_ids = _prompt_ids(model, prompts)
     stop_strings = normalize_stop_strings(limits.stop)
     loop = EngineTokenLoop(model) if prompts.batched else None
@@ -235,7 +250,9 @@ def _start_decoding(
     ]
     inputs = (model, prompt_ids, token_limits, stop_ids)
     if draft is None:
-        new_tokens = _new_tokens(*inputs, stride, options, loop)
+        new_tokens = _new_tokens(
+            *(*inputs, stride, options, loop), lambda index: recorders[index].stopped
+        )
         return recorders, decode_until_stopped(recorders, new_tokens)
     # One after the other: a stop string ends one of them only.
     sequences = zip(recorders, _speculate(*inputs, options, draft), strict=True)
@@ -251,7 +268,8 @@ def _new_tokens(
     stop_ids: list[int],
     stride: int | None,
     options: SamplingOptions,
-    engine_loop: EngineTokenLoop | None,
+    engine_loop: EngineTokenLoop | None = None,
+    is_stopped: Callable[[int], bool] = lambda index: False,
 ) -> Iterator[list[NewTokens]]:
     """Yields new tokens of each sequence; compiles nothing before it is advanced."""
     loop = model.make_generate_function()
@@ -263,7 +281,7 @@ def _new_tokens(
         stride,
     )
     if engine_loop is not None:
-        return engine_loop.generate(*arguments, sampling)
+        return engine_loop.generate(*arguments, sampling, is_stopped)
     if sampling is not None:
         return loop.generate_with_logprobs(*arguments, sampling)
     return (

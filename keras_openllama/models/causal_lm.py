@@ -495,6 +495,7 @@ class OpenLlamaCausalLM(
         stop: str | Sequence[str] | None = None,
         sampling: SamplingConfig | None = None,
         draft: Draft | OpenLlamaCausalLM | str | None = None,
+        logprobs: None = None,
     ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """Generates text after a prompt, or several, and yields it piece by piece.
 
@@ -510,6 +511,8 @@ class OpenLlamaCausalLM(
             stop: see `generate`.
             sampling: see `generate`.
             draft: see `generate`.
+            logprobs: not supported, since the pieces are texts. `generate` returns
+                log-probabilities, and so do the streams of `keras-openllama serve`.
 
         Returns:
             An iterator over the pieces, which are never empty; for a list, over pairs
@@ -519,6 +522,7 @@ class OpenLlamaCausalLM(
             ValueError: as `generate`, without a preprocessor, and for a list with
                 `draft`, or if the model is compiled with a random sampler and
                 `sampling` is `None`; already at the call, before the first piece.
+            TypeError: with `logprobs`.
 
         Example:
             >>> for piece in lm.stream("The sea", max_new_tokens=4):
@@ -529,6 +533,11 @@ class OpenLlamaCausalLM(
             ' and'
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
+        if logprobs is not None:
+            raise TypeError(
+                "`stream` yields texts, without log-probabilities. Call `generate` "
+                f"with `logprobs`. Received: logprobs={logprobs!r}"
+            )
         options, draft = SamplingOptions(sampling), self._resolve_draft(draft)
         return generation.stream(self, inputs, limits, options, draft)
 

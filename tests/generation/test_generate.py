@@ -196,6 +196,8 @@ def test_stream_raises_before_the_first_piece(lm):
         lm.stream({"token_ids": [[1, 5]]})
     with pytest.raises(ValueError, match="needs a `preprocessor`"):
         OpenLlamaCausalLM(lm.backbone).stream("a")
+    with pytest.raises(TypeError, match="Call `generate` with `logprobs`"):
+        lm.stream("a", logprobs=1)
 
 
 def test_stream_yields_the_reply_to_a_chat():

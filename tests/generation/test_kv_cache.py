@@ -11,6 +11,7 @@ from keras_openllama.generation.continuous_batching.slot_decoder import (
     make_slot_decoder,
 )
 from keras_openllama.generation.kv_cache import init_cache
+from keras_openllama.generation.prompt_cache import PromptCache
 from keras_openllama.layers import quantized_cache
 from keras_openllama.layers.quantized_cache import quantize_heads
 
@@ -127,6 +128,17 @@ def test_engine_refuses_an_int8_cache():
     lm.compile(kv_cache_dtype="int8")
     with pytest.raises(ValueError, match="Compile the model without `kv_cache_dtype`"):
         make_slot_decoder(lm, num_slots=1, context=16)
+
+
+@pytest.mark.parametrize("name", ["draft", "cache"])
+def test_generate_with_an_int8_cache_names_the_argument_that_it_excludes(name):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    lm.compile(kv_cache_dtype="int8")
+    value = {"draft": "prompt_lookup", "cache": PromptCache(1)}[name]
+    inputs = {"token_ids": [[5]], "padding_mask": [[1]]}
+    message = f"`{name}` needs .* kv_cache_dtype='int8'"
+    with pytest.raises(ValueError, match=message):
+        lm.generate(inputs, max_new_tokens=2, **{name: value})
 
 
 def test_get_compile_config_contains_kv_cache_dtype():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from keras_openllama.generation.continuous_batching.engine import Engine, EngineRequest
@@ -57,16 +57,18 @@ class EngineTokenLoop:
         stop_token_ids: Sequence[int],
         stride: int | None = None,
         sampling: BatchSampling | None = None,
+        is_stopped: Callable[[int], bool] = lambda index: False,
     ) -> Iterator[list[NewTokens]]:
         """Generates; checks the arguments immediately.
 
         Args:
-            prompts: token ids of each prompt, at least one per prompt.
-            limits: maximum number of new tokens for each prompt.
-            stop_token_ids: ids that end a sequence.
+            prompts: see `TokenLoop.generate_with_logprobs`, as for the next arguments.
+            limits: see there.
+            stop_token_ids: see there.
             stride: `None` yields once, at the end; otherwise after each token.
-            sampling: how tokens are chosen; `None` for the sampler of the model, which
-                must be greedy.
+            sampling: see there; the sampler of the model must be greedy.
+            is_stopped: whether a sequence needs no further tokens, by its number. It is
+                called after each yield, and such a sequence frees its slot.
 
         Returns:
             An iterator over the new tokens of all prompts since the previous ones,
@@ -76,7 +78,7 @@ class EngineTokenLoop:
             ValueError: if the sampler of the model is not greedy, and would be used.
         """
         requests = self._requests(prompts, limits, stop_token_ids, sampling)
-        events = self._events(requests)
+        events = self._events(requests, is_stopped)
         if stride is not None:
             return (
                 [event if i == index else NewTokens([]) for i in range(len(prompts))]
@@ -113,7 +115,7 @@ class EngineTokenLoop:
             )
         ]
 
-    def _events(self, requests):
+    def _events(self, requests, is_stopped):
         """Yields pairs of the number of a request and its new tokens."""
         engine = Engine(
             self._model,
@@ -123,8 +125,10 @@ class EngineTokenLoop:
             prompt_cache_bytes=0 if self._cache is None else self._cache,
         )
         events: queue.SimpleQueue = queue.SimpleQueue()
-        for index, request in enumerate(requests):
+        handles = [
             engine.submit(request, lambda e, index=index: events.put((index, e)))
+            for index, request in enumerate(requests)
+        ]
         engine.start()
         try:
             running = len(requests)
@@ -133,8 +137,11 @@ class EngineTokenLoop:
                 if event.error is not None:
                     raise event.error
                 running -= event.finish_reason is not None
-                if event.token_id is not None:
+                # A token may follow before the request is cancelled.
+                if event.token_id is not None and not handles[index].is_cancelled:
                     yield index, _new_tokens(event)
+                    if is_stopped(index):
+                        handles[index].cancel()
         finally:
             engine.shutdown(drain=False)
 

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 
 from keras_openllama import OpenLlamaCausalLM, SamplingConfig
+from keras_openllama.generation.continuous_batching import token_loop
+from keras_openllama.generation.continuous_batching.slot_decoder import (
+    make_slot_decoder,
+)
 from keras_openllama.generation.prompt_cache import PromptCache
 
 pytestmark = [
@@ -37,6 +41,22 @@ def test_stream_of_several_prompts_interleaves_them(lm):
     indices = [index for index, _ in lm.stream(TEXTS[1:], max_new_tokens=12)]
     first, second = ([i for i, x in enumerate(indices) if x == n] for n in (0, 1))
     assert first[0] < second[-1] and second[0] < first[-1]
+
+
+def test_stream_of_several_prompts_ends_requests_at_stop_strings(lm, monkeypatch):
+    engines, engine_class = [], token_loop.Engine
+
+    def make_engine(*arguments, **options):
+        engines.append(engine_class(*arguments, **options))
+        return engines[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_loop, "Engine", make_engine)
+        options = {"max_new_tokens": 200, "stop": [" the", ","]}
+        found = joined(lm.stream(TEXTS[:1] * 2, **options), 2)
+    assert found == lm.generate(TEXTS[:1] * 2, strip_prompt=True, **options)
+    assert engines[0].stats.finished == {"cancelled": 2}
+    assert engines[0].stats.generated_tokens < 50
 
 
 def test_stream_of_several_prompts_samples_as_generate(lm):
@@ -73,6 +93,27 @@ def test_generate_with_cache_takes_all_options(lm):
         assert [list(x) for x in new.top_logprobs] == [
             list(x) for x in old.top_logprobs
         ]
+
+
+def test_generate_with_cache_reads_the_prompt_of_several_samples_once(lm, monkeypatch):
+    fed = []
+    decoder = make_slot_decoder(lm, 1, 64)
+    prefill = type(decoder).prefill
+
+    def record(self, slot, tokens, start):
+        fed.append(len(tokens))
+        return prefill(self, slot, tokens, start)
+
+    monkeypatch.setattr(type(decoder), "prefill", record)
+    text = " ".join(TEXTS * 2)
+    options = {
+        "max_new_tokens": 4,
+        "num_samples": 3,
+        "sampling": SamplingConfig(seed=1),
+    }
+    found = lm.generate(text, cache=PromptCache(10**8), **options)
+    assert found == lm.generate(text, **options)
+    assert sum(fed) == len(lm.preprocessor.prompt_ids([text])[0]) - 1
 
 
 def test_generate_with_cache_takes_token_ids(lm):
