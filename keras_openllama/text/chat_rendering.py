@@ -148,12 +148,21 @@ def check_template(template: dict[str, str] | str | None) -> None:
             `None` is valid.
 
     Raises:
-        ValueError: if `template` is not valid Jinja, or not a dict of strings with the
-            role `"assistant"`, each with `{content}` exactly once.
+        ValueError: if `template` is a string without a tag of Jinja or is not valid
+            Jinja, or is not a dict of strings with the role `"assistant"`, each with
+            `{content}` exactly once.
     """
     if template is None:
         return
-    if isinstance(template, str) and "{" in template:
+    if isinstance(template, str):
+        # Without one, each chat would be rendered as the template itself. JSON of a
+        # template by role has none.
+        if "{{" not in template and "{%" not in template:
+            raise ValueError(
+                "`chat_template` must be a template in Jinja, with `{{` or `{%`, or a "
+                "dict of strings. Call `json.loads` if it is JSON. Received: "
+                f"{template!r}"
+            )
         JinjaTemplate(template)
         return
     if not isinstance(template, dict) or ASSISTANT not in template:

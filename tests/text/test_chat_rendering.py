@@ -6,6 +6,7 @@ from keras_openllama.text.chat_rendering import (
     Exchange,
     RenderedChat,
     chat_exchanges,
+    check_template,
     render_examples,
     render_prompt,
 )
@@ -29,6 +30,13 @@ def render(messages, template, **options):
     example = ChatExample(messages, "x", **options)
     [rendered] = render_examples(Examples([example], True), template)
     return rendered
+
+
+@pytest.mark.parametrize("template", ["", "Hi", '{"assistant": "A: {content}"}'])
+def test_check_template_refuses_a_string_without_a_tag_of_jinja(template):
+    with pytest.raises(ValueError, match=r"with `\{\{` or `\{%`"):
+        check_template(template)
+    check_template("{{ messages }}")
 
 
 def test_messages_after_the_last_reply_are_dropped():
