@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_openllama.serving.choices import Piece
-from keras_openllama.serving.replies import joined, make_id, now
+from keras_openllama.serving.replies import Reply, joined
 
 
-class CompletionReply:
-    r"""The response to a completion; a `replies.Reply`.
-
-    Args:
-        model: Name of the model.
-        token_bytes: Bytes of each token.
-        has_logprobs: Whether choices have log-probabilities.
+class CompletionReply(Reply):
+    """The response to a completion.
 
     Example:
         >>> reply = CompletionReply("nano", token_bytes=[])
@@ -25,15 +20,7 @@ class CompletionReply:
     Source: OpenAI's API reference, "Completions".
     """
 
-    def __init__(
-        self,
-        model: str,
-        token_bytes: Sequence[bytes],
-        has_logprobs: bool = False,
-    ) -> None:
-        self._token_bytes = token_bytes
-        self._has_logprobs = has_logprobs
-        self._head = {"id": make_id("cmpl"), "created": now(), "model": model}
+    id_prefix = "cmpl"
 
     def opening(self, index: int) -> dict[str, Any]:
         """Returns the first choice of a stream for a text."""

@@ -2,25 +2,18 @@ import io
 import json
 
 import pytest
+from chat_model import TEMPLATE, nano_with_template
 
-from keras_openllama import OpenLlamaCausalLM, SamplingConfig
+from keras_openllama import SamplingConfig
 from keras_openllama.cli.chat import Chat, main, run_chat
 from keras_openllama.generation.continuous_batching.engine import Engine
 
 pytestmark = pytest.mark.backend_free
 
-TEMPLATE = {
-    "system": "{content} ",
-    "user": "Q: {content} ",
-    "assistant": "A: {content}",
-}
-
 
 @pytest.fixture(scope="module")
 def lm():
-    lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
-    lm.preprocessor.chat_template = TEMPLATE
-    return lm
+    return nano_with_template()
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,11 @@
 import pytest
+from chat_model import nano_with_template
 from running_server import running_server
-
-from keras_openllama import OpenLlamaCausalLM
-
-# What the page and the clients send to a model that has no template of its own.
-TEMPLATE = {
-    "system": "{content}\n",
-    "user": "Q: {content}\n",
-    "assistant": "A: {content}\n",
-}
 
 
 @pytest.fixture(scope="session")
 def nano():
-    lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
-    lm.preprocessor.chat_template = TEMPLATE
-    return lm
+    return nano_with_template()
 
 
 @pytest.fixture(scope="session")
