@@ -157,7 +157,6 @@ class RunningBatch:
                 sequence.unread = list(request.prompt_ids[:-1])
                 self._reuse_prefix(sequence)
             self._stats.prompt_tokens += len(request.prompt_ids)
-            self._stats.cached_tokens += sequence.handle.cached_tokens
             if not sequence.unread:
                 self._end_prompt(sequence)
 
@@ -168,8 +167,9 @@ class RunningBatch:
         decoding = [sequence for sequence in sequences if not sequence.unread]
         if prefilling:
             oldest = min(prefilling, key=lambda sequence: sequence.handle.id)
-            chunks = self._decoder.chunks
-            self._prefill(oldest, chunks[-2] if decoding else chunks[-1])
+            decoder = self._decoder
+            size = decoder.chunk_beside_steps if decoding else decoder.chunks[-1]
+            self._prefill(oldest, size)
         if decoding:
             self._decode(decoding)
 
@@ -216,21 +216,33 @@ class RunningBatch:
 
     def _reuse_prefix(self, sequence):
         """Copies the beginning of a prompt from the cache, or from another slot."""
-        tokens = np.array(sequence.unread, "int32")
-        if self._cache is None or len(tokens) < LEAST_CACHED_TOKENS:
-            return
-        prefix, length = self._cache.find(tokens, sequence.variant)
+        tokens = sequence.unread
+        if self._cache is not None and len(tokens) >= LEAST_CACHED_TOKENS:
+            prefix, length = self._cache.find(tokens, sequence.variant)
+            self._write_prefix(sequence, prefix, length)
+        self._copy_from_slots(sequence)
+
+    def _copy_from_slots(self, sequence):
+        """Copies what another slot has of a prompt, such as an equal prompt's."""
+        tokens = np.array(sequence.read + sequence.unread, "int32")
+        best, length = None, len(sequence.read) + LEAST_CACHED_TOKENS - 1
         for other in self._sequences():
-            if other.variant == sequence.variant:
+            if other is not sequence and other.variant == sequence.variant:
                 found = common_length(np.array(other.read, "int32"), tokens)
                 if found > length:
-                    length = found
-                    prefix = self._decoder.read_prefix(other.slot, length)
-        if length >= LEAST_CACHED_TOKENS:
-            self._decoder.write_prefix(sequence.slot, prefix, length)
-            sequence.read = sequence.unread[:length]
-            sequence.unread = sequence.unread[length:]
-            sequence.handle.cached_tokens = length
+                    best, length = other.slot, found
+        if best is not None:
+            prefix = self._decoder.read_prefix(best, length)
+            self._write_prefix(sequence, prefix, length)
+
+    def _write_prefix(self, sequence, prefix, length):
+        if length < LEAST_CACHED_TOKENS:
+            return
+        self._decoder.write_prefix(sequence.slot, prefix, length)
+        tokens = sequence.read + sequence.unread
+        sequence.read, sequence.unread = tokens[:length], tokens[length:]
+        self._stats.cached_tokens += length - sequence.handle.cached_tokens
+        sequence.handle.cached_tokens = length
 
     def _save_prefix(self, sequence):
         tokens = sequence.read
@@ -242,22 +254,27 @@ class RunningBatch:
 
     def _prefill(self, sequence, size):
         with self._failure_ends(sequence):
-            number = sequence.handle.request.prompt_logprobs
-            if number is not None:
-                size = min(size, SCORED_CHUNK)
-            chunk, rest = sequence.unread[:size], sequence.unread[size:]
-            start = len(sequence.read)
-            if number is None:
-                self._decoder.prefill(sequence.slot, chunk, start)
-            else:
-                logits = self._decoder.verify(sequence.slot, chunk, start)
-                following = sequence.handle.request.prompt_ids[start + 1 :]
-                following = following[: len(chunk)]
-                sequence.scored += self._sampler.score(logits, following, number)
-            sequence.read += chunk
-            sequence.unread = rest
-            if not rest:
+            if sequence.handle.request.prompt_logprobs is None:
+                self._copy_from_slots(sequence)
+            if sequence.unread:
+                self._read_chunk(sequence, size)
+            if not sequence.unread:
                 self._end_prompt(sequence)
+
+    def _read_chunk(self, sequence, size):
+        request, start = sequence.handle.request, len(sequence.read)
+        if request.prompt_logprobs is None:
+            chunk = sequence.unread[:size]
+            self._decoder.prefill(sequence.slot, chunk, start)
+        else:
+            chunk = sequence.unread[: min(size, SCORED_CHUNK)]
+            logits = self._decoder.verify(sequence.slot, chunk, start)
+            following = request.prompt_ids[start + 1 : start + 1 + len(chunk)]
+            sequence.scored += self._sampler.score(
+                logits, following, request.prompt_logprobs
+            )
+        sequence.read += chunk
+        sequence.unread = sequence.unread[len(chunk) :]
 
     def _end_prompt(self, sequence):
         """Passes the scores of a prompt, which has been read, to its request."""

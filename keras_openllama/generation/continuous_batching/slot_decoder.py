@@ -30,6 +30,8 @@ class SlotDecoder(Protocol):
         context: most tokens of a sequence.
         lengths: number of tokens in the cache of each slot.
         chunks: numbers of tokens that `prefill` computes at once, ascending.
+        chunk_beside_steps: number of tokens that `prefill` best computes at once while
+            other sequences wait for their next tokens.
         follows_adapters: whether `open` adopts a change of the model's adapters.
     """
 
@@ -37,6 +39,7 @@ class SlotDecoder(Protocol):
     context: int
     lengths: list[int]
     chunks: tuple[int, ...]
+    chunk_beside_steps: int
     follows_adapters: bool
 
     def open(self, slot: int, final_length: int) -> None:

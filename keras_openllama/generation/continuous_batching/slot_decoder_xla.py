@@ -26,6 +26,7 @@ from keras_openllama.generation.kv_cache import (
     init_cache,
     padded_cache_length,
 )
+from keras_openllama.generation.sharding import device_platform
 from keras_openllama.layers.cached_attention import (
     CACHE_BLOCK,
     MASKED_SCORE,
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 # Heuristic, see `prefill_chunks.prefill_chunks`.
 CHUNKS = (32, 64, 128, 256)
+# Heuristic: beside steps of 8 rows on two cores, a prompt of 512 tokens takes 1.6 times
+# as long as alone in chunks of 64, with half the gaps of 128, and 2.2 times in chunks
+# of 32 (`benchmarks/serve.py`). An accelerator takes as long for 64 as for 128.
+CHUNK_BESIDE_STEPS = {"cpu": 64}
 # Numbers of tokens for which `verify` has programs.
 VERIFIED = (4, 8, MAX_VERIFIED)
 # Heuristic: rows that a program attends for; to start one takes 0.1 ms.
@@ -63,6 +68,9 @@ class XlaSlotDecoder:
         needed = context + CHUNKS[-1]
         self._most_columns = -(-needed // CACHE_BLOCK) * CACHE_BLOCK
         self.programs = layer_programs(model)
+        on_jax = keras.config.backend() == "jax"
+        platform = device_platform(model.backbone) if on_jax else "cpu"
+        self.chunk_beside_steps = CHUNK_BESIDE_STEPS.get(platform, CHUNKS[-2])
         self.reset()
 
     def reset(self) -> None:

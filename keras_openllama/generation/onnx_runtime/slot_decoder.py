@@ -33,6 +33,7 @@ class OnnxSlotDecoder:
     """
 
     chunks = (CHUNK // 4, CHUNK)
+    chunk_beside_steps = CHUNK // 4
     follows_adapters = False
 
     def __init__(self, model: CausalLM, num_slots: int, context: int) -> None:

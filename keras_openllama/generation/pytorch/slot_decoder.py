@@ -46,6 +46,7 @@ class TorchSlotDecoder:
         self.num_slots, self.context = num_slots, context
         self.device = model.weights[0].value.device
         self.chunks = CHUNKS.get(self.device.type, ACCELERATOR_CHUNKS)
+        self.chunk_beside_steps = self.chunks[0]
         self._weights = None
         self.reset()
 

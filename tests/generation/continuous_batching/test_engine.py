@@ -14,6 +14,7 @@ from keras_openllama.generation.continuous_batching.engine import (
     QueueFullError,
 )
 from keras_openllama.generation.limits import ContextLengthError
+from keras_openllama.generation.onnx_runtime.token_loop import uses_onnx_runtime
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 GREEDY = SamplingConfig(temperature=0)
@@ -106,9 +107,16 @@ def test_engine_supports_the_head_dim_of_3b():
     assert tokens(events) == alone(lm, prompt, 5)
 
 
-def test_engine_computes_prompts_in_chunks_while_others_decode(lm):
+def test_engine_computes_prompts_in_small_chunks_while_others_decode(lm, monkeypatch):
     long, short = prompts_of(lm, (300, 4))
     with Engine(lm, num_slots=2, context=400) as engine:
+        decoder, sizes = engine._batch._decoder, []
+
+        def prefill(slot, tokens, start, compute=decoder.prefill):
+            sizes.append(len(tokens))
+            compute(slot, tokens, start)
+
+        monkeypatch.setattr(decoder, "prefill", prefill)
         running, first = submit(engine, short, 30, on_token=lambda number: None)
         while len(first.tokens) < 3:
             assert not running.finished.wait(0.001)
@@ -116,6 +124,8 @@ def test_engine_computes_prompts_in_chunks_while_others_decode(lm):
         assert handle.finished.wait(100) and running.finished.wait(100)
     assert second.tokens == alone(lm, long, 3)
     assert first.tokens == alone(lm, short, 30)
+    assert sum(sizes) == 3 + 299
+    assert max(sizes) == decoder.chunk_beside_steps < decoder.chunks[-1]
 
 
 def test_engine_stops_at_stop_token_ids(lm):
@@ -331,12 +341,44 @@ def test_engine_scores_a_prompt_as_the_tokens_that_it_generates(lm):
     assert [scored.token_id for scored in scores.prompt] == whole[1:]
     scored = scores.prompt[len(prompt) - 1 :]
     expected = [event.logprob for event in generated]
-    assert [s.logprob for s in scored] == pytest.approx(expected, abs=1e-4)
-    best = [event.top_logprobs[0][0] for event in generated]
-    assert [s.top_logprobs[0][0] for s in scored] == best
+    # ONNX Runtime rounds activations to 8 bits, those of several tokens otherwise.
+    tolerance = 0.05 if uses_onnx_runtime(lm) else 1e-4
+    assert [s.logprob for s in scored] == pytest.approx(expected, abs=tolerance)
+    if tolerance < 0.01:
+        best = [event.top_logprobs[0][0] for event in generated]
+        assert [s.top_logprobs[0][0] for s in scored] == best
     assert [s.logprob for s in again.prompt] == pytest.approx(
         [s.logprob for s in scores.prompt], abs=1e-5
     )
+
+
+@pytest.mark.backend_free
+def test_engine_compiles_a_bounded_number_of_programs():
+    """It depends on the sizes of chunks and batches, and not on the requests."""
+    import jax
+
+    from keras_openllama.generation.continuous_batching.slot_decoder_xla import CHUNKS
+
+    lm, compiled = make_lm("grouped_heads"), []
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def run(seed, number):
+        random = np.random.default_rng(seed)
+        with Engine(lm, num_slots=4, context=256) as engine:
+            for prompt in prompts_of(lm, random.integers(1, 200, number), seed):
+                config = SamplingConfig(temperature=int(random.integers(2)), seed=1)
+                new = int(random.integers(1, 30))
+                submit(engine, prompt, new, sampling=config)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for seed, number in enumerate([10, 20]):
+        run(seed, number)
+    # Per size of chunk 2, per number of rows 4, and 2 for attention and saved prompts.
+    sizes, rows = len(CHUNKS), 3  # 1, 2 and 4 rows.
+    assert 0 < len(compiled) <= 2 * sizes + 4 * rows + 2
 
 
 def test_engine_scores_a_prompt_of_one_token(lm):
