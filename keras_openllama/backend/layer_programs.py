@@ -111,24 +111,33 @@ class LayerPrograms:
         else:
             values = [[v.value for v in own] for own in variables]
         if key not in self._programs:
-            program = _with_values(function, list(layers), variables)
-            self._programs[key] = _compile(program, donate)
-        return self._programs[key](values, **inputs)
+            self._programs[key] = _Program(function, donate)
+        return self._programs[key](layers, variables, values, inputs)
 
 
-def _with_values(function, layers, variables):
-    def program(values, **inputs):
-        mapping = [
-            pair
-            for own, new in zip(variables, values, strict=True)
-            for pair in zip(own, new, strict=True)
-        ]
-        with keras.StatelessScope(state_mapping=mapping):
-            return function(*layers, **inputs)
+class _Program:
+    """A compiled function of layers with the same signature."""
 
-    # For logs and profiles.
-    program.__name__ = getattr(function, "__name__", type(function).__name__)
-    return program
+    def __init__(self, function, donate):
+        def program(values, **inputs):
+            # The layers and variables of this call. For other shapes the function is
+            # traced again: variables of the first call may have been replaced since.
+            mapping = [
+                pair
+                for own, new in zip(self._variables, values, strict=True)
+                for pair in zip(own, new, strict=True)
+            ]
+            with keras.StatelessScope(state_mapping=mapping):
+                return function(*self._layers, **inputs)
+
+        # For logs and profiles.
+        program.__name__ = getattr(function, "__name__", type(function).__name__)
+        self._compiled = _compile(program, donate)
+        self._layers = self._variables = ()
+
+    def __call__(self, layers, variables, values, inputs):
+        self._layers, self._variables = layers, variables
+        return self._compiled(values, **inputs)
 
 
 def _compile(program, donate):

@@ -292,6 +292,8 @@ class Projection(QuantizableLayer, keras.layers.EinsumDense):
         """Restores the adapters that `remove_adapters` returned."""
         variables, self.lora_rank, self.lora_alpha = removed
         track_variables(self, variables.values())
+        for name, variable in variables.items():
+            setattr(self, name, variable)  # The layer may have had others since.
         self.lora_enabled = True
 
     def get_config(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Engine:
 
     Raises:
         ValueError: for numbers out of range, a model on several devices, or `adapters`
-            of a model that ONNX Runtime computes.
+            of another model or of one that ONNX Runtime computes.
 
     Example:
         >>> from keras_openllama import SamplingConfig
@@ -112,6 +112,11 @@ class Engine:
             cache = PromptCache(cache) if cache else None
         if cache is not None:
             cache.use_with(model)
+        if adapters is not None and adapters.model is not model:
+            raise ValueError(
+                "`adapters` must be those of `model`. Make `NamedAdapters(model)`. "
+                f"Received: adapters of {adapters.model!r}"
+            )
         self._batch = RunningBatch(
             model, num_slots, context, cache, self.stats, adapters
         )

@@ -23,6 +23,7 @@ class NamedAdapters:
         model: `OpenLlamaCausalLM` without adapters.
 
     Attributes:
+        model: as above.
         active: name of the set that the model has; `None` for no adapters.
 
     Raises:
@@ -47,7 +48,7 @@ class NamedAdapters:
                 "Adapters by name need a model that has none yet. Load the model again "
                 f"without adapters. Received: model={model!r}"
             )
-        self._model = model
+        self.model = model
         self._sets: dict[str, list[tuple[Projection, Adapters]]] = {}
         self.active: str | None = None
 
@@ -74,8 +75,8 @@ class NamedAdapters:
                 f"name={name!r} and path={str(path)!r}"
             )
         self.use(None)
-        self._model.load_adapters(path, revision)
-        layers = adapted_layers(self._model.backbone)
+        self.model.load_adapters(path, revision)
+        layers = adapted_layers(self.model.backbone)
         self._sets[name] = [(layer, layer.remove_adapters()) for layer in layers]
 
     def use(self, name: str | None) -> None:
@@ -90,7 +91,7 @@ class NamedAdapters:
         self.check(name)
         if name == self.active:
             return
-        for layer in adapted_layers(self._model.backbone):
+        for layer in adapted_layers(self.model.backbone):
             layer.remove_adapters()
         for layer, adapters in self._sets.get(name, ()):
             layer.restore_adapters(adapters)
