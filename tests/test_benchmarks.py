@@ -30,6 +30,7 @@ def run_gpu_check(tmp_path, *arguments):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_gpu_check_compares_jax_with_transformers(tmp_path):
     results = run_gpu_check(tmp_path, "--only", "parity-jax")
     passed = {result["name"] for result in results if result["kind"] == "passed"}

@@ -1,5 +1,7 @@
 """`make test` runs each test file once on each backend."""
 
+import sys
+
 import pytest
 from checkout import ROOT
 
@@ -47,6 +49,20 @@ def test_slow_optimizes_every_program():
     fast = {p.name: p.optimized for p in run_backends.parts_of("jax")}
     assert fast["jax: parity, planning"]
     assert not fast["jax: cli, runs"]
+
+
+@pytest.mark.parametrize("optimized", [True, False])
+def test_run_compiles_fast_unless_the_part_is_optimized(
+    optimized, monkeypatch, tmp_path
+):
+    for name in run_backends.FAST_COMPILATION:
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", "import os; print(dict(os.environ))"]
+    monkeypatch.setattr(run_backends, "pytest_command", lambda *_: command)
+    part = run_backends.Part("jax", "x", (), optimized)
+    output = run_backends.run(part, slow=False, cache=tmp_path).output.decode()
+    for name, value in run_backends.FAST_COMPILATION.items():
+        assert (f"{name!r}: {value!r}" in output) is not optimized
 
 
 def test_pytest_arguments_choose_one_part():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from small_disk import small_disk
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -61,10 +62,13 @@ for save in saves:
 """
 
 
-@pytest.mark.parametrize(
+@first_on_tensorflow(
     ("kilobytes", "limit", "kind"),
-    [(4, -1, "float"), (900, 1000, "float"), (900, 1000, "int8")],
-    ids=["full disk", "file size limit", "file size limit, int8"],
+    [
+        pytest.param(4, -1, "float", id="full disk"),
+        pytest.param(900, 1000, "int8", id="file size limit, int8"),
+        pytest.param(900, 1000, "float", id="file size limit", marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_left_of_what_cannot_be_saved(tmp_path, kilobytes, limit, kind):
     with small_disk(tmp_path / "disk") as mount:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -77,7 +78,7 @@ def new_tokens(lm, **options):
     return outputs["token_ids"][0][outputs["padding_mask"][0]].tolist()
 
 
-@pytest.mark.parametrize(
+@first_on_tensorflow(
     ("config", "generation"),
     [
         ("one", None),
@@ -118,6 +119,7 @@ def test_from_preset_without_preprocessor_reads_end_tokens(declare, expected):
     assert new_tokens(lm) == expected
 
 
+@pytest.mark.slow_on_tensorflow
 def test_stream_beam_search_and_the_harness_stop_at_declared_end_tokens(
     declare, expected
 ):
@@ -153,6 +155,7 @@ def saved_as(kind, lm, path):
 
 @pytest.mark.parametrize("kind", ["export_to_transformers", "save_to_preset", ".keras"])
 @pytest.mark.parametrize("with_preprocessor", [True, False])
+@pytest.mark.slow_on_tensorflow
 def test_end_token_ids_are_saved(declare, tmp_path, kind, with_preprocessor):
     options = {} if with_preprocessor else {"preprocessor": None}
     lm = declare({"config.json": {"eos_token_id": [2, 77]}}, **options)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from gguf_files import changed_copy, half_split, interleaved, read_file
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, assert_close, batch, random_lm, right_padding
 from tokenizer_models import trained_model
 
@@ -83,8 +84,8 @@ def logits(lm, ids):
     return keras.ops.convert_to_numpy(lm(inputs))
 
 
-@pytest.mark.parametrize("quantization", GGUF_QUANTIZATIONS)
-@pytest.mark.parametrize("shape", [ODD, EVEN], ids=str)
+@first_on_tensorflow("quantization", GGUF_QUANTIZATIONS)
+@first_on_tensorflow("shape", [ODD, EVEN], ids=str)
 def test_export_to_gguf_writes_what_the_gguf_package_reads(
     shape, quantization, tmp_path
 ):
@@ -103,8 +104,8 @@ def test_export_to_gguf_writes_what_the_gguf_package_reads(
         assert np.array_equal(data, gguf.quantize(array, kind)), spec.gguf
 
 
-@pytest.mark.parametrize("quantization", GGUF_QUANTIZATIONS)
-@pytest.mark.parametrize("shape", [ODD, EVEN], ids=str)
+@first_on_tensorflow("quantization", GGUF_QUANTIZATIONS)
+@first_on_tensorflow("shape", [ODD, EVEN], ids=str)
 def test_from_preset_has_the_logits_of_the_dequantized_weights(
     shape, quantization, tmp_path
 ):
@@ -436,7 +437,7 @@ def dequantized(tensors, name):
     return half_split(array, HEADS[name]) if name in HEADS else array
 
 
-@pytest.mark.parametrize("quantization, bits", [("q8_0", 8), ("q4_0", 4)])
+@first_on_tensorflow("quantization, bits", [("q8_0", 8), ("q4_0", 4)])
 def test_from_preset_keeps_quantized_weights_as_they_are(quantization, bits, tmp_path):
     path = export(model(), tmp_path / "x.gguf", quantization)
     loaded = OpenLlamaCausalLM.from_preset(path, preprocessor=None)
@@ -463,6 +464,7 @@ def test_from_preset_without_quantization_dequantizes(tmp_path):
 
 
 @pytest.mark.parametrize("mode, quantization", [("int8", "q8_0"), ("int4", "q4_0")])
+@pytest.mark.slow_on_tensorflow
 def test_export_to_gguf_does_not_round_a_quantized_model(mode, quantization, tmp_path):
     lm = model()
     config = WeightQuantizationConfig(bits=int(mode[3:]), group_size=32)
@@ -474,6 +476,7 @@ def test_export_to_gguf_does_not_round_a_quantized_model(mode, quantization, tmp
             assert np.array_equal(expected.dequantize(), dequantized(tensors, name))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_export_to_gguf_merges_adapters_into_quantized_weights(tmp_path):
     lm = model()
     lm.quantize(config=WeightQuantizationConfig(bits=8, group_size=32))

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama import OpenLlamaCausalLM
@@ -61,8 +62,8 @@ def save(lm, path):
 # ----- Kernels and adapters apart
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("mode", QUANTIZATIONS)
+@first_on_tensorflow("name", FILES)
+@first_on_tensorflow("mode", QUANTIZATIONS)
 def test_load_weights_restores_kernels_and_adapters_bit_exactly(
     mode, name, tmp_path, recwarn
 ):
@@ -74,6 +75,7 @@ def test_load_weights_restores_kernels_and_adapters_bit_exactly(
     assert not [w for w in recwarn if "adapters" in str(w.message)]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_of_the_backbone_restores_kernels_and_adapters(tmp_path):
     lm, other = make_lm(), make_lm(seed=5)
     lm.backbone.save_weights(tmp_path / "backbone.weights.h5")
@@ -82,6 +84,7 @@ def test_load_weights_of_the_backbone_restores_kernels_and_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_keeps_float32_adapters_of_a_bfloat16_model(dtype, tmp_path):
     lm, other = make_lm(dtype=dtype), make_lm(dtype=dtype, seed=5)
     lm.save_weights(tmp_path / "lm.weights.h5")
@@ -89,7 +92,7 @@ def test_load_weights_keeps_float32_adapters_of_a_bfloat16_model(dtype, tmp_path
     assert_same_weights(other, lm)
 
 
-@pytest.mark.parametrize("mode", QUANTIZATIONS)
+@first_on_tensorflow("mode", QUANTIZATIONS)
 def test_load_model_restores_the_adapters_of_a_keras_file(mode, tmp_path):
     lm = make_lm(mode=mode)
     lm.save(tmp_path / "lm.keras")
@@ -153,6 +156,7 @@ def test_model_checkpoint_saves_adapters_that_save_adapters_writes(name, tmp_pat
 # ----- Files and models of which only one has adapters
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_of_a_file_without_adapters_resets_the_adapters(tmp_path):
     lm = make_lm()
     with saving_merged():  # As before version 0.2.
@@ -167,6 +171,7 @@ def test_load_weights_of_a_file_without_adapters_resets_the_adapters(tmp_path):
         assert inputs.all()  # Otherwise no gradient could change either factor.
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_merges_adapters_into_a_model_without_adapters(tmp_path):
     lm, plain = make_lm(), make_lm(rank=0, seed=5)
     lm.save_weights(tmp_path / "lm.weights.h5")
@@ -177,6 +182,7 @@ def test_load_weights_merges_adapters_into_a_model_without_adapters(tmp_path):
     np.testing.assert_allclose(logits_of(plain), logits_of(lm), atol=1e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_does_not_merge_adapters_into_quantized_kernels(tmp_path):
     make_lm(mode="int8").save_weights(tmp_path / "lm.weights.h5")
     plain = make_lm(rank=0, seed=5, mode="int8")
@@ -192,6 +198,7 @@ def test_load_weights_does_not_merge_adapters_into_quantized_kernels(tmp_path):
     "other",
     [dict(alpha=3), dict(rank=3), dict(targets=["query"]), dict(targets=["up"])],
 )
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_rejects_other_adapters_by_the_call_that_fits(
     other, name, tmp_path
 ):
@@ -206,6 +213,7 @@ def test_load_weights_rejects_other_adapters_by_the_call_that_fits(
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(None, "int8"), ("int8", None)])
+@pytest.mark.slow_on_tensorflow
 def test_load_weights_rejects_weights_of_another_quantization(saved, loaded, tmp_path):
     make_lm(mode=saved).save_weights(tmp_path / "lm.weights.h5")
     lm = make_lm(mode=loaded)
@@ -216,7 +224,7 @@ def test_load_weights_rejects_weights_of_another_quantization(saved, loaded, tmp
 # ----- Presets
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@first_on_tensorflow("dtype", ["float32", "mixed_bfloat16"])
 def test_save_to_preset_merges_adapters_without_rounding(dtype, tmp_path):
     lm = make_lm(dtype=dtype)
     lm.save_to_preset(tmp_path)
@@ -228,6 +236,7 @@ def test_save_to_preset_merges_adapters_without_rounding(dtype, tmp_path):
         np.testing.assert_array_equal(kernel, layer.merged_kernel())
 
 
+@pytest.mark.slow_on_tensorflow
 def test_save_to_preset_warns_that_adapters_are_rounded_into_int8(tmp_path):
     lm = make_lm(mode="int8")
     with pytest.warns(UserWarning, match="into the int8 kernels.*`save_adapters`"):
@@ -237,7 +246,7 @@ def test_save_to_preset_warns_that_adapters_are_rounded_into_int8(tmp_path):
 # ----- Adapters alone
 
 
-@pytest.mark.parametrize("mode", QUANTIZATIONS)
+@first_on_tensorflow("mode", QUANTIZATIONS)
 def test_load_adapters_adds_the_saved_adapters_to_a_quantized_model(mode, tmp_path):
     lm, other = make_lm(mode=mode), make_lm(rank=0, mode=mode)
     lm.save_adapters(tmp_path / "adapters")
@@ -245,7 +254,7 @@ def test_load_adapters_adds_the_saved_adapters_to_a_quantized_model(mode, tmp_pa
     assert_same_weights(other, lm)
 
 
-@pytest.mark.parametrize("mode", QUANTIZATIONS)
+@first_on_tensorflow("mode", QUANTIZATIONS)
 def test_load_lora_weights_adds_the_saved_adapters(mode, tmp_path):
     lm = make_lm(targets=["key", "down"], mode=mode)
     lm.backbone.save_lora_weights(tmp_path / "a.lora.h5")
@@ -260,6 +269,7 @@ def test_load_lora_weights_adds_the_saved_adapters(mode, tmp_path):
     "other",
     [dict(alpha=3), dict(rank=3), dict(targets=["query"]), dict(targets=["up"])],
 )
+@pytest.mark.slow_on_tensorflow
 def test_load_lora_weights_rejects_other_adapters_by_the_call_that_fits(
     other, tmp_path
 ):
@@ -291,6 +301,7 @@ def test_load_lora_weights_reads_files_of_kerashub(tmp_path):
     assert_same_weights(other, lm)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_kerashub_reads_files_of_save_lora_weights(tmp_path):
     lm, other = make_lm(), make_lm(seed=0)
     for weight in other.trainable_variables:

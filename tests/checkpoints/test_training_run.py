@@ -135,6 +135,7 @@ def test_from_preset_of_a_run_loads_its_newest_checkpoint(runs, name, step):
     assert lm.loaded_from == f"the training run {name} at step {step}"
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_loads_a_chosen_checkpoint(runs):
     lm = OpenLlamaCausalLM.from_preset(str(checkpoint(runs / "one", 100)))
     assert_values(lm, runs / "one-100.npz")
@@ -142,6 +143,7 @@ def test_from_preset_loads_a_chosen_checkpoint(runs):
     assert lm.preprocessor.sequence_length == SHAPE.context
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_of_a_run_loads_each_class(runs):
     run = str(runs / "one")
     backbone = OpenLlamaBackbone.from_preset(run)
@@ -154,6 +156,7 @@ def test_from_preset_of_a_run_loads_each_class(runs):
     assert preprocessor.tokenizer.proto == proto
 
 
+@pytest.mark.slow_on_tensorflow
 def test_export_of_a_run_computes_the_same_logits_in_transformers(runs, tmp_path):
     convert(runs / "one", tmp_path / "converted", "transformers")
     lm = OpenLlamaCausalLM.from_preset(str(checkpoint(runs / "one", 200)))
@@ -172,6 +175,7 @@ def test_export_of_a_run_computes_the_same_logits_in_transformers(runs, tmp_path
     assert_close(lm.score(ids), expected)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_commands_accept_a_run_as_preset(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
     run = str(runs / "one")
@@ -262,6 +266,7 @@ def test_checkpoint_warns_of_a_damaged_checkpoint_and_returns_an_older_one(run, 
     assert TrainingRun.open(run).checkpoint().step == 200
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_loads_the_checkpoint_before_a_damaged_one(run, runs):
     largest = max(files_of(checkpoint(run, 200)), key=lambda file: file.stat().st_size)
     flip(largest)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, assert_close, batch, in_transformers
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
@@ -86,8 +87,8 @@ def test_from_preset_computes_the_logits_of_transformers(theirs, tmp_path, form)
     assert_close(ours(inputs()), logits_of(theirs))
 
 
-@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+@first_on_tensorflow("stored", ["float16", "bfloat16", "float32"])
+@first_on_tensorflow("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_from_preset_casts_weights_to_the_dtype(tmp_path, stored, dtype):
     theirs = in_transformers(SHAPE).to(getattr(torch, stored))
     ours = load(write(theirs, tmp_path), dtype=dtype)
@@ -117,6 +118,7 @@ def test_from_preset_rejects_a_tied_head_that_differs(theirs, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_of_the_backbone_ignores_the_head(theirs, tmp_path, recwarn):
     write(theirs, tmp_path)
     backbone = OpenLlamaBackbone.from_preset(str(tmp_path))
@@ -126,6 +128,7 @@ def test_from_preset_of_the_backbone_ignores_the_head(theirs, tmp_path, recwarn)
     assert not [w for w in recwarn if "head" in str(w.message)]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_loads_a_llama_model_without_head_as_backbone_only(
     theirs, tmp_path
 ):
@@ -135,6 +138,7 @@ def test_from_preset_loads_a_llama_model_without_head_as_backbone_only(
         load(tmp_path)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_ignores_rotary_frequencies(theirs, tmp_path):
     extra = {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(10)
@@ -151,6 +155,7 @@ def test_from_preset_reads_no_weights_with_load_weights_false(theirs, tmp_path):
     assert model.count_params() == sum(p.numel() for p in theirs.parameters())
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_prefers_safetensors(theirs, tmp_path):
     write(theirs, tmp_path, "safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"not to be opened")

@@ -323,6 +323,7 @@ def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
     }
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generate_with_a_draft_prints_the_same_text_and_its_statistics(capsys):
     command = ["generate", PROMPT, "--max-new-tokens", "8"]
     assert main(command) == 0
@@ -401,6 +402,7 @@ def test_sampling_config_rejects_options_of_other_samplers(flag):
         sampling_of("--sampler", "greedy", *flag.split())
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generate_prints_each_sample(capsys):
     flags = ["--max-new-tokens", "4", "--seed", "1", "--strip-prompt"]
     main(["generate", PROMPT, *flags])

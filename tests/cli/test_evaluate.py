@@ -51,7 +51,7 @@ def stored(path):
 
 
 def test_evaluate_resumes_after_a_kill_with_the_same_results(run, small, tmp_path):
-    data = write_tasks(tmp_path / "data", count=24)
+    data = write_tasks(tmp_path / "data", count=12)
     arguments = ["--preset", small, "--tasks", "hellaswag", "boolq", "--data", data]
     arguments += ["--batch-size", 1, "--output"]
     killed = tmp_path / "killed"

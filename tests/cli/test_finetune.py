@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 from checkout import ROOT
+from fake_devices import xla_flags
 from keras import ops
 from pretraining_runs import (
     checkpoints,
@@ -21,6 +22,7 @@ from pretraining_runs import (
     digests,
     results_of,
 )
+from tensorflow_marks import first_on_tensorflow
 
 from keras_openllama import OpenLlamaCausalLM, presets
 from keras_openllama.cli.finetune_options import make_config, parse_arguments
@@ -119,6 +121,7 @@ def test_finetune_trains_all_weights_on_packed_examples(arguments, data, tmp_pat
     assert last["loss"] < first["loss"]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_finetune_on_quantized_weights_exports_what_was_trained(
     small, arguments, data, tmp_path
 ):
@@ -231,41 +234,49 @@ def error_of(capsys, *arguments):
     return capsys.readouterr().err
 
 
+SHORT = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none", "--save-every", 1)
+
+
+@pytest.fixture(scope="module")
+def short_run(arguments, data, tmp_path_factory):
+    """The directory of a complete run of `SHORT`, which tests copy."""
+    directory = tmp_path_factory.mktemp("short") / "run"
+    assert finetune().main(arguments(data, directory, *SHORT)) == 0
+    return directory
+
+
 @pytest.mark.backend_free
-def test_finetune_rejects_changed_settings_of_a_run(arguments, data, tmp_path, capsys):
-    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none")
-    assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    changed = arguments(data, tmp_path, "--lora-rank", 3, *more[2:])
+def test_finetune_rejects_changed_settings_of_a_run(
+    short_run, arguments, data, tmp_path, capsys
+):
+    output = shutil.copytree(short_run, tmp_path / "run")
+    changed = arguments(data, output, "--lora-rank", 3, *SHORT[2:])
     assert "lora_rank was 2 and is 3" in error_of(capsys, *changed)
-    run = json.loads((tmp_path / "run.json").read_text())
+    run = json.loads((output / "run.json").read_text())
     run["recipe"]["int8"] = {"value": True}
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text(json.dumps(run))
-    flags = arguments(data, tmp_path / "old", *more, "--quantization", "int8")
+    flags = arguments(data, tmp_path / "old", *SHORT, "--quantization", "int8")
     message = "quantization was int8 of version 0.2 and is int8"
     assert message in error_of(capsys, *flags)
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text().replace("cold", "warm"))
-    assert "data was {'examples'" in error_of(
-        capsys, *arguments(other, tmp_path, *more)
-    )
+    assert "data was {'examples'" in error_of(capsys, *arguments(other, output, *SHORT))
 
 
 @pytest.mark.backend_free
 def test_finetune_falls_back_from_a_damaged_checkpoint(
-    arguments, data, tmp_path, caplog, capsys
+    short_run, arguments, data, tmp_path, caplog, capsys
 ):
-    more = ("--lora-rank", 2, "--epochs", 0.5, "--export", "none", "--save-every", 1)
-    assert finetune().main(arguments(data, tmp_path, *more)) == 0
-    expected = metrics_log.read_metrics(tmp_path)
-    before, last = checkpoints(tmp_path)[1]
-    newest = tmp_path / "checkpoints" / str(last)
+    output = shutil.copytree(short_run, tmp_path / "run")
+    before, last = checkpoints(output)[1]
+    newest = output / "checkpoints" / str(last)
     largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    assert finetune().main(arguments(data, tmp_path, *more)) == 0
+    assert finetune().main(arguments(data, output, *SHORT)) == 0
     assert f"checkpoint of step {last} is damaged" in caplog.text
     assert f"Resuming from the checkpoint of step {before}" in capsys.readouterr().out
-    found = metrics_log.read_metrics(tmp_path)
+    found, expected = map(metrics_log.read_metrics, (output, short_run))
     assert [r["loss"] for r in found] == [r["loss"] for r in expected]
 
 
@@ -500,7 +511,7 @@ def test_finetune_resumes_after_an_error_in_the_last_samples(
     assert "sample 1, after" in (tmp_path / "samples.txt").read_text()
 
 
-@pytest.mark.parametrize("weights", [(), ("--quantization", "int4")], ids=len)
+@first_on_tensorflow("weights", [(), ("--quantization", "int4")], ids=len)
 def test_finetune_resumes_bit_exactly_on_every_backend(
     weights, arguments, data, tmp_path
 ):
@@ -517,7 +528,7 @@ def test_finetune_resumes_bit_exactly_on_every_backend(
 def test_finetune_on_a_mesh_equals_one_device(arguments, data, tmp_path):
     more = ("--lora-rank", 2, "--epochs", 1, "--export", "none")
     assert finetune().main(arguments(data, tmp_path / "one", *more)) == 0
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = xla_flags(devices=4)
     more = (*more, "--mesh", "data=2,fsdp=2", "--profile", "2:3")
     process = start(arguments(data, tmp_path / "four", *more), XLA_FLAGS=flags)
     output, _ = process.communicate(timeout=300)

@@ -7,6 +7,7 @@ import msgpack
 import numpy as np
 import pytest
 from easylm_files import write_stream
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
@@ -32,7 +33,7 @@ def values(lm):
     return {w.path: keras.ops.convert_to_numpy(w) for w in lm.weights}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@first_on_tensorflow("shape", SHAPES, ids=str)
 def test_save_writes_weights_that_give_the_same_logits_in_easylm(shape, tmp_path):
     lm = random_lm(shape)
     easylm.save(lm, tmp_path / "params", dtype="float32")
@@ -57,7 +58,7 @@ def test_load_reads_what_save_wrote(content, directory, tmp_path):
     assert back.generate(text, max_new_tokens=5) == lm.generate(text, max_new_tokens=5)
 
 
-@pytest.mark.parametrize("preset", ["transformers", "keras"])
+@first_on_tensorflow("preset", ["transformers", "keras"])
 def test_load_takes_the_architecture_of_a_directory_without_a_tokenizer(
     preset, tmp_path
 ):
@@ -74,6 +75,7 @@ def test_load_takes_the_architecture_of_a_directory_without_a_tokenizer(
     assert all(np.array_equal(v, expected[p]) for p, v in values(back).items())
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_reads_the_parameters_of_a_train_state(directory, tmp_path):
     lm = random_lm(SHAPE, trained_model(True), seed=1)
     easylm.save(lm, tmp_path / "params", dtype="float32")

@@ -21,6 +21,7 @@ HEAD_DIM_100, MULTI_HEAD = (
 )
 
 
+@pytest.mark.slow_on_tensorflow
 def test_evaluate_on_packed_documents_equals_the_loss_of_separate_documents(data):
     lm = random_lm(HEAD_DIM_100)
     lm.compile()

@@ -91,6 +91,7 @@ def test_loglikelihood_matches_hf_on_difficult_strings(adapter, hf):
     assert_close(loglikelihoods(adapter, PAIRS), loglikelihoods(hf, PAIRS))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_loglikelihood_flags_a_greedy_generation(adapter, hf):
     (text,) = adapter.generate_until(
         instances("generate_until", [("The value", {"max_gen_toks": 2, "until": []})])
@@ -100,12 +101,14 @@ def test_loglikelihood_flags_a_greedy_generation(adapter, hf):
     assert_close(found, loglikelihoods(hf, pairs))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_loglikelihood_truncates_long_contexts_like_hf_without_keep_bos(lm, hf):
     model = get_model("keras_openllama")(lm=lm, keep_bos=False)
     pairs = [(LONG, " of the expression")]
     assert_close(loglikelihoods(model, pairs), loglikelihoods(hf, pairs))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_loglikelihood_keeps_bos_of_truncated_contexts(adapter, hf):
     pair = LONG, " of the expression"
     context, ids = hf._encode_pair(*pair)
@@ -283,15 +286,18 @@ def test_generate_until_reads_temperature_0_as_greedy_and_top_k_0_as_off(lm):
         responses(do_sample=True, top_k=-5)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_loglikelihood_scores_a_token_that_spans_the_boundary(adapter):
     (inside,) = loglikelihoods(adapter, [("expressio", "n")])
     assert inside[0] < 0
 
 
+@pytest.mark.slow_on_tensorflow
 def test_loglikelihood_of_an_empty_continuation_is_zero(adapter):
     assert loglikelihoods(adapter, [("The value", ""), ("", "")]) == [(0.0, True)] * 2
 
 
+@pytest.mark.slow_on_tensorflow
 def test_the_first_token_is_predicted_from_bos_without_add_bos(lm):
     bare = get_model("keras_openllama")(lm=lm, add_bos=False)
     model = get_model("keras_openllama")(lm=lm)
@@ -317,6 +323,7 @@ def test_no_requests_give_no_responses(adapter):
     assert adapter.generate_until([]) == []
 
 
+@pytest.mark.slow_on_tensorflow
 def test_separate_tokenization_of_continuations(lm, adapter):
     separate = get_model("keras_openllama")(lm=lm, separate_tokenization=True)
     ids = separate._encode_pair("The value", " of it")[1]
@@ -339,6 +346,7 @@ def test_importing_the_package_registers_the_model():
 @pytest.mark.parametrize(
     "model_args", ["preset=nano", {"preset": "nano"}], ids=["text", "dict"]
 )
+@pytest.mark.slow_on_tensorflow
 def test_simple_evaluate_creates_the_model_from_its_name(model_args, tmp_path):
     data = write_tasks(tmp_path / "data", count=4)
     write_own_task(tmp_path, data / "boolq.jsonl")

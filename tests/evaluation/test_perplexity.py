@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, in_transformers, random_lm
 from token_data import prepare_sources, texts
 from tokenizer_models import trained_model
@@ -59,6 +60,7 @@ def token_losses(lm, ids):
 # --- Strided ---
 
 
+@pytest.mark.slow_on_tensorflow
 def test_strided_perplexity_of_a_short_text_matches_score(nano):
     text = "The captain looked at the sea and said nothing."
     [row] = evaluate_perplexity(nano, {"text": text}, **QUIET)
@@ -109,7 +111,7 @@ def test_perplexity_of_a_large_corpus_is_computed_in_parts(lm, monkeypatch):
 # --- llama.cpp ---
 
 
-@pytest.mark.parametrize("context", [16, 9])
+@first_on_tensorflow("context", [16, 9])
 def test_llama_cpp_perplexity_matches_logits_of_transformers(context, tmp_path):
     theirs = in_transformers(SHAPE)
     theirs.resize_token_embeddings(512, mean_resizing=False)
@@ -158,6 +160,7 @@ def test_llama_cpp_protocol_requires_one_text_of_two_chunks(lm):
 # --- Results ---
 
 
+@pytest.mark.slow_on_tensorflow
 def test_each_document_has_its_own_start_token(lm):
     rows = evaluate_perplexity(
         lm, {"a": "One text.", "b": "Another.", "both": [TEXT, ""]}, **QUIET
@@ -181,6 +184,7 @@ def test_each_document_has_its_own_start_token(lm):
 
 
 @pytest.mark.parametrize("kind", [tuple, TokenizedDocument._make])
+@pytest.mark.slow_on_tensorflow
 def test_a_source_may_be_a_single_tokenized_document(lm, kind):
     ids = lm.preprocessor.tokenizer("One text.")
     pair = kind((np.array(ids, "int32"), np.int64(9)))

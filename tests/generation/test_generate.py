@@ -6,6 +6,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
 
 from keras_openllama import (
@@ -31,20 +32,24 @@ def lm():
     return make_lm()
 
 
+@pytest.fixture(scope="module")
+def long_lm():
+    return make_lm(context=1024)
+
+
 def make_lm(context=128, **options):
     """A random model with large differences between logits, and a real tokenizer."""
     keras.utils.set_random_seed(0)
     tokenizer = OpenLlamaTokenizer(trained_model(keep_spaces=True))
     backbone = OpenLlamaBackbone(
         vocabulary_size=tokenizer.vocabulary_size(),
-        num_layers=2,
         num_query_heads=4,
         num_key_value_heads=2,
         hidden_dim=48,
         intermediate_dim=64,
         initializer_std=0.2,
         max_sequence_length=context,
-        **options,
+        **{"num_layers": 2, **options},
     )
     preprocessor = OpenLlamaCausalLMPreprocessor(tokenizer, sequence_length=context)
     return OpenLlamaCausalLM(backbone, preprocessor)
@@ -176,7 +181,7 @@ def test_strip_prompt_returns_the_new_text(lm):
     assert stripped["padding_mask"].sum(axis=1).tolist() == [10, 10, 10]
 
 
-@pytest.mark.parametrize("stop", [None, "e", ["th", "zz"]])
+@first_on_tensorflow("stop", [None, "e", ["th", "zz"]])
 def test_stream_yields_the_text_of_generate(lm, stop):
     options = dict(max_new_tokens=40, stop=stop)
     for prompt in PROMPTS:
@@ -212,7 +217,7 @@ def test_stream_yields_the_reply_to_a_chat():
     assert len(pieces) > 1
 
 
-@pytest.mark.parametrize(
+@first_on_tensorflow(
     "sampler", ["greedy", "random", "top_k", "top_p", "beam", "contrastive"]
 )
 def test_generate_supports_every_sampler_of_keras_hub(sampler):
@@ -229,11 +234,9 @@ def test_generate_supports_every_sampler_of_keras_hub(sampler):
     [
         keras_hub.samplers.TopKSampler(k=1),
         keras_hub.samplers.TopPSampler(p=1e-6),
-        keras_hub.samplers.RandomSampler(temperature=1e-4),
         keras_hub.samplers.RandomSampler(temperature=0),
         keras_hub.samplers.RandomSampler(temperature=1e-300),
         keras_hub.samplers.TopKSampler(k=5, temperature=0.0),
-        keras_hub.samplers.TopPSampler(p=0.9, temperature=0.0),
         keras_hub.samplers.BeamSampler(num_beams=1),
         keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.6),
     ],
@@ -398,7 +401,7 @@ def short_generations(lm, batches, lengths, limits):
 @pytest.mark.skipif(keras.config.backend() == "torch", reason="needs XLA")
 @pytest.mark.slow_on_tensorflow
 def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
-    lm = make_lm(context=2048)
+    lm = make_lm(context=2048, num_layers=1)
     traced = []
     advance = TokenLoop._advance
     monkeypatch.setattr(
@@ -410,7 +413,7 @@ def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
 
     def run():
         short_generations(
-            lm, (1, 2, 4, 5, 8), (1, 2, 255, 256, 300), (1, 90, 211, 212, 724, 1748)
+            lm, (1, 2, 4, 5, 8), (1, 255, 256, 300), (1, 211, 212, 724, 1748)
         )
 
     if keras.config.backend() == "jax":
@@ -435,15 +438,17 @@ def test_generate_compiles_twelve_programs_for_all_lengths(caplog, monkeypatch):
         ),
     ],
 )
-def test_generate_prefills_long_prompts_in_chunks(length):
-    lm = make_lm(context=1024)
+def test_generate_prefills_long_prompts_in_chunks(long_lm, length):
     ids = np.random.default_rng(length).integers(3, 500, (2, length)).astype("int32")
     mask = np.arange(length) < np.array([[length], [length - 30]])
-    out = lm.generate(
+    out = long_lm.generate(
         {"token_ids": ids, "padding_mask": mask}, max_new_tokens=3, stop_token_ids=None
     )
     for row, n in zip(out["token_ids"], mask.sum(axis=1), strict=True):
-        logits = keras.ops.convert_to_numpy(lm.score(row[None, : n + 3]))[0]
+        # What follows does not change the logits, and one length is compiled once.
+        padded = np.zeros((1, 600), "int32")
+        padded[0, : n + 3] = row[: n + 3]
+        logits = keras.ops.convert_to_numpy(long_lm.score(padded))[0]
         assert row[n : n + 3].tolist() == logits[n - 1 : n + 2].argmax(-1).tolist()
 
 
@@ -571,6 +576,7 @@ def test_stream_yields_the_first_piece_right_after_prefill(lm, monkeypatch):
     assert requested_steps == list(range(1, len(requested_steps) + 1))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_stream_yields_pieces_at_even_intervals(lm):
     list(lm.stream("The", max_new_tokens=100))  # Compiles.
     moments = [time.perf_counter()]
@@ -581,6 +587,7 @@ def test_stream_yields_pieces_at_even_intervals(lm):
     assert max(np.diff(moments)) < total / 3
 
 
+@pytest.mark.slow_on_tensorflow
 def test_stream_can_be_closed_early(lm):
     expected = lm.generate("The", max_new_tokens=30, strip_prompt=True)
     for pieces in (0, 1, 5):

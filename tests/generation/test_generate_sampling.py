@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
 
 from keras_openllama import SamplingConfig
@@ -40,7 +41,7 @@ def as_arrays(prompts):
     }
 
 
-@pytest.mark.parametrize("shape", tiny_models.SHAPES[1:3], ids=str)
+@first_on_tensorflow("shape", tiny_models.SHAPES[1:3], ids=str)
 def test_greedy_decoding_with_controls_equals_transformers(shape, tmp_path):
     theirs = tiny_models.in_transformers(shape)
     lm = tiny_models.as_ours(theirs, tmp_path)
@@ -75,6 +76,7 @@ def test_greedy_decoding_with_controls_equals_transformers(shape, tmp_path):
         assert expected != free[row, : len(expected)].tolist()
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_request_gives_the_same_text_alone_and_in_a_batch(lm):
     together = lm.generate(PROMPTS, sampling=CONFIGS, **LIMITS)
     backwards = lm.generate(PROMPTS[::-1], sampling=CONFIGS[::-1], **LIMITS)
@@ -87,6 +89,7 @@ def test_a_request_gives_the_same_text_alone_and_in_a_batch(lm):
     assert lm.generate(PROMPTS, sampling=other, **LIMITS)[0] != together[0]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_num_samples_draws_different_texts_of_one_seed(lm):
     config = SamplingConfig(seed=1)
     samples = lm.generate(PROMPTS[0], sampling=config, num_samples=3, **LIMITS)
@@ -160,6 +163,7 @@ def test_generation_ends_with_the_stop_string_or_id(lm):
     assert cut.token_ids == free.token_ids[:n] and cut.finish_reason == "stop"
 
 
+@pytest.mark.slow_on_tensorflow
 def test_arrays_have_a_row_for_each_sample(lm):
     prompts = lm.preprocessor.prompt_ids(PROMPTS)
     options = dict(sampling=SamplingConfig(seed=2), **LIMITS)
@@ -236,6 +240,7 @@ def test_stream_checks_sampling_immediately(lm):
         lm.stream("it", sampling=SamplingConfig(banned_tokens=[512]))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_quantized_model_samples_each_sequence_by_itself():
     lm = tiny_models.random_lm(tiny_models.SHAPES[0], initializer_std=0.15)
     lm.quantize("int4")

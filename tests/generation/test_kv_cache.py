@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_models
 from keras import ops
+from tensorflow_marks import first_on_tensorflow
 
 from keras_openllama.generation.continuous_batching.slot_decoder import (
     make_slot_decoder,
@@ -53,7 +54,7 @@ def generate(lm, lengths=(3, 12, 1, 7), sampler="greedy", dtype=None):
     return outputs["token_ids"].tolist()
 
 
-@pytest.mark.parametrize("shape", tiny_models.SHAPES[2:], ids=str)
+@first_on_tensorflow("shape", tiny_models.SHAPES[2:], ids=str)
 def test_generate_with_int8_cache_equals_rounded_keys_and_values(
     shape, rounded_float_cache
 ):
@@ -61,6 +62,7 @@ def test_generate_with_int8_cache_equals_rounded_keys_and_values(
     assert generate(lm, dtype="int8") == generate(lm)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generate_with_int8_cache_after_a_prompt_of_several_chunks(
     rounded_float_cache,
 ):
@@ -79,6 +81,7 @@ def test_generate_with_int8_cache_after_a_prompt_of_several_chunks(
     ],
     ids=["beam", "contrastive"],
 )
+@pytest.mark.slow_on_tensorflow
 def test_search_with_int8_cache_equals_rounded_keys_and_values(
     make_sampler, rounded_float_cache
 ):

@@ -60,6 +60,7 @@ def test_prompt_cache_replaces_the_beginning_of_a_sequence():
     assert not cache.contains([1, 3])
 
 
+@pytest.mark.slow_on_tensorflow
 def test_prompt_cache_separates_lengths_of_dynamic_rope_scaling():
     cache = PromptCache(max_bytes=10**6)
     cache.add([1, 2], arrays(2), variant=512)
@@ -106,6 +107,7 @@ def test_engine_with_prompt_cache_gives_the_same_tokens(lm):
     assert total == sum(cached)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_copies_the_prefix_of_a_running_request(lm):
     prompt = np.random.default_rng(1).integers(3, 190, 40).tolist()
     with Engine(lm, num_slots=2, context=400) as engine:
@@ -125,6 +127,7 @@ def test_prompt_cache_of_another_model_raises(lm):
         cache.use_with(tiny_models.random_lm(tiny_models.SHAPES[0]))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_prompt_cache_is_emptied_when_weights_change():
     lm = tiny_models.random_lm(tiny_models.SHAPES[0])
     cache = PromptCache(10**6)

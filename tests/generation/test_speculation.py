@@ -6,6 +6,7 @@ import keras_hub
 import numpy as np
 import pytest
 import tiny_models
+from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
 
 from keras_openllama import DraftModel, OpenLlamaCausalLM, PromptLookup, SamplingConfig
@@ -75,8 +76,8 @@ def oracle(lm, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("draft", ["prompt_lookup", "same model", "other model"])
+@first_on_tensorflow("sampling", SAMPLING)
+@first_on_tensorflow("draft", ["prompt_lookup", "same model", "other model"])
 def test_generate_with_a_draft_gives_the_text_without(lm, draft, sampling):
     if draft != "prompt_lookup":
         other = tiny_models.random_lm(tiny_models.SHAPES[0], trained_model(True))
@@ -91,6 +92,7 @@ def test_generate_with_a_draft_gives_the_text_without(lm, draft, sampling):
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("period", [None, 2, 5, 11])
+@pytest.mark.slow_on_tensorflow
 def test_rejected_proposals_do_not_change_the_text(lm, oracle, sampling, period):
     draft, text = oracle(period, sampling=sampling)
     assert text == generate(lm, sampling=sampling)
@@ -101,6 +103,7 @@ def test_rejected_proposals_do_not_change_the_text(lm, oracle, sampling, period)
         assert draft.stats.steps == 4  # Of 4, 8 and 16 tokens, and the rest.
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_quantized_model_verifies_proposals(oracle):
     lm = tiny_models.random_lm(tiny_models.SHAPES[1], initializer_std=0.15)
     lm.quantize("int8")
@@ -115,7 +118,7 @@ def test_a_quantized_model_verifies_proposals(oracle):
         assert draft.stats.acceptance_rate == 1
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
+@first_on_tensorflow("sampling", SAMPLING)
 def test_a_draft_model_equal_to_the_model_is_always_right(lm, sampling):
     draft = DraftModel(lm, num_tokens=6)
     generate(lm, sampling=sampling, draft=draft)
@@ -123,6 +126,7 @@ def test_a_draft_model_equal_to_the_model_is_always_right(lm, sampling):
     assert draft.stats.tokens_per_step > 5
 
 
+@pytest.mark.slow_on_tensorflow
 def test_logprobs_are_those_without_a_draft(lm, oracle):
     options = dict(sampling=SAMPLED, logprobs=3)
     expected = generate(lm, **options)
@@ -133,6 +137,7 @@ def test_logprobs_are_those_without_a_draft(lm, oracle):
         assert list(ours) == list(theirs)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_stop_id_ends_an_accepted_run(lm, oracle):
     ids = new_ids(lm, sampling=SAMPLED)
     stop = next(ids[i] for i in range(5, 30) if ids[i] not in ids[:i])
@@ -143,6 +148,7 @@ def test_a_stop_id_ends_an_accepted_run(lm, oracle):
     assert draft.stats.tokens == len(found.token_ids)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_stop_string_ends_an_accepted_run(lm, oracle):
     text = generate(lm)
     stop = text[len(text) // 2 :][:3]
@@ -155,12 +161,14 @@ def test_a_stop_string_ends_an_accepted_run(lm, oracle):
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 6])
+@pytest.mark.slow_on_tensorflow
 def test_the_limit_ends_an_accepted_run(lm, oracle, new):
     draft, found = oracle(new=new, logprobs=0)
     assert found.token_ids == new_ids(lm)[:new]
     assert draft.stats.tokens == new
 
 
+@pytest.mark.slow_on_tensorflow
 def test_a_prompt_of_one_token(lm):
     inputs = {"token_ids": np.array([[9]]), "padding_mask": np.ones((1, 1))}
     options = dict(max_new_tokens=8, stop_token_ids=None)
@@ -170,6 +178,7 @@ def test_a_prompt_of_one_token(lm):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_several_prompts_and_samples_are_generated_one_after_the_other(lm):
     prompts = [PROMPT, "a ship", "it"]
     options = dict(sampling=[SAMPLED, SamplingConfig(seed=8), SAMPLED], num_samples=2)
@@ -177,6 +186,7 @@ def test_several_prompts_and_samples_are_generated_one_after_the_other(lm):
     assert generate(lm, prompts, new=9, draft="prompt_lookup", **options) == expected
 
 
+@pytest.mark.slow_on_tensorflow
 def test_streams_with_drafts_do_not_disturb_each_other(lm):
     def start(prompt):
         options = dict(max_new_tokens=9, stop_token_ids=None)
@@ -190,6 +200,7 @@ def test_streams_with_drafts_do_not_disturb_each_other(lm):
     assert found == alone
 
 
+@pytest.mark.slow_on_tensorflow
 def test_training_changes_the_text_with_a_draft(lm):
     before = generate(lm, draft="prompt_lookup")
     head = lm.lm_head.kernel

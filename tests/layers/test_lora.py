@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama.backend.keras_private import flatten_layers, kernel_variable
@@ -73,7 +74,7 @@ def test_enable_lora_does_not_change_the_logits():
     np.testing.assert_array_equal(logits_of(lm), before)
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), ("gate", "down"), PROJECTIONS])
+@first_on_tensorflow("targets", [("query", "value"), ("gate", "down"), PROJECTIONS])
 def test_fit_with_lora_updates_every_adapter_and_nothing_else(targets):
     lm = make_lm(targets=targets)
     before = values_of(lm)
@@ -93,6 +94,7 @@ def test_fit_with_lora_updates_every_adapter_and_nothing_else(targets):
     assert {v.path for v in lm.trainable_variables} == moved
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_without_lora_updates_every_variable():
     lm = make_lm(rank=None)
     before = values_of(lm)
@@ -150,7 +152,7 @@ def test_lora_on_an_int8_base_learns(first):
 # ----- Merging
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@first_on_tensorflow("dtype", ["float32", "bfloat16"])
 def test_unmerge_lora_restores_the_model_exactly(dtype):
     lm = make_lm(dtype=dtype)
     before, logits = values_of(lm), logits_of(lm)
@@ -186,6 +188,7 @@ def test_fit_after_unmerge_lora_equals_fit_without_merging():
     assert losses(True) == losses(False)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_irreversible_merge_lora_gives_a_plain_model(tmp_path):
     lm = make_lm()
     logits = logits_of(lm)
@@ -199,7 +202,7 @@ def test_irreversible_merge_lora_gives_a_plain_model(tmp_path):
     assert len(fit(lm)) == 2
 
 
-@pytest.mark.parametrize("method", ["predict", "evaluate", "predict_on_batch"])
+@first_on_tensorflow("method", ["predict", "evaluate", "predict_on_batch"])
 def test_enable_and_merge_lora_take_effect_in_compiled_functions(method):
     lm = random_lm(SHAPE)
     lm.compile()
@@ -282,7 +285,7 @@ def test_save_adapters_and_load_adapters_round_trip(targets, tmp_path):
     np.testing.assert_array_equal(logits_of(other), logits_of(lm))
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
+@first_on_tensorflow("targets", [("query", "value"), PROJECTIONS])
 def test_peft_loads_saved_adapters_with_equal_logits(targets, tmp_path):
     peft = pytest.importorskip("peft")
     import torch

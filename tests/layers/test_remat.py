@@ -10,6 +10,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama.config import REMATERIALIZATION
@@ -69,7 +70,7 @@ def programs(lm):
 
 
 @on_jax
-@pytest.mark.parametrize("policy", ["products", "projections", "full"])
+@first_on_tensorflow("policy", ["products", "projections", "full"])
 def test_rematerialization_does_not_change_gradients(lm, programs, policy):
     _, values = loss_of(lm, policy)
     pairs = zip(programs[policy](values), programs["none"](values), strict=True)

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, batch, random_lm
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
@@ -58,8 +59,8 @@ def load(directories, source, **options):
     return OpenLlamaCausalLM.from_preset(path, preprocessor=None, **options)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("source", ["transformers", "keras_hub", "easylm"])
+@first_on_tensorflow("kind", CONFIGS)
+@first_on_tensorflow("source", ["transformers", "keras_hub", "easylm"])
 def test_from_preset_with_quantization_equals_quantize(source, kind, directories):
     lm = load(directories, source, quantization=CONFIGS[kind])
     expected = quantized(CONFIGS[kind])
@@ -70,7 +71,7 @@ def test_from_preset_with_quantization_equals_quantize(source, kind, directories
     np.testing.assert_array_equal(logits_of(lm), logits_of(expected))
 
 
-@pytest.mark.parametrize("source", ["transformers", "keras_hub"])
+@first_on_tensorflow("source", ["transformers", "keras_hub"])
 def test_backbone_from_preset_with_quantization(source, directories):
     path = str(directories / source)
     backbone = OpenLlamaBackbone.from_preset(path, quantization="int4", dtype="float16")
@@ -79,12 +80,13 @@ def test_backbone_from_preset_with_quantization(source, directories):
     assert backbone.compute_dtype == "float16"
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_without_weights_builds_a_quantized_model(directories):
     lm = load(directories, "transformers", quantization="int8", load_weights=False)
     assert lm.lm_head.quantized_matrix().bits == 8
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@first_on_tensorflow("mode", ["int8", "int4"])
 def test_save_to_preset_restores_a_model_that_was_loaded_quantized(
     mode, directories, tmp_path
 ):
@@ -108,6 +110,7 @@ def test_save_to_preset_restores_a_model_that_was_loaded_quantized(
 
 
 @pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.slow_on_tensorflow
 def test_export_to_transformers_dequantizes(adapters, directories, tmp_path):
     lm = load(directories, "transformers", quantization="int4")
     if adapters:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 import pytest
+from tensorflow_marks import first_on_tensorflow
 
 from keras_openllama import OpenLlamaCausalLM
 
@@ -20,7 +21,7 @@ def from_keras_file():
     return keras.saving.load_model(FIXTURES / "model_0_1.keras", compile=False)
 
 
-@pytest.mark.parametrize("load", [from_preset, from_keras_file])
+@first_on_tensorflow("load", [from_preset, from_keras_file])
 def test_generate_gives_the_same_text_for_a_model_saved_by_0_1(load):
     lm = load()
     if load is from_keras_file:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
 
 from keras_openllama import (
@@ -229,7 +230,7 @@ def test_quantize_int8_changes_logits_little(tmp_path, dtype):
 # ----- Saving
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+@first_on_tensorflow("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_from_preset_restores_save_to_preset(tmp_path, dtype):
     lm = make_lm(dtype, rope_scaling={"rope_type": "linear", "factor": 2.0})
     lm.save_to_preset(tmp_path)
@@ -251,7 +252,7 @@ def test_save_to_preset_saves_the_head_of_each_task(tmp_path):
     assert backbone.count_params() == first.count_params() - 512 * 48
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@first_on_tensorflow("dtype", ["float32", "mixed_bfloat16"])
 def test_keras_hub_from_preset_returns_our_class(tmp_path, dtype):
     import keras_hub
 

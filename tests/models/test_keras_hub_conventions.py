@@ -14,6 +14,7 @@ from keras_hub_checks import (
     check_serialization,
     check_task,
 )
+from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
 
 from keras_openllama import (
@@ -115,7 +116,7 @@ def test_backbone_has_the_dtypes_of_its_policy():
     )
 
 
-@pytest.mark.parametrize("mode", ["int8", "float8"])
+@first_on_tensorflow("mode", ["int8", "float8"])
 def test_backbone_is_created_with_quantized_layers(mode):
     types = {"int8": (Projection, Embedding), "float8": (Projection,)}
     check_quantization(
@@ -248,7 +249,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@first_on_tensorflow("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_load_model_restores_the_sampler_of_compile(tmp_path, sampler, recwarn):
     lm = make_lm()
     lm.compile(sampler=sampler)
@@ -279,6 +280,7 @@ def test_load_model_continues_with_the_optimizer_of_compile(tmp_path):
     assert type(uncompiled.sampler) is keras_hub.samplers.GreedySampler
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_model_builds_no_optimizer_that_was_not_used(tmp_path):
     make_lm().save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
@@ -311,6 +313,7 @@ def as_config(preprocessor):
     return {name: config[name] for name in config if name not in ("name", "tokenizer")}
 
 
+@pytest.mark.slow_on_tensorflow
 def test_from_preset_does_not_initialize_the_head_of_a_saved_backbone(tmp_path):
     make_lm().backbone.save_to_preset(tmp_path)
     with pytest.raises(OSError, match="saved without the language-model head"):

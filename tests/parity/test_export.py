@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, TinyShape, assert_close, batch, random_lm
 from tokenizer_models import trained_model
 
@@ -33,7 +34,7 @@ def greedy(model, prompt, count):
     return out[0].tolist()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@first_on_tensorflow("shape", SHAPES, ids=str)
 def test_logits_of_an_export_match(shape, tmp_path):
     lm = random_lm(shape)
     lm.export_to_transformers(tmp_path / "out")
@@ -43,7 +44,7 @@ def test_logits_of_an_export_match(shape, tmp_path):
     assert_close(lm.score(ids), expected)
 
 
-@pytest.mark.parametrize("shape", GREEDY, ids=str)
+@first_on_tensorflow("shape", GREEDY, ids=str)
 def test_generate_matches_200_greedy_tokens_of_an_export(shape, tmp_path):
     lm = random_lm(shape)
     lm.export_to_transformers(tmp_path / "out")
@@ -54,6 +55,7 @@ def test_generate_matches_200_greedy_tokens_of_an_export(shape, tmp_path):
     assert ours["token_ids"][0].tolist() == expected
 
 
+@pytest.mark.slow_on_tensorflow
 def test_export_of_nano_matches_with_its_tokenizer(tmp_path):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     lm.export_to_transformers(tmp_path / "out")
@@ -71,6 +73,7 @@ def test_export_of_nano_matches_with_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
+@pytest.mark.slow_on_tensorflow
 def test_export_preserves_rope_scaling(kind, tmp_path):
     shape = TinyShape("scaled", 4, 2, 16, context=32)
     lm = random_lm(
@@ -87,7 +90,7 @@ def test_export_preserves_rope_scaling(kind, tmp_path):
     assert_close(lm.score(ids), expected)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@first_on_tensorflow("dtype", ["bfloat16", "float16"])
 def test_export_writes_the_dtype_of_config_json(dtype, tmp_path):
     lm = random_lm(SHAPES[0])
     lm.export_to_transformers(tmp_path / "out", dtype=dtype)
@@ -112,7 +115,7 @@ def test_export_rejects_merged_adapters_beyond_float16(tmp_path):
     lm.export_to_transformers(tmp_path / "out", dtype="float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@first_on_tensorflow("dtype", ["float32", "mixed_bfloat16"])
 def test_export_merges_lora_adapters(dtype, tmp_path):
     lm = random_lm(SHAPES[2], dtype=dtype)
     lm.backbone.enable_lora(2)
@@ -134,6 +137,7 @@ def test_export_merges_lora_adapters(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("keep_spaces", [True, False], ids=["v2", "v1"])
+@pytest.mark.slow_on_tensorflow
 def test_auto_tokenizer_of_an_export_pads_on_the_left_and_masks(keep_spaces, tmp_path):
     lm = random_lm(SHAPES[0], trained_model(keep_spaces))
     lm.export_to_transformers(tmp_path / "out")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, as_ours, batch, in_transformers
 
 from keras_openllama.config import PROJECTIONS
@@ -54,8 +55,8 @@ def losses_of_ours(lm, batches):
     return losses
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
-@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+@first_on_tensorflow("targets", [("query", "value"), PROJECTIONS])
+@first_on_tensorflow("shape", SHAPES[1:3], ids=str)
 def test_fit_with_adapters_has_the_losses_of_peft_for_20_steps(
     shape, targets, tmp_path
 ):
@@ -72,6 +73,7 @@ def test_fit_with_adapters_has_the_losses_of_peft_for_20_steps(
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_of_all_weights_has_the_losses_of_transformers_for_20_steps(tmp_path):
     theirs = in_transformers(SHAPES[2])
     ours = as_ours(theirs, tmp_path)

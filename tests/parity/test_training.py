@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import pytest
 import torch
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, as_ours, batch, in_transformers
 
 from keras_openllama.optimizers import AdamW, WarmupCosine
@@ -52,7 +52,7 @@ def losses_of_ours(lm, batches):
     return losses
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+@first_on_tensorflow("shape", SHAPES[1:3], ids=str)
 def test_fit_has_the_losses_of_transformers_for_20_steps(shape, tmp_path):
     theirs = in_transformers(shape)
     ours = as_ours(theirs, tmp_path)

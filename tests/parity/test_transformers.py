@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 import torch
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, as_ours, assert_close, batch, in_transformers
 from tiny_models import right_padding as padded
 
-pytestmark = pytest.mark.parametrize("pair", SHAPES, ids=str, indirect=True)
+# TensorFlow runs the shape with grouped heads and a head_dim of 100 only.
+pytestmark = first_on_tensorflow("pair", SHAPES[::-1], ids=str, indirect=True)
 
 
 @pytest.fixture(scope="module")

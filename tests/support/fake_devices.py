@@ -7,6 +7,12 @@ import sys
 from checkout import ROOT
 
 
+def xla_flags(devices):
+    """Returns `XLA_FLAGS` of this process with a number of simulated devices."""
+    added = f"--xla_force_host_platform_device_count={devices}"
+    return f"{os.environ.get('XLA_FLAGS', '')} {added}".strip()
+
+
 def run_on_eight_devices(program, *arguments):
     """Runs a Python program in a separate process, on JAX with eight devices.
 
@@ -26,7 +32,7 @@ def run_on_eight_devices(program, *arguments):
             **os.environ,
             "KERAS_BACKEND": "jax",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": xla_flags(devices=8),
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}",
         },
         capture_output=True,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 from pairs import AS_DICT, PAIRS, PROMPTS, RESPONSES, SHAPE, Pairs, make_lm, tf_dataset
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import random_lm
 from tokenizer_models import trained_model
 
@@ -52,7 +53,7 @@ def test_fit_rejects_a_batch_size_of_zero(name):
         lm.fit(AS_DICT, validation_data=AS_DICT, verbose=0, **{name: 0})
 
 
-@pytest.mark.parametrize("length", [32, 40])
+@first_on_tensorflow("length", [32, 40])
 def test_evaluate_counts_only_responses(length):
     lm = make_lm(length=length)
     total, count = sum_of_losses(lm)
@@ -168,7 +169,7 @@ def _options():
     return dict(batch_size=2, shuffle=False, verbose=0)
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
+@first_on_tensorflow("kind", CONTAINERS)
 def test_fit_accepts_pairs_in_any_container(kind, steady_lm, expected_loss):
     x = CONTAINERS[kind]()
     data = x if isinstance(x, tuple) else (x,)
@@ -179,8 +180,8 @@ def test_fit_accepts_pairs_in_any_container(kind, steady_lm, expected_loss):
     assert history["loss"] == pytest.approx(expected_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", [None, np.ones(4), np.ones((4, 32))])
-@pytest.mark.parametrize("container", ["arrays", "generator"])
+@first_on_tensorflow("weights", [None, np.ones(4), np.ones((4, 32))])
+@first_on_tensorflow("container", ["arrays", "generator"])
 def test_padding_of_arrays_is_ignored(container, weights):
     lm = make_lm()
     x, y, _ = lm.preprocessor([p + r for p, r in PAIRS])
@@ -213,6 +214,7 @@ def test_fit_pads_batches_that_micro_batches_do_not_divide():
         micro_batched.fit(three, batch_size=3, verbose=0)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_validation_split_holds_out_the_last_sequences():
     lm = make_lm()
     lm.compile(optimizer=keras.optimizers.SGD(0.0))
@@ -223,6 +225,7 @@ def test_validation_split_holds_out_the_last_sequences():
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="needs JAX")
+@pytest.mark.slow_on_tensorflow
 def test_validation_split_holds_out_no_padding():
     lm = make_lm()
     # 5 sequences are padded to 8. The last 3 would be held out, all of them padding.
@@ -252,6 +255,7 @@ def test_fit_accepts_a_generator_of_texts():
     assert losses == pytest.approx(make_lm().fit(texts, **_options()).history["loss"])
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_reports_validation_perplexity_and_bits_per_byte():
     lm = make_lm()
     seen = []
@@ -337,6 +341,7 @@ def test_fit_warns_once_about_truncated_examples():
     assert sum("were truncated to" in str(w.message) for w in caught) == 1
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_on_a_generator_warns_about_truncation_in_later_batches():
     lm = make_lm(length=12)
     long = PAIRS[1]
@@ -347,6 +352,7 @@ def test_fit_on_a_generator_warns_about_truncation_in_later_batches():
     assert str(found.message).startswith("1 of the 2 examples so far")
 
 
+@pytest.mark.slow_on_tensorflow
 def test_bits_per_byte_exclude_truncated_text():
     text = "The sea was calm, and the captain looked at it for a long time."
     lm = make_lm(length=64)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from pairs import AS_DICT, Pairs, make_lm, tf_dataset
+from tensorflow_marks import first_on_tensorflow
 
 pytestmark = [
     pytest.mark.usefixtures("compile_fast"),
@@ -31,8 +32,8 @@ class NoTargets(Pairs):
         return FULL["prompt"], FULL["response"]
 
 
-@pytest.mark.parametrize("options", [{}, {"pack": True}, {"validation_split": 0.5}])
-@pytest.mark.parametrize("method", ["fit", "evaluate"])
+@first_on_tensorflow("options", [{}, {"pack": True}, {"validation_split": 0.5}])
+@first_on_tensorflow("method", ["fit", "evaluate"])
 def test_fit_and_evaluate_reject_texts_without_targets(method, options):
     lm = make_lm(length=8)
     if method == "evaluate":
@@ -41,8 +42,8 @@ def test_fit_and_evaluate_reject_texts_without_targets(method, options):
         getattr(lm, method)(FULL, verbose=0, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
-@pytest.mark.parametrize("method", ["fit", "evaluate"])
+@first_on_tensorflow("dtype", ["float32", "mixed_float16"])
+@first_on_tensorflow("method", ["fit", "evaluate"])
 def test_fit_and_evaluate_reject_weights_that_are_all_zero(method, dtype):
     lm = make_lm(dtype=dtype)
     targets, weights = np.ones((2, 4), "int32"), np.zeros((2, 4))
@@ -51,6 +52,7 @@ def test_fit_and_evaluate_reject_weights_that_are_all_zero(method, dtype):
 
 
 @pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.slow_on_tensorflow
 def test_fit_rejects_validation_data_without_targets_before_training(pack):
     lm = make_lm(length=8)
     before = keras.ops.convert_to_numpy(lm.weights[0])
@@ -59,6 +61,7 @@ def test_fit_rejects_validation_data_without_targets_before_training(pack):
     np.testing.assert_array_equal(before, keras.ops.convert_to_numpy(lm.weights[0]))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_rejects_a_validation_split_without_targets():
     lm = make_lm(length=8)
     data = {name: FITTING[name] + FULL[name] for name in FULL}
@@ -74,7 +77,7 @@ def _containers():
     }
 
 
-@pytest.mark.parametrize("container", _containers())
+@first_on_tensorflow("container", _containers())
 def test_fit_rejects_batches_without_targets_after_the_epoch(container):
     data = _containers()[container]
     lm = make_lm(length=8)
@@ -101,7 +104,7 @@ def test_fit_ignores_batches_without_targets_beside_others():
         assert history[name] == pytest.approx([expected[name]], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["train_on_batch", "test_on_batch"])
+@first_on_tensorflow("method", ["train_on_batch", "test_on_batch"])
 def test_a_batch_without_targets_has_no_loss_and_changes_nothing(method):
     lm = make_lm(length=8)
     lm.fit(AS_DICT, verbose=0)  # Momentum would move the weights.

@@ -128,6 +128,7 @@ def test_engine_computes_prompts_in_small_chunks_while_others_decode(lm, monkeyp
     assert max(sizes) == decoder.chunk_beside_steps < decoder.chunks[-1]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_stops_at_stop_token_ids(lm):
     (prompt,) = prompts_of(lm, [5])
     expected = alone(lm, prompt, 8)
@@ -145,6 +146,7 @@ def test_engine_request_without_new_tokens_ends_with_length(lm):
     assert (event.token_id, event.finish_reason) == (None, "length")
 
 
+@pytest.mark.slow_on_tensorflow
 def test_cancel_frees_the_slot(lm):
     first, second = prompts_of(lm, (5, 6))
     with Engine(lm, num_slots=1, context=256) as engine:
@@ -164,6 +166,7 @@ def test_cancel_frees_the_slot(lm):
     assert next_recorder.tokens == alone(lm, second, 4)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_closing_the_stream_cancels_the_request(lm):
     (prompt,) = prompts_of(lm, [5])
     with Engine(lm, num_slots=1, context=256) as engine:
@@ -174,6 +177,7 @@ def test_closing_the_stream_cancels_the_request(lm):
     assert engine.stats.finished["cancelled"] == 1
 
 
+@pytest.mark.slow_on_tensorflow
 def test_submit_to_a_full_queue_raises(lm):
     engine = Engine(lm, num_slots=1, context=64, max_queue=1)
     requests = [submit(engine, [5, 6], 2) for _ in range(2)]  # One for the free slot.
@@ -192,6 +196,7 @@ def test_submit_after_shutdown_raises(lm):
         submit(engine, [5], 2)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_shutdown_without_drain_cancels_all_requests(lm):
     engine = Engine(lm, num_slots=1, context=512)
     started = threading.Event()
@@ -204,6 +209,7 @@ def test_shutdown_without_drain_cancels_all_requests(lm):
     assert [recorder.reasons[-1] for _, recorder in found] == ["cancelled"] * 2
 
 
+@pytest.mark.slow_on_tensorflow
 def test_shutdown_cancels_what_runs_after_the_timeout(lm):
     engine = Engine(lm, num_slots=1, context=512)
     started = threading.Event()
@@ -242,6 +248,7 @@ def test_constraint_restricts_the_tokens_of_its_request_alone(lm):
     assert free_recorder.tokens == alone(lm, other, 6)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_failing_constraint_ends_its_request_alone(lm):
     prompt, other = prompts_of(lm, (5, 8))
     constraint = OnlyEven(lm.backbone.vocabulary_size, fails_after=2)
@@ -255,6 +262,7 @@ def test_failing_constraint_ends_its_request_alone(lm):
     assert free_recorder.tokens == alone(lm, other, 6)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_constraint_without_an_allowed_token_is_an_error(lm):
     constraint = OnlyEven(lm.backbone.vocabulary_size)
     constraint.mask[:] = False
@@ -264,6 +272,7 @@ def test_constraint_without_an_allowed_token_is_an_error(lm):
             list(engine.stream(request))
 
 
+@pytest.mark.slow_on_tensorflow
 def test_failing_on_event_ends_its_request_alone(lm):
     def fail(number):
         raise RuntimeError("the client failed")
@@ -277,6 +286,7 @@ def test_failing_on_event_ends_its_request_alone(lm):
     assert engine.stats.finished["error"] == 1
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_goes_on_after_a_failed_step(lm, monkeypatch):
     (prompt,) = prompts_of(lm, [8])
     with Engine(lm, num_slots=2, context=64) as engine:
@@ -288,6 +298,7 @@ def test_engine_goes_on_after_a_failed_step(lm, monkeypatch):
     assert tokens(events) == alone(lm, prompt, 6)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_that_cannot_go_on_ends_all_requests(lm, monkeypatch):
     engine = Engine(lm, num_slots=1, context=64)
     monkeypatch.setattr(engine, "_advance", lambda: 1 / 0)
@@ -313,6 +324,7 @@ def test_engine_samples_by_the_seed_whatever_runs_beside(lm):
     assert expected[0] != expected[1]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_returns_log_probabilities(lm):
     (prompt,) = prompts_of(lm, [5])
     request = EngineRequest(prompt, 3, GREEDY, top_logprobs=2)
@@ -411,6 +423,7 @@ def test_submit_rejects_requests_that_exceed_the_context(lm):
         submit(engine, [5] * 60, 5)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_measures_the_time_to_the_first_token(lm):
     with Engine(lm, num_slots=1, context=64) as engine:
         list(engine.stream(EngineRequest([5, 6, 7], 3, GREEDY)))

@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import tiny_models
+from tensorflow_marks import first_on_tensorflow
 
 from keras_openllama import OpenLlamaCausalLM
 
@@ -42,8 +43,8 @@ def generate(directory, ids, new):
     return ids
 
 
-@pytest.mark.parametrize("shape", tiny_models.SHAPES, ids=str)
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@first_on_tensorflow("shape", tiny_models.SHAPES, ids=str)
+@first_on_tensorflow("mode", [None, "int8", "int4"])
 def test_export_to_onnx_generates_as_the_model(shape, mode, tmp_path):
     lm = tiny_models.random_lm(shape, initializer_std=0.2)
     if mode:
@@ -56,6 +57,7 @@ def test_export_to_onnx_generates_as_the_model(shape, mode, tmp_path):
     assert found == expected["token_ids"][0].tolist()
 
 
+@pytest.mark.slow_on_tensorflow
 def test_export_to_onnx_writes_the_tokenizer(tmp_path):
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     lm.export_to_onnx(tmp_path / "onnx")
@@ -67,6 +69,7 @@ def test_export_to_onnx_writes_the_tokenizer(tmp_path):
     assert config["model"]["context_length"] == 256
 
 
+@pytest.mark.slow_on_tensorflow
 def test_export_to_onnx_replaces_a_model_only_with_force(tmp_path):
     lm = tiny_models.random_lm(tiny_models.SHAPES[0])
     lm.export_to_onnx(tmp_path / "onnx")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 from keras.quantizers import Int4QuantizationConfig
+from tensorflow_marks import first_on_tensorflow
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.generation import generate
@@ -61,13 +62,14 @@ def assert_equals_keras(lm, shape):
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("shape", tiny_models.SHAPES, ids=str)
+@first_on_tensorflow("shape", tiny_models.SHAPES, ids=str)
 def test_onnx_decoder_equals_keras(shape, exact_activations):
     assert_equals_keras(quantized(shape), shape)
 
 
 @pytest.mark.parametrize("shape", tiny_models.SHAPES[:2], ids=str)
 @pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.slow_on_tensorflow
 def test_onnx_decoder_with_rounded_activations_is_close_to_keras(shape, mode):
     found, expected = decoded_and_expected(quantized(shape, mode), shape)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
@@ -75,6 +77,7 @@ def test_onnx_decoder_with_rounded_activations_is_close_to_keras(shape, mode):
 
 
 @pytest.mark.parametrize("filters", [r"query|up", r"layer.*gate|value|embedding"])
+@pytest.mark.slow_on_tensorflow
 def test_onnx_decoder_of_a_partly_quantized_model(filters, exact_activations):
     shape = tiny_models.SHAPES[0]
     lm = quantized(shape, filters=filters)
@@ -83,6 +86,7 @@ def test_onnx_decoder_of_a_partly_quantized_model(filters, exact_activations):
 
 
 @pytest.mark.parametrize("shape", tiny_models.SHAPES[:2], ids=str)
+@pytest.mark.slow_on_tensorflow
 def test_onnx_decoder_with_adapters(shape, exact_activations):
     lm = quantized(shape)
     lm.backbone.enable_lora(2, ["query", "key", "down"], alpha=3)
@@ -91,12 +95,14 @@ def test_onnx_decoder_with_adapters(shape, exact_activations):
     assert_equals_keras(lm, shape)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_onnx_decoder_scales_positions_linearly(exact_activations):
     shape = tiny_models.SHAPES[0]
     scaling = {"rope_type": "linear", "factor": 4.0}
     assert_equals_keras(quantized(shape, rope_scaling=scaling), shape)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_onnx_decoder_prefills_in_chunks(exact_activations, monkeypatch):
     monkeypatch.setattr("keras_openllama.generation.onnx_runtime.decoder.CHUNK", 4)
     shape = tiny_models.SHAPES[0]
@@ -114,6 +120,7 @@ def test_generate_of_a_quantized_model_uses_onnx_runtime(exact_activations):
     assert found == expected
 
 
+@pytest.mark.slow_on_tensorflow
 def test_stream_of_a_quantized_model_equals_generate():
     lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
     lm.quantize("int4")
@@ -122,6 +129,7 @@ def test_stream_of_a_quantized_model_equals_generate():
 
 
 @pytest.mark.parametrize("sampler", ["top_p", "top_k", "random"])
+@pytest.mark.slow_on_tensorflow
 def test_generate_of_a_quantized_model_samples(sampler):
     lm = quantized(tiny_models.SHAPES[0])
     lm.compile(sampler=sampler)
@@ -135,6 +143,7 @@ def test_generate_of_a_quantized_model_samples(sampler):
     assert (first != second).any()  # The random state advances.
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generate_of_a_quantized_model_warns_that_beam_search_is_slow():
     lm = quantized(tiny_models.SHAPES[0])
     lm.compile(sampler="beam")
@@ -155,7 +164,7 @@ def test_generate_notices_new_values_of_adapters():
     assert loop.decoder() is not first
 
 
-@pytest.mark.parametrize(
+@first_on_tensorflow(
     "options, config, reason",
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, None, "RoPE"),
@@ -172,6 +181,7 @@ def test_generate_without_onnx_runtime_warns(options, config, reason):
     assert len(new[0]) == 3
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generate_with_int8_cache_without_onnx_runtime_warns():
     lm = quantized(tiny_models.SHAPES[0])
     lm.compile(kv_cache_dtype="int8")
