@@ -2,9 +2,12 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from running_server import running_server
 
+from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.generation.continuous_batching.named_adapters import NamedAdapters
 from keras_openllama.serving.page import content_security_policy
 from keras_openllama.serving.settings import ServerSettings
 
@@ -115,6 +118,31 @@ def test_the_page_continues_texts_and_colours_tokens(browser, server, nano):
     assert "hsl" in page.get_attribute(".token", "style") or "rgb" in (
         page.get_attribute(".token", "style")
     )
+    assert not window.messages
+
+
+@pytest.mark.slow
+def test_the_page_offers_the_adapters_of_the_model(browser, tmp_path):
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
+    adapted = OpenLlamaCausalLM.from_preset("open_llama_nano")
+    adapted.backbone.enable_lora(2)
+    for weight in adapted.trainable_variables:
+        weight.assign(0.1 * np.ones(weight.shape))
+    adapted.save_adapters(tmp_path / "law")
+    adapters = NamedAdapters(lm)
+    adapters.load("law", tmp_path / "law")
+    with running_server(lm, adapters=adapters) as server:
+        window = Page(browser, server.url)
+        window.wait_for_model()
+        page = window.page
+        assert window.texts("#models option") == ["nano", "nano+law"]
+        page.select_option("#models", "nano+law")
+        page.fill("#temperature", "0")
+        page.fill("#max_tokens", "6")
+        window.send("The sea", "Control+Enter")
+        found = window.texts(".completion")
+    assert found == [adapted.generate("The sea", max_new_tokens=6)]
+    assert found != [lm.generate("The sea", max_new_tokens=6)]
     assert not window.messages
 
 
