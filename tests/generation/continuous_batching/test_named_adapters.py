@@ -84,6 +84,7 @@ def tokens(engine, prompt, name):
     return [event.token_id for event in events]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_gives_concurrent_requests_the_tokens_of_their_adapters(
     adapters, prompts, expected
 ):
@@ -101,6 +102,7 @@ def test_engine_gives_concurrent_requests_the_tokens_of_their_adapters(
     assert adapters.active is None
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_reuses_prompts_of_the_same_adapters_only(adapters, prompts, expected):
     prompt = prompts[0]
     with engine_with(adapters, num_slots=1) as engine:
@@ -109,6 +111,7 @@ def test_engine_reuses_prompts_of_the_same_adapters_only(adapters, prompts, expe
     assert engine.stats.cached_tokens == len(prompt) - 1  # Of the last request.
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_exchanges_adapters_of_the_same_rank_and_layers(
     adapters, prompts, expected
 ):
