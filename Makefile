@@ -39,7 +39,7 @@ demo: $(VENV)/.base-installed  ## Install, and generate with open_llama_nano (PR
 	@echo 'Next: $(BIN)/keras-openllama generate "Once upon a time" --preset open_llama_nano'
 
 .PHONY: test
-test: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Install every extra; run the tests on the three backends (30 minutes)
+test: $(VENV)/.all-installed $(VENV)/tpu-compiler  ## Install every extra; run the tests on the three backends (20 minutes)
 	@$(BIN)/python tests/run_backends.py $(PYTEST)
 
 .PHONY: test-all

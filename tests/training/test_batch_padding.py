@@ -8,6 +8,7 @@ from fake_devices import run_on_eight_devices
 
 from keras_openllama.training.batch_padding import PaddedInputs, pad_batch
 
+CONTAINERS = ["PyDataset", "generator", "tf.data", "Grain"]
 # Batches of 8 and 2 sequences, on a mesh of 8 devices.
 PROGRAM = """
 import json, sys, warnings
@@ -66,7 +67,8 @@ def results():
         ).history["val_loss"],
         "evaluate generator": lm.evaluate(generator(), verbose=0),
     }
-    for name, batches in containers.items():
+    for name in sys.argv[2:]:
+        batches = containers[name]
         found[f"predict {name}"] = lm.predict(batches(), verbose=0)
         history = lm.fit(batches(), validation_data=batches(), verbose=0).history
         found[f"fit {name}"] = history["loss"] + history["val_loss"]
@@ -97,13 +99,20 @@ print(json.dumps([*found]))
 @pytest.mark.backend_free
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "distribution",
-    ["OpenLlamaParallel", pytest.param("DataParallel", marks=pytest.mark.slow)],
+    ("distribution", "containers"),
+    [
+        ("OpenLlamaParallel", ["PyDataset", "generator"]),
+        *(
+            pytest.param(distribution, CONTAINERS, marks=pytest.mark.slow)
+            for distribution in ("OpenLlamaParallel", "DataParallel")
+        ),
+    ],
 )
-def test_batches_of_any_size_have_the_results_of_one_device(distribution):
+def test_batches_of_any_size_have_the_results_of_one_device(distribution, containers):
     pytest.importorskip("tensorflow")
     pytest.importorskip("grain")
-    assert len(json.loads(run_on_eight_devices(PROGRAM, distribution))) == 17
+    found = json.loads(run_on_eight_devices(PROGRAM, distribution, *containers))
+    assert len(found) == 9 + 2 * len(containers)
 
 
 def test_pad_batch_appends_sequences_with_zero_weight():
