@@ -1,5 +1,6 @@
 """`make test` runs each test file once on each backend."""
 
+import ast
 import sys
 
 import pytest
@@ -31,6 +32,10 @@ def test_parts_of_have_each_test_file_once(backend):
     assert sorted(found) == sorted(FILES)
 
 
+def test_bit_exact_is_a_part():
+    assert run_backends.BIT_EXACT in {p.name for p in run_backends.parts_of("jax")}
+
+
 def test_directories_of_parts_have_tests():
     for parts in run_backends.DIRECTORIES.values():
         for directory in {*run_backends.OPTIMIZED}.union(*parts):
@@ -51,18 +56,26 @@ def test_slow_optimizes_every_program():
     assert not fast["jax: cli, runs"]
 
 
-@pytest.mark.parametrize("optimized", [True, False])
+@pytest.mark.parametrize(
+    ("name", "optimized", "expected"),
+    [
+        ("jax: x", False, run_backends.FAST_COMPILATION | run_backends.SIMPLE_FUSIONS),
+        (run_backends.BIT_EXACT, False, run_backends.FAST_COMPILATION),
+        ("jax: x", True, {}),
+    ],
+)
 def test_run_compiles_fast_unless_the_part_is_optimized(
-    optimized, monkeypatch, tmp_path
+    name, optimized, expected, monkeypatch, tmp_path
 ):
-    for name in run_backends.FAST_COMPILATION:
-        monkeypatch.delenv(name, raising=False)
+    names = [*run_backends.FAST_COMPILATION, *run_backends.SIMPLE_FUSIONS]
+    for variable in names:
+        monkeypatch.delenv(variable, raising=False)
     command = [sys.executable, "-c", "import os; print(dict(os.environ))"]
     monkeypatch.setattr(run_backends, "pytest_command", lambda *_: command)
-    part = run_backends.Part("jax", "x", (), optimized)
+    part = run_backends.Part("jax", name, (), optimized)
     output = run_backends.run(part, slow=False, cache=tmp_path).output.decode()
-    for name, value in run_backends.FAST_COMPILATION.items():
-        assert (f"{name!r}: {value!r}" in output) is not optimized
+    found = ast.literal_eval(output)
+    assert {name: found[name] for name in names if name in found} == expected
 
 
 def test_pytest_arguments_choose_one_part():
