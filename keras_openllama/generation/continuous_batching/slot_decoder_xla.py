@@ -4,7 +4,8 @@ A step runs a program for each layer, which has the matrix products of all rows,
 for the attention of each row. So each slot has buffers of its own size, which are
 updated in place and double when they are full, and any rows can be in a step. The
 programs depend on the number of rows and on the sizes of buffers, both rounded up to
-few different values, and are shared by all layers.
+few different values, and are shared by all layers. Starting a program takes time: for
+one row, a program has a few layers and their attention.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ CHUNK_BESIDE_STEPS = {"cpu": 64}
 VERIFIED = (4, 8, MAX_VERIFIED)
 # Heuristic: rows that a program attends for; to start one takes 0.1 ms.
 GROUP = 8
+# Heuristic: layers in a program that has one row. More compile for longer.
+LAYERS = 4
 
 
 class XlaSlotDecoder:
@@ -131,6 +134,8 @@ class XlaSlotDecoder:
         """See `SlotDecoder.step`."""
         for slot in slots:
             self._reserve(slot, self.lengths[slot] + 1)
+        if len(slots) == 1:
+            return self._step_one(slots[0], tokens[0])
         rows = 1 << (len(slots) - 1).bit_length()
         slots = list(slots)
         # The matrix products of some more rows take no more time than compiling them.
@@ -169,6 +174,37 @@ class XlaSlotDecoder:
         for slot in slots:
             self.lengths[slot] += 1
         return np.array(as_numpy(logits)[: len(slots)])
+
+    def _step_one(self, slot, token):
+        """A step of one row, whose attention needs no programs of its own."""
+        position = np.int32(self.lengths[slot])
+        x, (heads,), cos, sin = self._begin([token], [position], [slot])
+        layers = self.model.backbone.transformer_layers
+        caches = self._caches[slot]
+        last = len(layers) - 1
+        for start in range(0, last, LAYERS):
+            end = min(start + LAYERS, last)
+            x, heads, caches[start:end] = self._run(
+                *(_advance, layers[start : end + 1]),
+                donate=("x", "caches"),
+                x=x,
+                heads=heads,
+                caches=tuple(caches[start:end]),
+                position=position,
+                cos=cos,
+                sin=sin,
+            )
+        logits, caches[last] = self._run(
+            _attend_and_finish,
+            [layers[last], self.model.backbone.final_norm, self.model.lm_head],
+            donate=("cache",),
+            x=x,
+            heads=heads,
+            cache=caches[last],
+            position=position,
+        )
+        self.lengths[slot] += 1
+        return np.array(as_numpy(logits))
 
     def read_prefix(self, slot: int, length: int) -> Any:
         """See `SlotDecoder.read_prefix`."""
@@ -283,6 +319,21 @@ def _finish_layer(layer, x, contexts):
 def _finish_and_begin(layer, next_layer, x, contexts, cos, sin):
     x = _finish_layer(layer, x, contexts)
     return x, _heads(next_layer, x, cos, sin)
+
+
+def _advance(*layers, x, heads, caches, position, cos, sin):
+    """Feeds one row to the layers, but to the last one only up to its heads."""
+    written = []
+    for layer, next_layer, cache in zip(layers, layers[1:], caches, strict=False):
+        context, cache = _attend(heads, cache, position)
+        written.append(cache)
+        x, (heads,) = _finish_and_begin(layer, next_layer, x, [context], cos, sin)
+    return x, heads, written
+
+
+def _attend_and_finish(layer, norm, head, x, heads, cache, position):
+    context, cache = _attend(heads, cache, position)
+    return _finish(layer, norm, head, x, [context]), cache
 
 
 def _finish(layer, norm, head, x, contexts):
