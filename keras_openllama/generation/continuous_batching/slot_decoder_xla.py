@@ -176,7 +176,7 @@ class XlaSlotDecoder:
         return np.array(as_numpy(logits)[: len(slots)])
 
     def _step_one(self, slot, token):
-        """A step of one row, whose attention needs no programs of its own."""
+        """A step of one row: its attention needs no programs of its own."""
         position = np.int32(self.lengths[slot])
         x, (heads,), cos, sin = self._begin([token], [position], [slot])
         layers = self.model.backbone.transformer_layers
