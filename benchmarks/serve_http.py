@@ -343,7 +343,8 @@ def main():
             if options.json:
                 text = json.dumps(results, indent=1, ensure_ascii=False)
                 options.json.write_text(text)
-    print_table(results)
+    if results:
+        print_table(results)
 
 
 if __name__ == "__main__":
