@@ -3,7 +3,6 @@
 import keras_hub
 import pytest
 import torch
-from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, in_transformers
 from tokenizer_models import trained_model
 
@@ -44,7 +43,7 @@ def test_generate_gives_the_tokens_of_transformers_without_undefined_ones(models
         assert prompt + "".join(pieces) == tokenizer.detokenize(expected)
 
 
-@first_on_tensorflow(
+@pytest.mark.parametrize(
     "sampler",
     [
         keras_hub.samplers.RandomSampler(seed=1),
