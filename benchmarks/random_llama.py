@@ -55,11 +55,13 @@ def write_checkpoint(directory, sizes, dtype):
     class RandomTensor:
         def __init__(self, shape):
             self.shape, self.dtype = shape, dtype
+            # Other values in each matrix: ONNX Runtime stores equal ones once.
+            self._start = int(random.integers(len(pool)))
 
         def array(self):
             if len(self.shape) == 1:  # A norm.
                 return np.ones(self.shape, dtype)
-            return np.resize(pool, self.shape)
+            return np.resize(np.roll(pool, -self._start), self.shape)
 
     axes = weight_names.axis_sizes(arguments)
     tensors = {

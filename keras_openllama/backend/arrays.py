@@ -66,6 +66,36 @@ def _from_torch(value):
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
+def tensor_on_memory(array: np.ndarray, like: Tensor | None = None) -> Tensor:
+    """Returns a tensor of JAX or PyTorch on a CPU that has the memory of an array.
+
+    The array must not be written to afterwards. PyTorch writes to it if the tensor is
+    changed in place; JAX does not.
+
+    Args:
+        array: Writable array, aligned to 64 bytes; JAX copies others.
+        like: Tensor whose devices the result has; `None` for the default ones.
+
+    Returns:
+        Tensor with the shape and dtype of the array.
+
+    Example:
+        >>> tensor_on_memory(np.arange(3)).shape
+        (3,)
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        # Else a program that has been compiled for `like` would be compiled again.
+        committed = like is not None and like.committed
+        return jax.device_put(array, like.sharding if committed else None)
+    import torch
+
+    if array.dtype != ml_dtypes.bfloat16:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+
+
 def loaded_tensorflow() -> ModuleType | None:
     """Returns the `tensorflow` module if the process has imported it, else `None`."""
     return sys.modules.get("tensorflow")

@@ -53,6 +53,7 @@ __all__ = [
     "quiet_lazy_tensorflow",
     "register_torch_parameters",
     "remove_matrix_variable",
+    "replace_value",
     "save_state",
     "set_matrix_variable",
     "set_variable_layout",
@@ -259,6 +260,21 @@ def initialize_with(variable: keras.Variable, value: Tensor) -> None:
     """
     variable._initialize(value)
     variable._initializer = None
+
+
+def replace_value(variable: keras.Variable, value: Tensor) -> None:
+    """Sets the tensor that a variable stores, without a copy: `Variable._value`.
+
+    The exported `assign` copies on PyTorch.
+
+    Args:
+        variable: A variable of JAX or PyTorch with a value.
+        value: Tensor of its shape and dtype, on its devices.
+    """
+    if keras.config.backend() == "torch":
+        variable._value.data = value  # The same parameter of PyTorch's module.
+    else:
+        variable._value = value
 
 
 def initialize_deferred(variable: keras.Variable) -> None:

@@ -153,6 +153,18 @@ def test_uninitialized_variables_are_collected_and_then_initialized():
     np.testing.assert_array_equal(ops.convert_to_numpy(second), [1, 1])
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="JAX and PyTorch.")
+def test_replace_value_keeps_the_variable_and_its_parameter():
+    weight = variable()
+    stored = keras_private.stored_value(weight)
+    keras_private.replace_value(weight, ops.convert_to_tensor([5.0, 6.0]))
+    np.testing.assert_array_equal(ops.convert_to_numpy(weight), [5, 6])
+    if BACKEND == "torch":
+        assert keras_private.stored_value(weight) is stored
+    weight.assign([7.0, 8.0])
+    np.testing.assert_array_equal(ops.convert_to_numpy(weight), [7, 8])
+
+
 def test_uninitialized_variables_are_restored_after_an_error():
     before = keras_private.uninitialized_variables()
     with pytest.raises(RuntimeError, match="on purpose"):

@@ -2,12 +2,14 @@
 
 The graph of `onnx_graph.py` is written to a temporary directory, from which ONNX
 Runtime reads it: it rearranges the matrices one by one for the instructions of the
-processor. So it has a copy of the quantized weights, and no other.
+processor. That copy of the quantized weights is the only one in memory, since those of
+the variables are moved to a file.
 """
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,9 @@ from keras_openllama.generation.onnx_runtime.graph import (
     padded_half_head,
     rotary_tables,
 )
+from keras_openllama.generation.onnx_runtime.weights_on_disk import move_to_disk
+from keras_openllama.utils.host_memory import release_freed_memory
+from keras_openllama.utils.mapping import large_files_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +66,9 @@ class OnnxDecoder:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
-        with tempfile.TemporaryDirectory(prefix="keras_openllama_") as directory:
+        with tempfile.TemporaryDirectory(
+            prefix="keras_openllama_", dir=large_files_directory()
+        ) as directory:
             try:
                 decoder_graph(model).save(directory, "")
             except OSError as error:
@@ -72,7 +79,22 @@ class OnnxDecoder:
                     "environment variable TMPDIR to a directory with more space",
                     directory,
                 ) from error
+            _move_to_disk(model)
+            release_freed_memory()
             self.session = open_session(f"{directory}/{GRAPH_FILE}")
+        release_freed_memory()
+
+
+def _move_to_disk(model):
+    try:
+        move_to_disk(model)
+    except OSError as error:
+        warnings.warn(
+            "There is no space for a temporary file with the quantized weights "
+            f"({error.strerror}), so they are in memory twice. To save memory, set the "
+            "environment variable TMPDIR to a directory with more space.",
+            stacklevel=2,
+        )
 
 
 class OnnxCache:

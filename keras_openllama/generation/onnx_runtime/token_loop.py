@@ -76,6 +76,7 @@ class OnnxTokenLoop(TokenLoop):
         if self._weights.update() or self._decoder is None:
             self._decoder = None  # Its memory is free before the next one is made.
             self._decoder = OnnxDecoder(self.model)
+            self._weights.update()  # It has moved them to another memory.
         return self._decoder
 
     def advance(
