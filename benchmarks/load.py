@@ -1,7 +1,8 @@
-"""Memory and time of loading a sharded float16 `.bin` checkpoint into bfloat16 on JAX.
+"""Memory and time of loading a sharded float16 `.bin` checkpoint, on JAX or PyTorch.
 
     python benchmarks/load.py                 # 3B: 6.9 GB of disk, 8 GB of memory
     python benchmarks/load.py --layers 4      # smaller
+    python benchmarks/load.py --dtype float16 --backend torch   # mapped, not copied
 
 Writes a random checkpoint with the sizes of `open_llama_3b` into a temporary directory,
 then measures in new processes:
@@ -10,7 +11,7 @@ then measures in new processes:
 - reading them through one buffer of 16 MB, which allocates no memory and so shows the
   cost of the files alone;
 - `OpenLlamaCausalLM.from_preset(directory, dtype="bfloat16", preprocessor=None)`,
-  without the imports and the initialization of JAX.
+  without the imports and the initialization of the backend.
 
 Each with a cold page cache (`posix_fadvise`) and with a warm one. Anonymous memory is
 sampled every 5 ms. The goals are a peak of at most 1.15 x the model's bytes plus one
@@ -42,17 +43,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=26, help="layers (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="runs (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights (%(default)s)")
+    parser.add_argument("--backend", default="jax", choices=("jax", "torch"))
     parser.add_argument("--directory", help="where to write (a temporary directory)")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--measure", choices=tuple(MEASURES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(MEASURES[options.measure](Path(options.directory))))
+        print(json.dumps(MEASURES[options.measure](options)))
         return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         write_checkpoint(Path(directory), options.layers)
         results = [
-            measure(Path(directory), cache)
+            measure(Path(directory), cache, options)
             for _ in range(options.repeats)
             for cache in ("cold", "warm")
         ]
@@ -167,7 +170,7 @@ def pickled(tensors):
 # ----- The measurements
 
 
-def measure(directory, cache):
+def measure(directory, cache, options):
     """Measures with a cold or warm page cache; prints and returns the figures."""
     figures = {}
     for name in MEASURES:
@@ -181,12 +184,12 @@ def measure(directory, cache):
         command = [sys.executable, __file__, "--measure", name]
         environment = {
             **os.environ,
-            "KERAS_BACKEND": "jax",
+            "KERAS_BACKEND": options.backend,
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
         }
         output = subprocess.run(
-            [*command, "--directory", directory],
+            [*command, "--directory", directory, "--dtype", options.dtype],
             env=environment,
             check=True,
             stdout=subprocess.PIPE,
@@ -219,18 +222,23 @@ def measure(directory, cache):
     return {"cache": cache, **figures, "memory": memory}
 
 
-def measure_read(directory):
+def measure_read(options):
     """Measures reading the files into memory."""
     start = time.perf_counter()
-    total = sum(len(path.read_bytes()) for path in sorted(directory.glob("*.bin")))
+    total = sum(len(path.read_bytes()) for path in files_of(options))
     return {"bytes": total, "seconds": time.perf_counter() - start}
 
 
-def measure_stream(directory):
+def measure_stream(options):
     """Measures reading the files through one buffer."""
     start = time.perf_counter()
-    total = sum(stream(path) for path in sorted(directory.glob("*.bin")))
+    total = sum(stream(path) for path in files_of(options))
     return {"bytes": total, "seconds": time.perf_counter() - start}
+
+
+def files_of(options):
+    """The files of the checkpoint, in order."""
+    return sorted(Path(options.directory).glob("*.bin"))
 
 
 def stream(path):
@@ -243,14 +251,14 @@ def stream(path):
     return total
 
 
-def measure_load(directory):
+def measure_load(options):
     """Measures `from_preset`."""
-    import jax
+    import keras
     import numpy
 
     from keras_openllama import OpenLlamaCausalLM
 
-    jax.numpy.zeros(()).block_until_ready()
+    keras.ops.convert_to_numpy(keras.ops.zeros(()))
     own = anonymous_memory()
     peak = [own]
     done = threading.Event()
@@ -263,7 +271,7 @@ def measure_load(directory):
     sampler.start()
     start = time.perf_counter()
     model = OpenLlamaCausalLM.from_preset(
-        str(directory), dtype="bfloat16", preprocessor=None
+        options.directory, dtype=options.dtype, preprocessor=None
     )
     seconds = time.perf_counter() - start
     done.set()

@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from keras_openllama.utils.locks import IS_POSIX
+from keras_openllama.utils.mapping import map_privately
 from keras_openllama.utils.text_files import check_not_lfs_pointer
 from keras_openllama.utils.types import PathLike
 
@@ -79,10 +81,15 @@ class QuantizedTensor(StoredTensor, Protocol):
 
 
 class MappedFile:
-    """A file that is mapped into memory read-only.
+    """A file that is mapped into memory. It is never written to.
 
     Args:
         path: Path of the file.
+
+    Attributes:
+        can_be_shared: Whether `shared_array` is possible: not on Windows, where mapped
+            files cannot be replaced, nor where Linux reserves memory for it and has not
+            enough.
 
     Raises:
         OSError: If the file cannot be opened.
@@ -96,7 +103,12 @@ class MappedFile:
             if self.size == 0:
                 raise ValueError(f"{self.path} is empty. {self.remedy}")
             check_not_lfs_pointer(file.read(64), self.path)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self.can_be_shared = IS_POSIX
+                self._map = map_privately(file)
+            except OSError:
+                self.can_be_shared = False
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @property
     def remedy(self) -> str:
@@ -128,6 +140,23 @@ class MappedFile:
 
         Returns:
             Read-only array of shape `(count,)`.
+        """
+        array = np.frombuffer(self._map, dtype, count, start)
+        array.flags.writeable = False
+        return array
+
+    def shared_array(self, start: int, count: int, dtype: DTypeLike) -> NDArray:
+        """Returns a range of the file as an array that may be written to.
+
+        What is written is in memory only. `release` would discard it.
+
+        Args:
+            start: As for `array`.
+            count: As for `array`.
+            dtype: As for `array`.
+
+        Returns:
+            Writable array of shape `(count,)`.
         """
         return np.frombuffer(self._map, dtype, count, start)
 
@@ -193,12 +222,25 @@ class MappedTensor:
         dtype = numpy_dtype(self.dtype)
         count = extent(self.shape, self.strides)
         flat = self.file.array(self.offset, count, dtype)
-        if self.strides == contiguous_strides(self.shape):
+        if self.is_contiguous:
             return flat.reshape(self.shape)
         strides = tuple(stride * dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(
             flat, self.shape, strides, writeable=False
         )
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements are in C order, without gaps."""
+        return self.strides == contiguous_strides(self.shape)
+
+    def shared_array(self) -> NDArray:
+        """Returns a writable array, see `MappedFile.shared_array`.
+
+        The tensor must be contiguous.
+        """
+        dtype, count = numpy_dtype(self.dtype), math.prod(self.shape)
+        return self.file.shared_array(self.offset, count, dtype).reshape(self.shape)
 
     def transposed(self) -> MappedTensor:
         """Returns the same tensor with its axes reversed."""

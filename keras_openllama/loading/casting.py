@@ -1,8 +1,8 @@
-"""Converts arrays of memory-mapped files to tensors of the backend: cast and sharded.
+"""Converts tensors of memory-mapped files to tensors of the backend.
 
-The array is read from the mapped file, and the result is the only copy. NumPy casts
-float16 slowly and on one core, so the backend, which uses all cores, casts large
-arrays.
+Where possible, a tensor of the backend has the mapped memory itself. Otherwise the file
+is read, cast and sharded, and the result is the only copy. NumPy casts float16 slowly
+and on one core, so the backend, which uses all cores, casts large arrays.
 """
 
 import functools
@@ -11,14 +11,62 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_openllama.backend.arrays import tensor_on_memory
 from keras_openllama.backend.keras_private import torch_device, torch_dtype
 from keras_openllama.checkpoints.array_io import check_range, contiguous
-from keras_openllama.checkpoints.tensors import numpy_dtype
+from keras_openllama.checkpoints.tensors import (
+    MappedTensor,
+    StoredTensor,
+    numpy_dtype,
+)
 from keras_openllama.loading.uninitialized import layout_of
 from keras_openllama.utils.types import Tensor
 
 # In bytes. NumPy casts smaller arrays in less time than the backend compiles a cast.
 _SMALL = 4 << 20
+# In bytes. With less, JAX copies arrays, and PyTorch decodes 8 % slower.
+_ALIGNMENT = 64
+
+
+def can_map_weights() -> bool:
+    """Returns whether variables are created on one CPU, with JAX or PyTorch."""
+    backend = keras.config.backend()
+    if backend == "torch":
+        return torch_device() == "cpu"
+    if backend != "jax" or keras.distribution.distribution() is not None:
+        return False
+    return {device.platform for device in _default_devices()} == {"cpu"}
+
+
+def can_share_memory(stored: StoredTensor, dtype: str) -> bool:
+    """Returns whether the bytes of a tensor in a file can be those of a variable.
+
+    Args:
+        stored: Tensor of a checkpoint.
+        dtype: Dtype of the variable.
+    """
+    return (
+        isinstance(stored, MappedTensor)
+        and stored.dtype == dtype
+        and stored.is_contiguous
+        and stored.nbytes > 0
+        and stored.offset % _ALIGNMENT == 0
+        and stored.file.can_be_shared
+    )
+
+
+def shared_value(stored: MappedTensor) -> Tensor:
+    """Returns a tensor of a checkpoint as a value of a variable, without reading it.
+
+    The value has the memory of the mapped file. Training changes it in memory only.
+
+    Args:
+        stored: Tensor for which `can_share_memory` holds, as `can_map_weights` does.
+
+    Returns:
+        Tensor of the backend.
+    """
+    return tensor_on_memory(stored.shared_array())
 
 
 def value_for(variable: keras.Variable, array: NDArray) -> Tensor:

@@ -9,7 +9,12 @@ from keras_openllama.backend.keras_private import flatten_layers
 from keras_openllama.checkpoints.matching import format_names
 from keras_openllama.checkpoints.tensors import ReadAhead, in_file_order
 from keras_openllama.layers.quantizable import QuantizableLayer, is_quantized
-from keras_openllama.loading.casting import value_for
+from keras_openllama.loading.casting import (
+    can_map_weights,
+    can_share_memory,
+    shared_value,
+    value_for,
+)
 from keras_openllama.loading.uninitialized import assign_value, finish_loading
 from keras_openllama.quantization.policies import matrix_format, policy_of
 from keras_openllama.utils.progress import progress_bar
@@ -28,6 +33,8 @@ class CheckpointWeights:
 
     Args:
         tensors: The tensors by variable path.
+        dtype: Dtype of the weights of the model. Tensors of this dtype are mapped, not
+            read, where that is possible. `None` reads all, to quantize them.
 
     Example:
         tensors = transformers.read_tensors(LocalRepository(path), arguments)
@@ -37,12 +44,19 @@ class CheckpointWeights:
             weights.assign_to(model, variables)
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]):
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], dtype: str | None = None
+    ) -> None:
         self._tensors = tensors
         # If head and embedding are tied, one tensor is the value of two weights.
         unique = {id(stored): stored for stored in tensors.values()}
-        self._ahead = ReadAhead(in_file_order(unique.values()))
-        self._bytes = sum(stored.nbytes for stored in unique.values())
+        maps = dtype is not None and can_map_weights()
+        self._mapped, read = [], []
+        for stored in in_file_order(unique.values()):
+            is_mapped = maps and can_share_memory(stored, dtype)
+            (self._mapped if is_mapped else read).append(stored)
+        self._ahead = ReadAhead(read)
+        self._bytes = sum(stored.nbytes for stored in read)
 
     def __enter__(self) -> CheckpointWeights:
         self._ahead.__enter__()
@@ -54,7 +68,8 @@ class CheckpointWeights:
     def assign_to(self, model: keras.Model, variables: list[keras.Variable]) -> None:
         """Assigns each tensor to its variable, one at a time.
 
-        At most one tensor is in memory in addition to the model's weights.
+        At most one tensor is in memory in addition to the model's weights. Those that
+        are mapped are read when they are used.
 
         Args:
             model: `OpenLlamaBackbone` or `OpenLlamaCausalLM`.
@@ -84,6 +99,14 @@ class CheckpointWeights:
         for path, stored in self._tensors.items():
             target = quantized.get(path, own[path])
             targets.setdefault(id(stored), []).append(target)
+        for stored in self._mapped:
+            first, *others = targets[id(stored)]
+            if first.dtype == stored.dtype:
+                assign_value(first, shared_value(stored))
+            else:  # Norms have another dtype than the matrices.
+                others.append(first)
+            for target in others:  # Tied weights need memory of their own.
+                _assign(target, stored)
         with progress_bar("Loading weights", self._bytes) as bar:
             for stored in self._ahead:
                 for target in targets[id(stored)]:

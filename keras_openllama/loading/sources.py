@@ -214,9 +214,12 @@ class StreamedSource(SourceDefaults):
         if not load_weights:
             return build(types.policy(arguments))
         tensors = self.read_tensors(arguments, head)
-        with CheckpointWeights(tensors) as weights:
+        formats = stored_formats(tensors)
+        is_float = not types.formats(arguments, formats)
+        dtype = types.float_policy().variable_dtype if is_float else None
+        with CheckpointWeights(tensors, dtype) as weights:
             with without_weights() as variables:
-                model = build(types.policy(arguments, stored_formats(tensors)))
+                model = build(types.policy(arguments, formats))
             weights.assign_to(model, variables)
         return model
 

@@ -36,7 +36,9 @@ DTYPES = {
     "BOOL": "bool",
 }
 _LENGTH_BYTES = 8
-_ALIGNMENT = 8  # In bytes. The reference implementation pads the header to it.
+# In bytes, of the first tensor, so that weights can be mapped (`loading.casting`). The
+# reference implementation pads its header to 8 bytes.
+_ALIGNMENT = 64
 _MAX_HEADER_BYTES = 100_000_000  # The limit of the reference implementation.
 
 
@@ -203,5 +205,5 @@ def _header(specs):
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text

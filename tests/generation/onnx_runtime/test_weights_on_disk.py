@@ -1,14 +1,13 @@
 """Quantized weights are moved to a file for generation, and can still be changed."""
 
-import sys
-
 import keras
 import numpy as np
 import pytest
 import tiny_models
+from mapped_memory import files_of, needs_mapped_weights
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.backend.keras_private import flatten_layers, stored_value
+from keras_openllama.backend.keras_private import flatten_layers
 from keras_openllama.generation.onnx_runtime import decoder as onnx_decoder
 from keras_openllama.layers.quantizable import is_quantized
 
@@ -41,26 +40,7 @@ def quantized_variables(lm):
     return [v for layer in layers for v in layer.quantized_variables()]
 
 
-def files_of(variables):
-    """The files in whose mapped memory the values are; `None` for other memory."""
-    ranges = []
-    for line in open("/proc/self/maps", encoding="utf-8"):
-        addresses, *_ = line.split()
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        ranges.append((start, end, line[line.find("/") :] if "/" in line else None))
-    starts = [as_numpy(stored_value(v)).ctypes.data for v in variables]
-    return [
-        next(path for start, end, path in ranges if start <= address < end)
-        for address in starts
-    ]
-
-
-needs_maps = pytest.mark.skipif(
-    sys.platform != "linux" or ON_TENSORFLOW, reason="Linux; JAX and PyTorch."
-)
-
-
-@needs_maps
+@needs_mapped_weights
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_generate_moves_quantized_weights_to_a_file(mode, temporary_directory):
     lm = quantized(mode)
