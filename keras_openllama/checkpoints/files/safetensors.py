@@ -151,7 +151,7 @@ def safetensors_size(specs: TensorSpecs) -> int:
 
     Example:
         >>> safetensors_size({"norm.weight": ((64,), "float16")})
-        240
+        256
     """
     return len(_header(specs)) + tensor_bytes(specs)
 
