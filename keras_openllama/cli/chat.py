@@ -12,7 +12,7 @@ from keras_openllama.cli import arguments as types
 from keras_openllama.cli.chat_templates import add_chat_template, read_chat_template
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.model_options import add_model_options, load_model
-from keras_openllama.cli.paths import require_preset
+from keras_openllama.cli.paths import require_adapters, require_preset
 from keras_openllama.cli.process import choose_backend
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     options = parse_arguments(arguments, prog)
     template = options.chat_template and read_chat_template(options.chat_template)
     require_preset("--preset", options.preset)
+    require_adapters("--adapters", options.adapters)
     choose_backend(options.backend)
     lm = load_model(options)
     if template:

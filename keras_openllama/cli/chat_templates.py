@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from keras_openllama.cli.paths import require_file
 from keras_openllama.utils.text_files import decode_text
 
 _EXAMPLE = '{"user": "USER: {content}\\n", "assistant": "BOT: {content}"}'
@@ -41,6 +42,7 @@ def read_chat_template(path: str) -> dict[str, str] | str:
     Raises:
         ValueError: If the file cannot be read, or holds no chat template.
     """
+    require_file("--chat-template", path)  # The imports take a second.
     from keras_openllama.checkpoints.chat_template import default_template
     from keras_openllama.text.chat_rendering import check_template
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 
+from keras_openllama.checkpoints.export_config import ExportConfig
 from keras_openllama.checkpoints.formats import (
     DTYPES,
     EASYLM_CONTENTS,
@@ -23,6 +25,7 @@ from keras_openllama.cli.calibration_options import (
     convert_calibrated,
 )
 from keras_openllama.cli.command import CommandParser, command
+from keras_openllama.cli.paths import require_preset
 from keras_openllama.cli.presets import BYTE_UNITS, with_unit
 from keras_openllama.cli.process import (
     choose_backend,
@@ -148,10 +151,36 @@ def _exit_on_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
+def check_paths(options: argparse.Namespace) -> None:
+    """Rejects an unknown model and an invalid target, before Keras is imported.
+
+    Args:
+        options: The parsed arguments.
+
+    Raises:
+        ValueError: If a model does not exist, or options contradict each other.
+        OSError: If the target exists, or cannot be written.
+    """
+    ExportConfig(
+        options.target,
+        options.to,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        max_shard_size=options.max_shard_size,
+        content=options.content,
+        force=options.force,
+    ).check_target()
+    if not os.path.isfile(options.source):  # Of EasyLM, or GGUF.
+        require_preset("source", options.source)
+    if options.preset is not None:
+        require_preset("--preset", options.preset)
+
+
 @command("convert")
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
+    check_paths(options)
     choose_backend(None)
     with _exit_on_sigterm():
         with quiet_tensorflow():

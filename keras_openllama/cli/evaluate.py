@@ -18,6 +18,7 @@ from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, add_renamed_argument, command
 from keras_openllama.cli.messages import describe_error
 from keras_openllama.cli.paths import (
+    require_adapters,
     require_directory,
     require_output_directory,
     require_preset,
@@ -280,8 +281,7 @@ def check_options(parser: CommandParser, options: argparse.Namespace) -> None:
 def check_paths(options: argparse.Namespace) -> None:
     """Raises `ValueError` for a model, a file or a directory that does not exist."""
     require_preset("--preset", options.preset)
-    if options.adapters and not options.adapters.startswith("hf://"):
-        require_directory("--adapters", options.adapters)
+    require_adapters("--adapters", options.adapters)
     for flag, path in (
         ("--data", options.data),
         ("--include-path", options.include_path),

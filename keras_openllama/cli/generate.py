@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.model_options import add_model_options, load_model
-from keras_openllama.cli.paths import require_preset
+from keras_openllama.cli.paths import require_adapters, require_preset
 from keras_openllama.cli.process import choose_backend, quiet_tensorflow
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     if options.draft_stats and options.draft is None:
         raise ValueError("--draft-stats needs --draft.")
     require_preset("--preset", options.preset)
+    require_adapters("--adapters", options.adapters)
     if options.draft not in (None, PROMPT_LOOKUP):
         require_preset("--draft", options.draft)
     choose_backend(options.backend)

@@ -166,10 +166,11 @@ def main(arguments: list[str], prog: str) -> int | None:
 
         require_output_file("--picture", options.picture, FORMATS)
     logging.basicConfig(format="%(message)s", force=True)
-    from keras_openllama.data.inspection import format_manifest
     from keras_openllama.data.prepared_data import PreparedData
 
     data = PreparedData.open(options.directory)
+    from keras_openllama.data.inspection import format_manifest
+
     print(format_manifest(data))
     if options.verify:
         verify_checksums(data)

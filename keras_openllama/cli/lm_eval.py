@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from keras_openllama.cli.command import command
+from keras_openllama.cli.paths import require_preset
 from keras_openllama.cli.process import PROGRAM, choose_backend
 
 DESCRIPTION = """\
@@ -47,6 +49,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     if arguments in ([], ["-h"], ["--help"]):
         print(_help(prog))
         return None
+    require_preset_of_model(arguments)
     choose_backend(None)
     from lm_eval.__main__ import cli_evaluate
 
@@ -63,6 +66,29 @@ def main(arguments: list[str], prog: str) -> int | None:
             cli_evaluate()
     finally:
         sys.argv = before
+
+
+def require_preset_of_model(arguments: Sequence[str]) -> None:
+    """Raises an error if `--model_args` names a preset that does not exist.
+
+    The harness would report it after half a minute.
+
+    Args:
+        arguments: The arguments of the harness.
+
+    Raises:
+        ValueError: See `paths.require_preset`.
+
+    Example:
+        >>> require_preset_of_model(["--model_args", "preset=nano,dtype=float32"])
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_args", "-a", default="")
+    known, _ = parser.parse_known_args(arguments)
+    for argument in known.model_args.split(","):
+        name, _, value = argument.strip().partition("=")
+        if name == "preset":
+            require_preset("preset", value)
 
 
 def _help(prog):

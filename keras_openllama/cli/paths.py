@@ -86,7 +86,24 @@ def require_preset(flag: str, name: str) -> None:
         return
     if name.endswith(GGUF_SUFFIX):
         require_file(flag, name)
-    raise presets.unknown_preset_error(name)
+    raise presets.unknown_preset_error(name, _argument_of(flag))
+
+
+def require_adapters(flag: str, path: str | None) -> None:
+    """Raises an error unless LoRA adapters are a directory, or on the Hub.
+
+    Args:
+        flag: The flag, for the error message.
+        path: Path of the directory, or `hf://user/repo`. `None` stands for no adapters.
+
+    Raises:
+        ValueError: If the directory does not exist, or may not be read.
+
+    Example:
+        >>> require_adapters("--adapters", "hf://user/repo")
+    """
+    if path and not path.startswith("hf://"):
+        require_directory(flag, path)
 
 
 def require_output_directory(flag: str, path: str) -> None:
@@ -145,6 +162,11 @@ def require_output_file(flag: str, path: str, suffixes: Sequence[str] = ()) -> N
             f"{flag}: the directory of {path} does not exist. Create it first."
         )
     _require_access(flag, file.parent, os.W_OK | os.X_OK, "write in")
+
+
+def _argument_of(flag):
+    """The name that `messages.with_flags` replaces by the flag."""
+    return flag.removeprefix("--").replace("-", "_").lower()
 
 
 def _require_access(flag, path, mode, verb):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from keras_openllama.cli import arguments as types
 from keras_openllama.cli.command import CommandParser, command
-from keras_openllama.cli.paths import require_output_directory
+from keras_openllama.cli.paths import (
+    require_file,
+    require_output_directory,
+    require_preset,
+)
 from keras_openllama.cli.process import PROGRAM
 from keras_openllama.cli.source_options import add_source_options
 from keras_openllama.data.document_reader import MAX_DOCUMENT_BYTES
-from keras_openllama.data.text_sources import UNIT_BYTES, parse_sources
+from keras_openllama.data.text_sources import UNIT_BYTES, find_units, parse_sources
+from keras_openllama.utils.files import is_remote
 
 DESCRIPTION = f"""\
 Prepare data for training: tokenize sources of text and write them to a directory.
@@ -117,6 +124,34 @@ def _split_at_dashes(arguments):
     return arguments[:index], True, arguments[index + 1 :]
 
 
+def check_inputs(
+    options: argparse.Namespace, sources: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises an error for a missing file, tokenizer or mixture, before slow imports.
+
+    Args:
+        options: The parsed arguments.
+        sources: Paths by source, as `parse_sources` returns them.
+
+    Raises:
+        ValueError: If the tokenizer or the mixture does not exist.
+        SourceError: If a local path does not exist.
+    """
+    if options.tokenizer.endswith(".model") and not is_remote(options.tokenizer):
+        require_file("--tokenizer", options.tokenizer)
+    elif not is_remote(options.tokenizer):
+        require_preset("--tokenizer", options.tokenizer)
+    if options.mixture:
+        from keras_openllama.data.mixture import load_mixture
+
+        load_mixture(options.mixture)
+    for name, paths in sources.items():
+        for path in paths:
+            is_path = not path.startswith("tfds:") and not glob.has_magic(path)
+            if is_path and not is_remote(path) and not os.path.exists(path):
+                find_units(name, [path])  # Raises the error.
+
+
 @command("prepare-data", extra="train")
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
@@ -131,6 +166,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         for name, fields in parse_sources(options.text_field).items()
         for field in fields
     }
+    check_inputs(options, sources)
     from keras_openllama.data.preparation import prepare_dataset
 
     try:

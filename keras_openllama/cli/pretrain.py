@@ -26,6 +26,7 @@ from keras_openllama.cli.training_options import (
     run_training,
 )
 from keras_openllama.runs import recipe as recipes
+from keras_openllama.utils.files import is_remote
 
 if TYPE_CHECKING:
     from keras_openllama.data.prepared_data import PreparedData
@@ -218,6 +219,32 @@ def recipe_overrides(
     return values
 
 
+def require_data(options: argparse.Namespace, resolved: Any) -> None:
+    """Rejects missing data, before JAX is imported.
+
+    Args:
+        options: The parsed arguments.
+        resolved: The recipe, as `recipe.resolve_recipe` returns it.
+
+    Raises:
+        ValueError: If `--data` is missing, or is no prepared dataset.
+    """
+    if options.data is None and resolved.preset != "open_llama_nano":
+        raise ValueError(
+            f"{resolved.preset} requires --data, the output directory of:\n    "
+            f"keras-openllama prepare-data --mixture {resolved.recipe.mixture} "
+            f"--tokenizer {resolved.preset} --output DIR "
+            "--source NAME=PATHS …"
+        )
+    if options.data is not None and not is_remote(options.data):
+        from keras_openllama.data.prepared_data import read_manifest
+
+        try:
+            read_manifest(options.data)
+        except OSError as error:
+            raise ValueError(f"--data: {error}") from error
+
+
 def open_data(options: argparse.Namespace, resolved: Any) -> PreparedData:
     """Opens the prepared data of a run; for nano, prepares the default text first.
 
@@ -226,7 +253,7 @@ def open_data(options: argparse.Namespace, resolved: Any) -> PreparedData:
         resolved: The recipe, as `recipe.resolve_recipe` returns it.
 
     Raises:
-        ValueError: If `--data` is missing or cannot be opened.
+        ValueError: If `--data` cannot be opened.
     """
     from keras_openllama.data.prepared_data import PreparedData
 
@@ -235,13 +262,6 @@ def open_data(options: argparse.Namespace, resolved: Any) -> PreparedData:
             return PreparedData.open(options.data)
         except OSError as error:
             raise ValueError(f"--data: {error}") from error
-    if resolved.preset != "open_llama_nano":
-        raise ValueError(
-            f"{resolved.preset} requires --data, the output directory of:\n    "
-            f"keras-openllama prepare-data --mixture {resolved.recipe.mixture} "
-            f"--tokenizer {resolved.preset} --output DIR "
-            "--source NAME=PATHS …"
-        )
     import jax
     from jax.experimental import multihost_utils
 
@@ -288,6 +308,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     if options.output is None:
         options.output = f"runs/{resolved.preset.removeprefix('open_llama_')}"
     require_output_directory("--output", options.output)
+    require_data(options, resolved)
     initialize_distributed(parser, options)
     return run_training(prog, options, lambda: pretrain(options, resolved))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from keras_openllama import presets
+from keras_openllama.checkpoints.export_config import ExportConfig
 from keras_openllama.checkpoints.outputs import OutputFile
-from keras_openllama.checkpoints.writer import ExportConfig, write_model
+from keras_openllama.checkpoints.writer import write_model
 from keras_openllama.convert import easylm
 from keras_openllama.convert.empty_task import build_empty_task
 from keras_openllama.convert.source_contents import contents_of_source
@@ -46,7 +47,7 @@ def convert(
         revision: Branch, tag or commit of a repository on the Hub.
         dry_run: Whether to only return the list of files, and write nothing.
         **options: `dtype`, `quantization`, `max_shard_size`, `content`, `tokenizer` and
-            `force`, see `checkpoints.writer.ExportConfig`.
+            `force`, see `checkpoints.export_config.ExportConfig`.
 
     Returns:
         The files that were (or would be) written.

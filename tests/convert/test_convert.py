@@ -20,8 +20,8 @@ from tokenizer_models import trained_model
 
 from keras_openllama import OpenLlamaCausalLM
 from keras_openllama.checkpoints import weight_names
+from keras_openllama.checkpoints.export_config import parse_size
 from keras_openllama.checkpoints.formats import DTYPES
-from keras_openllama.checkpoints.writer import parse_size
 from keras_openllama.convert import convert
 
 pytestmark = pytest.mark.backend_free
