@@ -80,6 +80,8 @@ def measure(script, backend):
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
+    # As where pip installed the package: its bytecode is compiled in the first round.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.monotonic()
     output = subprocess.check_output(
         [sys.executable, "-c", script], env=environment, cwd=ROOT, text=True
