@@ -14,6 +14,8 @@ from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "tensorflow":
     import tensorflow
+elif keras.config.backend() == "torch":
+    from torch.optim.adamw import adamw
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
@@ -80,8 +82,10 @@ class AdamW(keras.optimizers.AdamW):
         self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
     ) -> None:
         """Updates one variable and its moments."""
-        first, second, largest = adam_moments(self, variable)
         gradient = ops.cast(gradient, variable.dtype)
+        if keras.config.backend() == "torch":
+            return self._update_step_torch(gradient, variable, learning_rate)
+        first, second, largest = adam_moments(self, variable)
         step = ops.cast(self.iterations + 1, variable.dtype)
         # 1 - beta ** step, without cancellation in float32.
         first_bias = -ops.expm1(step * math.log(self.beta_1)) if self.beta_1 else 1.0
@@ -94,6 +98,31 @@ class AdamW(keras.optimizers.AdamW):
         scale = ops.cast(learning_rate, variable.dtype) / first_bias
         denominator = ops.sqrt(second / second_bias) + self.epsilon
         self.assign_sub(variable, scale * first / denominator)
+
+    def _update_step_torch(self, gradient, variable, learning_rate):
+        """Updates one variable in a single pass over the memory."""
+        first, second, largest = (
+            [] if moment is None else [moment.value]
+            for moment in adam_moments(self, variable)
+        )
+        # It counts the step itself.
+        steps = [self.iterations.value.float()]
+        adamw(
+            [variable.value],
+            [gradient],
+            first,
+            second,
+            largest,
+            steps,
+            fused=True,
+            amsgrad=self.amsgrad,
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            lr=learning_rate,
+            weight_decay=0.0,  # Keras has applied it.
+            eps=self.epsilon,
+            maximize=False,
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")

@@ -49,9 +49,11 @@ if TYPE_CHECKING:
 
 if keras.config.backend() == "jax":
     from keras_openllama.training.train_step_jax import JaxTrainStep as TrainStep
+elif keras.config.backend() == "torch":
+    from keras_openllama.training.train_step_torch import TorchTrainStep as TrainStep
 else:
-    from keras_openllama.training.train_step_tf_torch import (
-        TfTorchTrainStep as TrainStep,
+    from keras_openllama.training.train_step_tensorflow import (
+        TensorFlowTrainStep as TrainStep,
     )
 
 # Learning rates of optimizer="auto": that of Alpaca for 7B, and that of QLoRA
