@@ -58,13 +58,13 @@ def ours(options):
 
     types = WeightTypes(options.dtype, options.quantization)
     lm = train.our_lm(options, options.rank, types, rematerialize=options.rematerialize)
-    return train.fit_steps(lm, *train.batches(options)), trained(lm)
+    return train.fit_steps(lm.fit, *train.batches(options)), trained(lm)
 
 
 def keras_hub(options):
     """KerasHub."""
     lm = train.lm_of_keras_hub(options, options.rank)
-    return train.fit_steps(lm, *train.batches(options)), trained(lm)
+    return train.fit_steps(train.keras_fit(lm), *train.batches(options)), trained(lm)
 
 
 def trained(lm):

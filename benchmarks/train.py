@@ -2,14 +2,18 @@
 
     python benchmarks/train.py
     python benchmarks/train.py --contender ours/jax keras_hub/jax --rounds 7
+    python benchmarks/train.py --contender ours/torch transformers/torch \\
+        --dtype bfloat16
 
 Every contender trains the same random LLaMA on the same random batches with AdamW in
 float32, in its own process; they alternate, a few steps each. This package runs `fit`
 with the default settings of `compile`, and the train step that `pretrain` compiles.
-KerasHub's `LlamaCausalLM` runs `fit`. transformers runs a plain PyTorch loop.
+KerasHub's `LlamaCausalLM` runs `fit`. transformers runs a plain PyTorch loop. With
+`--dtype bfloat16`, weights stay in float32: Keras has the policy "mixed_bfloat16", and
+PyTorch's loop runs under `torch.autocast`.
 
     tokens/s   median of the rounds
-    ratio      to KerasHub on JAX, the median of the rounds' ratios
+    ratio      to transformers, the median of the rounds' ratios
     of peak    FLOP/s (6 per parameter and token without the embeddings, plus causal
                attention) divided by the fastest float32 matrix product of JAX, measured
                between the rounds
@@ -18,6 +22,7 @@ The default model has 58 million parameters: width 512, 8 layers, vocabulary 32,
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -26,13 +31,14 @@ import workers  # benchmarks/workers.py
 
 CONTENDERS = (
     "ours/jax",
+    "ours/torch",
     "pretrain/jax",
     "keras_hub/jax",
     "keras_hub/tensorflow",
     "keras_hub/torch",
     "transformers/torch",
 )
-REFERENCE = "keras_hub/jax"
+REFERENCE = "transformers/torch"
 
 
 def batches(options):
@@ -58,10 +64,8 @@ def keras_sizes(options):
     )
 
 
-def fit_steps(lm, x, y):
-    """Trains with `keras.Model.fit`."""
-    import keras
-
+def fit_steps(fit, x, y):
+    """Trains with a method `fit`."""
     weights = np.ones(y.shape, "float32")
     mask = np.ones(x.shape, "int32")
 
@@ -70,7 +74,7 @@ def fit_steps(lm, x, y):
             yield {"token_ids": x, "padding_mask": mask}, y, weights
 
     def run(steps):
-        keras.Model.fit(lm, endless(), steps_per_epoch=steps, verbose=0)
+        fit(endless(), steps_per_epoch=steps, verbose=0)
 
     return run
 
@@ -98,7 +102,7 @@ def our_lm(options, rank=0, types=None, **compiled):
 
 def ours(options):
     """`fit` of this package."""
-    return fit_steps(our_lm(options), *batches(options))
+    return fit_steps(our_lm(options).fit, *batches(options))
 
 
 def pretrain(options):
@@ -153,7 +157,14 @@ def lm_of_keras_hub(options, rank=0):
 
 def keras_hub(options):
     """`fit` of KerasHub."""
-    return fit_steps(lm_of_keras_hub(options), *batches(options))
+    return fit_steps(keras_fit(lm_of_keras_hub(options)), *batches(options))
+
+
+def keras_fit(lm):
+    """`fit` of Keras: KerasHub's own makes a `tf.data.Dataset` of generators."""
+    import keras
+
+    return functools.partial(keras.Model.fit, lm)
 
 
 def model_of_transformers(options):
@@ -167,10 +178,11 @@ def model_of_transformers(options):
 
 def transformers(options):
     """A plain PyTorch loop on transformers."""
-    return steps_of_torch(model_of_transformers(options), options)
+    is_mixed = options.dtype == "bfloat16"
+    return steps_of_torch(model_of_transformers(options), options, is_mixed)
 
 
-def steps_of_torch(model, options):
+def steps_of_torch(model, options, is_mixed=False):
     """Trains the parameters that require gradients with a plain PyTorch loop."""
     import torch
 
@@ -180,8 +192,10 @@ def steps_of_torch(model, options):
 
     def run(steps):
         for _ in range(steps):
-            logits = model(input_ids=x).logits.flatten(0, 1)
-            torch.nn.functional.cross_entropy(logits, y.flatten()).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+                logits = model(input_ids=x).logits.flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits.float(), y.flatten())
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -215,6 +229,10 @@ def work(contender, options):
     if kind == "peak":
         workers.serve(answers, lambda: peak(options))
         return
+    if options.dtype == "bfloat16" and kind != "transformers":
+        import keras
+
+        keras.config.set_dtype_policy("mixed_bfloat16")
     run = globals()[kind](options)
     run(2)  # Compiles, and warms up.
 
@@ -267,6 +285,7 @@ def main(arguments=None):
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     workers.add_sizes(parser)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

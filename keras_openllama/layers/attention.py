@@ -26,7 +26,11 @@ from keras_openllama.layers.remat import recompute_in_backward
 from keras_openllama.layers.rotary_embedding import rotate
 from keras_openllama.utils.types import Shape, Tensor
 
-if keras.config.backend() == "torch":
+if keras.config.backend() == "jax":
+    import jax
+
+    from keras_openllama.layers.attention_by_head import attend_by_head
+elif keras.config.backend() == "torch":
     import torch
 
 # Heuristic: each query block adds to the program; four save 3/8 of the computation.
@@ -83,9 +87,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     """`dot_product_attention` for a mask that hides all later positions.
 
     PyTorch runs its fused kernel. JAX splits the queries into blocks and computes each
-    block over the keys up to its end, which skips most of what the mask hides. The
-    backward pass recomputes the attention weights instead of saving them, which is
-    faster, too (`benchmarks/README.md`).
+    block over the keys up to its end, which skips most of what the mask hides; on a CPU
+    it does so head by head. The backward pass recomputes the attention weights instead
+    of saving them, which is faster, too (`benchmarks/README.md`).
 
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
@@ -105,6 +109,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     if keras.config.backend() != "jax" or not isinstance(length, int):
         return dot_product_attention(query, key, value, mask)
     block = max(CACHE_BLOCK // 2, -(-length // QUERY_BLOCKS))
+    if length <= block or keras.distribution.distribution() is not None:
+        # A loop over the heads of all devices would gather them.
+        return _attend_by_block(query, key, value, mask, block)
+    return jax.lax.platform_dependent(
+        *(query, key, value, mask),
+        cpu=functools.partial(attend_by_head, block=block),
+        default=functools.partial(_attend_by_block, block=block),
+    )
+
+
+def _attend_by_block(query, key, value, mask, block):
+    length = query.shape[2]
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -41,6 +42,7 @@ from keras_openllama.training.callbacks import (
 from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
 from keras_openllama.training.target_weights import no_targets_error
 from keras_openllama.training.train_plan import TrainPlan
+from keras_openllama.utils.host_memory import keeping_freed_memory
 from keras_openllama.utils.types import Tensor
 from keras_openllama.utils.validation import check_integer
 
@@ -237,17 +239,20 @@ class FitMixin(TrainStep):
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             # Before the user's callbacks, which can then read the logs they add.
             callbacks = [*own_callbacks, *filter(None, given)]
-        return self._call_keras(
-            "fit",
-            x,
-            y,
-            batch_size=batch_size,
-            sample_weight=sample_weight,
-            validation_data=validation_data,
-            validation_split=validation_split,
-            callbacks=callbacks,
-            **kwargs,
-        )
+        # PyTorch allocates each tensor by itself; XLA has its own buffers.
+        on_torch = keras.config.backend() == "torch"
+        with keeping_freed_memory() if on_torch else contextlib.nullcontext():
+            return self._call_keras(
+                "fit",
+                x,
+                y,
+                batch_size=batch_size,
+                sample_weight=sample_weight,
+                validation_data=validation_data,
+                validation_split=validation_split,
+                callbacks=callbacks,
+                **kwargs,
+            )
 
     def add_trained_end_token(self) -> None:
         """Adds the token that ends the texts of `fit` to `end_token_ids`.

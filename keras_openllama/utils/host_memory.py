@@ -1,10 +1,12 @@
-"""The memory of this machine, and of this process."""
+"""The memory of this machine, and what this process keeps of it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 # Memory limit and usage of a container, in the two versions of Linux's cgroups.
@@ -12,6 +14,15 @@ _CGROUPS = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
+
+# Parameters of `mallopt`, of malloc.h of the GNU C library.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+# Those that `malloc` would reach by itself, if they were not set, and its default.
+_ADAPTED = {
+    _MMAP_THRESHOLD: 32 << 20,
+    _TRIM_THRESHOLD: 64 << 20,
+    _MMAP_MAX: 65536,
+}
 
 
 def free_memory() -> int | None:
@@ -45,17 +56,43 @@ def release_freed_memory() -> None:
     Example:
         >>> release_freed_memory()
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    if libc := _glibc():
+        libc.malloc_trim(0)
 
 
-@functools.cache
-def _malloc_trim():
+@contextlib.contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Makes the C library keep memory that is freed for later allocations.
+
+    By default, it returns large arrays to the system, and each page of the next array
+    costs a page fault. At the end of the block, the memory is returned. It changes
+    nothing if there is another C library, or an environment variable sets the limits.
+
+    Example:
+        >>> with keeping_freed_memory():
+        ...     total = sum(range(10))
+    """
+    libc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # Another library or system.
+        yield
+    finally:
+        for parameter, value in _ADAPTED.items():
+            libc.mallopt(parameter, value)
+        release_freed_memory()
+
+
+def _glibc():
+    """Returns the C library if it is that of GNU, else `None`."""
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # On Windows.
         return None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 def _text(path):

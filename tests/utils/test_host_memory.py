@@ -1,13 +1,18 @@
-"""Free memory on Linux and in containers, and memory that the process returns."""
+"""Free memory on Linux and in containers, and memory that is freed."""
 
 import platform
+import resource
 import sys
 
 import numpy as np
 import pytest
 
 from keras_openllama.utils import host_memory as module
-from keras_openllama.utils.host_memory import free_memory, release_freed_memory
+from keras_openllama.utils.host_memory import (
+    free_memory,
+    keeping_freed_memory,
+    release_freed_memory,
+)
 
 pytestmark = pytest.mark.backend_free
 
@@ -47,3 +52,42 @@ def test_release_freed_memory_returns_it_to_the_system():
     release_freed_memory()
     assert before - anonymous_memory() > 60_000_000
     assert arrays[0].sum() == 10_000
+
+
+def page_faults(work):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def use_memory():
+    for _ in range(8):
+        np.ones(16 << 20, "int8")
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="Needs the GNU C library."
+)
+def test_keeping_freed_memory_spares_page_faults_until_its_end(monkeypatch):
+    for name in [name for name in module.os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    with keeping_freed_memory():
+        use_memory()
+        assert page_faults(use_memory) < 100
+        kept = module._text("/proc/self/statm").split()[1]
+    # Eight times 16 MiB have 32,768 pages of 4 KiB.
+    assert int(module._text("/proc/self/statm").split()[1]) < int(kept) - 2000
+
+
+def test_keeping_freed_memory_leaves_the_limits_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    monkeypatch.setattr(module, "_glibc", lambda: pytest.fail("mallopt was called."))
+    with keeping_freed_memory():
+        pass
+
+
+def test_keeping_freed_memory_does_nothing_with_another_c_library(monkeypatch):
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(module.os, "environ", {})
+    with keeping_freed_memory():
+        pass
