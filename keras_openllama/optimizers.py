@@ -9,12 +9,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_openllama.backend.keras_private import adam_moments
+from keras_openllama.backend.keras_private import adam_moments, in_stateless_scope
 from keras_openllama.utils.types import Tensor
 
 if keras.config.backend() == "tensorflow":
     import tensorflow
 elif keras.config.backend() == "torch":
+    import torch
     from torch.optim.adamw import adamw
 
 
@@ -84,7 +85,12 @@ class AdamW(keras.optimizers.AdamW):
         """Updates one variable and its moments."""
         gradient = ops.cast(gradient, variable.dtype)
         if keras.config.backend() == "torch":
-            return self._update_step_torch(gradient, variable, learning_rate)
+            tensors = [m.value for m in adam_moments(self, variable) if m is not None]
+            tensors += [variable.value, gradient]
+            # The fused kernel reads memory in order, and writes in place.
+            if all(x.is_contiguous() for x in tensors) and not in_stateless_scope():
+                self._update_step_torch(gradient, variable, learning_rate)
+                return
         first, second, largest = adam_moments(self, variable)
         step = ops.cast(self.iterations + 1, variable.dtype)
         # 1 - beta ** step, without cancellation in float32.
@@ -105,24 +111,25 @@ class AdamW(keras.optimizers.AdamW):
             [] if moment is None else [moment.value]
             for moment in adam_moments(self, variable)
         )
-        # It counts the step itself.
-        steps = [self.iterations.value.float()]
-        adamw(
-            [variable.value],
-            [gradient],
-            first,
-            second,
-            largest,
-            steps,
-            fused=True,
-            amsgrad=self.amsgrad,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            lr=learning_rate,
-            weight_decay=0.0,  # Keras has applied it.
-            eps=self.epsilon,
-            maximize=False,
-        )
+        # A copy: `adamw` counts the step itself.
+        steps = [ops.convert_to_tensor(self.iterations).to(torch.float32, copy=True)]
+        with torch.no_grad():
+            adamw(
+                [variable.value],
+                [gradient],
+                first,
+                second,
+                largest,
+                steps,
+                fused=True,
+                amsgrad=self.amsgrad,
+                beta1=self.beta_1,
+                beta2=self.beta_2,
+                lr=ops.cast(learning_rate, "float32"),
+                weight_decay=0.0,  # Keras has applied it.
+                eps=self.epsilon,
+                maximize=False,
+            )
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")

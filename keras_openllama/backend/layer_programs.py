@@ -122,21 +122,22 @@ class _Program:
         def program(values, **inputs):
             # The layers and variables of this call. For other shapes the function is
             # traced again: variables of the first call may have been replaced since.
+            layers, variables = self._call
             mapping = [
                 pair
-                for own, new in zip(self._variables, values, strict=True)
+                for own, new in zip(variables, values, strict=True)
                 for pair in zip(own, new, strict=True)
             ]
             with keras.StatelessScope(state_mapping=mapping):
-                return function(*self._layers, **inputs)
+                return function(*layers, **inputs)
 
         # For logs and profiles.
         program.__name__ = getattr(function, "__name__", type(function).__name__)
         self._compiled = _compile(program, donate)
-        self._layers = self._variables = ()
+        self._call = (), ()  # One attribute, since threads share the program.
 
     def __call__(self, layers, variables, values, inputs):
-        self._layers, self._variables = layers, variables
+        self._call = layers, variables
         return self._compiled(values, **inputs)
 
 

@@ -31,9 +31,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration-sequences",
         type=positive_int,
-        default=_SEQUENCES,
         metavar="N",
-        help="number of sequences, evenly spaced over the texts (default: %(default)s)",
+        help="number of sequences, evenly spaced over the texts (default: "
+        f"{_SEQUENCES})",
     )
     group.add_argument(
         "--calibration-length",
@@ -48,6 +48,9 @@ def check_calibration(
 ) -> None:
     """Ends the program with an error if the flags contradict each other."""
     if options.calibration is None:
+        for name in ("sequences", "length"):
+            if getattr(options, f"calibration_{name}") is not None:
+                parser.error(f"--calibration-{name} needs --calibration")
         return
     if options.quantization not in _FORMATS:
         parser.error(
@@ -123,7 +126,7 @@ def _quantize(lm: OpenLlamaCausalLM, options: argparse.Namespace) -> None:
             weight_bits=bits,
             group_size=group_size,
             symmetric=True,
-            num_samples=options.calibration_sequences,
+            num_samples=options.calibration_sequences or _SEQUENCES,
             sequence_length=length,
         )
     )

@@ -49,7 +49,7 @@ examples:
 
   One model with several LoRA adapters. Requests choose "3b_v2", "3b_v2+law" or
   "3b_v2+poems" as their model:
-    %(prog)s --preset 3b_v2 --adapters law=runs/law/adapters \
+    %(prog)s --preset 3b_v2 --adapters law=runs/law/adapters \\
         --adapters poems=runs/poems/adapters
 
   Chats with a model that has no chat template of its own:

@@ -45,9 +45,9 @@ def attend_by_head(
         row = number // heads if len(mask) > 1 else 0
         return _attend_head(*tensors, mask[row, 0], block)
 
-    by_head = (x.reshape(-1, *x.shape[2:]).astype("float32") for x in (key, value))
+    by_head = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
     # The query heads that share a key/value head.
-    groups = query.reshape(len(key) * heads, -1, length, head_dim).astype("float32")
+    groups = query.reshape(len(key) * heads, -1, length, head_dim)
     context = jax.lax.map(attend, (jnp.arange(len(groups)), groups, *by_head))
     return context.reshape(query.shape).astype(value.dtype)
 
@@ -70,6 +70,8 @@ def _attend_block(start, end, queries, key, value, mask):
     All arrays are matrices: XLA is slower with more axes, even of size 1.
     """
     group, _, head_dim = queries.shape
+    # Here, so that the backward pass does not keep copies in float32.
+    queries, key, value = (x.astype("float32") for x in (queries, key, value))
     rows = queries[:, start:end].reshape(-1, head_dim) * head_dim**-0.5
     visible = jnp.broadcast_to(mask[start:end, :end], (group, end - start, end))
     scores = jnp.where(visible.reshape(-1, end), rows @ key[:end].T, MASKED_SCORE)

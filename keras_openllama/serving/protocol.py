@@ -135,6 +135,12 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
             f"`best_of` is not supported, unless it equals `n`. Received: {best_of}",
             param="best_of",
         )
+    if echo and top_logprobs is not None and options.num_choices > 1:
+        raise ApiError(
+            "`echo` with `logprobs` scores the prompt, for one choice only. Received: "
+            f"n={options.num_choices}",
+            param="n",
+        )
     fields.refuse_others()
     return CompletionRequest(prompts, options, echo)
 

@@ -12,7 +12,8 @@ def chunked_cross_entropy(
     kernel: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scale: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the cross-entropy of logits `hidden @ kernel.T`, chunk by chunk.
 
     The gradients of a chunk are computed together with its logits, so that logits are
@@ -23,21 +24,28 @@ def chunked_cross_entropy(
         kernel: kernel of the head, `(vocabulary_size, hidden_dim)`.
         targets: int `(batch, length)`.
         weights: float32 `(batch, length)`; targets with zero weight are ignored.
+        scale: factor of the first result, and so of the gradients: applied before they
+            are rounded to 16 bits.
 
     Returns:
-        Weighted sums over the targets, float32 scalars: of the loss, and of the targets
-        that have the largest logit. Only the loss has a gradient.
+        Float32 scalars: the weighted sum of the loss over the targets times `scale`,
+        which alone has a gradient; that sum; and the weighted sum of the targets that
+        have the largest logit.
 
     Example:
         >>> hidden, kernel = torch.ones(1, 2, 4), torch.zeros(8, 4)
         >>> targets, weights = torch.tensor([[3, 5]]), torch.tensor([[1.0, 0.0]])
-        >>> chunked_cross_entropy(hidden, kernel, targets, weights)[0]  # log(8)
+        >>> chunked_cross_entropy(hidden, kernel, targets, weights)[1]  # log(8)
         tensor(2.0794)
     """
     if not torch.is_grad_enabled():
         hidden, kernel = hidden.detach(), kernel.detach()
     return _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, 1), kernel, targets.flatten().long(), weights.flatten()
+        hidden.flatten(0, 1),
+        kernel,
+        targets.flatten().long(),
+        weights.flatten(),
+        torch.as_tensor(scale, dtype=torch.float32, device=hidden.device),
     )
 
 
@@ -45,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Of `(rows, hidden_dim)`; see `chunked_cross_entropy`."""
 
     @staticmethod
-    def forward(ctx, hidden, kernel, targets, weights):
+    def forward(ctx, hidden, kernel, targets, weights, scale):
         needs_hidden, needs_kernel, *_ = ctx.needs_input_grad
         cast = kernel.to(hidden.dtype)
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -67,29 +75,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_normalizer = largest - softmax.amax(dim=-1).log()
             loss = loss + ((log_normalizer - chosen) * weight).sum()
             correct = correct + ((chosen >= largest) * weight).sum()
-            # d loss / d logits without the weights: softmax minus one-hot.
+            # d loss / d logits: softmax minus one-hot, weighted.
             softmax.scatter_add_(1, index, softmax.new_full(index.shape, -1.0))
-            slopes = softmax.to(hidden.dtype)
-            weight = weight[:, None].to(hidden.dtype)
+            slopes = softmax.mul_(weight[:, None] * scale).to(hidden.dtype)
             if needs_hidden:
-                torch.mm(slopes, cast, out=of_hidden[part]).mul_(weight)
+                torch.mm(slopes, cast, out=of_hidden[part])
             if needs_kernel:
-                _add_product(of_kernel, slopes, states * weight)
+                _add_product(of_kernel, slopes, states)
         ctx.gradients = of_hidden, of_kernel
         ctx.kernel_dtype = kernel.dtype
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        ctx.mark_non_differentiable(loss, correct)
+        return loss * scale, loss, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, _):
+    def backward(ctx, factor, *_):
         of_hidden, of_kernel = ctx.gradients
         ctx.gradients = None
         if of_hidden is not None:
-            of_hidden = of_hidden.mul_(scale.to(of_hidden.dtype))
+            of_hidden = of_hidden.mul_(factor.to(of_hidden.dtype))
         if of_kernel is not None:
-            of_kernel = of_kernel.mul_(scale).to(ctx.kernel_dtype)
-        return of_hidden, of_kernel, None, None
+            of_kernel = of_kernel.mul_(factor).to(ctx.kernel_dtype)
+        return of_hidden, of_kernel, None, None, None
 
 
 class _Buffers:
@@ -114,7 +121,7 @@ class _Buffers:
 
 
 def _add_product(total, slopes, states):
-    """Adds `slopes.T @ states` in float32."""
+    """Adds `slopes.T @ states`, each product in its dtype, in float32."""
     if states.dtype == torch.float32:
         total.addmm_(slopes.T, states)
     else:

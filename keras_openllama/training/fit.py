@@ -239,9 +239,7 @@ class FitMixin(TrainStep):
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             # Before the user's callbacks, which can then read the logs they add.
             callbacks = [*own_callbacks, *filter(None, given)]
-        # PyTorch allocates each tensor by itself; XLA has its own buffers.
-        on_torch = keras.config.backend() == "torch"
-        with keeping_freed_memory() if on_torch else contextlib.nullcontext():
+        with self._keeping_freed_memory():
             return self._call_keras(
                 "fit",
                 x,
@@ -367,6 +365,13 @@ class FitMixin(TrainStep):
             "predict", pad_batch(x, multiple), batch_size=size, **kwargs
         )
         return outputs[: count_sequences(x)]
+
+    def _keeping_freed_memory(self):
+        """Where PyTorch allocates each tensor by itself; XLA has its own buffers."""
+        is_torch = keras.config.backend() == "torch"
+        if is_torch and self.weights[0].value.device.type == "cpu":
+            return keeping_freed_memory()
+        return contextlib.nullcontext()
 
     def _call_keras(self, method, *args, **kwargs):
         """Calls `fit`, `evaluate` or `predict` of `keras.Model`, bypassing KerasHub.

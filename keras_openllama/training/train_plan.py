@@ -106,6 +106,8 @@ def _obstacle_to_auto_loss(lm, loss, metrics, weighted_metrics):
             'weighted_metrics="auto" or []. Received: weighted_metrics='
             f"{weighted_metrics!r}"
         )
+    if lm.losses:
+        return "a model without regularizers and `add_loss`"
     if keras.config.backend() != "tensorflow" and is_float8(lm):
         # The gradients of its scales are their new values.
         return "a model that is not quantized to float8, which trains its scales"

@@ -36,13 +36,12 @@ class TensorFlowTrainStep:
         usable = tf.math.is_finite(loss) & (tf.reduce_sum(batch[-1]) > 0)
         if not has_dynamic_loss_scale(self.optimizer):
             usable &= tf.math.is_finite(tf.linalg.global_norm(gradients))
-        tf.cond(
-            usable,
-            lambda: self.optimizer.apply_gradients(
-                zip(gradients, variables, strict=True)
-            ),
-            lambda: self.optimizer.iterations.value,
-        )
+
+        def apply():
+            self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            return True
+
+        tf.cond(usable, apply, lambda: False)
         return self._update_metrics(loss, *batch)
 
     def test_step(self, data: Any) -> dict[str, Any]:

@@ -35,14 +35,13 @@ class TorchTrainStep:
         """See `keras.Model.train_step`."""
         if not self.train_plan.auto_loss or not self.trainable_variables:
             return super().train_step(data)
-        sums = self._sums(data)
-        loss = sums.loss / sums.targets.clamp(min=1e-9)
+        objective, sums = self._objective_and_sums(data, self.optimizer.scale_loss)
         self.zero_grad()
-        self.optimizer.scale_loss(loss).backward()
+        objective.backward()
         variables = self.trainable_variables
         gradients = [variable.value.grad for variable in variables]
         with torch.no_grad():
-            usable = torch.isfinite(loss) & (sums.targets > 0)
+            usable = torch.isfinite(sums.loss) & (sums.targets > 0)
             if not has_dynamic_loss_scale(self.optimizer):
                 usable &= torch.isfinite(torch.nn.utils.get_total_norm(gradients))
             if usable:  # A single synchronization with the device.
@@ -53,20 +52,25 @@ class TorchTrainStep:
         """See `keras.Model.test_step`."""
         if not self.train_plan.auto_loss:
             return super().test_step(data)
-        return self._update_metrics(self._sums(data))
+        return self._update_metrics(self._objective_and_sums(data)[1])
 
-    def _sums(self, data):
+    def _objective_and_sums(self, data, scale_loss=lambda loss: loss):
+        """Returns the mean loss times the loss scale, and the sums of the metrics."""
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         weights = target_weights(x["padding_mask"], weights)
         hidden = self.backbone.hidden_states(x["token_ids"], x["padding_mask"])
         kernel = ops.convert_to_tensor(self.lm_head.kernel)
         targets = ops.convert_to_tensor(y)
-        sums = chunked_cross_entropy(hidden, kernel, targets, weights)
-        return _Sums(*sums, weights.sum())
+        total = weights.sum()
+        scale = scale_loss(1 / total.clamp(min=1e-9))
+        objective, *sums = chunked_cross_entropy(
+            hidden, kernel, targets, weights, scale
+        )
+        return objective, _Sums(*sums, total)
 
     def _update_metrics(self, sums):
         """Adds a batch to the metrics and returns their results."""
-        mean = sums.loss.detach() / sums.targets.clamp(min=1e-9)
+        mean = sums.loss / sums.targets.clamp(min=1e-9)
         loss_tracker(self).update_state(mean, sample_weight=sums.targets)
         for metric in compiled_metrics(self):  # Token accuracy, or none.
             metric.total.assign_add(sums.correct)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _ADAPTED = {
     _TRIM_THRESHOLD: 64 << 20,
     _MMAP_MAX: 65536,
 }
+_LOCK = threading.Lock()
+_keeping = 0  # Blocks of `keeping_freed_memory` that run.
 
 
 def free_memory() -> int | None:
@@ -72,18 +75,33 @@ def keeping_freed_memory() -> Iterator[None]:
         >>> with keeping_freed_memory():
         ...     total = sum(range(10))
     """
-    libc = None if any(name.startswith("MALLOC_") for name in os.environ) else _glibc()
+    global _keeping
+    libc = None if _environment_sets_limits() else _glibc()
     if libc is None:
         yield
         return
-    libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, -1)
+    with _LOCK:
+        _keeping += 1
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        for parameter, value in _ADAPTED.items():
-            libc.mallopt(parameter, value)
-        release_freed_memory()
+        with _LOCK:
+            _keeping -= 1
+            if not _keeping:
+                for parameter, value in _ADAPTED.items():
+                    libc.mallopt(parameter, value)
+                release_freed_memory()
+
+
+def _environment_sets_limits():
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return (
+        any(name.startswith("MALLOC_") for name in os.environ)
+        or "malloc.mmap" in tunables
+        or "malloc.trim" in tunables
+    )
 
 
 def _glibc():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -41,7 +42,7 @@ def map_privately(file: BinaryIO) -> mmap.mmap:
         b'ABc'
     """
     descriptor = file.fileno()
-    if sys.platform != "linux" or os.uname().machine not in _MACHINES:
+    if sys.platform != "linux" or platform.machine() not in _MACHINES:
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     # Without reservation, since all pages could be written to, and Linux refuses a
     # mapping that is larger than the memory.

@@ -75,3 +75,10 @@ def test_convert_calibration_names_a_missing_file(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "nano", "out", *arguments, "--calibration", "missing.txt"])
     assert "missing.txt does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--calibration-sequences", "--calibration-length"])
+def test_convert_refuses_the_sizes_of_a_calibration_without_texts(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "nano", "out", "--to", "keras", flag, "4"])
+    assert f"{flag} needs --calibration" in capsys.readouterr().err

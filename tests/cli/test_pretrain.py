@@ -300,10 +300,8 @@ def kill_often(start, output, kills, within_saves, seed):
         assert done <= 2 * kills
 
 
-def test_pretrain_resumes_bit_exactly_after_a_kill_during_a_save(
-    start, main, uninterrupted, tmp_path
-):
-    kill_often(lambda: start(tmp_path), tmp_path, kills=1, within_saves=1, seed=1)
+def test_pretrain_resumes_bit_exactly_after_kills(start, main, uninterrupted, tmp_path):
+    kill_often(lambda: start(tmp_path), tmp_path, kills=2, within_saves=1, seed=1)
     assert main(*ALONE, "--output", tmp_path) == 0
     assert results_of(tmp_path) == results_of(uninterrupted())
 

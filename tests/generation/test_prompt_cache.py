@@ -138,3 +138,13 @@ def test_prompt_cache_is_emptied_when_weights_change():
     lm.weights[-1].assign(lm.weights[-1] + 1)
     cache.use_with(lm)
     assert len(cache) == cache.nbytes == 0
+
+
+def test_prompt_cache_keeps_what_the_first_call_of_a_quantized_model_read():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[1])
+    lm.quantize("int8")
+    cache, ids = PromptCache(10**6), np.arange(3, 53)[None]
+    prompt = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    for _ in range(2):
+        lm.generate(prompt, max_new_tokens=2, stop_token_ids=None, cache=cache)
+    assert cache.hits == 1

@@ -127,6 +127,11 @@ def test_parse_completion_may_score_the_prompt_alone():
     assert (request.options.max_tokens, request.options.top_logprobs) == (0, 1)
 
 
+def test_parse_completion_scores_the_prompt_for_one_choice_only():
+    body = {"prompt": "a", "echo": True, "logprobs": 1, "n": 2, "temperature": 1}
+    assert param_of(parse_completion, body) == "n"
+
+
 def test_parse_chat_joins_the_parts_of_a_message():
     parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "sea"}]
     request = parse_chat({"messages": [{"role": "user", "content": parts}]})

@@ -45,14 +45,18 @@ def expected(hidden, kernel, targets, weights):
 
 @pytest.mark.usefixtures("rows")
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
-def test_chunked_cross_entropy_has_the_values_and_gradients_of_all_logits(factor):
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_chunked_cross_entropy_has_the_values_and_gradients_of_all_logits(
+    factor, scale
+):
     arguments = inputs()
-    loss, correct = chunked_cross_entropy(*arguments)
-    gradients = torch.autograd.grad(factor * loss, arguments[:2])
+    objective, loss, correct = chunked_cross_entropy(*arguments, scale)
+    gradients = torch.autograd.grad(factor / scale * objective, arguments[:2])
     expected_loss, expected_correct = expected(*arguments)
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(correct, expected_correct)
-    assert not correct.requires_grad
+    torch.testing.assert_close(objective, scale * loss)
+    assert not (loss.requires_grad or correct.requires_grad)
     for gradient, by_autograd in zip(
         gradients,
         torch.autograd.grad(factor * expected_loss, arguments[:2]),
@@ -64,8 +68,8 @@ def test_chunked_cross_entropy_has_the_values_and_gradients_of_all_logits(factor
 @pytest.mark.usefixtures("rows")
 def test_chunked_cross_entropy_in_bfloat16_sums_the_kernels_gradient_in_float32():
     arguments = inputs(torch.bfloat16)
-    loss, _ = chunked_cross_entropy(*arguments)
-    of_hidden, of_kernel = torch.autograd.grad(loss, arguments[:2])
+    objective, loss, _ = chunked_cross_entropy(*arguments)
+    of_hidden, of_kernel = torch.autograd.grad(objective, arguments[:2])
     assert (of_hidden.dtype, of_kernel.dtype) == (torch.bfloat16, torch.float32)
     exact = [x.detach().float().requires_grad_() for x in arguments[:2]]
     exact_loss, _ = expected(*exact, *arguments[2:])
@@ -79,7 +83,7 @@ def test_chunked_cross_entropy_in_bfloat16_sums_the_kernels_gradient_in_float32(
 
 def test_chunked_cross_entropy_is_finite_where_a_target_has_the_probability_zero():
     arguments = inputs(scale=30.0)
-    loss, _ = chunked_cross_entropy(*arguments)
+    _, loss, _ = chunked_cross_entropy(*arguments)
     losses = expected(*arguments)[0]
     assert losses / BATCH / LENGTH > 104  # exp(-104) is 0 in float32.
     torch.testing.assert_close(loss, losses)
@@ -87,9 +91,8 @@ def test_chunked_cross_entropy_is_finite_where_a_target_has_the_probability_zero
 
 def test_chunked_cross_entropy_computes_only_the_gradients_that_are_needed():
     hidden, kernel, *others = inputs()
-    loss, _ = chunked_cross_entropy(hidden, kernel.detach(), *others)
-    assert loss.grad_fn.gradients[1] is None
+    objective, *_ = chunked_cross_entropy(hidden, kernel.detach(), *others)
+    assert objective.grad_fn.gradients[1] is None
     with torch.no_grad():
-        loss, _ = chunked_cross_entropy(hidden, kernel, *others)
-    assert loss.grad_fn is None
-    loss.item()
+        objective, *_ = chunked_cross_entropy(hidden, kernel, *others)
+    assert objective.grad_fn is None

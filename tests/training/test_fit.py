@@ -11,6 +11,8 @@ from tensorflow_marks import first_on_tensorflow
 from tiny_models import random_lm
 from tokenizer_models import trained_model
 
+from keras_openllama.backend.keras_private import kernel_variable
+from keras_openllama.optimizers import AdamW
 from keras_openllama.text.inputs import normalize_examples
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -180,7 +182,7 @@ def test_fit_accepts_pairs_in_any_container(kind, steady_lm, expected_loss):
     assert history["loss"] == pytest.approx(expected_loss, rel=1e-5)
 
 
-@first_on_tensorflow("weights", [None, np.ones(4), np.ones((4, 32))])
+@first_on_tensorflow("weights", [np.ones(4), None, np.ones((4, 32))])
 @first_on_tensorflow("container", ["arrays", "generator"])
 def test_padding_of_arrays_is_ignored(container, weights):
     lm = make_lm()
@@ -519,3 +521,27 @@ def test_fit_warns_about_bfloat16_variables():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The trainable variables have dtype")
         adapted.fit(AS_DICT, verbose=0)
+
+
+def test_fit_accumulates_gradients_with_the_optimizers_of_keras_and_of_this_package():
+    for optimizer in (keras.optimizers.AdamW, AdamW):
+        lm = make_lm()
+        lm.compile(optimizer(1e-2, gradient_accumulation_steps=2))
+        before = keras.ops.convert_to_numpy(lm.weights[0])
+        lm.fit(AS_DICT, batch_size=len(PAIRS), verbose=0)
+        unchanged = keras.ops.convert_to_numpy(lm.weights[0])
+        np.testing.assert_array_equal(unchanged, before)
+        lm.fit(AS_DICT, batch_size=len(PAIRS), verbose=0)
+        assert not np.array_equal(keras.ops.convert_to_numpy(lm.weights[0]), before)
+
+
+def test_fit_adds_the_regularization_losses_of_layers():
+    losses = []
+    for factor in (0.0, 1.0):
+        lm = make_lm()
+        layer = lm.backbone.transformer_layers[0].feedforward.up
+        kernel_variable(layer).regularizer = keras.regularizers.L2(factor)
+        lm.compile(keras.optimizers.SGD(0.0))
+        losses.append(lm.evaluate(AS_DICT, verbose=0)[0])
+    kernel = keras.ops.convert_to_numpy(layer.kernel)
+    assert losses[1] - losses[0] == pytest.approx(np.sum(kernel**2), rel=1e-3)

@@ -41,7 +41,6 @@ def test_fit_in_float16_has_the_losses_of_float32():
     np.testing.assert_allclose(*losses, rtol=5e-3)
 
 
-@pytest.mark.slow_on_tensorflow
 def test_fit_with_a_constant_loss_scale_has_the_losses_without():
     losses = []
     for scale in (None, 64.0):
@@ -58,7 +57,6 @@ def test_fit_raises_if_the_loss_overflows_float16():
     assert all(np.isfinite(keras.ops.convert_to_numpy(v)).all() for v in lm.weights)
 
 
-@pytest.mark.slow_on_tensorflow
 def test_evaluate_warns_if_the_loss_overflows_float16():
     with pytest.warns(UserWarning, match="The loss is .*float16.*mixed_bfloat16"):
         loss, *_ = overflowing_lm().evaluate(AS_DICT, verbose=0)

@@ -110,8 +110,6 @@ class Engine:
         if not isinstance(cache, PromptCache):
             check_integer("prompt_cache_bytes", cache, least=0)
             cache = PromptCache(cache) if cache else None
-        if cache is not None:
-            cache.use_with(model)
         if adapters is not None and adapters.model is not model:
             raise ValueError(
                 "`adapters` must be those of `model`. Make `NamedAdapters(model)`. "
@@ -120,6 +118,9 @@ class Engine:
         self._batch = RunningBatch(
             model, num_slots, context, cache, self.stats, adapters
         )
+        if cache is not None:
+            # Afterwards: ONNX Runtime's first use of a model replaces its weights.
+            cache.use_with(model)
         self._adapters = adapters
         self._queue = RequestQueue()
         self._numbers = itertools.count()

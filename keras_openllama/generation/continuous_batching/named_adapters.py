@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from keras_openllama.utils.types import PathLike
 
 
+# No name of a set: a change of the adapters has failed.
+_UNKNOWN = ""
+
+
 class NamedAdapters:
     """Sets of LoRA adapters in memory, of which the model has one or none.
 
@@ -75,7 +79,11 @@ class NamedAdapters:
                 f"name={name!r} and path={str(path)!r}"
             )
         self.use(None)
-        self.model.load_adapters(path, revision)
+        try:
+            self.model.load_adapters(path, revision)
+        except Exception:
+            self._remove()
+            raise
         layers = adapted_layers(self.model.backbone)
         self._sets[name] = [(layer, layer.remove_adapters()) for layer in layers]
 
@@ -91,11 +99,15 @@ class NamedAdapters:
         self.check(name)
         if name == self.active:
             return
-        for layer in adapted_layers(self.model.backbone):
-            layer.remove_adapters()
+        self.active = _UNKNOWN  # Until the change is complete.
+        self._remove()
         for layer, adapters in self._sets.get(name, ()):
             layer.restore_adapters(adapters)
         self.active = name
+
+    def _remove(self):
+        for layer in adapted_layers(self.model.backbone):
+            layer.remove_adapters()
 
     def check(self, name: str | None) -> None:
         """Checks a name.

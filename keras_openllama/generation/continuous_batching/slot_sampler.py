@@ -175,13 +175,15 @@ class SlotSampler:
         """Returns given tokens with their log-probabilities.
 
         Args:
-            logits: float32 `(number, vocabulary_size)`.
+            logits: float32 `(number, vocabulary_size)`; may be modified.
             token_ids: `number` token ids, one for each row.
             top_logprobs: see `choose`.
 
         Returns:
             The tokens.
         """
+        if self._undefined:
+            logits[:, self._undefined] = -np.inf
         filler = (1 << (len(token_ids) - 1).bit_length()) - len(token_ids)
         found = self._run(
             _scorer(self._padded_number([top_logprobs])),

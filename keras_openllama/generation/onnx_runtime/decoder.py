@@ -90,9 +90,9 @@ def _move_to_disk(model):
         move_to_disk(model)
     except OSError as error:
         warnings.warn(
-            "There is no space for a temporary file with the quantized weights "
-            f"({error.strerror}), so they are in memory twice. To save memory, set the "
-            "environment variable TMPDIR to a directory with more space.",
+            "The quantized weights could not be moved to a temporary file "
+            f"({error.strerror}), so they are in memory twice. If space is missing, "
+            "set the environment variable TMPDIR to a directory with more of it.",
             stacklevel=2,
         )
 

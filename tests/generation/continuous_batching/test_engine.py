@@ -117,10 +117,12 @@ def test_engine_computes_prompts_in_small_chunks_while_others_decode(lm, monkeyp
             compute(slot, tokens, start)
 
         monkeypatch.setattr(decoder, "prefill", prefill)
-        running, first = submit(engine, short, 30, on_token=lambda number: None)
-        while len(first.tokens) < 3:
-            assert not running.finished.wait(0.001)
+        is_submitted = threading.Event()
+        running, first = submit(
+            *(engine, short, 30), on_token=lambda number: is_submitted.wait(100)
+        )
         handle, second = submit(engine, long, 3)
+        is_submitted.set()
         assert handle.finished.wait(100) and running.finished.wait(100)
     assert second.tokens == alone(lm, long, 3)
     assert first.tokens == alone(lm, short, 30)

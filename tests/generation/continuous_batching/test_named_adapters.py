@@ -1,5 +1,6 @@
 """Requests with different adapters get what the model with these adapters generates."""
 
+import keras
 import numpy as np
 import pytest
 import tiny_models
@@ -10,6 +11,8 @@ from keras_openllama.generation.continuous_batching.engine import (
     EngineRequest,
 )
 from keras_openllama.generation.continuous_batching.named_adapters import NamedAdapters
+from keras_openllama.layers.lora import adapted_layers
+from keras_openllama.layers.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 GREEDY = SamplingConfig(temperature=0)
@@ -154,3 +157,27 @@ def test_named_adapters_refuse_a_model_that_has_adapters():
 def test_named_adapters_refuse_a_name_that_is_in_use(adapters, directories):
     with pytest.raises(ValueError, match="`name` must be unique"):
         adapters.load("wide", directories["narrow"])
+
+
+def test_named_adapters_complete_a_change_after_one_that_failed(adapters, monkeypatch):
+    layers = adapted_layers(adapters.model.backbone)
+    adapters.use("wide")
+    complete = len(adapted_layers(adapters.model.backbone))
+    adapters.use("narrow")
+    with monkeypatch.context() as patch:
+        patch.setattr(Projection, "restore_adapters", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapters.use("wide")
+    for name in ("narrow", "wide"):
+        adapters.use(name)
+    assert len(adapted_layers(adapters.model.backbone)) == complete > len(layers) == 0
+
+
+def test_named_adapters_leave_none_in_the_model_if_files_cannot_be_read(
+    directories, monkeypatch
+):
+    made = NamedAdapters(make_lm())
+    monkeypatch.setattr(keras.Variable, "assign", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.load("wide", directories["wide"])
+    assert not adapted_layers(made.model.backbone)
