@@ -18,8 +18,10 @@ from keras_openllama.quantization.quantized_matrix import (
 )
 
 MIN_GROUP, MAX_GROUP = 16, 256
-# Heuristic: of the group sizes that one large group is divided into, this one is fast.
-PREFERRED_GROUP = 32
+# Heuristic: the groups that one large group is divided into. Each has a scale and a sum
+# of its own in memory: smaller groups are slower to read, and larger ones round
+# activations more coarsely (`benchmarks/README.md`).
+PREFERRED_GROUP = 128
 
 
 def runtime_group_size(matrix: QuantizedMatrix) -> int | None:

@@ -80,7 +80,7 @@ def test_joined_matrix_selects_rows_and_adds_zeros(bits, symmetric, tmp_path):
 
 @pytest.mark.parametrize(
     "group_size, expected",
-    [(None, 32), (16, 16), (96, 32), (512, 256), (100, None), (8, None)],
+    [(None, 128), (16, 16), (96, 32), (512, 256), (100, None), (8, None)],
 )
 def test_runtime_group_size_divides_the_groups(group_size, expected):
     assert runtime_group_size(random_matrix(2, 1024, 8, group_size)) == expected
