@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -83,15 +84,15 @@ class AdamW(keras.optimizers.AdamW):
         self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
     ) -> None:
         """Updates one variable and its moments."""
+        first, second, largest = moments = adam_moments(self, variable)
         gradient = ops.cast(gradient, variable.dtype)
-        if keras.config.backend() == "torch":
-            tensors = [m.value for m in adam_moments(self, variable) if m is not None]
-            tensors += [variable.value, gradient]
+        if keras.config.backend() == "torch" and not in_stateless_scope():
+            columns = [[] if m is None else [m.value] for m in (variable, *moments)]
+            tensors = [gradient, *itertools.chain(*columns)]
             # The fused kernel reads memory in order, and writes in place.
-            if all(x.is_contiguous() for x in tensors) and not in_stateless_scope():
-                self._update_step_torch(gradient, variable, learning_rate)
+            if all(x.is_contiguous() for x in tensors):
+                self._update_fused(gradient, columns, learning_rate)
                 return
-        first, second, largest = adam_moments(self, variable)
         step = ops.cast(self.iterations + 1, variable.dtype)
         # 1 - beta ** step, without cancellation in float32.
         first_bias = -ops.expm1(step * math.log(self.beta_1)) if self.beta_1 else 1.0
@@ -105,17 +106,20 @@ class AdamW(keras.optimizers.AdamW):
         denominator = ops.sqrt(second / second_bias) + self.epsilon
         self.assign_sub(variable, scale * first / denominator)
 
-    def _update_step_torch(self, gradient, variable, learning_rate):
-        """Updates one variable in a single pass over the memory."""
-        first, second, largest = (
-            [] if moment is None else [moment.value]
-            for moment in adam_moments(self, variable)
-        )
+    def _update_fused(self, gradient, columns, learning_rate):
+        """Updates a variable on PyTorch in a single pass over the memory.
+
+        Args:
+            gradient: tensor.
+            columns: lists of the variable's tensor and of those of its moments.
+            learning_rate: scalar tensor.
+        """
+        variable, first, second, largest = columns
         # A copy: `adamw` counts the step itself.
         steps = [ops.convert_to_tensor(self.iterations).to(torch.float32, copy=True)]
         with torch.no_grad():
             adamw(
-                [variable.value],
+                variable,
                 [gradient],
                 first,
                 second,
