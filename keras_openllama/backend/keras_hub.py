@@ -20,7 +20,6 @@ from keras_openllama.backend.keras_private import (
     preserve_tensorflow_availability,
     quiet_lazy_tensorflow,
 )
-from keras_openllama.backend.lazy_imports import remove_lazy_imports
 from keras_openllama.backend.quiet import ignore_quantize_warnings
 from keras_openllama.utils.types import PathLike
 
@@ -65,7 +64,6 @@ with without_tensorflow():
     from keras_hub.src.utils.python_utils import classproperty
 
 
-remove_lazy_imports()
 ignore_quantize_warnings()
 quiet_lazy_tensorflow()
 

@@ -1,9 +1,11 @@
 """Importing the package does not wait for packages that only Keras would import."""
 
+import importlib
 import os
 import subprocess
 import sys
 import threading
+import types
 
 import keras
 import pytest
@@ -31,7 +33,7 @@ def test_import_does_not_execute_what_keras_imports_for_others():
         f"import sys\n{IMPORT}"
         f"print(sorted({UNUSED} & {{*sys.modules}}))\n"
         "print('orbax.checkpoint' in sys.modules)\n"  # Grain imports it.
-        "print([finder for finder in sys.meta_path if 'Lazy' in type(finder).__name__])"
+        "print([m for m in sys.modules.values() if '_LazyModule' == type(m).__name__])"
     )
     assert run_python(program) == ["[]", "False", "[]"]
 
@@ -86,6 +88,35 @@ def test_lazy_modules_of_jax_work_after_the_import():
     ]
 
 
+@pytest.mark.backend_free
+@pytest.mark.parametrize("first", ["import keras_openllama", IMPORT])
+def test_importing_a_broken_optional_package_fails_as_usual(first, tmp_path):
+    (tmp_path / "grain.py").write_text("raise ImportError('libexample.so')")
+    program = (
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{first}\n"
+        "try:\n    import grain\nexcept ImportError as error:\n    print(error)\n"
+        "user = [m for n, m in sys.modules.items() if n.endswith('pipeline_model')]\n"
+        "try:\n    user[0].grain.MapDataset\n"
+        "except (ImportError, IndexError) as error:\n    print(error)"
+    )
+    imported, used = run_python(program)
+    assert imported == "libexample.so"
+    if first == IMPORT:
+        assert "grain is installed, but cannot be imported: libexample.so." in used
+        assert "uninstall it" in used
+
+
+@pytest.mark.backend_free
+def test_reload_executes_a_lazy_module_of_keras():
+    program = (
+        f"{IMPORT}import importlib, keras\n"
+        "print(importlib.reload(keras.wrappers) is keras.wrappers)\n"
+        "print(keras.wrappers.SKLearnClassifier.__name__)\n"
+        "print('SKLearnClassifier' in dir(keras.wrappers))"
+    )
+    assert run_python(program) == ["True", "SKLearnClassifier", "True"]
+
+
 @pytest.fixture
 def lazy_example(tmp_path, monkeypatch):
     """Returns a function that makes `lazy_example` a lazy module with some source."""
@@ -94,16 +125,13 @@ def lazy_example(tmp_path, monkeypatch):
         (tmp_path / "lazy_example.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(lazy_imports, "_LAZY_MODULES", {"lazy_example"})
-        finders = [lazy_imports._LazyFinder(), *sys.meta_path]
-        monkeypatch.setattr(sys, "meta_path", finders)
-        monkeypatch.delitem(sys.modules, "lazy_example", raising=False)
-        import lazy_example
-
-        monkeypatch.delitem(sys.modules, "lazy_example")  # Restores what was there.
-        monkeypatch.setitem(sys.modules, "lazy_example", lazy_example)
+        with lazy_imports._finder.lazy():
+            import lazy_example
+        assert "lazy_example" not in sys.modules
         return lazy_example
 
-    return create
+    yield create
+    sys.modules.pop("lazy_example", None)
 
 
 @pytest.mark.backend_free
@@ -127,12 +155,23 @@ def test_lazy_module_is_executed_once_by_several_threads(lazy_example, capsys):
 def test_lazy_module_is_not_executed_by_imports_and_inspection(lazy_example, capsys):
     module = lazy_example("print('executed')\nvalue = 7\n")
     assert module.__file__.endswith("lazy_example.py")
-    assert module.__spec__.loader.get_source("lazy_example").endswith("value = 7\n")
+    assert module.__loader__.get_source("lazy_example").endswith("value = 7\n")
     assert not hasattr(module, "__path__")
     assert not capsys.readouterr().out
     assert "value" in dir(module)
     assert capsys.readouterr().out == "executed\n"
     assert not hasattr(module, "other")
+
+
+@pytest.mark.backend_free
+def test_import_executes_a_lazy_module_in_place(lazy_example, capsys):
+    module = lazy_example("print('executed')\nvalue = 7\n")
+    import lazy_example as imported
+
+    assert capsys.readouterr().out == "executed\n"
+    assert imported is module
+    assert importlib.reload(module) is module
+    assert type(module) is types.ModuleType
 
 
 @pytest.mark.backend_free
