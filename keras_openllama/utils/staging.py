@@ -25,6 +25,7 @@ from keras_openllama.utils.locks import IS_POSIX, try_lock
 from keras_openllama.utils.types import PathLike
 
 _INSIDE = "files"  # Part of the name of a staging directory inside its target.
+_SCRATCH = "keras_openllama"  # Part of the name of a directory for temporary files.
 _REPLACED = "replaced"  # Name of the old directory until the new one is in place.
 # Returns why a directory must not be replaced, such as "holds 'thesis.tex'", or `None`.
 ForeignContent: TypeAlias = Callable[[Path], str | None]
@@ -113,6 +114,38 @@ def staged_files(directory: PathLike, target: PathLike | None = None) -> Iterato
         else:
             with _staging_inside(directory) as unfinished:
                 yield unfinished
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: PathLike) -> Iterator[Path]:
+    """Yields an empty directory that is removed when the block ends.
+
+    If the process is killed, the next call with the same parent removes it.
+
+    Args:
+        parent: Path of an existing directory.
+
+    Yields:
+        The path of a directory that only this user can read.
+
+    Raises:
+        OSError: If it cannot be created.
+
+    Example:
+        >>> with scratch_directory(".") as directory:
+        ...     _ = (directory / "weights").write_text("large")
+        >>> os.listdir(".")
+        []
+    """
+    target = Path(parent, _SCRATCH)
+    _remove_abandoned(target)
+    directory, lock = _make_staging(target)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager

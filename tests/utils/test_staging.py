@@ -12,7 +12,7 @@ import pytest
 
 from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.utils import staging
-from keras_openllama.utils.staging import check_target, staged
+from keras_openllama.utils.staging import check_target, scratch_directory, staged
 
 pytestmark = pytest.mark.backend_free
 
@@ -142,6 +142,14 @@ def test_staged_does_not_replace_a_target_created_in_the_meantime(tmp_path):
 def test_staged_removes_created_parents_after_an_error(tmp_path):
     with pytest.raises(ValueError), staged(tmp_path / "a" / "b" / "out"):
         raise ValueError
+    assert names(tmp_path) == []
+
+
+def test_scratch_directory_is_removed_and_those_of_others_stay(tmp_path):
+    with scratch_directory(tmp_path) as first, scratch_directory(tmp_path) as second:
+        (second / "weights").write_text("large")
+        assert first.is_dir()
+        assert first != second
     assert names(tmp_path) == []
 
 

@@ -8,7 +8,6 @@ the variables are moved to a file.
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from keras_openllama.generation.onnx_runtime.graph import (
 from keras_openllama.generation.onnx_runtime.weights_on_disk import move_to_disk
 from keras_openllama.utils.host_memory import release_freed_memory
 from keras_openllama.utils.mapping import large_files_directory
+from keras_openllama.utils.staging import scratch_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,9 +66,7 @@ class OnnxDecoder:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
-        with tempfile.TemporaryDirectory(
-            prefix="keras_openllama_", dir=large_files_directory()
-        ) as directory:
+        with scratch_directory(large_files_directory()) as directory:
             try:
                 decoder_graph(model).save(directory, "")
             except OSError as error:
@@ -77,11 +75,11 @@ class OnnxDecoder:
                     "Generation with quantized weights writes them to a temporary "
                     f"directory first, which failed: {error.strerror}. Set the "
                     "environment variable TMPDIR to a directory with more space",
-                    directory,
+                    str(directory),
                 ) from error
             _move_to_disk(model)
             release_freed_memory()
-            self.session = open_session(f"{directory}/{GRAPH_FILE}")
+            self.session = open_session(directory / GRAPH_FILE)
         release_freed_memory()
 
 

@@ -1,9 +1,15 @@
 """Quantized weights are moved to a file for generation, and can still be changed."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
 import tiny_models
+from checkout import ROOT
 from mapped_memory import files_of, needs_mapped_weights
 
 from keras_openllama.backend.arrays import as_numpy
@@ -88,6 +94,36 @@ def test_fit_trains_adapters_on_weights_that_were_moved():
     for old, variable in zip(weights, quantized_variables(lm), strict=True):
         np.testing.assert_array_equal(old, as_numpy(variable.value))
     assert generate(lm) != before
+
+
+# Generates as above, and is killed when the files are written.
+KILLED = """
+import os, signal, sys
+import pathlib
+from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.generation.onnx_runtime import decoder
+
+def killed(path):
+    assert pathlib.Path(path).is_file()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+decoder.open_session = killed
+lm = OpenLlamaCausalLM.from_preset("open_llama_nano", quantization="int4")
+lm.generate("The", max_new_tokens=1)
+"""
+
+
+@pytest.mark.backend_free
+@pytest.mark.skipif(sys.platform == "win32", reason="Directories have no locks.")
+def test_generate_removes_what_a_killed_process_left(temporary_directory):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", KILLED], env=environment)
+    assert process.returncode == -signal.SIGKILL
+    # ONNX Runtime writes files of its own to the directory.
+    assert list(temporary_directory.rglob("model.onnx*"))
+    generate(quantized())
+    assert not list(temporary_directory.glob("*keras_openllama*"))
+    assert not list(temporary_directory.rglob("model.onnx*"))
 
 
 @pytest.mark.skipif(ON_TENSORFLOW, reason="JAX and PyTorch.")
