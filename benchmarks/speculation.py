@@ -87,8 +87,6 @@ def measure_random(dtype, options):
     import keras
 
     from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
-    from keras_openllama.generation.generate import generate
-    from keras_openllama.generation.limits import GenerationLimits
 
     keras.utils.set_random_seed(0)
     is_quantized = dtype.startswith("int")
@@ -100,10 +98,15 @@ def measure_random(dtype, options):
         lm.quantize(dtype)
     prompt = np.random.default_rng(0).integers(3, options.vocabulary, (1, 64))
     inputs = {"token_ids": prompt, "padding_mask": np.ones_like(prompt)}
-    limits = GenerationLimits(max_new_tokens=options.new, stop_token_ids=None)
 
     def run(draft=None):
-        return generate(lm, inputs, limits, strip_prompt=True, draft=draft)
+        return lm.generate(
+            inputs,
+            max_new_tokens=options.new,
+            stop_token_ids=None,
+            strip_prompt=True,
+            draft=draft,
+        )
 
     ids = run()["token_ids"][0][: options.new].tolist()
     drafts = [KnownText(ids, accuracy, 15) for accuracy in ACCURACIES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from keras_openllama.generation.continuous_batching.single_slot import (
     SequenceOptions,
@@ -62,6 +62,7 @@ class DraftStats:
         self.steps += 1
 
 
+@runtime_checkable
 class Draft(Protocol):
     """Proposes tokens.
 

@@ -18,7 +18,6 @@ from keras_openllama.backend.keras_private import (
     flatten_layers,
 )
 from keras_openllama.checkpoints import keras_adapters
-from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
 from keras_openllama.config import (
     BACKBONE_ARGUMENTS,
     PROJECTIONS,
@@ -27,7 +26,7 @@ from keras_openllama.config import (
 )
 from keras_openllama.distribution import layout_map
 from keras_openllama.layers import DecoderLayer, RMSNorm, RotaryEmbedding, lora
-from keras_openllama.layers.adapter_merging import is_saving_merged, saving_merged
+from keras_openllama.layers.adapter_merging import is_saving_merged
 from keras_openllama.layers.attention import causal_mask
 from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.execution import LayerExecution
@@ -44,7 +43,7 @@ if keras.config.backend() == "jax":
 
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
-class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
+class OpenLlamaBackbone(FunctionalModel, Backbone):
     """The decoder-only transformer of OpenLLaMA: token ids to hidden states.
 
     The defaults are the values that all published OpenLLaMA models share.
@@ -487,51 +486,6 @@ class OpenLlamaBackbone(AtomicPreset, AtomicWeights, FunctionalModel, Backbone):
         self._merged = ()
         for head in self._heads:
             head.trainable = False
-
-    # === Files ===
-
-    def save_to_preset(
-        self, preset_dir: PathLike, max_shard_size: float | None = 10
-    ) -> None:
-        """Saves the backbone as a preset, with LoRA adapters merged.
-
-        Args:
-            preset_dir: path of the directory.
-            max_shard_size: maximum size of a file of weights in GiB; `None` for no
-                limit.
-
-        Example:
-            >>> lm.backbone.save_to_preset("my_backbone")
-            >>> OpenLlamaBackbone.from_preset("my_backbone").num_layers
-            4
-        """
-        with saving_merged():
-            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
-
-    def load_weights(
-        self, filepath: PathLike, skip_mismatch: bool = False, **kwargs: Any
-    ) -> None:
-        """Loads weights that `save_weights` or `save` wrote.
-
-        Files of a model with LoRA adapters have the kernels and the adapters apart.
-        They load bit-exactly into a model with adapters of the same rank, alpha and
-        targets. Into a model without adapters they are merged, with a warning.
-
-        Args:
-            filepath: path of the file, `.weights.h5`, `.weights.json` or `.keras`.
-            skip_mismatch: whether to skip layers whose variables do not match.
-            **kwargs: see `keras.Model.load_weights`.
-
-        Raises:
-            ValueError: if variables or adapters do not match the model.
-
-        Example:
-            >>> lm.backbone.save_weights("my.weights.h5")
-            >>> lm.backbone.load_weights("my.weights.h5")
-        """
-        if not skip_mismatch:
-            keras_adapters.check_adapters(self, filepath)
-        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def save_lora_weights(self, filepath: PathLike) -> None:
         """Saves the LoRA adapters alone, in KerasHub's format and with their alpha.

@@ -14,6 +14,9 @@ from keras_openllama.backend.keras_private import (
     finish_quantization,
     is_selected,
 )
+from keras_openllama.checkpoints import keras_adapters
+from keras_openllama.checkpoints.atomic_saving import AtomicPreset, AtomicWeights
+from keras_openllama.layers.adapter_merging import saving_merged
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.layers.quantizable import is_quantized
 from keras_openllama.models import calibration
@@ -24,7 +27,9 @@ if keras.config.backend() == "torch":
     import torch
 
 
-class FunctionalModel(AnyFloatQuantization, CloningRefused):
+class FunctionalModel(
+    AtomicPreset, AtomicWeights, AnyFloatQuantization, CloningRefused
+):
     """The methods of `keras.Model` that the backbone and the task change."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FunctionalModel:
@@ -171,6 +176,51 @@ class FunctionalModel(AnyFloatQuantization, CloningRefused):
             input_signature=input_signature,
             **kwargs,
         )
+
+    def save_to_preset(
+        self, preset_dir: PathLike, max_shard_size: float | None = 10
+    ) -> None:
+        """Saves the model as a preset, which `from_preset` loads.
+
+        LoRA adapters are merged. `save` and `save_weights` keep them apart.
+
+        Args:
+            preset_dir: path of the directory.
+            max_shard_size: maximum size of a file of weights in GiB; `None` for no
+                limit.
+
+        Example:
+            >>> from keras_openllama import OpenLlamaCausalLM
+            >>> lm.save_to_preset("my_preset")
+            >>> lm = OpenLlamaCausalLM.from_preset("my_preset")
+        """
+        with saving_merged():
+            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+
+    def load_weights(
+        self, filepath: PathLike, skip_mismatch: bool = False, **kwargs: Any
+    ) -> None:
+        """Loads weights that `save_weights` or `save` wrote.
+
+        Files of a model with LoRA adapters have the kernels and the adapters apart.
+        They load bit-exactly into a model with adapters of the same rank, alpha and
+        targets. Into a model without adapters they are merged, with a warning.
+
+        Args:
+            filepath: path of the file, `.weights.h5`, `.weights.json` or `.keras`.
+            skip_mismatch: whether to skip layers whose variables do not match.
+            **kwargs: see `keras.Model.load_weights`.
+
+        Raises:
+            ValueError: if variables or adapters do not match the model.
+
+        Example:
+            >>> lm.save_weights("lm.weights.h5")
+            >>> lm.load_weights("lm.weights.h5")
+        """
+        if not skip_mismatch:
+            keras_adapters.check_adapters(self, filepath)
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
 
 def _symbolic_shape(spec):

@@ -19,72 +19,130 @@ if keras.config.backend() == "jax":
     from keras_openllama.layers.attention_kernels import select_attention
 
 if TYPE_CHECKING:
-    from keras_openllama.backend.keras_hub import Backbone, CausalLM
+    from keras_openllama.backend.keras_hub import Backbone
 
 SCORING_MODES = ("logits", "loss")
 
 
-def score_sequences(
-    model: CausalLM,
-    inputs: Any,
-    padding_mask: Any,
-    scoring_mode: str,
-    layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None,
-    target_ids: Any,
-) -> Tensor:
-    """Implements `OpenLlamaCausalLM.score`.
+class ScoreMixin:
+    """The methods of `OpenLlamaCausalLM` that compute logits and losses."""
 
-    Args:
-        model: `OpenLlamaCausalLM`.
-        inputs: see `OpenLlamaCausalLM.score`, as for all further arguments.
-        padding_mask: see there.
-        scoring_mode: see there.
-        layer_intercept_fn: see there.
-        target_ids: see there.
+    def score(
+        self,
+        inputs: Any = None,
+        padding_mask: Any = None,
+        scoring_mode: str = "logits",
+        layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None = None,
+        target_ids: Any = None,
+        *,
+        token_ids: Any = None,
+    ) -> Tensor:
+        """Computes logits or losses of given sequences, as in KerasHub.
 
-    Returns:
-        Logits or losses, see there.
+        Args:
+            inputs: token ids, int `(batch, length)`; or with a preprocessor a string or
+                a list of strings.
+            padding_mask: bool `(batch, length)`; `None` means no padding.
+            scoring_mode: `"logits"`, or `"loss"` for the cross-entropy of each target,
+                in nats.
+            layer_intercept_fn: callable `(hidden_states, index) -> hidden_states`,
+                called with the embeddings (index -1) and with each layer's output.
+            target_ids: int `(batch, length)`, the correct token after each position.
+                `"loss"` needs it for token ids; for text it is the text itself.
+            token_ids: the same as `inputs`, by its name in KerasHub.
 
-    Raises:
-        ValueError: see there.
+        Returns:
+            Logits `(batch, length, vocabulary_size)`, or losses `(batch, length)`, 0 on
+            padding; float32 tensors of the backend. For text, `length` is the number of
+            tokens of the longest text minus one, since the last token has no target.
 
-    Example:
-        >>> score_sequences(lm, "The sea", None, "logits", None, None).shape
-        (1, 2, 3072)
-    """
-    if scoring_mode not in SCORING_MODES:
-        raise ValueError(
-            f"`scoring_mode` must be one of {SCORING_MODES}. "
-            f"Received: scoring_mode={scoring_mode!r}"
-        )
-    sequences = normalize_sequences(inputs, model.preprocessor is not None)
-    if isinstance(sequences, Texts):
-        if padding_mask is not None or target_ids is not None:
+        Raises:
+            ValueError: for malformed token ids, mask or targets, sequences longer than
+                the context, or an unknown mode.
+
+        Example:
+            >>> lm.score("The sea", scoring_mode="loss").round(2)
+            Array([[1.89, 6.02]], dtype=float32)
+        """
+        if (inputs is None) == (token_ids is None):
             raise ValueError(
-                "`padding_mask` and `target_ids` can only be passed with token ids; "
-                "for text they are derived from it. Received: "
-                f"inputs={str(inputs)[:80]!r}"
+                "`score` needs exactly one of `inputs` and `token_ids`. Received: "
+                f"inputs={str(inputs)[:80]!r}, token_ids={str(token_ids)[:80]!r}"
             )
-        inputs, padding_mask, target_ids = _shifted(model.preprocessor, sequences.texts)
-    size, context = model.backbone.vocabulary_size, model.backbone.context_length
-    token_ids = as_token_ids(inputs, size)
-    if token_ids.shape[1] > context:
-        raise ValueError(
-            f"`inputs` has {token_ids.shape[1]} tokens, but the context of this model "
-            f"is {context} tokens. Shorten it, or load the model with `rope_scaling`."
+        inputs = token_ids if inputs is None else inputs
+        if scoring_mode not in SCORING_MODES:
+            raise ValueError(
+                f"`scoring_mode` must be one of {SCORING_MODES}. "
+                f"Received: scoring_mode={scoring_mode!r}"
+            )
+        arrays, target_ids = self._sequences_to_score(
+            inputs, padding_mask, target_ids, needs_targets=scoring_mode == "loss"
         )
-    padding_mask = as_padding_mask(padding_mask, token_ids.shape)
-    if scoring_mode == "loss":
-        target_ids = _targets(target_ids, token_ids.shape, size)
-    arrays = {"token_ids": token_ids, "padding_mask": padding_mask}
-    if layer_intercept_fn is None:
-        logits = model.logits_function(**arrays)
-    else:  # Python code that may read values, so the model is not compiled.
-        logits = model.logits(**arrays, layer_intercept_fn=layer_intercept_fn)
-    if scoring_mode == "logits":
-        return logits
-    losses = ops.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
-    return losses * ops.cast(padding_mask, "float32")
+        if layer_intercept_fn is None:
+            logits = self.logits_function(**arrays)
+        else:  # Python code that may read values, so the model is not compiled.
+            logits = self.logits(**arrays, layer_intercept_fn=layer_intercept_fn)
+        if scoring_mode == "logits":
+            return logits
+        losses = ops.sparse_categorical_crossentropy(
+            target_ids, logits, from_logits=True
+        )
+        return losses * ops.cast(arrays["padding_mask"], "float32")
+
+    def _sequences_to_score(self, inputs, padding_mask, target_ids, needs_targets):
+        """Returns the arguments of `logits` as a dict of arrays, and the targets."""
+        sequences = normalize_sequences(inputs, self.preprocessor is not None)
+        if isinstance(sequences, Texts):
+            if padding_mask is not None or target_ids is not None:
+                raise ValueError(
+                    "`padding_mask` and `target_ids` can only be passed with token "
+                    "ids; for text they are derived from it. Received: "
+                    f"inputs={str(inputs)[:80]!r}"
+                )
+            inputs, padding_mask, target_ids = _shifted(
+                self.preprocessor, sequences.texts
+            )
+        size, context = self.backbone.vocabulary_size, self.backbone.context_length
+        token_ids = as_token_ids(inputs, size)
+        if token_ids.shape[1] > context:
+            raise ValueError(
+                f"`inputs` has {token_ids.shape[1]} tokens, but the context of this "
+                f"model is {context} tokens. Shorten it, or load the model with "
+                "`rope_scaling`."
+            )
+        padding_mask = as_padding_mask(padding_mask, token_ids.shape)
+        if needs_targets:
+            target_ids = _targets(target_ids, token_ids.shape, size)
+        return {"token_ids": token_ids, "padding_mask": padding_mask}, target_ids
+
+    def logits(
+        self,
+        token_ids: Tensor,
+        padding_mask: Tensor,
+        layer_intercept_fn: Callable[[Tensor, int | None], Tensor] | None = None,
+    ) -> Tensor:
+        """Computes logits in float32, whatever the compute dtype.
+
+        Args:
+            token_ids: int `(batch, length)`.
+            padding_mask: bool or int `(batch, length)`, see `OpenLlamaBackbone`.
+            layer_intercept_fn: see `OpenLlamaBackbone.hidden_states`.
+
+        Returns:
+            float32 `(batch, length, vocabulary_size)`.
+
+        Example:
+            >>> import numpy as np
+            >>> token_ids = np.array([[1, 357, 1239]])
+            >>> lm.logits(token_ids, np.ones_like(token_ids)).shape
+            (1, 3, 3072)
+        """
+        hidden = self.backbone.hidden_states(
+            *(token_ids, padding_mask),
+            layer_intercept_fn=layer_intercept_fn,
+            execution=layer_execution(self.backbone),
+        )
+        return ops.cast(self.lm_head(hidden), "float32")
 
 
 def _targets(target_ids, shape, vocabulary_size):

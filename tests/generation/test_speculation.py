@@ -9,7 +9,7 @@ import tiny_models
 from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
 
-from keras_openllama import DraftModel, OpenLlamaCausalLM, PromptLookup, SamplingConfig
+from keras_openllama import DraftModel, PromptLookup, SamplingConfig
 from keras_openllama.generation.drafting import NgramIndex, common_prefix
 from keras_openllama.generation.speculation import LONGEST_PAUSE, ProposalWindow
 
@@ -62,15 +62,12 @@ def new_ids(lm, **options):
 
 
 @pytest.fixture
-def oracle(lm, monkeypatch):
+def oracle(lm):
     """A function that generates with an `Oracle`, and returns it and the result."""
 
     def run(period=None, max_tokens=15, **options):
         sampling = options.get("sampling")
         oracle = Oracle(new_ids(lm, sampling=sampling), period, max_tokens)
-        monkeypatch.setattr(
-            OpenLlamaCausalLM, "_resolve_draft", lambda lm, draft: draft
-        )
         return oracle, generate(lm, draft=oracle, **options)
 
     return run
