@@ -16,6 +16,7 @@ from keras_openllama.checkpoints.formats import (
 )
 from keras_openllama.checkpoints.model_files import foreign_content
 from keras_openllama.utils.staging import check_target
+from keras_openllama.utils.types import PathLike
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -141,3 +142,12 @@ def parse_size(size: str | int) -> int:
             f"unit such as '5GB' or '500MB'. Received: max_shard_size={size!r}"
         )
     return int(float(match[1]) * unit)
+
+
+def missing_preset_error(source: PathLike) -> ValueError:
+    """Returns the error for a file of EasyLM that is converted without a `preset`."""
+    return ValueError(
+        f"{source} is an EasyLM file, which contains neither the architecture nor "
+        "the tokenizer: pass the model as `preset` (--preset), such as "
+        "open_llama_3b_v2 or a directory with a config.json."
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keras_openllama.cli.arguments import positive_int
+from keras_openllama.cli.paths import require_texts
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -46,7 +47,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def check_calibration(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> None:
-    """Ends the program with an error if the flags contradict each other."""
+    """Rejects flags that contradict each other, and texts that cannot be read."""
     if options.calibration is None:
         for name in ("sequences", "length"):
             if getattr(options, f"calibration_{name}") is not None:
@@ -62,9 +63,7 @@ def check_calibration(
             "--calibration needs a SOURCE that has a tokenizer: convert the file of "
             "EasyLM with --to transformers first"
         )
-    for path in options.calibration:
-        if not path.exists():
-            parser.error(f"--calibration: {path} does not exist. Check the path")
+    require_texts("--calibration", options.calibration)
 
 
 def convert_calibrated(options: argparse.Namespace) -> None:

@@ -110,7 +110,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
     template = options.chat_template and read_chat_template(options.chat_template)
-    require_preset("--preset", options.preset)
+    require_preset("--preset", options.preset, options.revision)
     require_adapters("--adapters", options.adapters)
     choose_backend(options.backend)
     lm = load_model(options)

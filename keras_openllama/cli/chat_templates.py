@@ -42,9 +42,9 @@ def read_chat_template(path: str) -> dict[str, str] | str:
     Raises:
         ValueError: If the file cannot be read, or holds no chat template.
     """
-    require_file("--chat-template", path)  # The imports take a second.
+    require_file("--chat-template", path)
     from keras_openllama.checkpoints.chat_template import default_template
-    from keras_openllama.text.chat_rendering import check_template
+    from keras_openllama.text.chat_template import check_template
 
     try:
         text = decode_text(Path(path).read_bytes(), "the file")

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from keras_openllama.checkpoints.export_config import ExportConfig
+from keras_openllama.checkpoints.export_config import ExportConfig, missing_preset_error
 from keras_openllama.checkpoints.formats import (
     DTYPES,
     EASYLM_CONTENTS,
@@ -31,6 +31,7 @@ from keras_openllama.cli.process import (
     choose_backend,
     quiet_tensorflow,
 )
+from keras_openllama.utils.file_types import is_gguf_file
 
 DESCRIPTION = """\
 Convert the model SOURCE to another format and write it to DEST. Memory holds a few
@@ -170,10 +171,19 @@ def check_paths(options: argparse.Namespace) -> None:
         content=options.content,
         force=options.force,
     ).check_target()
-    if not os.path.isfile(options.source):  # Of EasyLM, or GGUF.
-        require_preset("source", options.source)
+    if os.path.isfile(options.source) and not is_gguf_file(options.source):
+        _check_easylm_file(options)
+    else:
+        require_preset("SOURCE", options.source, options.revision)
     if options.preset is not None:
         require_preset("--preset", options.preset)
+
+
+def _check_easylm_file(options):
+    if options.preset is None:
+        raise missing_preset_error(options.source)
+    if not os.path.getsize(options.source):
+        raise ValueError(f"SOURCE: {options.source} is empty. Download it again.")
 
 
 @command("convert")

@@ -22,13 +22,13 @@ from keras_openllama.cli.paths import (
     require_directory,
     require_output_directory,
     require_preset,
+    require_texts,
 )
 from keras_openllama.cli.process import (
     add_backend,
     choose_backend,
     quiet_tensorflow,
 )
-from keras_openllama.utils.files import is_remote
 
 if TYPE_CHECKING:
     from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -279,8 +279,10 @@ def check_options(parser: CommandParser, options: argparse.Namespace) -> None:
 
 
 def check_paths(options: argparse.Namespace) -> None:
-    """Raises `ValueError` for a model, a file or a directory that does not exist."""
-    require_preset("--preset", options.preset)
+    """Raises `ValueError` for a model, a task or a path that does not exist."""
+    from keras_openllama.evaluation.task_names import check_task_names
+
+    require_preset("--preset", options.preset, options.revision)
     require_adapters("--adapters", options.adapters)
     for flag, path in (
         ("--data", options.data),
@@ -288,20 +290,24 @@ def check_paths(options: argparse.Namespace) -> None:
     ):
         if path:
             require_directory(flag, path)
-    for path in options.perplexity:
-        if not is_remote(path) and not os.path.exists(path):
-            raise ValueError(f"--perplexity: {path} does not exist.")
+    require_texts("--perplexity", options.perplexity)
+    check_task_names(options.tasks, options.include_path)
     if options.output:
         require_output_directory("--output", options.output)
 
 
 def check_numbers(parser: CommandParser, options: argparse.Namespace) -> None:
-    """Makes a limit of at least 1 an integer; rejects samples without a temperature."""
+    """Makes a limit of at least 1 an integer; rejects numbers that do not match."""
     if options.limit and options.limit >= 1:
         options.limit = int(options.limit)
     if options.samples_per_problem > 1 and options.temperature is None:
         parser.error(
             "--samples-per-problem: several samples need a --temperature, such as 0.8."
+        )
+    if options.context and (options.stride or 0) > options.context:
+        parser.error(
+            f"--stride must be at most --context, {options.context}. Received: "
+            f"{options.stride}"
         )
 
 

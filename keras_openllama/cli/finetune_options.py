@@ -341,6 +341,28 @@ def check_options(
     check_braces("--prompt", options.prompt)
     check_braces("--response", options.response)
     check_combinations(parser, options)
+    if options.chat_template:
+        read_chat_template(options.chat_template)
+    check_examples(options)
+
+
+def check_examples(options: argparse.Namespace) -> None:
+    """Raises `ValueError` for examples that are malformed, or of which too many are.
+
+    The run reads them again, after imports that take seconds.
+    """
+    from keras_openllama.data.instructions import read_examples
+
+    templates = None
+    if options.prompt is not None or options.response is not None:
+        templates = (
+            _unescaped(options.prompt) or "{prompt}",
+            _unescaped(options.response) or "{response}",
+        )
+    if options.data:
+        read_examples(options.data, templates, options.max_skipped)
+    if options.validation:
+        read_examples([options.validation], templates, options.max_skipped)
 
 
 def check_braces(flag: str, template: str | None) -> None:

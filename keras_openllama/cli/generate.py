@@ -234,7 +234,7 @@ def main(arguments: list[str], prog: str) -> int | None:
         raise ValueError("PROMPT is empty: the model needs text to continue.")
     if options.draft_stats and options.draft is None:
         raise ValueError("--draft-stats needs --draft.")
-    require_preset("--preset", options.preset)
+    require_preset("--preset", options.preset, options.revision)
     require_adapters("--adapters", options.adapters)
     if options.draft not in (None, PROMPT_LOOKUP):
         require_preset("--draft", options.draft)

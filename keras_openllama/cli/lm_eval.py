@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 
 from keras_openllama.cli.command import command
-from keras_openllama.cli.paths import require_preset
+from keras_openllama.cli.paths import require_adapters, require_preset
 from keras_openllama.cli.process import PROGRAM, choose_backend
 
 DESCRIPTION = """\
@@ -49,7 +51,7 @@ def main(arguments: list[str], prog: str) -> int | None:
     if arguments in ([], ["-h"], ["--help"]):
         print(_help(prog))
         return None
-    require_preset_of_model(arguments)
+    check_arguments(arguments)
     choose_backend(None)
     from lm_eval.__main__ import cli_evaluate
 
@@ -68,27 +70,40 @@ def main(arguments: list[str], prog: str) -> int | None:
         sys.argv = before
 
 
-def require_preset_of_model(arguments: Sequence[str]) -> None:
-    """Raises an error if `--model_args` names a preset that does not exist.
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises an error for a model or a task that does not exist.
 
-    The harness would report it after half a minute.
+    The harness would report it after many seconds.
 
     Args:
         arguments: The arguments of the harness.
 
     Raises:
-        ValueError: See `paths.require_preset`.
+        ValueError: See `paths.require_preset` and `task_names.check_task_names`.
 
     Example:
-        >>> require_preset_of_model(["--model_args", "preset=nano,dtype=float32"])
+        >>> check_arguments(["--model_args", "preset=nano,dtype=float32"])
     """
+    from keras_openllama.evaluation.task_names import check_task_names
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model_args", "-a", default="")
+    parser.add_argument("--model_args", "-a", nargs="*", default=[])
+    parser.add_argument("--tasks", "-t", nargs="*", default=[])
+    parser.add_argument("--include_path")
     known, _ = parser.parse_known_args(arguments)
-    for argument in known.model_args.split(","):
-        name, _, value = argument.strip().partition("=")
-        if name == "preset":
-            require_preset("preset", value)
+    model = dict(
+        argument.strip().partition("=")[::2]
+        for word in known.model_args
+        for argument in word.split(",")
+    )
+    if "preset" in model:
+        require_preset("preset", model["preset"], model.get("revision"))
+    require_adapters("adapters", model.get("adapters"))
+    names = [name for word in known.tasks for name in word.split(",")]
+    # The harness also takes patterns, files and directories.
+    names = [name for name in names if re.fullmatch(r"[\w.-]+", name)]
+    names = [name for name in names if not os.path.exists(name)]
+    check_task_names(names, known.include_path)
 
 
 def _help(prog):

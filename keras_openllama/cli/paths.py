@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from keras_openllama import presets
+from keras_openllama.cli.messages import describe_error
 from keras_openllama.utils.file_types import GGUF_SUFFIX, is_gguf_file
 from keras_openllama.utils.files import is_remote
 
@@ -67,22 +69,31 @@ def require_directory(flag: str, path: str) -> None:
     _require_access(flag, path, os.R_OK | os.X_OK, "read")
 
 
-def require_preset(flag: str, name: str) -> None:
+def require_preset(flag: str, name: str, revision: str | None = None) -> None:
     """Raises an error if a model is no preset, directory or file, nor on the Hub.
 
     Args:
         flag: The flag, for the error message.
         name: The name, the path of a directory or GGUF file, or `hf://user/repo`.
+        revision: `--revision`, which applies to the Hub only.
 
     Raises:
-        ValueError: If there is no such preset, directory or GGUF file.
+        ValueError: If there is no such preset, directory or GGUF file, or it is not
+            that of a model.
 
     Example:
         >>> require_preset("--preset", "nano")
     """
-    if presets.find(name) or name.startswith("hf://"):
+    if name.startswith("hf://") or _is_on_hub(presets.find(name)):
         return
-    if name and (os.path.isdir(name) or is_gguf_file(name)):
+    preset = presets.find(name)
+    if preset and revision is None:
+        return
+    if preset or (name and (os.path.isdir(name) or is_gguf_file(name))):
+        from keras_openllama.loading.model_directory import check_model
+
+        with _errors_name(flag):
+            check_model(preset.name if preset else name, revision)
         return
     if name.endswith(GGUF_SUFFIX):
         require_file(flag, name)
@@ -97,13 +108,41 @@ def require_adapters(flag: str, path: str | None) -> None:
         path: Path of the directory, or `hf://user/repo`. `None` stands for no adapters.
 
     Raises:
-        ValueError: If the directory does not exist, or may not be read.
+        ValueError: If the directory does not exist, has no adapters, or may not be
+            read.
 
     Example:
         >>> require_adapters("--adapters", "hf://user/repo")
     """
     if path and not path.startswith("hf://"):
         require_directory(flag, path)
+        from keras_openllama.loading.model_directory import check_adapters
+
+        with _errors_name(flag):
+            check_adapters(path)
+
+
+def require_texts(flag: str, paths: Sequence[str | Path]) -> None:
+    """Raises an error unless texts can be read, see `evaluation.texts.read_texts`.
+
+    Args:
+        flag: The flag, for the error message.
+        paths: Paths of files and directories.
+
+    Raises:
+        ValueError: If one does not exist, is empty, or is in another format.
+
+    Example:
+        >>> require_texts("--perplexity", ["book.pdf"])
+        Traceback (most recent call last):
+        ...
+        ValueError: --perplexity: book.pdf does not exist. Check the path.
+    """
+    if paths:
+        from keras_openllama.evaluation.texts import check_texts
+
+        with _errors_name(flag):
+            check_texts(paths)
 
 
 def require_output_directory(flag: str, path: str) -> None:
@@ -162,6 +201,19 @@ def require_output_file(flag: str, path: str, suffixes: Sequence[str] = ()) -> N
             f"{flag}: the directory of {path} does not exist. Create it first."
         )
     _require_access(flag, file.parent, os.W_OK | os.X_OK, "write in")
+
+
+def _is_on_hub(preset):
+    return preset and preset.weights["transformers"].startswith("hf://")
+
+
+@contextlib.contextmanager
+def _errors_name(flag):
+    """Adds the flag to the message of an error."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag}: {describe_error(error)}") from error
 
 
 def _argument_of(flag):

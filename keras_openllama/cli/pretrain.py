@@ -25,6 +25,7 @@ from keras_openllama.cli.training_options import (
     print_on_process_0,
     run_training,
 )
+from keras_openllama.planning.topology import parse_topology
 from keras_openllama.runs import recipe as recipes
 from keras_openllama.utils.files import is_remote
 
@@ -288,6 +289,8 @@ def main(arguments: list[str], prog: str) -> int | None:
         require_directory("--data", options.data)
     if options.json:
         require_output_file("--json", options.json)
+    if options.topology:
+        parse_topology(options.topology)
     try:
         resolved = recipes.resolve_recipe(
             options.preset,

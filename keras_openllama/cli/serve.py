@@ -13,7 +13,7 @@ from keras_openllama.cli import arguments as types
 from keras_openllama.cli.chat_templates import add_chat_template, read_chat_template
 from keras_openllama.cli.command import CommandParser, command
 from keras_openllama.cli.model_options import add_model_options, load_model
-from keras_openllama.cli.paths import require_directory, require_preset
+from keras_openllama.cli.paths import require_adapters, require_preset
 from keras_openllama.cli.process import PROGRAM, choose_backend
 
 API_KEY_VARIABLE = "KERAS_OPENLLAMA_API_KEY"
@@ -172,10 +172,10 @@ def main(arguments: list[str], prog: str) -> int | None:
     options = parse_arguments(arguments, prog)
     keys = api_keys(options.api_key, os.environ)
     template = options.chat_template and read_chat_template(options.chat_template)
-    require_preset("--preset", options.preset)
+    require_preset("--preset", options.preset, options.revision)
     adapters = adapters_by_name(options.adapters)
     for path in adapters.values():
-        require_directory("--adapters", path)
+        require_adapters("--adapters", path)
     choose_backend(options.backend)
     # Before the model is loaded, which takes time.
     from keras_openllama.serving.server import open_socket

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_openllama import presets
-from keras_openllama.checkpoints.export_config import ExportConfig
+from keras_openllama.checkpoints.export_config import ExportConfig, missing_preset_error
 from keras_openllama.checkpoints.outputs import OutputFile
 from keras_openllama.checkpoints.writer import write_model
 from keras_openllama.convert import easylm
@@ -77,11 +77,7 @@ def convert(
             f"Received: preset={preset!r}"
         )
     if easylm_file is not None and preset is None:
-        raise ValueError(
-            f"{source} is an EasyLM file, which contains neither the architecture nor "
-            "the tokenizer: pass the model as `preset` (--preset), such as "
-            "open_llama_3b_v2 or a directory with a config.json."
-        )
+        raise missing_preset_error(source)
     model = load.find_source(
         preset if easylm_file else source,
         revision,

@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from keras_openllama.evaluation import squad_metrics
 from keras_openllama.evaluation.report import published
+from keras_openllama.evaluation.task_names import unknown_task_error
 from keras_openllama.utils.types import PathLike
 
 # Loader of the package `datasets` by the suffix of a file.
@@ -53,10 +54,7 @@ def task_names(
     known = _manager(include_path).task_index
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"The harness has no task {name!r}. List its tasks with "
-                "`keras-openllama lm-eval ls tasks`."
-            )
+            raise unknown_task_error(name)
     return list(dict.fromkeys(names))
 
 

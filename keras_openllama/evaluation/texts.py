@@ -46,9 +46,36 @@ def read_texts(
         >>> read_texts(["greeting.txt"], lm)
         {'greeting': ['Good morning.']}
     """
+    return _read_paths(paths, lambda path: _read_prepared_data(path, lm))
+
+
+def check_texts(paths: Iterable[PathLike]) -> None:
+    """Checks paths for `read_texts`, without a model.
+
+    Of a prepared dataset, only `manifest.json` must be there.
+
+    Args:
+        paths: See `read_texts`.
+
+    Raises:
+        OSError: If a path cannot be read.
+        ValueError: If a file is not UTF-8, is empty or has an unknown suffix, or if two
+            sources have the same name.
+
+    Example:
+        >>> _ = Path("empty.txt").write_text("")
+        >>> check_texts(["empty.txt"])
+        Traceback (most recent call last):
+        ...
+        ValueError: empty.txt is empty. Remove it, or download it again.
+    """
+    _read_paths(paths, lambda path: {})
+
+
+def _read_paths(paths, read_prepared_data):
     sources = {}
     for path in map(Path, paths):
-        for name, documents in _read_path(path, lm).items():
+        for name, documents in _read_path(path, read_prepared_data).items():
             if name in sources:
                 raise ValueError(
                     f"{path} is the second source named {name!r}. Rename one of them."
@@ -57,24 +84,24 @@ def read_texts(
     return sources
 
 
-def _read_path(path, lm):
+def _read_path(path, read_prepared_data):
     if path.is_dir():
         texts = sorted(path.glob("*.txt"))
         if texts:
             return {text.stem: [_read_text(text)] for text in texts}
         if (path / "manifest.json").exists():
-            return _read_prepared_data(path, lm)
+            return read_prepared_data(path)
         raise ValueError(
             f"{path} has no .txt files and is not a prepared dataset. Pass another "
             "directory, or files."
         )
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. Check the path.")
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return {path.stem: [_read_text(path)]}
     if suffix == ".jsonl":
         return {path.stem: _read_lines(path)}
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Check the path.")
     raise ValueError(
         f"{path} must end in .txt or .jsonl. Received: {suffix!r}. Rename it if it is "
         "text."

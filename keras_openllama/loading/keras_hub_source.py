@@ -20,6 +20,7 @@ from keras_openllama.checkpoints.contents import (
     PREPROCESSOR_SETTINGS,
     TOKENIZER_SETTINGS,
 )
+from keras_openllama.loading.model_directory import CONFIG, TOKENIZER_CONFIG
 from keras_openllama.loading.sources import SourceDefaults, StreamedSource
 from keras_openllama.loading.uninitialized import without_weights
 from keras_openllama.quantization.policies import matrix_format, with_source
@@ -32,24 +33,6 @@ if TYPE_CHECKING:
     from keras_openllama.checkpoints.tensors import StoredTensor
     from keras_openllama.loading.weight_types import WeightTypes
     from keras_openllama.quantization.policies import MatrixFormat
-
-_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer.json"
-
-
-def is_tokenizer(repository: Repository) -> bool:
-    """Returns whether files are those of a tokenizer or preprocessor saved alone.
-
-    Args:
-        repository: a directory or repository without `config.json`.
-
-    Example:
-        >>> from keras_openllama.checkpoints.repository import LocalRepository
-        >>> lm.preprocessor.tokenizer.save_to_preset("my_tokenizer")
-        >>> is_tokenizer(LocalRepository("my_tokenizer"))
-        True
-    """
-    path = repository.optional(_TOKENIZER_CONFIG)
-    return path is not None and "registered_name" in read_json_object(path)
 
 
 class KerasHubSource(SourceDefaults):
@@ -75,7 +58,7 @@ class KerasHubSource(SourceDefaults):
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `OpenLlamaBackbone`, before validation."""
-        path = self._repository.file(_CONFIG)
+        path = self._repository.file(CONFIG)
         return keras_hub.backbone_arguments(read_json_object(path), path)
 
     def tokenizer_proto(self) -> bytes:
@@ -191,7 +174,7 @@ class KerasHubSource(SourceDefaults):
 
     def _saved_policy(self):
         """Returns the saved policies by layer if any is quantized, else `None`."""
-        saved = read_json_object(self._repository.file(_CONFIG)).get("config", {})
+        saved = read_json_object(self._repository.file(CONFIG)).get("config", {})
         if "quantiz" not in json.dumps(saved.get("dtype")).lower():
             return None
         return keras.dtype_policies.deserialize(saved["dtype"])
@@ -234,10 +217,10 @@ class KerasHubSource(SourceDefaults):
                 return {**arguments, **dict(overrides)}, kwargs
 
         # A tokenizer or preprocessor may have been saved alone.
-        config = self._repository.optional(_CONFIG)
+        config = self._repository.optional(CONFIG)
         if config is None and of_model:
             raise FileNotFoundError(
-                f"{_CONFIG} is missing from {self._repository}, which contains only a "
+                f"{CONFIG} is missing from {self._repository}, which contains only a "
                 "tokenizer or preprocessor. Load it with `from_preset` of its class."
             )
         patterns = ["*.json", "assets/**/*", *(["*.weights.h5"] * load_weights)]
@@ -246,7 +229,7 @@ class KerasHubSource(SourceDefaults):
                 path = self._repository.file(name)
                 with open(path, "rb") as file:
                     check_not_lfs_pointer(file.read(64), path)
-        directory = (config or self._repository.file(_TOKENIZER_CONFIG)).parent
+        directory = (config or self._repository.file(TOKENIZER_CONFIG)).parent
         try:
             with without_tensorflow():
                 yield Loader(str(directory), read_json_object(config) if config else {})

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_openllama import presets
-from keras_openllama.checkpoints.matching import format_names
-from keras_openllama.checkpoints.training_run import TrainingRun, is_run
+from keras_openllama.checkpoints.training_run import TrainingRun
 from keras_openllama.loading import hub, sources
-from keras_openllama.loading.keras_hub_source import KerasHubSource, is_tokenizer
+from keras_openllama.loading.keras_hub_source import KerasHubSource
+from keras_openllama.loading.model_directory import CONFIG, format_of
 from keras_openllama.loading.weight_types import WeightTypes
 from keras_openllama.utils.file_types import GGUF_SUFFIX, is_gguf_file
 from keras_openllama.utils.files import read_json_object
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from keras_openllama.utils.types import PathLike
 
-_CONFIG = "config.json"
 _Loaded = TypeVar("_Loaded")
 
 
@@ -288,28 +287,7 @@ def find_source(
     if not on_hub and not (name and Path(name).is_dir()):
         raise presets.unknown_preset_error(name, argument)
     repository = hub.open_repository(name, revision)
-    if repository.optional(_CONFIG) is None:
-        if is_tokenizer(repository):
-            return KerasHubSource(repository, build_empty_task)
-        if not on_hub and is_run(name):
-            return sources.TrainingRunSource(TrainingRun.open(name))
-        files = [file for file in repository.glob("*") if file.endswith(GGUF_SUFFIX)]
-        if files:
-            raise FileNotFoundError(
-                f"{_CONFIG} is missing from {repository}, which has GGUF files: "
-                f"{format_names(files)}. Name one of them, such as "
-                f"'{name.rstrip('/')}/{files[0]}'."
-            )
-        if repository.optional("adapter_config.json"):
-            raise FileNotFoundError(
-                f"{repository} has LoRA adapters and no model: load their base model, "
-                "and then the adapters with `lm.load_adapters`."
-            )
-        raise FileNotFoundError(
-            f"{_CONFIG} is missing from {repository}, so it is neither a model in "
-            "KerasHub's or transformers' format nor a training run."
-        )
-    return _source_of(repository, build_empty_task)
+    return _source_of(repository, format_of(repository), build_empty_task)
 
 
 def _find_gguf(name, revision):
@@ -326,19 +304,13 @@ def _find_gguf(name, revision):
     return GgufSource(hub.open_repository(repository, revision), file)
 
 
-def _source_of(repository, build_empty_task):
-    """Returns the source for the format of a directory or repository."""
-    path = repository.file(_CONFIG)
-    config = read_json_object(path)
-    if "registered_name" in config:
-        return KerasHubSource(repository, build_empty_task)
-    if "model_type" in config:
-        return sources.TransformersSource(repository, config, path)
-    raise ValueError(
-        f"{path} is neither in KerasHub's format, which has a 'registered_name', nor "
-        "in that of transformers, which has a 'model_type'. It has: "
-        f"{', '.join(config)}."
-    )
+def _source_of(repository, model_format, build_empty_task):
+    if model_format == "run":
+        return sources.TrainingRunSource(TrainingRun.open(repository.path))
+    if model_format == "transformers":
+        path = repository.file(CONFIG)
+        return sources.TransformersSource(repository, read_json_object(path), path)
+    return KerasHubSource(repository, build_empty_task)
 
 
 @functools.cache

@@ -18,10 +18,10 @@ from keras_openllama.text.chat_rendering import (
     ChatTemplate,
     RenderedExample,
     chat_exchanges,
-    check_template,
     render_examples,
     render_prompt,
 )
+from keras_openllama.text.chat_template import check_template
 from keras_openllama.text.examples import (
     BatchWarnings,
     TrainingExamples,

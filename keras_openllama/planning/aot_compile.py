@@ -18,7 +18,8 @@ from keras_openllama.distribution import OpenLlamaParallel, make_mesh
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
 from keras_openllama.planning.compilation_cache import CompilationCache, program_key
-from keras_openllama.planning.cost_model import CHIPS, TpuChip
+from keras_openllama.planning.cost_model import TpuChip
+from keras_openllama.planning.topology import parse_topology
 from keras_openllama.runs import tpu_compiler_options
 from keras_openllama.runs.jax_train_program import StepState, lower_step
 from keras_openllama.runs.optimizer import make_optimizer
@@ -64,17 +65,12 @@ def topology_devices(topology: str) -> tuple[TpuChip, list[Any]]:
         >>> chip.name, len(devices)  # doctest: +SKIP
         ('v4', 4)
     """
-    kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(
-            f"`topology` must be a chip type ({', '.join(CHIPS)}) and the number of "
-            f"chips along each axis, such as v4:4x8x8. Received: {topology!r}"
-        )
+    chip = parse_topology(topology)
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options = {"chips_per_host_bounds": _CHIPS_PER_HOST}
-    if kind in _CHIP_CONFIG_NAMES:
-        options["chip_config_name"] = _CHIP_CONFIG_NAMES[kind]
+    if chip.name in _CHIP_CONFIG_NAMES:
+        options["chip_config_name"] = _CHIP_CONFIG_NAMES[chip.name]
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options
@@ -89,7 +85,7 @@ def topology_devices(topology: str) -> tuple[TpuChip, list[Any]]:
             "The TPU compiler is not installed: pip install "
             f"'keras-openllama[plan]'. ({error})"
         ) from error
-    return CHIPS[kind], list(description.devices)
+    return chip, list(description.devices)
 
 
 def slice_shape(devices: Sequence[Any]) -> tuple[int, ...]:

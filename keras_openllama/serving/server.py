@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from keras_openllama.generation.continuous_batching.engine import EngineRequest
 from keras_openllama.generation.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -71,6 +70,8 @@ def warm_up(engine: Engine, num_slots: int) -> None:
         num_slots: Its number of slots. There is a program for each power of two, and
             for adapters of other ranks or layers.
     """
+    from keras_openllama.generation.continuous_batching.engine import EngineRequest
+
     sizes = {min(2**i, num_slots) for i in range(num_slots.bit_length() + 1)}
     for adapter in (None, *engine.adapter_names):
         request = EngineRequest([1] * 8, 2, SamplingConfig(), adapter=adapter)

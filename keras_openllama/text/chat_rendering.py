@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from keras_openllama.text.chat_template import EXAMPLE_TEMPLATE
 from keras_openllama.text.inputs import (
     ChatExample,
     Examples,
@@ -34,8 +35,6 @@ from keras_openllama.text.messages import (
 
 # Text by role, or a template in Jinja.
 ChatTemplate: TypeAlias = dict[str, str] | JinjaTemplate
-
-_TEMPLATE = '{"user": "USER: {content}\\n", "assistant": "ASSISTANT: {content}"}'
 
 
 class Exchange(NamedTuple):
@@ -140,44 +139,6 @@ def _until_last_reply(messages, name):
     return messages[: replies[-1] + 1]
 
 
-def check_template(template: dict[str, str] | str | None) -> None:
-    """Checks a chat template.
-
-    Args:
-        template: a dict, see `chat_exchanges`, or the source of a template in Jinja;
-            `None` is valid.
-
-    Raises:
-        ValueError: if `template` is a string without a tag of Jinja or is not valid
-            Jinja, or is not a dict of strings with the role `"assistant"`, each with
-            `{content}` exactly once.
-    """
-    if template is None:
-        return
-    if isinstance(template, str):
-        # Without one, each chat would be rendered as the template itself. JSON of a
-        # template by role has none.
-        if "{{" not in template and "{%" not in template:
-            raise ValueError(
-                "`chat_template` must be a template in Jinja, with `{{` or `{%`, or a "
-                "dict of strings. Call `json.loads` if it is JSON. Received: "
-                f"{template!r}"
-            )
-        JinjaTemplate(template)
-        return
-    if not isinstance(template, dict) or ASSISTANT not in template:
-        raise ValueError(
-            "`chat_template` must be a template in Jinja, or a dict of strings with "
-            f'the role "assistant", such as {_TEMPLATE}. Received: {template!r}'
-        )
-    for role, text in template.items():
-        if not isinstance(text, str) or text.count("{content}") != 1:
-            raise ValueError(
-                f'`chat_template["{role}"]` must be a string that has {{content}} '
-                f"exactly once. Received: {text!r}"
-            )
-
-
 def chat_exchanges(
     messages: Sequence[Message],
     template: dict[str, str] | None,
@@ -206,7 +167,8 @@ def chat_exchanges(
     if template is None:
         raise ValueError(
             "Chats need a chat template. Set `preprocessor.chat_template` "
-            f"(--chat-template) to a template in Jinja, or for example to {_TEMPLATE}."
+            "(--chat-template) to a template in Jinja, or for example to "
+            f"{EXAMPLE_TEMPLATE}."
         )
     before, after = template[ASSISTANT].split("{content}")
     exchanges, prompt = [], ""

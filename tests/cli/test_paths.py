@@ -21,6 +21,8 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "data" / "a.jsonl").write_text("{}")
     for name in ("secret.txt", "locked"):
         (tmp_path / name).mkdir() if name == "locked" else (tmp_path / name).touch()
@@ -47,6 +49,7 @@ def tree(tmp_path, monkeypatch):
         (require_preset, "nanno", "Did you mean 'open_llama_nano'?"),
         (require_preset, "", "must be one of open_llama_13b"),
         (require_preset, "file.txt", "It is a file"),
+        (require_preset, "data", "--x: config.json is missing from the directory data"),
         (require_output_directory, "file.txt", "--x: file.txt is a file"),
         (require_output_directory, "file.txt/a/b", "--x: file.txt is a file"),
         (require_output_directory, "locked/a/b", "no permission to write in locked"),
@@ -68,7 +71,7 @@ def test_require_reports_paths_that_cannot_be_used(check, path, message, tree):
         (require_directory, "data"),
         (require_directory, "gs://bucket/data"),
         (require_preset, "3b_v2"),
-        (require_preset, "data"),
+        (require_preset, "model"),
         (require_preset, "hf://user/repo"),
         (require_output_directory, "data/new/run"),
         (require_output_directory, "data"),

@@ -6,10 +6,10 @@ from keras_openllama.text.chat_rendering import (
     Exchange,
     RenderedChat,
     chat_exchanges,
-    check_template,
     render_examples,
     render_prompt,
 )
+from keras_openllama.text.chat_template import check_template
 from keras_openllama.text.inputs import ChatExample, Examples, Pair
 from keras_openllama.text.jinja_template import JinjaTemplate
 from keras_openllama.text.messages import UnusableExampleError
