@@ -268,6 +268,7 @@ def _weight_files(contents, dtype, max_shard_bytes):
             room = max_shard_bytes
         shards[-1].update(spec)
         room -= nbytes
+    shards = [safetensors.aligned_first(shard) for shard in shards]
     if len(shards) == 1:
         names = [_SINGLE]
     else:

@@ -1,5 +1,6 @@
 """`from_preset` in the dtype of the file maps weights, and never writes to the file."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -48,6 +49,15 @@ def as_float32(weight):
 def test_from_preset_maps_weights_of_the_same_dtype(tmp_path, dtype):
     _, file = exported(tmp_path / "model", dtype=dtype)
     assert set(files_of(matrices(load(tmp_path / "model", dtype)))) == {file}
+
+
+@needs_mapped_weights
+def test_from_preset_maps_every_matrix_beside_norms_of_odd_sizes(tmp_path):
+    sizes = {"hidden_dim": 100, "intermediate_dim": 48, "vocabulary_size": 208}
+    shape = dataclasses.replace(SHAPE, **sizes)
+    lm, file = exported(tmp_path / "model", shape)
+    assert all(4 * np.prod(weight.shape) % 64 == 0 for weight in matrices(lm))
+    assert set(files_of(matrices(load(tmp_path / "model")))) == {file}
 
 
 @needs_mapped_weights

@@ -191,6 +191,27 @@ def write_safetensors(
         array_io.write_array(file, value, *spec)
 
 
+def aligned_first(specs: TensorSpecs) -> TensorSpecs:
+    """Orders tensors so that most of them begin at a multiple of 64 bytes.
+
+    The format allows no bytes between tensors, so one whose size is no multiple of 64
+    moves all that follow it. Those come last.
+
+    Args:
+        specs: Shape and dtype of each tensor, by name.
+
+    Example:
+        >>> specs = {"norm": ((25,), "float32"), "matrix": ((25, 16), "float32")}
+        >>> list(aligned_first(specs))
+        ['matrix', 'norm']
+    """
+
+    def is_odd(item):
+        return dense_bytes(*item[1]) % _ALIGNMENT != 0
+
+    return dict(sorted(specs.items(), key=is_odd))
+
+
 def _header(specs):
     codes = {dtype: code for code, dtype in DTYPES.items()}
     # Without this entry transformers does not load the file.
