@@ -32,18 +32,18 @@ the rounds. With `+int8_cache`, this package has a KV cache of 8 bits.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import random_llama  # benchmarks/random_llama.py
-
-import train  # benchmarks/train.py
+from generate_contenders import (  # benchmarks/generate_contenders.py
+    Contender,
+    is_ours,
+    weights_dtype,
+)
+from memory_rate import bytes_per_weight  # benchmarks/memory_rate.py
 
 CONTENDERS = (
     "jax/float32",
@@ -64,391 +64,96 @@ CONTENDERS = (
     "llama.cpp/q8_0",
     "llama.cpp/q4_0",
 )
-QUANTIZED = ("int8", "int4")
-INT8_CACHE = "+int8_cache"  # Suffix of a contender.
 # The types of llama.cpp that ours are compared with.
 LLAMA_CPP_TYPES = {"bfloat16": "f16", "int8": "q8_0", "int4": "q4_0"}
-LIMIT_BYTES = 400e6  # Matrices for the limit: larger than any CPU cache.
-
-
-def sizes_of(options):
-    """Arguments of `OpenLlamaBackbone`."""
-    return {
-        **train.keras_sizes(options),
-        "num_key_value_heads": options.key_value_heads,
-        "max_sequence_length": options.context,
-    }
-
-
-# ----- The contenders, each in its own process
-
-
-def load_ours(checkpoint, dtype):
-    """Returns a function of token ids and the number of new tokens; this package."""
-    from keras_openllama import OpenLlamaCausalLM
-
-    int8_cache, dtype = dtype.endswith(INT8_CACHE), dtype.removesuffix(INT8_CACHE)
-    options = {"dtype": dtype}
-    if dtype in QUANTIZED:
-        options = {"dtype": "bfloat16", "quantization": dtype}
-    lm = OpenLlamaCausalLM.from_preset(checkpoint, preprocessor=None, **options)
-    if int8_cache:
-        lm.compile(kv_cache_dtype="int8")
-
-    def generate(ids, new):
-        mask = np.ones_like(ids)
-        inputs = {"token_ids": ids, "padding_mask": mask}
-        outputs = lm.generate(
-            inputs, max_new_tokens=new, stop_token_ids=None, strip_prompt=True
-        )
-        return outputs["token_ids"][:, :new]
-
-    return generate
-
-
-def load_keras_hub(checkpoint, dtype):
-    """The same for KerasHub."""
-    import keras
-    import keras_hub
-
-    backbone = keras_hub.models.LlamaBackbone.from_preset(checkpoint, dtype=dtype)
-    lm = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
-    lm.compile(sampler="greedy")
-
-    def generate(ids, new):
-        length = ids.shape[1] + new
-        padded = np.zeros((len(ids), length), "int32")
-        padded[:, : ids.shape[1]] = ids
-        mask = np.arange(length)[None] < np.full((len(ids), 1), ids.shape[1])
-        outputs = lm.generate(
-            {"token_ids": padded, "padding_mask": mask}, stop_token_ids=None
-        )
-        return keras.ops.convert_to_numpy(outputs["token_ids"])[:, ids.shape[1] :]
-
-    return generate
-
-
-def load_transformers(checkpoint, dtype):
-    """The same for transformers."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    lm = transformers.LlamaForCausalLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype)
-    ).eval()
-    lm.generation_config.eos_token_id = None
-
-    def generate(ids, new):
-        ids = torch.tensor(ids, dtype=torch.long)
-        outputs = lm.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-        )
-        return outputs[:, ids.shape[1] :].numpy()
-
-    return generate
-
-
-def load_llama_cpp(checkpoint, dtype):
-    """The same for llama.cpp, by its C interface, which decodes several sequences."""
-    import llama_cpp
-
-    from keras_openllama import convert
-
-    path = Path(checkpoint).parent / f"{dtype}.gguf"
-    if not path.exists():
-        convert.convert(
-            checkpoint, path, to="gguf", quantization=dtype, tokenizer=False
-        )
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, None)
-    model = llama_cpp.llama_model_load_from_file(
-        str(path).encode(), llama_cpp.llama_model_default_params()
-    )
-    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    threads = len(os.sched_getaffinity(0))
-
-    def feed(context, tokens, position):
-        """Feeds tokens `(sequences, length)`; returns the next token of each."""
-        batch = llama_cpp.llama_batch_init(tokens.size, 0, 1)
-        batch.n_tokens = tokens.size
-        length = tokens.shape[1]
-        for i, token in enumerate(tokens.reshape(-1).tolist()):
-            batch.token[i], batch.pos[i] = token, position + i % length
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, i // length
-            batch.logits[i] = i % length == length - 1
-        if llama_cpp.llama_decode(context, batch):
-            raise RuntimeError("llama_decode failed")
-        ends = range(length - 1, tokens.size, length)
-        rows = [llama_cpp.llama_get_logits_ith(context, i) for i in ends]
-        llama_cpp.llama_batch_free(batch)
-        logits = [np.ctypeslib.as_array(row, (vocabulary,)) for row in rows]
-        return np.array([row.argmax() for row in logits], "int32")
-
-    def generate(ids, new):
-        options = llama_cpp.llama_context_default_params()
-        options.n_seq_max = len(ids)
-        options.n_ctx = len(ids) * (ids.shape[1] + new)
-        options.n_batch = max(ids.size, 512)
-        options.n_threads = options.n_threads_batch = threads
-        context = llama_cpp.llama_init_from_model(model, options)
-        found = [feed(context, ids, 0)]
-        while len(found) < new:
-            position = ids.shape[1] + len(found) - 1
-            found.append(feed(context, found[-1][:, None], position))
-        llama_cpp.llama_free(context)
-        return np.stack(found, axis=1)
-
-    generate.uses = model, quiet  # They live as long as the function.
-    return generate
-
-
-def jax_products(dtype, k, n, count):
-    """Yields functions that multiply `count` matrices by a vector of size `k`; JAX."""
-    import jax
-    import jax.numpy as jnp
-
-    def product(x, w):
-        return jax.lax.dot_general(x, w, (((1,), (w.shape.index(k),)), ((), ())))
-
-    def two_rows(x, w):  # The only fast form in bfloat16.
-        x = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
-        dimensions = (((1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(w, x, dimensions, preferred_element_type="float32")
-        return jax.lax.optimization_barrier(y)
-
-    x = jnp.ones((1, k), dtype)
-    for shape in ((k, n), (n, k)):
-        matrices = [jnp.full(shape, i, dtype) for i in range(count)]
-        for form in (product, two_rows) if shape == (n, k) else (product,):
-            run = jax.jit(lambda x, ws, form=form: [form(x, w) for w in ws])
-            yield lambda f=run, ws=matrices: jax.block_until_ready(f(x, ws))
-
-
-def tensorflow_products(dtype, k, n, count):
-    """The same on TensorFlow, with and without XLA."""
-    import tensorflow as tf
-
-    x = tf.ones((1, k), dtype)
-    for transposed in (False, True):
-        shape = (n, k) if transposed else (k, n)
-        matrices = [tf.Variable(tf.ones(shape, dtype)) for _ in range(count)]
-        for jit in (False, True):
-            run = tf.function(
-                lambda ws=matrices, t=transposed: [
-                    tf.matmul(x, w, transpose_b=t) for w in ws
-                ],
-                jit_compile=jit,
-            )
-            yield lambda f=run: f()[-1].numpy()
-
-
-def torch_products(dtype, k, n, count):
-    """The same on PyTorch: plain, transposed, blocks of outputs, oneDNN's layout."""
-    import torch
-
-    x = torch.ones((1, k), dtype=getattr(torch, dtype))
-    for transposed in (False, True):
-        shape = (n, k) if transposed else (k, n)
-        matrices = [torch.ones(shape, dtype=x.dtype) for _ in range(count)]
-        matrices = [w.T if transposed else w for w in matrices]
-        yield lambda ws=matrices: [x @ w for w in ws]
-        if transposed and n % 64 == 0:
-            blocks = [w.T.view(-1, 64, k).transpose(1, 2) for w in matrices]
-            yield lambda ws=blocks: [x @ w for w in ws]
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        product = torch.ops.mkldnn._linear_pointwise
-        matrices = [pack(torch.ones((n, k), dtype=x.dtype)) for _ in range(count)]
-        yield lambda ws=matrices: [product(x, w, None, "none", [], "") for w in ws]
-
-
-def weights_dtype(contender):
-    """The dtype in the name of a contender."""
-    return contender.rpartition("/")[2].removesuffix(INT8_CACHE)
-
-
-def bytes_per_weight(dtype):
-    """Bytes of a weight in a contender's products; scales are included."""
-    return {
-        "float32": 4,
-        "bfloat16": 2,
-        "float16": 2,
-        "int8": 1 + 2 / 32,
-        "int4": 0.5 + 2 / 32,
-    }[dtype]
-
-
-def bandwidth(backend, dtype, width, ff):
-    """The best rate of matrix-vector products in any memory layout, in bytes/s."""
-    if dtype in QUANTIZED:  # The rate of the memory.
-        dtypes = ("float32", "bfloat16")
-        return max(bandwidth(backend, dtype, width, ff) for dtype in dtypes)
-    size = bytes_per_weight(dtype)
-    count = int(LIMIT_BYTES / (width * ff * size))
-    products = {"jax": jax_products, "torch": torch_products}
-    products = products.get(backend, tensorflow_products)
-    best = 0.0
-    for k, n in ((width, ff), (ff, width)):
-        for run in products(dtype, k, n, count):
-            run()
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - start)
-            best = max(best, count * k * n * size / statistics.median(times))
-    return best
-
-
-def work(contender, checkpoint, sizes):
-    """Runs a worker: answers each request, a line of JSON on standard input."""
-    # Output of libraries must not mix with the answers.
-    answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
-    kind, _, variant = contender.rpartition(":")
-    backend, _, dtype = variant.partition("/")
-    if backend == "transformers":
-        generate = load_transformers(checkpoint, dtype)
-    elif backend == "llama.cpp":
-        generate = load_llama_cpp(checkpoint, dtype)
-    else:
-        load = load_keras_hub if kind else load_ours
-        generate = load(checkpoint, dtype)
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request == "limit":
-            answer = bandwidth(backend, weights_dtype(contender), *sizes)
-        else:
-            batch, prompt, new, vocabulary = request
-            random = np.random.default_rng(1)
-            ids = random.integers(3, vocabulary, (batch, prompt)).astype("int32")
-            start = time.perf_counter()
-            tokens = generate(ids, new)
-            seconds = time.perf_counter() - start
-            answer = {"seconds": seconds, "tokens": np.asarray(tokens).tolist()}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-class Contender:
-    """A process that answers requests, one at a time."""
-
-    def __init__(self, name, checkpoint, options, cache):
-        self.name = name
-        variant = name.rpartition(":")[2]
-        backend = variant.partition("/")[0]
-        environment = {
-            **os.environ,
-            "KERAS_BACKEND": backend
-            if backend in ("jax", "torch", "tensorflow")
-            else "torch",
-            "HF_HUB_OFFLINE": "1",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        }
-        command = [sys.executable, __file__, "--worker", name, str(checkpoint)]
-        command += [str(options.width), str(options.intermediate)]
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if options.verbose else subprocess.DEVNULL,
-        )
-        self._answer()
-
-    def ask(self, request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} failed; --verbose shows why")
-        return json.loads(line)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def is_ours(contender):
-    """Whether a contender is this package."""
-    return contender.partition("/")[0] in ("jax", "torch", "tensorflow")
 
 
 def measure(options, directory):
     """Measures all contenders. Returns a dict for each contender and batch size."""
     checkpoint = directory / "model"
-    weights = random_llama.write_checkpoint(checkpoint, sizes_of(options), "float32")
-    cache = directory / "compiled"
+    sizes = random_llama.sizes_of(options)
+    weights = random_llama.write_checkpoint(checkpoint, sizes, "float32")
+    contenders = start_contenders(options, checkpoint, directory / "compiled")
+    results = []
+    for batch in options.batch:
+        for contender, figures in measure_batch(contenders, batch, options).items():
+            results.append(
+                {
+                    "contender": contender.name,
+                    "batch": batch,
+                    "prompt": options.prompt,
+                    "new": options.new,
+                    **contenders[contender],
+                    **summary(contender.name, batch, options.new, weights, **figures),
+                }
+            )
+    for contender in contenders:
+        contender.close()
+    return results
+
+
+def start_contenders(options, checkpoint, cache):
+    """Starts those that are installed; returns the times of their first calls."""
     request = [options.batch[0], options.prompt, options.new, options.vocabulary]
-    contenders, first, second = [], {}, {}
+    started = {}
     for name in options.contender:
         print(f"starting {name}", file=sys.stderr, flush=True)
+        second = None
         try:
             contender = Contender(name, checkpoint, options, cache)
-            first[name] = contender.ask(request)["seconds"]
+            first = contender.ask(request)["seconds"]
             if name.startswith("jax"):
                 contender.close()
                 contender = Contender(name, checkpoint, options, cache)
-                second[name] = contender.ask(request)["seconds"]
+                second = contender.ask(request)["seconds"]
         except RuntimeError as error:
             if is_ours(name):
                 raise
             # The others may not be installed.
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             continue
-        contenders.append(contender)
-    results = []
-    for batch in options.batch:
-        times = {c.name: ([], []) for c in contenders}
-        limits = {c.name: [] for c in contenders}
-        tokens = {}
-        for round_number in range(options.rounds + 1):
-            print(f"batch {batch}, round {round_number}", file=sys.stderr, flush=True)
-            for c in contenders:
-                for new, seconds in zip((1, options.new), times[c.name], strict=True):
-                    request = [batch, options.prompt, new, options.vocabulary]
-                    answer = c.ask(request)
-                    tokens[c.name] = answer["tokens"]
-                    if round_number:  # The first one compiles.
-                        seconds.append(answer["seconds"])
-                if is_ours(c.name) and round_number:
-                    limits[c.name].append(c.ask("limit"))
-        for c in contenders:
-            prefill, total = map(statistics.median, times[c.name])
-            dtype = weights_dtype(c.name)
-            decode = batch * (options.new - 1) / max(total - prefill, 1e-9)
-            result = {
-                "contender": c.name,
-                "batch": batch,
-                "prompt": options.prompt,
-                "new": options.new,
-                "tokens_per_second": batch * options.new / total,
-                "prefill_seconds": prefill,
-                "decode_tokens_per_second": decode,
-                "first_seconds": first[c.name],
-                "first_seconds_next_process": second.get(c.name),
-                "tokens": tokens[c.name],
-            }
-            if limits[c.name]:
-                rate = statistics.median(limits[c.name])
-                result["limit_gigabytes_per_second"] = rate / 1e9
-                result["limit_tokens_per_second"] = (
-                    batch * rate / (weights * bytes_per_weight(dtype))
-                )
-            results.append(result)
-    for contender in contenders:
-        contender.close()
-    return results
+        started[contender] = {
+            "first_seconds": first,
+            "first_seconds_next_process": second,
+        }
+    return started
+
+
+def measure_batch(contenders, batch, options):
+    """Measures one batch size in rounds; returns a dict for each contender."""
+    figures = {
+        contender: {"prefills": [], "totals": [], "limits": [], "tokens": None}
+        for contender in contenders
+    }
+    for round_number in range(options.rounds + 1):
+        print(f"batch {batch}, round {round_number}", file=sys.stderr, flush=True)
+        for contender, found in figures.items():
+            for new, seconds in ((1, "prefills"), (options.new, "totals")):
+                request = [batch, options.prompt, new, options.vocabulary]
+                answer = contender.ask(request)
+                found["tokens"] = answer["tokens"]
+                if round_number:  # The first one compiles.
+                    found[seconds].append(answer["seconds"])
+            if is_ours(contender.name) and round_number:
+                found["limits"].append(contender.ask("limit"))
+    return figures
+
+
+def summary(name, batch, new, weights, prefills, totals, limits, tokens):
+    """The medians of the rounds; `weights` is the number that a step reads."""
+    prefill, total = statistics.median(prefills), statistics.median(totals)
+    result = {
+        "tokens_per_second": batch * new / total,
+        "prefill_seconds": prefill,
+        "decode_tokens_per_second": batch * (new - 1) / max(total - prefill, 1e-9),
+        "tokens": tokens,
+    }
+    if limits:
+        rate = statistics.median(limits)
+        step = weights * bytes_per_weight(weights_dtype(name))
+        result["limit_gigabytes_per_second"] = rate / 1e9
+        result["limit_tokens_per_second"] = batch * rate / step
+    return result
 
 
 def table(results):
@@ -519,7 +224,6 @@ def main():
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add("--verbose", action="store_true", help="show what the processes print")
     options = parser.parse_args()
-    options.key_value_heads = options.key_value_heads or options.heads
 
     with tempfile.TemporaryDirectory() as directory:
         results = measure(options, Path(directory))
@@ -532,7 +236,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], sys.argv[3], tuple(map(int, sys.argv[4:])))
-    else:
-        main()
+    main()

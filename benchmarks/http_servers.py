@@ -13,7 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import generate as generate_benchmark  # benchmarks/generate.py
 import httpx2
 import numpy as np
 import random_llama  # benchmarks/random_llama.py
@@ -41,7 +40,7 @@ def prepare(directory, options):
     )
 
     directory.mkdir(parents=True, exist_ok=True)
-    sizes = generate_benchmark.sizes_of(options)
+    sizes = random_llama.sizes_of(options)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         weights = Path(temporary, "weights")
         random_llama.write_checkpoint(weights, sizes, "float32")
@@ -110,7 +109,7 @@ def command(contender, directory, port, options):
         program = [sys.executable, "-m", "llama_cpp.server"]
         flags = ["--n_ctx", str(options.context), "--n_threads", threads]
         return [*program, *gguf, *flags, *place], "/v1/models"
-    if dtype in generate_benchmark.QUANTIZED:
+    if dtype in random_llama.QUANTIZED:
         flags = ["--quantization", dtype, "--dtype", "bfloat16"]
     else:
         flags = ["--dtype", dtype]

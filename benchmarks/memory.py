@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import random_llama  # benchmarks/random_llama.py
-from generate import sizes_of  # benchmarks/generate.py
 from load import anonymous_memory  # benchmarks/load.py
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +43,8 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = options.checkpoint or Path(directory, "model")
         if not checkpoint.exists():
-            random_llama.write_checkpoint(checkpoint, sizes_of(options), "bfloat16")
+            sizes = random_llama.sizes_of(options)
+            random_llama.write_checkpoint(checkpoint, sizes, "bfloat16")
         titles = ("weights", "loaded", "peak", "generated", "peak", "tokens/s")
         print(f"{'MB':14}{''.join(f'{title:>10}' for title in titles)}")
         for contender in options.contender:

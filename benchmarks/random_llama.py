@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 
+import train  # benchmarks/train.py
 from keras_openllama.checkpoints import transformers, weight_names
 from keras_openllama.checkpoints.contents import ModelContents
 from keras_openllama.config import validate_architecture
 
 SHARD_BYTES = 2 << 30
+QUANTIZED = ("int8", "int4")
 
 
 def add_size_options(parser):
@@ -21,6 +23,22 @@ def add_size_options(parser):
     add("--intermediate", type=int, default=2752, help="width inside (%(default)s)")
     add("--vocabulary", type=int, default=32000, help="tokens (%(default)s)")
     add("--context", type=int, default=2048, help="longest sequence (%(default)s)")
+
+
+def sizes_of(options):
+    """Arguments of `OpenLlamaBackbone` for the flags of `add_size_options`."""
+    return {
+        **train.keras_sizes(options),
+        "num_key_value_heads": options.key_value_heads,
+        "max_sequence_length": options.context,
+    }
+
+
+def loading_arguments(dtype):
+    """Arguments of `from_preset` for a dtype, or for one of `QUANTIZED`."""
+    if dtype in QUANTIZED:
+        return {"dtype": "bfloat16", "quantization": dtype}
+    return {"dtype": dtype}
 
 
 def transformers_config(sizes, **settings):

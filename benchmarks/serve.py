@@ -26,7 +26,6 @@ import threading
 import time
 from pathlib import Path
 
-import generate as generate_benchmark  # benchmarks/generate.py
 import numpy as np
 import random_llama  # benchmarks/random_llama.py
 
@@ -76,9 +75,7 @@ def work(checkpoint, dtype, options):
     from keras_openllama import OpenLlamaCausalLM
     from keras_openllama.generation.continuous_batching.engine import Engine
 
-    arguments = {"dtype": dtype}
-    if dtype in generate_benchmark.QUANTIZED:
-        arguments = {"dtype": "bfloat16", "quantization": dtype}
+    arguments = random_llama.loading_arguments(dtype)
     lm = OpenLlamaCausalLM.from_preset(checkpoint, preprocessor=None, **arguments)
     new, length = options["new"], options["prompt"]
     results = {}
@@ -165,27 +162,32 @@ def second_turn(engine, length):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_request_options(parser):
+    """Adds the sizes of the model and of the requests to a parser."""
     add = parser.add_argument
     random_llama.add_size_options(parser)
     add("--prompt", type=int, default=64, help="tokens of a prompt (%(default)s)")
     add("--new", type=int, default=64, help="tokens to generate (%(default)s)")
     add("--long", type=int, default=512, help="tokens of a long prompt (%(default)s)")
-    add("--chat", type=int, default=1500, help="tokens of a chat (%(default)s)")
     add("--clients", type=int, nargs="+", default=[1, 4, 16], help="(1, 4 and 16)")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add_request_options(parser)
+    add("--chat", type=int, default=1500, help="tokens of a chat (%(default)s)")
     add("--model", nargs="+", default=MODELS, metavar="BACKEND/DTYPE",
         help=f"default: {' '.join(MODELS)}")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     options = parser.parse_args()
-    options.key_value_heads = options.key_value_heads or options.heads
 
     results = {}
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory, "model")
-        sizes = generate_benchmark.sizes_of(options)
+        sizes = random_llama.sizes_of(options)
         random_llama.write_checkpoint(checkpoint, sizes, "float32")
         for model in options.model:
             settings = {k: v for k, v in vars(options).items() if k != "json"}

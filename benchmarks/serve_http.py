@@ -38,7 +38,6 @@ import threading
 import time
 from pathlib import Path
 
-import generate as generate_benchmark  # benchmarks/generate.py
 import httpx2
 import numpy as np
 import random_llama  # benchmarks/random_llama.py
@@ -195,10 +194,9 @@ def work(kind, dtype, directory, options):
     """Measures `generate` or the engine; returns the figures."""
     from keras_openllama import OpenLlamaCausalLM
 
-    arguments = {"dtype": dtype}
-    if dtype in generate_benchmark.QUANTIZED:
-        arguments = {"dtype": "bfloat16", "quantization": dtype}
-    lm = OpenLlamaCausalLM.from_preset(directory / "transformers", **arguments)
+    lm = OpenLlamaCausalLM.from_preset(
+        directory / "transformers", **random_llama.loading_arguments(dtype)
+    )
     prompts = Prompts(1)
     text = lm.generate(Prompts(0).make(16), max_new_tokens=16, strip_prompt=True)
     if kind == "generate":
@@ -296,11 +294,7 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    random_llama.add_size_options(parser)
-    add("--prompt", type=int, default=64, help="tokens of a prompt (%(default)s)")
-    add("--new", type=int, default=64, help="tokens to generate (%(default)s)")
-    add("--long", type=int, default=512, help="tokens of a long prompt (%(default)s)")
-    add("--clients", type=int, nargs="+", default=[1, 4, 16], help="(1, 4 and 16)")
+    engine_benchmark.add_request_options(parser)
     add("--seconds", type=float, default=20.0, help="of each figure (%(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="of llama.cpp (all cores)")
     add("--contender", nargs="+", default=CONTENDERS, metavar="NAME",
@@ -314,9 +308,7 @@ def parse_arguments():
     add("--json", type=Path, metavar="FILE",
         help="add the figures to those in this file")  # fmt: skip
     add("--table", action="store_true", help="only print the figures in --json")
-    options = parser.parse_args()
-    options.key_value_heads = options.key_value_heads or options.heads
-    return options
+    return parser.parse_args()
 
 
 def main():

@@ -28,6 +28,7 @@ import sys
 import time
 
 import numpy as np
+from random_llama import loading_arguments  # benchmarks/random_llama.py
 
 import train  # benchmarks/train.py
 
@@ -119,10 +120,7 @@ def measure_random(dtype, options):
 def measure_nano(dtype, options):
     from keras_openllama import OpenLlamaCausalLM, PromptLookup, SamplingConfig
 
-    arguments = {"dtype": dtype}
-    if dtype.startswith("int"):
-        arguments = {"dtype": "bfloat16", "quantization": dtype}
-    lm = OpenLlamaCausalLM.from_preset("open_llama_nano", **arguments)
+    lm = OpenLlamaCausalLM.from_preset("open_llama_nano", **loading_arguments(dtype))
     arguments = dict(max_new_tokens=options.new, stop_token_ids=None)
     sampled = SamplingConfig(top_p=0.95, seed=1)
     for title, sampling in (("greedy", None), ("sampled", sampled)):
