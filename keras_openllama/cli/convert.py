@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -152,25 +153,36 @@ def _exit_on_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
-def check_paths(options: argparse.Namespace) -> None:
-    """Rejects an unknown model and an invalid target, before Keras is imported.
-
-    Args:
-        options: The parsed arguments.
+def export_config(options: argparse.Namespace) -> ExportConfig:
+    """Returns what the flags say about the files to write, checked.
 
     Raises:
-        ValueError: If a model does not exist, or options contradict each other.
-        OSError: If the target exists, or cannot be written.
+        ValueError: If flags contradict each other.
     """
-    ExportConfig(
+    return ExportConfig(
         options.target,
         options.to,
         dtype=options.dtype,
         quantization=options.quantization,
         max_shard_size=options.max_shard_size,
         content=options.content,
+        tokenizer=not options.no_tokenizer,
         force=options.force,
-    ).check_target()
+    )
+
+
+def check_paths(options: argparse.Namespace, config: ExportConfig) -> None:
+    """Rejects an unknown model and an invalid target, before Keras is imported.
+
+    Args:
+        options: The parsed arguments.
+        config: What to write.
+
+    Raises:
+        ValueError: If a model does not exist.
+        OSError: If the target exists, or cannot be written.
+    """
+    config.check_target()
     if os.path.isfile(options.source) and not is_gguf_file(options.source):
         _check_easylm_file(options)
     else:
@@ -190,7 +202,8 @@ def _check_easylm_file(options):
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     options = parse_arguments(arguments, prog)
-    check_paths(options)
+    config = export_config(options)
+    check_paths(options, config)
     choose_backend(None)
     with _exit_on_sigterm():
         with quiet_tensorflow():
@@ -198,18 +211,11 @@ def main(arguments: list[str], prog: str) -> int | None:
 
         files = convert(
             options.source,
-            options.target,
-            options.to,
             preset=options.preset,
             revision=options.revision,
-            dtype=options.dtype,
-            quantization=options.quantization,
-            max_shard_size=options.max_shard_size,
-            content=options.content,
-            tokenizer=not options.no_tokenizer,
-            force=options.force,
             # Before a calibration, which takes long, this checks all options.
             dry_run=options.dry_run or options.calibration is not None,
+            **dataclasses.asdict(config),
         )
         if options.calibration and not options.dry_run:
             convert_calibrated(options)
