@@ -155,19 +155,10 @@ class TokenLoop:
         stride: int | None = None,
         sampling: BatchSampling | None = None,
     ) -> Iterator[list[NewTokens]]:
-        """Yields the new tokens of prompts with their log-probabilities.
+        """`generate` with log-probabilities.
 
-        Args:
-            prompts: see `generate`, as for the next arguments.
-            limits: see there.
-            stop_token_ids: see there.
-            stride: see there.
-            sampling: how to sample each sequence; `None` uses the sampler of the model,
-                without log-probabilities.
-
-        Yields:
-            For each prompt, its new tokens since the previous yield, including the stop
-            id.
+        `sampling` says how to sample each sequence; `None` uses the sampler of the
+        model, without log-probabilities. The other arguments are those of `generate`.
         """
         if max(limits) == 0:
             yield [NewTokens([]) for _ in prompts]

@@ -59,20 +59,14 @@ class EngineTokenLoop:
         sampling: BatchSampling | None = None,
         is_stopped: Callable[[int], bool] = lambda index: False,
     ) -> Iterator[list[NewTokens]]:
-        """Generates; checks the arguments immediately.
+        """`TokenLoop.generate_with_logprobs`; checks the arguments immediately.
 
-        Args:
-            prompts: see `TokenLoop.generate_with_logprobs`, as for the next arguments.
-            limits: see there.
-            stop_token_ids: see there.
-            stride: `None` yields once, at the end; otherwise after each token.
-            sampling: see there; the sampler of the model must be greedy.
-            is_stopped: whether a sequence needs no further tokens, by its number. It is
-                called after each yield, and such a sequence frees its slot.
+        The arguments are the same, except for these:
 
-        Returns:
-            An iterator over the new tokens of all prompts since the previous ones,
-            including the stop id.
+        - `stride`: `None` yields once, at the end; otherwise after each token.
+        - `sampling`: if `None`, the sampler of the model must be greedy.
+        - `is_stopped`: whether a sequence needs no further tokens, by its number. It is
+          called after each yield, and such a sequence frees its slot.
 
         Raises:
             ValueError: if the sampler of the model is not greedy, and would be used.

@@ -42,23 +42,12 @@ def decode_layer_on_cpu(
     epsilon: float,
     buffers: Buffers,
 ) -> torch.Tensor:
-    """`torch_network.decode_layer` for CPUs.
+    """`network.decode_layer` for CPUs, with the same arguments except three.
 
-    Args:
-        x: `(batch, 1, hidden_dim)`.
-        layer: the tensors of the layer.
-        cos: float32 `(batch, 1, 1, head_dim / 2)`.
-        sin: float32 `(batch, 1, 2, head_dim / 2)`, for the first half of a head with
-            the opposite sign.
-        bias: see `TorchNetwork.decode`.
-        column: not used; the last one of `bias` is written.
-        cache: see `torch_network.decode_layer`, as the next two.
-        head_dim: see there.
-        epsilon: see there.
-        buffers: see `attention_buffers`.
-
-    Returns:
-        Hidden states `(batch, 1, hidden_dim)`.
+    - `sin`: float32 `(batch, 1, 2, head_dim / 2)`, for the first half of a head with
+      the opposite sign.
+    - `column`: not used; the last one of `bias` is written.
+    - `buffers`: see `attention_buffers`.
     """
     batch, used = len(x), bias.shape[1]
     normed = rms_norm(x, layer.attention_norm, epsilon)
@@ -84,12 +73,9 @@ def decode_layer_on_cpu(
 
 
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `(batch, heads, head_dim)` as `torch_network.rotate`, to float32.
+    """`network.rotate` for `(batch, heads, head_dim)`, to float32.
 
-    Args:
-        x: `(batch, heads, head_dim)`.
-        cos: see `decode_layer_on_cpu`.
-        sin: see there.
+    `cos` and `sin` are those of `decode_layer_on_cpu`.
     """
     shape = x.shape
     x = x.float().view(*shape[:2], 2, -1)

@@ -1,4 +1,4 @@
-"""`SlotDecoder` on PyTorch: plain functions of `torch_network`, run eagerly."""
+"""`SlotDecoder` on PyTorch: plain functions of `network`, run eagerly."""
 
 from __future__ import annotations
 
