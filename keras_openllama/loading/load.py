@@ -1,4 +1,4 @@
-"""Implements `from_preset` of the public classes: finds a source, loads from it."""
+"""What `from_preset` of the public classes does: finds a source, loads from it."""
 
 from __future__ import annotations
 
@@ -62,77 +62,6 @@ def load_backbone(
     _check_names(cls, kwargs, arguments_of(cls))
     types = WeightTypes(dtype, quantization)
     return find_source(preset, revision).backbone(cls, load_weights, types, kwargs)
-
-
-def load_tokenizer(
-    cls: type[_Loaded], preset: PathLike, *, revision: str | None = None, **kwargs: Any
-) -> _Loaded:
-    """Implements `from_preset` of the tokenizer.
-
-    Args:
-        cls: The class of the tokenizer.
-        preset: As for `load_backbone`.
-        revision: As for `load_backbone`.
-        **kwargs: Arguments of the tokenizer.
-
-    Returns:
-        An instance of `cls`.
-
-    Raises:
-        ValueError: As for `load_backbone`.
-        OSError: As for `load_backbone`.
-    """
-    return find_source(preset, revision).tokenizer(cls, kwargs)
-
-
-def load_preprocessor(
-    cls: type[_Loaded], preset: PathLike, *, revision: str | None = None, **kwargs: Any
-) -> _Loaded:
-    """Implements `from_preset` of the preprocessor.
-
-    Args:
-        cls: The class of the preprocessor.
-        preset: As for `load_backbone`.
-        revision: As for `load_backbone`.
-        **kwargs: Arguments of the preprocessor. `sequence_length` defaults to the
-            context length of the model, if the files are those of a model.
-
-    Returns:
-        An instance of `cls`.
-
-    Raises:
-        ValueError: As for `load_backbone`.
-        OSError: As for `load_backbone`.
-    """
-    return find_source(preset, revision).preprocessor(cls, kwargs)
-
-
-def load_task(
-    cls: type[_Loaded],
-    preset: PathLike,
-    *,
-    revision: str | None = None,
-    **options: Any,
-) -> _Loaded:
-    """Implements `from_preset` of the task.
-
-    Args:
-        cls: The class of the task.
-        preset: As for `load_backbone`.
-        revision: As for `load_backbone`.
-        **options: As for `load_task_from_source`.
-
-    Returns:
-        An instance of `cls`.
-
-    Raises:
-        ValueError: As for `load_backbone`.
-        OSError: As for `load_backbone`.
-    """
-    source = find_source(preset, revision)
-    return load_task_from_source(
-        cls, source, describe_origin(preset, revision), **options
-    )
 
 
 def load_task_from_source(

@@ -21,7 +21,11 @@ from keras_openllama.generation.kv_cache import check_cache_dtype
 from keras_openllama.generation.sampling.samplers import check_sampler
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
-from keras_openllama.loading.load import load_task
+from keras_openllama.loading.load import (
+    describe_origin,
+    find_source,
+    load_task_from_source,
+)
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
 from keras_openllama.models.exports import ExportMixin
@@ -181,12 +185,12 @@ class OpenLlamaCausalLM(
             ...     "open_llama_7b_v2", dtype="bfloat16", quantization="int4"
             ... )  # doctest: +SKIP
         """
-        return load_task(
+        return load_task_from_source(
             cls,
-            preset,
+            find_source(preset, revision),
+            describe_origin(preset, revision),
             dtype=dtype,
             load_weights=load_weights,
-            revision=revision,
             preprocessor=preprocessor,
             quantization=quantization,
             **kwargs,

@@ -11,7 +11,7 @@ import numpy as np
 from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow, to_numpy
 from keras_openllama.backend.keras_hub import CausalLMPreprocessor
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset
-from keras_openllama.loading.load import load_preprocessor
+from keras_openllama.loading.load import find_source
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
 from keras_openllama.text.chat_rendering import (
@@ -165,7 +165,7 @@ class OpenLlamaCausalLMPreprocessor(AtomicPreset, CausalLMPreprocessor):
             >>> preprocessor.sequence_length
             128
         """
-        return load_preprocessor(cls, preset, revision=revision, **kwargs)
+        return find_source(preset, revision).preprocessor(cls, kwargs)
 
     @property
     def sequence_length(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from keras_openllama.backend.arrays import is_graph_tensor, loaded_tensorflow
 from keras_openllama.backend.keras_hub import Tokenizer
 from keras_openllama.checkpoints.atomic_saving import AtomicPreset
-from keras_openllama.loading.load import load_tokenizer
+from keras_openllama.loading.load import find_source
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.text.added_tokens import AddedToken
 from keras_openllama.text.inputs import check_graph_texts, normalize_texts
@@ -144,7 +144,7 @@ class OpenLlamaTokenizer(AtomicPreset, Tokenizer):
             >>> tokenizer("The sea")
             [1, 357, 1239]
         """
-        return load_tokenizer(cls, preset, revision=revision, **kwargs)
+        return find_source(preset, revision).tokenizer(cls, kwargs)
 
     def set_proto(self, proto: PathLike | bytes | None) -> None:
         """Replaces the SentencePiece model.

@@ -177,27 +177,6 @@ def calibration_factor(
     return ExpectedRange(*map(math.exp, (center - width, center, center + width)))
 
 
-def expected_range(estimated: float, chip: str | None = None) -> ExpectedRange:
-    """Returns the speed to expect of a plan.
-
-    Args:
-        estimated: tokens/s (per chip or not) or MFU that the cost model estimates.
-        chip: see `calibration_factor`.
-
-    Returns:
-        The expected speed and its range, see the module.
-
-    Example:
-        >>> expected = expected_range(4277.0, "v4")
-        >>> expected.low < expected.expected < expected.high
-        True
-    """
-    factor = calibration_factor(chip)
-    return ExpectedRange(
-        estimated * factor.low, estimated * factor.expected, estimated * factor.high
-    )
-
-
 def expected_figures(plan: Mapping[str, Any]) -> dict[str, float]:
     """Returns the expected speed and time of a plan, each with a range.
 

@@ -32,7 +32,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 from keras_openllama.runs.tensorboard_events import (
@@ -209,12 +208,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

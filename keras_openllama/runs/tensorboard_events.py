@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 from keras_openllama.utils import files
@@ -93,12 +92,7 @@ class TensorBoardEvents:
     def __enter__(self) -> TensorBoardEvents:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with add_path_to_errors(self._directory):
             self._writer.close()
 

@@ -32,7 +32,6 @@ from keras_openllama.quantization import WeightQuantizationConfig
 # whose rows do.
 ODD = TinyShape("odd", 4, 2, 100, hidden_dim=64, num_layers=2, context=64)
 EVEN = TinyShape("even", 4, 2, 16, hidden_dim=64, num_layers=2, context=64)
-SMALL_TYPES = ("q5_1", "q5_0", "q4_1", "q4_0")
 TYPES = gguf.GGMLQuantizationType
 
 

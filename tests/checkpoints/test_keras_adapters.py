@@ -17,7 +17,6 @@ pytestmark = pytest.mark.usefixtures("compile_fast")
 
 SHAPE = SHAPES[2]  # Grouped heads: projections of different kinds differ in shape.
 QUANTIZATIONS = (None, "int8", "int4")
-OTHERS = (dict(alpha=3), dict(rank=3), dict(targets=["query"]), dict(targets=["up"]))
 FILES = ("lm.weights.h5", "lm.weights.json", "lm.keras")
 
 

@@ -70,15 +70,14 @@ def test_points_for_chip_are_those_of_the_factor():
     assert calibration.points_for_chip("v5p", POINTS[:3]) == POINTS[:3]
 
 
-def test_expected_range_and_expected_figures_scale_the_estimate():
+def test_expected_figures_scale_the_estimate():
     factor = calibration.calibration_factor("v4")
-    speed = calibration.expected_range(2000, "v4")
-    assert speed.low == pytest.approx(2000 * factor.low)
-    assert speed.expected == pytest.approx(2000 * factor.expected)
-    assert speed.high == pytest.approx(2000 * factor.high)
     plan = {"tokens_per_second_per_chip": 2000, "mfu": 0.5, "days": 9, "chips": 4}
     figures = calibration.expected_figures({**plan, "topology": "v4:2x2x1"})
-    assert figures["expected_tokens_per_second_per_chip_low"] == speed.low
+    speed = "expected_tokens_per_second_per_chip"
+    assert figures[speed] == pytest.approx(2000 * factor.expected)
+    assert figures[f"{speed}_low"] == pytest.approx(2000 * factor.low)
+    assert figures[f"{speed}_high"] == pytest.approx(2000 * factor.high)
     assert figures["expected_mfu"] == pytest.approx(0.5 * factor.expected)
     assert figures["expected_days"] == pytest.approx(9 / factor.expected)
     # The fastest run is the shortest.
@@ -119,10 +118,10 @@ def test_docs_show_the_expected_figures_of_each_plan():
     for plan in plans.values():
         if "reason" in plan:
             continue
-        chip = plan["topology"].partition(":")[0]
-        speed = calibration.expected_range(plan["tokens_per_second_per_chip"], chip)
-        text = f"| {speed.expected:,.0f} ({speed.low:,.0f} to {speed.high:,.0f}) |"
-        assert text in page
+        figures = calibration.expected_figures(plan)
+        name = "expected_tokens_per_second_per_chip"
+        speed, low, high = (figures[name + end] for end in ("", "_low", "_high"))
+        assert f"| {speed:,.0f} ({low:,.0f} to {high:,.0f}) |" in page
 
 
 @pytest.mark.parametrize(
