@@ -12,7 +12,7 @@ from keras_openllama.checkpoints import contents, writer
 from keras_openllama.loading.load import (
     describe_origin,
     find_source,
-    load_task_from_source,
+    load_task,
 )
 from keras_openllama.loading.sources import EasyLMSource
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -70,7 +70,7 @@ def load(
                 stacklevel=2,
             )
             preprocessor = None
-    return load_task_from_source(
+    return load_task(
         OpenLlamaCausalLM,
         source,
         describe_origin(path, is_file=True),

@@ -28,43 +28,38 @@ _Loaded = TypeVar("_Loaded")
 
 def load_backbone(
     cls: type[_Loaded],
-    preset: PathLike,
+    source: sources.ModelSource,
     *,
     load_weights: bool = True,
     dtype: str | keras.DTypePolicy | None = None,
-    revision: str | None = None,
     quantization: Any = "auto",
     **kwargs: Any,
 ) -> _Loaded:
-    """Implements `from_preset` of the backbone.
+    """Loads a backbone from a source.
 
     Args:
         cls: The class of the backbone.
-        preset: Name of a preset; path of a directory in KerasHub's or transformers'
-            format, of a training run or of one of its checkpoints; path of a GGUF file;
-            `"hf://user/repo"`, or `"hf://user/repo/file.gguf"`.
+        source: The source, see `find_source`.
         load_weights: Whether to load the weights. Otherwise they are initialized at
             random.
         dtype: Dtype or dtype policy. `None` is Keras's global policy.
-        revision: Branch, tag or commit of a repository on the Hub.
         quantization: `"int8"`, `"int4"` or a `keras.quantizers.QuantizationConfig`;
             `None` for floating-point weights; `"auto"` for weights as in the files.
-        **kwargs: Arguments of the backbone, which override those of the preset.
+        **kwargs: Arguments of the backbone, which override those of the source.
 
     Returns:
         An instance of `cls`.
 
     Raises:
-        ValueError: If the preset or an argument is unknown, or the files do not belong
-            to this model.
+        ValueError: If an argument is unknown, or the files do not belong to this model.
         OSError: If a file is unavailable or cannot be read.
     """
     _check_names(cls, kwargs, arguments_of(cls))
     types = WeightTypes(dtype, quantization)
-    return find_source(preset, revision).backbone(cls, load_weights, types, kwargs)
+    return source.backbone(cls, load_weights, types, kwargs)
 
 
-def load_task_from_source(
+def load_task(
     cls: type[_Loaded],
     source: sources.ModelSource,
     origin: str,
@@ -180,8 +175,10 @@ def find_source(
     """Finds the source that a preset refers to.
 
     Args:
-        preset: As for `load_backbone`.
-        revision: As for `load_backbone`.
+        preset: Name of a preset; path of a directory in KerasHub's or transformers'
+            format, of a training run or of one of its checkpoints; path of a GGUF file;
+            `"hf://user/repo"`, or `"hf://user/repo/file.gguf"`.
+        revision: Branch, tag or commit of a repository on the Hub.
         build_empty_task: As for `keras_hub_source.KerasHubSource`. Only conversions
             require it.
         argument: Name of the caller's argument, for error messages.
@@ -245,4 +242,4 @@ def _source_of(repository, model_format, build_empty_task):
 @functools.cache
 def _warn_once(name):
     if presets.registry()[name].notice:
-        warnings.warn(presets.registry()[name].notice, stacklevel=5)
+        warnings.warn(presets.registry()[name].notice, stacklevel=4)

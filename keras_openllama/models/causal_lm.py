@@ -24,7 +24,7 @@ from keras_openllama.layers.remat import check_policy
 from keras_openllama.loading.load import (
     describe_origin,
     find_source,
-    load_task_from_source,
+    load_task,
 )
 from keras_openllama.models.backbone import OpenLlamaBackbone
 from keras_openllama.models.causal_lm_preprocessor import OpenLlamaCausalLMPreprocessor
@@ -185,7 +185,7 @@ class OpenLlamaCausalLM(
             ...     "open_llama_7b_v2", dtype="bfloat16", quantization="int4"
             ... )  # doctest: +SKIP
         """
-        return load_task_from_source(
+        return load_task(
             cls,
             find_source(preset, revision),
             describe_origin(preset, revision),

@@ -26,7 +26,7 @@ from keras_openllama.distribution import check_mesh
 from keras_openllama.loading.load import (
     describe_origin,
     find_source,
-    load_task_from_source,
+    load_task,
 )
 from keras_openllama.loading.weight_types import WeightTypes
 from keras_openllama.models.causal_lm import OpenLlamaCausalLM
@@ -270,7 +270,7 @@ def _build(config, source, preprocessor, train, distribution):
     random.seed(config.seed)
     with distribution_scope(distribution):
         with _reading_preset(config.preset):
-            lm = load_task_from_source(
+            lm = load_task(
                 OpenLlamaCausalLM,
                 source,
                 describe_origin(config.preset),

@@ -359,7 +359,7 @@ def test_finetune_checks_prompts_and_lengths_before_it_loads_weights(
     def load(*_, **__):
         raise AssertionError("the weights are loaded")
 
-    monkeypatch.setattr(finetuning, "load_task_from_source", load)
+    monkeypatch.setattr(finetuning, "load_task", load)
     assert message in error_of(capsys, *arguments(data, tmp_path / "run", *more))
 
 
