@@ -3,8 +3,9 @@
     python benchmarks/data.py [tokenize load seek memory] [--rounds 5]
 
 tokenize  MB/s on one core, for a vocabulary of 32,000 (mistral-common's) and text of
-          stand_in_mixture.py: tokenization into shards, SentencePiece alone, and the
-          fast tokenizer of transformers with the same vocabulary.
+          stand_in_mixture.py: tokenization into shards and to ids, from the first word
+          of a new process on; SentencePiece alone; and the fast tokenizers with the
+          same vocabulary, of the library tokenizers and of transformers.
 load      Tokens per second from prepared data, in one process and with Grain workers.
 seek      Seconds to open an index of 100 million synthetic documents and find the
           sequences of step 200,000.
@@ -26,9 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import stand_in_mixture
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tqdm import tqdm
 
 from keras_openllama.data import document_reader, shuffling, text_sources, tokenizing
+from keras_openllama.data.document_encoder import DocumentEncoder
 from keras_openllama.data.mixture import Interleaving, load_mixture
 from keras_openllama.data.sequence_index import BestFitIndex, ConcatenatedIndex
 from keras_openllama.data.token_stream import TokenStream
@@ -69,58 +72,78 @@ def alternate(candidates, rounds):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def sample():
+    """Documents with the first megabytes of each source of the stand-in mixture."""
+    texts = []
+    for name, paths in specs().items():
+        taken = 0
+        for unit in text_sources.find_units(name, paths):
+            for text in document_reader.read_documents(unit):
+                if taken < TEXT_BYTES and not isinstance(text, document_reader.Skipped):
+                    texts.append(text)
+                    taken += len(text)
+    return texts
+
+
 def tokenize(rounds):
     """Prints MB/s of tokenization."""
+    texts = sample()
+    proto = large_model()
+    compare_tokenizers("a model that keeps spaces", proto, texts, rounds)
+    model = ModelProto.FromString(proto)
+    model.normalizer_spec.remove_extra_whitespaces = True
+    proto = model.SerializeToString()
+    compare_tokenizers("the same merging spaces", proto, texts, rounds)
+
+
+def compare_tokenizers(title, proto, texts, rounds):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     from keras_openllama.checkpoints import tokenizer_json
 
-    proto = large_model()
     processor = tokenizing.cached_processor(proto)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(
-            tokenizer_json.build_tokenizer_json(proto, add_start_token=False)
-        )
+    rust = Tokenizer.from_str(
+        tokenizer_json.build_tokenizer_json(proto, add_start_token=False)
     )
+    fast = PreTrainedTokenizerFast(tokenizer_object=rust)
     with tempfile.TemporaryDirectory() as folder:
-        texts = []
-        for name, paths in specs().items():
-            taken = 0
-            for unit in text_sources.find_units(name, paths):
-                for text in document_reader.read_documents(unit):
-                    if taken < TEXT_BYTES and not isinstance(
-                        text, document_reader.Skipped
-                    ):
-                        texts.append(text)
-                        taken += len(text)
         path = Path(folder, "text.jsonl")
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
         [unit] = text_sources.find_units("text", [str(path)])
-        size = sum(len(text.encode()) for text in texts) / 1e6
         settings = tokenizing.TokenizationSettings(proto)
 
-        def transformers():
-            # In batches: one call for all texts would hold all results.
+        def shards():
+            tokenizing.cached_encoder.cache_clear()  # As in a new process.
+            tokenizing.tokenize_unit(unit, settings, folder)
+
+        def ids():
+            encoder = DocumentEncoder(proto)
+            for text in texts:
+                encoder.encode(text)
+
+        def in_batches(encode):
+            # One call for all texts would hold all results.
             for start in range(0, len(texts), 64):
-                fast(texts[start : start + 64], add_special_tokens=False)
+                encode(texts[start : start + 64], add_special_tokens=False)
 
         seconds = alternate(
             {
-                "shards written": lambda: tokenizing.tokenize_unit(
-                    unit, settings, folder
-                ),
-                "SentencePiece alone": lambda: processor.encode(texts, num_threads=1),
-                "transformers, fast": transformers,
+                "ours, shards written": shards,
+                "ours, ids": ids,
+                "SentencePiece": lambda: processor.encode(texts, num_threads=1),
+                "tokenizers": lambda: in_batches(rust.encode_batch_fast),
+                "transformers, fast": lambda: in_batches(fast),
             },
             rounds,
         )
-    shards = seconds["shards written"]
-    print(f"tokenizing {size:.1f} MB on one core")
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"tokenizing {size:.1f} MB on one core, {title}")
+    print("                             MB/s   shards are   ids are")
+    of_shards, of_ids = seconds["ours, shards written"], seconds["ours, ids"]
     for name, value in seconds.items():
-        rate = size / value
-        ratio = value / shards
-        print(f"    {name:<22}{rate:>8.2f} MB/s; shards written at {ratio:.2f} x")
+        ratios = f"{value / of_shards:>10.2f} x {value / of_ids:>8.2f} x"
+        print(f"    {name:<21}{size / value:>8.2f} {ratios}")
 
 
 def prepared(folder):

@@ -1,6 +1,5 @@
 """Tokenization of one unit of a source into one shard per split."""
 
-import array
 import contextlib
 import dataclasses
 import functools
@@ -16,13 +15,12 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from keras_openllama.data import document_reader, token_records
+from keras_openllama.data.document_encoder import DocumentEncoder
 from keras_openllama.data.text_sources import SourceError, Unit, hash_of
 from keras_openllama.text.sentencepiece_model import load_processor
 from keras_openllama.utils import files
 
 SPLITS = ("train", "validation")
-# Bytes of text per call of SentencePiece, large enough to hide the cost of a call.
-_BATCH_BYTES = 1 << 18
 _HASH_RANGE = 1 << 32
 # Documents after which a unit with too many damaged ones is aborted.
 _MIN_CHECKED = 1000
@@ -154,7 +152,7 @@ def tokenize_unit(
     with contextlib.ExitStack() as stack:
         shards = {
             split: stack.enter_context(
-                _Shard(unit, split, directory, cached_processor(settings.proto))
+                _Shard(unit, split, directory, cached_encoder(settings.proto))
             )
             for split in SPLITS
         }
@@ -222,16 +220,24 @@ def cached_processor(proto: bytes) -> SentencePieceProcessor:
     return load_processor(proto, "the tokenizer")
 
 
-class _Shard:
-    """A shard that is being written. Tokenizes in batches and counts tokens."""
+@functools.lru_cache(maxsize=1)
+def cached_encoder(proto: bytes) -> DocumentEncoder:
+    """Creates an encoder, once per process: all units share what it remembers."""
+    return DocumentEncoder(proto)
 
-    def __init__(self, unit, split, directory, processor):
+
+class _Shard:
+    """A shard that is being written. Tokenizes documents and counts tokens."""
+
+    def __init__(self, unit, split, directory, encoder):
         self._path = files.join(directory, shard_name(unit, split))
         self._lengths_path = files.join(directory, lengths_name(unit, split))
-        self._processor = processor
-        self._typecode = token_records.token_dtype(processor.vocab_size()).char
-        self._ends = processor.bos_id(), processor.eos_id()
-        self._texts, self._sizes, self._pending = [], [], 0
+        self._encoder = encoder
+        processor = encoder.processor
+        self._dtype = token_records.token_dtype(processor.vocab_size())
+        # <s> before and </s> after each document, as EasyLM does.
+        ends = np.array([processor.bos_id(), processor.eos_id()], self._dtype)
+        self._start, self._end = (token.tobytes() for token in ends)
         self._lengths, self._num_bytes = [], 0
         self.summary = None
 
@@ -249,30 +255,14 @@ class _Shard:
         return self._stack.__exit__(*error)
 
     def add(self, text, num_bytes):
-        self._texts.append(text)
-        self._sizes.append(num_bytes)
-        self._pending += num_bytes
-        if self._pending >= _BATCH_BYTES:
-            self._write_pending()
-
-    def _write_pending(self):
-        bos, eos = self._ends
-        for ids, num_bytes in zip(
-            self._processor.encode(self._texts, num_threads=1), self._sizes, strict=True
-        ):
-            # <s> before and </s> after each document, as EasyLM does.
-            tokens = array.array(self._typecode, (bos,))
-            tokens.fromlist(ids)  # Faster than np.array(ids).
-            tokens.append(eos)
-            self._writer.write(token_records.encode_record(tokens, num_bytes))
-            self._lengths.append(len(tokens))
-        self._num_bytes += self._pending
-        self._texts, self._sizes, self._pending = [], [], 0
+        data = self._start + self._encoder.encode(text) + self._end
+        tokens = np.frombuffer(data, self._dtype)
+        self._writer.write(token_records.encode_record(tokens, num_bytes))
+        self._lengths.append(len(tokens))
+        self._num_bytes += num_bytes
 
     def finish(self):
-        """Writes pending documents, closes and checks the file, sets the summary."""
-        if self._texts:
-            self._write_pending()
+        """Closes and checks the file, sets the summary."""
         self._writer.close()
         token_records.check_written(self._unfinished, len(self._lengths))
         lengths = np.array(self._lengths, "<u4")

@@ -12,6 +12,8 @@ from pydoc_data.topics import topics
 
 import sentencepiece
 
+from keras_openllama.presets import folder
+
 
 def train_tokenizer(path, keep_spaces, vocab_size=512):
     """Trains a small model on the Python language reference and writes it.
@@ -64,3 +66,12 @@ def large_model():
     """Returns the bytes of a real model of 32000 pieces that preserves spaces."""
     data = importlib.resources.files("mistral_common") / "data"
     return (data / "tokenizer.model.v1").read_bytes()
+
+
+# Models like those of OpenLLaMA, and one in which runs of spaces have equal scores.
+MODELS = {
+    "v1": lambda: trained_model(keep_spaces=False),
+    "v2": lambda: trained_model(keep_spaces=True),
+    "nano": lambda: (folder() / "open_llama_nano" / "tokenizer.model").read_bytes(),
+    "tied_scores": large_model,
+}
