@@ -24,7 +24,7 @@ from keras_openllama.generation.stop_strings import (
     decode_until_stopped,
     normalize_stop_strings,
 )
-from keras_openllama.text.inputs import ChatPrompts, Texts, TokenArrays
+from keras_openllama.text.input_kinds import ChatPrompts, Texts, TokenArrays
 from keras_openllama.text.token_arrays import pad_sequences
 
 if TYPE_CHECKING:

@@ -22,13 +22,8 @@ from keras_openllama.generation.sampling.config import SamplingConfig
 from keras_openllama.generation.sampling.options import SamplingOptions
 from keras_openllama.generation.sampling.samplers import is_search_sampler
 from keras_openllama.generation.token_loop import TokenLoop
-from keras_openllama.text.inputs import (
-    Batches,
-    ChatPrompts,
-    Texts,
-    TokenArrays,
-    normalize_prompts,
-)
+from keras_openllama.text.input_kinds import Batches, ChatPrompts, Texts, TokenArrays
+from keras_openllama.text.inputs import normalize_prompts
 from keras_openllama.utils.validation import raise_invalid
 
 if keras.config.backend() == "torch":

@@ -29,10 +29,8 @@ from keras_openllama.text.examples import (
     parse_text,
     tokenize_examples,
 )
+from keras_openllama.text.input_kinds import Examples, GraphTexts, Texts
 from keras_openllama.text.inputs import (
-    Examples,
-    GraphTexts,
-    Texts,
     check_graph_texts,
     normalize_examples,
     normalize_texts,

@@ -11,7 +11,8 @@ from keras import ops
 
 from keras_openllama.generation.sharding import model_device, state_shardings
 from keras_openllama.layers.execution import LayerExecution
-from keras_openllama.text.inputs import Texts, normalize_sequences
+from keras_openllama.text.input_kinds import Texts
+from keras_openllama.text.inputs import normalize_sequences
 from keras_openllama.text.token_arrays import as_padding_mask, as_token_ids
 from keras_openllama.utils.types import Tensor
 

@@ -43,7 +43,8 @@ from keras_openllama.runs.keras_train_state import KerasTrainState
 from keras_openllama.runs.optimizer import compile_model
 from keras_openllama.runs.trainer import RunOptions, SamplePrompts, Trainer, lock_run
 from keras_openllama.text.chat_rendering import RenderedExample, render_example
-from keras_openllama.text.inputs import ChatExample, as_example
+from keras_openllama.text.input_kinds import ChatExample
+from keras_openllama.text.inputs import as_example
 from keras_openllama.text.messages import ASSISTANT, is_reply
 from keras_openllama.text.records import Example
 from keras_openllama.text.sentencepiece_model import check_vocabulary

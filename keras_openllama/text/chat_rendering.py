@@ -12,13 +12,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from keras_openllama.text.chat_template import EXAMPLE_TEMPLATE
-from keras_openllama.text.inputs import (
-    ChatExample,
-    Examples,
-    Pair,
-    Texts,
-    check_errors,
-)
+from keras_openllama.text.input_kinds import ChatExample, Examples, Pair, Texts
+from keras_openllama.text.inputs import check_errors
 from keras_openllama.text.jinja_template import (
     ChatTemplateError,
     JinjaTemplate,

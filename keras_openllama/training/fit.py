@@ -14,7 +14,7 @@ from keras import ops
 from keras_openllama.backend.keras_private import loss_tracker, optimized_variables
 from keras_openllama.layers.lora import adapted_layers
 from keras_openllama.optimizers import AdamW
-from keras_openllama.text.inputs import Batches
+from keras_openllama.text.input_kinds import Batches
 from keras_openllama.training.batch_padding import (
     PaddedInputs,
     count_sequences,

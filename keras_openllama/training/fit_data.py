@@ -12,14 +12,8 @@ from keras import ops
 
 from keras_openllama.backend.arrays import is_graph_tensor, to_numpy
 from keras_openllama.text.examples import BatchWarnings
-from keras_openllama.text.inputs import (
-    Batches,
-    Examples,
-    RawInputs,
-    Texts,
-    is_tf_dataset,
-    normalize_training_data,
-)
+from keras_openllama.text.input_kinds import Batches, Examples, RawInputs, Texts
+from keras_openllama.text.inputs import is_tf_dataset, normalize_training_data
 from keras_openllama.text.token_arrays import as_token_ids
 from keras_openllama.training.batch_padding import (
     data_parallel_size,

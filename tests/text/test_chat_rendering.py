@@ -10,7 +10,7 @@ from keras_openllama.text.chat_rendering import (
     render_prompt,
 )
 from keras_openllama.text.chat_template import check_template
-from keras_openllama.text.inputs import ChatExample, Examples, Pair
+from keras_openllama.text.input_kinds import ChatExample, Examples, Pair
 from keras_openllama.text.jinja_template import JinjaTemplate
 from keras_openllama.text.messages import UnusableExampleError
 

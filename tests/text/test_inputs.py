@@ -8,7 +8,7 @@ import pytest
 from tokenizer_models import trained_model
 
 from keras_openllama.models.tokenizer import OpenLlamaTokenizer
-from keras_openllama.text.inputs import (
+from keras_openllama.text.input_kinds import (
     Batches,
     ChatExample,
     ChatPrompts,
@@ -18,6 +18,8 @@ from keras_openllama.text.inputs import (
     RawInputs,
     Texts,
     TokenArrays,
+)
+from keras_openllama.text.inputs import (
     normalize_examples,
     normalize_prompts,
     normalize_sequences,
