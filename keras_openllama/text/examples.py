@@ -307,7 +307,7 @@ class BatchWarnings:
 
     Example:
         >>> import warnings
-        >>> from keras_openllama.text.inputs import Texts
+        >>> from keras_openllama.text.input_kinds import Texts
         >>> batches = BatchWarnings()
         >>> with warnings.catch_warnings(record=True) as reported:
         ...     for text in ["a", "a long text", "another long text"]:
