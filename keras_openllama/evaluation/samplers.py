@@ -43,16 +43,20 @@ def use_sampler(
     top_k = None if top_k in (0, -1) else top_k
     sampler = _make_sampler(temperature, top_p, top_k, seed)
     check_sampler(sampler, lm.backbone.vocabulary_size)
-    if temperature == 0 and type(lm.sampler) is GreedySampler:
-        yield  # Reuses the compiled programs.
-        return
-    before = lm.sampler, lm.generate_function
-    lm.sampler = sampler
-    lm.generate_function = None  # The compiled function contains the sampler.
+    default, lm.default_sampling = lm.default_sampling, None
     try:
-        yield
+        if temperature == 0 and type(lm.sampler) is GreedySampler:
+            yield  # Reuses the compiled programs.
+            return
+        before = lm.sampler, lm.generate_function
+        lm.sampler = sampler
+        lm.generate_function = None  # The compiled function contains the sampler.
+        try:
+            yield
+        finally:
+            lm.sampler, lm.generate_function = before
     finally:
-        lm.sampler, lm.generate_function = before
+        lm.default_sampling = default
 
 
 def _make_sampler(temperature, top_p, top_k, seed):

@@ -36,11 +36,16 @@ if TYPE_CHECKING:
     from keras_openllama.generation.prompt_cache import PromptCache
 
 
+# For `compile(sampler=SamplingConfig(…))` in `.keras` files.
+keras.saving.register_keras_serializable("keras_openllama")(SamplingConfig)
+
+
 class GenerateMixin:
     """The methods of `OpenLlamaCausalLM` that generate."""
 
     # Set by `compile`.
     sampler = None
+    default_sampling = None
     kv_cache_dtype = None
     generate_function = None
     _loaded_draft = None
@@ -139,7 +144,7 @@ class GenerateMixin:
             strip_prompt: whether to return the new text without the prompt. Replies to
                 chats never include the prompt.
             sampling: how tokens are chosen: a `SamplingConfig`, or a list with one for
-                each prompt; `None` uses the sampler of `compile`. Its values do not
+                each prompt; `None` uses the `sampler` of `compile`. Its values do not
                 need a new compilation.
             num_samples: number of texts for each prompt. With more than one, the result
                 for a prompt is a list of them; arrays have so many rows for each one.
@@ -182,6 +187,7 @@ class GenerateMixin:
             'The sea shines, and'
         """
         limits = GenerationLimits(max_length, max_new_tokens, stop_token_ids, stop)
+        sampling = self.default_sampling if sampling is None else sampling
         options = SamplingOptions(sampling, num_samples, logprobs)
         draft = self._resolve_draft(draft)
         size = self.backbone.vocabulary_size
@@ -256,6 +262,7 @@ class GenerateMixin:
                 "`stream` yields texts, without log-probabilities. Call `generate` "
                 f"with `logprobs`. Received: logprobs={logprobs!r}"
             )
+        sampling = self.default_sampling if sampling is None else sampling
         options, draft = SamplingOptions(sampling), self._resolve_draft(draft)
         if self.preprocessor is None:
             raise ValueError(

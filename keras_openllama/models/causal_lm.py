@@ -18,6 +18,7 @@ from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_hub import CausalLM, classproperty, get_sampler
 from keras_openllama.generation.generate import GenerateMixin
 from keras_openllama.generation.kv_cache import check_cache_dtype
+from keras_openllama.generation.sampling.config import SamplingConfig
 from keras_openllama.generation.sampling.samplers import check_sampler
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.remat import check_policy
@@ -212,7 +213,7 @@ class OpenLlamaCausalLM(
         loss: str | keras.losses.Loss = "auto",
         *,
         weighted_metrics: str | list | None = "auto",
-        sampler: str | Sampler = "greedy",
+        sampler: str | Sampler | SamplingConfig = "greedy",
         kv_cache_dtype: str | None = None,
         micro_batches: int = 1,
         rematerialize: str = "none",
@@ -236,8 +237,9 @@ class OpenLlamaCausalLM(
                 token in nats, the weighted mean over all target tokens of an epoch. The
                 perplexity is reported with it.
             weighted_metrics: see `keras.Model.compile`; `"auto"` is token accuracy.
-            sampler: name or instance of a `keras_hub.samplers.Sampler`. A temperature
-                of 0 is greedy decoding.
+            sampler: name or instance of a `keras_hub.samplers.Sampler`, of which a
+                temperature of 0 is greedy decoding; or a `SamplingConfig`, the default
+                of the argument `sampling` of `generate` and `stream`.
             kv_cache_dtype: dtype of the KV cache of `generate` and `stream`: `None` is
                 the compute dtype of the model; `"int8"` rounds keys and values to 8
                 bits, with a scale for each token and head, for a cache of about a
@@ -266,9 +268,11 @@ class OpenLlamaCausalLM(
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         )
-        sampler = get_sampler(sampler)
+        config = sampler if isinstance(sampler, SamplingConfig) else None
+        sampler = get_sampler("greedy" if config else sampler)
         check_sampler(sampler, self.backbone.vocabulary_size)
         check_cache_dtype(kv_cache_dtype)
+        self.default_sampling = config
         self.kv_cache_dtype = kv_cache_dtype
         auto_learning_rate = optimizer == "auto"
         if auto_learning_rate:
@@ -297,7 +301,7 @@ class OpenLlamaCausalLM(
                 "optimizer": "auto" if auto_learning_rate else optimizer,
                 "loss": loss,
                 "weighted_metrics": weighted_metrics,
-                "sampler": sampler,
+                "sampler": config or sampler,
                 "kv_cache_dtype": kv_cache_dtype,
                 "micro_batches": micro_batches,
                 "rematerialize": rematerialize,

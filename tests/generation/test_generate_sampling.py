@@ -1,5 +1,7 @@
 """`generate` and `stream` with a `SamplingConfig`: each sequence has its own."""
 
+import json
+
 import keras
 import keras_hub
 import numpy as np
@@ -12,6 +14,7 @@ from tokenizer_models import trained_model
 
 from keras_openllama import SamplingConfig
 from keras_openllama.backend.arrays import to_numpy
+from keras_openllama.evaluation.samplers import use_sampler
 from keras_openllama.generation.sampling import state as sampling_state
 from keras_openllama.generation.sampling.arrays import uniform_numbers
 from keras_openllama.generation.sampling.options import SamplingOptions
@@ -253,3 +256,25 @@ def test_a_quantized_model_samples_each_sequence_by_itself():
         assert alone.token_ids == expected.token_ids
         np.testing.assert_allclose(alone.logprobs, expected.logprobs, atol=1e-4)
         assert alone.top_logprobs == [{}] * 12
+
+
+@pytest.mark.slow_on_tensorflow
+def test_compile_takes_a_sampling_config_as_the_default_of_generate(lm, tmp_path):
+    config = SamplingConfig(temperature=0.9, top_k=40, logit_bias={9: 0.5}, seed=5)
+    prompt, greedy = PROMPTS[0], SamplingConfig(temperature=0)
+    expected = [lm.generate(prompt, sampling=s, **LIMITS) for s in (config, greedy)]
+    assert expected[0] != expected[1]
+    lm.compile(sampler=config)
+    try:
+        assert lm.generate(prompt, **LIMITS) == expected[0]
+        assert prompt + "".join(lm.stream(prompt, **LIMITS)) == expected[0]
+        assert lm.generate(prompt, sampling=greedy, **LIMITS) == expected[1]
+        with use_sampler(lm, temperature=0):
+            assert lm.generate(prompt, **LIMITS) == expected[1]
+        saved = json.loads(json.dumps(lm.get_compile_config()))
+        lm.compile()
+        lm.compile_from_config(saved)
+        assert lm.default_sampling == config
+    finally:
+        lm.compile()
+    assert lm.generate(prompt, **LIMITS) == expected[1]

@@ -106,6 +106,16 @@ class SamplingConfig:
             or self.min_new_tokens
         )
 
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments, for Keras's serialization."""
+        # Keys of JSON are strings, so the biases are pairs.
+        return dataclasses.asdict(self) | {"logit_bias": [*self.logit_bias.items()]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SamplingConfig:
+        """Returns the configuration of a result of `get_config`."""
+        return cls(**config | {"logit_bias": dict(config["logit_bias"])})
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
