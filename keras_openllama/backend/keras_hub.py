@@ -10,8 +10,10 @@ imported. Afterwards `import tensorflow` works as usual.
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -80,8 +82,23 @@ def save_configurations(task: CausalLM, directory: PathLike) -> None:
         saver._save_serialized_object(task, "task.json")
         saver._save_serialized_object(task.backbone, "config.json")
         saver._save_metadata(task.backbone)
+        correct_metadata(directory)
         if task.preprocessor is not None:
             task.preprocessor.save_to_preset(directory)
+
+
+def correct_metadata(directory: PathLike) -> None:
+    """Writes the name of KerasHub's task to the `metadata.json` of a preset.
+
+    KerasHub writes the name of the first base class of each task, which is a mixin.
+
+    Args:
+        directory: Path of a directory that `save_to_preset` wrote.
+    """
+    path = Path(directory, "metadata.json")
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata["tasks"] = [CausalLM.__name__]
+    path.write_text(json.dumps(metadata, indent=4), encoding="utf-8")
 
 
 def lora_rank(backbone: Backbone) -> int | None:
@@ -134,6 +151,7 @@ __all__ = [
     "TopKSampler",
     "TopPSampler",
     "classproperty",
+    "correct_metadata",
     "get_sampler",
     "lora_rank",
     "resolve_dtype",

@@ -14,16 +14,19 @@ Modules that were imported before this package are not affected.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from typing import Any
 
 _IMPORTERS = ("keras", "keras_hub")
+_DYNAMO = "torch._dynamo"
 _SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
-# They are imported as modules, and none of their names is used during that import.
+# They are imported as modules, and none of their names is used during that import, but
+# for `torch._dynamo.disable`.
 _LAZY_MODULES = frozenset(
     (
         "keras.visualization",  # Matplotlib
@@ -35,11 +38,30 @@ _LAZY_MODULES = frozenset(
         *(_SPLASH, f"{_SPLASH}.splash_attention_kernel"),
         f"{_SPLASH}.splash_attention_mask",
         *("IPython", "grain", "kagglehub", "kagglesdk"),
+        _DYNAMO,  # SymPy, ONNX and torch.distributed, for `torch.compile`.
     )
 )
 # Of the names that Python adds to modules, those that code may define or needs. Others,
 # such as `__path__`, are looked up in every module by `inspect`.
 _DUNDER_NAMES = ("__all__", "__spec__", "__version__")
+
+
+def _disable_lazily(**options: Any) -> Callable[[Callable], Callable]:
+    """`torch._dynamo.disable`, which decorates functions of Keras.
+
+    It has no effect before `torch._dynamo` is imported, since nothing is compiled.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            dynamo = sys.modules.get(_DYNAMO)
+            called = dynamo.disable(function, **options) if dynamo else function
+            return called(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 class _LazyModule(types.ModuleType):
@@ -49,6 +71,8 @@ class _LazyModule(types.ModuleType):
         submodule = f"{self.__name__}.{name}"
         if submodule in _LAZY_MODULES:
             return importlib.import_module(submodule)
+        if submodule == f"{_DYNAMO}.disable" and _DYNAMO in _finder.empty:
+            return _disable_lazily
         if not name.startswith("__") or name in _DUNDER_NAMES:
             self._execute()
         return types.ModuleType.__getattribute__(self, name)

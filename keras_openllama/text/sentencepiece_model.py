@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -82,28 +83,35 @@ def load_processor(data: bytes, source: str) -> sentencepiece.SentencePieceProce
         source: description of the model's source for error messages.
 
     Returns:
-        A processor with the model loaded.
+        A processor with the model loaded, which must not be changed: the same for the
+        same data, since a conversion needs it several times.
 
     Raises:
         ValueError: if `data` is not a complete SentencePiece model, or has no start or
             end token.
     """
-    defect = _find_defect(data)
-    processor = sentencepiece.SentencePieceProcessor()
-    if defect is None:
-        try:
-            processor.LoadFromSerializedProto(data)
-        except RuntimeError as error:
-            defect = f"SentencePiece cannot load it ({str(error).strip()})"
-        else:
-            if processor.bos_id() < 0 or processor.eos_id() < 0:
-                defect = "it has no <s> or no </s>, so it is not a LLaMA tokenizer"
-    if defect is not None:
+    try:
+        return _load_processor(data)
+    except ValueError as error:
         raise ValueError(
-            f"{source} cannot be used as a tokenizer: {defect}. Pass the "
+            f"{source} cannot be used as a tokenizer: {error}. Pass the "
             "SentencePiece file tokenizer.model that came with the model. If this is "
             "that file, download it again."
-        )
+        ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load_processor(data):
+    if defect := _find_defect(data):
+        raise ValueError(defect)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError as error:
+        reason = str(error).strip()
+        raise ValueError(f"SentencePiece cannot load it ({reason})") from error
+    if processor.bos_id() < 0 or processor.eos_id() < 0:
+        raise ValueError("it has no <s> or no </s>, so it is not a LLaMA tokenizer")
     return processor
 
 

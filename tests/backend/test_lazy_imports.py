@@ -117,6 +117,24 @@ def test_reload_executes_a_lazy_module_of_keras():
     assert run_python(program) == ["True", "SKLearnClassifier", "True"]
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="Modules of PyTorch.")
+def test_torch_compile_works_after_the_import():
+    program = (
+        f"import sys\n{IMPORT}"
+        "unused = {'torch._dynamo', 'torch.onnx', 'sympy'}\n"
+        "print(sorted(unused & {*sys.modules}))\n"
+        "import keras, torch\n"
+        "draw = lambda: keras.random.uniform((), seed=keras.random.SeedGenerator(1))\n"
+        "first = float(draw())\n"
+        "print(sorted(unused & {*sys.modules}))\n"
+        "double = torch.compile(lambda x: 2 * x, backend='eager', fullgraph=True)\n"
+        "print(double(torch.ones(1)).tolist(), float(draw()) == first)\n"
+        "compiled = torch.compile(lambda: 2 * draw(), backend='eager')\n"
+        "print(float(compiled()) == 2 * first)"
+    )
+    assert run_python(program) == ["[]", "[]", "[2.0] True", "True"]
+
+
 @pytest.fixture
 def lazy_example(tmp_path, monkeypatch):
     """Returns a function that makes `lazy_example` a lazy module with some source."""

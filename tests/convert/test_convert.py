@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+import sentencepiece
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -23,6 +24,7 @@ from keras_openllama.checkpoints import weight_names
 from keras_openllama.checkpoints.export_config import parse_size
 from keras_openllama.checkpoints.formats import DTYPES
 from keras_openllama.convert import convert
+from keras_openllama.text import sentencepiece_model
 
 pytestmark = pytest.mark.backend_free
 
@@ -544,3 +546,16 @@ def test_convert_leaves_no_target_behind_if_it_is_interrupted(
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
     else:
         assert not list(tmp_path.iterdir())
+
+
+def test_convert_loads_the_tokenizer_once(tmp_path, monkeypatch):
+    loads = []
+    load = sentencepiece.SentencePieceProcessor.LoadFromSerializedProto
+    monkeypatch.setattr(
+        sentencepiece.SentencePieceProcessor,
+        "LoadFromSerializedProto",
+        lambda self, data: loads.append(len(data)) or load(self, data),
+    )
+    sentencepiece_model._load_processor.cache_clear()
+    convert("open_llama_nano", tmp_path / "model", "transformers")
+    assert len(loads) == 1

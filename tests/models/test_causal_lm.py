@@ -1,8 +1,11 @@
 """The task: training, adapters, quantization, saving."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
+import tiny_models
 from keras import ops
 from tensorflow_marks import first_on_tensorflow
 from tokenizer_models import trained_model
@@ -13,6 +16,7 @@ from keras_openllama import (
     OpenLlamaCausalLMPreprocessor,
     OpenLlamaTokenizer,
 )
+from keras_openllama.convert import convert
 
 TEXTS = ["The class body is executed.", "If a name is bound, it is local."] * 4
 
@@ -157,6 +161,19 @@ def test_from_preset_restores_save_to_preset(tmp_path, dtype):
     assert again.preprocessor.sequence_length == 16
     assert again.dtype_policy == lm.dtype_policy
     np.testing.assert_array_equal(logits_of(again), logits_of(lm))
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("of", ["task", "backbone", "conversion"])
+def test_save_to_preset_names_the_task_of_keras_hub(tmp_path, of):
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0])
+    if of == "conversion":
+        lm.export_to_transformers(tmp_path / "source")
+        convert(tmp_path / "source", tmp_path / "saved", "keras", tokenizer=False)
+    else:
+        (lm if of == "task" else lm.backbone).save_to_preset(tmp_path / "saved")
+    metadata = json.loads((tmp_path / "saved" / "metadata.json").read_text())
+    assert metadata["tasks"] == ["CausalLM"]
 
 
 def test_save_to_preset_saves_the_head_of_each_task(tmp_path):
