@@ -19,7 +19,8 @@ PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 GROUP_SIZES = {8: None, 4: 32}
 # How documents are packed into sequences, see `data.token_stream`.
 PACKINGS = ("concatenate", "best_fit")
-# Heuristic: logits per chunk of the loss on JAX, on each device; 4 bytes each.
+# Heuristic: logits per chunk of the loss on JAX and PyTorch, on each device; 4 bytes
+# each.
 LOGITS_PER_CHUNK = 16 << 20
 # Rematerialization policies, and the activations that a layer saves for the backward
 # pass besides its input. Each policy saves fewer than the one before.

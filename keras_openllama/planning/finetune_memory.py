@@ -2,9 +2,9 @@
 
 The estimate counts tensors and, on CPUs, what XLA and the process add. It assumes that
 all are allocated at the same time. `benchmarks/finetune.py memory` compares it with
-measurements on a CPU: with JAX, float32 and 58 million parameters it was 7 % too low
-to 16 % too high, and up to 25 % too high for small batches. There are no measurements
-on accelerators.
+measurements on a CPU, in float32: with JAX and 58 million parameters it was 7 % too low
+to 16 % too high, and up to 25 % too high for small batches; with PyTorch and 58 or 116
+million 2 to 15 % too high. There are no measurements on accelerators.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _BYTES = {"float32": 4, "bfloat16": 2, "mixed_bfloat16": 4}
 # Measured bytes per saved activation. In bfloat16 layers a part of them is float32
 # (norms, RoPE, and on CPUs what XLA computes in float32).
 _ACTIVATION_BYTES = {"float32": 4, "bfloat16": 3.2, "mixed_bfloat16": 3.2}
-# Heuristic: float32 tensors of the size of the logits that exist at the same time.
+# Heuristic: float32 tensors that exist at the same time, of the size of the logits of a
+# chunk of the loss, or on TensorFlow of all logits.
 _LOGITS_COPIES = {"jax": 2, "tensorflow": 1, "torch": 4}
 # Heuristic, for CPUs: memory of compilers, compiled programs and unused memory of
 # allocators, without imports, in bytes and in bytes per layer.
 _PROCESS_BYTES = {
     "jax": (400 << 20, 10 << 20),
     "tensorflow": (50 << 20, 1 << 20),
-    "torch": (50 << 20, 1 << 20),
+    "torch": (120 << 20, 1 << 20),
 }
 # Heuristic: the fraction of memory that is reserved for what the estimate omits.
 RESERVED_SHARE = 0.1
@@ -90,8 +91,8 @@ def estimate_memory(
         formats: how each layer that is quantized is, by path, see
             `runs.finetuning.quantized_formats`.
         devices: number of devices over which weights and sequences are sharded.
-        backend: `"jax"`, `"tensorflow"` or `"torch"`. Only JAX computes the logits in
-            chunks.
+        backend: `"jax"`, `"tensorflow"` or `"torch"`. TensorFlow does not compute the
+            logits in chunks.
         device: `"cpu"`, or any other string for an accelerator. A CPU also needs memory
             for the process. XLA on a CPU copies AdamW's moments before it updates them,
             and multiplies bfloat16 matrices by way of float32 copies, of all layers at
@@ -137,6 +138,10 @@ def estimate_memory(
             parts["copies of AdamW moments"] = 2 * trained
     elif lora_rank is None and micro_batches > 1:
         parts["accumulated gradients"] = trained
+    if backend == "torch" and lora_rank is None:
+        # Heuristic: of embedding and head, the largest, while they are computed.
+        copies = 2 * 4 * sizes.vocabulary * sizes.hidden / devices
+        parts["copies of gradients"] = copies
     if on_cpu:
         process, per_layer = _PROCESS_BYTES[backend]
         parts["process"] = process + per_layer * sizes.layers
@@ -145,7 +150,7 @@ def estimate_memory(
 
 def _logits(sizes, tokens, backend):
     count = tokens * sizes.vocabulary
-    if backend == "jax":
+    if backend != "tensorflow":
         count = min(count, LOGITS_PER_CHUNK)
     return 4 * _LOGITS_COPIES[backend] * count
 

@@ -136,7 +136,7 @@ def test_estimate_memory_adds_parts_on_a_cpu():
     formats = formats_of("int8")
     assert added("float32", lora_rank=2, formats=formats) == process
     assert added("bfloat16", lora_rank=2) == matrices | process
-    assert added("float32", backend="torch") == {"process": 52 << 20}
+    assert added("float32", backend="torch") == {"process": 122 << 20}
 
 
 @pytest.mark.parametrize("name", ["3b_v2", "7b_v2", "13b"])
@@ -170,13 +170,17 @@ def test_estimate_memory_decreases_with_each_memory_saving_option(name):
         (2161, 8, dict(rematerialize="full")),
         (2482, 8, dict(rematerialize="projections")),
         (1992, 2, {}),
-        (4128, 8, dict(lora_rank=8, backend="torch")),
-        (4745, 8, dict(backend="torch")),
+        (2231, 8, dict(lora_rank=8, backend="torch")),
+        (3225, 8, dict(backend="torch")),
+        (946, 2, dict(lora_rank=8, backend="torch")),
+        (1680, 2, dict(backend="torch")),
+        (1694, 4, dict(lora_rank=8, backend="torch", wide=True)),
+        (3387, 4, dict(backend="torch", wide=True)),
         (1630, 4, dict(lora_rank=8, backend="tensorflow")),
         (2010, 4, dict(backend="tensorflow")),
         (687, 2, dict(lora_rank=8, sequence_length=256, quantization="int4")),
         (
-            *(666, 2),
+            *(667, 2),
             dict(
                 lora_rank=8,
                 sequence_length=256,
@@ -196,21 +200,25 @@ def test_estimate_memory_is_close_to_cpu_measurements(measured, batch_size, opti
         intermediate_dim=1376,
     )
     options = dict(options)
+    if options.pop("wide", False):
+        config |= dict(num_layers=4, hidden_dim=1024, intermediate_dim=2752)
     formats = formats_of(options.pop("quantization", None), config)
     found = estimate_memory(
         config, "float32", batch_size=batch_size, formats=formats, **options
     )
-    # The reserved share exceeds any underestimate.
-    assert (1 - RESERVED_SHARE) * measured < found.total / 2**20 < 1.3 * measured
+    # The reserved share exceeds any underestimate on JAX and TensorFlow.
+    is_torch = options.get("backend") == "torch"
+    least, most = (1, 1.25) if is_torch else (1 - RESERVED_SHARE, 1.3)
+    assert least * measured < found.total / 2**20 < most * measured
 
 
-def test_estimate_memory_counts_all_logits_on_other_backends():
+def test_estimate_memory_counts_all_logits_on_tensorflow_only():
     def logits(backend):
         options = dict(batch_size=8, sequence_length=2048, backend=backend)
         config = presets.find("7b_v2").config
         return estimate_memory(config, "float32", **options).parts["logits"]
 
-    assert logits("torch") == 4 * 4 * 8 * 2048 * 32000
+    assert logits("torch") == 4 * 4 * chunked_loss.LOGITS_PER_CHUNK
     assert logits("tensorflow") == 4 * 8 * 2048 * 32000
     assert logits("jax") == 2 * 4 * chunked_loss.LOGITS_PER_CHUNK
 
