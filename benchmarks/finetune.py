@@ -3,8 +3,9 @@
     python benchmarks/finetune.py speed
     python benchmarks/finetune.py memory --rank 16 --length 256
 
-Every contender trains the same random LLaMA on the same random batch with AdamW in
-float32, in its own process. LoRA is on queries and values, the default of all of them.
+Every contender trains the same random LLaMA on the same random batch with AdamW, in
+its own process; in float32, or with frozen weights of `--dtype` and adapters in
+float32. LoRA is on queries and values, the default of all of them.
 This package and KerasHub's `LlamaCausalLM` run `enable_lora` and `fit` (KerasHub's
 adapters are larger, because its kernels have an axis of heads); PEFT on transformers
 runs a plain PyTorch loop.
@@ -12,7 +13,8 @@ runs a plain PyTorch loop.
 `speed` trains adapters. The contenders alternate, a few steps each:
 
     tokens/s   median of the rounds
-    ratio      to KerasHub on JAX, the median of the rounds' ratios
+    KerasHub   ratio to KerasHub on JAX, the median of the rounds' ratios
+    PEFT       ratio to PEFT
 
 `memory` trains adapters, and then all weights, for a few steps. In MiB:
 
@@ -37,9 +39,9 @@ import workers  # benchmarks/workers.py
 
 import train  # benchmarks/train.py
 
-SPEED = ("ours/jax", "keras_hub/jax", "peft/torch")
+SPEED = ("ours/jax", "ours/torch", "keras_hub/jax", "peft/torch")
 MEMORY = ("ours/jax", "ours/torch", "peft/torch")
-REFERENCE = "keras_hub/jax"
+REFERENCES = {"KerasHub": "keras_hub/jax", "PEFT": "peft/torch"}
 # What a contender imports before it builds a model.
 MODULES = {
     "ours": ("keras_openllama.models.causal_lm", "keras_openllama.optimizers"),
@@ -63,6 +65,9 @@ def ours(options):
 
 def keras_hub(options):
     """KerasHub."""
+    import keras
+
+    keras.config.set_dtype_policy(options.dtype)
     lm = train.lm_of_keras_hub(options, options.rank)
     return train.fit_steps(train.keras_fit(lm), *train.batches(options)), trained(lm)
 
@@ -75,8 +80,9 @@ def trained(lm):
 def peft(options):
     """PEFT on transformers."""
     import peft
+    import torch
 
-    model = train.model_of_transformers(options)
+    model = train.model_of_transformers(options).to(getattr(torch, options.dtype))
     if options.rank:
         targets = ["q_proj", "v_proj"]  # PEFT's default for LLaMA.
         lora = peft.LoraConfig(
@@ -145,11 +151,12 @@ def compare_speed(options):
         for name, result in found.items():
             rates[name].append(tokens / result["seconds"])
             parameters[name] = result["parameters"]
-    print(f"{'':16}{'parameters':>13}{'tokens/s':>10}{'ratio':>8}")
+    columns = "".join(f"{column:>10}" for column in ("tokens/s", *REFERENCES))
+    print(f"{'':16}{'parameters':>13}{columns}")
     for name, values in rates.items():
-        ratio = workers.ratio(rates, name, REFERENCE)
-        rate = statistics.median(values)
-        print(f"{name:16}{parameters[name]:>13,}{rate:>10.0f}{ratio:>8}")
+        ratios = (workers.ratio(rates, name, other) for other in REFERENCES.values())
+        cells = (f"{statistics.median(values):.0f}", *ratios)
+        print(f"{name:16}{parameters[name]:>13,}" + "".join(f"{x:>10}" for x in cells))
 
 
 def compare_memory(options):
@@ -210,7 +217,8 @@ def main(arguments=None):
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="dtype policy of this package (default: float32)",
+        choices=("float32", "bfloat16"),
+        help="dtype of the frozen weights and of the activations (default: float32)",
     )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -31,7 +31,10 @@ if keras.config.backend() == "jax":
 
     from keras_openllama.layers.attention_by_head import attend_by_head
 elif keras.config.backend() == "torch":
-    import torch
+    from keras_openllama.layers.attention_torch import (
+        FusedAttention,
+        fused_causal_attention,
+    )
 
 # Heuristic: each query block adds to the program; four save 3/8 of the computation.
 QUERY_BLOCKS = 4
@@ -86,10 +89,11 @@ def dot_product_attention(
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """`dot_product_attention` for a mask that hides all later positions.
 
-    PyTorch runs its fused kernel. JAX splits the queries into blocks and computes each
-    block over the keys up to its end, which skips most of what the mask hides; on a CPU
-    it does so head by head. The backward pass recomputes the attention weights instead
-    of saving them, which is faster, too (`benchmarks/README.md`).
+    PyTorch runs its fused kernel. JAX, and PyTorch on a CPU, split the queries into
+    blocks and compute each block over the keys up to its end, which skips most of what
+    the mask hides; JAX on a CPU does so head by head. The backward pass recomputes the
+    attention weights instead of saving them, which is faster, too
+    (`benchmarks/README.md`).
 
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
@@ -105,7 +109,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     """
     length = query.shape[2]
     if keras.config.backend() == "torch":
-        return _attend_fused(query, key, value, mask)
+        return FusedAttention()(query, key, value, mask)
     if keras.config.backend() != "jax" or not isinstance(length, int):
         return dot_product_attention(query, key, value, mask)
     block = max(CACHE_BLOCK // 2, -(-length // QUERY_BLOCKS))
@@ -128,60 +132,6 @@ def _attend_by_block(query, key, value, mask, block):
         attend = recompute_in_backward(functools.partial(_attend_block, start, end))
         outputs.append(attend(query, key, value, mask))
     return ops.concatenate(outputs, axis=2) if len(outputs) > 1 else outputs[0]
-
-
-def _attend_fused(query, key, value, mask):
-    """`dot_product_attention` by PyTorch's fused kernel, which stores no scores."""
-    head_dim = query.shape[-1]
-    padding = head_padding(head_dim, query.device.type)
-    if padding:
-        query, key, value = (
-            torch.nn.functional.pad(x, (0, padding)) for x in (query, key, value)
-        )
-    # Finite, as in `dot_product_attention`. The range of float16 is smaller.
-    masked = max(MASKED_SCORE, torch.finfo(query.dtype).min)
-    bias = torch.where(mask, 0.0, masked).to(query.dtype)
-    context = torch.nn.functional.scaled_dot_product_attention(
-        *(query, key, value),
-        attn_mask=bias,
-        scale=head_dim**-0.5,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return context[..., :head_dim]
-
-
-def fused_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention without padding by PyTorch's fused kernel.
-
-    Args:
-        query: Float tensor `(batch, num_query_heads, length, head_dim)`.
-        key: Float tensor `(batch, num_key_value_heads, length, head_dim)`.
-        value: Float tensor of the shape of `key`.
-
-    Returns:
-        Tensor of the shape of `query`.
-    """
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
-def head_padding(head_dim: int, device_type: str) -> int:
-    """Returns the zeros to append to each head for PyTorch's fused kernels.
-
-    On a GPU the kernels that accept a mask need heads of a multiple of 16 bytes in
-    bfloat16. Otherwise PyTorch stores all scores. The heads of the 3B models have 100
-    elements.
-
-    Args:
-        head_dim: Size of a head.
-        device_type: Type of a `torch.device`, such as `"cuda"` or `"cpu"`.
-
-    Example:
-        >>> head_padding(100, "cuda"), head_padding(100, "cpu")
-        (4, 0)
-    """
-    return -head_dim % 8 if device_type == "cuda" else 0
 
 
 def _attend_block(start, end, query, key, value, mask):

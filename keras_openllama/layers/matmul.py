@@ -15,6 +15,8 @@ if keras.config.backend() == "jax":
 elif keras.config.backend() == "torch":
     import torch
 
+    from keras_openllama.layers.onednn_linear import multiply
+
 # Heuristic: with this many rows the product is compute-bound on a CPU in either order
 # of operands.
 MANY_ROWS = 128
@@ -63,7 +65,9 @@ def multiply_with_torch(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Ten
     if inputs.device.type != "cpu" or not isinstance(rows, int):
         return linear(inputs, kernel)
     if inputs.dtype.itemsize == 4:
-        use_blocks = _is_few(rows) and len(kernel) % OUTPUT_BLOCK == 0
+        if not _is_few(rows):
+            return multiply(inputs, kernel)
+        use_blocks = len(kernel) % OUTPUT_BLOCK == 0
         return (_multiply_by_blocks if use_blocks else linear)(inputs, kernel)
     if rows == 1 and not torch.backends.mkldnn.enabled:
         # 5 % faster than `linear` in 16 bits.

@@ -25,6 +25,9 @@ from keras_openllama.quantization.keras_formats import dequantize_kernel, stored
 from keras_openllama.quantization.tensors import multiply_quantized
 from keras_openllama.utils.types import Shape, Tensor
 
+if keras.config.backend() == "torch":
+    from keras_openllama.layers.adapters_torch import add_adapters
+
 # What `Projection.remove_adapters` returns: adapters by name, rank and alpha.
 Adapters: TypeAlias = tuple[dict[str, keras.Variable], int | None, float | None]
 # Names of the adapters' variables, and of alpha beside them in files of weights.
@@ -127,9 +130,12 @@ class Projection(QuantizableLayer, keras.layers.EinsumDense):
         """Adds the product with the adapters to the product with the kernel."""
         if not self.lora_enabled:
             return outputs
-        narrow = matmul_transposed(inputs, self._cast_adapter(self.lora_kernel_b))
-        added = matmul_transposed(narrow, self._cast_adapter(self.lora_kernel_a))
-        return outputs + (self.lora_alpha / self.lora_rank) * added
+        scale = self.lora_alpha / self.lora_rank
+        factors = map(self._cast_adapter, (self.lora_kernel_a, self.lora_kernel_b))
+        if keras.config.backend() == "torch":
+            return add_adapters(outputs, inputs, *factors, scale)
+        a, b = factors
+        return outputs + scale * matmul_transposed(matmul_transposed(inputs, b), a)
 
     def _cast_adapter(self, adapter):
         return ops.cast(adapter, self.compute_dtype)

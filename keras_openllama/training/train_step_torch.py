@@ -9,6 +9,8 @@ import torch
 from keras import ops
 
 from keras_openllama.backend.keras_private import compiled_metrics, loss_tracker
+from keras_openllama.layers.attention_torch import FusedAttention
+from keras_openllama.layers.execution import LayerExecution
 from keras_openllama.training.chunked_loss_torch import chunked_cross_entropy
 from keras_openllama.training.loss_scaling import has_dynamic_loss_scale
 from keras_openllama.training.target_weights import target_weights
@@ -58,7 +60,11 @@ class TorchTrainStep:
         """Returns the mean loss times the loss scale, and the sums of the metrics."""
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         weights = target_weights(x["padding_mask"], weights)
-        hidden = self.backbone.hidden_states(x["token_ids"], x["padding_mask"])
+        hidden = self.backbone.hidden_states(
+            x["token_ids"],
+            x["padding_mask"],
+            execution=LayerExecution(attention_fn=FusedAttention()),
+        )
         kernel = ops.convert_to_tensor(self.lm_head.kernel)
         targets = ops.convert_to_tensor(y)
         total = weights.sum()

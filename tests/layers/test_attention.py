@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_openllama.layers import CausalSelfAttention, attention
+from keras_openllama.layers import CausalSelfAttention
 from keras_openllama.layers.attention import (
-    causal_attention,
     causal_mask,
     dot_product_attention,
 )
@@ -45,21 +44,6 @@ def test_dot_product_attention_without_visible_keys_is_finite():
     q = ops.convert_to_tensor(random(1, 1, 2, 8))
     out = dot_product_attention(q, q, q, ops.zeros((1, 1, 2, 2), "bool"))
     assert np.isfinite(ops.convert_to_numpy(out)).all()
-
-
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="PyTorch's kernel")
-def test_head_padding_does_not_change_causal_attention(monkeypatch):
-    q, k, v = (ops.convert_to_tensor(random(2, 3, 5, 100, seed=s)) for s in range(3))
-    mask = causal_mask(np.arange(5)[None], np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]]))
-    expected = causal_attention(q, k, v, mask)
-    assert attention.head_padding(100, "cuda") == 4
-    assert attention.head_padding(100, "cpu") == attention.head_padding(64, "cuda") == 0
-    monkeypatch.setattr(attention, "head_padding", lambda *_: 4)
-    found = causal_attention(q, k, v, mask)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(found), ops.convert_to_numpy(expected), atol=1e-6
-    )
 
 
 def test_causal_mask_is_causal_and_hides_padding():

@@ -20,7 +20,7 @@ from keras_openllama.generation.pytorch.onednn_weights import (
     PackedWeights,
     multiply_packed,
 )
-from keras_openllama.layers.attention import fused_causal_attention
+from keras_openllama.layers.attention_torch import fused_causal_attention
 from keras_openllama.layers.matmul import multiply_with_torch
 from keras_openllama.layers.quantized_cache import (
     as_stored,
