@@ -43,8 +43,8 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor, epsilon: float) -> torch.Tens
 
     Example:
         >>> import torch
-        >>> rms_norm(torch.ones(1, 2), torch.ones(2), 0.0)
-        tensor([[1., 1.]])
+        >>> rms_norm(torch.ones(1, 4), torch.ones(4), 0.0)
+        tensor([[1., 1., 1., 1.]])
     """
     return _RMSNorm.apply(x, scale, epsilon)
 
