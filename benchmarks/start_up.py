@@ -1,11 +1,13 @@
 """Time from starting a process to the first token, compared with transformers.
 
-    python benchmarks/start_up.py [--rounds 7]
+    python benchmarks/start_up.py [--rounds 7] [--backend jax torch]
 
 Both load the same float16 file, presets/open_llama_nano, into float32 on the CPU,
 tokenize the prompt with SentencePiece and generate greedily. The time is measured from
 before the interpreter starts to the first new token. Rounds alternate between the two,
-after one round that only warms the page cache. The figures are medians.
+after one round that only warms the page cache, and the caches of compiled programs. The
+figures are medians. CPU seconds, of all threads, and imported modules depend less on
+what else the machine does.
 """
 
 import argparse
@@ -21,23 +23,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "presets" / "open_llama_nano"
 PROMPT = "The old man looked at the sea, and"
-STAGES = ("imports", "loading", "first token")
+FIGURES = ("imports", "loading", "first token", "total", "CPU seconds", "modules")
 
 # Each prints the times at which its stages ended. Python's monotonic clock is the same
 # for all processes of a machine, so the start of the process can be subtracted.
 OURS = f"""
-import time
+import os, sys, time
 from keras_openllama import OpenLlamaCausalLM
 moments = [time.monotonic()]
 lm = OpenLlamaCausalLM.from_preset("open_llama_nano")
 moments.append(time.monotonic())
 next(lm.stream({PROMPT!r}, max_new_tokens=32))
 moments.append(time.monotonic())
-print(moments)
+print([*moments, sum(os.times()[:2]), len(sys.modules)])
 """
 
 THEIRS = f"""
-import time
+import os, sys, time
 import sentencepiece
 import torch
 from transformers import LlamaForCausalLM
@@ -66,12 +68,12 @@ lm.generate(
     do_sample=False,
     streamer=FirstToken(),
 )
-print(moments)
+print([*moments, sum(os.times()[:2]), len(sys.modules)])
 """
 
 
 def measure(script, backend):
-    """Runs a script in a new process; returns the seconds of each stage."""
+    """Runs a script in a new process; returns what `FIGURES` names."""
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
@@ -86,8 +88,10 @@ def measure(script, backend):
     output = subprocess.check_output(
         [sys.executable, "-c", script], env=environment, cwd=ROOT, text=True
     )
-    moments = [start, *json.loads(output.splitlines()[-1])]
-    return [end - begin for begin, end in itertools.pairwise(moments)]
+    *moments, cpu_seconds, modules = json.loads(output.splitlines()[-1])
+    moments = [start, *moments]
+    stages = [end - begin for begin, end in itertools.pairwise(moments)]
+    return [*stages, moments[-1] - start, cpu_seconds, modules]
 
 
 def main():
@@ -96,25 +100,27 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--backend", default="jax", help="Keras's backend (%(default)s)"
+        "--backend", nargs="+", default=["jax", "torch"], help="backends of Keras"
     )
     options = parser.parse_args()
 
-    rounds = {"keras_openllama": [], "transformers": []}
+    rounds = {**{backend: [] for backend in options.backend}, "transformers": []}
     for _ in range(options.rounds + 1):
-        rounds["keras_openllama"].append(measure(OURS, options.backend))
-        rounds["transformers"].append(measure(THEIRS, options.backend))
-    medians = {}
-    for name, (_, *timed) in rounds.items():
-        stages = [statistics.median(stage) for stage in zip(*timed, strict=True)]
-        total = statistics.median(sum(stages) for stages in timed)
-        medians[name] = [*stages, total]
+        for name, results in rounds.items():
+            ours = name != "transformers"
+            results.append(measure(OURS if ours else THEIRS, name if ours else "torch"))
+    medians = {
+        name: [statistics.median(values) for values in zip(*timed, strict=True)]
+        for name, (_, *timed) in rounds.items()
+    }
 
-    print(f"Seconds, medians of {options.rounds}; keras_openllama on {options.backend}")
-    print(f"{'':12}" + "".join(f"{name:>18}" for name in medians) + f"{'ratio':>9}")
-    for index, stage in enumerate((*STAGES, "total")):
-        ours, theirs = (values[index] for values in medians.values())
-        print(f"{stage:12}{ours:18.2f}{theirs:18.2f}{ours / theirs:9.2f}")
+    print(f"Seconds, medians of {options.rounds}; ratios to transformers")
+    print(f"{'':12}" + "".join(f"{name:>14}{'':8}" for name in medians))
+    for index, figure in enumerate(FIGURES):
+        values = [results[index] for results in medians.values()]
+        digits = 0 if figure == "modules" else 2
+        row = (f"{x:14.{digits}f}{x / values[-1]:8.2f}" for x in values)
+        print(f"{figure:12}{''.join(row)}")
 
 
 if __name__ == "__main__":
