@@ -68,11 +68,8 @@ def check_model(path: PathLike, revision: str | None = None) -> None:
             adapters, or there is a revision.
 
     Example:
-        >>> check_model(".")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: config.json is missing from the directory ., so it is neither
-        a model in KerasHub's or transformers' format nor a training run.
+        >>> lm.save_to_preset("my_model")
+        >>> check_model("my_model")
     """
     repository = open_repository(path, revision)
     if Path(path).is_dir():
