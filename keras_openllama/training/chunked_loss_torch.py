@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from keras_openllama.config import LOGITS_PER_CHUNK
+from keras_openllama.layers.onednn_linear import multiply, uses_onednn
 
 
 def chunked_cross_entropy(
@@ -107,11 +108,13 @@ class _Buffers:
 
     def __init__(self, hidden, kernel, size):
         shape = min(size, len(hidden)), len(kernel)
-        self._product = hidden.new_empty(shape)
+        self._product = None if uses_onednn(hidden) else hidden.new_empty(shape)
         self._softmax = hidden.new_empty(shape, dtype=torch.float32)
 
     def logits(self, states, kernel):
         """Returns the logits in float32, until the next call."""
+        if uses_onednn(states):
+            return multiply(states, kernel)
         product = self._product[: len(states)]
         return torch.mm(states, kernel.T, out=product).float()
 
