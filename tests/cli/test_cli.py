@@ -304,13 +304,13 @@ def test_generate_prints_each_piece_before_generating_the_next(fake_model, capsy
 
 
 @pytest.mark.backend_free
-def test_generate_passes_its_options_to_the_model(fake_model, tmp_path):
-    model = ["--preset", str(tmp_path), "--dtype", "bfloat16", "--revision", "abc"]
+def test_generate_passes_its_options_to_the_model(fake_model):
+    model = ["--preset", "hf://user/repo", "--dtype", "bfloat16", "--revision", "abc"]
     model += ["--quantization", "int4", "--kv-cache-dtype", "int8"]
     text = ["--max-new-tokens", "7", "--stop", "x", "--stop", "y"]
     main(["generate", "zero", *model, *text])
-    directory, loading = fake_model.preset
-    assert directory == str(tmp_path)
+    preset, loading = fake_model.preset
+    assert preset == "hf://user/repo"
     assert loading == {"dtype": "bfloat16", "revision": "abc", "quantization": "int4"}
     assert fake_model.kv_cache_dtype == "int8"
     prompt, writing = fake_model.arguments
