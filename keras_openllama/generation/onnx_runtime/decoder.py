@@ -21,6 +21,10 @@ from keras_openllama.generation.onnx_runtime.graph import (
     padded_half_head,
     rotary_tables,
 )
+from keras_openllama.generation.onnx_runtime.native_library import (
+    NativeLibrary,
+    native_library,
+)
 from keras_openllama.generation.onnx_runtime.weights_on_disk import move_to_disk
 from keras_openllama.utils.host_memory import release_freed_memory
 from keras_openllama.utils.mapping import large_files_directory
@@ -37,17 +41,28 @@ CHUNK = 512
 _ERRORS_ONLY = 3
 
 
-def open_session(path: str | Path) -> onnxruntime.InferenceSession:
+def open_session(
+    path: str | Path,
+    library: NativeLibrary | None,
+    weights: dict[str, onnxruntime.OrtValue],
+) -> onnxruntime.InferenceSession:
     """Opens a graph on the CPU, on all physical cores.
 
     Args:
         path: path of the file.
+        library: the compiled products, if the graph uses them.
+        weights: weights that are not read from the graph's file; they must exist as
+            long as the session.
 
     Returns:
         The session.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    if library:
+        options.register_custom_ops_library(str(library.path))
+    for name, value in weights.items():
+        options.add_initializer(name, value)
     return onnxruntime.InferenceSession(
         str(path), options, providers=["CPUExecutionProvider"]
     )
@@ -66,9 +81,11 @@ class OnnxDecoder:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
+        library = native_library()
+        graph = decoder_graph(model, lanes=library and library.lanes)
         with scratch_directory(large_files_directory()) as directory:
             try:
-                decoder_graph(model).save(directory, "")
+                graph.save(directory, "")
             except OSError as error:
                 raise OSError(
                     error.errno,
@@ -79,7 +96,12 @@ class OnnxDecoder:
                 ) from error
             _move_to_disk(model)
             release_freed_memory()
-            self.session = open_session(directory / GRAPH_FILE)
+            self._arrays = graph.read_to_memory(directory)
+            self._weights = {
+                name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+                for name, array in self._arrays.items()
+            }
+            self.session = open_session(directory / GRAPH_FILE, library, self._weights)
         release_freed_memory()
 
 
@@ -108,7 +130,7 @@ class OnnxCache:
     """
 
     def __init__(self, decoder: OnnxDecoder, batch: int, columns: int) -> None:
-        self._session = decoder.session
+        self._decoder = decoder  # Its weights must exist as long as the session.
         backbone = decoder.model.backbone
         shape = (
             *(batch, backbone.num_key_value_heads, columns),
@@ -197,7 +219,7 @@ class OnnxCache:
 
     def _bind(self, first, end):
         """Binds the cache of some sequences: the graph updates it in place."""
-        binding = self._session.io_binding()
+        binding = self._decoder.session.io_binding()
         for name, array in self._arrays.items():
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array[first:end])
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -213,6 +235,6 @@ class OnnxCache:
         binding.bind_cpu_input("input_ids", tokens)
         binding.bind_cpu_input("first_logit", np.array([-num_logits]))
         binding.bind_cpu_input("attention_mask", mask.astype("int64"))
-        self._session.run_with_iobinding(binding)
+        self._decoder.session.run_with_iobinding(binding)
         # A copy, since the next run uses the same memory.
         return binding.get_outputs()[-1].numpy().copy()

@@ -1,9 +1,10 @@
 """The network with a KV cache as a graph of ONNX operators.
 
 The operators are those that ONNX Runtime has for language models on CPUs: products with
-quantized matrices (`MatMulNBits`), and attention that rotates queries and keys and
-updates the cache in place (`GroupQueryAttention`). Projections of the same inputs are
-one product, so that the inputs are rounded and the threads are started once.
+quantized matrices (`MatMulNBits`, or our own of `native/`), and attention that rotates
+queries and keys and updates the cache in place (`GroupQueryAttention`). Projections of
+the same inputs are one product, so that the inputs are rounded and the threads are
+started once.
 
 Inputs and outputs have the names of ONNX Runtime GenAI:
 
@@ -33,8 +34,14 @@ import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.keras_private import embeddings_variable, kernel_variable
-from keras_openllama.generation.onnx_runtime.file import MICROSOFT, OnnxGraph, Weight
+from keras_openllama.generation.onnx_runtime.file import (
+    MICROSOFT,
+    OURS,
+    OnnxGraph,
+    Weight,
+)
 from keras_openllama.generation.onnx_runtime.matrices import JoinedMatrix, can_be_joined
+from keras_openllama.generation.onnx_runtime.tiles import TiledMatrix
 from keras_openllama.layers.projection import Projection
 
 if TYPE_CHECKING:
@@ -43,7 +50,8 @@ if TYPE_CHECKING:
 
 # `accuracy_level` of `MatMulNBits`: 4 rounds activations to 8 bits in each group, as
 # llama.cpp does; 1 does not, and is 15 to 40 times slower for single rows.
-ACTIVATION_ACCURACY = 4
+ROUNDED_TO_8_BITS = 4
+ACTIVATION_ACCURACY = ROUNDED_TO_8_BITS
 
 
 def padded_half_head(head_dim: int) -> int:
@@ -82,23 +90,28 @@ def rotary_tables(
     return dict(zip(("cos", "sin"), arrays, strict=True))
 
 
-def decoder_graph(model: CausalLM, positions: int | None = None) -> OnnxGraph:
+def decoder_graph(
+    model: CausalLM, positions: int | None = None, lanes: int | None = None
+) -> OnnxGraph:
     """Returns the graph of a model; its weights are read when it is saved.
 
     Args:
         model: `OpenLlamaCausalLM`, quantized to 8 or 4 bits, whole or in part.
         positions: number of positions for which the graph has the rotary tables;
             `None` makes them inputs.
+        lanes: the lanes of the compiled products of `native_library`, which the graph
+            uses where they support a matrix; `None` uses ONNX Runtime's own only.
 
     Returns:
         The graph, see the module's documentation.
     """
-    return _DecoderGraph(model, positions).graph
+    return _DecoderGraph(model, positions, lanes).graph
 
 
 class _DecoderGraph:
-    def __init__(self, model, positions):
+    def __init__(self, model, positions, lanes):
         self.model, self.graph = model, OnnxGraph()
+        self.lanes = lanes if ACTIVATION_ACCURACY == ROUNDED_TO_8_BITS else None
         backbone = model.backbone
         self.half = padded_half_head(backbone.head_dim)
         self.heads = backbone.num_query_heads, backbone.num_key_value_heads
@@ -302,6 +315,8 @@ class _DecoderGraph:
 
     def _multiply(self, name, x, matrix):
         """Adds a product with a quantized matrix."""
+        if self.lanes and matrix.can_be_tiled:
+            return self._multiply_tiles(name, x, TiledMatrix(matrix, self.lanes))
         values = Weight(matrix.values_shape, "uint8", matrix.values)
         inputs = [x, self.graph.weight(f"{name}.values", values)]
         inputs.append(self._scales(name, matrix))
@@ -315,6 +330,21 @@ class _DecoderGraph:
             bits=matrix.bits,
             block_size=matrix.group_size,
             accuracy_level=ACTIVATION_ACCURACY,
+        )
+
+    def _multiply_tiles(self, name, x, tiles):
+        words = Weight(tiles.words_shape, "uint8", tiles.words, in_memory=True)
+        scales = Weight(tiles.scales_shape, "float16", tiles.scales, in_memory=True)
+        inputs = [
+            x,
+            self.graph.weight(f"{name}.words", words),
+            self.graph.weight(f"{name}.scales", scales),
+        ]
+        return self.graph.add(
+            *("QuantizedProduct", inputs, f"{name}.outputs", OURS),
+            bits=tiles.matrix.bits,
+            N=tiles.matrix.shape[0],
+            groups_per_scale=tiles.groups_per_scale,
         )
 
     def _scales(self, name, matrix):

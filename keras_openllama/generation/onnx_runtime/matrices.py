@@ -18,6 +18,8 @@ from keras_openllama.quantization.quantized_matrix import (
 )
 
 MIN_GROUP, MAX_GROUP = 16, 256
+# The inputs that the compiled products round with one scale and sum in integers.
+TILED_GROUP = 32
 # Heuristic: the groups that one large group is divided into. Each has a scale and a sum
 # of its own in memory: smaller groups are slower to read, and larger ones round
 # activations more coarsely (`benchmarks/README.md`).
@@ -75,6 +77,7 @@ class JoinedMatrix:
         group_size: size of the groups.
         shape: `(outputs, inputs)` of the joined matrix.
         has_zeros: whether there are zero points.
+        has_one_scale: whether all groups of an output have the same scale.
 
     Raises:
         ValueError: if ONNX Runtime does not support the groups.
@@ -96,6 +99,20 @@ class JoinedMatrix:
         self._outputs = sum(len(matrix.values) for matrix in matrices)
         self.shape = (self._outputs if rows is None else len(rows), first.inputs)
         self.has_zeros = first.zeros is not None
+        self.has_one_scale = all(matrix.groups == 1 for matrix in matrices)
+
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether the compiled products support it.
+
+        It has no zero points, and groups of a multiple of 32 inputs.
+        """
+        groups = {matrix.groups == 1 for matrix in self._matrices}
+        sizes = [matrix.group_size for matrix in self._matrices]
+        return not self.has_zeros and (
+            groups == {True}
+            or (groups == {False} and all(size % TILED_GROUP == 0 for size in sizes))
+        )
 
     @property
     def values_shape(self) -> tuple[int, int, int]:
@@ -128,10 +145,10 @@ class JoinedMatrix:
             joined[rows, : values.shape[1]] = values
         return self._select(joined, zero).reshape(self.values_shape)
 
-    def scales(self) -> np.ndarray:
-        """Returns the scales of the groups, float32."""
+    def scales(self, dtype: str = "float32") -> np.ndarray:
+        """Returns the scales of the groups, by default in float32."""
         scales = [matrix.scales for matrix in self._matrices]
-        return self._select(self._by_group(scales, "float32"), 0)
+        return self._select(self._by_group(scales, dtype), 0)
 
     def zeros(self) -> np.ndarray:
         """Returns the zero points of the groups, packed as the values are."""

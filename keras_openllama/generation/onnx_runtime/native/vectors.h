@@ -1,0 +1,94 @@
+/* Vectors of the processor that this is compiled for: 16 lanes with AVX-512, else 8. */
+
+#ifndef VECTORS_H
+#define VECTORS_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+
+#define LANES 16
+#define MAX_ROWS 8 /* Rows whose sums are in registers at once. */
+typedef __m512i Words;
+typedef __m512 Floats;
+
+INLINE Words load_words(const uint32_t *words) { return _mm512_loadu_si512(words); }
+INLINE Words fill_word(int32_t word) { return _mm512_set1_epi32(word); }
+INLINE Words low_nibbles(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+INLINE Words high_nibbles(Words w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
+INLINE Floats to_floats(Words w) { return _mm512_cvtepi32_ps(w); }
+INLINE Floats load_halves(const uint16_t *x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+}
+INLINE Floats fill_float(float x) { return _mm512_set1_ps(x); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+
+/* Adds the products of the four bytes of each lane. `w` are 0 to 15, `x` are signed. */
+INLINE Words dot_nibbles(Words sum, Words w, Words x) {
+  return _mm512_dpbusd_epi32(sum, w, x);
+}
+
+/* The same for `w` of 0 to 255, from which `BYTE_ZERO` is yet to be subtracted. */
+#define BYTE_ZERO 128
+INLINE Words dot_bytes(Words sum, Words w, Words x) {
+  return _mm512_dpbusd_epi32(sum, w, x);
+}
+
+INLINE void store(float *to, Floats x, int64_t count) {
+  _mm512_mask_storeu_ps(to, count < LANES ? (1u << count) - 1 : 0xffff, x);
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#define LANES 8
+#define MAX_ROWS 4
+typedef __m256i Words;
+typedef __m256 Floats;
+
+INLINE Words load_words(const uint32_t *words) {
+  return _mm256_loadu_si256((const __m256i *)words);
+}
+INLINE Words fill_word(int32_t word) { return _mm256_set1_epi32(word); }
+INLINE Words low_nibbles(Words w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+INLINE Words high_nibbles(Words w) { return low_nibbles(_mm256_srli_epi16(w, 4)); }
+INLINE Floats to_floats(Words w) { return _mm256_cvtepi32_ps(w); }
+INLINE Floats load_halves(const uint16_t *x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+}
+INLINE Floats fill_float(float x) { return _mm256_set1_ps(x); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+
+INLINE Words dot_nibbles(Words sum, Words w, Words x) {
+  Words pairs = _mm256_maddubs_epi16(w, x);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+/* `maddubs` saturates at 16 bits, so bytes are subtracted from first: their absolute
+   values, of up to 128, times values of up to 127 fit in. */
+#define BYTE_ZERO 0
+INLINE Words dot_bytes(Words sum, Words w, Words x) {
+  Words v = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+  return dot_nibbles(sum, _mm256_abs_epi8(v), _mm256_sign_epi8(x, v));
+}
+
+INLINE void store(float *to, Floats x, int64_t count) {
+  float values[LANES];
+  _mm256_storeu_ps(values, x);
+  memcpy(to, values, (count < LANES ? count : LANES) * sizeof(float));
+}
+
+#else
+#error "The products need a processor with AVX2, FMA and F16C."
+#endif
+
+#endif
