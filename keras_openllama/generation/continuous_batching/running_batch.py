@@ -98,7 +98,9 @@ class RunningBatch:
         self._cache = cache
         self._stats = stats
         self._adapters = adapters
-        self._decoder = make_slot_decoder(model, num_slots, context)
+        self._decoder = make_slot_decoder(
+            *(model, num_slots, context), named_adapters=adapters is not None
+        )
         if adapters is not None and not self._decoder.follows_adapters:
             raise ValueError(
                 "A quantized model runs with ONNX Runtime on a CPU, which compiles the "

@@ -111,17 +111,20 @@ class SlotDecoder(Protocol):
         """Releases all caches, after an error in a step."""
 
 
-def make_slot_decoder(model: CausalLM, num_slots: int, context: int) -> SlotDecoder:
+def make_slot_decoder(
+    model: CausalLM, num_slots: int, context: int, named_adapters: bool = False
+) -> SlotDecoder:
     """Creates the decoder for a model.
 
     Args:
         model: `OpenLlamaCausalLM`.
         num_slots: number of sequences.
         context: most tokens of a sequence.
+        named_adapters: whether requests choose adapters by name.
 
     Returns:
-        A decoder on ONNX Runtime for quantized models on a CPU, otherwise on the
-        backend of Keras.
+        A decoder on ONNX Runtime for models for which `uses_onnx_runtime` holds,
+        otherwise on the backend of Keras.
 
     Raises:
         ValueError: if the model is sharded over a mesh, or has a KV cache of 8 bits.
@@ -140,7 +143,7 @@ def make_slot_decoder(model: CausalLM, num_slots: int, context: int) -> SlotDeco
             "Compile the model without `kv_cache_dtype`, or call `generate`. Received: "
             f"a model with kv_cache_dtype={model.kv_cache_dtype!r}"
         )
-    if uses_onnx_runtime(model):
+    if uses_onnx_runtime(model, named_adapters):
         from keras_openllama.generation.onnx_runtime.slot_decoder import OnnxSlotDecoder
 
         return OnnxSlotDecoder(model, num_slots, context)

@@ -1,4 +1,4 @@
-"""Decodes a quantized model on a CPU with ONNX Runtime.
+"""Decodes a quantized model, or one in bfloat16, on a CPU with ONNX Runtime.
 
 The graph of `onnx_graph.py` is written to a temporary directory, from which ONNX
 Runtime reads it: it rearranges the matrices one by one for the instructions of the
@@ -8,11 +8,13 @@ the variables are moved to a file.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
+from onnx import TensorProto
 
 from keras_openllama.generation.kv_cache import MAX_VERIFIED, MIN_CACHE_LENGTH
 from keras_openllama.generation.onnx_runtime.file import GRAPH_FILE
@@ -24,6 +26,10 @@ from keras_openllama.generation.onnx_runtime.graph import (
 from keras_openllama.generation.onnx_runtime.native_library import (
     NativeLibrary,
     native_library,
+)
+from keras_openllama.generation.onnx_runtime.weights_in_memory import (
+    float_matrices,
+    move_to_one_block,
 )
 from keras_openllama.generation.onnx_runtime.weights_on_disk import move_to_disk
 from keras_openllama.utils.host_memory import release_freed_memory
@@ -82,6 +88,8 @@ class OnnxDecoder:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         library = native_library()
+        if library:
+            move_to_one_block(float_matrices(model))
         graph = decoder_graph(model, lanes=library and library.lanes)
         with scratch_directory(large_files_directory()) as directory:
             try:
@@ -96,13 +104,23 @@ class OnnxDecoder:
                 ) from error
             _move_to_disk(model)
             release_freed_memory()
-            self._arrays = graph.read_to_memory(directory)
-            self._weights = {
-                name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
-                for name, array in self._arrays.items()
-            }
+            self._arrays = graph.arrays(directory)
+            self._weights = {k: ort_value(x) for k, x in self._arrays.items()}
             self.session = open_session(directory / GRAPH_FILE, library, self._weights)
         release_freed_memory()
+
+
+def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """Returns an array as a value of ONNX Runtime, in the same memory.
+
+    Args:
+        array: array, which must exist as long as the value.
+    """
+    if array.dtype.name == "bfloat16":
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            array.view("uint16"), TensorProto.BFLOAT16
+        )
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def _move_to_disk(model):
@@ -145,16 +163,33 @@ class OnnxCache:
         self._bindings = {}  # By first row, the one after the last, number of logits.
         self.lengths = np.zeros(batch, "int64")
 
-    def prefill(self, prefixes: list[np.ndarray]) -> None:
-        """Writes tokens to the cache, sequence by sequence.
+    def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
+        """Writes tokens to the cache; neighbours of the same length together.
 
         Args:
-            prefixes: token ids of each sequence, int64 arrays, which may be empty.
+            prompts: token ids of each sequence, int64 arrays, which may be empty.
+
+        Returns:
+            Logits after the last token of each, float32 `(batch, vocabulary_size)`,
+            which are zero for one without tokens.
         """
-        for row, ids in enumerate(prefixes):
-            for start in range(0, len(ids), CHUNK):
-                self.feed(row, ids[start : start + CHUNK], start)
-            self.lengths[row] = len(ids)
+        vocabulary_size = self._decoder.model.backbone.vocabulary_size
+        logits = np.zeros((len(prompts), vocabulary_size), "float32")
+        end = 0
+        for length, group in itertools.groupby(prompts, len):
+            tokens = np.stack(list(group))
+            first, end = end, end + len(tokens)
+            # A chunk has about as many tokens for any number of sequences.
+            for chunk in np.array_split(
+                np.arange(length), -(-length * len(tokens) // CHUNK) or 1
+            ):
+                if len(chunk):
+                    binding = self._binding_of(first, end)
+                    lengths = np.full(len(tokens), chunk[-1] + 1)
+                    found = self._run(binding, tokens[:, chunk], lengths)
+                    logits[first:end] = found[:, 0]
+        self.lengths[:] = [len(prompt) for prompt in prompts]
+        return logits
 
     def feed(
         self, row: int, tokens: np.ndarray, start: int, num_logits: int = 1

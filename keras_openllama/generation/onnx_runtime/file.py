@@ -49,7 +49,7 @@ class Weight:
         shape: its shape.
         dtype: its dtype.
         make: returns it.
-        in_memory: whether a session gets the array from `OnnxGraph.read_to_memory`.
+        in_memory: whether a session gets the array from `OnnxGraph.arrays`.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +82,7 @@ class OnnxGraph:
     def __init__(self) -> None:
         self._nodes, self._inputs, self._outputs = [], [], []
         self._weights, self._constants, self._offsets = {}, {}, {}
+        self._arrays = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
         """Adds an input and returns its name; strings in the shape name free sizes."""
@@ -95,6 +96,14 @@ class OnnxGraph:
     def weight(self, name: str, weight: Weight) -> str:
         """Adds an array to the file of weights and returns its name."""
         self._weights[name] = weight
+        return name
+
+    def array(self, name: str, array: np.ndarray) -> str:
+        """Adds an array that stays where it is in memory, and returns its name.
+
+        The graph has its shape only: a session must get it from `arrays`.
+        """
+        self._arrays[name] = array
         return name
 
     def constant(self, name: str, values: Any, dtype: str = "int64") -> str:
@@ -160,11 +169,12 @@ class OnnxGraph:
         )
         (directory / GRAPH_FILE).write_bytes(model.SerializeToString())
 
-    def read_to_memory(self, directory: str | Path) -> dict[str, np.ndarray]:
-        """Reads the weights that are `in_memory` after the graph has been saved.
+    def arrays(self, directory: str | Path) -> dict[str, np.ndarray]:
+        """Returns the arrays that a session of the saved graph must get.
 
-        They are parts of one array, for which NumPy asks Linux for huge pages: these
-        are read up to twice as fast as the pages of a mapped file.
+        Weights that are `in_memory` are read from the file to parts of one array, for
+        which NumPy asks Linux for huge pages: these are read up to twice as fast as the
+        pages of a mapped file.
 
         Args:
             directory: the directory in which the graph was saved.
@@ -176,7 +186,7 @@ class OnnxGraph:
         size = sum(_aligned(weight.nbytes) for weight in weights.values())
         memory = np.empty(_MEMORY_ALIGNMENT + size, "uint8")
         end = -memory.ctypes.data % _MEMORY_ALIGNMENT
-        arrays = {}
+        arrays = dict(self._arrays)
         with open(Path(directory) / WEIGHTS_FILE, "rb") as file:
             for name, weight in weights.items():
                 start, end = end, end + _aligned(weight.nbytes)
@@ -191,7 +201,10 @@ class OnnxGraph:
         return [(name, version) for name, version in _OPSETS.items() if name in domains]
 
     def _write_weights(self, path):
-        tensors = []
+        tensors = [
+            _external_tensor(name, Weight.of(array), 0)
+            for name, array in self._arrays.items()
+        ]
         total = sum(weight.nbytes for weight in self._weights.values())
         with (
             open(path, "wb") as file,

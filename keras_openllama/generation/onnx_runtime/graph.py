@@ -33,7 +33,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
-from keras_openllama.backend.keras_private import embeddings_variable, kernel_variable
+from keras_openllama.backend.keras_private import (
+    embeddings_variable,
+    kernel_variable,
+)
 from keras_openllama.generation.onnx_runtime.file import (
     MICROSOFT,
     OURS,
@@ -96,11 +99,12 @@ def decoder_graph(
     """Returns the graph of a model; its weights are read when it is saved.
 
     Args:
-        model: `OpenLlamaCausalLM`, quantized to 8 or 4 bits, whole or in part.
+        model: `OpenLlamaCausalLM`.
         positions: number of positions for which the graph has the rotary tables;
             `None` makes them inputs.
         lanes: the lanes of the compiled products of `native_library`, which the graph
-            uses where they support a matrix; `None` uses ONNX Runtime's own only.
+            uses where they support a matrix; `None` uses ONNX Runtime's own only. With
+            them, float weights are used where they are in memory.
 
     Returns:
         The graph, see the module's documentation.
@@ -164,8 +168,11 @@ class _DecoderGraph:
         """Adds the embedding and returns its output."""
         matrix = layer.quantized_matrix()
         if matrix is None:
-            weight = Weight.of(as_numpy(embeddings_variable(layer).value))
-            table = self.graph.weight("embedding.table", weight)
+            values = as_numpy(embeddings_variable(layer).value)
+            if self.lanes:
+                table = self.graph.array("embedding.table", values)
+            else:
+                table = self.graph.weight("embedding.table", Weight.of(values))
             rows = self.graph.add("Gather", [table, "input_ids"], "embedding.rows")
             return self.graph.cast(rows, "embedding", "float32")
         joined = JoinedMatrix([matrix])
@@ -357,6 +364,9 @@ class _DecoderGraph:
 
     def _multiply_float(self, name, x, variable):
         """Adds a product with the transpose of a float kernel."""
+        if self.lanes and variable.dtype == "bfloat16":
+            weights = self.graph.array(f"{name}.weights", as_numpy(variable.value))
+            return self.graph.add("DenseProduct", [x, weights], f"{name}.outputs", OURS)
         shape = tuple(variable.shape)[::-1]
 
         def transposed():

@@ -1,8 +1,9 @@
-"""`token_loop.TokenLoop` for quantized models on a CPU, with ONNX Runtime.
+"""`token_loop.TokenLoop` with ONNX Runtime, for models on a CPU.
 
-XLA and PyTorch multiply by quantized matrices at the rate of float ones or slower.
-ONNX Runtime has kernels for the processor at hand that are limited by the memory; see
-`benchmarks/README.md`. The sampler is that of the model, on the backend of Keras.
+They are quantized, or in bfloat16. XLA and PyTorch multiply by quantized matrices at
+the rate of float ones or slower, and slowly in bfloat16 for some numbers of rows. Here
+products are limited by the memory, see `benchmarks/README.md`. The sampler is that of
+the model, on the backend of Keras.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from keras import ops
 
 from keras_openllama.backend.arrays import as_numpy
 from keras_openllama.backend.jit import compile_function
-from keras_openllama.backend.keras_private import flatten_layers
+from keras_openllama.backend.keras_private import (
+    embeddings_variable,
+    flatten_layers,
+)
 from keras_openllama.generation.kv_cache import PromptLayout, pad_prompts
 from keras_openllama.generation.onnx_runtime.matrices import runtime_group_size
+from keras_openllama.generation.onnx_runtime.native_library import native_library
+from keras_openllama.generation.onnx_runtime.weights_in_memory import float_matrices
 from keras_openllama.generation.sampling.samplers import (
     exclude_undefined_tokens,
     is_greedy,
@@ -30,6 +36,7 @@ from keras_openllama.generation.sampling.state import SamplingInputs, sample_tok
 from keras_openllama.generation.sharding import runs_on_one_cpu
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.weights_state import WeightsState
+from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.quantizable import is_quantized
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
@@ -89,15 +96,24 @@ class OnnxTokenLoop(TokenLoop):
     ) -> LoopState:
         """See `TorchTokenLoop.advance`."""
         start, cache = int(prompt_layout.start), state.cache
-        if state.num_prefilled < start:
-            lengths = prompt_layout.prefix_lengths
-            rows = zip(state.tokens, lengths, strict=True)
-            cache.prefill([row[:length].astype("int64") for row, length in rows])
-            state = state._replace(num_prefilled=start)
         tokens, done, step = state.tokens, state.done, state.step
-        sampled = state.sampling
+        sampled, logits = state.sampling, None
+        if state.num_prefilled < start:
+            rows = zip(tokens, prompt_layout.prefix_lengths, strict=True)
+            prompts = [row[:length].astype("int64") for row, length in rows]
+            # With the last token of the prompts, a step is saved.
+            whole = step < until and not done.all()
+            if whole:
+                last = tokens[:, start, None].astype("int64")
+                prompts = [
+                    np.concatenate(pair) for pair in zip(prompts, last, strict=True)
+                ]
+            logits = cache.prefill(prompts)
+            logits = logits if whole else None
+            state = state._replace(num_prefilled=start)
         while step < until and not done.all():
-            logits = cache.step(tokens[:, start + step])
+            if logits is None:
+                logits = cache.step(tokens[:, start + step])
             if sampling:
                 chosen, sampled = self._sample(
                     logits=logits, inputs=sampling, state=sampled, step=np.int32(step)
@@ -105,6 +121,7 @@ class OnnxTokenLoop(TokenLoop):
                 chosen = as_numpy(chosen)
             else:
                 chosen = self._next_tokens(logits)
+            logits = None
             chosen = np.where(done, PAD_TOKEN_ID, chosen)
             step += 1
             tokens[:, start + step] = chosen
@@ -132,31 +149,28 @@ class OnnxTokenLoop(TokenLoop):
         return sample_tokens(logits, inputs, state, step)
 
 
-def uses_onnx_runtime(model: CausalLM) -> bool:
+def uses_onnx_runtime(model: CausalLM, named_adapters: bool = False) -> bool:
     """Returns whether `OnnxTokenLoop` generates with a model.
 
     Args:
         model: `OpenLlamaCausalLM`.
+        named_adapters: whether its adapters are exchanged during generation.
 
     Returns:
-        True for a model on a CPU with a quantized projection. False, with a warning,
-        if ONNX Runtime cannot multiply by its matrices, or its RoPE scaling depends on
-        the lengths of the sequences of a batch.
+        True for a model on a CPU with a quantized projection, or in bfloat16 where
+        there is a compiled product for it. False, with a warning if it is quantized,
+        if ONNX Runtime does not support the model.
     """
-    layers = [layer for layer in flatten_layers(model) if is_quantized(layer)]
+    quantized = [layer for layer in flatten_layers(model) if is_quantized(layer)]
     # First: the matrices of another device would be copied to the host.
-    if not layers or not runs_on_one_cpu(model.backbone):
+    if not (quantized or _is_in_bfloat16(model)) or not runs_on_one_cpu(model.backbone):
         return False
-    matrices = [layer.quantized_matrix() for layer in layers]
-    reasons = []
+    if not quantized:
+        return not named_adapters and not _reasons(model) and bool(native_library())
+    reasons = _reasons(model)
+    matrices = [layer.quantized_matrix() for layer in quantized]
     if any(runtime_group_size(matrix) is None for matrix in matrices):
         reasons.append("groups whose size is not a multiple of 16")
-    if model.backbone.rotary_embedding.is_dynamic:
-        reasons.append("dynamic RoPE scaling")
-    if model.kv_cache_dtype is not None:
-        reasons.append(f"kv_cache_dtype={model.kv_cache_dtype!r}")
-    if model.backbone.token_embedding.lora_enabled:
-        reasons.append("an embedding with adapters")
     if reasons:
         warnings.warn(
             f"ONNX Runtime does not support {' and '.join(reasons)}. This quantized "
@@ -164,3 +178,24 @@ def uses_onnx_runtime(model: CausalLM) -> bool:
             stacklevel=2,
         )
     return not reasons
+
+
+def _is_in_bfloat16(model):
+    # TensorFlow copies weights to give them to ONNX Runtime.
+    if keras.config.backend() == "tensorflow":
+        return False
+    layers = [x for x in flatten_layers(model) if isinstance(x, Projection)]
+    embedding = embeddings_variable(model.backbone.token_embedding)
+    return embedding.dtype == "bfloat16" and len(layers) == len(float_matrices(model))
+
+
+def _reasons(model):
+    """What of a model ONNX Runtime does not support."""
+    reasons = []
+    if model.backbone.rotary_embedding.is_dynamic:
+        reasons.append("dynamic RoPE scaling")
+    if model.kv_cache_dtype is not None:
+        reasons.append(f"kv_cache_dtype={model.kv_cache_dtype!r}")
+    if model.backbone.token_embedding.lora_enabled:
+        reasons.append("an embedding with adapters")
+    return reasons

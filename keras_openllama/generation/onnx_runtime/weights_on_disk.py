@@ -43,14 +43,14 @@ def move_to_disk(model: CausalLM) -> None:
     Raises:
         OSError: If there is no space for the file. The weights stay in memory.
     """
-    if keras.config.backend() == "tensorflow":
-        return
     variables = [
         variable
         for layer in flatten_layers(model)
         if is_quantized(layer)
         for variable in layer.quantized_variables()
     ]
+    if not variables or keras.config.backend() == "tensorflow":
+        return
     offsets = []
     with tempfile.TemporaryFile(dir=large_files_directory()) as file:
         for variable in variables:

@@ -1,21 +1,10 @@
 """The compiled products with quantized matrices, and the order of their weights."""
 
-import platform
-import subprocess
-import sys
-
+import native_products
 import numpy as np
-import onnxruntime
 import pytest
 
-from keras_openllama.generation.onnx_runtime import native_library as library_module
-from keras_openllama.generation.onnx_runtime.decoder import open_session
-from keras_openllama.generation.onnx_runtime.file import (
-    GRAPH_FILE,
-    OURS,
-    OnnxGraph,
-    Weight,
-)
+from keras_openllama.generation.onnx_runtime.file import OURS, OnnxGraph, Weight
 from keras_openllama.generation.onnx_runtime.matrices import JoinedMatrix
 from keras_openllama.generation.onnx_runtime.native_library import (
     compile_library,
@@ -24,14 +13,7 @@ from keras_openllama.generation.onnx_runtime.native_library import (
 from keras_openllama.generation.onnx_runtime.tiles import TiledMatrix
 from keras_openllama.quantization.rounding import quantize_matrix
 
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
-pytestmark = [
-    pytest.mark.backend_free,
-    pytest.mark.skipif(
-        sys.platform != "linux" or platform.machine() != "x86_64",
-        reason="the products are compiled on Linux on x86 only",
-    ),
-]
+pytestmark = [pytest.mark.backend_free, native_products.needs_them]
 
 
 def random_matrix(outputs, inputs, bits, group_size):
@@ -54,11 +36,7 @@ def multiply(joined, x, directory, library):
         groups_per_scale=tiles.groups_per_scale,
     )
     graph.output("y", "float32", ["batch", "rows", joined.shape[0]])
-    graph.save(directory, "a product")
-    arrays = graph.read_to_memory(directory)
-    values = {k: onnxruntime.OrtValue.ortvalue_from_numpy(a) for k, a in arrays.items()}
-    session = open_session(directory / GRAPH_FILE, library, values)
-    return session.run(None, {"x": x})[0]
+    return native_products.run(graph, directory, library, x)
 
 
 def rounded(x):
@@ -71,7 +49,7 @@ def rounded(x):
     return (integers * (largest / 127)).reshape(*x.shape[:2], -1)[..., : x.shape[-1]]
 
 
-@pytest.mark.parametrize("options", [("-march=native",), AVX2], ids=["native", "avx2"])
+@pytest.mark.parametrize("options", native_products.OPTIONS, ids=["native", "avx2"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group_size", [None, 32, 64, 96, 512])
 @pytest.mark.parametrize("inputs, rows", [(64, 1), (100, 3), (1000, 19), (576, 130)])
@@ -97,7 +75,7 @@ def test_quantized_product_does_not_overflow_with_the_largest_weights_and_inputs
     for bits in (8, 4):
         matrix = quantize_matrix(weights.astype("float32"), bits, 32)
         x = np.sign(weights[:1, None]).astype("float32")
-        for options in (("-march=native",), AVX2):
+        for options in native_products.OPTIONS:
             found = multiply(
                 JoinedMatrix([matrix]), x, tmp_path, compile_library(options)
             )
@@ -136,38 +114,3 @@ def test_matrices_that_the_products_do_not_support_cannot_be_tiled(
     weights = np.random.default_rng(0).normal(size=(8, 96)).astype("float32")
     matrix = quantize_matrix(weights, 4, group_size, symmetric)
     assert not JoinedMatrix([matrix]).can_be_tiled
-
-
-@pytest.fixture
-def no_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_library.cache_clear()
-    yield
-    native_library.cache_clear()
-
-
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
-def test_native_library_without_a_compiler_warns_and_is_none(
-    compiler, monkeypatch, no_cache
-):
-    monkeypatch.setenv("CC", compiler)
-    with pytest.warns(UserWarning, match="Install a C compiler"):
-        assert native_library() is None
-
-
-def test_native_library_of_an_old_processor_is_none(monkeypatch, no_cache):
-    monkeypatch.setattr(library_module, "_instructions", lambda: {"sse2"})
-    assert native_library() is None
-
-
-def test_native_library_is_compiled_once(monkeypatch, no_cache):
-    calls, run = [], subprocess.run
-    monkeypatch.setattr(
-        library_module.subprocess,
-        "run",
-        lambda *a, **k: calls.append(a) or run(*a, **k),
-    )
-    first = native_library()
-    native_library.cache_clear()
-    assert native_library() == first
-    assert len(calls) == 1

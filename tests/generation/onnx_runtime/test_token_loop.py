@@ -3,6 +3,7 @@
 import errno
 
 import keras
+import native_products
 import numpy as np
 import pytest
 import tiny_models
@@ -20,6 +21,9 @@ from keras_openllama.generation.onnx_runtime.token_loop import (
 )
 
 LENGTHS = (3, 12, 1, 7)
+not_on_tensorflow = pytest.mark.skipif(
+    keras.config.backend() == "tensorflow", reason="TensorFlow copies the weights"
+)
 
 
 @pytest.fixture
@@ -74,6 +78,46 @@ def test_onnx_decoder_with_rounded_activations_is_close_to_keras(shape, mode):
     found, expected = decoded_and_expected(quantized(shape, mode), shape)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 0.03
+
+
+@native_products.needs_them
+@pytest.mark.parametrize("shape", tiny_models.SHAPES, ids=str)
+@not_on_tensorflow
+def test_onnx_decoder_in_bfloat16_is_close_to_keras(shape):
+    lm = tiny_models.random_lm(shape, dtype="bfloat16")
+    assert uses_onnx_runtime(lm)
+    found, expected = decoded_and_expected(lm, shape)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.02
+
+
+@native_products.needs_them
+@not_on_tensorflow
+def test_onnx_decoder_in_bfloat16_follows_changed_weights():
+    shape = tiny_models.SHAPES[1]
+    lm = tiny_models.random_lm(shape, dtype="bfloat16")
+    loop = lm.make_generate_function()
+    (before,) = loop.generate(prompts(shape), [6] * 4, [])
+    lm.lm_head.kernel.assign(-1 * lm.lm_head.kernel)
+    (after,) = loop.generate(prompts(shape), [6] * 4, [])
+    assert before != after
+    (expected,) = OnnxTokenLoop(lm).generate(prompts(shape), [6] * 4, [])
+    assert after == expected
+
+
+@not_on_tensorflow
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "float16"])
+def test_models_in_other_dtypes_do_not_use_onnx_runtime(dtype):
+    assert not uses_onnx_runtime(
+        tiny_models.random_lm(tiny_models.SHAPES[0], dtype=dtype)
+    )
+
+
+@native_products.needs_them
+@not_on_tensorflow
+def test_models_in_bfloat16_with_named_adapters_do_not_use_onnx_runtime():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0], dtype="bfloat16")
+    assert not uses_onnx_runtime(lm, named_adapters=True)
 
 
 @pytest.mark.parametrize("filters", [r"query|up", r"layer.*gate|value|embedding"])

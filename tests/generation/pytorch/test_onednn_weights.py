@@ -10,6 +10,7 @@ if keras.config.backend() != "torch":
 import torch
 
 from keras_openllama import OpenLlamaBackbone, OpenLlamaCausalLM
+from keras_openllama.generation.onnx_runtime import token_loop
 from keras_openllama.generation.pytorch import onednn_weights
 from keras_openllama.generation.pytorch.decoder import TorchDecoder
 
@@ -40,6 +41,12 @@ def generate(lm, rows=2):
     ids = np.random.default_rng(0).integers(3, 160, (rows, 9)).astype("int32")
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     return lm.generate(inputs, max_new_tokens=20, stop_token_ids=None)["token_ids"]
+
+
+@pytest.fixture(autouse=True)
+def on_pytorch(monkeypatch):
+    """As on a system for which no product can be compiled."""
+    monkeypatch.setattr(token_loop, "native_library", lambda: None)
 
 
 @pytest.fixture

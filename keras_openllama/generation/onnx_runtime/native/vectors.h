@@ -45,6 +45,49 @@ INLINE void store(float *to, Floats x, int64_t count) {
   _mm512_mask_storeu_ps(to, count < LANES ? (1u << count) - 1 : 0xffff, x);
 }
 
+INLINE void store_words(uint32_t *to, Words w) { _mm512_storeu_si512(to, w); }
+INLINE float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
+
+#if defined(__AVX512BF16__)
+#define INPUTS_PER_WORD 2
+INLINE Words load_weights(const uint16_t *w) { return _mm512_loadu_si512(w); }
+INLINE Floats add_products(Floats sum, Words w, Words x) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+}
+#else
+#define INPUTS_PER_WORD 1
+INLINE Words load_weights(const uint16_t *w) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w));
+  return _mm512_slli_epi32(wide, 16);
+}
+INLINE Floats add_products(Floats sum, Words w, Words x) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
+}
+#endif
+
+/* Exchanges rows and columns, in four steps of twice the distance. */
+INLINE void transpose(Words *w) {
+  Words t[LANES];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      w[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      w[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; j++) {
+      t[i + j] = _mm512_shuffle_i32x4(w[i + j], w[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_i32x4(w[i + j], w[i + 4 + j], 0xdd);
+    }
+  for (int j = 0; j < 8; j++) {
+    w[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    w[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+  }
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #define LANES 8
@@ -85,6 +128,41 @@ INLINE void store(float *to, Floats x, int64_t count) {
   float values[LANES];
   _mm256_storeu_ps(values, x);
   memcpy(to, values, (count < LANES ? count : LANES) * sizeof(float));
+}
+
+INLINE void store_words(uint32_t *to, Words w) { _mm256_storeu_si256((__m256i *)to, w); }
+INLINE float sum_of(Floats x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+#define INPUTS_PER_WORD 1
+INLINE Words load_weights(const uint16_t *w) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)w));
+  return _mm256_slli_epi32(wide, 16);
+}
+INLINE Floats add_products(Floats sum, Words w, Words x) {
+  return _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), sum);
+}
+
+/* Exchanges rows and columns, in three steps of twice the distance. */
+INLINE void transpose(Words *w) {
+  Words t[LANES];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      w[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      w[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm256_permute2x128_si256(w[j], w[4 + j], 0x20);
+    t[4 + j] = _mm256_permute2x128_si256(w[j], w[4 + j], 0x31);
+  }
+  memcpy(w, t, sizeof t);
 }
 
 #else

@@ -2,7 +2,7 @@
    which they are read: each is read from memory once, and multiplied by up to
    `MAX_ROWS` rows of inputs. A group of 32 inputs is summed exactly in integers. */
 
-#include "products.h"
+#include "quantized_product.h"
 
 #include "vectors.h"
 
@@ -13,7 +13,7 @@
 
 int lanes(void) { return LANES; }
 
-int64_t number_of_tiles(const Product *p) {
+int64_t number_of_tiles(const QuantizedProduct *p) {
   return (p->num_outputs + LANES - 1) / LANES;
 }
 
@@ -25,7 +25,7 @@ INLINE int32_t nearest(float x) {
   return bits - 0x4b400000;
 }
 
-static void round_group(const Product *p, const float *x, int64_t count, int64_t group) {
+static void round_group(const QuantizedProduct *p, const float *x, int64_t count, int64_t group) {
   float values[GROUP] = {0};
   int32_t bits[GROUP], largest_bits = 0, sum = 0;
   if (count > 0) /* Else all of the group is padding. */
@@ -53,7 +53,7 @@ static void round_group(const Product *p, const float *x, int64_t count, int64_t
   p->corrections[group] = -(p->bits == 4 ? 8 : BYTE_ZERO) * sum;
 }
 
-void round_inputs(const Product *p, int64_t first_row, int64_t end_row) {
+void round_inputs(const QuantizedProduct *p, int64_t first_row, int64_t end_row) {
   for (int64_t row = first_row; row < end_row; row++)
     for (int64_t g = 0; g < p->groups; g++)
       round_group(p, p->inputs + row * p->num_inputs + g * GROUP,
@@ -75,7 +75,7 @@ INLINE void load_group(const uint32_t *words, const int bits, Words *weights) {
 }
 
 /* `rows` and `bits` are constants where this is called, so that all is in registers. */
-INLINE void multiply_rows(const Product *p, int64_t tile, int64_t row, const int rows,
+INLINE void multiply_rows(const QuantizedProduct *p, int64_t tile, int64_t row, const int rows,
                           const int bits) {
   const uint32_t *words = p->words + tile * p->groups * bits * LANES;
   const uint16_t *scales = p->scales + tile * p->scales_per_output * LANES;
@@ -117,7 +117,7 @@ INLINE void multiply_rows(const Product *p, int64_t tile, int64_t row, const int
           p->num_outputs - tile * LANES);
 }
 
-INLINE void multiply_block(const Product *p, int64_t tile, int64_t row, int64_t end_row,
+INLINE void multiply_block(const QuantizedProduct *p, int64_t tile, int64_t row, int64_t end_row,
                            const int bits) {
   for (; row + MAX_ROWS <= end_row; row += MAX_ROWS)
     multiply_rows(p, tile, row, MAX_ROWS, bits);
@@ -125,7 +125,7 @@ INLINE void multiply_block(const Product *p, int64_t tile, int64_t row, int64_t 
   if (row < end_row) multiply_rows(p, tile, row, 1, bits);
 }
 
-void multiply_tiles(const Product *p, int64_t first_tile, int64_t end_tile) {
+void multiply_tiles(const QuantizedProduct *p, int64_t first_tile, int64_t end_tile) {
   for (int64_t row = 0; row < p->rows; row += ROWS_IN_CACHE) {
     int64_t end = row + ROWS_IN_CACHE < p->rows ? row + ROWS_IN_CACHE : p->rows;
     for (int64_t tile = first_tile; tile < end_tile; tile++)

@@ -1,7 +1,7 @@
 /* Products with quantized matrices: outputs = inputs times the transposed weights. */
 
-#ifndef PRODUCTS_H
-#define PRODUCTS_H
+#ifndef QUANTIZED_PRODUCT_H
+#define QUANTIZED_PRODUCT_H
 
 #include <stdint.h>
 
@@ -22,14 +22,14 @@ typedef struct {
   int8_t *rounded;
   float *input_scales;
   int32_t *corrections;
-} Product;
+} QuantizedProduct;
 
-int64_t number_of_tiles(const Product *product);
+int64_t number_of_tiles(const QuantizedProduct *product);
 
 /* Rounds the inputs of some rows to 8 bits. */
-void round_inputs(const Product *product, int64_t first_row, int64_t end_row);
+void round_inputs(const QuantizedProduct *product, int64_t first_row, int64_t end_row);
 
 /* Computes the outputs of some tiles, for all rows. */
-void multiply_tiles(const Product *product, int64_t first_tile, int64_t end_tile);
+void multiply_tiles(const QuantizedProduct *product, int64_t first_tile, int64_t end_tile);
 
 #endif

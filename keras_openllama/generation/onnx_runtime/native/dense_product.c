@@ -1,0 +1,140 @@
+/* Few rows are multiplied by weights where they are, each output's in its own vector.
+   For many rows, weights of `LANES` outputs are first copied to a tile, one output per
+   lane, so that no vector has to be summed up. */
+
+#include "dense_product.h"
+
+#include <stdlib.h>
+
+#include "vectors.h"
+
+/* Heuristics: rows from which on a tile pays; rows of inputs that stay in the cache of
+   a core; sums that are in registers at once; how far ahead weights are asked for. */
+enum { ROWS_OF_TILES = 12, ROWS_IN_CACHE = 128, MAX_SUMS = 8, PREFETCHED = 2048 };
+
+int64_t words_of_a_row(int64_t num_inputs) {
+  int64_t vector = LANES * INPUTS_PER_WORD;
+  return (num_inputs + vector - 1) / vector * LANES;
+}
+
+int64_t number_of_blocks(const DenseProduct *p) {
+  return (p->num_outputs + LANES - 1) / LANES;
+}
+
+/* Rounds to the nearest, and to the even one of two. */
+INLINE uint32_t to_bfloat16(uint32_t bits) {
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+void convert_inputs(const DenseProduct *p, int64_t first_row, int64_t end_row) {
+  for (int64_t row = first_row; row < end_row; row++) {
+    const float *from = p->inputs + row * p->num_inputs;
+    uint32_t *to = p->x + row * p->words;
+    memset(to, 0, p->words * sizeof *to);
+    if (INPUTS_PER_WORD == 1) {
+      memcpy(to, from, p->num_inputs * sizeof *from);
+      continue;
+    }
+    uint16_t *halves = (uint16_t *)to;
+    for (int64_t i = 0; i < p->num_inputs; i++) {
+      uint32_t bits;
+      memcpy(&bits, from + i, sizeof bits);
+      halves[i] = to_bfloat16(bits);
+    }
+  }
+}
+
+/* Weights of an output from a word on, zeros after the last. */
+INLINE Words weights_at(const DenseProduct *p, int64_t output, int64_t word) {
+  const uint16_t *weights = p->weights + output * p->num_inputs;
+  int64_t first = word * INPUTS_PER_WORD, left = p->num_inputs - first;
+  if (left >= LANES * INPUTS_PER_WORD) {
+    _mm_prefetch((const char *)(weights + first) + PREFETCHED, _MM_HINT_T0);
+    return load_weights(weights + first);
+  }
+  uint16_t last[LANES * INPUTS_PER_WORD] = {0};
+  memcpy(last, weights + first, left * sizeof *last);
+  return load_weights(last);
+}
+
+/* `rows` is a constant where this is called, so that the sums are in registers. One
+   output after the other, since memory is read fastest in order. */
+INLINE void multiply_in_place(const DenseProduct *p, int64_t output, int64_t row,
+                              const int rows) {
+  Floats sums[MAX_SUMS];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) sums[m] = fill_float(0);
+  for (int64_t k = 0; k < p->words; k += LANES) {
+    Words w = weights_at(p, output, k);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+      sums[m] = add_products(sums[m], w, load_words(p->x + (row + m) * p->words + k));
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++)
+    p->outputs[(row + m) * p->num_outputs + output] = sum_of(sums[m]);
+}
+
+static void multiply_few(const DenseProduct *p, int64_t first, int64_t end) {
+  for (int64_t output = first; output < end; output++) {
+    int64_t row = 0;
+    for (; row + MAX_SUMS <= p->rows; row += MAX_SUMS)
+      multiply_in_place(p, output, row, MAX_SUMS);
+    for (; row + 2 <= p->rows; row += 2) multiply_in_place(p, output, row, 2);
+    if (row < p->rows) multiply_in_place(p, output, row, 1);
+  }
+}
+
+/* Copies the weights of `LANES` outputs to (words, LANES). */
+static void fill_tile(const DenseProduct *p, int64_t output, uint32_t *tile) {
+  for (int64_t k = 0; k < p->words; k += LANES) {
+    Words w[LANES];
+    for (int n = 0; n < LANES; n++)
+      w[n] = output + n < p->num_outputs ? weights_at(p, output + n, k) : fill_word(0);
+    transpose(w);
+    for (int n = 0; n < LANES; n++) store_words(tile + (k + n) * LANES, w[n]);
+  }
+}
+
+INLINE void multiply_tile(const DenseProduct *p, const uint32_t *tile, int64_t output,
+                          int64_t row, const int rows) {
+  Floats sums[MAX_SUMS];
+  const uint32_t *x = p->x + row * p->words;
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) sums[m] = fill_float(0);
+  for (int64_t k = 0; k < p->words; k++) {
+    Words w = load_words(tile + k * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++)
+      sums[m] = add_products(sums[m], w, fill_word(x[m * p->words + k]));
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++)
+    store(p->outputs + (row + m) * p->num_outputs + output, sums[m],
+          p->num_outputs - output);
+}
+
+static void multiply_many(const DenseProduct *p, int64_t first, int64_t end,
+                          uint32_t *tile) {
+  for (int64_t begin = 0; begin < p->rows; begin += ROWS_IN_CACHE)
+    for (int64_t output = first; output < end; output += LANES) {
+      int64_t row = begin, last = begin + ROWS_IN_CACHE;
+      if (last > p->rows) last = p->rows;
+      fill_tile(p, output, tile);
+      for (; row + MAX_SUMS <= last; row += MAX_SUMS) multiply_tile(p, tile, output, row, MAX_SUMS);
+      for (; row < last; row++) multiply_tile(p, tile, output, row, 1);
+    }
+}
+
+void multiply_blocks(const DenseProduct *p, int64_t first_block, int64_t end_block) {
+  int64_t first = first_block * LANES, end = end_block * LANES;
+  uint32_t *tile = NULL;
+  if (end > p->num_outputs) end = p->num_outputs;
+  if (p->rows >= ROWS_OF_TILES) tile = malloc(p->words * LANES * sizeof *tile);
+  if (tile)
+    multiply_many(p, first, end, tile);
+  else
+    multiply_few(p, first, end);
+  free(tile);
+}

@@ -1,0 +1,46 @@
+"""Compilation of the products for the processor at hand."""
+
+import subprocess
+
+import native_products
+import pytest
+
+from keras_openllama.generation.onnx_runtime import native_library as library_module
+from keras_openllama.generation.onnx_runtime.native_library import native_library
+
+pytestmark = [pytest.mark.backend_free, native_products.needs_them]
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_library.cache_clear()
+    yield
+    native_library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_native_library_without_a_compiler_warns_and_is_none(
+    compiler, monkeypatch, no_cache
+):
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(UserWarning, match="Install a C compiler"):
+        assert native_library() is None
+
+
+def test_native_library_of_an_old_processor_is_none(monkeypatch, no_cache):
+    monkeypatch.setattr(library_module, "_instructions", lambda: {"sse2"})
+    assert native_library() is None
+
+
+def test_native_library_is_compiled_once(monkeypatch, no_cache):
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(
+        library_module.subprocess,
+        "run",
+        lambda *a, **k: calls.append(a) or run(*a, **k),
+    )
+    first = native_library()
+    native_library.cache_clear()
+    assert native_library() == first
+    assert len(calls) == 1
