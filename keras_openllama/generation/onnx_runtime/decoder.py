@@ -1,9 +1,9 @@
 """Decodes a quantized model, or one in bfloat16, on a CPU with ONNX Runtime.
 
-The graph of `onnx_graph.py` is written to a temporary directory, from which ONNX
-Runtime reads it: it rearranges the matrices one by one for the instructions of the
-processor. That copy of the quantized weights is the only one in memory, since those of
-the variables are moved to a file.
+The graph of `graph.py` is written to a temporary directory, from which ONNX Runtime
+reads it, with the quantized weights in the order of the products. That copy is the only
+one in memory, since those of the variables are moved to a file. Weights in bfloat16 are
+not copied: the products read those of the variables.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class OnnxDecoder:
     """A model in ONNX Runtime.
 
     Args:
-        model: `OpenLlamaCausalLM`, quantized and on a CPU.
+        model: `OpenLlamaCausalLM` on a CPU, for which `uses_onnx_runtime` holds.
 
     Raises:
         OSError: if there is no space for the quantized weights in the directory for
