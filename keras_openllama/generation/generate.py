@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from keras_openllama.backend.keras_private import flatten_layers
 from keras_openllama.generation.beam_search import SearchLoop
 from keras_openllama.generation.continuous_batching.token_loop import EngineTokenLoop
 from keras_openllama.generation.decoding import Decoding
@@ -22,6 +23,7 @@ from keras_openllama.generation.sampling.config import SamplingConfig
 from keras_openllama.generation.sampling.options import SamplingOptions
 from keras_openllama.generation.sampling.samplers import is_search_sampler
 from keras_openllama.generation.token_loop import TokenLoop
+from keras_openllama.layers.quantizable import is_quantized
 from keras_openllama.text.input_kinds import Batches, ChatPrompts, Texts, TokenArrays
 from keras_openllama.text.inputs import normalize_prompts
 from keras_openllama.utils.validation import raise_invalid
@@ -340,14 +342,15 @@ def make_token_loop(model: CausalLM) -> TokenLoop | SearchLoop:
 
     Returns:
         A `SearchLoop` for beam and contrastive search; an `OnnxTokenLoop` for a
-        quantized model on a CPU; otherwise a `TokenLoop` (`TorchTokenLoop` on PyTorch).
+        model for which `uses_onnx_runtime` holds; otherwise a `TokenLoop`
+        (`TorchTokenLoop` on PyTorch).
 
     Example:
         >>> type(make_token_loop(lm)).__name__
         'TokenLoop'
     """
     if is_search_sampler(model.sampler):
-        if uses_onnx_runtime(model):
+        if any(map(is_quantized, flatten_layers(model))) and uses_onnx_runtime(model):
             warnings.warn(
                 "Beam and contrastive search run on the backend "
                 f"({keras.config.backend()}) and not with ONNX Runtime, so that they "

@@ -75,6 +75,7 @@ class FitMixin(FitDataMixin, TrainStep):
     # Variables of the compiled `train_function`, `test_function` and
     # `predict_function`.
     _compiled_variables = None
+    generate_function = None  # Of a task that generates.
     train_plan = TrainPlan()  # Replaced by `compile`.
 
     def fit(
@@ -172,6 +173,9 @@ class FitMixin(FitDataMixin, TrainStep):
             given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
             # Before the user's callbacks, which can then read the logs they add.
             callbacks = [*own_callbacks, *filter(None, given)]
+        # It would keep the weights that JAX replaces.
+        if hasattr(self.generate_function, "release"):
+            self.generate_function.release()
         with self._keeping_freed_memory():
             return self._call_keras(
                 "fit",

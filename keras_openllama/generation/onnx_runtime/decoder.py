@@ -29,7 +29,7 @@ from keras_openllama.generation.onnx_runtime.native_library import (
 )
 from keras_openllama.generation.onnx_runtime.weights_in_memory import (
     float_matrices,
-    move_to_one_block,
+    move_to_blocks,
 )
 from keras_openllama.generation.onnx_runtime.weights_on_disk import move_to_disk
 from keras_openllama.utils.host_memory import release_freed_memory
@@ -89,7 +89,7 @@ class OnnxDecoder:
         self.model = model
         library = native_library()
         if library:
-            move_to_one_block(float_matrices(model))
+            move_to_blocks(float_matrices(model))
         graph = decoder_graph(model, lanes=library and library.lanes)
         with scratch_directory(large_files_directory()) as directory:
             try:
@@ -97,9 +97,10 @@ class OnnxDecoder:
             except OSError as error:
                 raise OSError(
                     error.errno,
-                    "Generation with quantized weights writes them to a temporary "
-                    f"directory first, which failed: {error.strerror}. Set the "
-                    "environment variable TMPDIR to a directory with more space",
+                    "Generation on a CPU writes what ONNX Runtime reads, quantized "
+                    "weights among it, to a temporary directory first, which failed: "
+                    f"{error.strerror}. Set the environment variable TMPDIR to a "
+                    "directory with more space",
                     str(directory),
                 ) from error
             _move_to_disk(model)
@@ -164,7 +165,7 @@ class OnnxCache:
         self.lengths = np.zeros(batch, "int64")
 
     def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
-        """Writes tokens to the cache; neighbours of the same length together.
+        """Writes tokens to the cache; short neighbours of the same length together.
 
         Args:
             prompts: token ids of each sequence, int64 arrays, which may be empty.
@@ -175,19 +176,21 @@ class OnnxCache:
         """
         vocabulary_size = self._decoder.model.backbone.vocabulary_size
         logits = np.zeros((len(prompts), vocabulary_size), "float32")
-        end = 0
+        row = 0
         for length, group in itertools.groupby(prompts, len):
-            tokens = np.stack(list(group))
-            first, end = end, end + len(tokens)
-            # A chunk has about as many tokens for any number of sequences.
-            for chunk in np.array_split(
-                np.arange(length), -(-length * len(tokens) // CHUNK) or 1
-            ):
-                if len(chunk):
-                    binding = self._binding_of(first, end)
-                    lengths = np.full(len(tokens), chunk[-1] + 1)
-                    found = self._run(binding, tokens[:, chunk], lengths)
-                    logits[first:end] = found[:, 0]
+            group = list(group)
+            # Several sequences must be whole: ONNX Runtime reads further tokens of a
+            # sequence only alone.
+            together = max(1, CHUNK // max(length, 1))
+            for first in range(0, len(group), together):
+                tokens = np.stack(group[first : first + together])
+                end = row + len(tokens)
+                for start in range(0, length, CHUNK):
+                    chunk = tokens[:, start : start + CHUNK]
+                    lengths = np.full(len(tokens), start + chunk.shape[1])
+                    binding = self._binding_of(row, end)
+                    logits[row:end] = self._run(binding, chunk, lengths)[:, 0]
+                row = end
         self.lengths[:] = [len(prompt) for prompt in prompts]
         return logits
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 
 from keras_openllama.backend.arrays import as_numpy
@@ -169,7 +170,7 @@ class _DecoderGraph:
         matrix = layer.quantized_matrix()
         if matrix is None:
             values = as_numpy(embeddings_variable(layer).value)
-            if self.lanes:
+            if self.lanes and keras.config.backend() != "tensorflow":
                 table = self.graph.array("embedding.table", values)
             else:
                 table = self.graph.weight("embedding.table", Weight.of(values))

@@ -1,18 +1,20 @@
-"""Compiles the products with quantized matrices for the processor at hand.
+"""Compiles products with quantized and bfloat16 matrices for the processor at hand.
 
 The sources are in `native/`. They are compiled by the system's C compiler when they are
-first needed, which takes about a second, and the library is kept in the cache directory
-of this package.
+first needed, which takes about two seconds, and the library is kept in the cache
+directory of this package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,12 +62,14 @@ def native_library() -> NativeLibrary | None:
         return None
     try:
         return compile_library(("-march=native",))
-    except (OSError, subprocess.SubprocessError) as error:
+    # `Path.home` raises a RuntimeError for a user without a home.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
-            "The products with quantized weights could not be compiled, so that "
-            "generation is slower. Install a C compiler, such as gcc, or set the "
-            f"environment variable CC to one. The reason: {reason}",
+            "The products for generation on a CPU could not be compiled or loaded, so "
+            "that it is slower. Install a C compiler, such as gcc, or set the "
+            "environment variable CC to one, and XDG_CACHE_HOME to a directory from "
+            f"which libraries can be loaded. The reason: {reason}",
             stacklevel=2,
         )
         return None
@@ -81,22 +85,34 @@ def compile_library(options: tuple[str, ...]) -> NativeLibrary:
         OSError: if there is no compiler, or the library cannot be written or loaded.
         subprocess.CalledProcessError: if the compiler fails.
     """
-    command = [_compiler(), *_OPTIONS, *options]
+    compiler = _compiler()
+    command = [*compiler, *_OPTIONS, *options]
     sources = sorted(_SOURCES.glob("*.[ch]"))
     # The home directory may be shared by machines with other processors.
-    key = hashlib.sha256(" ".join([*command, *sorted(_instructions())]).encode())
+    state = os.stat(compiler[0])
+    words = [
+        *command,
+        *sorted(_instructions()),
+        str(state.st_size),
+        str(state.st_mtime),
+    ]
+    key = hashlib.sha256(" ".join(words).encode())
     for source in sources:
         key.update(source.read_bytes())
-    directory = cache_directory("native")
-    path = directory / f"products-{key.hexdigest()[:16]}.so"
-    if not path.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as temporary:
-            output = Path(temporary) / path.name
-            files = [str(source) for source in sources if source.suffix == ".c"]
-            command += [*files, "-o", str(output)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(output, path)  # Another process may have compiled it, too.
+    path = cache_directory("native") / f"products-{key.hexdigest()[:16]}.so"
+    with contextlib.suppress(OSError):  # It does not exist, or is damaged.
+        return _loaded(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        output = Path(directory) / path.name
+        files = [str(source) for source in sources if source.suffix == ".c"]
+        command += [*files, "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(output, path)  # Another process may have compiled it, too.
+    return _loaded(path)
+
+
+def _loaded(path):
     return NativeLibrary(path, ctypes.CDLL(str(path)).lanes())
 
 
@@ -111,8 +127,10 @@ def _instructions():
 
 
 def _compiler():
+    """The words of the command that starts the compiler."""
     names = [os.environ["CC"]] if os.environ.get("CC") else _COMPILERS
     for name in names:
-        if path := shutil.which(name):
-            return path
+        first, *options = shlex.split(name)
+        if path := shutil.which(first):
+            return [path, *options]
     raise FileNotFoundError(f"no C compiler ({', '.join(names)}) was found")

@@ -1,4 +1,4 @@
-"""`SlotDecoder` with ONNX Runtime, for quantized models on a CPU.
+"""`SlotDecoder` with ONNX Runtime, for models on a CPU that are quantized or in bfloat16.
 
 The caches of all slots are rows of one array for each layer. The graph updates them in
 place, and needs the rows of a step to be neighbours: the sequences that are decoded are

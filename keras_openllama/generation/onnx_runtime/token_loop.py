@@ -21,6 +21,7 @@ from keras_openllama.backend.jit import compile_function
 from keras_openllama.backend.keras_private import (
     embeddings_variable,
     flatten_layers,
+    stored_value,
 )
 from keras_openllama.generation.kv_cache import PromptLayout, pad_prompts
 from keras_openllama.generation.onnx_runtime.matrices import runtime_group_size
@@ -36,7 +37,7 @@ from keras_openllama.generation.sampling.state import SamplingInputs, sample_tok
 from keras_openllama.generation.sharding import runs_on_one_cpu
 from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.weights_state import WeightsState
-from keras_openllama.layers.projection import Projection
+from keras_openllama.layers.projection import Projection, is_float8
 from keras_openllama.layers.quantizable import is_quantized
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
@@ -85,6 +86,10 @@ class OnnxTokenLoop(TokenLoop):
             self._decoder = OnnxDecoder(self.model)
             self._weights.update()  # It has moved them to another memory.
         return self._decoder
+
+    def release(self) -> None:
+        """Frees the model in ONNX Runtime until the next call."""
+        self._decoder = None
 
     def advance(
         self,
@@ -182,11 +187,16 @@ def uses_onnx_runtime(model: CausalLM, named_adapters: bool = False) -> bool:
 
 def _is_in_bfloat16(model):
     # TensorFlow copies weights to give them to ONNX Runtime.
-    if keras.config.backend() == "tensorflow":
+    if keras.config.backend() == "tensorflow" or is_float8(model):
         return False
     layers = [x for x in flatten_layers(model) if isinstance(x, Projection)]
     embedding = embeddings_variable(model.backbone.token_embedding)
-    return embedding.dtype == "bfloat16" and len(layers) == len(float_matrices(model))
+    matrices = [embedding, *float_matrices(model)]
+    return (
+        embedding.dtype == "bfloat16"
+        and len(matrices) == len(layers) + 1
+        and len({str(stored_value(matrix).device) for matrix in matrices}) == 1
+    )
 
 
 def _reasons(model):

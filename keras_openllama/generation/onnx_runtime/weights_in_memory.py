@@ -1,12 +1,12 @@
-"""Moves weights to one block of memory, which processors read faster.
+"""Moves weights to large blocks of memory, which processors read faster.
 
-Weights of a mapped file, or in many small blocks, are in pages of 4 KB. NumPy asks
-Linux for pages of 2 MB for a large block: a step of one row then takes about two thirds
-of the time (`benchmarks/README.md`).
+Weights of a mapped file, or in many small arrays, are in pages of 4 KB. NumPy asks
+Linux for pages of 2 MB for a large array (`benchmarks/README.md`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,14 @@ from keras_openllama.utils.host_memory import free_memory
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
-# Offsets of arrays in the block: JAX does not share memory of less alignment.
+# Offsets of arrays in a block: JAX does not share memory of less alignment.
 _ALIGNMENT = 64
-# Heuristic: the share of the free memory that the block may take.
+# Heuristics: the size of a block, which is freed when none of its weights is used, and
+# the share of the free memory that all blocks may take.
+_BLOCK = 256 << 20
 _LARGEST_SHARE = 0.7
+# The blocks that exist: what they hold is not moved again.
+_blocks: list[weakref.ref[np.ndarray]] = []
 
 
 def float_matrices(model: CausalLM) -> list[keras.Variable]:
@@ -47,25 +51,52 @@ def float_matrices(model: CausalLM) -> list[keras.Variable]:
     return [variable for variable in variables if variable.dtype == "bfloat16"]
 
 
-def move_to_one_block(variables: Sequence[keras.Variable]) -> None:
-    """Moves weights on a CPU to one block of memory, one after the other.
+def move_to_blocks(variables: Sequence[keras.Variable]) -> None:
+    """Moves weights on a CPU to blocks of memory, those that are in none yet.
 
-    It does nothing if the block would take most of the free memory, which then is the
-    better use of it.
+    It does nothing if the blocks would take most of the free memory, which then is the
+    better use of it, and on TensorFlow, which cannot use memory of an array.
 
     Args:
-        variables: the weights, on JAX or PyTorch.
+        variables: the weights.
     """
-    sizes = [as_numpy(stored_value(variable)).nbytes for variable in variables]
-    total = sum(size + -size % _ALIGNMENT for size in sizes)
+    if keras.config.backend() == "tensorflow":
+        return
+    variables = [variable for variable in variables if not _is_in_a_block(variable)]
+    total = sum(map(_size, variables))
     free = free_memory()
     if free is None or total > _LARGEST_SHARE * free:
         return
-    block = np.empty(total + _ALIGNMENT, "uint8")
+    group, size = [], 0
+    for variable in variables:
+        if group and size + _size(variable) > _BLOCK:
+            _move(group, size)
+            group, size = [], 0
+        group.append(variable)
+        size += _size(variable)
+    if group:
+        _move(group, size)
+
+
+def _move(variables, size):
+    block = np.empty(size + _ALIGNMENT, "uint8")
     start = -block.ctypes.data % _ALIGNMENT
-    for variable, size in zip(variables, sizes, strict=True):
+    for variable in variables:
         old = stored_value(variable)
         array = np.ndarray(tuple(old.shape), variable.dtype, block, start)
         array[...] = as_numpy(old)
         replace_value(variable, tensor_on_memory(array, old))
-        start += size + -size % _ALIGNMENT
+        start += _size(variable)
+    _blocks[:] = [known for known in _blocks if known() is not None]
+    _blocks.append(weakref.ref(block))
+
+
+def _size(variable):
+    size = as_numpy(stored_value(variable)).nbytes
+    return size + -size % _ALIGNMENT
+
+
+def _is_in_a_block(variable):
+    address = as_numpy(stored_value(variable)).ctypes.data
+    blocks = [block for known in _blocks if (block := known()) is not None]
+    return any(0 <= address - block.ctypes.data < block.nbytes for block in blocks)

@@ -44,3 +44,20 @@ def test_native_library_is_compiled_once(monkeypatch, no_cache):
     native_library.cache_clear()
     assert native_library() == first
     assert len(calls) == 1
+
+
+def test_native_library_replaces_a_damaged_one(no_cache, monkeypatch, tmp_path):
+    name = native_library().path.relative_to(tmp_path)
+    # In another directory, since the system knows the first by its path.
+    damaged = tmp_path / "other" / name
+    damaged.parent.mkdir(parents=True)
+    damaged.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    native_library.cache_clear()
+    assert native_library().path == damaged
+    assert damaged.stat().st_size
+
+
+def test_native_library_takes_options_of_the_compiler_from_cc(monkeypatch, no_cache):
+    monkeypatch.setenv("CC", "gcc -pipe")
+    assert native_library().path.is_file()

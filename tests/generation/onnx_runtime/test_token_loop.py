@@ -105,6 +105,59 @@ def test_onnx_decoder_in_bfloat16_follows_changed_weights():
     assert after == expected
 
 
+@native_products.needs_them
+@not_on_tensorflow
+def test_two_loops_on_a_model_in_bfloat16_share_its_weights():
+    shape = tiny_models.SHAPES[0]
+    lm = tiny_models.random_lm(shape, dtype="bfloat16")
+    loops = OnnxTokenLoop(lm), OnnxTokenLoop(lm)
+    decoders = [loop.decoder() for loop in loops * 2]
+    decoders = [loop.decoder() for loop in loops * 2]
+    assert decoders[:2] == decoders[2:]
+    addresses = [x.ctypes.data for x in decoders[0]._arrays.values()]
+    assert addresses == [x.ctypes.data for x in decoders[1]._arrays.values()]
+
+
+@native_products.needs_them
+@not_on_tensorflow
+def test_changed_adapters_do_not_move_a_model_in_bfloat16():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0], dtype="bfloat16")
+    lm.backbone.enable_lora(2)
+    loop = OnnxTokenLoop(lm)
+    first = loop.decoder()
+    lm.trainable_variables[0].assign(lm.trainable_variables[0] + 1)
+    second = loop.decoder()
+    assert first is not second
+    kernel = "layer.0.down.0.weights"
+    assert first._arrays[kernel].ctypes.data == second._arrays[kernel].ctypes.data
+
+
+def test_fit_releases_the_model_in_onnx_runtime():
+    lm = quantized(tiny_models.SHAPES[0])
+    lm.backbone.enable_lora(2)
+    loop = lm.make_generate_function()
+    loop.decoder()
+    lm.compile(optimizer="sgd", sampler="greedy")
+    lm.generate_function = loop
+    ids = tiny_models.batch(tiny_models.SHAPES[0], 2, 8)
+    lm.fit({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids, verbose=0)
+    assert loop._decoder is None
+
+
+def test_onnx_decoder_of_a_partly_quantized_model_in_bfloat16():
+    shape = tiny_models.SHAPES[0]
+    lm = quantized(shape, "int8", filters="query|up", dtype="bfloat16")
+    found, expected = decoded_and_expected(lm, shape)
+    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+
+
+@not_on_tensorflow
+def test_models_in_float8_do_not_use_onnx_runtime():
+    lm = tiny_models.random_lm(tiny_models.SHAPES[0], dtype="bfloat16")
+    lm.quantize("float8")
+    assert not uses_onnx_runtime(lm)
+
+
 @not_on_tensorflow
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "float16"])
 def test_models_in_other_dtypes_do_not_use_onnx_runtime(dtype):
@@ -144,6 +197,17 @@ def test_onnx_decoder_scales_positions_linearly(exact_activations):
     shape = tiny_models.SHAPES[0]
     scaling = {"rope_type": "linear", "factor": 4.0}
     assert_equals_keras(quantized(shape, rope_scaling=scaling), shape)
+
+
+def test_onnx_cache_prefills_several_long_prompts(monkeypatch):
+    monkeypatch.setattr("keras_openllama.generation.onnx_runtime.decoder.CHUNK", 4)
+    shape = tiny_models.SHAPES[0]
+    loop = OnnxTokenLoop(quantized(shape))
+    for lengths in ((9, 9, 2, 2, 2, 1, 1), (4, 4), (3, 3, 3)):
+        rows = prompts(shape, lengths)
+        (together,) = loop.generate(rows, [3] * len(rows), [])
+        alone = [next(loop.generate([row], [3], []))[0] for row in rows]
+        assert together == alone
 
 
 @pytest.mark.slow_on_tensorflow

@@ -36,11 +36,11 @@ void convert_inputs(const DenseProduct *p, int64_t first_row, int64_t end_row) {
       memcpy(to, from, p->num_inputs * sizeof *from);
       continue;
     }
-    uint16_t *halves = (uint16_t *)to;
     for (int64_t i = 0; i < p->num_inputs; i++) {
       uint32_t bits;
       memcpy(&bits, from + i, sizeof bits);
-      halves[i] = to_bfloat16(bits);
+      uint16_t half = to_bfloat16(bits);
+      memcpy((char *)to + i * sizeof half, &half, sizeof half);
     }
   }
 }

@@ -203,6 +203,10 @@ static Status compute_quantized(void *kernel_, void *context) {
   if (product.num_inputs > product.groups * GROUP ||
       words_shape[0] != number_of_tiles(&product))
     return error(INVALID_ARGUMENT, "x and words have other sizes");
+  if (words_shape[2] != 4 * lanes() * product.bits || scales_shape[2] != lanes() ||
+      scales_shape[0] != words_shape[0] || product.groups_per_scale < 1 ||
+      product.scales_per_output * product.groups_per_scale < product.groups)
+    return error(INVALID_ARGUMENT, "words and scales have other sizes");
   RETURN_IF(get_data(words, &product.words));
   RETURN_IF(get_data(scales, &product.scales));
   RETURN_IF(get_rows_of_output(context, shape, count, product.num_outputs,

@@ -20,9 +20,9 @@ int64_t number_of_tiles(const QuantizedProduct *p) {
 /* Rounds to the nearest, for less than 2^22: the sum has the integer in its low bits. */
 INLINE int32_t nearest(float x) {
   float shifted = x + 12582912.0f;
-  int32_t bits;
+  uint32_t bits;
   memcpy(&bits, &shifted, sizeof bits);
-  return bits - 0x4b400000;
+  return (int32_t)(bits - 0x4b400000);
 }
 
 static void round_group(const QuantizedProduct *p, const float *x, int64_t count, int64_t group) {
@@ -41,9 +41,8 @@ static void round_group(const QuantizedProduct *p, const float *x, int64_t count
   int8_t *rounded = p->rounded + group * GROUP;
   int8_t in_order[GROUP];
   for (int i = 0; i < GROUP; i++) {
-    int32_t integer = nearest(values[i] * inverse);
-    in_order[i] = integer;
-    sum += integer;
+    in_order[i] = (int8_t)nearest(values[i] * inverse);
+    sum += in_order[i];
   }
   memcpy(rounded, in_order, GROUP);
   if (p->bits == 4) /* Low nibbles are the weights of even inputs, high ones of odd. */

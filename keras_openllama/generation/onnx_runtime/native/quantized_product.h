@@ -24,6 +24,9 @@ typedef struct {
   int32_t *corrections;
 } QuantizedProduct;
 
+/* Outputs of a tile. */
+int lanes(void);
+
 int64_t number_of_tiles(const QuantizedProduct *product);
 
 /* Rounds the inputs of some rows to 8 bits. */
