@@ -1,4 +1,4 @@
-"""`SlotDecoder` with ONNX Runtime, for models on a CPU that are quantized or in bfloat16.
+"""`SlotDecoder` with ONNX Runtime, for models for which `uses_onnx_runtime` holds.
 
 The caches of all slots are rows of one array for each layer. The graph updates them in
 place, and needs the rows of a step to be neighbours: the sequences that are decoded are
