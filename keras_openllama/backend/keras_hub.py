@@ -93,10 +93,13 @@ def correct_metadata(directory: PathLike) -> None:
     KerasHub writes the name of the first base class of each task, which is a mixin.
 
     Args:
-        directory: Path of a directory that `save_to_preset` wrote.
+        directory: Path of a directory that `save_to_preset` wrote; nothing happens if
+            it has no tasks.
     """
     path = Path(directory, "metadata.json")
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "tasks" not in metadata:
+        return
     metadata["tasks"] = [CausalLM.__name__]
     path.write_text(json.dumps(metadata, indent=4), encoding="utf-8")
 

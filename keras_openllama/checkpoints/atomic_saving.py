@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from keras_openllama.backend.keras_hub import correct_metadata
 from keras_openllama.checkpoints.hdf5_file import closable_hdf5_files
 from keras_openllama.checkpoints.tensors import dense_bytes
 from keras_openllama.utils import files
@@ -44,6 +45,7 @@ class AtomicPreset:
         """
         with _atomic(self, preset_dir) as unfinished:
             super().save_to_preset(str(unfinished), **options)
+            correct_metadata(unfinished)
             written = {path.name for path in unfinished.iterdir()}
         if any(name.endswith(".weights.h5") for name in written):
             _remove_earlier_weights(Path(preset_dir), written)

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from keras_openllama import presets
 from keras_openllama.checkpoints.export_config import ExportConfig, missing_preset_error
 from keras_openllama.checkpoints.formats import (
     DTYPES,
@@ -183,7 +184,8 @@ def check_paths(options: argparse.Namespace, config: ExportConfig) -> None:
         OSError: If the target exists, or cannot be written.
     """
     config.check_target()
-    if os.path.isfile(options.source) and not is_gguf_file(options.source):
+    is_file = os.path.isfile(options.source) and not presets.find(options.source)
+    if is_file and not is_gguf_file(options.source):
         _check_easylm_file(options)
     else:
         require_preset("SOURCE", options.source, options.revision)

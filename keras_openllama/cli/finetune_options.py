@@ -66,6 +66,8 @@ Exit codes:
 
 DTYPES = ("float32", "bfloat16", "mixed_bfloat16")
 SEQUENCE_LENGTH = 512
+# Bytes of a file that is read in a second or two.
+_SMALL_FILE = 32 << 20
 
 
 # Flags that describe one run. The overview of all presets (--estimate without --preset)
@@ -341,28 +343,35 @@ def check_options(
     check_braces("--prompt", options.prompt)
     check_braces("--response", options.response)
     check_combinations(parser, options)
-    if options.chat_template:
+    if _can_be_read_twice(options.chat_template):
         read_chat_template(options.chat_template)
-    check_examples(options)
+    if not options.estimate:
+        check_examples(options)
 
 
 def check_examples(options: argparse.Namespace) -> None:
     """Raises `ValueError` for examples that are malformed, or of which too many are.
 
-    The run reads them again, after imports that take seconds.
+    The run reads them again, after imports that take seconds: only of small files.
     """
     from keras_openllama.data.instructions import read_examples
 
     templates = None
     if options.prompt is not None or options.response is not None:
         templates = (
-            _unescaped(options.prompt) or "{prompt}",
-            _unescaped(options.response) or "{response}",
+            "{prompt}" if options.prompt is None else _unescaped(options.prompt),
+            "{response}" if options.response is None else _unescaped(options.response),
         )
-    if options.data:
+    if options.data and all(map(_can_be_read_twice, options.data)):
         read_examples(options.data, templates, options.max_skipped)
-    if options.validation:
+    if _can_be_read_twice(options.validation):
         read_examples([options.validation], templates, options.max_skipped)
+
+
+def _can_be_read_twice(path):
+    """Whether there is a path of a small file, which is not a pipe."""
+    is_file = path is not None and os.path.isfile(path)
+    return is_file and os.path.getsize(path) <= _SMALL_FILE
 
 
 def check_braces(flag: str, template: str | None) -> None:

@@ -90,6 +90,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     parser.add_argument("--model_args", "-a", nargs="*", default=[])
     parser.add_argument("--tasks", "-t", nargs="*", default=[])
     parser.add_argument("--include_path")
+    parser.add_argument("--config", "-C")
     known, _ = parser.parse_known_args(arguments)
     model = dict(
         argument.strip().partition("=")[::2]
@@ -103,7 +104,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
     # The harness also takes patterns, files and directories.
     names = [name for name in names if re.fullmatch(r"[\w.-]+", name)]
     names = [name for name in names if not os.path.exists(name)]
-    check_task_names(names, known.include_path)
+    if known.config is None:  # It may name another directory of tasks.
+        check_task_names(names, known.include_path)
 
 
 def _help(prog):

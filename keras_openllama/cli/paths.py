@@ -69,13 +69,16 @@ def require_directory(flag: str, path: str) -> None:
     _require_access(flag, path, os.R_OK | os.X_OK, "read")
 
 
-def require_preset(flag: str, name: str, revision: str | None = None) -> None:
+def require_preset(
+    flag: str, name: str, revision: str | None = None, tokenizer: bool = False
+) -> None:
     """Raises an error if a model is no preset, directory or file, nor on the Hub.
 
     Args:
         flag: The flag, for the error message.
         name: The name, the path of a directory or GGUF file, or `hf://user/repo`.
         revision: `--revision`, which applies to the Hub only.
+        tokenizer: Whether only its tokenizer is needed.
 
     Raises:
         ValueError: If there is no such preset, directory or GGUF file, or it is not
@@ -93,7 +96,7 @@ def require_preset(flag: str, name: str, revision: str | None = None) -> None:
         from keras_openllama.loading.model_directory import check_model
 
         with _errors_name(flag):
-            check_model(preset.name if preset else name, revision)
+            check_model(preset.name if preset else name, revision, tokenizer)
         return
     if name.endswith(GGUF_SUFFIX):
         require_file(flag, name)

@@ -140,7 +140,7 @@ def check_inputs(
     if options.tokenizer.endswith(".model") and not is_remote(options.tokenizer):
         require_file("--tokenizer", options.tokenizer)
     elif not is_remote(options.tokenizer):
-        require_preset("--tokenizer", options.tokenizer)
+        require_preset("--tokenizer", options.tokenizer, tokenizer=True)
     if options.mixture:
         from keras_openllama.data.mixture import load_mixture
 

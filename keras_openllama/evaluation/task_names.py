@@ -6,6 +6,7 @@ that is in none of their texts is found in a fraction of a second.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -13,6 +14,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from keras_openllama.utils.types import PathLike
+
+# Larger files describe no task.
+_LARGEST = 1 << 20
 
 
 def check_task_names(
@@ -66,5 +70,8 @@ def _yaml_files(folders: Iterable[Path]) -> Iterator[bytes]:
     for folder in folders:
         for parent, _, names in os.walk(folder):
             for name in names:
-                if not name.endswith((".py", ".pyc", ".md")):
-                    yield Path(parent, name).read_bytes()
+                path = Path(parent, name)
+                with contextlib.suppress(OSError):  # Such as a link to nothing.
+                    is_small = path.is_file() and path.stat().st_size <= _LARGEST
+                    if is_small and path.suffix not in (".py", ".pyc", ".md"):
+                        yield path.read_bytes()

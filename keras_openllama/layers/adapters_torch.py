@@ -1,10 +1,32 @@
-"""The product with LoRA adapters on PyTorch, with fewer passes over the memory."""
+"""The product with LoRA adapters on a CPU with PyTorch, in few passes over memory."""
 
 from __future__ import annotations
 
 import torch
 
+from keras_openllama.layers.matmul import has_onednn_products
 from keras_openllama.layers.onednn_linear import multiply
+
+
+def can_add_adapters(inputs: torch.Tensor) -> bool:
+    """Returns whether `add_adapters` pays: in training, with products that are fast.
+
+    Args:
+        inputs: Float tensor, the inputs of the projection.
+
+    Example:
+        >>> import torch
+        >>> with torch.no_grad():
+        ...     can_add_adapters(torch.ones(2, 2))
+        False
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and inputs.device.type == "cpu"
+        and (inputs.dtype == torch.float32 or has_onednn_products(inputs.dtype))
+    )
 
 
 def add_adapters(
@@ -15,6 +37,8 @@ def add_adapters(
     scale: float,
 ) -> torch.Tensor:
     """Returns `outputs + scale * inputs @ b.T @ a.T`.
+
+    It has first derivatives only.
 
     Args:
         outputs: Float tensor `(..., outputs)`, the product with the kernel.
@@ -55,12 +79,12 @@ class _AddAdapters(torch.autograd.Function):
         inputs, narrow, a, b = ctx.saved_tensors
         _, needs_inputs, needs_a, needs_b, _ = ctx.needs_input_grad
         of_inputs = of_a = of_b = None
-        of_narrow = multiply(slopes, a.T).mul_(ctx.scale)
+        of_narrow = multiply(slopes, (ctx.scale * a).T)
         if needs_inputs:
             of_inputs = of_narrow @ b
         if needs_a:
             # In this order: MKL is slow where the result has few columns.
-            of_a = (narrow.T @ slopes).mul_(ctx.scale).T.contiguous()
+            of_a = ((ctx.scale * narrow).T @ slopes).T.contiguous()
         if needs_b:
             of_b = of_narrow.T @ inputs
         return slopes, of_inputs, of_a, of_b, None

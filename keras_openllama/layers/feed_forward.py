@@ -10,9 +10,6 @@ from keras import ops
 from keras_openllama.layers.projection import Projection
 from keras_openllama.utils.types import Shape, Tensor
 
-if keras.config.backend() == "torch":
-    from keras_openllama.layers.elementwise_torch import silu_times
-
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class FeedForward(keras.layers.Layer):
@@ -65,8 +62,6 @@ class FeedForward(keras.layers.Layer):
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Returns `silu(gate) * up`, the input of `down`."""
-        if keras.config.backend() == "torch":
-            return silu_times(gate, up)
         return ops.silu(gate) * up
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:

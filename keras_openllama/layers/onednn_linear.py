@@ -16,7 +16,8 @@ from keras_openllama.utils.processor import is_amd
 def multiply(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """Returns `inputs @ kernel.T`, by oneDNN where that is faster than by MKL.
 
-    For a float32 kernel that is not trained, the inputs are not saved.
+    For a float32 kernel that is not trained, the inputs are not saved. By oneDNN it has
+    first derivatives only.
 
     Args:
         inputs: Float tensor `(..., inputs)` of many rows.
@@ -44,11 +45,12 @@ def uses_onednn(inputs: torch.Tensor) -> bool:
         False
     """
     return (
-        inputs.dtype == torch.float32
+        not torch.compiler.is_compiling()  # First: the rest cannot be compiled.
+        and inputs.dtype == torch.float32
         and inputs.device.type == "cpu"
         and _has_slow_mkl()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

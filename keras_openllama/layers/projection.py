@@ -26,7 +26,10 @@ from keras_openllama.quantization.tensors import multiply_quantized
 from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "torch":
-    from keras_openllama.layers.adapters_torch import add_adapters
+    from keras_openllama.layers.adapters_torch import (
+        add_adapters,
+        can_add_adapters,
+    )
 
 # What `Projection.remove_adapters` returns: adapters by name, rank and alpha.
 Adapters: TypeAlias = tuple[dict[str, keras.Variable], int | None, float | None]
@@ -132,7 +135,7 @@ class Projection(QuantizableLayer, keras.layers.EinsumDense):
             return outputs
         scale = self.lora_alpha / self.lora_rank
         factors = map(self._cast_adapter, (self.lora_kernel_a, self.lora_kernel_b))
-        if keras.config.backend() == "torch":
+        if keras.config.backend() == "torch" and can_add_adapters(inputs):
             return add_adapters(outputs, inputs, *factors, scale)
         a, b = factors
         return outputs + scale * matmul_transposed(matmul_transposed(inputs, b), a)

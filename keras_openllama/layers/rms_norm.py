@@ -9,9 +9,6 @@ from keras import ops
 
 from keras_openllama.utils.types import Shape, Tensor
 
-if keras.config.backend() == "torch":
-    from keras_openllama.layers.elementwise_torch import rms_norm
-
 
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class RMSNorm(keras.layers.Layer):
@@ -46,9 +43,6 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x: Tensor) -> Tensor:
         """Returns the normalized tensor."""
-        if keras.config.backend() == "torch":
-            scale = ops.cast(self.scale, "float32")
-            return ops.cast(rms_norm(x, scale, self.epsilon), self.compute_dtype)
         x = ops.cast(x, "float32")
         mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
         normed = x * ops.rsqrt(mean_square + self.epsilon)

@@ -21,8 +21,6 @@ from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "jax":
     import jax
-elif keras.config.backend() == "torch":
-    from keras_openllama.layers import elementwise_torch
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,9 +41,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if keras.config.backend() == "jax":
         return _rotate_on_platform()(x, cos, sin)
-    if keras.config.backend() == "torch":
-        tensors = map(ops.convert_to_tensor, (x, cos, sin))
-        return elementwise_torch.rotate(*tensors)
     return _rotate(x, cos, sin)
 
 

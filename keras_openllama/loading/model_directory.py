@@ -55,12 +55,15 @@ def format_of(repository: Repository) -> ModelFormat:
     )
 
 
-def check_model(path: PathLike, revision: str | None = None) -> None:
+def check_model(
+    path: PathLike, revision: str | None = None, tokenizer: bool = False
+) -> None:
     """Checks that a local directory or GGUF file may be a model, by its first bytes.
 
     Args:
         path: Path of the directory or file.
         revision: `revision` of `from_preset`, which does not apply to it.
+        tokenizer: Whether only its tokenizer is needed.
 
     Raises:
         OSError: If it is no model.
@@ -73,7 +76,10 @@ def check_model(path: PathLike, revision: str | None = None) -> None:
     """
     repository = open_repository(path, revision)
     if Path(path).is_dir():
-        if format_of(repository) == "run":
+        found = format_of(repository)
+        if found == "tokenizer" and not tokenizer:
+            raise FileNotFoundError(f"{repository} has a tokenizer and no model.")
+        if found == "run" and not tokenizer:
             TrainingRun.open(path).architecture()
         return
     with open(path, "rb") as file:

@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 
-from keras_openllama.backend.keras_hub import correct_metadata
 from keras_openllama.backend.keras_private import (
     AnyFloatQuantization,
     CloningRefused,
@@ -197,7 +196,6 @@ class FunctionalModel(
         """
         with saving_merged():
             super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
-        correct_metadata(preset_dir)
 
     def load_weights(
         self, filepath: PathLike, skip_mismatch: bool = False, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 from pathlib import Path
@@ -16,5 +17,7 @@ def is_amd() -> bool:
         True
     """
     described = Path("/proc/cpuinfo")  # Of Linux, whose `platform` does not tell.
-    text = described.read_text("utf-8") if described.is_file() else ""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = described.read_text("utf-8", errors="replace")
     return "AuthenticAMD" in (text or platform.processor())

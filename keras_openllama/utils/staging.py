@@ -293,13 +293,17 @@ def _remove_abandoned(target):
     if not IS_POSIX:  # Without locks, the process may still be alive.
         return
     for path in target.parent.iterdir():
-        if not path.name.startswith(_prefix(target)):
+        letters = path.name.removeprefix(_prefix(target))
+        # With a dash, it is that of a host with a longer name.
+        if letters == path.name or "-" in letters:
             continue
         with contextlib.suppress(OSError):  # Another process removed it.
             lock = os.open(path, os.O_RDONLY)
-            if try_lock(lock):
-                _remove(path, target)
-            os.close(lock)
+            try:
+                if try_lock(lock):
+                    _remove(path, target)
+            finally:
+                os.close(lock)
 
 
 def _remove(staging, target):

@@ -1,6 +1,8 @@
 """Models, tokenizers and preprocessors are saved whole or not at all."""
 
 import contextlib
+import errno
+import json
 import os
 import resource
 import subprocess
@@ -15,6 +17,7 @@ from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
 from keras_openllama import OpenLlamaCausalLM
+from keras_openllama.checkpoints import atomic_saving
 
 SHAPE = TinyShape("tiny", 4, 2, 12, 48, 64, num_layers=1, context=64)
 # Saves in every way, in a process that would crash if HDF5 could not close its files.
@@ -129,3 +132,20 @@ def test_save_to_preset_replaces_shards_of_an_earlier_model(tmp_path, expected):
     np.testing.assert_array_equal(found, logits)
     assert (tmp_path / "mine.txt").exists()
     assert not [*tmp_path.glob(".*")]
+
+
+def test_save_to_preset_that_fails_at_the_end_keeps_the_earlier_preset(
+    tmp_path, monkeypatch
+):
+    lm = random_lm(SHAPE)
+    lm.save_to_preset(tmp_path)
+    before = (tmp_path / "metadata.json").read_bytes()
+    assert json.loads(before)["tasks"] == ["CausalLM"]
+
+    def fail(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic_saving, "correct_metadata", fail)
+    with pytest.raises(OSError, match="No space left"):
+        lm.save_to_preset(tmp_path)
+    assert (tmp_path / "metadata.json").read_bytes() == before

@@ -1,9 +1,11 @@
 """Checks of paths before a command starts its work."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from keras_openllama.cli.convert import check_paths
 from keras_openllama.cli.paths import (
     require_directory,
     require_file,
@@ -90,3 +92,17 @@ def test_require_output_file_names_the_suffixes():
     ):
         require_output_file("--x", "a", (".png", ".svg"))
     require_output_file("--x", "a.PNG", (".png", ".svg"))
+
+
+def test_require_preset_takes_a_tokenizer_where_no_model_is_needed(tree):
+    (tree / "model" / "config.json").unlink()
+    (tree / "model" / "tokenizer.json").write_text('{"registered_name": "x"}')
+    require_preset("--tokenizer", "model", tokenizer=True)
+    with pytest.raises(ValueError, match="has a tokenizer and no model"):
+        require_preset("--preset", "model")
+
+
+def test_convert_prefers_a_preset_to_a_file_of_its_name(tree):
+    (tree / "nano").write_text("x")
+    options = SimpleNamespace(source="nano", preset=None, revision=None)
+    check_paths(options, SimpleNamespace(check_target=lambda: None))

@@ -55,3 +55,9 @@ def test_uses_onednn_is_false_for_other_dtypes_and_where_it_is_disabled(monkeypa
     assert not uses_onednn(x.bfloat16())
     with torch.backends.mkldnn.flags(enabled=False):
         assert not uses_onednn(x)
+
+
+def test_multiply_compiles_without_graph_breaks():
+    inputs, kernel = torch.ones(200, 3), torch.ones(4, 3)
+    compiled = torch.compile(multiply, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs, kernel), inputs @ kernel.T)

@@ -153,6 +153,17 @@ def test_scratch_directory_is_removed_and_those_of_others_stay(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_scratch_directory_of_a_host_with_a_longer_name_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-1")
+    with scratch_directory(tmp_path) as other:
+        name = other.name
+    (tmp_path / name).mkdir()  # As of a machine whose locks are not seen here.
+    monkeypatch.setattr(socket, "gethostname", lambda: "node")
+    with scratch_directory(tmp_path):
+        pass
+    assert names(tmp_path) == [name]
+
+
 PROGRAM = """
 import sys, time
 from keras_openllama.utils.staging import staged

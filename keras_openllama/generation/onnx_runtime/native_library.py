@@ -62,8 +62,8 @@ def native_library() -> NativeLibrary | None:
         return None
     try:
         return compile_library(("-march=native",))
-    # `Path.home` raises a RuntimeError for a user without a home.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    # `Path.home` raises a RuntimeError for a user without a home, `shlex` a ValueError.
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
             "The products for generation on a CPU could not be compiled or loaded, so "
@@ -128,7 +128,8 @@ def _instructions():
 
 def _compiler():
     """The words of the command that starts the compiler."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else _COMPILERS
+    given = os.environ.get("CC", "").strip()
+    names = [given] if given else _COMPILERS
     for name in names:
         first, *options = shlex.split(name)
         if path := shutil.which(first):

@@ -46,9 +46,7 @@ def test_dense_product_rounds_inputs_at_most_to_bfloat16(tmp_path):
     x = random(1, 5, 40)
     found = multiply(weights, x, tmp_path, native_library())
     rounded = x.astype(ml_dtypes.bfloat16).astype("float32")
-    np.testing.assert_array_equal(np.where(found == x, x, found), found)
-    assert np.isin(found, np.concatenate([x, rounded])).all()
-    assert np.abs(found - x).max() <= np.abs(rounded - x).max()
+    assert ((found == x) | (found == rounded)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 20])

@@ -19,7 +19,7 @@ def no_cache(monkeypatch, tmp_path):
     native_library.cache_clear()
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "gcc -I'x"])
 def test_native_library_without_a_compiler_warns_and_is_none(
     compiler, monkeypatch, no_cache
 ):
