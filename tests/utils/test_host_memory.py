@@ -9,6 +9,7 @@ import pytest
 
 from keras_openllama.utils import host_memory as module
 from keras_openllama.utils.host_memory import (
+    allocate_block,
     free_memory,
     keeping_freed_memory,
     release_freed_memory,
@@ -91,3 +92,14 @@ def test_keeping_freed_memory_does_nothing_with_another_c_library(monkeypatch):
     monkeypatch.setattr(module.os, "environ", {})
     with keeping_freed_memory():
         pass
+
+
+def test_allocate_block_gives_aligned_parts_of_one_array():
+    parts = allocate_block([3, 64, 100])
+    assert [len(part) for part in parts] == [3, 64, 100]
+    assert all(part.ctypes.data % 64 == 0 for part in parts)
+    for value, part in enumerate(parts):
+        part[:] = value
+    assert all((part == value).all() for value, part in enumerate(parts))
+    assert len({id(part.base) for part in parts}) == 1
+    assert allocate_block([]) == []

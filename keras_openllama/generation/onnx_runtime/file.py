@@ -17,20 +17,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from keras_openllama.utils.host_memory import allocate_block
 from keras_openllama.utils.progress import progress_bar
 
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 # The domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
 # The domain of the operators in `native/`.
-OURS = "keras_openllama"
+PACKAGE_DOMAIN = "keras_openllama"
 # Versions of the operators, and of the file format, that ONNX Runtime reads since 1.20.
-_OPSETS = {"": 21, MICROSOFT: 1, OURS: 1}
+_OPSETS = {"": 21, MICROSOFT: 1, PACKAGE_DOMAIN: 1}
 _FILE_FORMAT = 10
 # Offsets of arrays in the file of weights, so that they can be mapped into memory.
 _ALIGNMENT = 4096
-# Of arrays in memory: a line of the cache of a processor.
-_MEMORY_ALIGNMENT = 64
 _TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -183,17 +182,13 @@ class OnnxGraph:
             The arrays by name.
         """
         weights = {k: w for k, w in self._weights.items() if w.in_memory}
-        size = sum(_aligned(weight.nbytes) for weight in weights.values())
-        memory = np.empty(_MEMORY_ALIGNMENT + size, "uint8")
-        end = -memory.ctypes.data % _MEMORY_ALIGNMENT
+        parts = allocate_block([weight.nbytes for weight in weights.values()])
         arrays = dict(self._arrays)
         with open(Path(directory) / WEIGHTS_FILE, "rb") as file:
-            for name, weight in weights.items():
-                start, end = end, end + _aligned(weight.nbytes)
-                array = memory[start : start + weight.nbytes]
+            for (name, weight), part in zip(weights.items(), parts, strict=True):
                 file.seek(self._offsets[name])
-                file.readinto(array.data)
-                arrays[name] = array.view(weight.dtype).reshape(weight.shape)
+                file.readinto(part.data)
+                arrays[name] = part.view(weight.dtype).reshape(weight.shape)
         return arrays
 
     def _opsets(self):
@@ -223,10 +218,6 @@ class OnnxGraph:
                 file.write(array.view("uint8").data)
                 bar.update(array.nbytes)
         return tensors
-
-
-def _aligned(size):
-    return size + -size % _MEMORY_ALIGNMENT
 
 
 def _external_tensor(name, weight, offset):

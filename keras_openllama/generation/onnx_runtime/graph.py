@@ -40,7 +40,7 @@ from keras_openllama.backend.keras_private import (
 )
 from keras_openllama.generation.onnx_runtime.file import (
     MICROSOFT,
-    OURS,
+    PACKAGE_DOMAIN,
     OnnxGraph,
     Weight,
 )
@@ -349,7 +349,7 @@ class _DecoderGraph:
             self.graph.weight(f"{name}.scales", scales),
         ]
         return self.graph.add(
-            *("QuantizedProduct", inputs, f"{name}.outputs", OURS),
+            *("QuantizedProduct", inputs, f"{name}.outputs", PACKAGE_DOMAIN),
             bits=tiles.matrix.bits,
             N=tiles.matrix.shape[0],
             groups_per_scale=tiles.groups_per_scale,
@@ -367,7 +367,9 @@ class _DecoderGraph:
         """Adds a product with the transpose of a float kernel."""
         if self.lanes and variable.dtype == "bfloat16":
             weights = self.graph.array(f"{name}.weights", as_numpy(variable.value))
-            return self.graph.add("DenseProduct", [x, weights], f"{name}.outputs", OURS)
+            return self.graph.add(
+                "DenseProduct", [x, weights], f"{name}.outputs", PACKAGE_DOMAIN
+            )
         shape = tuple(variable.shape)[::-1]
 
         def transposed():

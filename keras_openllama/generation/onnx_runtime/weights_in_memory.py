@@ -22,13 +22,11 @@ from keras_openllama.backend.keras_private import (
 )
 from keras_openllama.layers.projection import Projection
 from keras_openllama.layers.quantizable import is_quantized
-from keras_openllama.utils.host_memory import free_memory
+from keras_openllama.utils.host_memory import allocate_block, free_memory
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
-# Offsets of arrays in a block: JAX does not share memory of less alignment.
-_ALIGNMENT = 64
 # Heuristics: the size of a block, which is freed when none of its weights is used, and
 # the share of the free memory that all blocks may take.
 _BLOCK = 256 << 20
@@ -70,30 +68,27 @@ def move_to_blocks(variables: Sequence[keras.Variable]) -> None:
     group, size = [], 0
     for variable in variables:
         if group and size + _size(variable) > _BLOCK:
-            _move(group, size)
+            _move(group)
             group, size = [], 0
         group.append(variable)
         size += _size(variable)
     if group:
-        _move(group, size)
+        _move(group)
 
 
-def _move(variables, size):
-    block = np.empty(size + _ALIGNMENT, "uint8")
-    start = -block.ctypes.data % _ALIGNMENT
-    for variable in variables:
+def _move(variables):
+    parts = allocate_block([_size(variable) for variable in variables])
+    for variable, part in zip(variables, parts, strict=True):
         old = stored_value(variable)
-        array = np.ndarray(tuple(old.shape), variable.dtype, block, start)
+        array = part.view(variable.dtype).reshape(tuple(old.shape))
         array[...] = as_numpy(old)
         replace_value(variable, tensor_on_memory(array, old))
-        start += _size(variable)
     _blocks[:] = [known for known in _blocks if known() is not None]
-    _blocks.append(weakref.ref(block))
+    _blocks.append(weakref.ref(parts[0].base))
 
 
 def _size(variable):
-    size = as_numpy(stored_value(variable)).nbytes
-    return size + -size % _ALIGNMENT
+    return as_numpy(stored_value(variable)).nbytes
 
 
 def _is_in_a_block(variable):

@@ -5,7 +5,7 @@ import native_products
 import numpy as np
 import pytest
 
-from keras_openllama.generation.onnx_runtime.file import OURS, OnnxGraph
+from keras_openllama.generation.onnx_runtime.file import PACKAGE_DOMAIN, OnnxGraph
 from keras_openllama.generation.onnx_runtime.native_library import (
     compile_library,
     native_library,
@@ -21,7 +21,7 @@ def random(*shape, seed=0):
 def multiply(weights, x, directory, library):
     graph = OnnxGraph()
     graph.input("x", "float32", ["batch", "rows", x.shape[-1]])
-    graph.add("DenseProduct", ["x", graph.array("w", weights)], "y", OURS)
+    graph.add("DenseProduct", ["x", graph.array("w", weights)], "y", PACKAGE_DOMAIN)
     graph.output("y", "float32", ["batch", "rows", len(weights)])
     return native_products.run(graph, directory, library, x)
 

@@ -4,7 +4,11 @@ import native_products
 import numpy as np
 import pytest
 
-from keras_openllama.generation.onnx_runtime.file import OURS, OnnxGraph, Weight
+from keras_openllama.generation.onnx_runtime.file import (
+    PACKAGE_DOMAIN,
+    OnnxGraph,
+    Weight,
+)
 from keras_openllama.generation.onnx_runtime.matrices import JoinedMatrix
 from keras_openllama.generation.onnx_runtime.native_library import (
     compile_library,
@@ -30,7 +34,7 @@ def multiply(joined, x, directory, library):
     graph.add(
         "QuantizedProduct",
         ["x", graph.weight("words", words), graph.weight("scales", scales)],
-        *("y", OURS),
+        *("y", PACKAGE_DOMAIN),
         bits=joined.bits,
         N=joined.shape[0],
         groups_per_scale=tiles.groups_per_scale,
