@@ -23,15 +23,15 @@ from keras_openllama.generation.onnx_runtime.graph import (
     padded_half_head,
     rotary_tables,
 )
-from keras_openllama.generation.onnx_runtime.native_library import (
-    NativeLibrary,
-    native_library,
-)
 from keras_openllama.generation.onnx_runtime.weights_in_memory import (
     float_matrices,
     move_to_blocks,
 )
 from keras_openllama.generation.onnx_runtime.weights_on_disk import move_to_disk
+from keras_openllama.native.library import (
+    NativeLibrary,
+    native_library,
+)
 from keras_openllama.utils.host_memory import release_freed_memory
 from keras_openllama.utils.mapping import large_files_directory
 from keras_openllama.utils.staging import scratch_directory

@@ -23,7 +23,7 @@ from keras_openllama.utils.progress import progress_bar
 GRAPH_FILE, WEIGHTS_FILE = "model.onnx", "model.onnx.data"
 # The domain of ONNX Runtime's own operators.
 MICROSOFT = "com.microsoft"
-# The domain of the operators in `native/`.
+# The domain of the operators in `keras_openllama/native/`.
 PACKAGE_DOMAIN = "keras_openllama"
 # Versions of the operators, and of the file format, that ONNX Runtime reads since 1.20.
 _OPSETS = {"": 21, MICROSOFT: 1, PACKAGE_DOMAIN: 1}

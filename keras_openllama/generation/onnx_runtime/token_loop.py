@@ -25,7 +25,6 @@ from keras_openllama.backend.keras_private import (
 )
 from keras_openllama.generation.kv_cache import PromptLayout, pad_prompts
 from keras_openllama.generation.onnx_runtime.matrices import runtime_group_size
-from keras_openllama.generation.onnx_runtime.native_library import native_library
 from keras_openllama.generation.onnx_runtime.weights_in_memory import float_matrices
 from keras_openllama.generation.sampling.samplers import (
     exclude_undefined_tokens,
@@ -39,6 +38,7 @@ from keras_openllama.generation.token_loop import LoopState, TokenLoop
 from keras_openllama.generation.weights_state import WeightsState
 from keras_openllama.layers.projection import Projection, is_float8
 from keras_openllama.layers.quantizable import is_quantized
+from keras_openllama.native.library import native_library
 from keras_openllama.text.token_arrays import PAD_TOKEN_ID
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_openllama.generation.onnx_runtime.file import PACKAGE_DOMAIN, OnnxGraph
-from keras_openllama.generation.onnx_runtime.native_library import (
+from keras_openllama.native.library import (
     compile_library,
     native_library,
 )

@@ -10,11 +10,11 @@ from keras_openllama.generation.onnx_runtime.file import (
     Weight,
 )
 from keras_openllama.generation.onnx_runtime.matrices import JoinedMatrix
-from keras_openllama.generation.onnx_runtime.native_library import (
+from keras_openllama.generation.onnx_runtime.tiles import TiledMatrix
+from keras_openllama.native.library import (
     compile_library,
     native_library,
 )
-from keras_openllama.generation.onnx_runtime.tiles import TiledMatrix
 from keras_openllama.quantization.rounding import quantize_matrix
 
 pytestmark = [pytest.mark.backend_free, native_products.needs_them]

@@ -1,8 +1,7 @@
-"""Compiles products with quantized and bfloat16 matrices for the processor at hand.
+"""Compiles the C sources beside this module for the processor at hand.
 
-The sources are in `native/`. They are compiled by the system's C compiler when they are
-first needed, which takes about two seconds, and the library is kept in the cache
-directory of this package.
+The system's C compiler compiles them when they are first needed, which takes about two
+seconds, and the library is kept in the cache directory of this package.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 from keras_openllama.utils.files import cache_directory
 
-_SOURCES = Path(__file__).parent / "native"
+_SOURCES = Path(__file__).parent
 _COMPILERS = ("cc", "gcc", "clang")
 _OPTIONS = ("-O3", "-shared", "-fPIC")
 _NEEDED_INSTRUCTIONS = {"avx2", "fma", "f16c"}

@@ -5,8 +5,8 @@ import subprocess
 import native_products
 import pytest
 
-from keras_openllama.generation.onnx_runtime import native_library as library_module
-from keras_openllama.generation.onnx_runtime.native_library import native_library
+from keras_openllama.native import library as library_module
+from keras_openllama.native.library import native_library
 
 pytestmark = [pytest.mark.backend_free, native_products.needs_them]
 

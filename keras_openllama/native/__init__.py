@@ -1,0 +1,1 @@
+"""Code in C that is compiled for the processor at hand."""
