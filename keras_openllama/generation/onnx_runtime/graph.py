@@ -1,10 +1,10 @@
 """The network with a KV cache as a graph of ONNX operators.
 
 The operators are those that ONNX Runtime has for language models on CPUs: products with
-quantized matrices (`MatMulNBits`, or our own of `keras_openllama.native`), and attention that rotates
-queries and keys and updates the cache in place (`GroupQueryAttention`). Projections of
-the same inputs are one product, so that the inputs are rounded and the threads are
-started once.
+quantized matrices (`MatMulNBits`, or our own of `keras_openllama/native/`), and
+attention that rotates queries and keys and updates the cache in place
+(`GroupQueryAttention`). Projections of the same inputs are one product, so that the
+inputs are rounded and the threads are started once.
 
 Inputs and outputs have the names of ONNX Runtime GenAI:
 
