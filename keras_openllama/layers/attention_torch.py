@@ -1,10 +1,17 @@
-"""Causal attention by PyTorch's fused kernel, which stores no scores."""
+"""Causal attention by fused kernels, which store no scores.
+
+In float32 on CPUs it is the package's own kernel, otherwise PyTorch's.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from keras_openllama.layers.cached_attention import MASKED_SCORE
+from keras_openllama.layers.compiled_attention_torch import (
+    compiled_causal_attention,
+    is_compiled,
+)
 
 # Heuristic: queries that are computed together on a CPU, over the keys up to the last
 # of them. The kernel is slower with fewer than 192 queries.
@@ -14,7 +21,8 @@ QUERY_BLOCK = 192
 class FusedAttention:
     """`attention.causal_attention` of layers that share a mask, converted once.
 
-    On a CPU, queries are computed in blocks, which skips most of what the mask hides.
+    On a CPU, `compiled_causal_attention` is used where there is one. Otherwise, queries
+    are computed in blocks there, which skips most of what the mask hides.
 
     Call arguments:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
@@ -46,6 +54,8 @@ class FusedAttention:
         documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the context."""
+        if is_compiled(query, mask):
+            return compiled_causal_attention(query, key, value, mask)
         if mask is not self._mask or query.dtype != self._bias.dtype:
             self._mask, self._bias = mask, _bias(mask, query.dtype)
         length, device = query.shape[2], query.device.type

@@ -19,19 +19,24 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from keras_openllama.utils.files import cache_directory
 
-_SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent
 _COMPILERS = ("cc", "gcc", "clang")
-_OPTIONS = ("-O3", "-shared", "-fPIC")
+_OPTIONS = ("-O3", "-shared", "-fPIC", "-pthread")
 _NEEDED_INSTRUCTIONS = {"avx2", "fma", "f16c"}
+# Options of the compiler for the processor at hand.
+NATIVE = ("-march=native",)
+
+T = TypeVar("T")
 
 
 class NativeLibrary(NamedTuple):
-    """A compiled library of products.
+    """A compiled library of products and attention.
 
     Attributes:
         path: path of the shared library.
@@ -47,29 +52,40 @@ def native_library() -> NativeLibrary | None:
     """Returns the library for this processor, which is compiled if it is not cached.
 
     Returns:
-        The library. `None` if there is none for this system, which is not Linux on a
-        processor with AVX2, or, with a warning, if it cannot be compiled: then ONNX
-        Runtime's own products are used.
+        The library, or `None`; see `if_it_compiles`.
 
     Example:
         >>> library = native_library()
         >>> library is None or library.lanes in (8, 16)
         True
     """
-    instructions = _instructions()
-    if sys.platform != "linux" or not instructions >= _NEEDED_INSTRUCTIONS:
+    return if_it_compiles(lambda: compile_library(NATIVE))
+
+
+def if_it_compiles(compile: Callable[[], T]) -> T | None:
+    """Returns what a function compiles, if this system can compile and load it.
+
+    Args:
+        compile: callable without arguments that calls `compile_sources`.
+
+    Returns:
+        Its result. `None` if this is not Linux on a processor with AVX2, or, with a
+        warning, if it cannot be compiled: then libraries' own functions are used.
+    """
+    if sys.platform != "linux" or not _instructions() >= _NEEDED_INSTRUCTIONS:
         return None
     try:
-        return compile_library(("-march=native",))
+        return compile()
     # `Path.home` raises a RuntimeError for a user without a home, `shlex` a ValueError.
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
-            "The products for generation on a CPU could not be compiled or loaded, so "
-            "that it is slower. Install a C compiler, such as gcc, or set the "
-            "environment variable CC to one, and XDG_CACHE_HOME to a directory from "
-            f"which libraries can be loaded. The reason: {reason}",
-            stacklevel=2,
+            "The functions for generation and training on a CPU could not be compiled "
+            "or loaded, so that it is slower. Install a C compiler, such as gcc, or "
+            "set the environment variable CC to one, and XDG_CACHE_HOME to a "
+            "directory from which libraries can be loaded. The reason: "
+            f"{reason}",
+            stacklevel=3,
         )
         return None
 
@@ -84,9 +100,25 @@ def compile_library(options: tuple[str, ...]) -> NativeLibrary:
         OSError: if there is no compiler, or the library cannot be written or loaded.
         subprocess.CalledProcessError: if the compiler fails.
     """
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    path = compile_sources("products", sources, options)
+    return NativeLibrary(path, ctypes.CDLL(str(path)).lanes())
+
+
+def compile_sources(name: str, sources: Sequence[Path], options: Sequence[str]) -> Path:
+    """Returns the path of the shared library of some sources, compiled once.
+
+    Args:
+        name: start of its file name.
+        sources: C files, and the headers that they include.
+        options: options of the compiler.
+
+    Raises:
+        OSError: if there is no compiler, or the library cannot be written or loaded.
+        subprocess.CalledProcessError: if the compiler fails.
+    """
     compiler = _compiler()
     command = [*compiler, *_OPTIONS, *options]
-    sources = sorted(_SOURCES.glob("*.[ch]"))
     # The home directory may be shared by machines with other processors.
     state = os.stat(compiler[0])
     words = [
@@ -98,21 +130,19 @@ def compile_library(options: tuple[str, ...]) -> NativeLibrary:
     key = hashlib.sha256(" ".join(words).encode())
     for source in sources:
         key.update(source.read_bytes())
-    path = cache_directory("native") / f"products-{key.hexdigest()[:16]}.so"
+    path = cache_directory("native") / f"{name}-{key.hexdigest()[:16]}.so"
     with contextlib.suppress(OSError):  # It does not exist, or is damaged.
-        return _loaded(path)
+        ctypes.CDLL(str(path))
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         output = Path(directory) / path.name
         files = [str(source) for source in sources if source.suffix == ".c"]
-        command += [*files, "-o", str(output)]
+        command += [*files, "-lm", "-o", str(output)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(output, path)  # Another process may have compiled it, too.
-    return _loaded(path)
-
-
-def _loaded(path):
-    return NativeLibrary(path, ctypes.CDLL(str(path)).lanes())
+    ctypes.CDLL(str(path))
+    return path
 
 
 def _instructions():

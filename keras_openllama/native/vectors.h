@@ -30,6 +30,26 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return _mm512_fmadd_ps(a, b, c);
 }
 
+INLINE Floats load_floats(const float *x) { return _mm512_loadu_ps(x); }
+INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+/* The second one if either is not a number. */
+INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE Floats nearest_integers(Floats x) { return _mm512_roundscale_ps(x, 0); }
+/* `power` are integers. */
+INLINE Floats times_power_of_two(Floats x, Floats power) {
+  return _mm512_scalef_ps(x, power);
+}
+/* `a` in the lanes whose bit is set, else `b`. */
+INLINE Floats select_lanes(uint32_t bits, Floats a, Floats b) {
+  return _mm512_mask_blend_ps((__mmask16)bits, b, a);
+}
+/* A bit for each of 64 bytes, set if the byte is not 0. */
+INLINE uint64_t nonzero_bytes(const uint8_t *bytes) {
+  __m512i x = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(x, x);
+}
+
 /* Adds the products of the four bytes of each lane. `w` are 0 to 15, `x` are signed. */
 INLINE Words dot_nibbles(Words sum, Words w, Words x) {
   return _mm512_dpbusd_epi32(sum, w, x);
@@ -111,6 +131,35 @@ INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
   return _mm256_fmadd_ps(a, b, c);
 }
 
+INLINE Floats load_floats(const float *x) { return _mm256_loadu_ps(x); }
+INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats nearest_integers(Floats x) { return _mm256_round_ps(x, 8); }
+/* Results below the smallest normal number are 0. */
+INLINE Floats times_power_of_two(Floats x, Floats power) {
+  __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(power), 23);
+  Floats product = _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(x), exponent));
+  Floats is_normal = _mm256_cmp_ps(power, _mm256_set1_ps(-125), _CMP_NLT_UQ);
+  return _mm256_and_ps(product, is_normal);
+}
+INLINE Floats select_lanes(uint32_t bits, Floats a, Floats b) {
+  __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits), lanes);
+  __m256i is_set = _mm256_cmpeq_epi32(set, lanes);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(is_set));
+}
+INLINE uint64_t nonzero_bytes(const uint8_t *bytes) {
+  uint64_t bits = 0;
+  for (int half = 0; half < 2; half++) {
+    __m256i x = _mm256_loadu_si256((const __m256i *)bytes + half);
+    __m256i is_zero = _mm256_cmpeq_epi8(x, _mm256_setzero_si256());
+    bits |= (uint64_t)~(uint32_t)_mm256_movemask_epi8(is_zero) << (32 * half);
+  }
+  return bits;
+}
+
 INLINE Words dot_nibbles(Words sum, Words w, Words x) {
   Words pairs = _mm256_maddubs_epi16(w, x);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -168,5 +217,20 @@ INLINE void transpose(Words *w) {
 #else
 #error "The products need a processor with AVX2, FMA and F16C."
 #endif
+
+/* 2 to the power of x, within a unit in the last place and 0 far below. `x` is at most
+   126. The polynomial is 2^f for f from -0.5 to 0.5, with a relative error of 2e-9. */
+INLINE Floats power_of_two(Floats x) {
+  x = larger(fill_float(-200), x); /* Not a number stays so. */
+  Floats integer = nearest_integers(x), f = subtract(x, integer);
+  Floats y = fill_float(1.5353362e-4f);
+  y = multiply_add(y, f, fill_float(1.3398875e-3f));
+  y = multiply_add(y, f, fill_float(9.6184369e-3f));
+  y = multiply_add(y, f, fill_float(5.5503324e-2f));
+  y = multiply_add(y, f, fill_float(0.24022648f));
+  y = multiply_add(y, f, fill_float(0.69314718f));
+  y = multiply_add(y, f, fill_float(1));
+  return times_power_of_two(y, integer);
+}
 
 #endif

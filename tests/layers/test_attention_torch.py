@@ -1,4 +1,4 @@
-"""PyTorch's fused attention: blocks of queries, and a mask for all layers."""
+"""Fused attention: PyTorch's in blocks of queries, with a mask for all layers; ours."""
 
 import keras
 import numpy as np
@@ -9,9 +9,19 @@ if keras.config.backend() != "torch":
 
 import torch
 
-from keras_openllama.layers import attention_torch
+from keras_openllama.layers import attention_torch, compiled_attention_torch
 from keras_openllama.layers.attention import causal_mask, dot_product_attention
 from keras_openllama.layers.attention_torch import FusedAttention
+from keras_openllama.native.library import native_library
+
+needs_compiler = pytest.mark.skipif(
+    native_library() is None, reason="the library is not compiled on this system"
+)
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(compiled_attention_torch, "native_library", lambda: None)
 
 
 def random(*shape, seed):
@@ -28,20 +38,36 @@ def documents(length):
 @pytest.mark.parametrize(("heads", "head_dim"), [(2, 100), (6, 8)])
 @pytest.mark.parametrize("block", [4, 11, 192])
 def test_fused_attention_in_blocks_equals_dot_product_attention(
-    heads, head_dim, block, monkeypatch
+    heads, head_dim, block, monkeypatch, no_library
 ):
     monkeypatch.setattr(attention_torch, "QUERY_BLOCK", block)
-    query = random(2, heads, 11, head_dim, seed=0).requires_grad_()
-    key, value = (random(2, 2, 11, head_dim, seed=s).requires_grad_() for s in (1, 2))
-    index = documents(11)
-    mask = torch.tensor(causal_mask(np.arange(11)[None], index))
+    assert_equals_dot_product_attention(heads, head_dim, length=11)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 100), (6, 8)])
+@pytest.mark.parametrize("length", [11, 130])
+def test_fused_attention_by_the_compiled_function_equals_dot_product_attention(
+    heads, head_dim, length, monkeypatch
+):
+    monkeypatch.setattr(attention_torch, "_attend", None)
+    assert_equals_dot_product_attention(heads, head_dim, length)
+
+
+def assert_equals_dot_product_attention(heads, head_dim, length):
+    query = random(2, heads, length, head_dim, seed=0).requires_grad_()
+    key, value = (
+        random(2, 2, length, head_dim, seed=s).requires_grad_() for s in (1, 2)
+    )
+    index = documents(length)
+    mask = torch.tensor(causal_mask(np.arange(length)[None], index))
     real = torch.tensor(index > 0)[:, None, :, None]  # Nothing uses other outputs.
     found, expected = (
         attend(query, key, value, mask) * real
         for attend in (FusedAttention(), dot_product_attention)
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    slopes = random(2, heads, 11, head_dim, seed=3)
+    slopes = random(2, heads, length, head_dim, seed=3)
     torch.testing.assert_close(
         torch.autograd.grad(found, (query, key, value), slopes),
         torch.autograd.grad(expected, (query, key, value), slopes),
@@ -50,7 +76,7 @@ def test_fused_attention_in_blocks_equals_dot_product_attention(
     )
 
 
-def test_fused_attention_converts_a_mask_once(monkeypatch):
+def test_fused_attention_converts_a_mask_once(monkeypatch, no_library):
     converted = []
     convert = attention_torch._bias
     monkeypatch.setattr(
@@ -65,7 +91,7 @@ def test_fused_attention_converts_a_mask_once(monkeypatch):
     assert not torch.equal(attend(x, x, x, visible), first)
 
 
-def test_head_padding_does_not_change_fused_attention(monkeypatch):
+def test_head_padding_does_not_change_fused_attention(monkeypatch, no_library):
     q, k, v = (random(2, 3, 5, 100, seed=s) for s in range(3))
     index = np.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 0]])
     mask = torch.as_tensor(causal_mask(np.arange(5)[None], index))
@@ -76,3 +102,39 @@ def test_head_padding_does_not_change_fused_attention(monkeypatch):
     monkeypatch.setattr(attention_torch, "head_padding", lambda *_: 4)
     found = FusedAttention()(q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@needs_compiler
+def test_compiled_attention_gives_the_same_bits_with_any_number_of_threads():
+    threads, results = torch.get_num_threads(), []
+    mask = torch.ones(1, 1, 150, 150, dtype=torch.bool).tril()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        tensors = [random(2, 4, 150, 64, seed=s).requires_grad_() for s in range(3)]
+        context = FusedAttention()(*tensors, mask)
+        context.square().sum().backward()
+        results.append([context, *(x.grad for x in tensors)])
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@needs_compiler
+def test_compiled_attention_takes_tensors_in_any_order_of_axes():
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    tensors = [random(2, 4, 9, 8, seed=s) for s in range(3)]
+    others = [x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0) for x in tensors]
+    assert torch.equal(
+        FusedAttention()(*others, mask.expand(2, 1, 9, 9)),
+        FusedAttention()(*tensors, mask),
+    )
+
+
+def test_is_compiled_in_float32_on_cpus_only():
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    x = random(1, 2, 3, 8, seed=0)
+    is_compiled = compiled_attention_torch.is_compiled
+    assert is_compiled(x, mask) == (native_library() is not None)
+    assert not is_compiled(x.to(torch.bfloat16), mask)
+    assert not is_compiled(x.to("meta"), mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_compiled(x, mask)

@@ -1,0 +1,114 @@
+"""Causal attention of training on CPUs by the package's C function, with PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from keras_openllama.native.causal_attention import CausalAttention, Heads
+from keras_openllama.native.library import native_library
+
+
+def is_compiled(query: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Returns whether `compiled_causal_attention` supports tensors, on this machine.
+
+    It needs float32 on a CPU for which `native_library` exists.
+
+    Example:
+        >>> import torch
+        >>> query = torch.ones(1, 2, 3, 8, dtype=torch.bfloat16)
+        >>> is_compiled(query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+        False
+    """
+    return (
+        not torch.compiler.is_compiling()  # First: the rest cannot be compiled.
+        and query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and mask.dtype == torch.bool
+        and not torch.is_autocast_enabled("cpu")
+        and native_library() is not None
+    )
+
+
+def compiled_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """`attention.causal_attention` by the C function, with first derivatives only.
+
+    The backward pass recomputes the attention weights from a sum per query.
+
+    Args:
+        query: float32 tensor `(batch, num_query_heads, length, head_dim)`.
+        key: float32 tensor `(batch, num_key_value_heads, length, head_dim)`.
+        value: float32 tensor of the shape of `key`.
+        mask: Bool tensor `(batch or 1, 1, length, length)`, False for every later
+            position.
+
+    Returns:
+        float32 tensor of the shape of `query`, in the order of axes in memory that the
+        output projection needs: `(batch, length, num_query_heads, head_dim)`. Queries
+        that may attend to no key are 0.
+
+    Example:
+        >>> import torch
+        >>> query, mask = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 3).tril().bool()
+        >>> if is_compiled(query, mask):
+        ...     context = compiled_causal_attention(query, query, query, mask)
+    """
+    return _CausalAttention.apply(query, key, value, mask)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        query, key, value = (_with_whole_heads(x) for x in (query, key, value))
+        output, mask = _empty_like(query), mask.contiguous()
+        log_sums = query.new_empty(query.shape[:3])
+        saved = query, key, value, mask, output, log_sums
+        _attention(*saved).forward()
+        ctx.save_for_backward(*saved)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_gradient):
+        query, key, value, *_ = ctx.saved_tensors
+        gradients = [_empty_like(x) for x in (query, key, value)]
+        names = "query_gradient", "key_gradient", "value_gradient"
+        output_gradient = _with_whole_heads(output_gradient)
+        _attention(*ctx.saved_tensors).backward(
+            output_gradient=_heads(output_gradient),
+            **{name: _heads(x) for name, x in zip(names, gradients, strict=True)},
+        )
+        return *gradients, None
+
+
+def _attention(query, key, value, mask, output, log_sums):
+    batch, num_query_heads, length, head_dim = query.shape
+    num_heads = key.shape[1]
+    return CausalAttention(
+        native_library().path,
+        (batch, num_heads, num_query_heads // num_heads, length, head_dim),
+        threads=torch.get_num_threads(),
+        mask=mask.data_ptr(),
+        is_mask_shared=len(mask) == 1,
+        log_sums=log_sums.data_ptr(),
+        query=_heads(query),
+        key=_heads(key),
+        value=_heads(value),
+        output=_heads(output),
+    )
+
+
+def _with_whole_heads(x):
+    """The tensor, or a copy in which the elements of a head are contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x):
+    return Heads(x.data_ptr(), x.stride()[:3])
+
+
+def _empty_like(x):
+    """`(batch, heads, length, head_dim)` in the order in which projections read it."""
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
