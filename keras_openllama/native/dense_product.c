@@ -21,41 +21,25 @@ int64_t number_of_blocks(const DenseProduct *p) {
   return (p->num_outputs + LANES - 1) / LANES;
 }
 
-/* Rounds to the nearest, and to the even one of two. */
-INLINE uint32_t to_bfloat16(uint32_t bits) {
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
-}
-
 void convert_inputs(const DenseProduct *p, int64_t first_row, int64_t end_row) {
   for (int64_t row = first_row; row < end_row; row++) {
-    const float *from = p->inputs + row * p->num_inputs;
     uint32_t *to = p->x + row * p->words;
     memset(to, 0, p->words * sizeof *to);
-    if (INPUTS_PER_WORD == 1) {
-      memcpy(to, from, p->num_inputs * sizeof *from);
-      continue;
-    }
-    for (int64_t i = 0; i < p->num_inputs; i++) {
-      uint32_t bits;
-      memcpy(&bits, from + i, sizeof bits);
-      uint16_t half = to_bfloat16(bits);
-      memcpy((char *)to + i * sizeof half, &half, sizeof half);
-    }
+    store_row(to, p->inputs + row * p->num_inputs, p->num_inputs);
   }
+}
+
+static const uint16_t *weights_of(const DenseProduct *p, int64_t output) {
+  const DenseMatrix *matrix = p->matrices;
+  for (; output >= matrix->outputs; matrix++) output -= matrix->outputs;
+  return matrix->weights + output * p->num_inputs;
 }
 
 /* Weights of an output from a word on, zeros after the last. */
-INLINE Words weights_at(const DenseProduct *p, int64_t output, int64_t word) {
-  const uint16_t *weights = p->weights + output * p->num_inputs;
-  int64_t first = word * INPUTS_PER_WORD, left = p->num_inputs - first;
-  if (left >= LANES * INPUTS_PER_WORD) {
-    _mm_prefetch((const char *)(weights + first) + PREFETCHED, _MM_HINT_T0);
-    return load_weights(weights + first);
-  }
-  uint16_t last[LANES * INPUTS_PER_WORD] = {0};
-  memcpy(last, weights + first, left * sizeof *last);
-  return load_weights(last);
+INLINE Words weights_at(const DenseProduct *p, const uint16_t *weights, int64_t word) {
+  int64_t first = word * INPUTS_PER_WORD;
+  _mm_prefetch((const char *)(weights + first) + PREFETCHED, _MM_HINT_T0);
+  return load_weights(weights + first, p->num_inputs - first);
 }
 
 /* `rows` is a constant where this is called, so that the sums are in registers. One
@@ -63,10 +47,11 @@ INLINE Words weights_at(const DenseProduct *p, int64_t output, int64_t word) {
 INLINE void multiply_in_place(const DenseProduct *p, int64_t output, int64_t row,
                               const int rows) {
   Floats sums[MAX_SUMS];
+  const uint16_t *weights = weights_of(p, output);
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++) sums[m] = fill_float(0);
   for (int64_t k = 0; k < p->words; k += LANES) {
-    Words w = weights_at(p, output, k);
+    Words w = weights_at(p, weights, k);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
       sums[m] = add_products(sums[m], w, load_words(p->x + (row + m) * p->words + k));
@@ -88,10 +73,13 @@ static void multiply_few(const DenseProduct *p, int64_t first, int64_t end) {
 
 /* Copies the weights of `LANES` outputs to (words, LANES). */
 static void fill_tile(const DenseProduct *p, int64_t output, uint32_t *tile) {
+  const uint16_t *weights[LANES];
+  for (int n = 0; n < LANES && output + n < p->num_outputs; n++)
+    weights[n] = weights_of(p, output + n);
   for (int64_t k = 0; k < p->words; k += LANES) {
     Words w[LANES];
     for (int n = 0; n < LANES; n++)
-      w[n] = output + n < p->num_outputs ? weights_at(p, output + n, k) : fill_word(0);
+      w[n] = output + n < p->num_outputs ? weights_at(p, weights[n], k) : fill_word(0);
     transpose(w);
     for (int n = 0; n < LANES; n++) store_words(tile + (k + n) * LANES, w[n]);
   }

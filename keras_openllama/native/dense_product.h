@@ -5,9 +5,16 @@
 
 #include <stdint.h>
 
+enum { MAX_MATRICES = 3 };
+
+typedef struct {
+  const uint16_t *weights; /* bfloat16 (outputs, inputs) */
+  int64_t outputs;
+} DenseMatrix;
+
 typedef struct {
   int64_t rows, num_inputs, num_outputs;
-  const uint16_t *weights; /* bfloat16 (num_outputs, num_inputs) */
+  DenseMatrix matrices[MAX_MATRICES]; /* Their outputs follow each other. */
   const float *inputs;     /* (rows, num_inputs) */
   float *outputs;          /* (rows, num_outputs) */
   /* The inputs as the instructions read them: two of bfloat16 in 32 bits, or one of

@@ -3,160 +3,120 @@
    QuantizedProduct
    inputs     x float32 (..., inputs), words uint8 (tiles, groups, bytes), scales
               float16 (tiles, scales of an output, lanes)
-   attributes bits, N (outputs), groups_per_scale
+   attributes bits, N (outputs), groups_per_scale, gated
    output     float32 (..., outputs)
 
    DenseProduct
-   inputs     x float32 (..., inputs), weights bfloat16 (outputs, inputs)
-   output     float32 (..., outputs)
+   inputs     x float32 (..., inputs), one to three weights bfloat16 (outputs, inputs)
+   attributes gated
+   output     float32 (..., all outputs, one matrix after the other)
 
-   ONNX Runtime's Python package has no header files. The functions that are used here,
-   by their place in its table, have been there since version 1.17, and a table only
-   grows at its end.
-   Source: https://onnxruntime.ai/docs/reference/operators/add-custom-op.html */
+   With `gated`, a product is of silu(first half of x) * second half.
 
-#include <stddef.h>
+   CachedAttention
+   inputs     qkv float32 (batch, length, heads of queries, keys and values), keys and
+              values float16 or bfloat16 (batch, kv_num_heads, columns, head_dim), which
+              are written to, last_positions int32 (batch), cosines and sines float32
+              (positions, head_dim / 2)
+   attributes num_heads, kv_num_heads
+   output     float32 (batch, length, heads of queries) */
+
 #include <stdlib.h>
+#include <string.h>
 
+#include "cached_attention.h"
 #include "dense_product.h"
+#include "onnx_runtime_api.h"
 #include "quantized_product.h"
+#include "swiglu.h"
 
-typedef void *Status; /* Null for success. */
-typedef const void *Object;
-
-typedef struct {
-  const void *const *(*get_api)(uint32_t version);
-  const char *(*get_version)(void);
-} ApiBase;
-
-enum {
-  API_VERSION = 17,
-  OPERATOR_VERSION = 16, /* Of the structure `Operator`. */
-  INVALID_ARGUMENT = 2,
-  FAILED = 1,
-  FLOAT32 = 1,
-  UINT8 = 2,
-  FLOAT16 = 10,
-  BFLOAT16 = 16,
-  MAX_DIMENSIONS = 8
-};
-
-static const void *const *api;
-
-#define CALL(place, types, ...) ((Status(*) types)api[place])(__VA_ARGS__)
-#define RETURN_IF(expression)                \
-  do {                                       \
-    Status returned = expression;            \
-    if (returned) return returned;           \
-  } while (0)
-
-static Status error(int code, const char *message) {
-  return CALL(0, (int, const char *), code, message);
-}
-static Status create_domain(const char *name, void **domain) {
-  return CALL(26, (const char *, void **), name, domain);
-}
-static Status add_operator(void *domain, Object operator) {
-  return CALL(27, (void *, Object), domain, operator);
-}
-static Status add_domain(void *options, void *domain) {
-  return CALL(28, (void *, void *), options, domain);
-}
-static Status get_data(Object tensor, void *data) {
-  return CALL(51, (Object, void *), tensor, data);
-}
-static Status get_shape(Object tensor, int64_t *shape, size_t *count) {
-  void *info;
-  RETURN_IF(CALL(65, (Object, void **), tensor, &info));
-  Status status = CALL(61, (Object, size_t *), info, count);
-  if (!status && *count <= MAX_DIMENSIONS)
-    status = CALL(62, (Object, int64_t *, size_t), info, shape, *count);
-  ((void (*)(void *))api[99])(info);
-  return status;
-}
-static Status get_integer(Object info, const char *name, int64_t *value) {
-  return CALL(86, (Object, const char *, int64_t *), info, name, value);
-}
-static Status get_input(Object context, size_t index, void **tensor) {
-  return CALL(90, (Object, size_t, void **), context, index, tensor);
-}
-static Status get_output(Object context, const int64_t *shape, size_t count,
-                         void **tensor) {
-  return CALL(91, (Object, size_t, const int64_t *, size_t, void **), context, 0, shape,
-              count, tensor);
-}
-static Status run_parts(Object context, void (*part)(void *, size_t), size_t parts,
-                        void *argument) {
-  return CALL(274, (Object, void (*)(void *, size_t), size_t, size_t, void *), context,
-              part, parts, 0, argument);
-}
-
-/* The input `x`, how many rows it has, and the output of this size. */
-static Status get_rows(Object context, int64_t *shape, size_t *count, int64_t *rows,
-                       void *data) {
-  void *x;
-  RETURN_IF(get_input(context, 0, &x));
-  RETURN_IF(get_shape(x, shape, count));
-  if (*count < 1 || *count > MAX_DIMENSIONS)
-    return error(INVALID_ARGUMENT, "x has no axes, or too many");
-  *rows = 1;
-  for (size_t i = 0; i + 1 < *count; i++) *rows *= shape[i];
-  return get_data(x, data);
-}
-
-static Status get_rows_of_output(Object context, int64_t *shape, size_t count,
-                                 int64_t outputs, void *data) {
-  void *y;
-  shape[count - 1] = outputs;
-  RETURN_IF(get_output(context, shape, count, &y));
-  return get_data(y, data);
-}
-
-/* Heuristics: parts that the work is divided into, for threads of unequal speed, and
-   rows from which on several threads convert the inputs. */
-enum { PARTS = 64, ROWS_OF_ONE_THREAD = 16 };
+/* Heuristics: parts that the work is divided into, for threads of unequal speed; rows
+   from which on several threads convert the inputs; multiplications from which on
+   several threads attend. */
+enum { PARTS = 64, ROWS_OF_ONE_THREAD = 16, PRODUCTS_OF_ONE_THREAD = 1 << 15 };
 
 typedef struct {
-  const void *product;
-  void (*work)(const void *product, int64_t first, int64_t end);
+  const void *argument;
+  void (*work)(const void *argument, int64_t first, int64_t end);
   int64_t count, parts;
 } Work;
 
 static void do_part(void *argument, size_t i) {
   const Work *work = argument;
-  work->work(work->product, work->count * (int64_t)i / work->parts,
+  work->work(work->argument, work->count * (int64_t)i / work->parts,
              work->count * ((int64_t)i + 1) / work->parts);
 }
 
 /* Does work for `count` rows or blocks on the threads of ONNX Runtime. */
-static Status run(Object context, const void *product, int64_t count,
+static Status run(Object context, const void *argument, int64_t count,
                   void (*work)(const void *, int64_t, int64_t)) {
-  Work argument = {product, work, count, count < PARTS ? count : PARTS};
-  return run_parts(context, do_part, argument.parts, &argument);
+  Work all = {argument, work, count, count < PARTS ? count : PARTS};
+  return run_parts(context, do_part, all.parts, &all);
 }
 
-static Status run_rows(Object context, const void *product, int64_t rows,
+static Status run_rows(Object context, const void *argument, int64_t rows,
                        void (*work)(const void *, int64_t, int64_t)) {
-  if (rows >= ROWS_OF_ONE_THREAD) return run(context, product, rows, work);
-  work(product, 0, rows);
+  if (rows >= ROWS_OF_ONE_THREAD) return run(context, argument, rows, work);
+  work(argument, 0, rows);
   return NULL;
+}
+
+static int64_t rows_of(const Tensor *x) {
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < x->dimensions; i++) rows *= x->shape[i];
+  return rows;
+}
+
+/* The inputs of a product. */
+typedef struct {
+  const float *rows;
+  int64_t count, size;
+  float *memory; /* To be freed. */
+} Inputs;
+
+typedef struct {
+  const float *from;
+  float *to;
+  int64_t size;
+} Gate;
+
+static void gate_rows(const void *argument, int64_t first, int64_t end) {
+  const Gate *gate = argument;
+  for (int64_t row = first; row < end; row++)
+    swiglu(gate->from + row * 2 * gate->size, gate->size, gate->to + row * gate->size);
+}
+
+static Status get_inputs(Object context, const Tensor *x, int64_t gated, Inputs *inputs) {
+  *inputs = (Inputs){x->data, rows_of(x), x->shape[x->dimensions - 1], NULL};
+  if (!gated) return NULL;
+  inputs->size /= 2;
+  inputs->memory = malloc((inputs->count * inputs->size + 1) * sizeof(float));
+  if (!inputs->memory) return error(FAILED, "No memory for the inputs");
+  inputs->rows = inputs->memory;
+  Gate gate = {x->data, inputs->memory, inputs->size};
+  return run_rows(context, &gate, inputs->count, gate_rows);
 }
 
 typedef struct {
-  int64_t bits, outputs, groups_per_scale;
-} Kernel;
+  int64_t bits, outputs, groups_per_scale, gated;
+} QuantizedKernel;
 
-static Status create_kernel(const void *operator, Object api_, Object info,
-                            void **created) {
+static Status created(const void *kernel, size_t size, void **copy) {
+  if (!(*copy = malloc(size))) return error(FAILED, "No memory");
+  memcpy(*copy, kernel, size);
+  return NULL;
+}
+
+static Status create_quantized(const void *operator, Object api_, Object info,
+                               void **kernel) {
   (void)operator;
   (void)api_;
-  Kernel kernel;
-  RETURN_IF(get_integer(info, "bits", &kernel.bits));
-  RETURN_IF(get_integer(info, "N", &kernel.outputs));
-  RETURN_IF(get_integer(info, "groups_per_scale", &kernel.groups_per_scale));
-  if (!(*created = malloc(sizeof kernel))) return error(FAILED, "No memory");
-  *(Kernel *)*created = kernel;
-  return NULL;
+  QuantizedKernel k;
+  RETURN_IF(get_integer(info, "bits", &k.bits));
+  RETURN_IF(get_integer(info, "N", &k.outputs));
+  RETURN_IF(get_integer(info, "groups_per_scale", &k.groups_per_scale));
+  RETURN_IF(get_integer(info, "gated", &k.gated));
+  return created(&k, sizeof k, kernel);
 }
 
 static void round_rows(const void *product, int64_t first, int64_t end) {
@@ -180,47 +140,50 @@ static Status multiply_rounded(Object context, QuantizedProduct *product) {
   return status;
 }
 
-static Status compute_quantized(void *kernel_, void *context) {
-  const Kernel *kernel = kernel_;
-  void *words, *scales;
-  int64_t shape[MAX_DIMENSIONS], words_shape[MAX_DIMENSIONS], scales_shape[MAX_DIMENSIONS];
-  size_t count, words_count, scales_count;
+static Status compute_quantized(void *kernel, void *context) {
+  const QuantizedKernel *k = kernel;
+  Tensor x, words, scales;
+  RETURN_IF(get_input(context, 0, 0, &x));
+  RETURN_IF(get_input(context, 1, 3, &words));
+  RETURN_IF(get_input(context, 2, 3, &scales));
   QuantizedProduct product = {
-      .num_outputs = kernel->outputs,
-      .bits = (int)kernel->bits,
-      .groups_per_scale = kernel->groups_per_scale,
+      .num_inputs = x.shape[x.dimensions - 1] / (k->gated ? 2 : 1),
+      .num_outputs = k->outputs,
+      .bits = (int)k->bits,
+      .groups = words.shape[1],
+      .groups_per_scale = k->groups_per_scale,
+      .scales_per_output = scales.shape[1],
+      .words = words.data,
+      .scales = scales.data,
   };
-  RETURN_IF(get_rows(context, shape, &count, &product.rows, &product.inputs));
-  RETURN_IF(get_input(context, 1, &words));
-  RETURN_IF(get_input(context, 2, &scales));
-  RETURN_IF(get_shape(words, words_shape, &words_count));
-  RETURN_IF(get_shape(scales, scales_shape, &scales_count));
-  if (words_count != 3 || scales_count != 3)
-    return error(INVALID_ARGUMENT, "words or scales have another number of axes");
-  product.num_inputs = shape[count - 1];
-  product.groups = words_shape[1];
-  product.scales_per_output = scales_shape[1];
   if (product.num_inputs > product.groups * GROUP ||
-      words_shape[0] != number_of_tiles(&product))
+      words.shape[0] != number_of_tiles(&product))
     return error(INVALID_ARGUMENT, "x and words have other sizes");
-  if (words_shape[2] != 4 * lanes() * product.bits || scales_shape[2] != lanes() ||
-      scales_shape[0] != words_shape[0] || product.groups_per_scale < 1 ||
+  if (words.shape[2] != 4 * lanes() * product.bits || scales.shape[2] != lanes() ||
+      scales.shape[0] != words.shape[0] || product.groups_per_scale < 1 ||
       product.scales_per_output * product.groups_per_scale < product.groups)
     return error(INVALID_ARGUMENT, "words and scales have other sizes");
-  RETURN_IF(get_data(words, &product.words));
-  RETURN_IF(get_data(scales, &product.scales));
-  RETURN_IF(get_rows_of_output(context, shape, count, product.num_outputs,
-                               &product.outputs));
-  return product.rows ? multiply_rounded(context, &product) : NULL;
+  RETURN_IF(get_output(context, &x, product.num_outputs, &product.outputs));
+  Inputs inputs;
+  Status status = get_inputs(context, &x, k->gated, &inputs);
+  product.inputs = inputs.rows;
+  product.rows = inputs.count;
+  if (!status && product.rows) status = multiply_rounded(context, &product);
+  free(inputs.memory);
+  return status;
 }
 
-static Status create_nothing(const void *operator, Object api_, Object info,
-                             void **created) {
+typedef struct {
+  int64_t gated;
+} DenseKernel;
+
+static Status create_dense(const void *operator, Object api_, Object info,
+                           void **kernel) {
   (void)operator;
   (void)api_;
-  (void)info;
-  *created = malloc(1);
-  return *created ? NULL : error(FAILED, "No memory");
+  DenseKernel k;
+  RETURN_IF(get_integer(info, "gated", &k.gated));
+  return created(&k, sizeof k, kernel);
 }
 
 static void convert_rows(const void *product, int64_t first, int64_t end) {
@@ -230,31 +193,140 @@ static void multiply_dense(const void *product, int64_t first, int64_t end) {
   multiply_blocks(product, first, end);
 }
 
-static Status compute_dense(void *kernel, void *context) {
-  (void)kernel;
-  void *weights;
-  int64_t shape[MAX_DIMENSIONS], weights_shape[MAX_DIMENSIONS];
-  size_t count, weights_count;
-  DenseProduct product;
-  RETURN_IF(get_rows(context, shape, &count, &product.rows, &product.inputs));
-  RETURN_IF(get_input(context, 1, &weights));
-  RETURN_IF(get_shape(weights, weights_shape, &weights_count));
-  if (weights_count != 2 || weights_shape[1] != shape[count - 1])
-    return error(INVALID_ARGUMENT, "x and weights have other sizes");
-  product.num_outputs = weights_shape[0];
-  product.num_inputs = weights_shape[1];
-  product.words = words_of_a_row(product.num_inputs);
-  RETURN_IF(get_data(weights, &product.weights));
-  RETURN_IF(get_rows_of_output(context, shape, count, product.num_outputs,
-                               &product.outputs));
-  if (!product.rows) return NULL;
-  product.x = malloc(product.rows * product.words * sizeof *product.x);
-  if (!product.x) return error(FAILED, "No memory for the inputs");
-  Status status = run_rows(context, &product, product.rows, convert_rows);
+static Status multiply_converted(Object context, DenseProduct *product) {
+  product->words = words_of_a_row(product->num_inputs);
+  product->x = malloc(product->rows * product->words * sizeof *product->x);
+  if (!product->x) return error(FAILED, "No memory for the inputs");
+  Status status = run_rows(context, product, product->rows, convert_rows);
   if (!status)
-    status = run(context, &product, number_of_blocks(&product), multiply_dense);
-  free(product.x);
+    status = run(context, product, number_of_blocks(product), multiply_dense);
+  free(product->x);
   return status;
+}
+
+static Status get_matrices(Object context, DenseProduct *product) {
+  size_t count;
+  RETURN_IF(count_inputs(context, &count));
+  for (size_t i = 1; i < count; i++) {
+    Tensor weights;
+    RETURN_IF(get_input(context, i, 2, &weights));
+    if (weights.shape[1] != product->num_inputs)
+      return error(INVALID_ARGUMENT, "x and weights have other sizes");
+    product->matrices[i - 1] = (DenseMatrix){weights.data, weights.shape[0]};
+    product->num_outputs += weights.shape[0];
+  }
+  return NULL;
+}
+
+static Status compute_dense(void *kernel, void *context) {
+  const DenseKernel *k = kernel;
+  Tensor x;
+  RETURN_IF(get_input(context, 0, 0, &x));
+  DenseProduct product = {
+      .num_inputs = x.shape[x.dimensions - 1] / (k->gated ? 2 : 1),
+  };
+  RETURN_IF(get_matrices(context, &product));
+  RETURN_IF(get_output(context, &x, product.num_outputs, &product.outputs));
+  Inputs inputs;
+  Status status = get_inputs(context, &x, k->gated, &inputs);
+  product.inputs = inputs.rows;
+  product.rows = inputs.count;
+  if (!status && product.rows) status = multiply_converted(context, &product);
+  free(inputs.memory);
+  return status;
+}
+
+typedef struct {
+  int64_t heads, kv_heads;
+} AttentionKernel;
+
+static Status create_attention(const void *operator, Object api_, Object info,
+                               void **kernel) {
+  (void)operator;
+  (void)api_;
+  AttentionKernel k;
+  RETURN_IF(get_integer(info, "num_heads", &k.heads));
+  RETURN_IF(get_integer(info, "kv_num_heads", &k.kv_heads));
+  return created(&k, sizeof k, kernel);
+}
+
+static void write_cache(const void *attention, int64_t first, int64_t end) {
+  write_heads(attention, first, end);
+}
+static void attend(const void *attention, int64_t first, int64_t end) {
+  attend_blocks(attention, first, end);
+}
+static void write_and_attend(const void *attention, int64_t first, int64_t end) {
+  write_heads(attention, first, end);
+  attend_blocks(attention, first, end);
+}
+
+static Status attend_written(Object context, CachedAttention *a, int64_t most_keys) {
+  int no_memory = 0;
+  int64_t heads = a->batch * a->kv_heads, blocks = heads * blocks_of_a_head(a);
+  int64_t rows = a->batch * a->heads * a->length;
+  a->no_memory = &no_memory;
+  a->words = words_of_a_query(a);
+  a->queries = malloc(rows * a->words * sizeof *a->queries);
+  if (!a->queries) return error(FAILED, "No memory for the queries");
+  Status status = NULL;
+  if (rows * most_keys * a->head_dim < PRODUCTS_OF_ONE_THREAD) {
+    write_heads(a, 0, heads);
+    attend_blocks(a, 0, blocks);
+  } else if (blocks == heads) {
+    status = run(context, a, heads, write_and_attend);
+  } else { /* The blocks of a head need all of its keys. */
+    status = run(context, a, heads, write_cache);
+    if (!status) status = run(context, a, blocks, attend);
+  }
+  free(a->queries);
+  if (!status && no_memory) status = error(FAILED, "No memory for attention");
+  return status;
+}
+
+static Status compute_attention(void *kernel, void *context) {
+  const AttentionKernel *k = kernel;
+  Tensor qkv, keys, values, last, cosines, sines;
+  RETURN_IF(get_input(context, 0, 3, &qkv));
+  RETURN_IF(get_input(context, 1, 4, &keys));
+  RETURN_IF(get_input(context, 2, 4, &values));
+  RETURN_IF(get_input(context, 3, 1, &last));
+  RETURN_IF(get_input(context, 4, 2, &cosines));
+  RETURN_IF(get_input(context, 5, 2, &sines));
+  CachedAttention a = {
+      .batch = qkv.shape[0],
+      .length = qkv.shape[1],
+      .heads = k->heads,
+      .kv_heads = k->kv_heads,
+      .head_dim = keys.shape[3],
+      .columns = keys.shape[2],
+      .bfloat16 = keys.type == BFLOAT16,
+      .qkv = qkv.data,
+      .keys = keys.data,
+      .values = values.data,
+      .last_positions = last.data,
+      .cosines = cosines.data,
+      .sines = sines.data,
+  };
+  int64_t most_keys = 0;
+  for (size_t i = 0; i < 4; i++)
+    if (keys.shape[i] != values.shape[i])
+      return error(INVALID_ARGUMENT, "keys and values have other sizes");
+  if ((keys.type != BFLOAT16 && keys.type != FLOAT16) || values.type != keys.type)
+    return error(INVALID_ARGUMENT, "the cache is in neither float16 nor bfloat16");
+  if (qkv.shape[2] != (a.heads + 2 * a.kv_heads) * a.head_dim || a.heads % a.kv_heads ||
+      keys.shape[0] != a.batch || keys.shape[1] != a.kv_heads ||
+      last.shape[0] != a.batch || cosines.shape[1] * 2 != a.head_dim ||
+      sines.shape[0] != cosines.shape[0] || sines.shape[1] != cosines.shape[1])
+    return error(INVALID_ARGUMENT, "qkv, the cache and the tables have other sizes");
+  for (int64_t i = 0; i < a.batch; i++) {
+    int64_t count = a.last_positions[i] + 1;
+    if (count < a.length || count > a.columns || count > cosines.shape[0])
+      return error(INVALID_ARGUMENT, "a position is outside of the cache or the tables");
+    if (count > most_keys) most_keys = count;
+  }
+  RETURN_IF(get_output(context, &qkv, a.heads * a.head_dim, &a.context));
+  return a.batch && a.length ? attend_written(context, &a, most_keys) : NULL;
 }
 
 static const char *quantized_name(const void *operator) {
@@ -265,18 +337,27 @@ static const char *dense_name(const void *operator) {
   (void)operator;
   return "DenseProduct";
 }
+static const char *attention_name(const void *operator) {
+  (void)operator;
+  return "CachedAttention";
+}
 static const char *get_provider(const void *operator) {
   (void)operator;
   return NULL; /* The CPU. */
 }
-static int quantized_input_type(const void *operator, size_t index) {
+static int quantized_type(const void *operator, size_t index) {
   (void)operator;
   static const int types[] = {FLOAT32, UINT8, FLOAT16};
   return types[index];
 }
-static int dense_input_type(const void *operator, size_t index) {
+static int dense_type(const void *operator, size_t index) {
   (void)operator;
-  return index == 1 ? BFLOAT16 : FLOAT32;
+  return index ? BFLOAT16 : FLOAT32;
+}
+static int attention_type(const void *operator, size_t index) {
+  (void)operator;
+  static const int types[] = {FLOAT32, ANY_TYPE, ANY_TYPE, INT32, FLOAT32, FLOAT32};
+  return types[index];
 }
 static size_t quantized_inputs(const void *operator) {
   (void)operator;
@@ -284,7 +365,11 @@ static size_t quantized_inputs(const void *operator) {
 }
 static size_t dense_inputs(const void *operator) {
   (void)operator;
-  return 2;
+  return 1 + MAX_MATRICES;
+}
+static size_t attention_inputs(const void *operator) {
+  (void)operator;
+  return 6;
 }
 static int get_output_type(const void *operator, size_t index) {
   (void)operator;
@@ -300,53 +385,37 @@ static int is_required(const void *operator, size_t index) {
   (void)index;
   return 0; /* Neither optional nor variadic. */
 }
+static int is_further_matrix(const void *operator, size_t index) {
+  (void)operator;
+  return index > 1; /* Those are optional. */
+}
 static int get_memory_type(const void *operator, size_t index) {
   (void)operator;
   (void)index;
   return 0; /* That of the provider. */
 }
 
-/* In the order of ONNX Runtime. The first versions of creation and computation, which
-   report no errors, and what belongs to variadic operators are null. */
-typedef struct {
-  uint32_t version;
-  Object create;
-  const char *(*name)(const void *);
-  const char *(*provider)(const void *);
-  int (*input_type)(const void *, size_t);
-  size_t (*num_inputs)(const void *);
-  int (*output_type)(const void *, size_t);
-  size_t (*num_outputs)(const void *);
-  Object compute;
-  void (*destroy)(void *);
-  int (*input_characteristic)(const void *, size_t);
-  int (*output_characteristic)(const void *, size_t);
-  int (*input_memory_type)(const void *, size_t);
-  Object variadic[4];
-  Status (*create_with_status)(const void *, Object, Object, void **);
-  Status (*compute_with_status)(void *, void *);
-} Operator;
-
-#define OPERATOR(kind, create_kind)          \
+#define OPERATOR(kind, optional)             \
   {                                          \
       .version = OPERATOR_VERSION,           \
       .name = kind##_name,                   \
       .provider = get_provider,              \
-      .input_type = kind##_input_type,       \
+      .input_type = kind##_type,             \
       .num_inputs = kind##_inputs,           \
       .output_type = get_output_type,        \
       .num_outputs = count_outputs,          \
       .destroy = free,                       \
-      .input_characteristic = is_required,   \
+      .input_characteristic = optional,      \
       .output_characteristic = is_required,  \
       .input_memory_type = get_memory_type,  \
-      .create_with_status = create_kind,     \
+      .create_with_status = create_##kind,   \
       .compute_with_status = compute_##kind, \
   }
 
 static const Operator operators[] = {
-    OPERATOR(quantized, create_kernel),
-    OPERATOR(dense, create_nothing),
+    OPERATOR(quantized, is_required),
+    OPERATOR(dense, is_further_matrix),
+    OPERATOR(attention, is_required),
 };
 
 /* ONNX Runtime calls this when a session registers the library. */

@@ -84,7 +84,7 @@ INLINE void multiply_rows(const QuantizedProduct *p, int64_t tile, int64_t row, 
   for (int m = 0; m < rows; m++) totals[m] = fill_float(0);
   for (int64_t g = 0; g < p->groups; g++, words += bits * LANES) {
     if (!groups_left--) {
-      scale = load_halves(scales);
+      scale = load_float16(scales, LANES);
       scales += LANES;
       groups_left = p->groups_per_scale - 1;
     }

@@ -21,8 +21,9 @@ INLINE Words fill_word(int32_t word) { return _mm512_set1_epi32(word); }
 INLINE Words low_nibbles(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 INLINE Words high_nibbles(Words w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
 INLINE Floats to_floats(Words w) { return _mm512_cvtepi32_ps(w); }
-INLINE Floats load_halves(const uint16_t *x) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+INLINE Floats load_float16(const uint16_t *x, int64_t count) { /* Zeros after `count`. */
+  return _mm512_cvtph_ps(
+      _mm256_maskz_loadu_epi16(count < LANES ? (1u << count) - 1 : 0xffff, x));
 }
 INLINE Floats fill_float(float x) { return _mm512_set1_ps(x); }
 INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
@@ -64,21 +65,46 @@ INLINE Words dot_bytes(Words sum, Words w, Words x) {
 INLINE void store(float *to, Floats x, int64_t count) {
   _mm512_mask_storeu_ps(to, count < LANES ? (1u << count) - 1 : 0xffff, x);
 }
+INLINE void store_float16(uint16_t *to, Floats x, int64_t count) {
+  _mm256_mask_storeu_epi16(to, count < LANES ? (1u << count) - 1 : 0xffff,
+                           _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE Floats load_some(const float *x, int64_t count) {
+  return _mm512_maskz_loadu_ps(count < LANES ? (1u << count) - 1 : 0xffff, x);
+}
+INLINE Floats load_bfloat16(const uint16_t *x, int64_t count) {
+  __m256i half = _mm256_maskz_loadu_epi16(count < LANES ? (1u << count) - 1 : 0xffff, x);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+INLINE Words as_words(Floats x) { return _mm512_castps_si512(x); }
+INLINE Floats as_floats(Words w) { return _mm512_castsi512_ps(w); }
+INLINE Words join_halves(Words low, Words high) { /* The upper 16 bits of both. */
+  return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+}
+INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Floats at_most(Floats most, Floats x) { return _mm512_min_ps(most, x); } /* x, if NaN */
+INLINE float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
 
 INLINE void store_words(uint32_t *to, Words w) { _mm512_storeu_si512(to, w); }
 INLINE float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 
 #if defined(__AVX512BF16__)
 #define INPUTS_PER_WORD 2
-INLINE Words load_weights(const uint16_t *w) { return _mm512_loadu_si512(w); }
+INLINE void store_bfloat16(uint16_t *to, Floats x, int64_t count) {
+  _mm256_mask_storeu_epi16(to, count < LANES ? (1u << count) - 1 : 0xffff,
+                           (__m256i)_mm512_cvtneps_pbh(x));
+}
+INLINE Words load_weights(const uint16_t *w, int64_t count) { /* Zeros after `count`. */
+  if (count >= 32) return _mm512_loadu_si512(w);
+  return _mm512_maskz_loadu_epi16((1u << count) - 1, w);
+}
 INLINE Floats add_products(Floats sum, Words w, Words x) {
   return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
 }
 #else
 #define INPUTS_PER_WORD 1
-INLINE Words load_weights(const uint16_t *w) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w));
-  return _mm512_slli_epi32(wide, 16);
+INLINE Words load_weights(const uint16_t *w, int64_t count) {
+  return as_words(load_bfloat16(w, count));
 }
 INLINE Floats add_products(Floats sum, Words w, Words x) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
@@ -122,7 +148,9 @@ INLINE Words fill_word(int32_t word) { return _mm256_set1_epi32(word); }
 INLINE Words low_nibbles(Words w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 INLINE Words high_nibbles(Words w) { return low_nibbles(_mm256_srli_epi16(w, 4)); }
 INLINE Floats to_floats(Words w) { return _mm256_cvtepi32_ps(w); }
-INLINE Floats load_halves(const uint16_t *x) {
+INLINE Floats load_float16(const uint16_t *x, int64_t count) { /* Zeros after `count`. */
+  uint16_t values[LANES] = {0};
+  if (count < LANES) x = memcpy(values, x, count * sizeof *values);
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
 }
 INLINE Floats fill_float(float x) { return _mm256_set1_ps(x); }
@@ -178,6 +206,34 @@ INLINE void store(float *to, Floats x, int64_t count) {
   _mm256_storeu_ps(values, x);
   memcpy(to, values, (count < LANES ? count : LANES) * sizeof(float));
 }
+INLINE void store_float16(uint16_t *to, Floats x, int64_t count) {
+  __m128i halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(to, &halves, (count < LANES ? count : LANES) * sizeof *to);
+}
+INLINE Floats load_some(const float *x, int64_t count) {
+  if (count >= LANES) return _mm256_loadu_ps(x);
+  float values[LANES] = {0};
+  memcpy(values, x, count * sizeof(float));
+  return _mm256_loadu_ps(values);
+}
+INLINE Floats load_bfloat16(const uint16_t *x, int64_t count) {
+  uint16_t values[LANES] = {0};
+  if (count < LANES) x = memcpy(values, x, count * sizeof *values);
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+INLINE Words as_words(Floats x) { return _mm256_castps_si256(x); }
+INLINE Floats as_floats(Words w) { return _mm256_castsi256_ps(w); }
+INLINE Words join_halves(Words low, Words high) { /* The upper 16 bits of both. */
+  return _mm256_or_si256(_mm256_srli_epi32(low, 16), high);
+}
+INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Floats at_most(Floats most, Floats x) { return _mm256_min_ps(most, x); } /* x, if NaN */
+INLINE float largest_of(Floats x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 
 INLINE void store_words(uint32_t *to, Words w) { _mm256_storeu_si256((__m256i *)to, w); }
 INLINE float sum_of(Floats x) {
@@ -187,9 +243,8 @@ INLINE float sum_of(Floats x) {
 }
 
 #define INPUTS_PER_WORD 1
-INLINE Words load_weights(const uint16_t *w) {
-  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)w));
-  return _mm256_slli_epi32(wide, 16);
+INLINE Words load_weights(const uint16_t *w, int64_t count) {
+  return as_words(load_bfloat16(w, count));
 }
 INLINE Floats add_products(Floats sum, Words w, Words x) {
   return _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), sum);
@@ -217,6 +272,32 @@ INLINE void transpose(Words *w) {
 #else
 #error "The products need a processor with AVX2, FMA and F16C."
 #endif
+
+#if INPUTS_PER_WORD == 1
+/* Rounds to the nearest, and to the even one of two. */
+INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+INLINE void store_bfloat16(uint16_t *to, Floats x, int64_t count) {
+  float values[LANES];
+  store(values, x, LANES);
+  for (int64_t i = 0; i < LANES && i < count; i++) to[i] = to_bfloat16(values[i]);
+}
+#endif
+
+/* Copies a row to words as `add_products` reads them: two of bfloat16, or one. */
+INLINE void store_row(uint32_t *to, const float *from, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    Floats x = load_some(from + i, count - i);
+    if (INPUTS_PER_WORD == 2)
+      store_bfloat16((uint16_t *)to + i, x, count - i);
+    else
+      store((float *)to + i, x, count - i);
+  }
+}
 
 /* 2 to the power of x, within a unit in the last place and 0 far below. `x` is at most
    126. The polynomial is 2^f for f from -0.5 to 0.5, with a relative error of 2e-9. */

@@ -9,6 +9,7 @@ not copied: the products read those of the variables.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from onnx import TensorProto
 from keras_openllama.generation.kv_cache import MAX_VERIFIED, MIN_CACHE_LENGTH
 from keras_openllama.generation.onnx_runtime.file import GRAPH_FILE
 from keras_openllama.generation.onnx_runtime.graph import (
+    cache_dtype,
     decoder_graph,
     padded_half_head,
     rotary_tables,
@@ -32,7 +34,7 @@ from keras_openllama.native.library import (
     NativeLibrary,
     native_library,
 )
-from keras_openllama.utils.host_memory import release_freed_memory
+from keras_openllama.utils.host_memory import allocate_block, release_freed_memory
 from keras_openllama.utils.mapping import large_files_directory
 from keras_openllama.utils.staging import scratch_directory
 
@@ -80,6 +82,10 @@ class OnnxDecoder:
     Args:
         model: `OpenLlamaCausalLM` on a CPU, for which `uses_onnx_runtime` holds.
 
+    Attributes:
+        half_head: size of half a head in the cache.
+        cache_dtype: dtype of the cache.
+
     Raises:
         OSError: if there is no space for the quantized weights in the directory for
             temporary files.
@@ -88,8 +94,12 @@ class OnnxDecoder:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         library = native_library()
+        head_dim = model.backbone.head_dim
         if library:
             move_to_blocks(float_matrices(model))
+            self.half_head, self.cache_dtype = head_dim // 2, cache_dtype(model)
+        else:
+            self.half_head, self.cache_dtype = padded_half_head(head_dim), "float32"
         graph = decoder_graph(model, lanes=library and library.lanes)
         with scratch_directory(large_files_directory()) as directory:
             try:
@@ -151,16 +161,21 @@ class OnnxCache:
     def __init__(self, decoder: OnnxDecoder, batch: int, columns: int) -> None:
         self._decoder = decoder  # Its weights must exist as long as the session.
         backbone = decoder.model.backbone
-        shape = (
-            *(batch, backbone.num_key_value_heads, columns),
-            2 * padded_half_head(backbone.head_dim),
-        )
-        self._arrays = {
-            f"{index}.{kind}": np.zeros(shape, "float32")
+        half = decoder.half_head
+        shape = (batch, backbone.num_key_value_heads, columns, 2 * half)
+        names = [
+            f"{index}.{kind}"
             for index in range(backbone.num_layers)
             for kind in ("key", "value")
+        ]
+        size = math.prod(shape) * np.dtype(decoder.cache_dtype).itemsize
+        parts = allocate_block([size] * len(names))
+        self._arrays = {
+            name: part.view(decoder.cache_dtype).reshape(shape)
+            for name, part in zip(names, parts, strict=True)
         }
-        self._tables = rotary_tables(decoder.model, max(columns, MIN_CACHE_LENGTH))
+        positions = max(columns, MIN_CACHE_LENGTH)
+        self._tables = rotary_tables(decoder.model, positions, half)
         self._bindings = {}  # By first row, the one after the last, number of logits.
         self.lengths = np.zeros(batch, "int64")
 
@@ -241,7 +256,7 @@ class OnnxCache:
         """Returns the keys and values of each layer.
 
         Returns:
-            Pairs of float32 `(batch, num_key_value_heads, columns, padded head)`.
+            Pairs of arrays `(batch, num_key_value_heads, columns, 2 * half_head)`.
         """
         arrays = list(self._arrays.values())
         return list(zip(arrays[::2], arrays[1::2], strict=True))
@@ -258,10 +273,13 @@ class OnnxCache:
     def _bind(self, first, end):
         """Binds the cache of some sequences: the graph updates it in place."""
         binding = self._decoder.session.io_binding()
+        # Other than ONNX Runtime's, the compiled attention writes to its inputs.
+        outputs = {output.name for output in self._decoder.session.get_outputs()}
         for name, array in self._arrays.items():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array[first:end])
+            value = ort_value(array[first:end])
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            binding.bind_ortvalue_output(f"present.{name}", value)
+            if f"present.{name}" in outputs:
+                binding.bind_ortvalue_output(f"present.{name}", value)
         for name, table in self._tables.items():
             binding.bind_cpu_input(name, table)
         binding.bind_output("logits")

@@ -1,9 +1,9 @@
 """The network with a KV cache as a graph of ONNX operators.
 
 The operators are those that ONNX Runtime has for language models on CPUs: products with
-quantized matrices (`MatMulNBits`, or our own of `keras_openllama/native/`), and
-attention that rotates queries and keys and updates the cache in place
-(`GroupQueryAttention`). Projections of the same inputs are one product, so that the
+quantized matrices (`MatMulNBits`), and attention that rotates queries and keys and
+updates the cache in place (`GroupQueryAttention`); or those of
+`keras_openllama/native/`. Projections of the same inputs are one product, so that the
 inputs are rounded and the threads are started once.
 
 Inputs and outputs have the names of ONNX Runtime GenAI:
@@ -12,14 +12,16 @@ Inputs and outputs have the names of ONNX Runtime GenAI:
     attention_mask                   int64 (batch, total): 1 for the tokens in the cache
                                      and the new ones, the sum for each sequence
     past_key_values.{layer}.key      float32 (batch, heads, columns, head size)
-    past_key_values.{layer}.value    the same; `present.{layer}.…` may be its memory
+    past_key_values.{layer}.value    the same; `present.{layer}.…` may be its memory.
+                                     With the compiled attention there are no such
+                                     outputs, and it is in float16 or bfloat16
     cos, sin                         float32 (positions, half a head), if not constant
     first_logit                      int64 (1,): minus the number of last tokens with
                                      logits; only beside `cos`, otherwise it is 1
     logits                           float32 (batch, number, vocabulary)
 
-ONNX Runtime needs halves of heads that are a multiple of 8. Others are padded by zeros,
-as the 50 of OpenLLaMA 3B to 56.
+ONNX Runtime's attention needs halves of heads that are a multiple of 8. Others are
+padded by zeros, as the 50 of OpenLLaMA 3B to 56.
 
 Source: https://onnxruntime.ai/docs/reference/operators; the operators' documentation in
 `microsoft/onnxruntime`, `docs/ContribOperators.md`.
@@ -27,7 +29,6 @@ Source: https://onnxruntime.ai/docs/reference/operators; the operators' document
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import keras
@@ -46,20 +47,17 @@ from keras_openllama.generation.onnx_runtime.file import (
 )
 from keras_openllama.generation.onnx_runtime.matrices import JoinedMatrix, can_be_joined
 from keras_openllama.generation.onnx_runtime.tiles import TiledMatrix
-from keras_openllama.layers.projection import Projection
 
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
-    from keras_openllama.quantization.quantized_matrix import QuantizedMatrix
 
 # `accuracy_level` of `MatMulNBits`: 4 rounds activations to 8 bits in each group, as
 # llama.cpp does; 1 does not, and is 15 to 40 times slower for single rows.
-ROUNDED_TO_8_BITS = 4
-ACTIVATION_ACCURACY = ROUNDED_TO_8_BITS
+ACTIVATION_ACCURACY = 4
 
 
 def padded_half_head(head_dim: int) -> int:
-    """Returns the size of half a head in the graph and its cache.
+    """Returns the size of half a head for ONNX Runtime's own attention.
 
     Args:
         head_dim: size of a head.
@@ -71,27 +69,38 @@ def padded_half_head(head_dim: int) -> int:
     return -(-head_dim // 16) * 8
 
 
-def rotary_tables(
-    model: CausalLM, positions: int, final_length: int | None = None
-) -> dict[str, np.ndarray]:
+def rotary_tables(model: CausalLM, positions: int, half: int) -> dict[str, np.ndarray]:
     """Returns the inputs `cos` and `sin` of the graph.
 
     Args:
-        model: `OpenLlamaCausalLM`.
+        model: `OpenLlamaCausalLM` without dynamic RoPE scaling.
         positions: number of positions.
-        final_length: length of the sequence after generation, on which dynamic RoPE
-            scaling depends.
+        half: size of half a head in the graph.
 
     Returns:
-        float32 arrays `(positions, half a head)`.
+        float32 arrays `(positions, half)`.
     """
     backbone = model.backbone
-    lengths = np.array([final_length or positions], "int32")
+    lengths = np.array([positions], "int32")
     tables = backbone.rotary_embedding(np.arange(positions)[None], lengths)
-    half = padded_half_head(backbone.head_dim)
     padding = ((0, 0), (0, half - backbone.head_dim // 2))
     arrays = [np.pad(as_numpy(table)[0, 0], padding) for table in tables]
     return dict(zip(("cos", "sin"), arrays, strict=True))
+
+
+def cache_dtype(model: CausalLM) -> str:
+    """Returns the dtype of the cache for the compiled attention.
+
+    Args:
+        model: `OpenLlamaCausalLM`.
+
+    Example:
+        >>> cache_dtype(lm)
+        'float16'
+    """
+    # What float16 rounds is little beside the rounding of activations to 8 bits.
+    in_bfloat16 = model.backbone.compute_dtype == "bfloat16"
+    return "bfloat16" if in_bfloat16 else "float16"
 
 
 def decoder_graph(
@@ -103,9 +112,9 @@ def decoder_graph(
         model: `OpenLlamaCausalLM`.
         positions: number of positions for which the graph has the rotary tables;
             `None` makes them inputs.
-        lanes: the lanes of the compiled products of `native_library`, which the graph
-            uses where they support a matrix; `None` uses ONNX Runtime's own only. With
-            them, float weights are used where they are in memory.
+        lanes: the lanes of the compiled operators of `native_library`, which the graph
+            uses, products where they support a matrix; `None` uses ONNX Runtime's own
+            only. With them, float weights are used where they are in memory.
 
     Returns:
         The graph, see the module's documentation.
@@ -115,10 +124,11 @@ def decoder_graph(
 
 class _DecoderGraph:
     def __init__(self, model, positions, lanes):
-        self.model, self.graph = model, OnnxGraph()
-        self.lanes = lanes if ACTIVATION_ACCURACY == ROUNDED_TO_8_BITS else None
+        self.model, self.graph, self.lanes = model, OnnxGraph(), lanes
         backbone = model.backbone
-        self.half = padded_half_head(backbone.head_dim)
+        self.half = backbone.head_dim // 2
+        if not self.lanes:
+            self.half = padded_half_head(backbone.head_dim)
         self.heads = backbone.num_query_heads, backbone.num_key_value_heads
         self._add_rotary_tables(positions)
         self._add_inputs()
@@ -147,7 +157,7 @@ class _DecoderGraph:
             for name in ("cos", "sin"):
                 self.graph.input(name, "float32", ["positions", self.half])
             return
-        for name, table in rotary_tables(self.model, positions).items():
+        for name, table in rotary_tables(self.model, positions, self.half).items():
             self.graph.weight(name, Weight.of(table))
 
     def _add_inputs(self):
@@ -228,9 +238,34 @@ class _DecoderGraph:
         return normed, total
 
     def _attend(self, name, index, attention, x):
-        heads, kv_heads = self.heads
         projections = [attention.query, attention.key, attention.value]
         qkv = self._project_heads(f"{name}.qkv", x, projections)
+        if self.lanes:
+            context = self._attend_compiled(name, index, qkv)
+        else:
+            context = self._attend_padded(name, index, qkv)
+        (output,) = self._project(
+            f"{name}.attention_output", context, [attention.output_projection]
+        )
+        return output
+
+    def _attend_compiled(self, name, index, qkv):
+        heads, kv_heads = self.heads
+        caches = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
+        shape = ["batch", kv_heads, "columns", 2 * self.half]
+        for cache in caches:
+            self.graph.input(cache, cache_dtype(self.model), shape)
+        return self.graph.add(
+            "CachedAttention",
+            [qkv, *caches, "last_positions", "cos", "sin"],
+            f"{name}.context",
+            PACKAGE_DOMAIN,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+        )
+
+    def _attend_padded(self, name, index, qkv):
+        heads, kv_heads = self.heads
         head_dim = self.model.backbone.head_dim
         past, present = [], []
         for kind in ("key", "value"):
@@ -249,11 +284,7 @@ class _DecoderGraph:
             do_rotary=1,
             scale=head_dim**-0.5,
         )
-        context = self._without_padding(f"{name}.context", context, head_dim // 2)
-        (output,) = self._project(
-            f"{name}.attention_output", context, [attention.output_projection]
-        )
-        return output
+        return self._without_padding(f"{name}.context", context, head_dim // 2)
 
     def _project_heads(self, name, x, projections):
         """The queries, keys and values of all heads, padded, as one value."""
@@ -262,9 +293,10 @@ class _DecoderGraph:
         rows = np.full((outputs // half, self.half), -1)
         rows[:, :half] = np.arange(outputs).reshape(-1, half)
         rows = None if half == self.half else rows.reshape(-1)
-        matrices = _joinable_matrices(projections)
-        if matrices and not any(layer.adapters() for layer in projections):
-            return self._multiply(name, x, JoinedMatrix(matrices, rows))
+        if not any(layer.adapters() for layer in projections):
+            joined = self._multiply_joined(name, x, projections, rows)
+            if joined:
+                return joined
         parts = self._project(name, x, projections)
         joined = self.graph.add("Concat", parts, f"{name}.joined", axis=-1)
         if rows is None:
@@ -289,6 +321,8 @@ class _DecoderGraph:
         return graph.add("Reshape", [x, "flat"], f"{name}.flat")
 
     def _feed_forward(self, name, layer, x):
+        if gated := self._feed_forward_gated(name, layer, x):
+            return gated
         gate, up = self._project(f"{name}.gate_up", x, [layer.gate, layer.up])
         # With alpha 1 this is the SiLU.
         silu = self.graph.add("QuickGelu", [gate], f"{name}.silu", MICROSOFT, alpha=1.0)
@@ -296,18 +330,29 @@ class _DecoderGraph:
         (output,) = self._project(f"{name}.down", product, [layer.down])
         return output
 
+    def _feed_forward_gated(self, name, layer, x):
+        """The same with the activation in the last product, if that is compiled."""
+        layers = layer.gate, layer.up, layer.down
+        if not self._is_compiled(layer.down) or any(x.adapters() for x in layers):
+            return None
+        joined = self._multiply_joined(f"{name}.gate_up", x, layers[:2])
+        if joined is None:
+            return None
+        return self._multiply_joined(f"{name}.down", joined, layers[2:], gated=True)
+
     def _project(self, name, x, projections):
         """Adds projections of the same inputs and returns their outputs."""
-        matrices = _joinable_matrices(projections)
         names = [f"{name}.{i}" for i in range(len(projections))]
-        if len(projections) == 1 or not matrices:
+        joined = self._multiply_joined(name, x, projections)
+        if joined is None:
             outputs = [
                 self._project_one(*arguments, x)
                 for arguments in zip(names, projections, strict=True)
             ]
+        elif len(projections) == 1:
+            outputs = [joined]
         else:
-            joined = self._multiply(name, x, JoinedMatrix(matrices))
-            sizes = [len(matrix.values) for matrix in matrices]
+            sizes = [projection.matrix_shape[0] for projection in projections]
             sizes = self.graph.constant(f"{'_'.join(map(str, sizes))}_outputs", sizes)
             outputs = self.graph.add("Split", [joined, sizes], names, axis=-1)
         return [
@@ -321,10 +366,33 @@ class _DecoderGraph:
             return self._multiply(name, x, JoinedMatrix([matrix]))
         return self._multiply_float(name, x, kernel_variable(projection))
 
-    def _multiply(self, name, x, matrix):
+    def _is_compiled(self, projection):
+        """Whether a compiled product multiplies by the matrix of a projection."""
+        matrix = projection.quantized_matrix()
+        if matrix is not None:
+            return bool(self.lanes) and JoinedMatrix([matrix]).can_be_tiled
+        return bool(self.lanes) and kernel_variable(projection).dtype == "bfloat16"
+
+    def _multiply_joined(self, name, x, projections, rows=None, gated=False):
+        """Adds one product with the matrices of all projections, without adapters.
+
+        It returns `None` if there is no such product. `rows` is explained in
+        `JoinedMatrix`, and `gated`, for a compiled product, in `onnx_operators.c`.
+        """
+        matrices = [projection.quantized_matrix() for projection in projections]
+        if all(matrix is not None for matrix in matrices) and can_be_joined(matrices):
+            return self._multiply(name, x, JoinedMatrix(matrices, rows), gated)
+        variables = [kernel_variable(projection) for projection in projections]
+        if all(map(self._is_compiled, projections)) and not any(
+            matrix is not None for matrix in matrices
+        ):
+            return self._multiply_dense(name, x, variables, gated)
+        return None
+
+    def _multiply(self, name, x, matrix, gated=False):
         """Adds a product with a quantized matrix."""
         if self.lanes and matrix.can_be_tiled:
-            return self._multiply_tiles(name, x, TiledMatrix(matrix, self.lanes))
+            return self._multiply_tiles(name, x, TiledMatrix(matrix, self.lanes), gated)
         values = Weight(matrix.values_shape, "uint8", matrix.values)
         inputs = [x, self.graph.weight(f"{name}.values", values)]
         inputs.append(self._scales(name, matrix))
@@ -340,7 +408,7 @@ class _DecoderGraph:
             accuracy_level=ACTIVATION_ACCURACY,
         )
 
-    def _multiply_tiles(self, name, x, tiles):
+    def _multiply_tiles(self, name, x, tiles, gated):
         words = Weight(tiles.words_shape, "uint8", tiles.words, in_memory=True)
         scales = Weight(tiles.scales_shape, "float16", tiles.scales, in_memory=True)
         inputs = [
@@ -353,6 +421,17 @@ class _DecoderGraph:
             bits=tiles.matrix.bits,
             N=tiles.matrix.shape[0],
             groups_per_scale=tiles.groups_per_scale,
+            gated=int(gated),
+        )
+
+    def _multiply_dense(self, name, x, variables, gated=False):
+        weights = [
+            self.graph.array(f"{name}.weights.{i}", as_numpy(variable.value))
+            for i, variable in enumerate(variables)
+        ]
+        return self.graph.add(
+            *("DenseProduct", [x, *weights], f"{name}.outputs", PACKAGE_DOMAIN),
+            gated=int(gated),
         )
 
     def _scales(self, name, matrix):
@@ -366,10 +445,7 @@ class _DecoderGraph:
     def _multiply_float(self, name, x, variable):
         """Adds a product with the transpose of a float kernel."""
         if self.lanes and variable.dtype == "bfloat16":
-            weights = self.graph.array(f"{name}.weights", as_numpy(variable.value))
-            return self.graph.add(
-                "DenseProduct", [x, weights], f"{name}.outputs", PACKAGE_DOMAIN
-            )
+            return self._multiply_dense(name, x, [variable])
         shape = tuple(variable.shape)[::-1]
 
         def transposed():
@@ -392,13 +468,3 @@ class _DecoderGraph:
         factor = self.graph.constant(f"{name}.scale", scale, "float32")
         scaled = self.graph.add("Mul", [added, factor], f"{name}.scaled")
         return self.graph.add("Add", [outputs, scaled], name)
-
-
-def _joinable_matrices(
-    projections: Sequence[Projection],
-) -> list[QuantizedMatrix] | None:
-    """The matrices of projections if one product computes all; otherwise `None`."""
-    matrices = [projection.quantized_matrix() for projection in projections]
-    if any(matrix is None for matrix in matrices) or not can_be_joined(matrices):
-        return None
-    return matrices

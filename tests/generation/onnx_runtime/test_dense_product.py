@@ -21,7 +21,9 @@ def random(*shape, seed=0):
 def multiply(weights, x, directory, library):
     graph = OnnxGraph()
     graph.input("x", "float32", ["batch", "rows", x.shape[-1]])
-    graph.add("DenseProduct", ["x", graph.array("w", weights)], "y", PACKAGE_DOMAIN)
+    graph.add(
+        "DenseProduct", ["x", graph.array("w", weights)], "y", PACKAGE_DOMAIN, gated=0
+    )
     graph.output("y", "float32", ["batch", "rows", len(weights)])
     return native_products.run(graph, directory, library, x)
 

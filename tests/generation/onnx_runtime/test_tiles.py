@@ -38,6 +38,7 @@ def multiply(joined, x, directory, library):
         bits=joined.bits,
         N=joined.shape[0],
         groups_per_scale=tiles.groups_per_scale,
+        gated=0,
     )
     graph.output("y", "float32", ["batch", "rows", joined.shape[0]])
     return native_products.run(graph, directory, library, x)

@@ -1,0 +1,174 @@
+"""The compiled attention to a KV cache."""
+
+import ml_dtypes
+import native_products
+import numpy as np
+import pytest
+
+from keras_openllama.generation.onnx_runtime.decoder import open_session, ort_value
+from keras_openllama.generation.onnx_runtime.file import (
+    GRAPH_FILE,
+    PACKAGE_DOMAIN,
+    OnnxGraph,
+)
+from keras_openllama.native.library import compile_library, native_library
+
+pytestmark = [pytest.mark.backend_free, native_products.needs_them]
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def session_of(heads, kv_heads, dtype, directory, library):
+    graph = OnnxGraph()
+    graph.input("qkv", "float32", ["batch", "length", "all"])
+    for cache in ("keys", "values"):
+        graph.input(cache, dtype, ["batch", kv_heads, "columns", "size"])
+    graph.input("last", "int32", ["batch"])
+    for table in ("cos", "sin"):
+        graph.input(table, "float32", ["positions", "half"])
+    graph.add(
+        *("CachedAttention", ["qkv", "keys", "values", "last", "cos", "sin"]),
+        *("context", PACKAGE_DOMAIN),
+        num_heads=heads,
+        kv_num_heads=kv_heads,
+    )
+    graph.output("context", "float32", ["batch", "length", "outputs"])
+    graph.save(directory, "attention")
+    return open_session(directory / GRAPH_FILE, library, {})
+
+
+def tables(positions, head_dim):
+    angles = np.outer(np.arange(positions), 100 ** -np.linspace(0, 1, head_dim // 2))
+    return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+
+
+def attend(session, qkv, keys, values, last):
+    """Runs the operator, which writes to the cache."""
+    binding = session.io_binding()
+    cos, sin = tables(keys.shape[2], keys.shape[3])
+    inputs = {"qkv": qkv, "keys": keys, "values": values, "cos": cos, "sin": sin}
+    inputs["last"] = np.array(last, "int32")
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, ort_value(array))
+    binding.bind_output("context")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[0].numpy()
+
+
+def rotated(x, positions, head_dim):
+    cos, sin = (table[positions] for table in tables(1000, head_dim))
+    first, second = np.split(x.astype("float64"), 2, axis=-1)
+    return np.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+
+
+def expected(qkv, keys, values, last, heads):
+    """The cache and the context, in float64 but for what is stored in the cache."""
+    keys, values, dtype = keys.copy(), values.copy(), keys.dtype
+    batch, length, _ = qkv.shape
+    kv_heads, _, head_dim = keys.shape[1:]
+    split = np.split(
+        qkv.reshape(batch, length, -1, head_dim), [heads, heads + kv_heads], axis=2
+    )
+    context = np.zeros((batch, length, heads, head_dim))
+    for row, end in enumerate(last):
+        at = np.arange(end - length + 1, end + 1)
+        for head in range(heads):
+            own = head * kv_heads // heads
+            query, key = (
+                rotated(x[row, :, i], at, head_dim)
+                for x, i in ((split[0], head), (split[1], own))
+            )
+            keys[row, own, at] = key.astype(dtype)
+            values[row, own, at] = split[2][row, :, own].astype(dtype)
+            if dtype == ml_dtypes.bfloat16:  # As instructions for it do.
+                query = query.astype(dtype)
+            cached = keys[row, own, : end + 1].astype("float64")
+            scores = query.astype("float64") @ cached.T / head_dim**0.5
+            scores[np.arange(end + 1) > at[:, None]] = -np.inf
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            summed = weights @ values[row, own, : end + 1].astype(float)
+            context[row, :, head] = summed / weights.sum(axis=-1, keepdims=True)
+    return keys, values, context.reshape(batch, length, -1)
+
+
+@pytest.mark.parametrize("options", native_products.OPTIONS, ids=["native", "avx2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim", [(2, 2, 100), (6, 2, 64), (1, 1, 8)]
+)
+@pytest.mark.parametrize("length", [1, 3, 40, 200])
+def test_cached_attention_attends_to_the_tokens_up_to_its_own(
+    options, dtype, heads, kv_heads, head_dim, length, tmp_path
+):
+    batch, columns = 2, 450
+    session = session_of(heads, kv_heads, dtype, tmp_path, compile_library(options))
+    qkv = random(batch, length, (heads + 2 * kv_heads) * head_dim)
+    # What is beyond the tokens of a sequence is never read.
+    keys, values = (
+        random(batch, kv_heads, columns, head_dim, seed=seed).astype(DTYPES[dtype])
+        for seed in (1, 2)
+    )
+    last = [length - 1 + 7, columns - 10]
+    for cache in (keys, values):
+        for row, end in enumerate(last):
+            cache[row, :, end + 1 :] = np.nan
+    wanted = expected(qkv, keys, values, last, heads)
+    found = attend(session, qkv, keys, values, last)
+    for cache, other in zip((keys, values), wanted[:2], strict=True):
+        for row, end in enumerate(last):
+            np.testing.assert_allclose(
+                cache[row, :, : end + 1].astype("float32"),
+                other[row, :, : end + 1].astype("float32"),
+                # A rounded number may be the neighbour, since its angle is rounded.
+                rtol=1e-3 if dtype == "float16" else 8e-3,
+                atol=1e-6,
+            )
+    # With bfloat16, instructions round queries, and weights if there are many queries.
+    assert np.abs(found - wanted[2]).max() < (2e-4 if dtype == "float16" else 6e-3)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_cached_attention_of_large_values_is_finite_in_float16(length, tmp_path):
+    session = session_of(2, 1, "float16", tmp_path, native_library())
+    qkv = random(1, length, 4 * 16) * 1e6
+    keys, values = np.zeros((2, 1, 1, 50, 16), "float16")
+    found = attend(session, qkv, keys, values, [length - 1])
+    assert np.isfinite(found).all() and np.abs(values).max() == 65504
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_cached_attention_of_not_a_number_is_not_a_number(length, tmp_path):
+    session = session_of(2, 1, "bfloat16", tmp_path, native_library())
+    qkv = random(1, length, 4 * 16)
+    qkv[0, -1, 3] = np.nan
+    keys, values = np.zeros((2, 1, 1, 50, 16), ml_dtypes.bfloat16)
+    found = attend(session, qkv, keys, values, [length - 1])
+    assert np.isnan(found[0, -1, :16]).all()
+    assert np.isfinite(found[0, -1, 16:]).all() and np.isfinite(found[0, :-1]).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"last": [50]}, "a position is outside of the cache or the tables"),
+        ({"last": [1]}, "a position is outside of the cache or the tables"),
+        ({"qkv": np.zeros((1, 3, 63), "float32")}, "have other sizes"),
+        ({"values": np.zeros((1, 1, 50, 18), "float16")}, "have other sizes"),
+        ({"keys": np.zeros((2, 1, 50, 16), "float16")}, "have other sizes"),
+    ],
+)
+def test_cached_attention_of_other_sizes_is_an_error(change, message, tmp_path):
+    session = session_of(2, 1, "float16", tmp_path, native_library())
+    arguments = {
+        "qkv": random(1, 3, 4 * 16),
+        "keys": np.zeros((1, 1, 50, 16), "float16"),
+        "values": np.zeros((1, 1, 50, 16), "float16"),
+        "last": [2],
+    }
+    with pytest.raises(Exception, match=message):
+        attend(session, **(arguments | change))
