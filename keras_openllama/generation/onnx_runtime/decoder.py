@@ -83,6 +83,7 @@ class OnnxDecoder:
         model: `OpenLlamaCausalLM` on a CPU, for which `uses_onnx_runtime` holds.
 
     Attributes:
+        has_compiled_attention: whether the graph has an attention of its own.
         half_head: size of half a head in the cache.
         cache_dtype: dtype of the cache.
 
@@ -94,6 +95,7 @@ class OnnxDecoder:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         library = native_library()
+        self.has_compiled_attention = library is not None
         head_dim = model.backbone.head_dim
         if library:
             move_to_blocks(float_matrices(model))
@@ -225,7 +227,7 @@ class OnnxCache:
         """
         binding = self._binding_of(row, row + 1, num_logits)
         lengths = np.array([start + len(tokens)])
-        return self._run(binding, tokens[None], lengths, num_logits)[0]
+        return self._run(binding, tokens[None], lengths, num_logits)[0].copy()
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Feeds one token of each sequence.
@@ -234,7 +236,7 @@ class OnnxCache:
             tokens: int `(batch,)`.
 
         Returns:
-            Logits float32 `(batch, vocabulary_size)`.
+            Logits float32 `(batch, vocabulary_size)`, until the next call.
         """
         self.lengths += 1
         return self.step_rows(tokens, self.lengths)
@@ -247,7 +249,7 @@ class OnnxCache:
             lengths: int64 `(rows,)`, lengths of these sequences with these tokens.
 
         Returns:
-            Logits float32 `(rows, vocabulary_size)`.
+            Logits float32 `(rows, vocabulary_size)`, until the next call.
         """
         binding = self._binding_of(0, len(tokens))
         return self._run(binding, tokens[:, None], lengths)[:, 0]
@@ -264,33 +266,39 @@ class OnnxCache:
     def _binding_of(self, first, end, num_logits=1):
         # A binding keeps its output, so it has one for each shape of the logits.
         if num_logits > MAX_VERIFIED:  # Too large to keep.
-            return self._bind(first, end)
+            return self._bind(first, end, num_logits)
         key = first, end, num_logits
         if key not in self._bindings:
-            self._bindings[key] = self._bind(first, end)
+            self._bindings[key] = self._bind(first, end, num_logits)
         return self._bindings[key]
 
-    def _bind(self, first, end):
-        """Binds the cache of some sequences: the graph updates it in place."""
+    def _bind(self, first, end, num_logits):
+        """Returns the cache of some sequences bound to the graph, and its output."""
         binding = self._decoder.session.io_binding()
-        # Other than ONNX Runtime's, the compiled attention writes to its inputs.
-        outputs = {output.name for output in self._decoder.session.get_outputs()}
         for name, array in self._arrays.items():
             value = ort_value(array[first:end])
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            if f"present.{name}" in outputs:
+            if not self._decoder.has_compiled_attention:  # That writes to its inputs.
                 binding.bind_ortvalue_output(f"present.{name}", value)
         for name, table in self._tables.items():
             binding.bind_cpu_input(name, table)
-        binding.bind_output("logits")
-        return binding
+        vocabulary_size = self._decoder.model.backbone.vocabulary_size
+        logits = np.zeros((end - first, num_logits, vocabulary_size), "float32")
+        binding.bind_ortvalue_output("logits", ort_value(logits))
+        return binding, logits
 
-    def _run(self, binding, tokens, lengths, num_logits=1):
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        tokens = np.ascontiguousarray(tokens, "int64")
-        binding.bind_cpu_input("input_ids", tokens)
-        binding.bind_cpu_input("first_logit", np.array([-num_logits]))
-        binding.bind_cpu_input("attention_mask", mask.astype("int64"))
+    def _run(self, bound, tokens, lengths, num_logits=1):
+        binding, logits = bound
+        inputs = {
+            "input_ids": np.ascontiguousarray(tokens, "int64"),
+            "first_logit": np.array([-num_logits]),
+        }
+        if self._decoder.has_compiled_attention:
+            inputs["last_positions"] = (lengths - 1).astype("int32")
+        else:
+            mask = np.arange(lengths.max()) < lengths[:, None]
+            inputs["attention_mask"] = mask.astype("int64")
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
         self._decoder.session.run_with_iobinding(binding)
-        # A copy, since the next run uses the same memory.
-        return binding.get_outputs()[-1].numpy().copy()
+        return logits

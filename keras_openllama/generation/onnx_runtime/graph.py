@@ -10,7 +10,9 @@ Inputs and outputs have the names of ONNX Runtime GenAI:
 
     input_ids                        int64 (batch, length), the same length of each
     attention_mask                   int64 (batch, total): 1 for the tokens in the cache
-                                     and the new ones, the sum for each sequence
+                                     and the new ones, the sum for each sequence; with
+                                     the compiled attention there is `last_positions`,
+                                     int32 (batch,), the sum minus 1, instead of it
     past_key_values.{layer}.key      float32 (batch, heads, columns, head size)
     past_key_values.{layer}.value    the same; `present.{layer}.…` may be its memory.
                                      With the compiled attention there are no such
@@ -161,13 +163,16 @@ class _DecoderGraph:
             self.graph.weight(name, Weight.of(table))
 
     def _add_inputs(self):
-        """Adds the tokens and the mask, from which it computes the positions."""
+        """Adds the tokens, and the last positions or the mask that gives them."""
         graph = self.graph
         graph.input("input_ids", "int64", ["batch", "length"])
-        graph.input("attention_mask", "int64", ["batch", "total"])
         graph.constant("one", 1)
         graph.constant("minus_one", [-1])
         axis = graph.constant("axis_1", [1])
+        if self.lanes:
+            graph.input("last_positions", "int32", ["batch"])
+            return
+        graph.input("attention_mask", "int64", ["batch", "total"])
         counts = graph.add("ReduceSum", ["attention_mask", axis], "counts", keepdims=0)
         last = graph.add("Sub", [counts, "one"], "last_positions_int64")
         graph.cast(last, "last_positions", "int32")

@@ -51,7 +51,7 @@ def decoded_and_expected(lm, shape, steps=4):
     cache = OnnxCache(OnnxDecoder(lm), len(rows), columns=20)
     cache.prefill([np.array(row[:-1], "int64") for row in rows])
     for step in range(steps):
-        found.append(cache.step(np.array([row[-1] for row in rows])))
+        found.append(cache.step(np.array([row[-1] for row in rows])).copy())
         for row in rows:
             row.append(7 + step)
     lengths = [len(row) for row in rows]
