@@ -15,15 +15,15 @@
    for. */
 enum { ROWS_OF_TILES = 12, ROWS_OF_A_BLOCK = 128, KEYS = 128, MAX_SUMS = 8, FETCHED_ROWS = 32 };
 
-/* `bf16` and `rows` are constants where the functions below are called. */
+/* `type` and `rows` are constants where the functions below are called. */
 
-static int inputs_per_word(const CachedAttention *a) {
-  return a->bfloat16 ? INPUTS_PER_WORD : 1;
+INLINE int inputs_per_word(const CacheType type) {
+  return type == CACHE_BFLOAT16 ? INPUTS_PER_WORD : 1;
 }
 static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 int64_t words_of_a_query(const CachedAttention *a) {
-  int per_word = inputs_per_word(a);
+  int per_word = inputs_per_word(a->type);
   return round_up((a->head_dim + per_word - 1) / per_word, LANES);
 }
 
@@ -50,9 +50,14 @@ static const float *head_of_token(const CachedAttention *a, int64_t sequence, in
   return a->qkv + ((sequence * a->length + token) * heads + head) * a->head_dim;
 }
 
-static uint16_t *cache_row(const CachedAttention *a, uint16_t *cache, int64_t head,
-                           int64_t column) {
-  return cache + (head * a->columns + column) * a->head_dim;
+/* Number of a row in the cache. */
+INLINE int64_t row_of(const CachedAttention *a, int64_t head, int64_t column) {
+  return head * a->columns + column;
+}
+
+INLINE char *cache_row(const CachedAttention *a, void *cache, int64_t head, int64_t column,
+                       const CacheType type) {
+  return (char *)cache + row_of(a, head, column) * a->head_dim * (type == CACHE_INT8 ? 1 : 2);
 }
 
 static void rotate(const CachedAttention *a, const float *x, int64_t position, float *to) {
@@ -64,21 +69,45 @@ static void rotate(const CachedAttention *a, const float *x, int64_t position, f
   }
 }
 
-static void write_row(const CachedAttention *a, const float *x, uint16_t *to) {
+/* As `layers/quantized_cache.py` does it. */
+static void write_integers(const CachedAttention *a, const float *x, int8_t *to,
+                           float *scale) {
+  Floats largest = fill_float(1e-30f);
+  for (int64_t i = 0; i < a->head_dim; i += LANES)
+    largest = larger(largest, absolute(load_some(x + i, a->head_dim - i)));
+  *scale = largest_of(largest) / 127;
+  Floats inverse = fill_float(127 / largest_of(largest));
+  for (int64_t i = 0; i < a->head_dim; i += LANES) {
+    float rounded[LANES];
+    Floats scaled = multiply(load_some(x + i, a->head_dim - i), inverse);
+    store(rounded, nearest_integers(scaled), LANES);
+    for (int64_t k = 0; k < LANES && i + k < a->head_dim; k++)
+      to[i + k] = (int8_t)rounded[k];
+  }
+}
+
+static void write_row(const CachedAttention *a, const float *x, void *cache,
+                      float *scales, int64_t head, int64_t column) {
+  if (a->type == CACHE_INT8) {
+    write_integers(a, x, (int8_t *)cache_row(a, cache, head, column, CACHE_INT8),
+                   scales + row_of(a, head, column));
+    return;
+  }
+  uint16_t *to = (uint16_t *)cache_row(a, cache, head, column, a->type);
+  Floats most = fill_float(65504), least = fill_float(-65504);
   for (int64_t i = 0; i < a->head_dim; i += LANES) {
     int64_t left = a->head_dim - i;
     Floats values = load_some(x + i, left);
-    if (a->bfloat16)
+    if (a->type == CACHE_BFLOAT16)
       store_bfloat16(to + i, values, left);
     else /* Larger ones would become infinite. */
-      store_float16(to + i, at_most(fill_float(65504), larger(fill_float(-65504), values)),
-                    left);
+      store_float16(to + i, at_most(most, larger(least, values)), left);
   }
 }
 
 static void write_query(const CachedAttention *a, const float *x, uint32_t *to) {
   memset(to, 0, a->words * sizeof *to);
-  if (a->bfloat16)
+  if (a->type == CACHE_BFLOAT16)
     store_row(to, x, a->head_dim);
   else
     memcpy(to, x, a->head_dim * sizeof *x);
@@ -97,9 +126,9 @@ void write_heads(const CachedAttention *a, int64_t first, int64_t end) {
     for (int64_t token = 0; token < a->length; token++) {
       int64_t column = visible_keys(a, sequence, token) - 1;
       rotate(a, head_of_token(a, sequence, token, a->heads + own), column, rotated);
-      write_row(a, rotated, cache_row(a, a->keys, head, column));
+      write_row(a, rotated, a->keys, a->key_scales, head, column);
       write_row(a, head_of_token(a, sequence, token, a->heads + a->kv_heads + own),
-                cache_row(a, a->values, head, column));
+                a->values, a->value_scales, head, column);
       for (int64_t member = 0; member < group(a); member++) {
         int64_t query = own * group(a) + member;
         rotate(a, head_of_token(a, sequence, token, query), column, rotated);
@@ -110,18 +139,24 @@ void write_heads(const CachedAttention *a, int64_t first, int64_t end) {
   free(rotated);
 }
 
-INLINE Floats load_value(const uint16_t *row, int64_t first, int64_t head_dim,
-                         const int bf16) {
-  return bf16 ? load_bfloat16(row + first, head_dim - first)
-              : load_float16(row + first, head_dim - first);
+/* Elements of a row from one on, without their scale. */
+INLINE Floats load_value(const char *row, int64_t first, int64_t head_dim,
+                         const CacheType type) {
+  int64_t left = head_dim - first;
+  if (type == CACHE_INT8) return load_int8((const int8_t *)row + first, left);
+  if (type == CACHE_FLOAT16) return load_float16((const uint16_t *)row + first, left);
+  return load_bfloat16((const uint16_t *)row + first, left);
 }
-INLINE Words load_key(const uint16_t *row, int64_t word, int64_t head_dim, const int bf16) {
-  if (!bf16) return as_words(load_float16(row + word, head_dim - word));
+INLINE Words load_key(const char *row, int64_t word, int64_t head_dim, const CacheType type) {
+  if (type != CACHE_BFLOAT16) return as_words(load_value(row, word, head_dim, type));
   int64_t first = word * INPUTS_PER_WORD;
-  return load_weights(row + first, head_dim - first);
+  return load_weights((const uint16_t *)row + first, head_dim - first);
 }
-INLINE Floats add_words(Floats sum, Words w, Words x, const int bf16) {
-  return bf16 ? add_products(sum, w, x) : multiply_add(as_floats(w), as_floats(x), sum);
+INLINE Words scaled(Words w, const float *scales, int64_t row, const CacheType type) {
+  return type == CACHE_INT8 ? as_words(multiply(as_floats(w), fill_float(scales[row]))) : w;
+}
+INLINE Floats add_words(Floats sum, Words w, Words x, const CacheType type) {
+  return type == CACHE_BFLOAT16 ? add_products(sum, w, x) : multiply_add(as_floats(w), as_floats(x), sum);
 }
 
 /* The sum over each of `LANES` vectors, in the lane of its number. */
@@ -134,27 +169,31 @@ INLINE Floats sums_of(Floats *x) {
 
 /* Asks for a row of the cache. Between two steps, other memory has filled the caches of
    the processor. */
-INLINE void fetch(const uint16_t *row, int64_t count) {
-  for (int64_t i = 0; i < count; i += 32) _mm_prefetch((const char *)(row + i), _MM_HINT_T0);
+INLINE void fetch(const char *row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
 }
 
 /* Products of a query with the first `count` keys, a vector at a time. */
 INLINE void score_keys(const CachedAttention *a, const uint32_t *query, int64_t head,
-                       int64_t count, float *scores, const int bf16) {
+                       int64_t count, float *scores, const CacheType type) {
+  int64_t bytes = a->head_dim * (type == CACHE_INT8 ? 1 : 2);
   for (int64_t column = 0; column < count; column += LANES) {
     Floats sums[LANES];
     int64_t left = count - column < LANES ? count - column : LANES;
     for (int64_t n = 0; n < LANES; n++) {
       sums[n] = fill_float(0);
       if (n >= left) continue;
-      const uint16_t *key = cache_row(a, a->keys, head, column + n);
-      fetch(key + FETCHED_ROWS * a->head_dim, a->head_dim);
-      fetch(cache_row(a, a->values, head, column + n), a->head_dim);
+      const char *key = cache_row(a, a->keys, head, column + n, type);
+      fetch(key + FETCHED_ROWS * bytes, bytes);
+      fetch(cache_row(a, a->values, head, column + n, type), bytes);
       for (int64_t k = 0; k < a->words; k += LANES)
-        sums[n] = add_words(sums[n], load_key(key, k, a->head_dim, bf16),
-                            load_words(query + k), bf16);
+        sums[n] = add_words(sums[n], load_key(key, k, a->head_dim, type),
+                            load_words(query + k), type);
     }
-    store(scores + column, sums_of(sums), LANES);
+    Floats products = sums_of(sums);
+    if (type == CACHE_INT8)
+      products = multiply(products, load_some(a->key_scales + row_of(a, head, column), left));
+    store(scores + column, products, LANES);
   }
 }
 
@@ -184,15 +223,19 @@ INLINE float exponentials(float *scores, int64_t count, float scale) {
 
 INLINE void add_values(const CachedAttention *a, const float *weights, int64_t head,
                        int64_t count, float factor, int64_t first, float *context,
-                       const int vectors, const int bf16) {
+                       const int vectors, const CacheType type) {
   Floats sums[4];
   for (int n = 0; n < vectors; n++) sums[n] = fill_float(0);
-  const uint16_t *value = cache_row(a, a->values, head, 0);
-  for (int64_t column = 0; column < count; column++, value += a->head_dim)
+  const char *value = cache_row(a, a->values, head, 0, type);
+  int64_t bytes = a->head_dim * (type == CACHE_INT8 ? 1 : 2);
+  for (int64_t column = 0; column < count; column++, value += bytes) {
+    float weight = weights[column];
+    if (type == CACHE_INT8) weight *= a->value_scales[row_of(a, head, column)];
 #pragma GCC unroll 4
     for (int n = 0; n < vectors; n++)
-      sums[n] = multiply_add(load_value(value, first + n * LANES, a->head_dim, bf16),
-                             fill_float(weights[column]), sums[n]);
+      sums[n] = multiply_add(load_value(value, first + n * LANES, a->head_dim, type),
+                             fill_float(weight), sums[n]);
+  }
   for (int n = 0; n < vectors; n++)
     store(context + first + n * LANES, multiply(sums[n], fill_float(factor)),
           a->head_dim - first - n * LANES);
@@ -207,18 +250,18 @@ static float *context_row(const CachedAttention *a, int64_t head, int64_t member
 }
 
 INLINE void attend_in_place(const CachedAttention *a, int64_t head, float *scores,
-                            const int bf16) {
+                            const CacheType type) {
   float scale = scale_of(a);
   for (int64_t member = 0; member < group(a); member++)
     for (int64_t token = 0; token < a->length; token++) {
       int64_t count = visible_keys(a, head / a->kv_heads, token), first = 0;
       float *context = context_row(a, head, member, token);
-      score_keys(a, query_row(a, head, member, token), head, count, scores, bf16);
+      score_keys(a, query_row(a, head, member, token), head, count, scores, type);
       float factor = 1 / exponentials(scores, count, scale);
       for (; first + 4 * LANES <= a->head_dim; first += 4 * LANES)
-        add_values(a, scores, head, count, factor, first, context, 4, bf16);
+        add_values(a, scores, head, count, factor, first, context, 4, type);
       for (; first < a->head_dim; first += LANES)
-        add_values(a, scores, head, count, factor, first, context, 1, bf16);
+        add_values(a, scores, head, count, factor, first, context, 1, type);
     }
 }
 
@@ -232,13 +275,15 @@ typedef struct {
 } Tiles;
 
 INLINE void fill_keys(const CachedAttention *a, int64_t head, int64_t column, int64_t end,
-                      uint32_t *tile, const int bf16) {
+                      uint32_t *tile, const CacheType type) {
   for (int64_t first = column; first < end; first += LANES, tile += a->words * LANES)
     for (int64_t k = 0; k < a->words; k += LANES) {
       Words w[LANES];
       for (int n = 0; n < LANES; n++)
         w[n] = first + n < end
-                   ? load_key(cache_row(a, a->keys, head, first + n), k, a->head_dim, bf16)
+                   ? scaled(load_key(cache_row(a, a->keys, head, first + n, type), k,
+                                     a->head_dim, type),
+                            a->key_scales, row_of(a, head, first + n), type)
                    : fill_word(0);
       transpose(w);
       for (int n = 0; n < LANES; n++) store_words(tile + (k + n) * LANES, w[n]);
@@ -246,19 +291,20 @@ INLINE void fill_keys(const CachedAttention *a, int64_t head, int64_t column, in
 }
 
 INLINE void fill_values(const CachedAttention *a, int64_t head, int64_t column, int64_t end,
-                        uint32_t *tile, const int bf16) {
-  const int pairs = bf16 && INPUTS_PER_WORD == 2;
+                        uint32_t *tile, const CacheType type) {
+  const int pairs = inputs_per_word(type) == 2;
   const int64_t rows = pairs ? KEYS / 2 : KEYS;
   for (int64_t row = 0; row * (pairs + 1) < end - column; row++)
     for (int64_t k = 0; k < a->head_dim; k += LANES) {
       int64_t n = column + row * (pairs + 1);
-      Floats x = load_value(cache_row(a, a->values, head, n), k, a->head_dim, bf16);
-      Words w = as_words(x);
+      const char *value = cache_row(a, a->values, head, n, type);
+      Words w = as_words(load_value(value, k, a->head_dim, type));
+      w = scaled(w, a->value_scales, row_of(a, head, n), type);
       if (pairs) {
-        x = n + 1 < end
-                ? load_value(cache_row(a, a->values, head, n + 1), k, a->head_dim, bf16)
-                : fill_float(0);
-        w = join_halves(w, as_words(x));
+        value = cache_row(a, a->values, head, n + 1, type);
+        Words next = fill_word(0);
+        if (n + 1 < end) next = as_words(load_value(value, k, a->head_dim, type));
+        w = join_halves(w, next);
       }
       store_words(tile + (k / LANES * rows + row) * LANES, w);
     }
@@ -267,7 +313,7 @@ INLINE void fill_values(const CachedAttention *a, int64_t head, int64_t column, 
 /* Adds `inputs` words of some rows times a tile to sums, which are first multiplied. */
 INLINE void multiply_tile(const uint32_t *tile, const uint32_t *x, int64_t stride,
                           int64_t inputs, float *to, int64_t to_stride, const int rows,
-                          const int accumulate, const int bf16) {
+                          const int accumulate, const CacheType type) {
   Floats sums[MAX_SUMS];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
@@ -276,7 +322,7 @@ INLINE void multiply_tile(const uint32_t *tile, const uint32_t *x, int64_t strid
     Words w = load_words(tile + k * LANES);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++)
-      sums[m] = add_words(sums[m], w, fill_word((int32_t)x[m * stride + k]), bf16);
+      sums[m] = add_words(sums[m], w, fill_word((int32_t)x[m * stride + k]), type);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++) store(to + m * to_stride, sums[m], LANES);
@@ -284,20 +330,20 @@ INLINE void multiply_tile(const uint32_t *tile, const uint32_t *x, int64_t strid
 
 INLINE void multiply_rows(const uint32_t *tile, const uint32_t *x, int64_t stride,
                           int64_t inputs, float *to, int64_t to_stride, int64_t rows,
-                          const int accumulate, const int bf16) {
+                          const int accumulate, const CacheType type) {
   int64_t row = 0;
   for (; row + MAX_SUMS <= rows; row += MAX_SUMS)
     multiply_tile(tile, x + row * stride, stride, inputs, to + row * to_stride, to_stride,
-                  MAX_SUMS, accumulate, bf16);
+                  MAX_SUMS, accumulate, type);
   for (; row < rows; row++)
     multiply_tile(tile, x + row * stride, stride, inputs, to + row * to_stride, to_stride,
-                  1, accumulate, bf16);
+                  1, accumulate, type);
 }
 
 /* Replaces scores of one row by words of their exponentials, and corrects what was
    summed before with another largest score. `count` scores are visible. */
 INLINE void weigh_row(Tiles *t, int64_t row, int64_t count, float scale, int64_t dimensions,
-                      const int bf16) {
+                      const CacheType type) {
   float *scores = t->scores + row * KEYS, *sums = t->sums + row * dimensions;
   Floats largest = fill_float(-INFINITY), sum = fill_float(0);
   for (int64_t i = count; i < round_up(count, LANES); i++) scores[i] = -INFINITY;
@@ -313,7 +359,7 @@ INLINE void weigh_row(Tiles *t, int64_t row, int64_t count, float scale, int64_t
       x = power_of_two(multiply(x, fill_float(scale)));
     }
     sum = add(sum, x);
-    if (bf16 && INPUTS_PER_WORD == 2) /* Before what is yet to be read. */
+    if (inputs_per_word(type) == 2) /* Before what is yet to be read. */
       store_bfloat16((uint16_t *)scores + i, x, LANES);
     else
       store(scores + i, x, LANES);
@@ -326,43 +372,43 @@ INLINE void weigh_row(Tiles *t, int64_t row, int64_t count, float scale, int64_t
 
 /* Adds a block of keys and values to the sums of the queries of some tokens. */
 INLINE void add_keys(const CachedAttention *a, int64_t head, int64_t first, int64_t end,
-                     int64_t column, Tiles *t, const int bf16) {
-  const int per_word = bf16 ? INPUTS_PER_WORD : 1;
+                     int64_t column, Tiles *t, const CacheType type) {
+  const int per_word = inputs_per_word(type);
   int64_t sequence = head / a->kv_heads, tokens = end - first;
   int64_t dimensions = round_up(a->head_dim, LANES);
   int64_t last = visible_keys(a, sequence, end - 1);
   int64_t keys = last - column < KEYS ? last - column : KEYS;
   float scale = scale_of(a);
-  fill_keys(a, head, column, column + keys, t->keys, bf16);
-  fill_values(a, head, column, column + keys, t->values, bf16);
+  fill_keys(a, head, column, column + keys, t->keys, type);
+  fill_values(a, head, column, column + keys, t->values, type);
   for (int64_t member = 0; member < group(a); member++) {
     const uint32_t *queries = query_row(a, head, member, first);
     int64_t row = member * tokens;
     for (int64_t n = 0; n < keys; n += LANES)
       multiply_rows(t->keys + n * a->words, queries, a->words,
                     (a->head_dim + per_word - 1) / per_word, t->scores + row * KEYS + n,
-                    KEYS, tokens, 0, bf16);
+                    KEYS, tokens, 0, type);
     for (int64_t token = first; token < end; token++) {
       int64_t count = visible_keys(a, sequence, token) - column;
       weigh_row(t, row + token - first, count < 0 ? 0 : count < keys ? count : keys, scale,
-                dimensions, bf16);
+                dimensions, type);
     }
   }
   for (int64_t k = 0; k < dimensions; k += LANES)
     multiply_rows(t->values + k * (KEYS / per_word), (const uint32_t *)t->scores, KEYS,
                   (keys + per_word - 1) / per_word, t->sums + k, dimensions,
-                  group(a) * tokens, 1, bf16);
+                  group(a) * tokens, 1, type);
 }
 
 INLINE void attend_with_tiles(const CachedAttention *a, int64_t head, int64_t first,
-                              int64_t end, Tiles *t, const int bf16) {
+                              int64_t end, Tiles *t, const CacheType type) {
   int64_t dimensions = round_up(a->head_dim, LANES), rows = group(a) * (end - first);
   int64_t last = visible_keys(a, head / a->kv_heads, end - 1);
   memset(t->sums, 0, rows * dimensions * sizeof *t->sums);
   memset(t->total, 0, rows * sizeof *t->total);
   for (int64_t row = 0; row < rows; row++) t->largest[row] = -INFINITY;
   for (int64_t column = 0; column < last; column += KEYS)
-    add_keys(a, head, first, end, column, t, bf16);
+    add_keys(a, head, first, end, column, t, type);
   for (int64_t row = 0; row < rows; row++) {
     float *context =
         context_row(a, head, row / (end - first), first + row % (end - first));
@@ -375,10 +421,12 @@ static void attend_few(const CachedAttention *a, int64_t head) {
   int64_t columns = round_up(visible_keys(a, head / a->kv_heads, a->length - 1), LANES);
   float *scores = malloc(columns * sizeof *scores);
   if (!scores) *a->no_memory = 1;
-  if (scores && a->bfloat16)
-    attend_in_place(a, head, scores, 1);
+  if (scores && a->type == CACHE_FLOAT16)
+    attend_in_place(a, head, scores, CACHE_FLOAT16);
+  else if (scores && a->type == CACHE_BFLOAT16)
+    attend_in_place(a, head, scores, CACHE_BFLOAT16);
   else if (scores)
-    attend_in_place(a, head, scores, 0);
+    attend_in_place(a, head, scores, CACHE_INT8);
   free(scores);
 }
 
@@ -395,10 +443,12 @@ static void attend_many(const CachedAttention *a, int64_t head, int64_t first, i
   t.sums = t.scores + rows * KEYS;
   t.largest = t.sums + rows * dimensions;
   t.total = t.largest + rows;
-  if (a->bfloat16)
-    attend_with_tiles(a, head, first, end, &t, 1);
+  if (a->type == CACHE_FLOAT16)
+    attend_with_tiles(a, head, first, end, &t, CACHE_FLOAT16);
+  else if (a->type == CACHE_BFLOAT16)
+    attend_with_tiles(a, head, first, end, &t, CACHE_BFLOAT16);
   else
-    attend_with_tiles(a, head, first, end, &t, 0);
+    attend_with_tiles(a, head, first, end, &t, CACHE_INT8);
   free(memory);
 }
 

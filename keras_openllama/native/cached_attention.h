@@ -5,13 +5,17 @@
 
 #include <stdint.h>
 
+typedef enum { CACHE_FLOAT16, CACHE_BFLOAT16, CACHE_INT8 } CacheType;
+
 typedef struct {
   int64_t batch, length; /* Sequences, and new tokens of each. */
   int64_t heads, kv_heads, head_dim;
   int64_t columns;    /* Tokens that the cache has room for. */
-  int bfloat16;       /* Whether the cache is in bfloat16; otherwise in float16. */
+  CacheType type;     /* Of an element of the cache. */
   const float *qkv;   /* (batch, length, heads + 2 * kv_heads, head_dim) */
-  uint16_t *keys, *values; /* (batch, kv_heads, columns, head_dim) */
+  void *keys, *values; /* (batch, kv_heads, columns, head_dim) */
+  /* By which integers are to be multiplied: (batch, kv_heads, columns). */
+  float *key_scales, *value_scales;
   const int32_t *last_positions; /* (batch): of the last token of a sequence. */
   const float *cosines, *sines;  /* (positions, head_dim / 2) */
   float *context;                /* (batch, length, heads, head_dim) */

@@ -15,9 +15,10 @@
 
    CachedAttention
    inputs     qkv float32 (batch, length, heads of queries, keys and values), keys and
-              values float16 or bfloat16 (batch, kv_num_heads, columns, head_dim), which
-              are written to, last_positions int32 (batch), cosines and sines float32
-              (positions, head_dim / 2)
+              values float16, bfloat16 or int8 (batch, kv_num_heads, columns, head_dim),
+              which are written to, last_positions int32 (batch), cosines and sines
+              float32 (positions, head_dim / 2); if the cache is int8, its scales of
+              keys and of values float32 (batch, kv_num_heads, columns), written to too
    attributes num_heads, kv_num_heads
    output     float32 (batch, length, heads of queries) */
 
@@ -284,6 +285,31 @@ static Status attend_written(Object context, CachedAttention *a, int64_t most_ke
   return status;
 }
 
+/* The cache's scales and type. */
+static Status get_cache_type(Object context, const Tensor *keys, const Tensor *values,
+                             CachedAttention *a) {
+  Tensor scales[2];
+  size_t count;
+  if (values->type != keys->type)
+    return error(INVALID_ARGUMENT, "keys and values are of different types");
+  a->type = keys->type == BFLOAT16 ? CACHE_BFLOAT16 : CACHE_FLOAT16;
+  if (keys->type == BFLOAT16 || keys->type == FLOAT16) return NULL;
+  RETURN_IF(count_inputs(context, &count));
+  if (keys->type != INT8 || count != 8)
+    return error(INVALID_ARGUMENT,
+                 "the cache is neither float16 nor bfloat16, nor int8 with scales");
+  for (size_t i = 0; i < 2; i++) {
+    RETURN_IF(get_input(context, 6 + i, 3, &scales[i]));
+    for (size_t axis = 0; axis < 3; axis++)
+      if (scales[i].shape[axis] != keys->shape[axis])
+        return error(INVALID_ARGUMENT, "the cache and its scales have other sizes");
+  }
+  a->type = CACHE_INT8;
+  a->key_scales = scales[0].data;
+  a->value_scales = scales[1].data;
+  return NULL;
+}
+
 static Status compute_attention(void *kernel, void *context) {
   const AttentionKernel *k = kernel;
   Tensor qkv, keys, values, last, cosines, sines;
@@ -300,7 +326,6 @@ static Status compute_attention(void *kernel, void *context) {
       .kv_heads = k->kv_heads,
       .head_dim = keys.shape[3],
       .columns = keys.shape[2],
-      .bfloat16 = keys.type == BFLOAT16,
       .qkv = qkv.data,
       .keys = keys.data,
       .values = values.data,
@@ -312,8 +337,7 @@ static Status compute_attention(void *kernel, void *context) {
   for (size_t i = 0; i < 4; i++)
     if (keys.shape[i] != values.shape[i])
       return error(INVALID_ARGUMENT, "keys and values have other sizes");
-  if ((keys.type != BFLOAT16 && keys.type != FLOAT16) || values.type != keys.type)
-    return error(INVALID_ARGUMENT, "the cache is in neither float16 nor bfloat16");
+  RETURN_IF(get_cache_type(context, &keys, &values, &a));
   if (qkv.shape[2] != (a.heads + 2 * a.kv_heads) * a.head_dim || a.heads % a.kv_heads ||
       keys.shape[0] != a.batch || keys.shape[1] != a.kv_heads ||
       last.shape[0] != a.batch || cosines.shape[1] * 2 != a.head_dim ||
@@ -356,8 +380,8 @@ static int dense_type(const void *operator, size_t index) {
 }
 static int attention_type(const void *operator, size_t index) {
   (void)operator;
-  static const int types[] = {FLOAT32, ANY_TYPE, ANY_TYPE, INT32, FLOAT32, FLOAT32};
-  return types[index];
+  static const int types[] = {FLOAT32, ANY_TYPE, ANY_TYPE, INT32};
+  return index < 4 ? types[index] : FLOAT32;
 }
 static size_t quantized_inputs(const void *operator) {
   (void)operator;
@@ -369,7 +393,7 @@ static size_t dense_inputs(const void *operator) {
 }
 static size_t attention_inputs(const void *operator) {
   (void)operator;
-  return 6;
+  return 8;
 }
 static int get_output_type(const void *operator, size_t index) {
   (void)operator;
@@ -388,6 +412,10 @@ static int is_required(const void *operator, size_t index) {
 static int is_further_matrix(const void *operator, size_t index) {
   (void)operator;
   return index > 1; /* Those are optional. */
+}
+static int is_scale(const void *operator, size_t index) {
+  (void)operator;
+  return index >= 6; /* Those are optional. */
 }
 static int get_memory_type(const void *operator, size_t index) {
   (void)operator;
@@ -415,7 +443,7 @@ static int get_memory_type(const void *operator, size_t index) {
 static const Operator operators[] = {
     OPERATOR(quantized, is_required),
     OPERATOR(dense, is_further_matrix),
-    OPERATOR(attention, is_required),
+    OPERATOR(attention, is_scale),
 };
 
 /* ONNX Runtime calls this when a session registers the library. */

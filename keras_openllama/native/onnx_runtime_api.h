@@ -27,6 +27,7 @@ enum {
   ANY_TYPE = 0,
   FLOAT32 = 1,
   UINT8 = 2,
+  INT8 = 3,
   INT32 = 6,
   FLOAT16 = 10,
   BFLOAT16 = 16,

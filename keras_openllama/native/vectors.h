@@ -65,6 +65,11 @@ INLINE Words dot_bytes(Words sum, Words w, Words x) {
 INLINE void store(float *to, Floats x, int64_t count) {
   _mm512_mask_storeu_ps(to, count < LANES ? (1u << count) - 1 : 0xffff, x);
 }
+INLINE Floats load_int8(const int8_t *x, int64_t count) { /* Zeros after `count`. */
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+      _mm_maskz_loadu_epi8(count < LANES ? (1u << count) - 1 : 0xffff, x)));
+}
+INLINE Floats absolute(Floats x) { return _mm512_abs_ps(x); }
 INLINE void store_float16(uint16_t *to, Floats x, int64_t count) {
   _mm256_mask_storeu_epi16(to, count < LANES ? (1u << count) - 1 : 0xffff,
                            _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -206,6 +211,12 @@ INLINE void store(float *to, Floats x, int64_t count) {
   _mm256_storeu_ps(values, x);
   memcpy(to, values, (count < LANES ? count : LANES) * sizeof(float));
 }
+INLINE Floats load_int8(const int8_t *x, int64_t count) {
+  int64_t bytes = 0;
+  memcpy(&bytes, x, count < LANES ? count : LANES);
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)));
+}
+INLINE Floats absolute(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 INLINE void store_float16(uint16_t *to, Floats x, int64_t count) {
   __m128i halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
   memcpy(to, &halves, (count < LANES ? count : LANES) * sizeof *to);

@@ -20,6 +20,7 @@ from onnx import TensorProto
 from keras_openllama.generation.kv_cache import MAX_VERIFIED, MIN_CACHE_LENGTH
 from keras_openllama.generation.onnx_runtime.file import GRAPH_FILE
 from keras_openllama.generation.onnx_runtime.graph import (
+    CACHES,
     cache_dtype,
     decoder_graph,
     padded_half_head,
@@ -93,7 +94,7 @@ class OnnxDecoder:
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self.model = model
+        self.model, self._tables = model, {}
         library = native_library()
         self.has_compiled_attention = library is not None
         head_dim = model.backbone.head_dim
@@ -121,6 +122,17 @@ class OnnxDecoder:
             self._weights = {k: ort_value(x) for k, x in self._arrays.items()}
             self.session = open_session(directory / GRAPH_FILE, library, self._weights)
         release_freed_memory()
+
+    def rotary_tables(self, positions: int) -> dict[str, np.ndarray]:
+        """Returns the inputs `cos` and `sin` of the graph, for at least some positions.
+
+        Args:
+            positions: number of positions.
+        """
+        if positions > len(self._tables.get("cos", ())):
+            positions = max(2 * positions, MIN_CACHE_LENGTH)
+            self._tables = rotary_tables(self.model, positions, self.half_head)
+        return self._tables
 
 
 def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
@@ -165,19 +177,19 @@ class OnnxCache:
         backbone = decoder.model.backbone
         half = decoder.half_head
         shape = (batch, backbone.num_key_value_heads, columns, 2 * half)
-        names = [
-            f"{index}.{kind}"
-            for index in range(backbone.num_layers)
-            for kind in ("key", "value")
-        ]
-        size = math.prod(shape) * np.dtype(decoder.cache_dtype).itemsize
-        parts = allocate_block([size] * len(names))
+        arrays = {}
+        for index, kind in itertools.product(range(backbone.num_layers), CACHES):
+            arrays[f"{index}.{kind}"] = shape, decoder.cache_dtype
+            if decoder.cache_dtype == "int8":
+                arrays[f"{index}.{kind}_scales"] = shape[:-1], "float32"
+        parts = allocate_block(
+            [math.prod(x) * np.dtype(dtype).itemsize for x, dtype in arrays.values()]
+        )
         self._arrays = {
-            name: part.view(decoder.cache_dtype).reshape(shape)
-            for name, part in zip(names, parts, strict=True)
+            name: part.view(dtype).reshape(shape)
+            for part, (name, (shape, dtype)) in zip(parts, arrays.items(), strict=True)
         }
-        positions = max(columns, MIN_CACHE_LENGTH)
-        self._tables = rotary_tables(decoder.model, positions, half)
+        self._tables = decoder.rotary_tables(columns)
         self._bindings = {}  # By first row, the one after the last, number of logits.
         self.lengths = np.zeros(batch, "int64")
 

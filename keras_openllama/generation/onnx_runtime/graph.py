@@ -16,7 +16,9 @@ Inputs and outputs have the names of ONNX Runtime GenAI:
     past_key_values.{layer}.key      float32 (batch, heads, columns, head size)
     past_key_values.{layer}.value    the same; `present.{layer}.…` may be its memory.
                                      With the compiled attention there are no such
-                                     outputs, and it is in float16 or bfloat16
+                                     outputs, and it is in float16, bfloat16 or int8,
+                                     which has `past_key_values.{layer}.{…}_scales`,
+                                     float32 (batch, heads, columns)
     cos, sin                         float32 (positions, half a head), if not constant
     first_logit                      int64 (1,): minus the number of last tokens with
                                      logits; only beside `cos`, otherwise it is 1
@@ -53,6 +55,7 @@ from keras_openllama.generation.onnx_runtime.tiles import TiledMatrix
 if TYPE_CHECKING:
     from keras_openllama.backend.keras_hub import CausalLM
 
+CACHES = ("key", "value")
 # `accuracy_level` of `MatMulNBits`: 4 rounds activations to 8 bits in each group, as
 # llama.cpp does; 1 does not, and is 15 to 40 times slower for single rows.
 ACTIVATION_ACCURACY = 4
@@ -100,6 +103,8 @@ def cache_dtype(model: CausalLM) -> str:
         >>> cache_dtype(lm)
         'float16'
     """
+    if model.kv_cache_dtype is not None:
+        return model.kv_cache_dtype
     # What float16 rounds is little beside the rounding of activations to 8 bits.
     in_bfloat16 = model.backbone.compute_dtype == "bfloat16"
     return "bfloat16" if in_bfloat16 else "float16"
@@ -256,13 +261,16 @@ class _DecoderGraph:
 
     def _attend_compiled(self, name, index, qkv):
         heads, kv_heads = self.heads
-        caches = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
-        shape = ["batch", kv_heads, "columns", 2 * self.half]
+        dtype, shape = cache_dtype(self.model), ["batch", kv_heads, "columns"]
+        caches = [f"past_key_values.{index}.{kind}" for kind in CACHES]
         for cache in caches:
-            self.graph.input(cache, cache_dtype(self.model), shape)
+            self.graph.input(cache, dtype, [*shape, 2 * self.half])
+        scales = [f"{cache}_scales" for cache in caches] if dtype == "int8" else []
+        for scale in scales:
+            self.graph.input(scale, "float32", shape)
         return self.graph.add(
             "CachedAttention",
-            [qkv, *caches, "last_positions", "cos", "sin"],
+            [qkv, *caches, "last_positions", "cos", "sin", *scales],
             f"{name}.context",
             PACKAGE_DOMAIN,
             num_heads=heads,
@@ -273,7 +281,7 @@ class _DecoderGraph:
         heads, kv_heads = self.heads
         head_dim = self.model.backbone.head_dim
         past, present = [], []
-        for kind in ("key", "value"):
+        for kind in CACHES:
             for names, prefix in ((past, "past_key_values"), (present, "present")):
                 names.append(f"{prefix}.{index}.{kind}")
             shape = ["batch", kv_heads, "columns", 2 * self.half]

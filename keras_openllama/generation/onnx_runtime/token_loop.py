@@ -130,7 +130,8 @@ class OnnxTokenLoop(TokenLoop):
             chosen = np.where(done, PAD_TOKEN_ID, chosen)
             step += 1
             tokens[:, start + step] = chosen
-            done = done | np.isin(chosen, stop_ids) | (step >= prompt_layout.limits)
+            stopped = (chosen[:, None] == stop_ids).any(axis=1)  # Faster than `isin`.
+            done = done | stopped | (step >= prompt_layout.limits)
         return state._replace(step=step, done=done, sampling=sampled)
 
     def _padded_stop_ids(self, stop_token_ids: Sequence[int]) -> np.ndarray:
@@ -204,7 +205,7 @@ def _reasons(model):
     reasons = []
     if model.backbone.rotary_embedding.is_dynamic:
         reasons.append("dynamic RoPE scaling")
-    if model.kv_cache_dtype is not None:
+    if model.kv_cache_dtype is not None and not native_library():
         reasons.append(f"kv_cache_dtype={model.kv_cache_dtype!r}")
     if model.backbone.token_embedding.lora_enabled:
         reasons.append("an embedding with adapters")

@@ -14,7 +14,11 @@ from keras_openllama.generation.onnx_runtime.file import (
 from keras_openllama.native.library import compile_library, native_library
 
 pytestmark = [pytest.mark.backend_free, native_products.needs_them]
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+# How far a stored element may be away: a rounded number may be the neighbour of the
+# expected one, since its angle is rounded. Then, the context; with bfloat16,
+# instructions round queries, and weights if there are many queries.
+TOLERANCES = {"float16": (2e-3, 2e-4), "bfloat16": (2e-2, 6e-3), "int8": (1, 2e-2)}
 
 
 def random(*shape, seed=0):
@@ -26,12 +30,16 @@ def session_of(heads, kv_heads, dtype, directory, library):
     graph.input("qkv", "float32", ["batch", "length", "all"])
     for cache in ("keys", "values"):
         graph.input(cache, dtype, ["batch", kv_heads, "columns", "size"])
+    inputs = ["qkv", "keys", "values", "last", "cos", "sin"]
+    if dtype == "int8":
+        inputs += ["key_scales", "value_scales"]
+        for scales in inputs[-2:]:
+            graph.input(scales, "float32", ["batch", kv_heads, "columns"])
     graph.input("last", "int32", ["batch"])
     for table in ("cos", "sin"):
         graph.input(table, "float32", ["positions", "half"])
     graph.add(
-        *("CachedAttention", ["qkv", "keys", "values", "last", "cos", "sin"]),
-        *("context", PACKAGE_DOMAIN),
+        *("CachedAttention", inputs, "context", PACKAGE_DOMAIN),
         num_heads=heads,
         kv_num_heads=kv_heads,
     )
@@ -45,13 +53,13 @@ def tables(positions, head_dim):
     return np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
 
 
-def attend(session, qkv, keys, values, last):
-    """Runs the operator, which writes to the cache."""
+def attend(session, qkv, keys, values, last, **scales):
+    """Runs the operator, which writes to the cache and its scales."""
     binding = session.io_binding()
     cos, sin = tables(keys.shape[2], keys.shape[3])
     inputs = {"qkv": qkv, "keys": keys, "values": values, "cos": cos, "sin": sin}
     inputs["last"] = np.array(last, "int32")
-    for name, array in inputs.items():
+    for name, array in (inputs | scales).items():
         binding.bind_ortvalue_input(name, ort_value(array))
     binding.bind_output("context")
     session.run_with_iobinding(binding)
@@ -66,34 +74,55 @@ def rotated(x, positions, head_dim):
     )
 
 
-def expected(qkv, keys, values, last, heads):
-    """The cache and the context, in float64 but for what is stored in the cache."""
-    keys, values, dtype = keys.copy(), values.copy(), keys.dtype
+def stored(x, dtype):
+    """What the cache has for vectors, and the scales of integers."""
+    if dtype != np.int8:
+        return x.astype(dtype), np.ones(x.shape[:-1], "float32")
+    scales = np.abs(x).max(axis=-1) / 127
+    return np.round(x / scales[..., None]).astype(dtype), scales.astype("float32")
+
+
+def write(qkv, cache, last, heads):
+    """Writes the new keys and values, as the operator should.
+
+    Args:
+        cache: keys, values, and the scales of both.
+    """
+    kv_heads, _, head_dim = cache[0].shape[1:]
+    new = qkv.reshape(*qkv.shape[:2], -1, head_dim).swapaxes(1, 2)[:, heads:]
+    for row, end in enumerate(last):
+        at = np.arange(end - qkv.shape[1] + 1, end + 1)
+        keys = rotated(new[row, :kv_heads], at, head_dim)
+        for i, x in enumerate((keys, new[row, kv_heads:])):
+            cache[i][row, :, at], cache[2 + i][row, :, at] = (
+                part.swapaxes(0, 1) for part in stored(x, cache[0].dtype)
+            )
+
+
+def expected_context(qkv, cache, last, heads):
+    """Attention to a cache in float64; queries are rounded to bfloat16 if it is."""
     batch, length, _ = qkv.shape
-    kv_heads, _, head_dim = keys.shape[1:]
-    split = np.split(
-        qkv.reshape(batch, length, -1, head_dim), [heads, heads + kv_heads], axis=2
-    )
+    kv_heads, _, head_dim = cache[0].shape[1:]
+    queries = qkv.reshape(batch, length, -1, head_dim)[:, :, :heads]
     context = np.zeros((batch, length, heads, head_dim))
     for row, end in enumerate(last):
         at = np.arange(end - length + 1, end + 1)
         for head in range(heads):
             own = head * kv_heads // heads
-            query, key = (
-                rotated(x[row, :, i], at, head_dim)
-                for x, i in ((split[0], head), (split[1], own))
+            keys, values = (
+                x[row, own, : end + 1].astype("float64")
+                * scales[row, own, : end + 1, None]
+                for x, scales in zip(cache[:2], cache[2:], strict=True)
             )
-            keys[row, own, at] = key.astype(dtype)
-            values[row, own, at] = split[2][row, :, own].astype(dtype)
-            if dtype == ml_dtypes.bfloat16:  # As instructions for it do.
-                query = query.astype(dtype)
-            cached = keys[row, own, : end + 1].astype("float64")
-            scores = query.astype("float64") @ cached.T / head_dim**0.5
+            query = rotated(queries[row, :, head], at, head_dim)
+            if cache[0].dtype == ml_dtypes.bfloat16:
+                query = query.astype(ml_dtypes.bfloat16).astype("float64")
+            scores = query @ keys.T / head_dim**0.5
             scores[np.arange(end + 1) > at[:, None]] = -np.inf
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            summed = weights @ values[row, own, : end + 1].astype(float)
-            context[row, :, head] = summed / weights.sum(axis=-1, keepdims=True)
-    return keys, values, context.reshape(batch, length, -1)
+            weights /= weights.sum(axis=-1, keepdims=True)
+            context[row, :, head] = weights @ values
+    return context.reshape(batch, length, -1)
 
 
 @pytest.mark.parametrize("options", native_products.OPTIONS, ids=["native", "avx2"])
@@ -108,28 +137,32 @@ def test_cached_attention_attends_to_the_tokens_up_to_its_own(
     batch, columns = 2, 450
     session = session_of(heads, kv_heads, dtype, tmp_path, compile_library(options))
     qkv = random(batch, length, (heads + 2 * kv_heads) * head_dim)
-    # What is beyond the tokens of a sequence is never read.
-    keys, values = (
-        random(batch, kv_heads, columns, head_dim, seed=seed).astype(DTYPES[dtype])
+    pairs = [
+        stored(random(batch, kv_heads, columns, head_dim, seed=seed), DTYPES[dtype])
         for seed in (1, 2)
-    )
+    ]
+    cache = [*(x for x, _ in pairs), *(scales for _, scales in pairs)]
     last = [length - 1 + 7, columns - 10]
-    for cache in (keys, values):
+    for row, end in enumerate(last):  # What is beyond is never read.
+        for x in cache:
+            x[row, :, end + 1 :] = np.nan if x.dtype != np.int8 else 127
+    wanted = [x.copy() for x in cache]
+    write(qkv, wanted, last, heads)
+    keys, values, *scales = cache
+    names = ("key_scales", "value_scales") if dtype == "int8" else ()
+    found = attend(
+        *(session, qkv, keys, values, last), **dict(zip(names, scales, strict=False))
+    )
+    of_cache, of_context = TOLERANCES[dtype]
+    for x, other in zip(cache, wanted, strict=True):
         for row, end in enumerate(last):
-            cache[row, :, end + 1 :] = np.nan
-    wanted = expected(qkv, keys, values, last, heads)
-    found = attend(session, qkv, keys, values, last)
-    for cache, other in zip((keys, values), wanted[:2], strict=True):
-        for row, end in enumerate(last):
-            np.testing.assert_allclose(
-                cache[row, :, : end + 1].astype("float32"),
-                other[row, :, : end + 1].astype("float32"),
-                # A rounded number may be the neighbour, since its angle is rounded.
-                rtol=1e-3 if dtype == "float16" else 8e-3,
-                atol=1e-6,
+            difference = x[row, :, : end + 1] - other[row, :, : end + 1].astype(
+                "float32"
             )
-    # With bfloat16, instructions round queries, and weights if there are many queries.
-    assert np.abs(found - wanted[2]).max() < (2e-4 if dtype == "float16" else 6e-3)
+            assert np.abs(difference).max() <= of_cache
+            assert np.mean(difference != 0) < 1e-2 or x.dtype == np.float32
+    context = expected_context(qkv, wanted, last, heads)
+    assert np.abs(found - context).max() < of_context
 
 
 @pytest.mark.parametrize("length", [1, 40])

@@ -15,6 +15,7 @@ from keras_openllama.generation import generate
 from keras_openllama.generation.onnx_runtime import decoder as decoder_module
 from keras_openllama.generation.onnx_runtime import file as onnx_file
 from keras_openllama.generation.onnx_runtime import graph as onnx_graph
+from keras_openllama.generation.onnx_runtime import token_loop
 from keras_openllama.generation.onnx_runtime.decoder import OnnxCache, OnnxDecoder
 from keras_openllama.generation.onnx_runtime.token_loop import (
     OnnxTokenLoop,
@@ -292,11 +293,23 @@ def test_generate_without_onnx_runtime_warns(options, config, reason):
 
 
 @pytest.mark.slow_on_tensorflow
-def test_generate_with_int8_cache_without_onnx_runtime_warns():
+def test_generate_with_int8_cache_without_compiled_attention_warns(monkeypatch):
+    monkeypatch.setattr(token_loop, "native_library", lambda: None)
     lm = quantized(tiny_models.SHAPES[0])
     lm.compile(kv_cache_dtype="int8")
     with pytest.warns(UserWarning, match="kv_cache_dtype='int8'"):
         assert not isinstance(lm.make_generate_function(), OnnxTokenLoop)
+
+
+@native_products.needs_them
+@first_on_tensorflow("shape", tiny_models.SHAPES, ids=str)
+def test_onnx_decoder_with_int8_cache_is_close_to_keras(shape):
+    lm = quantized(shape, "int8")
+    lm.compile(kv_cache_dtype="int8")
+    assert isinstance(lm.make_generate_function(), OnnxTokenLoop)
+    found, expected = decoded_and_expected(lm, shape)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.03
 
 
 def test_uses_onnx_runtime_for_quantized_models_only():
