@@ -3,6 +3,7 @@
     python examples/fetch_corpus.py
     python benchmarks/quantization.py
     python benchmarks/quantization.py --cache
+    python benchmarks/quantization.py --generation
 
 Rounds the matrices of a model by each scheme, and computes in float32 with the rounded
 weights. Prints for each scheme
@@ -20,6 +21,9 @@ in the held-out texts: 128 sequences of 256 tokens, evenly spaced.
 
 `--cache` measures a KV cache of 8 bits instead, beside one in float32: the bytes of
 each, and the same figures. The tokens are fed through the cache, as in generation.
+
+`--generation` measures what `generate` computes on this CPU, with the products and the
+attention that it uses: these round activations to 8 bits, and the cache to 16 or 8.
 """
 
 import argparse
@@ -48,6 +52,7 @@ from keras_openllama.generation.kv_cache import (
     init_cache,
     padded_cache_length,
 )
+from keras_openllama.generation.onnx_runtime.decoder import OnnxCache
 from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.quantizable import QuantizableLayer
 from keras_openllama.quantization import quantize_matrix
@@ -122,6 +127,9 @@ def main():
     if options.cache:
         measure_caches(lm, windows, options.preset)
         return
+    if options.generation:
+        measure_generation(lm, windows, options.preset)
+        return
     layers = [la for la in flatten_layers(lm) if isinstance(la, QuantizableLayer)]
     original = [ops.convert_to_numpy(variable(la).value).copy() for la in layers]
     reference = list(log_probabilities(lm.score, windows))
@@ -168,6 +176,9 @@ def parse_options():
         "--windows", type=int, default=192, help="windows of tokens (%(default)s)"
     )
     parser.add_argument("--cache", action="store_true", help="measure the KV cache")
+    parser.add_argument(
+        "--generation", action="store_true", help="measure what `generate` computes"
+    )
     return parser.parse_args()
 
 
@@ -253,6 +264,44 @@ def score_through_cache(lm, program, dtype, windows):
         )
         logits.append(chunk)
     return ops.concatenate(logits, axis=1)
+
+
+def measure_generation(lm, windows, preset):
+    """Prints the table of `--generation`."""
+    reference = list(log_probabilities(lm.score, windows))
+    float_loss, _ = compare(reference, reference, windows)
+    print(
+        f"{windows.size} tokens in windows of {WINDOW}, {preset}, float32 "
+        f"{np.exp(float_loss):.3f}"
+    )
+    print("| weights | cache | perplexity | ratio - 1 | KL divergence, nats |")
+    print("|---|---|---|---|---|")
+    for weights in ("bfloat16", "int8", "int4"):
+        for kv_cache_dtype in (None, "int8"):
+            is_float = weights == "bfloat16"
+            model = OpenLlamaCausalLM.from_preset(
+                preset, dtype="bfloat16" if is_float else "float32"
+            )
+            if not is_float:
+                model.quantize(weights)
+            model.compile(kv_cache_dtype=kv_cache_dtype)
+            decoder = model.make_generate_function().decoder()
+            score = functools.partial(score_in_generation, decoder)
+            found = log_probabilities(score, windows)
+            loss, divergence = compare(found, reference, windows)
+            print(
+                f"| {weights} | {decoder.cache_dtype} | {np.exp(loss):.3f} "
+                f"| {100 * (np.exp(loss - float_loss) - 1):+.3f} % "
+                f"| {divergence:.5f} |",
+                flush=True,
+            )
+
+
+def score_in_generation(decoder, windows):
+    """Logits as of `lm.score`, by the decoder of `generate`."""
+    cache = OnnxCache(decoder, 1, windows.shape[1])
+    number = windows.shape[1]
+    return np.stack([cache.feed(0, row, 0, num_logits=number) for row in windows])
 
 
 def calibration_texts(directory):
