@@ -16,9 +16,9 @@ A part that runs no test counts as failed, unless pytest arguments select tests:
 there is one part for each backend.
 
 On JAX, compilation takes most of the time. All parts share one directory of compiled
-programs. Without `--slow`, JAX's programs are compiled fast (`FAST_COMPILATION`),
-except in the part `OPTIMIZED`, which compares numbers with tight tolerances and costs
-of programs.
+programs. Without `--slow`, programs are compiled fast (`FAST_COMPILATION`,
+`FAST_TENSORFLOW`), except in JAX's part `OPTIMIZED`, which compares numbers with tight
+tolerances and costs of programs.
 """
 
 import argparse
@@ -52,6 +52,11 @@ FAST_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 # of different programs bit by bit, which differ then.
 SIMPLE_FUSIONS = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 BIT_EXACT = "jax: cli, runs"
+# The same for TensorFlow, which compiles generation and training with XLA, too.
+FAST_TENSORFLOW = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+}
 # The longest parts start first, in this order, so that both cores are busy.
 FIRST = (
     "jax: training",
@@ -164,6 +169,8 @@ def run(part, slow, cache):
         "TF_NUM_INTRAOP_THREADS": "1",
         "TF_NUM_INTEROP_THREADS": "1",
     }
+    if part.backend == "tensorflow" and not part.optimized:
+        environment |= FAST_TENSORFLOW
     if part.backend == "jax" and not part.optimized:
         environment |= FAST_COMPILATION
         if part.name != BIT_EXACT:

@@ -164,6 +164,7 @@ def test_nano_compresses_unseen_english_better_than_xz(lm):
     assert row["bits_per_byte"] < 2.2
 
 
+@pytest.mark.slow_on_tensorflow
 def test_nano_generates_common_words(lm):
     text = lm.generate(
         "It was a fine morning, and the old man",

@@ -1,6 +1,7 @@
 """`make test` runs each test file once on each backend."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -30,6 +31,12 @@ def files_of(part):
 def test_parts_of_have_each_test_file_once(backend):
     found = [f for part in run_backends.parts_of(backend) for f in files_of(part)]
     assert sorted(found) == sorted(FILES)
+
+
+def test_modules_assign_their_marks_once():
+    for file in FILES:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert len(re.findall("^pytestmark = ", text, re.MULTILINE)) <= 1, file
 
 
 def test_bit_exact_is_a_part():
@@ -62,6 +69,8 @@ def test_slow_optimizes_every_program():
         ("jax: x", False, run_backends.FAST_COMPILATION | run_backends.SIMPLE_FUSIONS),
         (run_backends.BIT_EXACT, False, run_backends.FAST_COMPILATION),
         ("jax: x", True, {}),
+        ("tensorflow", False, run_backends.FAST_TENSORFLOW),
+        ("tensorflow", True, {}),
     ],
 )
 def test_run_compiles_fast_unless_the_part_is_optimized(
@@ -72,7 +81,7 @@ def test_run_compiles_fast_unless_the_part_is_optimized(
         monkeypatch.delenv(variable, raising=False)
     command = [sys.executable, "-c", "import os; print(dict(os.environ))"]
     monkeypatch.setattr(run_backends, "pytest_command", lambda *_: command)
-    part = run_backends.Part("jax", name, (), optimized)
+    part = run_backends.Part(name.split(":")[0], name, (), optimized)
     output = run_backends.run(part, slow=False, cache=tmp_path).output.decode()
     found = ast.literal_eval(output)
     assert {name: found[name] for name in names if name in found} == expected

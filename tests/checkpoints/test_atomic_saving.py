@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from small_disk import small_disk
-from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -65,7 +64,8 @@ for save in saves:
 """
 
 
-@first_on_tensorflow(
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.parametrize(
     ("kilobytes", "limit", "kind"),
     [
         pytest.param(4, -1, "float", id="full disk"),

@@ -128,6 +128,7 @@ def assert_values(model, file):
 # ----- Loading
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("name, step", [("one", 200), ("eight", 7)])
 def test_from_preset_of_a_run_loads_its_newest_checkpoint(runs, name, step):
     lm = OpenLlamaCausalLM.from_preset(str(runs / name))

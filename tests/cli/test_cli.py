@@ -242,6 +242,7 @@ def test_generate_stops_at_the_end_of_the_context(capsys):
 # generate
 
 
+@pytest.mark.slow_on_tensorflow
 def test_generate_prints_prompt_and_text_of_the_embedded_model(capsys):
     from keras_openllama import OpenLlamaCausalLM
 

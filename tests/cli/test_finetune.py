@@ -113,6 +113,7 @@ def test_finetune_trains_and_exports_adapters_and_a_merged_model(
     assert len(metrics_log.read_metrics(output)) == len(losses)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_finetune_trains_all_weights_on_packed_examples(arguments, data, tmp_path):
     more = ("--epochs", 3, "--pack", "--learning-rate", 1e-3, "--export", "model")
     assert finetune().main(arguments(data, tmp_path, *more)) == 0

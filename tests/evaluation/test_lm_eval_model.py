@@ -179,6 +179,7 @@ def load(tmp_path):
     return load
 
 
+@pytest.mark.slow_on_tensorflow
 def test_evaluate_tasks_matches_hf(adapter, hf, load):
     found = tasks.evaluate_tasks(adapter, load(*NAMES))
     expected = tasks.evaluate_tasks(hf, load(*NAMES))

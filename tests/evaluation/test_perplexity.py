@@ -206,6 +206,7 @@ def test_mean_bits_per_byte_of_rows_without_a_total():
     assert mean_bits_per_byte(rows) == 1.5
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.filterwarnings("ignore:This tokenizer merges runs of spaces")
 def test_bits_per_byte_use_the_bytes_of_the_original_text(lm):
     merging = random_lm(SHAPE, trained_model(keep_spaces=False))

@@ -3,6 +3,7 @@
 import keras_hub
 import pytest
 import torch
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, in_transformers
 from tokenizer_models import trained_model
 
@@ -43,7 +44,7 @@ def test_generate_gives_the_tokens_of_transformers_without_undefined_ones(models
         assert prompt + "".join(pieces) == tokenizer.detokenize(expected)
 
 
-@pytest.mark.parametrize(
+@first_on_tensorflow(
     "sampler",
     [
         keras_hub.samplers.RandomSampler(seed=1),

@@ -152,7 +152,8 @@ def test_lora_on_an_int8_base_learns(first):
 # ----- Merging
 
 
-@first_on_tensorflow("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unmerge_lora_restores_the_model_exactly(dtype):
     lm = make_lm(dtype=dtype)
     before, logits = values_of(lm), logits_of(lm)
@@ -388,6 +389,7 @@ def test_enable_lora_twice_is_rejected():
         np.testing.assert_array_equal(value, before[path])
 
 
+@pytest.mark.slow_on_tensorflow
 def test_errors_after_a_reversible_merge_name_steps_that_work():
     lm = make_lm()
     logits = logits_of(lm)
@@ -425,6 +427,7 @@ def changed(directory, **settings):
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -453,6 +456,7 @@ def test_load_adapters_rejects_unsupported_settings(settings, message, tmp_path)
     assert len(lm.trainable_variables) == len(lm.weights)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_load_adapters_ignores_settings_without_effect(tmp_path):
     lm = make_lm()
     lm.save_adapters(tmp_path / "adapters")

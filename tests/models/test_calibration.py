@@ -50,6 +50,7 @@ def test_quantize_by_gptq_has_a_smaller_error_than_rounding():
     assert errors["gptq"] < 0.7 * errors["int4"]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_quantize_by_gptq_gives_an_int4_model_that_saves_and_loads(tmp_path):
     lm = random_lm(SHAPE["multi_head"])
     ids = token_ids(4, seed=0)

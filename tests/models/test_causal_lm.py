@@ -51,6 +51,7 @@ def train(lm, *args, **kwargs):
     return lm.fit(*args, epochs=4, batch_size=4, verbose=0, **kwargs).history["loss"]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_learns_from_strings():
     losses = train(make_lm(), TEXTS)
     assert losses[0] == pytest.approx(np.log(512), rel=0.2)
@@ -112,6 +113,7 @@ def test_predict_returns_logits_of_strings():
 # ----- Adapters and quantization
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_with_lora_trains_only_adapters_and_changes_generation():
     lm = make_lm(initializer_std=0.2)
     before = lm.generate("The", max_new_tokens=10)
@@ -176,6 +178,7 @@ def test_save_to_preset_names_the_task_of_keras_hub(tmp_path, of):
     assert metadata["tasks"] == ["CausalLM"]
 
 
+@pytest.mark.slow_on_tensorflow
 def test_save_to_preset_saves_the_head_of_each_task(tmp_path):
     first = make_lm()
     second = OpenLlamaCausalLM(first.backbone, first.preprocessor)
@@ -187,7 +190,8 @@ def test_save_to_preset_saves_the_head_of_each_task(tmp_path):
     assert backbone.count_params() == first.count_params() - 512 * 48
 
 
-@first_on_tensorflow("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 def test_keras_hub_from_preset_returns_our_class(tmp_path, dtype):
     import keras_hub
 

@@ -50,6 +50,7 @@ def test_load_model_converts_int4_of_version_0_2_to_int8():
     assert lm.lm_head.quantized_matrix().group_size == 32
 
 
+@pytest.mark.slow_on_tensorflow
 def test_models_of_version_0_2_are_saved_in_the_new_format(tmp_path):
     for mode in ("int8", "int4"):
         lm, _ = load(mode)
@@ -60,6 +61,7 @@ def test_models_of_version_0_2_are_saved_in_the_new_format(tmp_path):
         assert is_quantized(copy.backbone.token_embedding)
 
 
+@pytest.mark.slow_on_tensorflow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_load_weights_of_version_0_2_into_a_quantized_model(mode, tmp_path):
     with zipfile.ZipFile(DIRECTORY / f"{mode}.keras") as archive:

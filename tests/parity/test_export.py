@@ -44,7 +44,8 @@ def test_logits_of_an_export_match(shape, tmp_path):
     assert_close(lm.score(ids), expected)
 
 
-@first_on_tensorflow("shape", GREEDY, ids=str)
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.parametrize("shape", GREEDY, ids=str)
 def test_generate_matches_200_greedy_tokens_of_an_export(shape, tmp_path):
     lm = random_lm(shape)
     lm.export_to_transformers(tmp_path / "out")

@@ -14,9 +14,8 @@ from keras_openllama.training.chunked_loss import (
     chunked_cross_entropy_of_head,
 )
 
-pytestmark = pytest.mark.backend_free  # It is JAX on every backend.
-
-pytestmark = pytest.mark.usefixtures("compile_fast")
+# It is JAX on every backend.
+pytestmark = [pytest.mark.backend_free, pytest.mark.usefixtures("compile_fast")]
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 12, 16, 50
 

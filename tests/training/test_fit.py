@@ -66,6 +66,7 @@ def test_evaluate_counts_only_responses(length):
     assert found["bits_per_byte"] == pytest.approx(total / np.log(2) / size, rel=1e-5)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_pack_does_not_change_the_loss():
     lm = make_lm(length=40)
     plain = lm.evaluate(AS_DICT, verbose=0, return_dict=True)
@@ -76,6 +77,7 @@ def test_pack_does_not_change_the_loss():
         assert packed[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow_on_tensorflow
 def test_pack_does_not_change_the_gradients():
     def trained(pack):
         lm = make_lm(length=40)

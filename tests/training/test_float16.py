@@ -19,6 +19,7 @@ def overflowing_lm():
     return lm
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_with_the_default_optimizer_scales_the_loss():
     lm = make_lm(dtype="mixed_float16")
     lm.compile()
@@ -41,6 +42,7 @@ def test_fit_in_float16_has_the_losses_of_float32():
     np.testing.assert_allclose(*losses, rtol=5e-3)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_fit_with_a_constant_loss_scale_has_the_losses_without():
     losses = []
     for scale in (None, 64.0):

@@ -238,6 +238,7 @@ class OnlyEven:
         self.accepted.append(token_id)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_constraint_restricts_the_tokens_of_its_request_alone(lm):
     prompt, other = prompts_of(lm, (5, 8))
     constraint = OnlyEven(lm.backbone.vocabulary_size)
@@ -340,6 +341,7 @@ def test_engine_returns_log_probabilities(lm):
     assert tokens(events) == alone(lm, prompt, 3)
 
 
+@pytest.mark.slow_on_tensorflow
 def test_engine_scores_a_prompt_as_the_tokens_that_it_generates(lm):
     (prompt,) = prompts_of(lm, [5])
     with Engine(lm, num_slots=2, context=400) as engine:
