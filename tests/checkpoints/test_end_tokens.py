@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
-from tensorflow_marks import first_on_tensorflow
 from tiny_models import TinyShape, random_lm
 from tokenizer_models import trained_model
 
@@ -78,14 +77,15 @@ def new_tokens(lm, **options):
     return outputs["token_ids"][0][outputs["padding_mask"][0]].tolist()
 
 
-@first_on_tensorflow(
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.parametrize(
     ("config", "generation"),
     [
         ("one", None),
         ("list", None),
         ("own", "one"),
         ("own", "list"),
-        pytest.param("list", "one", marks=pytest.mark.slow_on_tensorflow),
+        ("list", "one"),
     ],
 )
 def test_generate_stops_where_transformers_does(

@@ -111,9 +111,8 @@ class _Interruption(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "mode", [None, pytest.param("int8", marks=pytest.mark.slow_on_tensorflow)]
-)
+@pytest.mark.slow_on_tensorflow
+@pytest.mark.parametrize("mode", [None, "int8"])
 def test_backup_and_restore_resumes_training_of_adapters(mode, tmp_path):
     ids = batch(SHAPE, 4, 9)
     x = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, 1:])}

@@ -226,7 +226,9 @@ def test_another_seed_changes_initial_weights_and_data_order(
 # ----- Stopping and resuming
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_the_run_after_the_step_and_it_resumes_bit_exactly(
     run, uninterrupted, tmp_path, monkeypatch, number
 ):
@@ -324,8 +326,17 @@ def test_train_raises_if_the_log_cannot_be_written(run, uninterrupted, interrupt
     assert results_of(interrupted) == results_of(uninterrupted)
 
 
-@pytest.mark.parametrize("fails", ["samples", "validation"])
-@pytest.mark.parametrize("step", [6, 12], ids=["in between", "at the end"])
+@pytest.mark.parametrize(
+    ("fails", "step"),
+    [
+        pytest.param("samples", 6, id="samples in between"),
+        pytest.param("validation", 12, id="validation at the end"),
+        pytest.param("samples", 12, marks=pytest.mark.slow, id="samples at the end"),
+        pytest.param(
+            "validation", 6, marks=pytest.mark.slow, id="validation in between"
+        ),
+    ],
+)
 def test_a_step_is_saved_before_samples_and_validation_that_fail(
     run, uninterrupted, tmp_path, monkeypatch, fails, step
 ):

@@ -101,7 +101,7 @@ print(json.dumps([*found]))
 @pytest.mark.parametrize(
     ("distribution", "containers"),
     [
-        ("OpenLlamaParallel", ["generator", "Grain"]),
+        ("OpenLlamaParallel", ["Grain"]),
         *(
             pytest.param(distribution, CONTAINERS, marks=pytest.mark.slow)
             for distribution in ("OpenLlamaParallel", "DataParallel")
