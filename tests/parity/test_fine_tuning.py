@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tensorflow_marks import first_on_tensorflow
 from tiny_models import SHAPES, as_ours, batch, in_transformers
 
 from keras_openllama.config import PROJECTIONS
@@ -54,9 +55,8 @@ def losses_of_ours(lm, batches):
     return losses
 
 
-@pytest.mark.slow_on_tensorflow
-@pytest.mark.parametrize("targets", [("query", "value"), PROJECTIONS])
-@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+@first_on_tensorflow("targets", [("query", "value"), PROJECTIONS])
+@first_on_tensorflow("shape", SHAPES[1:3], ids=str)
 def test_fit_with_adapters_has_the_losses_of_peft_for_20_steps(
     shape, targets, tmp_path
 ):
