@@ -50,7 +50,7 @@ def test_generate_imports_neither_other_backends_nor_what_keras_imports_for_othe
     assert run_python(program)[-1] == "['keras_hub']"
 
 
-@pytest.mark.slow_on_tensorflow
+@pytest.mark.backend_free
 def test_lazy_modules_of_keras_work_after_the_import():
     program = (
         f"{IMPORT}import keras, keras_hub, numpy as np, pandas as pd\n"

@@ -69,7 +69,11 @@ for save in saves:
     ("kilobytes", "limit", "kind"),
     [
         pytest.param(4, -1, "float", id="full disk"),
-        pytest.param(900, 1000, "int8", id="file size limit, int8"),
+        pytest.param(
+            *(900, 1000, "int8"),
+            id="file size limit, int8",
+            marks=pytest.mark.backend_free,
+        ),
         pytest.param(900, 1000, "float", id="file size limit", marks=pytest.mark.slow),
     ],
 )
