@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from keras_openllama.native.causal_attention import CausalAttention, Heads
+from keras_openllama.layers.heads_torch import (
+    can_use_library,
+    empty_heads,
+    heads_in_memory,
+    with_whole_heads,
+)
+from keras_openllama.native.causal_attention import CausalAttention
 from keras_openllama.native.library import native_library
 
 
 def is_compiled(query: torch.Tensor, mask: torch.Tensor) -> bool:
     """Returns whether `compiled_causal_attention` supports tensors, on this machine.
-
-    It needs float32 on a CPU for which `native_library` exists.
 
     Example:
         >>> import torch
@@ -19,14 +23,7 @@ def is_compiled(query: torch.Tensor, mask: torch.Tensor) -> bool:
         >>> is_compiled(query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
         False
     """
-    return (
-        not torch.compiler.is_compiling()  # First: the rest cannot be compiled.
-        and query.device.type == "cpu"
-        and query.dtype == torch.float32
-        and mask.dtype == torch.bool
-        and not torch.is_autocast_enabled("cpu")
-        and native_library() is not None
-    )
+    return can_use_library(query) and mask.dtype == torch.bool
 
 
 def compiled_causal_attention(
@@ -60,8 +57,8 @@ def compiled_causal_attention(
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        query, key, value = (_with_whole_heads(x) for x in (query, key, value))
-        output, mask = _empty_like(query), mask.contiguous()
+        query, key, value = (with_whole_heads(x) for x in (query, key, value))
+        output, mask = empty_heads(query), mask.contiguous()
         log_sums = query.new_empty(query.shape[:3])
         saved = query, key, value, mask, output, log_sums
         _attention(*saved).forward()
@@ -72,12 +69,15 @@ class _CausalAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, output_gradient):
         query, key, value, *_ = ctx.saved_tensors
-        gradients = [_empty_like(x) for x in (query, key, value)]
+        gradients = [empty_heads(x) for x in (query, key, value)]
         names = "query_gradient", "key_gradient", "value_gradient"
-        output_gradient = _with_whole_heads(output_gradient)
+        output_gradient = with_whole_heads(output_gradient)
         _attention(*ctx.saved_tensors).backward(
-            output_gradient=_heads(output_gradient),
-            **{name: _heads(x) for name, x in zip(names, gradients, strict=True)},
+            output_gradient=heads_in_memory(output_gradient),
+            **{
+                name: heads_in_memory(x)
+                for name, x in zip(names, gradients, strict=True)
+            },
         )
         return *gradients, None
 
@@ -92,23 +92,8 @@ def _attention(query, key, value, mask, output, log_sums):
         mask=mask.data_ptr(),
         is_mask_shared=len(mask) == 1,
         log_sums=log_sums.data_ptr(),
-        query=_heads(query),
-        key=_heads(key),
-        value=_heads(value),
-        output=_heads(output),
+        query=heads_in_memory(query),
+        key=heads_in_memory(key),
+        value=heads_in_memory(value),
+        output=heads_in_memory(output),
     )
-
-
-def _with_whole_heads(x):
-    """The tensor, or a copy in which the elements of a head are contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _heads(x):
-    return Heads(x.data_ptr(), x.stride()[:3])
-
-
-def _empty_like(x):
-    """`(batch, heads, length, head_dim)` in the order in which projections read it."""
-    batch, heads, length, head_dim = x.shape
-    return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)

@@ -21,6 +21,11 @@ from keras_openllama.utils.types import Shape, Tensor
 
 if keras.config.backend() == "jax":
     import jax
+elif keras.config.backend() == "torch":
+    from keras_openllama.layers.rotation_torch import (
+        compiled_rotate,
+        is_rotation_compiled,
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,6 +46,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if keras.config.backend() == "jax":
         return _rotate_on_platform()(x, cos, sin)
+    if keras.config.backend() == "torch" and is_rotation_compiled(x):
+        return compiled_rotate(x, cos, sin)
     return _rotate(x, cos, sin)
 
 

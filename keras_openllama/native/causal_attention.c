@@ -63,10 +63,6 @@ static Scratch scratch_of(const Task *t, int64_t thread) {
   return s;
 }
 
-INLINE float *row_of(Heads x, int64_t sequence, int64_t head, int64_t position) {
-  return x.data + sequence * x.sequence + head * x.head + position * x.position;
-}
-
 static void copy_rows(const Task *t, float *to, Heads from, int64_t sequence,
                       int64_t head, int64_t first, int64_t rows) {
   int64_t used = t->a.head_dim, rest = t->width - used;

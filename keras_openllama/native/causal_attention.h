@@ -3,14 +3,7 @@
 #ifndef CAUSAL_ATTENTION_H
 #define CAUSAL_ATTENTION_H
 
-#include <stdint.h>
-
-/* A tensor (sequences, heads, positions, head_dim): the numbers of elements from one
-   sequence, head and position to the next. The elements of a head are contiguous. */
-typedef struct {
-  float *data;
-  int64_t sequence, head, position;
-} Heads;
+#include "heads.h"
 
 /* Each key/value head serves a group of query heads. */
 typedef struct {

@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-
-class Heads(NamedTuple):
-    """A float32 tensor `(sequences, heads, length, head_dim)` in memory.
-
-    Attributes:
-        address: address of the first element.
-        strides: number of elements from one sequence, head and position to the next.
-            The elements of a head are contiguous.
-    """
-
-    address: int
-    strides: Sequence[int]
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3))
+from keras_openllama.native.heads import Heads, HeadsStructure, load_library
 
 
 def _fields(kind, *names):
@@ -36,10 +18,10 @@ class _CausalAttention(ctypes.Structure):
         ("threads", ctypes.c_int64),
         ("mask", ctypes.c_void_p),
         ("mask_sequence", ctypes.c_int64),
-        *_fields(_Heads, "query", "key", "value", "output"),
+        *_fields(HeadsStructure, "query", "key", "value", "output"),
         ("log_sums", ctypes.c_void_p),
-        *_fields(_Heads, "output_gradient"),
-        *_fields(_Heads, "query_gradient", "key_gradient", "value_gradient"),
+        *_fields(HeadsStructure, "output_gradient"),
+        *_fields(HeadsStructure, "query_gradient", "key_gradient", "value_gradient"),
     )
 
 
@@ -73,7 +55,7 @@ class CausalAttention:
         **tensors: Heads,
     ) -> None:
         length = sizes[3]
-        self._library = _load(library)
+        self._library = load_library(library)
         self._attention = _CausalAttention(
             *sizes,
             threads=threads,
@@ -104,15 +86,9 @@ class CausalAttention:
         self._call(self._library.causal_attention_backward)
 
     def _set(self, tensors):
-        for name, (address, strides) in tensors.items():
-            heads = _Heads(address, (ctypes.c_int64 * 3)(*strides))
-            setattr(self._attention, name, heads)
+        for name, heads in tensors.items():
+            setattr(self._attention, name, HeadsStructure.of(heads))
 
     def _call(self, function):
         if function(ctypes.byref(self._attention)):
             raise MemoryError("There is not enough memory for causal attention.")
-
-
-@functools.cache
-def _load(library):
-    return ctypes.CDLL(str(library))

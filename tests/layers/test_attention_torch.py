@@ -9,7 +9,11 @@ if keras.config.backend() != "torch":
 
 import torch
 
-from keras_openllama.layers import attention_torch, compiled_attention_torch
+from keras_openllama.layers import (
+    attention_torch,
+    compiled_attention_torch,
+    heads_torch,
+)
 from keras_openllama.layers.attention import causal_mask, dot_product_attention
 from keras_openllama.layers.attention_torch import FusedAttention
 from keras_openllama.native.library import native_library
@@ -21,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def no_library(monkeypatch):
-    monkeypatch.setattr(compiled_attention_torch, "native_library", lambda: None)
+    monkeypatch.setattr(heads_torch, "native_library", lambda: None)
 
 
 def random(*shape, seed):
