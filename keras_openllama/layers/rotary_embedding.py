@@ -85,6 +85,26 @@ def _rotate_by_product(x, cos, sin):
     return ops.cast(ops.cast(x, "float32") * cos + swapped * sin, x.dtype)
 
 
+@functools.cache
+def _tables_on_platform():
+    """The implementation is chosen at compilation, by the platform of the program."""
+    return jax.jit(
+        lambda angles: jax.lax.platform_dependent(
+            angles, cpu=_tables_in_loop, default=lambda x: (ops.cos(x), ops.sin(x))
+        )
+    )
+
+
+def _tables_in_loop(angles):
+    """XLA on a CPU would recompute the tables for each head vector, but not a loop."""
+    return tuple(
+        jax.lax.map(
+            lambda is_sine: ops.where(is_sine, ops.sin(angles), ops.cos(angles)),
+            ops.array([False, True]),
+        )
+    )
+
+
 @keras.saving.register_keras_serializable(package="keras_openllama")
 class RotaryEmbedding(keras.layers.Layer):
     """Computes the cosines and sines of the rotary angles, once for all layers.
@@ -157,6 +177,8 @@ class RotaryEmbedding(keras.layers.Layer):
         exponents = ops.arange(0, self.head_dim, 2, dtype="float32") / self.head_dim
         frequencies = 1.0 / ops.power(self._base(final_lengths), exponents)
         angles = (positions[:, :, None] * frequencies)[:, None]
+        if keras.config.backend() == "jax":
+            return _tables_on_platform()(angles)
         return ops.cos(angles), ops.sin(angles)
 
     def _base(self, final_lengths):

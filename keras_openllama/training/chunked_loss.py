@@ -156,7 +156,10 @@ def _sums_and_gradients(z_loss, num_chunks, mesh, hidden, kernel, targets, weigh
         )
         gradient = gradient.astype(states.dtype)
         states_gradient = _einsum_float32("btv,vd->btd", gradient, kernel)
-        kernel_gradient += _einsum_float32("btv,btd->vd", gradient, states)
+        # Of matrices: with more axes, XLA on a CPU would write a transposed copy.
+        kernel_gradient += _einsum_float32(
+            "rv,rd->vd", _flatten(gradient), _flatten(states)
+        )
         return (_add(sums, new), kernel_gradient), states_gradient
 
     parts = _split(num_chunks, len(kernel), hidden, targets, weights)
@@ -218,6 +221,10 @@ def _chunk_sums(mesh, first, kernel, hidden, targets, weights):
 
 def _einsum_float32(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type="float32")
+
+
+def _flatten(x):
+    return x.reshape(-1, x.shape[-1])
 
 
 def _split(num_chunks, vocabulary_size, *arrays):
