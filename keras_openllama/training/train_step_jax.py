@@ -323,10 +323,15 @@ def train_step(
     if max_loss is not None:
         usable &= loss <= max_loss
     applied = usable & jnp.isfinite(grad_norm)
-    new = lm.optimizer.stateless_apply(optimizer, grads, trainable)
-    old = trainable, optimizer
+    param_norm = global_norm(trainable)
     replaced = usable if has_dynamic_loss_scale(lm.optimizer) else applied
-    new = jax.tree.map(lambda a, b: jnp.where(replaced, a, b), new, old)
+    # Always true. XLA overwrites the old values only after every other use of them.
+    replaced &= ~(param_norm < -1)
+    new = _update_if(
+        replaced,
+        lambda old: lm.optimizer.stateless_apply(old[1], grads, old[0]),
+        (trainable, optimizer),
+    )
     with keras.StatelessScope(
         state_mapping=zip(lm.optimizer.variables, optimizer, strict=True)
     ):
@@ -336,11 +341,32 @@ def train_step(
         accuracy=accuracy,
         targets=targets,
         grad_norm=grad_norm,
-        param_norm=global_norm(trainable),
+        param_norm=param_norm,
         learning_rate=learning_rate,
         applied=applied,
     )
     return metrics, new
+
+
+def _update_if(condition, update, old):
+    """Returns `update(old)`, or `old` if the condition is False.
+
+    XLA on a CPU would copy all old values to select from. The carry of a loop that runs
+    once or never is updated in place.
+    """
+
+    def select(condition, old):
+        return jax.tree.map(
+            lambda a, b: jnp.where(condition, a, b), tuple(update(old)), old
+        )
+
+    def loop(condition, old):
+        def body(carry):
+            return jnp.zeros_like(condition), tuple(update(carry[1]))
+
+        return jax.lax.while_loop(lambda carry: carry[0], body, (condition, old))[1]
+
+    return jax.lax.platform_dependent(condition, old, cpu=loop, default=select)
 
 
 def _loss_scale(optimizer, values):

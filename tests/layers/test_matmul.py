@@ -57,3 +57,16 @@ def test_matmul_transposed_with_and_without_onednn(
         ops.convert_to_numpy(ops.cast(a, "float32")) for a in (x, kernel, y)
     )
     np.testing.assert_allclose(y, x @ kernel.T, rtol=2**-8, atol=1e-2)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Needs JAX.")
+def test_the_gradient_of_matmul_transposed_makes_no_transposed_copies_on_a_cpu():
+    import jax
+
+    def gradient(x, kernel, slopes):
+        return jax.vjp(lambda kernel: matmul_transposed(x, kernel), kernel)[1](slopes)
+
+    arguments = random(2, MANY_ROWS, 16), random(24, 16), random(2, MANY_ROWS, 24)
+    program = jax.jit(gradient).lower(*arguments).compile().as_text()
+    assert " dot(" in program
+    assert " transpose(" not in program and " copy(" not in program

@@ -86,6 +86,21 @@ def test_rotate_by_product_is_faster_on_a_tpu():
     assert by_product < 0.7 * by_halves
 
 
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="Needs JAX.")
+def test_rotary_embedding_computes_the_tables_once_on_a_cpu():
+    import jax
+
+    embedding = RotaryEmbedding(100)
+
+    def rotated(positions, *tensors):
+        tables = embedding(positions)
+        return [rotate(x, *tables) for x in tensors]
+
+    arguments = np.arange(64)[None], vectors(1, 64, 100), vectors(1, 64, 100)
+    program = jax.jit(rotated).lower(*arguments).compile().as_text()
+    assert program.count(" sine(") == program.count(" cosine(") == 1
+
+
 def test_rotate_preserves_norms():
     x = vectors(1, 64, 100)
     rotated = ops.convert_to_numpy(

@@ -1,5 +1,6 @@
 """Compiled programs of a run on JAX: skipped steps, evaluation, and their state."""
 
+import re
 import types
 
 import jax
@@ -88,6 +89,13 @@ def run_steps(step, state, *batches):
     for item in batches:
         metrics, state = step(state, item)
     return metrics, state
+
+
+def test_compiled_step_updates_matrices_in_place_instead_of_copying_them(step):
+    program = step.as_text()
+    assert re.search(r"%state_trainable\S+ = \S+ parameter", program)
+    # As `%copy.7 = f32[64,32]{1,0} copy(%state_trainable_2_.1)`.
+    assert not re.findall(r"\w+\[\d+,[\d,]+\]\S* copy\(%state_\S+", program)
 
 
 # --- Skipped steps ---
