@@ -135,7 +135,7 @@ def _multiply_on_cpu(inputs, kernel):
     is_bfloat16 = inputs.dtype == "bfloat16"
     # Of matrices, the kernel's gradient is a product of matrices, too. With more axes,
     # XLA would write transposed copies of its operands.
-    x = inputs.reshape(rows, -1)
+    x = inputs.reshape(rows, inputs.shape[-1])
     if not is_bfloat16 and not _is_few(rows):
         return _multiply(x, kernel).reshape(*inputs.shape[:-1], len(kernel))
     if is_bfloat16 and rows == 1:
