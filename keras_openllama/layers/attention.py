@@ -30,10 +30,6 @@ if keras.config.backend() == "jax":
     import jax
 
     from keras_openllama.layers.attention_by_head import attend_by_head
-    from keras_openllama.layers.compiled_attention_jax import (
-        compiled_causal_attention,
-        is_compiled,
-    )
 elif keras.config.backend() == "torch":
     from keras_openllama.layers.attention_torch import (
         FusedAttention,
@@ -93,12 +89,11 @@ def dot_product_attention(
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """`dot_product_attention` for a mask that hides all later positions.
 
-    On CPUs, JAX, and PyTorch in float32, run the package's C function. Elsewhere, and
-    where there is no C compiler, PyTorch runs its fused kernel, and JAX splits the
-    queries into blocks and computes each block over the keys up to its end, which skips
-    most of what the mask hides; on a CPU it does so head by head. The backward pass
-    recomputes the attention weights instead of saving them, which is faster, too
-    (`benchmarks/README.md`).
+    PyTorch runs its fused kernel, or the package's on a CPU in float32. JAX, and
+    PyTorch on a CPU in 16 bits, split the queries into blocks and compute each block
+    over the keys up to its end, which skips most of what the mask hides; JAX on a CPU
+    does so head by head. The backward pass recomputes the attention weights instead of
+    saving them, which is faster, too (`benchmarks/README.md`).
 
     Args:
         query: Float tensor `(batch, num_query_heads, length, head_dim)`.
@@ -118,18 +113,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     if keras.config.backend() != "jax" or not isinstance(length, int):
         return dot_product_attention(query, key, value, mask)
     block = max(CACHE_BLOCK // 2, -(-length // QUERY_BLOCKS))
-    by_block = functools.partial(_attend_by_block, block=block)
-    if keras.distribution.distribution() is not None:
-        # A loop over the heads of all devices, or a C function, would gather them.
-        return by_block(query, key, value, mask)
-    if is_compiled():
-        on_cpu = compiled_causal_attention
-    elif length > block:
-        on_cpu = functools.partial(attend_by_head, block=block)
-    else:
-        on_cpu = by_block
+    if length <= block or keras.distribution.distribution() is not None:
+        # A loop over the heads of all devices would gather them.
+        return _attend_by_block(query, key, value, mask, block)
     return jax.lax.platform_dependent(
-        *(query, key, value, mask), cpu=on_cpu, default=by_block
+        *(query, key, value, mask),
+        cpu=functools.partial(attend_by_head, block=block),
+        default=functools.partial(_attend_by_block, block=block),
     )
 
 

@@ -1,4 +1,4 @@
-"""Fused attention kernels of accelerators (JAX)."""
+"""Fused attention kernels of accelerators and CPUs (JAX)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from jax.sharding import PartitionSpec
 
 from keras_openllama.distribution import BATCH_AXES, LANES
 from keras_openllama.layers.attention import causal_attention, causal_mask
+from keras_openllama.layers.compiled_attention_jax import (
+    compiled_causal_attention,
+    is_compiled,
+)
 
 # Heuristic: rows and columns of the score block that the Splash kernel holds in the
 # memory of a TPU core. Larger blocks are faster, but do not fit into 16 MiB (v4). A
@@ -49,6 +53,10 @@ def select_attention(
         )
     if _has_cudnn(device):
         return cudnn_attention
+    if device.platform == "cpu" and mesh is None and is_compiled():
+        return lambda query, key, value, mask, documents: compiled_causal_attention(
+            query, key, value, mask
+        )
     return lambda query, key, value, mask, documents: causal_attention(
         query, key, value, mask
     )

@@ -185,17 +185,17 @@ def layer_execution(backbone: Backbone) -> LayerExecution | None:
         backbone: `OpenLlamaBackbone`.
 
     Returns:
-        Execution by the fused attention kernels of a GPU on JAX; `None`, the default
-        execution, on other devices, and on a mesh, over which XLA cannot partition the
-        kernels.
+        Execution by the fused attention kernels of a GPU or a CPU on JAX; `None`, the
+        default execution, on other devices, and on a mesh, over which XLA cannot
+        partition the kernels.
 
     Example:
         >>> layer_execution(lm.backbone) is None  # On a CPU.
-        True
+        False
     """
     if keras.config.backend() != "jax" or state_shardings(backbone)[0] is not None:
         return None
     device = model_device(backbone)
-    if device.platform != "gpu":
+    if device.platform not in ("gpu", "cpu"):
         return None
     return LayerExecution(attention_fn=select_attention(device))

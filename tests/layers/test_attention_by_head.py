@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keras_openllama.layers import attention
 from keras_openllama.layers.attention import (
     causal_attention,
     causal_mask,
@@ -78,7 +77,6 @@ def test_attend_by_head_computes_bfloat16_in_float32():
 
 
 def test_causal_attention_of_several_blocks_runs_head_by_head_on_cpus(monkeypatch):
-    monkeypatch.setattr(attention, "is_compiled", lambda: False)
     tensors, mask, _ = inputs(2, 1, 8, length=150)
     np.testing.assert_allclose(
         causal_attention(*tensors, mask),

@@ -1,5 +1,7 @@
 """`compiled_causal_attention` equals `dot_product_attention`, with its gradients."""
 
+import types
+
 import keras
 import pytest
 
@@ -16,6 +18,7 @@ from keras_openllama.layers.attention import (
     causal_mask,
     dot_product_attention,
 )
+from keras_openllama.layers.attention_kernels import select_attention
 from keras_openllama.layers.compiled_attention_jax import (
     compiled_causal_attention,
     is_compiled,
@@ -112,30 +115,36 @@ def test_compiled_attention_is_recomputed_in_a_scan_of_checkpoints():
         with_gradients(
             lambda *x, attend=attend: layers(attend, *x), (query, scales), gradient
         )
-        for attend in (causal_attention, dot_product_attention)
+        for attend in (compiled_causal_attention, dot_product_attention)
     )
     for array, exact in zip(found, expected, strict=True):
         np.testing.assert_allclose(array, exact, rtol=1e-4, atol=1e-4)
 
 
-def program_for(platform):
-    tensors, mask, _ = inputs(2, 1, 8)
-    program = jax.jit(lambda *x: causal_attention(*x))  # Not traced before.
-    traced = program.trace(*tensors, mask)
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+CPU = types.SimpleNamespace(platform="cpu")
 
 
-def test_causal_attention_is_compiled_on_cpus_only():
-    assert NAME in program_for("cpu")
-    assert NAME not in program_for("tpu")
-    assert NAME not in program_for("cuda")
+def program(attend):
+    (query, key, value), mask, _ = inputs(2, 1, 8)
+    return str(jax.make_jaxpr(attend)(query, key, value, mask, mask[:, 0, 0]))
 
 
-def test_causal_attention_of_several_devices_is_not_compiled(monkeypatch):
+def test_select_attention_is_compiled_on_a_single_cpu_only(monkeypatch):
+    assert NAME in program(select_attention(CPU))
+    gpu = types.SimpleNamespace(
+        platform="gpu", client=types.SimpleNamespace(platform_version="rocm")
+    )
+    assert NAME not in program(select_attention(gpu))
+    assert NAME not in program(select_attention(CPU, mesh="a mesh"))
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert NAME not in program_for("cpu")
+    assert NAME not in program(select_attention(CPU))
 
 
-def test_causal_attention_without_a_compiler_is_by_head(monkeypatch):
+def test_select_attention_without_a_compiler_is_by_xla(monkeypatch):
     monkeypatch.setattr(compiled_attention_jax, "_register", lambda: False)
-    assert NAME not in program_for("cpu")
+    assert NAME not in program(select_attention(CPU))
+
+
+def test_causal_attention_has_no_function_that_jax_cannot_export():
+    attend = jax.jit(lambda q, k, v, mask, _: causal_attention(q, k, v, mask))
+    assert NAME not in program(attend)

@@ -32,11 +32,11 @@ def test_score_of_text_returns_the_loss_of_each_next_token():
 def test_score_uses_the_attention_kernel_of_the_device(monkeypatch):
     import jax
 
-    from keras_openllama.layers import attention
+    from keras_openllama.layers import attention_kernels
     from keras_openllama.models import scoring
 
     # Both round the attention weights to bfloat16, as the C function does not.
-    monkeypatch.setattr(attention, "is_compiled", lambda: False)
+    monkeypatch.setattr(attention_kernels, "is_compiled", lambda: False)
     ids = np.arange(3, 27).reshape(2, 12)
     mask = np.arange(12) >= np.array([[0], [4]])  # Padding on the left.
     expected = ops.convert_to_numpy(make_lm("bfloat16").score(ids, mask))
