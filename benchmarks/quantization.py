@@ -53,6 +53,7 @@ from keras_openllama.generation.kv_cache import (
     padded_cache_length,
 )
 from keras_openllama.generation.onnx_runtime.decoder import OnnxCache
+from keras_openllama.generation.onnx_runtime.token_loop import OnnxTokenLoop
 from keras_openllama.layers.embedding import Embedding
 from keras_openllama.layers.quantizable import QuantizableLayer
 from keras_openllama.quantization import quantize_matrix
@@ -285,7 +286,13 @@ def measure_generation(lm, windows, preset):
             if not is_float:
                 model.quantize(weights)
             model.compile(kv_cache_dtype=kv_cache_dtype)
-            decoder = model.make_generate_function().decoder()
+            loop = model.make_generate_function()
+            if not isinstance(loop, OnnxTokenLoop):
+                raise SystemExit(
+                    f"{weights} with cache {kv_cache_dtype} has no compiled attention "
+                    "here: see docs/quantization.md."
+                )
+            decoder = loop.decoder()
             score = functools.partial(score_in_generation, decoder)
             found = log_probabilities(score, windows)
             loss, divergence = compare(found, reference, windows)

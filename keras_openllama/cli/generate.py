@@ -81,7 +81,8 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
         "--kv-cache-dtype",
         choices=("int8",),
         help="round the keys and values of the KV cache to 8 bits, for a quarter of "
-        "its memory in float32 (default: the dtype of the weights)",
+        "its memory in float32 (default: that of the model, and 16 bits for quantized "
+        "weights)",
     )
     text = parser.add_argument_group("the text")
     text.add_argument(

@@ -295,7 +295,7 @@ class GenerateMixin:
         given = [name for name, value in slot_arguments.items() if value is not None]
         if given and self.kv_cache_dtype is not None:
             raise ValueError(
-                f"`{given[0]}` needs a KV cache in the compute dtype of the model. "
+                f"`{given[0]}` needs a KV cache that is not of 8 bits. "
                 f"Call `compile` without `kv_cache_dtype`, or omit `{given[0]}`. "
                 f"Received: {given[0]}={slot_arguments[given[0]]!r} and a model that "
                 f"was compiled with kv_cache_dtype={self.kv_cache_dtype!r}"

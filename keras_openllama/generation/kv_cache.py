@@ -141,7 +141,7 @@ def check_cache_dtype(dtype: str | None) -> None:
     """
     if dtype not in CACHE_DTYPES:
         raise ValueError(
-            "`kv_cache_dtype` must be None, for the compute dtype of the model, or "
+            "`kv_cache_dtype` must be None, for the dtype that suits the model, or "
             f"'int8'. Received: kv_cache_dtype={dtype!r}"
         )
 

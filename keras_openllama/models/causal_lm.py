@@ -241,10 +241,10 @@ class OpenLlamaCausalLM(
                 temperature of 0 is greedy decoding; or a `SamplingConfig`, the default
                 of the argument `sampling` of `generate` and `stream`.
             kv_cache_dtype: dtype of the KV cache of `generate` and `stream`: `None` is
-                the compute dtype of the model, or float32 where ONNX Runtime
-                generates on a CPU; `"int8"` rounds keys and values to 8
-                bits, with a scale for each token and head, for a cache of about a
-                quarter of the size of float32.
+                the compute dtype of the model, but for quantized weights on a CPU,
+                where it is float16, or float32 without a C compiler; `"int8"` rounds
+                keys and values to 8 bits, with a scale for each token and head, for a
+                cache of about a quarter of the size of float32.
             micro_batches: number of parts into which a batch is split for gradient
                 accumulation, to save memory. There is one update per batch. JAX only.
             rematerialize: which activations the backward pass recomputes instead of

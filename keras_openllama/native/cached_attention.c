@@ -55,9 +55,13 @@ INLINE int64_t row_of(const CachedAttention *a, int64_t head, int64_t column) {
   return head * a->columns + column;
 }
 
+INLINE int64_t row_bytes(const CachedAttention *a, const CacheType type) {
+  return a->head_dim * (type == CACHE_INT8 ? 1 : 2);
+}
+
 INLINE char *cache_row(const CachedAttention *a, void *cache, int64_t head, int64_t column,
                        const CacheType type) {
-  return (char *)cache + row_of(a, head, column) * a->head_dim * (type == CACHE_INT8 ? 1 : 2);
+  return (char *)cache + row_of(a, head, column) * row_bytes(a, type);
 }
 
 static void rotate(const CachedAttention *a, const float *x, int64_t position, float *to) {
@@ -69,13 +73,22 @@ static void rotate(const CachedAttention *a, const float *x, int64_t position, f
   }
 }
 
-/* As `layers/quantized_cache.py` does it. */
+/* The integers are those of `layers/quantized_cache.py`. A row with a number that is not
+   finite is not a number. */
 static void write_integers(const CachedAttention *a, const float *x, int8_t *to,
                            float *scale) {
   Floats largest = fill_float(1e-30f);
-  for (int64_t i = 0; i < a->head_dim; i += LANES)
-    largest = larger(largest, absolute(load_some(x + i, a->head_dim - i)));
-  *scale = largest_of(largest) / 127;
+  Floats zero = fill_float(0);
+  for (int64_t i = 0; i < a->head_dim; i += LANES) {
+    Floats values = load_some(x + i, a->head_dim - i);
+    largest = larger(largest, absolute(values));
+    zero = multiply_add(values, fill_float(0), zero);
+  }
+  *scale = largest_of(largest) / 127 + sum_of(zero);
+  if (isnan(*scale)) {
+    memset(to, 0, a->head_dim);
+    return;
+  }
   Floats inverse = fill_float(127 / largest_of(largest));
   for (int64_t i = 0; i < a->head_dim; i += LANES) {
     float rounded[LANES];
@@ -176,7 +189,7 @@ INLINE void fetch(const char *row, int64_t bytes) {
 /* Products of a query with the first `count` keys, a vector at a time. */
 INLINE void score_keys(const CachedAttention *a, const uint32_t *query, int64_t head,
                        int64_t count, float *scores, const CacheType type) {
-  int64_t bytes = a->head_dim * (type == CACHE_INT8 ? 1 : 2);
+  int64_t bytes = row_bytes(a, type);
   for (int64_t column = 0; column < count; column += LANES) {
     Floats sums[LANES];
     int64_t left = count - column < LANES ? count - column : LANES;
@@ -192,7 +205,8 @@ INLINE void score_keys(const CachedAttention *a, const uint32_t *query, int64_t 
     }
     Floats products = sums_of(sums);
     if (type == CACHE_INT8)
-      products = multiply(products, load_some(a->key_scales + row_of(a, head, column), left));
+      products =
+          multiply(products, load_some(a->key_scales + row_of(a, head, column), left));
     store(scores + column, products, LANES);
   }
 }
@@ -227,7 +241,7 @@ INLINE void add_values(const CachedAttention *a, const float *weights, int64_t h
   Floats sums[4];
   for (int n = 0; n < vectors; n++) sums[n] = fill_float(0);
   const char *value = cache_row(a, a->values, head, 0, type);
-  int64_t bytes = a->head_dim * (type == CACHE_INT8 ? 1 : 2);
+  int64_t bytes = row_bytes(a, type);
   for (int64_t column = 0; column < count; column++, value += bytes) {
     float weight = weights[column];
     if (type == CACHE_INT8) weight *= a->value_scales[row_of(a, head, column)];

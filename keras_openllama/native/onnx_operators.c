@@ -90,6 +90,7 @@ static void gate_rows(const void *argument, int64_t first, int64_t end) {
 static Status get_inputs(Object context, const Tensor *x, int64_t gated, Inputs *inputs) {
   *inputs = (Inputs){x->data, rows_of(x), x->shape[x->dimensions - 1], NULL};
   if (!gated) return NULL;
+  if (inputs->size % 2) return error(INVALID_ARGUMENT, "x has no two halves");
   inputs->size /= 2;
   inputs->memory = malloc((inputs->count * inputs->size + 1) * sizeof(float));
   if (!inputs->memory) return error(FAILED, "No memory for the inputs");
@@ -338,7 +339,8 @@ static Status compute_attention(void *kernel, void *context) {
     if (keys.shape[i] != values.shape[i])
       return error(INVALID_ARGUMENT, "keys and values have other sizes");
   RETURN_IF(get_cache_type(context, &keys, &values, &a));
-  if (qkv.shape[2] != (a.heads + 2 * a.kv_heads) * a.head_dim || a.heads % a.kv_heads ||
+  if (a.kv_heads < 1 || a.heads % a.kv_heads ||
+      qkv.shape[2] != (a.heads + 2 * a.kv_heads) * a.head_dim ||
       keys.shape[0] != a.batch || keys.shape[1] != a.kv_heads ||
       last.shape[0] != a.batch || cosines.shape[1] * 2 != a.head_dim ||
       sines.shape[0] != cosines.shape[0] || sines.shape[1] != cosines.shape[1])

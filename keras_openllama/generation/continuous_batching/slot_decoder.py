@@ -139,7 +139,7 @@ def make_slot_decoder(
     """
     if model.kv_cache_dtype is not None:
         raise ValueError(
-            "Continuous batching keeps the KV cache in the compute dtype of the model. "
+            "Continuous batching needs a KV cache that is not of 8 bits. "
             "Compile the model without `kv_cache_dtype`, or call `generate`. Received: "
             f"a model with kv_cache_dtype={model.kv_cache_dtype!r}"
         )

@@ -59,7 +59,7 @@ def open_session(
 
     Args:
         path: path of the file.
-        library: the compiled products, if the graph uses them.
+        library: the compiled operators, if the graph uses them.
         weights: weights that are not read from the graph's file; they must exist as
             long as the session.
 
@@ -128,6 +128,9 @@ class OnnxDecoder:
 
         Args:
             positions: number of positions.
+
+        Returns:
+            float32 arrays `(at least positions, half_head)`.
         """
         if positions > len(self._tables.get("cos", ())):
             positions = max(2 * positions, MIN_CACHE_LENGTH)
@@ -191,6 +194,8 @@ class OnnxCache:
         }
         self._tables = decoder.rotary_tables(columns)
         self._bindings = {}  # By first row, the one after the last, number of logits.
+        rows = max(batch, MAX_VERIFIED)
+        self._logits = np.zeros((rows, backbone.vocabulary_size), "float32")
         self.lengths = np.zeros(batch, "int64")
 
     def prefill(self, prompts: list[np.ndarray]) -> np.ndarray:
@@ -272,20 +277,21 @@ class OnnxCache:
         Returns:
             Pairs of arrays `(batch, num_key_value_heads, columns, 2 * half_head)`.
         """
-        arrays = list(self._arrays.values())
-        return list(zip(arrays[::2], arrays[1::2], strict=True))
+        layers = range(self._decoder.model.backbone.num_layers)
+        return [tuple(self._arrays[f"{i}.{kind}"] for kind in CACHES) for i in layers]
 
     def _binding_of(self, first, end, num_logits=1):
-        # A binding keeps its output, so it has one for each shape of the logits.
-        if num_logits > MAX_VERIFIED:  # Too large to keep.
-            return self._bind(first, end, num_logits)
+        if num_logits > MAX_VERIFIED:  # Too many to keep memory for them.
+            logits = np.zeros((num_logits, self._logits.shape[1]), "float32")
+            return self._bind(first, end, logits)
         key = first, end, num_logits
         if key not in self._bindings:
-            self._bindings[key] = self._bind(first, end, num_logits)
+            logits = self._logits[: (end - first) * num_logits]
+            self._bindings[key] = self._bind(first, end, logits)
         return self._bindings[key]
 
-    def _bind(self, first, end, num_logits):
-        """Returns the cache of some sequences bound to the graph, and its output."""
+    def _bind(self, first, end, logits):
+        """Returns the cache of some sequences bound to the graph, and the output."""
         binding = self._decoder.session.io_binding()
         for name, array in self._arrays.items():
             value = ort_value(array[first:end])
@@ -294,8 +300,7 @@ class OnnxCache:
                 binding.bind_ortvalue_output(f"present.{name}", value)
         for name, table in self._tables.items():
             binding.bind_cpu_input(name, table)
-        vocabulary_size = self._decoder.model.backbone.vocabulary_size
-        logits = np.zeros((end - first, num_logits, vocabulary_size), "float32")
+        logits = logits.reshape(end - first, -1, logits.shape[1])
         binding.bind_ortvalue_output("logits", ort_value(logits))
         return binding, logits
 

@@ -143,13 +143,13 @@ class _DecoderGraph:
         for i, layer in enumerate(backbone.transformer_layers):
             residual, update = self._layer(f"layer.{i}", i, layer, residual, update)
         normed, _ = self._norm("final_norm", backbone.final_norm, residual, update)
-        last, number = self._last_positions(normed, positions)
+        last, number = self._positions_with_logits(normed, positions)
         (logits,) = self._project("head", last, [model.lm_head])
         self.graph.add("Identity", [logits], "logits")
         shape = ["batch", number, backbone.vocabulary_size]
         self.graph.output("logits", "float32", shape)
 
-    def _last_positions(self, x, positions):
+    def _positions_with_logits(self, x, positions):
         """Adds the selection of the positions with logits; returns their number too."""
         if positions is not None:
             last = self.graph.add("Gather", [x, "minus_one"], "last_hidden", axis=1)

@@ -18,6 +18,7 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8
 # How far a stored element may be away: a rounded number may be the neighbour of the
 # expected one, since its angle is rounded. Then, the context; with bfloat16,
 # instructions round queries, and weights if there are many queries.
+SCALES = ("key_scales", "value_scales")
 TOLERANCES = {"float16": (2e-3, 2e-4), "bfloat16": (2e-2, 6e-3), "int8": (1, 2e-2)}
 
 
@@ -32,8 +33,8 @@ def session_of(heads, kv_heads, dtype, directory, library):
         graph.input(cache, dtype, ["batch", kv_heads, "columns", "size"])
     inputs = ["qkv", "keys", "values", "last", "cos", "sin"]
     if dtype == "int8":
-        inputs += ["key_scales", "value_scales"]
-        for scales in inputs[-2:]:
+        inputs += SCALES
+        for scales in SCALES:
             graph.input(scales, "float32", ["batch", kv_heads, "columns"])
     graph.input("last", "int32", ["batch"])
     for table in ("cos", "sin"):
@@ -149,7 +150,7 @@ def test_cached_attention_attends_to_the_tokens_up_to_its_own(
     wanted = [x.copy() for x in cache]
     write(qkv, wanted, last, heads)
     keys, values, *scales = cache
-    names = ("key_scales", "value_scales") if dtype == "int8" else ()
+    names = SCALES if dtype == "int8" else ()
     found = attend(
         *(session, qkv, keys, values, last), **dict(zip(names, scales, strict=False))
     )
@@ -174,15 +175,25 @@ def test_cached_attention_of_large_values_is_finite_in_float16(length, tmp_path)
     assert np.isfinite(found).all() and np.abs(values).max() == 65504
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 40])
-def test_cached_attention_of_not_a_number_is_not_a_number(length, tmp_path):
-    session = session_of(2, 1, "bfloat16", tmp_path, native_library())
+# The last token has 2 heads of queries, one of keys and one of values.
+@pytest.mark.parametrize("element, heads", [(3, [0]), (35, [0, 1]), (60, [0, 1])])
+def test_cached_attention_of_not_a_number_is_not_a_number(
+    dtype, length, element, heads, tmp_path
+):
+    session = session_of(2, 1, dtype, tmp_path, native_library())
     qkv = random(1, length, 4 * 16)
-    qkv[0, -1, 3] = np.nan
-    keys, values = np.zeros((2, 1, 1, 50, 16), ml_dtypes.bfloat16)
-    found = attend(session, qkv, keys, values, [length - 1])
-    assert np.isnan(found[0, -1, :16]).all()
-    assert np.isfinite(found[0, -1, 16:]).all() and np.isfinite(found[0, :-1]).all()
+    qkv[0, -1, element] = np.nan
+    keys, values = np.zeros((2, 1, 1, 50, 16), DTYPES[dtype])
+    scales = {name: np.zeros((1, 1, 50), "float32") for name in SCALES}
+    found = attend(
+        *(session, qkv, keys, values, [length - 1]),
+        **(scales if dtype == "int8" else {}),
+    ).reshape(1, length, 2, 16)
+    assert np.isnan(found[0, -1, heads]).any(axis=-1).all()
+    if element < 32:  # Of a query.
+        assert np.isfinite(found[0, -1, 1]).all() and np.isfinite(found[0, :-1]).all()
 
 
 @pytest.mark.parametrize(

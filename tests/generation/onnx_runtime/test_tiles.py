@@ -25,7 +25,7 @@ def random_matrix(outputs, inputs, bits, group_size):
     return quantize_matrix(weights.astype("float32"), bits, group_size)
 
 
-def multiply(joined, x, directory, library):
+def multiply(joined, x, directory, library, gated=0):
     """The product of the compiled library, called by ONNX Runtime."""
     graph, tiles = OnnxGraph(), TiledMatrix(joined, library.lanes)
     graph.input("x", "float32", ["batch", "rows", x.shape[-1]])
@@ -38,7 +38,7 @@ def multiply(joined, x, directory, library):
         bits=joined.bits,
         N=joined.shape[0],
         groups_per_scale=tiles.groups_per_scale,
-        gated=0,
+        gated=gated,
     )
     graph.output("y", "float32", ["batch", "rows", joined.shape[0]])
     return native_products.run(graph, directory, library, x)
@@ -119,3 +119,16 @@ def test_matrices_that_the_products_do_not_support_cannot_be_tiled(
     weights = np.random.default_rng(0).normal(size=(8, 96)).astype("float32")
     matrix = quantize_matrix(weights, 4, group_size, symmetric)
     assert not JoinedMatrix([matrix]).can_be_tiled
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_quantized_product_of_gated_inputs_is_of_swiglu(rows, tmp_path):
+    joined = JoinedMatrix([random_matrix(24, 70, 8, 32)])
+    library = native_library()
+    x = np.random.default_rng(1).normal(size=(2, rows, 140)).astype("float32")
+    found = multiply(joined, x, tmp_path, library, gated=1)
+    gate, up = np.split(x.astype("float64"), 2, axis=-1)
+    inputs = (gate / (1 + np.exp(-gate)) * up).astype("float32")
+    wanted = multiply(joined, inputs, tmp_path, library)
+    # A rounded input may be the neighbouring integer.
+    assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()
