@@ -1,33 +1,20 @@
-/* Few queries read the keys and values where they are. For many, blocks of keys and
-   values are first copied to tiles whose products need no sum over a vector, and the
-   softmax is corrected from block to block. Sums are in float32.
-   Source: arXiv:2205.14135, section 3.1. */
+/* The new tokens are written to the cache, and few queries read the keys and values
+   where they are. */
 
 #include "cached_attention.h"
 
-#include <math.h>
 #include <stdlib.h>
 
-#include "vectors.h"
+#include "cache_rows.h"
 
-/* Heuristics: queries from which on tiles pay, queries that share tiles, keys of a
-   block of tiles, sums that are in registers at once, and how far ahead keys are asked
-   for. */
-enum { ROWS_OF_TILES = 12, ROWS_OF_A_BLOCK = 128, KEYS = 128, MAX_SUMS = 8, FETCHED_ROWS = 32 };
-
-/* `type` and `rows` are constants where the functions below are called. */
-
-INLINE int inputs_per_word(const CacheType type) {
-  return type == CACHE_BFLOAT16 ? INPUTS_PER_WORD : 1;
-}
-static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+/* Heuristics: queries from which on tiles pay, queries that share tiles, and how far
+   ahead keys are asked for. */
+enum { ROWS_OF_TILES = 12, ROWS_OF_A_BLOCK = 128, FETCHED_ROWS = 32 };
 
 int64_t words_of_a_query(const CachedAttention *a) {
   int per_word = inputs_per_word(a->type);
   return round_up((a->head_dim + per_word - 1) / per_word, LANES);
 }
-
-static int64_t group(const CachedAttention *a) { return a->heads / a->kv_heads; }
 
 /* Tokens whose queries are computed together. */
 static int64_t tokens_of_a_block(const CachedAttention *a) {
@@ -39,29 +26,10 @@ int64_t blocks_of_a_head(const CachedAttention *a) {
   return (a->length + tokens_of_a_block(a) - 1) / tokens_of_a_block(a);
 }
 
-/* Keys that a token sees. */
-static int64_t visible_keys(const CachedAttention *a, int64_t sequence, int64_t token) {
-  return a->last_positions[sequence] - a->length + token + 2;
-}
-
 static const float *head_of_token(const CachedAttention *a, int64_t sequence, int64_t token,
                                   int64_t head) {
   int64_t heads = a->heads + 2 * a->kv_heads;
   return a->qkv + ((sequence * a->length + token) * heads + head) * a->head_dim;
-}
-
-/* Number of a row in the cache. */
-INLINE int64_t row_of(const CachedAttention *a, int64_t head, int64_t column) {
-  return head * a->columns + column;
-}
-
-INLINE int64_t row_bytes(const CachedAttention *a, const CacheType type) {
-  return a->head_dim * (type == CACHE_INT8 ? 1 : 2);
-}
-
-INLINE char *cache_row(const CachedAttention *a, void *cache, int64_t head, int64_t column,
-                       const CacheType type) {
-  return (char *)cache + row_of(a, head, column) * row_bytes(a, type);
 }
 
 static void rotate(const CachedAttention *a, const float *x, int64_t position, float *to) {
@@ -126,11 +94,6 @@ static void write_query(const CachedAttention *a, const float *x, uint32_t *to) 
     memcpy(to, x, a->head_dim * sizeof *x);
 }
 
-static uint32_t *query_row(const CachedAttention *a, int64_t head, int64_t member,
-                           int64_t token) {
-  return a->queries + ((head * group(a) + member) * a->length + token) * a->words;
-}
-
 void write_heads(const CachedAttention *a, int64_t first, int64_t end) {
   float *rotated = malloc(a->head_dim * sizeof *rotated);
   if (!rotated) *a->no_memory = 1;
@@ -150,26 +113,6 @@ void write_heads(const CachedAttention *a, int64_t first, int64_t end) {
     }
   }
   free(rotated);
-}
-
-/* Elements of a row from one on, without their scale. */
-INLINE Floats load_value(const char *row, int64_t first, int64_t head_dim,
-                         const CacheType type) {
-  int64_t left = head_dim - first;
-  if (type == CACHE_INT8) return load_int8((const int8_t *)row + first, left);
-  if (type == CACHE_FLOAT16) return load_float16((const uint16_t *)row + first, left);
-  return load_bfloat16((const uint16_t *)row + first, left);
-}
-INLINE Words load_key(const char *row, int64_t word, int64_t head_dim, const CacheType type) {
-  if (type != CACHE_BFLOAT16) return as_words(load_value(row, word, head_dim, type));
-  int64_t first = word * INPUTS_PER_WORD;
-  return load_weights((const uint16_t *)row + first, head_dim - first);
-}
-INLINE Words scaled(Words w, const float *scales, int64_t row, const CacheType type) {
-  return type == CACHE_INT8 ? as_words(multiply(as_floats(w), fill_float(scales[row]))) : w;
-}
-INLINE Floats add_words(Floats sum, Words w, Words x, const CacheType type) {
-  return type == CACHE_BFLOAT16 ? add_products(sum, w, x) : multiply_add(as_floats(w), as_floats(x), sum);
 }
 
 /* The sum over each of `LANES` vectors, in the lane of its number. */
@@ -201,7 +144,7 @@ INLINE void score_keys(const CachedAttention *a, const uint32_t *query, int64_t 
       fetch(cache_row(a, a->values, head, column + n, type), bytes);
       for (int64_t k = 0; k < a->words; k += LANES)
         sums[n] = add_words(sums[n], load_key(key, k, a->head_dim, type),
-                            load_words(query + k), type);
+                            load_words(query + k), type == CACHE_BFLOAT16);
     }
     Floats products = sums_of(sums);
     if (type == CACHE_INT8)
@@ -209,11 +152,6 @@ INLINE void score_keys(const CachedAttention *a, const uint32_t *query, int64_t 
           multiply(products, load_some(a->key_scales + row_of(a, head, column), left));
     store(scores + column, products, LANES);
   }
-}
-
-/* Of scores, so that weights are powers of two. */
-static float scale_of(const CachedAttention *a) {
-  return 1.44269504f / sqrtf((float)a->head_dim);
 }
 
 /* Replaces scores by their exponentials, less the largest; returns the sum. */
@@ -255,14 +193,6 @@ INLINE void add_values(const CachedAttention *a, const float *weights, int64_t h
           a->head_dim - first - n * LANES);
 }
 
-static float *context_row(const CachedAttention *a, int64_t head, int64_t member,
-                          int64_t token) {
-  int64_t sequence = head / a->kv_heads;
-  int64_t query = head % a->kv_heads * group(a) + member;
-  return a->context +
-         ((sequence * a->length + token) * a->heads + query) * a->head_dim;
-}
-
 INLINE void attend_in_place(const CachedAttention *a, int64_t head, float *scores,
                             const CacheType type) {
   float scale = scale_of(a);
@@ -279,158 +209,6 @@ INLINE void attend_in_place(const CachedAttention *a, int64_t head, float *score
     }
 }
 
-/* What a thread needs for tiles. */
-typedef struct {
-  uint32_t *keys;   /* (KEYS / LANES, words, LANES) */
-  uint32_t *values; /* (vectors of a head, KEYS / values in a word, LANES) */
-  float *scores;    /* (rows, KEYS), and their exponentials as words. */
-  float *sums;      /* (rows, dimensions filled up): the context before it is divided. */
-  float *largest, *total; /* (rows) */
-} Tiles;
-
-INLINE void fill_keys(const CachedAttention *a, int64_t head, int64_t column, int64_t end,
-                      uint32_t *tile, const CacheType type) {
-  for (int64_t first = column; first < end; first += LANES, tile += a->words * LANES)
-    for (int64_t k = 0; k < a->words; k += LANES) {
-      Words w[LANES];
-      for (int n = 0; n < LANES; n++)
-        w[n] = first + n < end
-                   ? scaled(load_key(cache_row(a, a->keys, head, first + n, type), k,
-                                     a->head_dim, type),
-                            a->key_scales, row_of(a, head, first + n), type)
-                   : fill_word(0);
-      transpose(w);
-      for (int n = 0; n < LANES; n++) store_words(tile + (k + n) * LANES, w[n]);
-    }
-}
-
-INLINE void fill_values(const CachedAttention *a, int64_t head, int64_t column, int64_t end,
-                        uint32_t *tile, const CacheType type) {
-  const int pairs = inputs_per_word(type) == 2;
-  const int64_t rows = pairs ? KEYS / 2 : KEYS;
-  for (int64_t row = 0; row * (pairs + 1) < end - column; row++)
-    for (int64_t k = 0; k < a->head_dim; k += LANES) {
-      int64_t n = column + row * (pairs + 1);
-      const char *value = cache_row(a, a->values, head, n, type);
-      Words w = as_words(load_value(value, k, a->head_dim, type));
-      w = scaled(w, a->value_scales, row_of(a, head, n), type);
-      if (pairs) {
-        value = cache_row(a, a->values, head, n + 1, type);
-        Words next = fill_word(0);
-        if (n + 1 < end) next = as_words(load_value(value, k, a->head_dim, type));
-        w = join_halves(w, next);
-      }
-      store_words(tile + (k / LANES * rows + row) * LANES, w);
-    }
-}
-
-/* Adds `inputs` words of some rows times a tile to sums, which are first multiplied. */
-INLINE void multiply_tile(const uint32_t *tile, const uint32_t *x, int64_t stride,
-                          int64_t inputs, float *to, int64_t to_stride, const int rows,
-                          const int accumulate, const CacheType type) {
-  Floats sums[MAX_SUMS];
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; m++)
-    sums[m] = accumulate ? load_floats(to + m * to_stride) : fill_float(0);
-  for (int64_t k = 0; k < inputs; k++) {
-    Words w = load_words(tile + k * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++)
-      sums[m] = add_words(sums[m], w, fill_word((int32_t)x[m * stride + k]), type);
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; m++) store(to + m * to_stride, sums[m], LANES);
-}
-
-INLINE void multiply_rows(const uint32_t *tile, const uint32_t *x, int64_t stride,
-                          int64_t inputs, float *to, int64_t to_stride, int64_t rows,
-                          const int accumulate, const CacheType type) {
-  int64_t row = 0;
-  for (; row + MAX_SUMS <= rows; row += MAX_SUMS)
-    multiply_tile(tile, x + row * stride, stride, inputs, to + row * to_stride, to_stride,
-                  MAX_SUMS, accumulate, type);
-  for (; row < rows; row++)
-    multiply_tile(tile, x + row * stride, stride, inputs, to + row * to_stride, to_stride,
-                  1, accumulate, type);
-}
-
-/* Replaces scores of one row by words of their exponentials, and corrects what was
-   summed before with another largest score. `count` scores are visible. */
-INLINE void weigh_row(Tiles *t, int64_t row, int64_t count, float scale, int64_t dimensions,
-                      const CacheType type) {
-  float *scores = t->scores + row * KEYS, *sums = t->sums + row * dimensions;
-  Floats largest = fill_float(-INFINITY), sum = fill_float(0);
-  for (int64_t i = count; i < round_up(count, LANES); i++) scores[i] = -INFINITY;
-  for (int64_t i = 0; i < count; i += LANES)
-    largest = larger(load_floats(scores + i), largest);
-  float before = t->largest[row], top = largest_of(largest);
-  top = top > before ? top : before;
-  float factor = exp2f((before - top) * scale);
-  for (int64_t i = 0; i < KEYS; i += LANES) {
-    Floats x = fill_float(0);
-    if (i < count) {
-      x = subtract(load_floats(scores + i), fill_float(top));
-      x = power_of_two(multiply(x, fill_float(scale)));
-    }
-    sum = add(sum, x);
-    if (inputs_per_word(type) == 2) /* Before what is yet to be read. */
-      store_bfloat16((uint16_t *)scores + i, x, LANES);
-    else
-      store(scores + i, x, LANES);
-  }
-  t->largest[row] = top;
-  t->total[row] = t->total[row] * factor + sum_of(sum);
-  for (int64_t i = 0; i < dimensions; i += LANES)
-    store(sums + i, multiply(load_floats(sums + i), fill_float(factor)), LANES);
-}
-
-/* Adds a block of keys and values to the sums of the queries of some tokens. */
-INLINE void add_keys(const CachedAttention *a, int64_t head, int64_t first, int64_t end,
-                     int64_t column, Tiles *t, const CacheType type) {
-  const int per_word = inputs_per_word(type);
-  int64_t sequence = head / a->kv_heads, tokens = end - first;
-  int64_t dimensions = round_up(a->head_dim, LANES);
-  int64_t last = visible_keys(a, sequence, end - 1);
-  int64_t keys = last - column < KEYS ? last - column : KEYS;
-  float scale = scale_of(a);
-  fill_keys(a, head, column, column + keys, t->keys, type);
-  fill_values(a, head, column, column + keys, t->values, type);
-  for (int64_t member = 0; member < group(a); member++) {
-    const uint32_t *queries = query_row(a, head, member, first);
-    int64_t row = member * tokens;
-    for (int64_t n = 0; n < keys; n += LANES)
-      multiply_rows(t->keys + n * a->words, queries, a->words,
-                    (a->head_dim + per_word - 1) / per_word, t->scores + row * KEYS + n,
-                    KEYS, tokens, 0, type);
-    for (int64_t token = first; token < end; token++) {
-      int64_t count = visible_keys(a, sequence, token) - column;
-      weigh_row(t, row + token - first, count < 0 ? 0 : count < keys ? count : keys, scale,
-                dimensions, type);
-    }
-  }
-  for (int64_t k = 0; k < dimensions; k += LANES)
-    multiply_rows(t->values + k * (KEYS / per_word), (const uint32_t *)t->scores, KEYS,
-                  (keys + per_word - 1) / per_word, t->sums + k, dimensions,
-                  group(a) * tokens, 1, type);
-}
-
-INLINE void attend_with_tiles(const CachedAttention *a, int64_t head, int64_t first,
-                              int64_t end, Tiles *t, const CacheType type) {
-  int64_t dimensions = round_up(a->head_dim, LANES), rows = group(a) * (end - first);
-  int64_t last = visible_keys(a, head / a->kv_heads, end - 1);
-  memset(t->sums, 0, rows * dimensions * sizeof *t->sums);
-  memset(t->total, 0, rows * sizeof *t->total);
-  for (int64_t row = 0; row < rows; row++) t->largest[row] = -INFINITY;
-  for (int64_t column = 0; column < last; column += KEYS)
-    add_keys(a, head, first, end, column, t, type);
-  for (int64_t row = 0; row < rows; row++) {
-    float *context =
-        context_row(a, head, row / (end - first), first + row % (end - first));
-    for (int64_t i = 0; i < a->head_dim; i++)
-      context[i] = t->sums[row * dimensions + i] / t->total[row];
-  }
-}
-
 static void attend_few(const CachedAttention *a, int64_t head) {
   int64_t columns = round_up(visible_keys(a, head / a->kv_heads, a->length - 1), LANES);
   float *scores = malloc(columns * sizeof *scores);
@@ -444,28 +222,6 @@ static void attend_few(const CachedAttention *a, int64_t head) {
   free(scores);
 }
 
-static void attend_many(const CachedAttention *a, int64_t head, int64_t first, int64_t end) {
-  int64_t dimensions = round_up(a->head_dim, LANES), rows = group(a) * (end - first);
-  int64_t words = KEYS * a->words + KEYS * dimensions + rows * (KEYS + dimensions + 2);
-  uint32_t *memory = malloc(words * sizeof *memory);
-  if (!memory) {
-    *a->no_memory = 1;
-    return;
-  }
-  Tiles t = {.keys = memory, .values = memory + KEYS * a->words};
-  t.scores = (float *)(t.values + KEYS * dimensions);
-  t.sums = t.scores + rows * KEYS;
-  t.largest = t.sums + rows * dimensions;
-  t.total = t.largest + rows;
-  if (a->type == CACHE_FLOAT16)
-    attend_with_tiles(a, head, first, end, &t, CACHE_FLOAT16);
-  else if (a->type == CACHE_BFLOAT16)
-    attend_with_tiles(a, head, first, end, &t, CACHE_BFLOAT16);
-  else
-    attend_with_tiles(a, head, first, end, &t, CACHE_INT8);
-  free(memory);
-}
-
 void attend_blocks(const CachedAttention *a, int64_t first, int64_t end) {
   int64_t tokens = tokens_of_a_block(a), blocks = blocks_of_a_head(a);
   for (int64_t i = first; i < end; i++) {
@@ -474,6 +230,6 @@ void attend_blocks(const CachedAttention *a, int64_t first, int64_t end) {
     if (group(a) * a->length < ROWS_OF_TILES)
       attend_few(a, i / blocks);
     else
-      attend_many(a, i / blocks, begin, last);
+      attend_with_tiles(a, i / blocks, begin, last);
   }
 }

@@ -6,11 +6,11 @@
 
 #include <stdlib.h>
 
-#include "vectors.h"
+#include "tile_product.h"
 
 /* Heuristics: rows from which on a tile pays; rows of inputs that stay in the cache of
-   a core; sums that are in registers at once; how far ahead weights are asked for. */
-enum { ROWS_OF_TILES = 12, ROWS_IN_CACHE = 128, MAX_SUMS = 8, PREFETCHED = 2048 };
+   a core; how far ahead weights are asked for. */
+enum { ROWS_OF_TILES = 12, ROWS_IN_CACHE = 128, PREFETCHED = 2048 };
 
 int64_t words_of_a_row(int64_t num_inputs) {
   int64_t vector = LANES * INPUTS_PER_WORD;
@@ -85,33 +85,15 @@ static void fill_tile(const DenseProduct *p, int64_t output, uint32_t *tile) {
   }
 }
 
-INLINE void multiply_tile(const DenseProduct *p, const uint32_t *tile, int64_t output,
-                          int64_t row, const int rows) {
-  Floats sums[MAX_SUMS];
-  const uint32_t *x = p->x + row * p->words;
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; m++) sums[m] = fill_float(0);
-  for (int64_t k = 0; k < p->words; k++) {
-    Words w = load_words(tile + k * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; m++)
-      sums[m] = add_products(sums[m], w, fill_word(x[m * p->words + k]));
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; m++)
-    store(p->outputs + (row + m) * p->num_outputs + output, sums[m],
-          p->num_outputs - output);
-}
-
 static void multiply_many(const DenseProduct *p, int64_t first, int64_t end,
                           uint32_t *tile) {
-  for (int64_t begin = 0; begin < p->rows; begin += ROWS_IN_CACHE)
+  for (int64_t row = 0; row < p->rows; row += ROWS_IN_CACHE)
     for (int64_t output = first; output < end; output += LANES) {
-      int64_t row = begin, last = begin + ROWS_IN_CACHE;
-      if (last > p->rows) last = p->rows;
+      int64_t rows = p->rows - row < ROWS_IN_CACHE ? p->rows - row : ROWS_IN_CACHE;
       fill_tile(p, output, tile);
-      for (; row + MAX_SUMS <= last; row += MAX_SUMS) multiply_tile(p, tile, output, row, MAX_SUMS);
-      for (; row < last; row++) multiply_tile(p, tile, output, row, 1);
+      multiply_by_tile(tile, p->x + row * p->words, p->words, p->words,
+                       p->outputs + row * p->num_outputs + output, p->num_outputs,
+                       p->num_outputs - output, rows, 0, 1);
     }
 }
 
