@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from keras_openllama.runs.finetune_config import FinetuneConfig
 
 
-@command("finetune", extra="train")
+@command("finetune", extra="train", large_pages=True)
 def main(arguments: list[str], prog: str) -> int | None:
     """Runs the command."""
     parser, options = parse_arguments(arguments, prog)

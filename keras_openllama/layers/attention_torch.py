@@ -54,7 +54,7 @@ class FusedAttention:
         documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the context."""
-        if is_compiled(query, mask):
+        if is_compiled(query, key, value, mask):
             return compiled_causal_attention(query, key, value, mask)
         if mask is not self._mask or query.dtype != self._bias.dtype:
             self._mask, self._bias = mask, _bias(mask, query.dtype)

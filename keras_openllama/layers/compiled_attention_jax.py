@@ -84,6 +84,8 @@ def compiled_causal_attention(
         >>> if is_compiled():
         ...     context = compiled_causal_attention(x, x, x, mask)
     """
+    length = query.shape[2]
+    mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length))
     # In the order of axes in which projections read and write.
     return jnp.swapaxes(_attend(query, key, jnp.swapaxes(value, 1, 2), mask), 1, 2)
 

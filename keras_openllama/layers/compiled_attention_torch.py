@@ -14,16 +14,25 @@ from keras_openllama.native.causal_attention import CausalAttention
 from keras_openllama.native.library import native_library
 
 
-def is_compiled(query: torch.Tensor, mask: torch.Tensor) -> bool:
+def is_compiled(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> bool:
     """Returns whether `compiled_causal_attention` supports tensors, on this machine.
 
     Example:
         >>> import torch
         >>> query = torch.ones(1, 2, 3, 8, dtype=torch.bfloat16)
-        >>> is_compiled(query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+        >>> is_compiled(query, query, query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
         False
     """
-    return can_use_library(query) and mask.dtype == torch.bool
+    batch, length = len(query), query.shape[2]
+    return (
+        all(map(can_use_library, (query, key, value)))
+        and mask.device.type == "cpu"
+        and mask.dtype == torch.bool
+        # Others that are broadcast are left to PyTorch.
+        and mask.shape in {(1, 1, length, length), (batch, 1, length, length)}
+    )
 
 
 def compiled_causal_attention(
@@ -48,7 +57,7 @@ def compiled_causal_attention(
     Example:
         >>> import torch
         >>> query, mask = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 3).tril().bool()
-        >>> if is_compiled(query, mask):
+        >>> if is_compiled(query, query, query, mask):
         ...     context = compiled_causal_attention(query, query, query, mask)
     """
     return _CausalAttention.apply(query, key, value, mask)
@@ -68,11 +77,12 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, output_gradient):
-        query, key, value, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # Once: a checkpoint unpacks them only once.
+        query, key, value, *_ = saved
         gradients = [empty_heads(x) for x in (query, key, value)]
         names = "query_gradient", "key_gradient", "value_gradient"
         output_gradient = with_whole_heads(output_gradient)
-        _attention(*ctx.saved_tensors).backward(
+        _attention(*saved).backward(
             output_gradient=heads_in_memory(output_gradient),
             **{
                 name: heads_in_memory(x)

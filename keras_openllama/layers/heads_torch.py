@@ -22,7 +22,10 @@ def can_use_library(x: Any) -> bool:
     """
     return (
         not torch.compiler.is_compiling()  # First: the rest cannot be compiled.
-        and isinstance(x, torch.Tensor)  # Not an array of NumPy.
+        and type(x) in (torch.Tensor, torch.nn.Parameter)  # Others may have no memory.
+        and not torch.jit.is_tracing()
+        # `torch.func` does not support such functions.
+        and not torch._C._are_functorch_transforms_active()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

@@ -325,12 +325,11 @@ def train_step(
     applied = usable & jnp.isfinite(grad_norm)
     param_norm = global_norm(trainable)
     replaced = usable if has_dynamic_loss_scale(lm.optimizer) else applied
-    # Always true. XLA overwrites the old values only after every other use of them.
-    replaced &= ~(param_norm < -1)
     new = _update_if(
         replaced,
         lambda old: lm.optimizer.stateless_apply(old[1], grads, old[0]),
         (trainable, optimizer),
+        last_use=param_norm,
     )
     with keras.StatelessScope(
         state_mapping=zip(lm.optimizer.variables, optimizer, strict=True)
@@ -348,25 +347,30 @@ def train_step(
     return metrics, new
 
 
-def _update_if(condition, update, old):
+def _update_if(condition, update, old, last_use):
     """Returns `update(old)`, or `old` if the condition is False.
 
     XLA on a CPU would copy all old values to select from. The carry of a loop that runs
-    once or never is updated in place.
+    once or never is updated in place, after `last_use`, a norm of old values.
     """
 
-    def select(condition, old):
+    def select(condition, old, _):
         return jax.tree.map(
             lambda a, b: jnp.where(condition, a, b), tuple(update(old)), old
         )
 
-    def loop(condition, old):
+    def loop(condition, old, last_use):
+        # Always true. XLA overwrites values only after every other use of them.
+        condition &= ~(last_use < -1)
+
         def body(carry):
             return jnp.zeros_like(condition), tuple(update(carry[1]))
 
         return jax.lax.while_loop(lambda carry: carry[0], body, (condition, old))[1]
 
-    return jax.lax.platform_dependent(condition, old, cpu=loop, default=select)
+    return jax.lax.platform_dependent(
+        condition, old, last_use, cpu=loop, default=select
+    )
 
 
 def _loss_scale(optimizer, values):

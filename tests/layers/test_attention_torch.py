@@ -8,11 +8,13 @@ if keras.config.backend() != "torch":
     pytest.skip("Needs PyTorch.", allow_module_level=True)
 
 import torch
+import torch.utils.checkpoint
 
 from keras_openllama.layers import (
     attention_torch,
     compiled_attention_torch,
     heads_torch,
+    rotation_torch,
 )
 from keras_openllama.layers.attention import causal_mask, dot_product_attention
 from keras_openllama.layers.attention_torch import FusedAttention
@@ -137,8 +139,53 @@ def test_is_compiled_in_float32_on_cpus_only():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     x = random(1, 2, 3, 8, seed=0)
     is_compiled = compiled_attention_torch.is_compiled
-    assert is_compiled(x, mask) == (native_library() is not None)
-    assert not is_compiled(x.to(torch.bfloat16), mask)
-    assert not is_compiled(x.to("meta"), mask)
+    assert is_compiled(x, x, x, mask) == (native_library() is not None)
+    other = x.to(torch.bfloat16)
+    assert not is_compiled(other, other, other, mask)
+    assert not is_compiled(x, other, other, mask)
+    assert not is_compiled(*(x.to("meta"),) * 3, mask)
+    assert not is_compiled(x, x, x, mask[0, 0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_compiled(x, mask)
+        assert not is_compiled(x, x, x, mask)
+
+
+@needs_compiler
+def test_compiled_attention_and_rotation_work_in_checkpoints(monkeypatch):
+    monkeypatch.setattr(rotation_torch, "MIN_ELEMENTS", 0)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    table = random(1, 1, 9, 4, seed=5)
+
+    def attend(*tensors):
+        rotated = [rotation_torch.compiled_rotate(x, table, table) for x in tensors]
+        return FusedAttention()(*rotated, mask)
+
+    results = []
+    for checkpoint in (lambda f, *x: f(*x), torch.utils.checkpoint.checkpoint):
+        tensors = [random(2, 4, 9, 8, seed=s).requires_grad_() for s in range(3)]
+        options = {} if results == [] else {"use_reentrant": False}
+        checkpoint(attend, *tensors, **options).square().sum().backward()
+        results.append([x.grad for x in tensors])
+    assert all(map(torch.equal, *results))
+
+
+@needs_compiler
+def test_attention_in_function_transforms_is_of_pytorch():
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    key, value = random(2, 4, 9, 8, seed=1), random(2, 4, 9, 8, seed=2)
+
+    def loss(query):
+        return FusedAttention()(query, key, value, mask).square().sum()
+
+    query = random(2, 4, 9, 8, seed=0)
+    found = torch.func.grad(loss)(query)
+    loss(query.requires_grad_()).backward()
+    torch.testing.assert_close(found, query.grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_attention_broadcasts_masks():
+    tensors = [random(2, 4, 9, 8, seed=s) for s in range(3)]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = FusedAttention()(*tensors, mask[None, None])
+    for other in (mask, mask[None], mask[None, None].expand(2, 4, 9, 9)):
+        torch.testing.assert_close(FusedAttention()(*tensors, other), expected)
