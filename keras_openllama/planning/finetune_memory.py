@@ -2,8 +2,8 @@
 
 The estimate counts tensors and, on CPUs, what XLA and the process add. It assumes that
 all are allocated at the same time. `benchmarks/finetune.py memory` compares it with
-measurements on a CPU, in float32: with JAX and 58 million parameters it was 7 % too low
-to 16 % too high, and up to 25 % too high for small batches; with PyTorch and 58 or 116
+measurements on a CPU, in float32: with JAX and 58 million parameters it was 4 % too low
+to 14 % too high, and up to 22 % too high for small batches; with PyTorch and 58 or 116
 million 2 to 15 % too high. There are no measurements on accelerators.
 """
 
@@ -94,9 +94,9 @@ def estimate_memory(
         backend: `"jax"`, `"tensorflow"` or `"torch"`. TensorFlow does not compute the
             logits in chunks.
         device: `"cpu"`, or any other string for an accelerator. A CPU also needs memory
-            for the process. XLA on a CPU copies AdamW's moments before it updates them,
-            and multiplies bfloat16 matrices by way of float32 copies, of all layers at
-            once. Quantized matrices are dequantized one at a time.
+            for the process. XLA on a CPU multiplies bfloat16 matrices by way of float32
+            copies, of all layers at once. Quantized matrices are dequantized one at a
+            time.
 
     Returns:
         The estimate.
@@ -124,19 +124,18 @@ def estimate_memory(
         "gradients": trained,
         "AdamW moments": 2 * trained,
         "activations": tokens * sizes.layers * saved * _ACTIVATION_BYTES[dtype],
-        "current layer": 4 * tokens * sizes.current_layer(sequence_length, backend),
+        "current layer": 4
+        * tokens
+        * sizes.current_layer(sequence_length, backend, on_cpu),
         "logits": _logits(sizes, tokens, backend),
     }
     if formats and backend != "jax":  # XLA scales the values while it casts them.
         parts["dequantized matrix"] = 2 * sizes.largest_quantized(dtype, formats)
     if dtype == "mixed_bfloat16":  # Weights are cast when they are used.
         parts["bfloat16 copies of weights"] = 2 * sizes.parameters() / devices
-    if on_cpu and backend == "jax":
-        if dtype == "bfloat16" and not formats:
-            parts["float32 copies of matrices"] = 4 * sizes.matrices() / devices
-        if lora_rank is None:
-            parts["copies of AdamW moments"] = 2 * trained
-    elif lora_rank is None and micro_batches > 1:
+    if on_cpu and backend == "jax" and dtype == "bfloat16" and not formats:
+        parts["float32 copies of matrices"] = 4 * sizes.matrices() / devices
+    if lora_rank is None and micro_batches > 1:
         parts["accumulated gradients"] = trained
     if backend == "torch" and lora_rank is None:
         # Heuristic: of embedding and head, the largest, while they are computed.
@@ -244,6 +243,8 @@ class _Sizes:
         saved = 6 * hidden + heads + 5 * intermediate
         saved += 4 * hidden if train_all else 0  # For the gradients of norm scales.
         saved += hidden if trained & {"gate", "up"} else 0
+        if on_cpu:  # The output of attention, and a sum per query.
+            saved += self.heads + (0 if "output" in trained else self.query)
         return saved + (intermediate if "down" in trained else 0)
 
     def saved_by_operations(self, adapted, length, backend):
@@ -258,10 +259,10 @@ class _Sizes:
             + self.heads * (1 if backend == "torch" else length)
         )
 
-    def current_layer(self, length, backend):
+    def current_layer(self, length, backend, on_cpu):
         """Temporary float32 numbers per token of the layer that is being computed."""
-        # JAX skips most of the masked scores, and PyTorch does not store scores.
-        share = {"jax": 0.625, "tensorflow": 1, "torch": 0}[backend]
+        # JAX skips most of the masked scores, and stores none on a CPU; nor PyTorch.
+        share = {"jax": 0 if on_cpu else 0.625, "tensorflow": 1, "torch": 0}[backend]
         return 4 * self.intermediate + 3 * self.heads * length * share
 
 

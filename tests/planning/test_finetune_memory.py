@@ -87,24 +87,25 @@ def test_estimate_memory_of_activations_depends_on_the_policy():
         "products": 2 * 8 + heads + 2 * 12,
         "none": 11 * 8 + heads + 6 * 12,
     }
-    rematerialized_early = {
+    on_cpu = {  # What XLA rematerializes early, and a sum per query.
         "full": 2 * 8,
         "projections": 4 * 8,
         "products": 4 * 8,
-        "none": 0,
+        "none": 4,
     }
     for policy, size in saved.items():
         options = dict(rematerialize=policy)
         assert activations(device="accelerator", **options) == numbers * size
-        assert activations(**options) == numbers * (size + rematerialized_early[policy])
+        assert activations(**options) == numbers * (size + on_cpu[policy])
 
 
 def test_estimate_memory_omits_inputs_of_frozen_matrices():
     numbers = 4 * 2 * 3 * 5
-    frozen = 6 * 8 + (8 + 4 + 4) + 5 * 12
+    # With the output of attention, and a sum for each of 4 heads.
+    frozen = 6 * 8 + (8 + 4 + 4 + 8) + 5 * 12 + 4
     for targets, more in (
         (("query", "value"), 0),
-        (("output",), 8),
+        (("output",), 0),
         (("gate", "up"), 8),
         (("down",), 12),
     ):
@@ -129,9 +130,8 @@ def test_estimate_memory_adds_parts_on_a_cpu():
         return {name: size for name, size in parts[1].items() if name not in parts[0]}
 
     process = {"process": 420 << 20}
-    moments = {"copies of AdamW moments": 8 * PARAMETERS}
     matrices = {"float32 copies of matrices": 4 * 2 * LAYER}
-    assert added("float32") == moments | process
+    assert added("float32") == process
     assert added("float32", lora_rank=2) == process
     formats = formats_of("int8")
     assert added("float32", lora_rank=2, formats=formats) == process
@@ -162,14 +162,14 @@ def test_estimate_memory_decreases_with_each_memory_saving_option(name):
 @pytest.mark.parametrize(
     "measured, batch_size, options",
     [
-        (2454, 8, dict(lora_rank=8)),
-        (1287, 8, dict(lora_rank=8, rematerialize="full")),
-        (1728, 8, dict(lora_rank=8, rematerialize="projections")),
-        (1112, 2, dict(lora_rank=8)),
-        (3576, 8, {}),
-        (2161, 8, dict(rematerialize="full")),
-        (2482, 8, dict(rematerialize="projections")),
-        (1992, 2, {}),
+        (2271, 8, dict(lora_rank=8)),
+        (1154, 8, dict(lora_rank=8, rematerialize="full")),
+        (1499, 8, dict(lora_rank=8, rematerialize="projections")),
+        (1004, 2, dict(lora_rank=8)),
+        (3145, 8, {}),
+        (1707, 8, dict(rematerialize="full")),
+        (1962, 8, dict(rematerialize="projections")),
+        (1727, 2, {}),
         (2231, 8, dict(lora_rank=8, backend="torch")),
         (3225, 8, dict(backend="torch")),
         (946, 2, dict(lora_rank=8, backend="torch")),
