@@ -25,13 +25,14 @@ def is_compiled(
         >>> is_compiled(query, query, query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
         False
     """
-    batch, length = len(query), query.shape[2]
+    # First: while a model is exported, sizes are symbols, which stay free if unused.
+    if not all(map(can_use_library, (query, key, value))):
+        return False
+    batch, _, length, _ = query.shape
+    # Other masks that are broadcast are left to PyTorch.
+    shapes = (1, 1, length, length), (batch, 1, length, length)
     return (
-        all(map(can_use_library, (query, key, value)))
-        and mask.device.type == "cpu"
-        and mask.dtype == torch.bool
-        # Others that are broadcast are left to PyTorch.
-        and mask.shape in {(1, 1, length, length), (batch, 1, length, length)}
+        mask.device.type == "cpu" and mask.dtype == torch.bool and mask.shape in shapes
     )
 
 
