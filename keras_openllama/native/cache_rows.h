@@ -13,7 +13,6 @@
 INLINE int inputs_per_word(const CacheType type) {
   return type == CACHE_BFLOAT16 ? INPUTS_PER_WORD : 1;
 }
-INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 INLINE int64_t group(const CachedAttention *a) { return a->heads / a->kv_heads; }
 

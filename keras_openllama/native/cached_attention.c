@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "cache_rows.h"
+#include "rotate_row.h"
 
 /* Heuristics: queries from which on tiles pay, queries that share tiles, and how far
    ahead keys are asked for. */
@@ -33,12 +34,8 @@ static const float *head_of_token(const CachedAttention *a, int64_t sequence, in
 }
 
 static void rotate(const CachedAttention *a, const float *x, int64_t position, float *to) {
-  int64_t half = a->head_dim / 2;
-  const float *cosines = a->cosines + position * half, *sines = a->sines + position * half;
-  for (int64_t i = 0; i < half; i++) {
-    to[i] = x[i] * cosines[i] - x[half + i] * sines[i];
-    to[half + i] = x[half + i] * cosines[i] + x[i] * sines[i];
-  }
+  int64_t half = a->head_dim / 2, table = position * half;
+  rotate_row(to, x, a->cosines + table, a->sines + table, half, 1);
 }
 
 /* The integers are those of `layers/quantized_cache.py`. A row with a number that is not

@@ -44,10 +44,6 @@ typedef struct {
   uint64_t visible[BLOCK]; /* Bit q of word k: whether query q may attend to key k. */
 } Block;
 
-INLINE int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-
 static Scratch scratch_of(const Task *t, int64_t thread) {
   float *next = t->scratch + thread * t->scratch_size;
   int64_t whole = t->padded_length * t->width, block = BLOCK * t->width;

@@ -2,20 +2,11 @@
 
 #include "rotation.h"
 
+#include "rotate_row.h"
 #include "worker_threads.h"
 
 /* Heuristics: positions of an item of work; elements that one thread rotates alone. */
 enum { POSITIONS = 64, SMALL = 1 << 17 };
-
-static void rotate_row(float *restrict to, const float *restrict from,
-                       const float *restrict cosines, const float *restrict sines,
-                       int64_t half, float direction) {
-  for (int64_t i = 0; i < half; i++) {
-    float sine = direction * sines[i];
-    to[i] = from[i] * cosines[i] - from[half + i] * sine;
-    to[half + i] = from[half + i] * cosines[i] + from[i] * sine;
-  }
-}
 
 static int64_t items_of(const Rotation *r) {
   return (r->length + POSITIONS - 1) / POSITIONS;

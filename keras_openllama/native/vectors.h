@@ -9,6 +9,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* The smallest multiple that is at least x. */
+INLINE int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 
 #define LANES 16
